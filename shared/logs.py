@@ -1,0 +1,34 @@
+"""Owns the structlog set-up: a console when a person watches, JSON lines otherwise. Called once per process."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+
+def configure_logs(process: str, *, level: str = "info", json: bool | None = None) -> None:
+    """Set up structlog for this process, writing to stderr.
+
+    `json` None chooses by whether stderr is a terminal. Prompts, images and outputs are never passed to a
+    logger: call sites log ids, counts and codes only.
+    """
+    if json is None:
+        json = not sys.stderr.isatty()
+    processors: list[structlog.types.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if json:
+        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    else:
+        processors += [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(process=process)

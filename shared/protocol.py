@@ -1,0 +1,349 @@
+"""Owns every gateway⇄worker message, the protocol's version and its codec. Pure; imported by every process.
+
+Messages are frozen, tagged, `array_like` msgspec structs: fields are appended with defaults, never
+reordered or removed. A frame list on the wire is `[message, payload, payload, …]`: large payloads (pixels,
+a tokenizer file) ride as raw frames behind the message that names them, in order.
+
+Token ids and other per-row integers travel packed, little-endian (`pack_i32`, `unpack_i32`), one message a
+step for all rows of one gateway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from array import array
+from typing import Final
+
+import msgspec
+
+from shared.errors import ErrorCode, FinishReason
+
+PROTOCOL_VERSION: Final = 1
+
+if sys.byteorder != "little":  # pragma: no cover - no such machine runs torch today
+    raise ImportError("the wire format is little-endian and packs arrays in native order")
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Parent of every top-level message: tagged by its class name."""
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Parent of everything that only travels inside a message."""
+
+
+# ---------------------------------------------------------------- gateway → worker
+
+
+class Hello(Message, frozen=True):
+    """First message on a connection, resent until `Ready` arrives. The worker answers `Ready` or `Fatal`."""
+
+    protocol_version: int
+    schema_hash: str
+    gateway_id: str
+    lease_s: float = 5.0
+
+
+class ImageInput(Part, frozen=True):
+    """One picture of a request, already decoded and resized by the gateway.
+
+    Two payload frames follow the message for each image, uint8 RGB, row-major HWC:
+    the global crop `(crop_size, crop_size, 3)` and the local canvas `(canvas_height, canvas_width, 3)`
+    from which the device cuts `tiles_h × tiles_w` overlapping crops. Text-only models never see one.
+    """
+
+    position: int  # index into the prompt's token ids before which the image's tokens are inserted
+    tiles_h: int
+    tiles_w: int
+    canvas_height: int
+    canvas_width: int
+    digest: bytes  # sha256 over the two frames: the key of cached features and pages
+
+
+class Sampling(Part, frozen=True):
+    """How one sequence's tokens are chosen. `temperature` 0 is greedy; the rest is then unused."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    suppress_ids: list[int] = []
+    num_logprobs: int = -1  # -1: none; 0: the sampled token's only; n: and the n most likely
+    min_tokens: int = 0
+
+
+class Grammar(Part, frozen=True):
+    """A constraint on the output. `kind` is json_schema, json_object, regex, choice or lark; `source` its text."""
+
+    kind: str
+    source: str
+
+
+class Submit(Message, frozen=True):
+    """Ask for one sequence. Answered by `StepOutputs` rows ending in a `Finish`, or by one `Rejected`."""
+
+    epoch: int
+    sequence_id: int
+    request_id: str
+    prompt: bytes  # packed int32 token ids, without the image's positions
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    images: list[ImageInput] = []
+    stop_ids: list[int] = []
+    task: str = "text"  # text | detect | point
+    max_objects: int = 0
+    tenant: str = ""
+    priority: int = 0  # lower runs first
+    deadline_s: float = 0.0  # from receipt; 0: none
+    grammar: Grammar | None = None
+    prefix_tokens: int = 0  # leading expanded positions that attend to each other both ways; 0: the model's rule
+
+
+class Cancel(Message, frozen=True):
+    """Stop these sequences. Unknown ids are ignored: the finish may have crossed this message on the wire."""
+
+    epoch: int
+    sequence_ids: list[int]
+
+
+class Ping(Message, frozen=True):
+    """The gateway's heartbeat: extends its lease."""
+
+    epoch: int
+    sent_s: float = 0.0
+
+
+class Drain(Message, frozen=True):
+    """Refuse new sequences, finish running ones within `deadline_s`, then exit zero."""
+
+    deadline_s: float = 30.0
+
+
+class Trace(Message, frozen=True):
+    """Record the next `num_steps` steps; the worker answers with `TraceChunk`."""
+
+    num_steps: int = 200
+
+
+# ---------------------------------------------------------------- worker → gateway
+
+
+class ImageSpec(Part, frozen=True):
+    """What the gateway needs to prepare a picture. Sizes in pixels except `margin_patches`."""
+
+    crop_size: int
+    patch_size: int
+    margin_patches: int
+    max_crops: int
+    num_tokens: int
+
+
+class ModelCard(Part, frozen=True):
+    """What a gateway needs to know of the model a worker serves."""
+
+    model_id: str
+    family: str  # moondream | llama | qwen3 | fake
+    context_tokens: int
+    vocab_size: int
+    bos_id: int | None
+    eos_ids: list[int]
+    created: int = 0
+    image: ImageSpec | None = None
+    capabilities: list[str] = []  # chat, query, caption, detect, point
+    templates: dict[str, list[int]] = {}  # query_prefix, query_suffix, caption_short, … as token ids
+    suppress_ids: list[int] = []  # never sampled in an answer
+    default_max_tokens: int = 256
+    default_temperature: float = 0.0
+    default_top_p: float = 1.0
+    description: str = ""
+    owned_by: str = "degas"
+    coord_id: int = 5
+    size_id: int = 6
+
+
+class Limits(Part, frozen=True):
+    """The worker's own bounds, so that the gateway can refuse with numbers in the message."""
+
+    max_rows: int
+    max_waiting: int
+    num_pages: int
+    page_tokens: int
+    step_tokens: int  # token budget of one step
+    max_sequence_tokens: int
+
+
+class Ready(Message, frozen=True):
+    """Answer to `Hello`. Two payload frames follow: tokenizer.json and the chat template (either may be empty)."""
+
+    protocol_version: int
+    schema_hash: str
+    epoch: int
+    model: ModelCard
+    limits: Limits
+    device: str
+    startup_s: dict[str, float] = {}
+
+
+class Timing(Part, frozen=True):
+    """Where one sequence's time went, in seconds."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class Finish(Part, frozen=True):
+    """The terminal event of a sequence. `code` and `message` are set when `reason` is error."""
+
+    sequence_id: int
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    code: ErrorCode | None = None
+    message: str = ""
+    timing: Timing = Timing()
+    preemptions: int = 0
+
+
+class TokenValues(Part, frozen=True):
+    """The decoded coordinate (x or y) or size (width, height) of a spatial token, each in [0, 1]-ish floats."""
+
+    sequence_id: int
+    token_index: int
+    values: list[float]
+    logprob: float = 0.0
+
+
+class TokenLogprobs(Part, frozen=True):
+    """Log-probabilities of one generated token: its own, then the most likely `(id, logprob)` pairs."""
+
+    sequence_id: int
+    token_index: int
+    logprob: float
+    top_ids: bytes = b""  # packed int32
+    top_logprobs: list[float] = []
+
+
+class StepOutputs(Message, frozen=True):
+    """Everything one step produced for one gateway: one token per row, and the sequences that ended.
+
+    `sequence_ids` is packed int64; `first_index` and `token_ids` packed int32, all of equal length.
+    `first_index[i]` is the index of the row's token among the sequence's generated tokens, from 0: a
+    gap or a repeat is therefore seen.
+    """
+
+    epoch: int
+    step: int
+    sequence_ids: bytes
+    first_index: bytes
+    token_ids: bytes
+    finishes: list[Finish] = []
+    values: list[TokenValues] = []
+    logprobs: list[TokenLogprobs] = []
+
+
+class Rejected(Message, frozen=True):
+    """A `Submit` that never became a sequence. Terminal."""
+
+    epoch: int
+    sequence_id: int
+    code: ErrorCode
+    message: str
+    param: str = ""
+    retry_after_s: float = 0.0
+
+
+class Fatal(Message, frozen=True):
+    """The worker ends, or refuses this gateway. Every sequence in flight is lost."""
+
+    epoch: int
+    code: ErrorCode
+    message: str
+
+
+class Beat(Message, frozen=True):
+    """Progress heartbeat, sent by the decode thread itself: a loop that hangs falls silent.
+
+    `metrics` holds cumulative counters and gauges by name without prefix (`worker.metrics` lists them);
+    `histograms` cumulative bucket counts in the order of `HISTOGRAM_BUCKETS_S`, then the sum.
+    """
+
+    epoch: int
+    step: int
+    num_running: int
+    num_waiting: int
+    free_pages: int
+    total_pages: int
+    draining: bool = False
+    metrics: dict[str, float] = {}
+    histograms: dict[str, list[float]] = {}
+    drain_rate: float = 0.0  # sequences finished per second, lately
+
+
+class TraceChunk(Message, frozen=True):
+    """Chrome-trace events of a recording as one JSON payload frame behind this message."""
+
+    epoch: int
+    num_steps: int
+
+
+FromGateway = Hello | Submit | Cancel | Ping | Drain | Trace
+FromWorker = Ready | StepOutputs | Rejected | Fatal | Beat | TraceChunk
+
+HISTOGRAM_BUCKETS_S: Final = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+
+MAX_MESSAGE_BYTES: Final = 4 << 20
+MAX_PAYLOAD_BYTES: Final = 64 << 20
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+"""Encode one message to msgpack bytes."""
+
+decode_from_gateway = msgspec.msgpack.Decoder(FromGateway).decode
+"""Decode a gateway's message. Raises `msgspec.ValidationError` or `msgspec.DecodeError`."""
+
+decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
+"""Decode a worker's message. Raises `msgspec.ValidationError` or `msgspec.DecodeError`."""
+
+
+def schema_hash() -> str:
+    """A hash over every message's name, field names, order and types: equal only for wire-equal programs."""
+    lines = [f"{code.name}={code.value}" for enum in (ErrorCode, FinishReason) for code in enum]
+    for parent in (Message, Part):
+        for cls in sorted(parent.__subclasses__(), key=lambda cls: cls.__name__):
+            fields = (f"{name}:{cls.__annotations__[name]}" for name in cls.__struct_fields__)
+            lines.append(f"{parent.__name__}.{cls.__name__}({','.join(fields)})")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def pack_i32(values: list[int]) -> bytes:
+    """Pack integers as little-endian int32. Raises OverflowError outside int32."""
+    return array("i", values).tobytes()
+
+
+def unpack_i32(data: bytes) -> array[int]:
+    """Unpack little-endian int32. Raises ValueError when the length is not a multiple of 4."""
+    values = array("i")
+    values.frombytes(data)
+    return values
+
+
+def pack_i64(values: list[int]) -> bytes:
+    """Pack integers as little-endian int64. Raises OverflowError outside int64."""
+    return array("q", values).tobytes()
+
+
+def unpack_i64(data: bytes) -> array[int]:
+    """Unpack little-endian int64. Raises ValueError when the length is not a multiple of 8."""
+    values = array("q")
+    values.frombytes(data)
+    return values

@@ -1,0 +1,1 @@
+"""The worker process: one per device. Sockets on I/O threads, torch on the decode thread alone."""
