@@ -102,7 +102,9 @@ class Submit(Message, frozen=True):
     priority: int = 0  # lower runs first
     deadline_s: float = 0.0  # from receipt; 0: none
     grammar: Grammar | None = None
-    prefix_tokens: int = 0  # leading expanded positions that attend to each other both ways; 0: the model's rule
+    prefix_tokens: int = (
+        0  # leading expanded positions that attend to each other both ways; 0: the model's rule
+    )
 
 
 class Cancel(Message, frozen=True):

@@ -1,0 +1,56 @@
+"""Owns what `previous_response_id` can continue: a bounded in-memory record of finished turns. Runs on the gateway's loop.
+
+Nothing here is written to disk or shared between gateways: an id that is gone is answered with
+`previous_response_not_found` and the client resends its input, as the API's contract allows.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from gateway.generation import PreparedImage
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A finished response and all that led to it: texts by role in order, and the last picture."""
+
+    messages: tuple[tuple[str, str], ...]
+    image: PreparedImage | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes held; a picture shared by several turns is counted for each, which errs on the safe side."""
+        text = sum(len(role) + len(content) for role, content in self.messages)
+        return text + (0 if self.image is None else len(self.image.global_crop) + len(self.image.canvas))
+
+
+class Conversations:
+    """Finished turns by (tenant, response id), oldest forgotten first once `max_turns` or `max_bytes` is passed."""
+
+    def __init__(self, max_turns: int = 512, max_bytes: int = 64 << 20) -> None:
+        self._max_turns = max_turns
+        self._max_bytes = max_bytes
+        self._turns: OrderedDict[tuple[str, str], Turn] = OrderedDict()
+        self._size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    def remember(self, tenant: str, response_id: str, turn: Turn) -> None:
+        """Keep a finished turn, forgetting the oldest as needed. A turn larger than the whole bound is not kept."""
+        if turn.size_bytes > self._max_bytes:
+            return
+        self._turns[tenant, response_id] = turn
+        self._size_bytes += turn.size_bytes
+        while len(self._turns) > self._max_turns or self._size_bytes > self._max_bytes:
+            _, forgotten = self._turns.popitem(last=False)
+            self._size_bytes -= forgotten.size_bytes
+
+    def recall(self, tenant: str, response_id: str) -> Turn | None:
+        """The turn, if this tenant's is still held."""
+        turn = self._turns.get((tenant, response_id))
+        if turn is not None:
+            self._turns.move_to_end((tenant, response_id))
+        return turn

@@ -1,0 +1,162 @@
+"""Owns decoding untrusted pictures: a process of its own with bounded memory, reading jobs from stdin.
+
+Started by `gateway.images` as `python -m gateway.image_process <memory bytes>`; it holds no sockets and no
+secrets, and is killed when a job takes too long. A job and its answer are each one length-prefixed msgpack
+header followed by raw bytes (see `Job`, `Answer`). Nothing here is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import resource
+import struct
+import sys
+from typing import BinaryIO, Final
+
+import msgspec
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from shared.protocol import ImageSpec
+from shared.tiling import choose_tiles
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+PREFIX: Final = struct.Struct("<II")  # header bytes, payload bytes
+
+
+class Job(msgspec.Struct, array_like=True):
+    """Followed by the picture's file."""
+
+    spec: ImageSpec
+    max_pixels: int
+    min_side: int
+
+
+class Answer(msgspec.Struct, array_like=True):
+    """Followed by the global crop and the canvas, unless `error` says why there are none."""
+
+    error: str = ""
+    too_large: bool = False
+    global_bytes: int = 0
+    tiles_h: int = 0
+    tiles_w: int = 0
+    canvas_height: int = 0
+    canvas_width: int = 0
+    digest: bytes = b""
+
+
+class Refused(Exception):
+    """A picture that is not decoded; the message is for its sender."""
+
+    def __init__(self, message: str, *, too_large: bool = False) -> None:
+        super().__init__(message)
+        self.too_large = too_large
+
+
+def prepare(data: bytes, job: Job) -> tuple[Answer, bytes, bytes]:
+    """Decode one file and cut it to what the model wants. Raises `Refused`."""
+    image = _decode(data, job)
+    spec = job.spec
+    margin_px = 2 * spec.margin_patches * spec.patch_size
+    window_px = spec.crop_size - margin_px
+    tiles_h, tiles_w = choose_tiles(
+        image.height,
+        image.width,
+        window=window_px,
+        margin_px_total=margin_px,
+        max_crops=spec.max_crops,
+    )
+    height, width = tiles_h * window_px + margin_px, tiles_w * window_px + margin_px
+    crop = image.resize((spec.crop_size, spec.crop_size), Image.Resampling.LANCZOS).tobytes()
+    if (height, width) == (spec.crop_size, spec.crop_size):
+        canvas = crop
+    else:
+        canvas = image.resize((width, height), Image.Resampling.LANCZOS).tobytes()
+    digest = hashlib.sha256(crop)
+    digest.update(canvas)
+    answer = Answer(
+        global_bytes=len(crop),
+        tiles_h=tiles_h,
+        tiles_w=tiles_w,
+        canvas_height=height,
+        canvas_width=width,
+        digest=digest.digest(),
+    )
+    return answer, crop, canvas
+
+
+def _decode(data: bytes, job: Job) -> Image.Image:
+    """Look at the header first: sizes and frames are judged before a pixel is decoded."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise Refused(f"the data is no picture in one of the formats {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise Refused(f"a picture may have at most {job.max_pixels} pixels", too_large=True) from None
+    except Exception as error:
+        raise Refused(f"the picture's header cannot be read ({type(error).__name__})") from None
+    width, height = image.size
+    if width * height > job.max_pixels:
+        message = f"the picture is {width}×{height}; at most {job.max_pixels} pixels are accepted"
+        raise Refused(message, too_large=True)
+    if min(width, height) < job.min_side:
+        raise Refused(f"the picture is {width}×{height}; each side must have at least {job.min_side} pixels")
+    try:
+        if getattr(image, "is_animated", False):
+            raise Refused("animated pictures are not accepted; send a single frame")
+        image.load()
+        image = ImageOps.exif_transpose(image) or image
+        if image.has_transparency_data:  # what lies under full transparency is noise: show it on white
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Refused:
+        raise
+    except MemoryError:
+        raise Refused("decoding the picture takes more memory than allowed", too_large=True) from None
+    except Exception as error:  # a broken file can raise nearly anything from a decoder
+        raise Refused(f"the picture is damaged and cannot be decoded ({type(error).__name__})") from None
+
+
+def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
+    """Answer jobs until stdin ends."""
+    decode_job = msgspec.msgpack.Decoder(Job).decode
+    while prefix := stdin.read(PREFIX.size):
+        num_header, num_payload = PREFIX.unpack(prefix)
+        job = decode_job(stdin.read(num_header))
+        data = stdin.read(num_payload)
+        try:
+            answer, crop, canvas = prepare(data, job)
+        except Refused as refused:
+            answer, crop, canvas = Answer(str(refused), refused.too_large), b"", b""
+        except MemoryError:
+            answer = Answer("preparing the picture takes more memory than allowed", True)
+            crop = canvas = b""
+        header = msgspec.msgpack.encode(answer)
+        stdout.write(PREFIX.pack(len(header), len(crop) + len(canvas)) + header)
+        stdout.write(crop)
+        stdout.write(canvas)
+        stdout.flush()
+
+
+def limit_memory(num_bytes: int) -> None:
+    """No allocation beyond this, no core dumps, no new files worth mentioning."""
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def main() -> None:
+    """Entry point of the process."""
+    limit_memory(int(sys.argv[1]))
+    Image.MAX_IMAGE_PIXELS = None  # `_decode` judges the size itself, exactly
+    Image.preinit()
+    Image.init()
+    try:
+        serve(sys.stdin.buffer, sys.stdout.buffer)
+    except (KeyboardInterrupt, BrokenPipeError):
+        pass  # the gateway is going, or gone
+
+
+if __name__ == "__main__":
+    main()

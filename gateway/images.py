@@ -1,0 +1,198 @@
+"""Owns turning `data:` URLs into prepared pictures, in a few limited processes. Runs on the gateway's loop.
+
+Each process takes one job at a time from one bounded queue and is replaced when it dies or exceeds its time.
+Nothing is ever fetched: a remote URL is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import os
+import re
+import sys
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import structlog
+
+from gateway.config import GatewayConfig
+from gateway.generation import PreparedImage, RequestError
+from gateway.image_process import PREFIX, Answer, Job
+from shared.errors import ErrorCode
+from shared.protocol import ImageInput, ImageSpec
+
+_DATA_URL = re.compile(r"data:([a-zA-Z0-9.+/-]{0,100})(;[a-zA-Z0-9=.+_-]{1,100})*;base64,", re.ASCII)
+_MAX_PENDING: Final = 256
+
+log = structlog.get_logger(__name__)
+_decode_answer = msgspec.msgpack.Decoder(Answer).decode
+
+
+@dataclass(slots=True)
+class _Pending:
+    job: Job
+    data: bytes
+    future: asyncio.Future[tuple[Answer, bytes]]
+
+
+class ImageDecoder:
+    """The picture processes and the queue in front of them."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._config = config
+        self._queue: asyncio.Queue[_Pending] = asyncio.Queue(_MAX_PENDING)
+        self._tasks: list[asyncio.Task[None]] = []
+        self.num_pending = 0
+
+    async def start(self) -> None:
+        """Start the processes; they are ready when the first job comes, or a moment later."""
+        self._tasks = [
+            asyncio.create_task(self._keep_process(), name=f"images-{number}")
+            for number in range(self._config.image_processes)
+        ]
+
+    async def stop(self) -> None:
+        """Kill the processes and fail what waits. Idempotent."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while not self._queue.empty():
+            self._queue.get_nowait().future.cancel()
+
+    async def prepare(self, data_url: str, spec: ImageSpec, *, param: str) -> PreparedImage:
+        """Decode and resize. Raises `RequestError` INVALID_REQUEST, PAYLOAD_TOO_LARGE or QUEUE_FULL."""
+        data = self._file(data_url, param)
+        job = Job(spec, self._config.max_image_pixels, self._config.min_image_side)
+        pending = _Pending(job, data, asyncio.get_running_loop().create_future())
+        try:
+            self._queue.put_nowait(pending)
+        except asyncio.QueueFull:
+            message = f"{_MAX_PENDING} pictures are waiting to be decoded"
+            raise RequestError(ErrorCode.QUEUE_FULL, message, retry_after_s=1.0) from None
+        self.num_pending += 1
+        try:
+            answer, pixels = await pending.future
+        finally:
+            self.num_pending -= 1
+        if answer.error:
+            code = ErrorCode.PAYLOAD_TOO_LARGE if answer.too_large else ErrorCode.INVALID_REQUEST
+            raise RequestError(code, answer.error, param=param)
+        wire = ImageInput(
+            position=0,
+            tiles_h=answer.tiles_h,
+            tiles_w=answer.tiles_w,
+            canvas_height=answer.canvas_height,
+            canvas_width=answer.canvas_width,
+            digest=answer.digest,
+        )
+        return PreparedImage(wire, pixels[: answer.global_bytes], pixels[answer.global_bytes :])
+
+    def _file(self, data_url: str, param: str) -> bytes:
+        """The file inside a data URL."""
+        match = _DATA_URL.match(data_url)
+        if match is None:
+            if data_url[:6].lower().startswith(("http:", "https:", "file:", "ftp:")):
+                message = "pictures are not fetched from URLs; send the file itself as data:image/png;base64,…"
+            else:
+                message = "expected a base64 data URL: data:image/png;base64,…"
+            raise RequestError(ErrorCode.INVALID_REQUEST, message, param=param)
+        if match[1] and not match[1].startswith("image/") and match[1] != "application/octet-stream":
+            message = f"expected a picture, got {match[1][:100]}"
+            raise RequestError(ErrorCode.INVALID_REQUEST, message, param=param)
+        limit = self._config.max_image_bytes
+        if (len(data_url) - match.end()) * 3 // 4 > limit + 2:
+            raise RequestError(
+                ErrorCode.PAYLOAD_TOO_LARGE, f"a picture's file may have at most {limit} bytes", param=param
+            )
+        try:
+            data = base64.b64decode(data_url[match.end() :], validate=True)
+        except (binascii.Error, ValueError):
+            raise RequestError(ErrorCode.INVALID_REQUEST, "the data URL is not base64", param=param) from None
+        if not data:
+            raise RequestError(ErrorCode.INVALID_REQUEST, "the picture is empty", param=param)
+        return data
+
+    # ------------------------------------------------------------ processes
+
+    async def _keep_process(self) -> None:
+        """One process at a time, started anew after a death; runs until cancelled."""
+        failures = 0
+        while True:
+            process: asyncio.subprocess.Process | None = None
+            try:
+                process = await self._start_process()
+                while True:
+                    await self._work(process)
+                    failures = 0
+            except (OSError, asyncio.IncompleteReadError, TimeoutError) as error:
+                failures += 1
+                log.warning("image_process_died", reason=type(error).__name__)
+            finally:
+                if process is not None:
+                    await _kill(process)
+            await asyncio.sleep(min(5.0, 0.05 * 2**failures))
+
+    async def _start_process(self) -> asyncio.subprocess.Process:
+        # The children see the import path and nothing else of the environment: no keys, no proxies.
+        environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "LC_ALL": "C.UTF-8"}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "gateway.image_process",
+            str(self._config.image_memory_bytes),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=environment,
+            limit=1 << 20,
+            start_new_session=True,  # a Ctrl-C at the terminal is the gateway's to handle
+        )
+        return process
+
+    async def _work(self, process: asyncio.subprocess.Process) -> None:
+        """One job. Raises when the process is no longer good; its caller has been answered then."""
+        pending = await self._queue.get()
+        if pending.future.done():
+            return  # its client left
+        timeout_s = self._config.image_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await _ask(process, pending.job, pending.data)
+        except TimeoutError:
+            _fail(pending, f"the picture was not decoded within {timeout_s:g} s")
+            raise
+        except (OSError, asyncio.IncompleteReadError):
+            _fail(pending, "the picture could not be decoded: its decoder died")
+            raise
+        except asyncio.CancelledError:
+            pending.future.cancel()
+            raise
+        if not pending.future.done():
+            pending.future.set_result(answer)
+
+
+async def _ask(process: asyncio.subprocess.Process, job: Job, data: bytes) -> tuple[Answer, bytes]:
+    assert process.stdin is not None and process.stdout is not None
+    header = msgspec.msgpack.encode(job)
+    process.stdin.write(PREFIX.pack(len(header), len(data)) + header)
+    process.stdin.write(data)
+    await process.stdin.drain()
+    num_header, num_payload = PREFIX.unpack(await process.stdout.readexactly(PREFIX.size))
+    answer = _decode_answer(await process.stdout.readexactly(num_header))
+    return answer, await process.stdout.readexactly(num_payload)
+
+
+def _fail(pending: _Pending, message: str) -> None:
+    if not pending.future.done():
+        pending.future.set_result((Answer(message), b""))
+
+
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    try:
+        process.kill()
+    except ProcessLookupError:
+        pass
+    await process.wait()

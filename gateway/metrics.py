@@ -1,0 +1,288 @@
+"""Owns what `/metrics` tells: the gateway's counters and histograms, and the workers' last beats. Gateway's loop.
+
+Counting happens on the hot path, so it is plain arithmetic on lists; Prometheus objects are made only when
+somebody scrapes. Labels are bounded sets (reason, code, worker number, model id), never user data.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from gateway.generation import End
+from shared.errors import ErrorCode
+from shared.protocol import HISTOGRAM_BUCKETS_S
+
+if TYPE_CHECKING:
+    from gateway.service import Service, Worker
+
+# What vLLM's dashboards ask for, and the histogram of ours that answers.
+_VLLM_HISTOGRAMS: Final = {
+    "vllm:time_to_first_token_seconds": "time_to_first_token_seconds",
+    "vllm:inter_token_latency_seconds": "inter_token_latency_seconds",
+    "vllm:e2e_request_latency_seconds": "e2e_request_latency_seconds",
+    "vllm:request_queue_time_seconds": "request_queue_time_seconds",
+    "vllm:request_prefill_time_seconds": "request_prefill_time_seconds",
+    "vllm:request_decode_time_seconds": "request_decode_time_seconds",
+}
+
+
+class Histogram:
+    """Seconds in the buckets of `shared.protocol.HISTOGRAM_BUCKETS_S`."""
+
+    __slots__ = ("counts", "help", "total_s")
+
+    def __init__(self, help: str) -> None:
+        self.help = help
+        self.counts = [0] * (len(HISTOGRAM_BUCKETS_S) + 1)
+        self.total_s = 0.0
+
+    def observe(self, value_s: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(HISTOGRAM_BUCKETS_S, value_s)] += 1
+        self.total_s += value_s
+
+    def family(self, name: str) -> Metric:
+        """As Prometheus wants it."""
+        family = HistogramMetricFamily(name, self.help)
+        family.add_metric([], _buckets(self.counts), self.total_s)
+        return family
+
+
+class Metrics:
+    """The gateway's own figures. `watch` adds those of the workers."""
+
+    def __init__(self, *, vllm_names: bool = False) -> None:
+        self.accepted: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+        self.ended: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.http: Counter[tuple[str, int]] = Counter()
+        self.num_workers_lost = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.generated_tokens = 0
+        self.num_slow_clients = 0
+        self.histograms = {
+            "time_to_first_token_seconds": Histogram("Accepted request to first token"),
+            "inter_token_latency_seconds": Histogram("Between two tokens of one stream"),
+            "e2e_request_latency_seconds": Histogram("Accepted request to terminal event"),
+            "request_queue_time_seconds": Histogram("Waiting in the worker"),
+            "request_prefill_time_seconds": Histogram("Reading the prompt"),
+            "request_decode_time_seconds": Histogram("From first token to last"),
+        }
+        self._ttft = self.histograms["time_to_first_token_seconds"]
+        self._gap = self.histograms["inter_token_latency_seconds"]
+        self._service: Service | None = None
+        self._registry = CollectorRegistry()
+        self._registry.register(_Scrape(self))
+        self.vllm_names = vllm_names
+
+    # ------------------------------------------------------------ counting
+
+    def on_accepted(self, model_id: str) -> None:
+        """A request has a place."""
+        self.accepted[model_id] += 1
+
+    def on_refused(self, code: ErrorCode) -> None:
+        """A request was turned away at admission, here or by the worker."""
+        self.refused[code.value] += 1
+
+    def on_first_token(self, wait_s: float) -> None:
+        """Time to first token of one stream."""
+        self._ttft.observe(wait_s)
+
+    def on_token_gap(self, gap_s: float) -> None:
+        """Time between two tokens of one stream."""
+        self._gap.observe(gap_s)
+
+    def on_end(self, end: End, elapsed_s: float) -> None:
+        """A request's terminal event."""
+        usage = end.usage
+        self.ended[end.reason.value] += 1
+        if end.error is not None:
+            self.errors[end.error.code.value] += 1
+        self.prompt_tokens += usage.prompt_tokens
+        self.cached_tokens += usage.cached_tokens
+        self.generated_tokens += usage.completion_tokens
+        self.histograms["e2e_request_latency_seconds"].observe(elapsed_s)
+        self.histograms["request_queue_time_seconds"].observe(usage.queue_s)
+        self.histograms["request_prefill_time_seconds"].observe(usage.prefill_s)
+        self.histograms["request_decode_time_seconds"].observe(usage.decode_s)
+
+    def on_worker_lost(self) -> None:
+        """A worker died, fell silent or restarted."""
+        self.num_workers_lost += 1
+
+    def on_response(self, route: str, status: int) -> None:
+        """An HTTP answer is out; `route` is the matched route's pattern, never the path."""
+        self.http[route, status] += 1
+
+    def watch(self, service: Service) -> None:
+        """Report this service's workers too."""
+        self._service = service
+        self.vllm_names = service.config.vllm_metrics
+
+    # ------------------------------------------------------------ telling
+
+    def render(self) -> bytes:
+        """Prometheus text format."""
+        return generate_latest(self._registry)
+
+    def families(self) -> Iterator[Metric]:
+        """Every family of a scrape."""
+        yield _counter("requests_accepted", "Requests that got a place", self.accepted, "model")
+        yield _counter("requests_refused", "Requests refused for lack of a place", self.refused, "code")
+        yield _counter("requests_ended", "Terminal events by reason", self.ended, "reason")
+        yield _counter("request_errors", "Terminal events that were errors", self.errors, "code")
+        answers = CounterMetricFamily("degas_http_responses", "HTTP answers", labels=["route", "status"])
+        for (route, status), number in self.http.items():
+            answers.add_metric([route, str(status)], number)
+        yield answers
+        for name, value in (
+            ("prompt_tokens", self.prompt_tokens),
+            ("cached_prompt_tokens", self.cached_tokens),
+            ("generation_tokens", self.generated_tokens),
+            ("workers_lost", self.num_workers_lost),
+            ("slow_clients", self.num_slow_clients),
+        ):
+            yield CounterMetricFamily(f"degas_{name}", name.replace("_", " "), value)
+        for name, histogram in self.histograms.items():
+            yield histogram.family(f"degas_{name}")
+        if self._service is not None:
+            yield from self._service_families(self._service)
+            if self.vllm_names:
+                yield from self._vllm_families(self._service)
+
+    def _service_families(self, service: Service) -> Iterator[Metric]:
+        yield GaugeMetricFamily("degas_requests_in_flight", "Accepted, not ended", service.num_in_flight)
+        yield GaugeMetricFamily("degas_requests_recovering", "Waiting after a death", service.num_recovering)
+        yield GaugeMetricFamily("degas_ready", "1 when new work is served", int(service.readiness()[0]))
+        yield GaugeMetricFamily("degas_images_pending", "Being decoded", service.images.num_pending)
+        labels = ["worker"]
+        up = GaugeMetricFamily("degas_worker_up", "1 while its decode thread makes progress", labels=labels)
+        anomalies = CounterMetricFamily(
+            "degas_worker_anomalies", "Frames dropped, by kind", labels=[*labels, "kind"]
+        )
+        gauges: dict[str, GaugeMetricFamily] = {}
+        histograms: dict[str, HistogramMetricFamily] = {}
+        for worker in service.workers:
+            key = str(worker.key)
+            up.add_metric([key], int(worker.link.ready is not None))
+            for kind, number in worker.link.anomalies.items():
+                anomalies.add_metric([key, kind], number)
+            for name, value in _beat_values(worker):
+                if name not in gauges:
+                    gauges[name] = GaugeMetricFamily(f"degas_worker_{name}", f"{name} of the worker", labels=labels)
+                gauges[name].add_metric([key], value)
+            beat = worker.link.beat
+            for name, numbers in beat.histograms.items() if beat is not None else ():
+                if not _is_name(name) or len(numbers) != len(HISTOGRAM_BUCKETS_S) + 2:
+                    continue
+                if name not in histograms:
+                    help = f"{name} of the worker"
+                    histograms[name] = HistogramMetricFamily(f"degas_worker_{name}", help, labels=labels)
+                histograms[name].add_metric([key], _buckets(numbers[:-1]), numbers[-1])
+        yield up
+        yield anomalies
+        yield from gauges.values()
+        yield from histograms.values()
+
+    def _vllm_families(self, service: Service) -> Iterator[Metric]:
+        card = next(iter(service.cards()), None)
+        model = card.model_id if card is not None else ""
+        beats = [worker.link.beat for worker in service.workers if worker.link.beat is not None]
+        total = sum(beat.total_pages for beat in beats)
+        used = total - sum(beat.free_pages for beat in beats)
+        running, waiting = sum(b.num_running for b in beats), sum(b.num_waiting for b in beats)
+        for name, value in (
+            ("num_requests_running", running),
+            ("num_requests_waiting", waiting),
+            ("kv_cache_usage_perc", used / total if total else 0.0),
+        ):
+            yield _labelled(GaugeMetricFamily(f"vllm:{name}", name, labels=["model_name"]), model, value)
+        for name in ("prefix_cache_queries", "prefix_cache_hits"):
+            value = sum(beat.metrics.get(name, 0.0) for beat in beats)
+            yield _labelled(CounterMetricFamily(f"vllm:{name}", name, labels=["model_name"]), model, value)
+        for name, value in (("prompt_tokens", self.prompt_tokens), ("generation_tokens", self.generated_tokens)):
+            yield _labelled(CounterMetricFamily(f"vllm:{name}", name, labels=["model_name"]), model, value)
+        success = CounterMetricFamily(
+            "vllm:request_success", "Finished requests", labels=["model_name", "finished_reason"]
+        )
+        for reason, number in self.ended.items():
+            success.add_metric([model, reason], number)
+        yield success
+        for name, ours in _VLLM_HISTOGRAMS.items():
+            histogram = self.histograms[ours]
+            family = HistogramMetricFamily(name, histogram.help, labels=["model_name"])
+            family.add_metric([model], _buckets(histogram.counts), histogram.total_s)
+            yield family
+
+
+class _Scrape(Collector):
+    """Hands the registry what is known at this moment."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics.families()
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+
+def _beat_values(worker: Worker) -> Iterator[tuple[str, float]]:
+    beat = worker.link.beat
+    if beat is None:
+        return
+    yield "step", beat.step
+    yield "num_running", beat.num_running
+    yield "num_waiting", beat.num_waiting
+    yield "free_pages", beat.free_pages
+    yield "total_pages", beat.total_pages
+    yield "drain_rate", beat.drain_rate
+    fixed = {"step", "num_running", "num_waiting", "free_pages", "total_pages", "drain_rate"}
+    for name, value in beat.metrics.items():
+        if name not in fixed and _is_name(name):
+            yield name, value
+
+
+def _is_name(name: str) -> bool:
+    """Whether a worker's own name fits Prometheus; anything else is left out rather than failing the scrape."""
+    return name.isascii() and name.replace("_", "a").isalnum() and not name[0].isdigit()
+
+
+def _buckets(counts: list[int] | list[float]) -> list[tuple[str, float]]:
+    """Cumulative buckets from per-bucket counts, the last one being everything above."""
+    bounds = [*(str(bound) for bound in HISTOGRAM_BUCKETS_S), "+Inf"]
+    total, buckets = 0.0, []
+    for bound, number in zip(bounds, counts, strict=True):
+        total += number
+        buckets.append((bound, total))
+    return buckets
+
+
+def _counter(name: str, help: str, counts: Counter[str], label: str) -> Metric:
+    family = CounterMetricFamily(f"degas_{name}", help, labels=[label])
+    for key, number in counts.items():
+        family.add_metric([key], number)
+    return family
+
+
+def _labelled(
+    family: GaugeMetricFamily | CounterMetricFamily, model: str, value: float
+) -> GaugeMetricFamily | CounterMetricFamily:
+    family.add_metric([model], value)
+    return family

@@ -1,0 +1,521 @@
+"""Owns the streaming core: models, workers, placement, retries and deadlines. Runs on the gateway's loop.
+
+Implements `gateway.generation.Core`. Interfaces hand in a validated `GenerateRequest` and a `Listener`; from
+then on the request has exactly one `Flight`, on one worker or waiting for one, until its one end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Final
+
+import structlog
+import zmq
+
+from gateway.admission import Admission, Lane
+from gateway.config import GatewayConfig
+from gateway.flights import Flight, Flights
+from gateway.generation import GenerateRequest, Listener, PreparedImage, RequestError, RunningStream
+from gateway.images import ImageDecoder
+from gateway.metrics import Metrics
+from gateway.recovery import Recovery
+from gateway.stream import StreamState
+from gateway.templates import ChatTemplate
+from gateway.tokens import ModelTokens, TokenizerError
+from gateway.worker_client import WorkerLink
+from shared import protocol as wire
+from shared.errors import ErrorCode
+
+_TICK_S: Final = 0.25
+_DEADLINE_GRACE_S: Final = 2.0  # the worker ends a late sequence itself, with its own finish reason
+_INLINE_CHARS: Final = 4096  # longer texts are encoded on a thread
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class ServedModel:
+    """A model some worker announced."""
+
+    card: wire.ModelCard
+    limits: wire.Limits
+    tokens: ModelTokens
+    template: ChatTemplate | None
+
+
+@dataclass(slots=True)
+class Worker:
+    """One link, and what this gateway has on it."""
+
+    key: int
+    link: WorkerLink
+    flights: Flights
+    lane: Lane
+    model: ServedModel | None = None
+
+
+class Service:
+    """See `gateway.generation.Core` for the part interfaces use."""
+
+    def __init__(
+        self, config: GatewayConfig, metrics: Metrics | None = None, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.config = config
+        self.metrics = metrics or Metrics()
+        self.draining = False
+        self.images = ImageDecoder(config)
+        self.gateway_id = f"gw-{secrets.token_hex(6)}"
+        self._now = now
+        self._admission = Admission(config.max_queue, config.max_wait_s)
+        self._recovery = Recovery(config.retry_wait_s)
+        self._models: dict[str, ServedModel] = {}
+        self._workers: list[Worker] = []
+        self._by_link: dict[WorkerLink, Worker] = {}
+        self._flights: dict[Flight, None] = {}  # every unlanded flight, oldest first
+        self._sequence_ids = count(secrets.randbits(30) << 20)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._timer: asyncio.TimerHandle | None = None
+        self._traces: dict[WorkerLink, asyncio.Future[bytes]] = {}
+        self._idle: asyncio.Event = asyncio.Event()
+        self._idle.set()
+
+    # ------------------------------------------------------------ life
+
+    async def start(self) -> None:
+        """Connect to every worker of the configuration. Raises `gateway.config.ConfigError` for bad keys."""
+        await self.images.start()
+        for key, endpoint in enumerate(self.config.workers):
+            link = WorkerLink(
+                endpoint,
+                self,
+                self._context,
+                gateway_id=self.gateway_id,
+                progress_timeout_s=self.config.progress_timeout_s,
+                curve_key_dir=self.config.curve_key_dir,
+                now=self._now,
+            )
+            worker = Worker(key, link, Flights(self, link.note, self._now), self._admission.lane(0, 0))
+            self._workers.append(worker)
+            self._by_link[link] = worker
+        self.metrics.watch(self)
+        for worker in self._workers:
+            worker.link.open()
+        self._tick()
+
+    def begin_drain(self) -> None:
+        """Refuse new work from now on; what is in flight goes on."""
+        self.draining = True
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing is in flight; False when it takes too long."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def end_all(self, error: RequestError) -> int:
+        """End every flight with this error; returns how many there were."""
+        flights = list(self._flights)
+        for flight in flights:
+            self.stop_sequence(flight)
+            flight.fail(error)
+        return len(flights)
+
+    async def stop(self) -> None:
+        """End what is left, close the sockets and the picture processes. Idempotent."""
+        self.draining = True
+        self.end_all(RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down"))
+        if self._timer is not None:
+            self._timer.cancel()
+        for worker in self._workers:
+            worker.link.close()
+        await self.images.stop()
+        self._context.destroy(linger=0)
+
+    # ------------------------------------------------------------ what interfaces see
+
+    def card(self, model_id: str | None) -> wire.ModelCard:
+        """See `Core.card`."""
+        return self._model(model_id).card
+
+    def cards(self) -> list[wire.ModelCard]:
+        """See `Core.cards`."""
+        served = [worker.model for worker in self._workers]
+        return [model.card for model in self._models.values() if any(model is other for other in served)]
+
+    def limits(self, model_id: str | None) -> wire.Limits:
+        """The bounds of the workers serving this model. Raises as `card`."""
+        return self._model(model_id).limits
+
+    def tokens(self, model_id: str | None) -> ModelTokens:
+        """The model's tokenizer. Raises as `card`."""
+        return self._model(model_id).tokens
+
+    def has_template(self, model_id: str) -> bool:
+        """Whether the model brought a chat template."""
+        return self._model(model_id).template is not None
+
+    def encode(self, model_id: str, text: str) -> list[int]:
+        """See `Core.encode`."""
+        return self._model(model_id).tokens.encode(text)
+
+    async def encode_async(self, model_id: str, text: str) -> list[int]:
+        """As `encode`, off the loop when the text is long."""
+        tokens = self._model(model_id).tokens
+        if len(text) <= _INLINE_CHARS:
+            return tokens.encode(text)
+        return await asyncio.to_thread(tokens.encode, text)
+
+    def decode(self, model_id: str, token_ids: list[int]) -> str:
+        """See `Core.decode`."""
+        return self._model(model_id).tokens.decode(token_ids)
+
+    def render_chat(self, model_id: str, messages: list[dict[str, object]], tools: list[object] | None) -> str:
+        """See `Core.render_chat`. Runs where it is called; interfaces use `render_chat_async`."""
+        return self._template(model_id).render(messages, tools)
+
+    async def render_chat_async(
+        self, model_id: str, messages: list[dict[str, object]], tools: list[object] | None
+    ) -> str:
+        """As `render_chat`, off the loop and within a deadline."""
+        return await self._template(model_id).render_async(messages, tools)
+
+    async def prepare_image(self, model_id: str, data_url: str, *, param: str) -> PreparedImage:
+        """See `Core.prepare_image`. Refuses before decoding when the answer would be QUEUE_FULL anyway."""
+        card = self.card(model_id)
+        if card.image is None:
+            raise RequestError(ErrorCode.UNSUPPORTED, f"model {card.model_id} takes no pictures", param=param)
+        self.check_capacity(model_id, num_new=1 + self.images.num_pending)
+        return await self.images.prepare(data_url, card.image, param=param)
+
+    def check_capacity(self, model_id: str | None, tenant: str = "", num_new: int = 1) -> None:
+        """Raises what `submit` would for lack of a place: call it before expensive preparation."""
+        model = self._model(model_id)
+        self._place(model, tenant, min(num_new, self._widest(model)))
+
+    def submit(self, request: GenerateRequest, listener: Listener) -> RunningStream:
+        """See `Core.submit`."""
+        model = self._model(request.model_id)
+        self._check_length(model, request)
+        worker = self._place(model, request.tenant, 1)
+        now_s = self._now()
+        deadline_s = min(request.deadline_s or self.config.request_deadline_s, self.config.request_deadline_s)
+        flight = Flight(
+            request,
+            listener,
+            self._fresh_state(model, request, now_s),
+            self,
+            started_s=now_s,
+            deadline_s=now_s + deadline_s,
+        )
+        self._send(flight, worker)
+        self._flights[flight] = None
+        self._idle.clear()
+        self.metrics.on_accepted(model.card.model_id)
+        return flight
+
+    def readiness(self) -> tuple[bool, str]:
+        """Whether new work would be served, and why not."""
+        if self.draining:
+            return False, "shutting down"
+        if any(worker.link.ready is not None for worker in self._workers):
+            return True, "ready"
+        refusals = [worker.link.refusal for worker in self._workers if worker.link.refusal]
+        if refusals:
+            return False, refusals[0]
+        if not self._workers:
+            return False, "no worker is configured (workers)"
+        return False, "no worker is ready"
+
+    @property
+    def workers(self) -> list[Worker]:
+        """Every configured worker, for metrics and the admin page."""
+        return self._workers
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests accepted and not ended."""
+        return len(self._flights)
+
+    @property
+    def num_recovering(self) -> int:
+        """Requests waiting for a worker after theirs died."""
+        return len(self._recovery)
+
+    async def trace(self, num_steps: int, timeout_s: float = 60.0) -> bytes:
+        """Record steps of the first ready worker; Chrome-trace JSON. Raises `RequestError`."""
+        worker = next((worker for worker in self._workers if worker.link.ready is not None), None)
+        if worker is None:
+            raise RequestError(ErrorCode.LOADING, "no worker is ready")
+        if worker.link in self._traces:
+            raise RequestError(ErrorCode.QUEUE_FULL, "a recording is running")
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._traces[worker.link] = future
+        try:
+            worker.link.trace(num_steps)
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            message = f"the worker ran fewer than {num_steps} steps in {timeout_s:g} s"
+            raise RequestError(ErrorCode.DEADLINE_EXCEEDED, message) from None
+        finally:
+            self._traces.pop(worker.link, None)
+
+    # ------------------------------------------------------------ placement
+
+    def _model(self, model_id: str | None) -> ServedModel:
+        if model_id is None:
+            model_id = self.config.default_model or next(iter(self._models), None)
+        else:
+            model_id = self.config.model_aliases.get(model_id, model_id)
+        model = self._models.get(model_id) if model_id is not None else None
+        if model is not None:
+            return model
+        if not self._models:
+            reason = "shutting down" if self.draining else "the model is still loading"
+            raise RequestError(ErrorCode.SHUTTING_DOWN if self.draining else ErrorCode.LOADING, reason)
+        served = ", ".join(self._models)
+        message = f"the model {str(model_id)[:100]!r} does not exist; served here: {served}"
+        raise RequestError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
+
+    def _template(self, model_id: str) -> ChatTemplate:
+        model = self._model(model_id)
+        if model.template is None:
+            message = f"model {model.card.model_id} has no chat template"
+            raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
+        return model.template
+
+    def _widest(self, model: ServedModel) -> int:
+        return max((w.lane.capacity for w in self._workers if w.model is model), default=1)
+
+    def _place(self, model: ServedModel, tenant: str, num_new: int) -> Worker:
+        """The ready worker with the most room. Raises `RequestError`."""
+        if self.draining:
+            raise RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+        ready = [worker for worker in self._workers if worker.model is model and worker.link.ready is not None]
+        if not ready:
+            raise RequestError(ErrorCode.LOADING, "no worker serves this model at the moment")
+        best = min(ready, key=lambda worker: worker.lane.load)
+        try:
+            self._admission.check(best.lane, tenant, num_new)
+        except RequestError as error:
+            self.metrics.on_refused(error.code)
+            raise
+        return best
+
+    def _check_length(self, model: ServedModel, request: GenerateRequest) -> None:
+        card = model.card
+        longest = min(card.context_tokens, model.limits.max_sequence_tokens or card.context_tokens)
+        num_prompt = self._num_prompt(model, request)
+        if num_prompt + 1 > longest:
+            message = f"the prompt has {num_prompt} tokens, with the pictures'; at most {longest - 1} fit"
+            raise RequestError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param="messages")
+        if num_prompt + request.max_tokens > longest:
+            message = (
+                f"{num_prompt} prompt tokens and max_tokens {request.max_tokens} exceed the context of "
+                f"{longest}; max_tokens may be at most {longest - num_prompt}"
+            )
+            raise RequestError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param="max_tokens")
+        if any(not 0 <= token_id < card.vocab_size for token_id in request.prompt_ids):
+            message = f"token ids are between 0 and {card.vocab_size - 1}"
+            raise RequestError(ErrorCode.INVALID_REQUEST, message, param="prompt")
+
+    def room(self, model_id: str | None, num_prompt_ids: int, num_images: int = 0) -> int:
+        """How many tokens may be generated after such a prompt; at least 1, so that `submit` explains."""
+        model = self._model(model_id)
+        num_image = model.card.image.num_tokens * num_images if model.card.image is not None else 0
+        longest = min(model.card.context_tokens, model.limits.max_sequence_tokens or model.card.context_tokens)
+        return max(1, longest - num_prompt_ids - num_image)
+
+    @staticmethod
+    def _num_prompt(model: ServedModel, request: GenerateRequest) -> int:
+        num_image = model.card.image.num_tokens * len(request.images) if model.card.image is not None else 0
+        return len(request.prompt_ids) + num_image
+
+    def _fresh_state(self, model: ServedModel, request: GenerateRequest, now_s: float) -> StreamState:
+        return StreamState(
+            model.tokens.detokenizer(keep_special=request.echo_special),
+            started_s=now_s,
+            num_prompt=self._num_prompt(model, request),
+            stops=request.stop,
+            task=request.task,
+            want_logprobs=request.sampling.num_logprobs >= 0,
+        )
+
+    def _send(self, flight: Flight, worker: Worker) -> None:
+        """Put a flight on a worker. Raises `RequestError`, and then it is nowhere."""
+        request = flight.request
+        flight.sequence_id = next(self._sequence_ids)
+        submit = wire.Submit(
+            epoch=worker.link.epoch,
+            sequence_id=flight.sequence_id,
+            request_id=request.request_id,
+            prompt=wire.pack_i32(request.prompt_ids),
+            max_tokens=request.max_tokens,
+            sampling=request.sampling,
+            images=[image.spec for image in request.images],
+            stop_ids=request.stop_ids,
+            task=request.task,
+            max_objects=request.max_objects,
+            tenant=request.tenant,
+            priority=request.priority,
+            deadline_s=max(0.001, flight.deadline_s - self._now()),
+            grammar=request.grammar,
+        )
+        payloads = [frame for image in request.images for frame in (image.global_crop, image.canvas)]
+        worker.link.submit(submit, payloads)
+        flight.attempts += 1
+        flight.lane_key = worker.key
+        worker.flights.by_id[flight.sequence_id] = flight
+        worker.lane.enter(request.tenant)
+
+    # ------------------------------------------------------------ told by flights
+
+    def on_started(self, flight: Flight) -> None:
+        """See `FlightEvents`."""
+        self.metrics.on_first_token(self._now() - flight.started_s)
+        if self._recovery.on_settled(flight):
+            self._resume()
+
+    def on_token_gap(self, gap_s: float) -> None:
+        """See `FlightEvents`."""
+        self.metrics.on_token_gap(gap_s)
+
+    def on_landed(self, flight: Flight) -> None:
+        """See `FlightEvents`."""
+        self._take_off(flight)
+        self._flights.pop(flight, None)
+        if not self._flights:
+            self._idle.set()
+        assert flight.state.end is not None
+        self.metrics.on_end(flight.state.end, self._now() - flight.started_s)
+        if self._recovery.on_settled(flight):
+            self._resume()
+
+    def stop_sequence(self, flight: Flight) -> None:
+        """See `FlightEvents`."""
+        if flight.lane_key is not None:
+            self._workers[flight.lane_key].link.cancel([flight.sequence_id])
+
+    def _take_off(self, flight: Flight) -> None:
+        if flight.lane_key is None:
+            return
+        worker = self._workers[flight.lane_key]
+        if worker.flights.by_id.pop(flight.sequence_id, None) is not None:
+            worker.lane.leave(flight.request.tenant, self._now())
+        flight.lane_key = None
+
+    # ------------------------------------------------------------ told by links
+
+    def on_ready(self, link: WorkerLink, tokenizer_json: bytes, chat_template: bytes) -> None:
+        """See `WorkerEvents`."""
+        worker = self._by_link[link]
+        assert link.ready is not None
+        card, limits = link.ready.model, link.ready.limits
+        known = self._models.get(card.model_id)
+        try:
+            if known is not None and known.tokens.matches(tokenizer_json):
+                tokens = known.tokens
+            else:
+                tokens = ModelTokens(tokenizer_json)
+            template = ChatTemplate(chat_template.decode(), tokens, card) if chat_template else None
+        except (TokenizerError, UnicodeDecodeError, RequestError) as error:
+            link.disown(f"model {card.model_id}: {error}")
+            return
+        if known is None or (known.card, known.limits, known.tokens) != (card, limits, tokens):
+            model = ServedModel(card, limits, tokens, template)
+            self._models[card.model_id] = model
+            for other in self._workers:  # the newest announcement speaks for all workers of this name
+                if other.model is known and known is not None:
+                    other.model = model
+        worker.model = self._models[card.model_id]
+        worker.lane = self._admission.lane(limits.max_rows, limits.max_waiting)
+        self._resume()
+
+    def on_outputs(self, link: WorkerLink, outputs: wire.StepOutputs) -> None:
+        """See `WorkerEvents`."""
+        try:
+            self._by_link[link].flights.on_outputs(outputs)
+        except ValueError:
+            link.note("malformed")
+
+    def on_rejected(self, link: WorkerLink, rejected: wire.Rejected) -> None:
+        """See `WorkerEvents`."""
+        self.metrics.on_refused(rejected.code)
+        self._by_link[link].flights.on_rejected(rejected)
+
+    def on_beat(self, link: WorkerLink, beat: wire.Beat) -> None:
+        """See `WorkerEvents`."""
+        self._by_link[link].lane.on_beat(beat.drain_rate, beat.num_waiting)
+
+    def on_trace(self, link: WorkerLink, trace: bytes) -> None:
+        """See `WorkerEvents`."""
+        future = self._traces.get(link)
+        if future is not None and not future.done():
+            future.set_result(trace)
+
+    def on_lost(self, link: WorkerLink, error: RequestError) -> None:
+        """See `WorkerEvents`: streams that began end here, the others are retried once (see `Recovery`)."""
+        worker = self._by_link[link]
+        lost = list(worker.flights.by_id.values())
+        now_s = self._now()
+        num_retried = 0
+        for flight in lost:
+            self._take_off(flight)
+            if flight.state.next_index == 0 and not self.draining and self._recovery.take(flight, now_s):
+                num_retried += 1
+            elif flight.state.next_index == 0 and flight.attempts > 1:
+                message = "this request was being started when its worker died, twice; it will not be tried again"
+                flight.fail(RequestError(ErrorCode.QUARANTINED, message))
+            else:
+                flight.fail(error)
+        if lost:
+            log.warning("flights_lost", num_ended=len(lost) - num_retried, num_retried=num_retried)
+        self.metrics.on_worker_lost()
+        self._resume()
+
+    # ------------------------------------------------------------ retries and deadlines
+
+    def _resume(self) -> None:
+        """Send the next suspect, if a worker has room for it."""
+        while (flight := self._recovery.next()) is not None:
+            if flight.landed:
+                self._recovery.on_settled(flight)
+                continue
+            try:
+                model = self._model(flight.request.model_id)
+                worker = self._place(model, flight.request.tenant, 1)
+                self._send(flight, worker)
+            except RequestError as error:
+                if error.code in (ErrorCode.LOADING, ErrorCode.QUEUE_FULL, ErrorCode.WORKER_LOST):
+                    self._recovery.put_back(flight)
+                    return
+                self._recovery.on_settled(flight)
+                flight.fail(error)
+                continue
+            flight.state = self._fresh_state(model, flight.request, flight.started_s)
+            return
+
+    def _tick(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
+        try:
+            now_s = self._now()
+            for flight in self._recovery.expired(now_s):
+                flight.fail(RequestError(ErrorCode.WORKER_LOST, "the worker died and none took its place"))
+            late = [f for f in self._flights if now_s > f.deadline_s + _DEADLINE_GRACE_S]
+            for flight in late:
+                self.stop_sequence(flight)
+                allowed_s = flight.deadline_s - flight.started_s
+                message = f"the request was not finished after {allowed_s:g} s"
+                flight.fail(RequestError(ErrorCode.DEADLINE_EXCEEDED, message))
+            if len(self._recovery):
+                self._resume()
+        except Exception:  # the timer must go on whatever one tick met
+            log.error("service_tick_failed", exc_info=True)

@@ -1,0 +1,237 @@
+"""Owns one Responses WebSocket connection: its lanes, their order, and what is cancelled when it goes. Gateway loop.
+
+A lane runs one response at a time, first come first served; different lanes run at once. A connection never
+awaits a client: events are written by `FrameWriter` from inside the core's callbacks. The only tasks are one
+for each response being *prepared* (a picture is decoded off the loop); streaming has none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Final
+
+import msgspec
+import structlog
+
+from gateway.api import responses
+from gateway.api.conversations import Conversations, Turn
+from gateway.api.response_events import Event, Opening, ResponseStream
+from gateway.api.responses import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer
+from gateway.errors import error_headers, error_object, http_status
+from gateway.generation import Core, End, RequestError
+from gateway.transport.frames import FrameWriter
+from shared.errors import ErrorCode, FinishReason
+
+MAX_ACTIVE_LANES: Final = 16
+MAX_PENDING: Final = 64
+MAX_PENDING_BYTES: Final = 64 << 20
+
+log = structlog.get_logger(__name__)
+
+_encode = msgspec.json.Encoder().encode
+
+
+def error_event(error: RequestError, stream_id: str | None = None) -> bytes:
+    """The WebSocket's error event: what an HTTP answer would have said, with its status and headers."""
+    event: dict[str, object] = {
+        "type": "error",
+        "status": http_status(error),
+        "error": error_object(error),
+        "headers": {name.lower(): value for name, value in error_headers(error).items()},
+    }
+    if stream_id is not None:
+        event["stream_id"] = stream_id
+    return _encode(event)
+
+
+class LaneSink:
+    """Frames one response's events onto the connection."""
+
+    __slots__ = ("_writer",)
+
+    def __init__(self, writer: FrameWriter) -> None:
+        self._writer = writer
+
+    def send(self, event: Event) -> None:
+        """See `Sink`."""
+        self._writer.write(_encode(event))
+
+
+class Pending:
+    """A create that waits for its lane, or for one of the connection's active places."""
+
+    __slots__ = ("body", "size_bytes")
+
+    def __init__(self, body: ResponseCreate, size_bytes: int) -> None:
+        self.body = body
+        self.size_bytes = size_bytes
+
+
+class Lanes:
+    """All responses of one authenticated connection."""
+
+    def __init__(
+        self,
+        core: Core,
+        writer: FrameWriter,
+        conversations: Conversations,
+        *,
+        tenant: str,
+        max_active: int = MAX_ACTIVE_LANES,
+        max_pending: int = MAX_PENDING,
+    ) -> None:
+        self._core = core
+        self._writer = writer
+        self._sink = LaneSink(writer)
+        self._shared_turns = conversations
+        self._own_turns = Conversations(max_turns=64, max_bytes=16 << 20)  # `store: false` lives and dies here
+        self._tenant = tenant
+        self._max_active = max_active
+        self._max_pending = max_pending
+        self._preparing: dict[str | None, asyncio.Task[None]] = {}
+        self._streams: dict[str | None, ResponseStream] = {}
+        self._pending: deque[Pending] = deque()
+        self._pending_bytes = 0
+        self._closed = False
+
+    @property
+    def num_active(self) -> int:
+        """Responses being prepared or streamed."""
+        return len(self._preparing) + len(self._streams)
+
+    def on_message(self, data: str) -> None:
+        """Act on one client message. What is wrong with it is answered as an error event; the socket stays."""
+        try:
+            event = responses.parse_event(data)
+            match event:
+                case ResponseCreate():
+                    self._on_create(event, len(data))
+                case ResponseCancel():
+                    self._on_cancel(event)
+                case ResponseSteer():
+                    raise RequestError(ErrorCode.UNSUPPORTED, "steering is not supported", param="type")
+                case Authenticate():
+                    pass  # already authenticated: a second key changes nothing
+        except RequestError as error:
+            self._writer.write(error_event(error, responses.lane_of(data)))
+
+    def close(self) -> None:
+        """The connection is gone: cancel everything at once."""
+        self._closed = True
+        self._pending.clear()
+        for task in self._preparing.values():
+            task.cancel()
+        for stream in list(self._streams.values()):
+            stream.cancel()
+
+    # ------------------------------------------------------------ creating
+
+    def _on_create(self, body: ResponseCreate, size_bytes: int) -> None:
+        if self._is_free(body.stream_id):
+            self._begin(body)
+            return
+        if len(self._pending) >= self._max_pending or self._pending_bytes + size_bytes > MAX_PENDING_BYTES:
+            raise RequestError(
+                ErrorCode.QUEUE_FULL,
+                f"{len(self._pending)} responses wait on this connection already; let some finish first",
+                param="stream_id",
+            )
+        self._pending.append(Pending(body, size_bytes))
+        self._pending_bytes += size_bytes
+
+    def _is_free(self, lane: str | None) -> bool:
+        return lane not in self._preparing and lane not in self._streams and self.num_active < self._max_active
+
+    def _begin(self, body: ResponseCreate) -> None:
+        lane = body.stream_id
+        task = asyncio.get_running_loop().create_task(self._prepare(body), name=f"prepare-response-{lane}")
+        self._preparing[lane] = task
+
+    async def _prepare(self, body: ResponseCreate) -> None:
+        lane = body.stream_id
+        try:
+            previous = self._recall(body.previous_response_id)
+            prepared = await responses.prepare(
+                self._core, body, tenant=self._tenant, previous=previous, stream_id=lane
+            )
+            if self._closed:
+                return
+            self._start(body, prepared)
+        except RequestError as error:
+            self._refuse(lane, error)
+        except asyncio.CancelledError:
+            if not self._closed:
+                self._refuse(lane, RequestError(ErrorCode.CANCELLED, "cancelled before it began"))
+        except Exception:
+            log.exception("response_preparation_failed", lane=lane)
+            self._refuse(lane, RequestError(ErrorCode.INTERNAL, "the request could not be prepared"))
+        finally:
+            self._preparing.pop(lane, None)
+            self._begin_next()
+
+    def _start(self, body: ResponseCreate, prepared: responses.Prepared) -> None:
+        turns = self._shared_turns if body.store is not False else self._own_turns
+        turn = prepared.turn
+
+        def on_closed(stream: ResponseStream, end: End, text: str) -> None:
+            self._streams.pop(stream.opening.stream_id, None)
+            if end.reason in (FinishReason.STOP, FinishReason.LENGTH):
+                messages = (*turn.messages, ("assistant", text))
+                turns.remember(self._tenant, stream.opening.response_id, Turn(messages, turn.image))
+            self._begin_next()
+
+        stream = ResponseStream(prepared.opening, self._sink, self._decoder(prepared.opening), on_closed)
+        self._streams[body.stream_id] = stream
+        try:
+            if body.generate is False:
+                responses.finish_warmup(stream)
+            else:
+                stream.running = self._core.submit(prepared.request, stream)
+                stream.open()
+        except BaseException:
+            self._streams.pop(body.stream_id, None)
+            raise
+
+    def _decoder(self, opening: Opening) -> responses.Decoder:
+        return responses.Decoder(self._core, opening.model_id)
+
+    def _recall(self, response_id: str | None) -> Turn | None:
+        return responses.recall_turn(response_id, self._tenant, self._own_turns, self._shared_turns)
+
+    def _refuse(self, lane: str | None, error: RequestError) -> None:
+        self._writer.write(error_event(error, lane))
+
+    def _begin_next(self) -> None:
+        """Start every waiting create whose lane is free, in order of arrival."""
+        if self._closed or not self._pending:
+            return
+        waiting, self._pending = self._pending, deque()
+        passed: set[str | None] = set()  # a lane is first come, first served even past a full connection
+        for pending in waiting:
+            lane = pending.body.stream_id
+            if lane not in passed and self._is_free(lane):
+                self._pending_bytes -= pending.size_bytes
+                self._begin(pending.body)
+            else:
+                passed.add(lane)
+                self._pending.append(pending)
+
+    # ------------------------------------------------------------ cancelling
+
+    def _on_cancel(self, event: ResponseCancel) -> None:
+        if event.response_id is not None:
+            for stream in list(self._streams.values()):
+                if stream.opening.response_id == event.response_id:
+                    stream.cancel()
+            return
+        lane = event.stream_id
+        dropped = [pending for pending in self._pending if pending.body.stream_id == lane]
+        self._pending = deque(pending for pending in self._pending if pending.body.stream_id != lane)
+        self._pending_bytes -= sum(pending.size_bytes for pending in dropped)
+        if lane in self._preparing:
+            self._preparing[lane].cancel()
+        if lane in self._streams:
+            self._streams[lane].cancel()
+        for _ in dropped:
+            self._refuse(lane, RequestError(ErrorCode.CANCELLED, "cancelled before it began"))

@@ -1,0 +1,256 @@
+"""Owns the gRPC server: `vllm.grpc.engine.VllmEngine`, `grpc.health.v1` and reflection. Runs on the gateway's loop.
+
+The schema is the field's own (`smg-grpc-proto`), so routers that speak to vLLM speak to Degas. A thin shell: a
+call becomes `GenerateRequest`s, the core's callbacks only note tokens, and the call's own coroutine writes
+whatever has gathered since its last write. A slow client therefore gets fewer, larger chunks, and what is
+held for it is bounded by its own `max_tokens`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import grpc
+import structlog
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from smg_grpc_proto.generated import vllm_engine_pb2 as pb
+from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
+
+from gateway.errors import grpc_status, retry_after_s
+from gateway.generation import Core, Delta, End, RequestError, RunningStream, SpatialObject, TokenInfo
+from gateway.transport.rpc_requests import read_request
+from shared.errors import ErrorCode, FinishReason
+
+if TYPE_CHECKING:
+    from gateway.config import GatewayConfig
+
+SERVICE: Final = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
+OPEN_METHODS: Final = frozenset({"/grpc.health.v1.Health/Check"})
+HEALTH_POLL_S: Final = 0.5
+FINISH_REASONS: Final = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.DEADLINE: "abort",
+    FinishReason.CANCELLED: "abort",
+}
+
+log = structlog.get_logger(__name__)
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+Context = aio.ServicerContext[Any, Any]
+
+
+class Output:
+    """One of a call's sequences: notes what the core says, until the call's coroutine takes it."""
+
+    __slots__ = ("_wake", "end", "ids", "index", "infos", "running", "taken")
+
+    def __init__(self, index: int, wake: asyncio.Event) -> None:
+        self.index = index
+        self.ids: list[int] = []
+        self.infos: list[TokenInfo] = []
+        self.taken = 0
+        self.end: End | None = None
+        self.running: RunningStream | None = None
+        self._wake = wake
+
+    def on_delta(self, delta: Delta) -> None:
+        """See `Listener`."""
+        self.ids.extend(delta.token_ids)
+        if delta.logprobs:
+            self.infos.extend(delta.logprobs)
+        self._wake.set()
+
+    def on_object(self, found: SpatialObject) -> None:
+        """See `Listener`. This schema has no boxes or points; `rpc_requests` never asks for them."""
+
+    def on_end(self, end: End) -> None:
+        """See `Listener`."""
+        self.end = end
+        self._wake.set()
+
+    def take_chunk(self, num_prompt: int) -> pb.GenerateResponse | None:
+        """The tokens since the last chunk."""
+        start, self.taken = self.taken, len(self.ids)
+        if start == self.taken:
+            return None
+        chunk = pb.GenerateStreamChunk(
+            token_ids=self.ids[start:],
+            prompt_tokens=num_prompt,
+            completion_tokens=self.taken,
+            index=self.index,
+            output_logprobs=logprobs_message(self.infos[start : self.taken]),
+        )
+        return pb.GenerateResponse(chunk=chunk)
+
+    def complete(self) -> pb.GenerateResponse:
+        """The last message of this sequence."""
+        assert self.end is not None
+        usage = self.end.usage
+        complete = pb.GenerateComplete(
+            output_ids=self.ids,
+            finish_reason=FINISH_REASONS[self.end.reason],
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+            index=self.index,
+            output_logprobs=logprobs_message(self.infos),
+        )
+        if self.end.stop_string is not None:
+            complete.matched_stop_str = self.end.stop_string
+        return pb.GenerateResponse(complete=complete)
+
+
+def logprobs_message(infos: list[TokenInfo]) -> pb.OutputLogProbs | None:
+    """Log-probabilities in the schema's shape, or None when none were asked for."""
+    if not infos:
+        return None
+    return pb.OutputLogProbs(
+        token_logprobs=[info.logprob for info in infos],
+        token_ids=[info.token_id for info in infos],
+        top_logprobs=[
+            pb.TopLogProbs(values=[value for _, value in info.top], token_ids=[token_id for token_id, _ in info.top])
+            for info in infos
+        ],
+    )
+
+
+class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated without types
+    """The service's methods. Those of the schema that Degas has no use for answer UNIMPLEMENTED."""
+
+    def __init__(self, core: Core, config: GatewayConfig, readiness: Callable[[], tuple[bool, str]]) -> None:
+        self._core = core
+        self._config = config
+        self._readiness = readiness
+        self._started_s = time.monotonic()
+        self._running: dict[str, list[Output]] = {}
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802
+        """Stream tokens, then one `complete` a sequence."""
+        request_id = request.request_id or "grpc_" + secrets.token_hex(12)
+        wake = asyncio.Event()
+        outputs: list[Output] = []
+        try:
+            if request_id in self._running:
+                raise RequestError(
+                    ErrorCode.INVALID_REQUEST, "a request with this request_id is running", param="request_id"
+                )
+            self._running[request_id] = outputs
+            prepared = await read_request(self._core, self._config, request, request_id)
+            for index, generate in enumerate(prepared):
+                output = Output(index, wake)
+                outputs.append(output)
+                output.running = self._core.submit(generate, output)
+            num_prompt = len(prepared[0].prompt_ids)
+            pending = set(outputs)
+            while pending:
+                await wake.wait()
+                wake.clear()
+                for output in sorted(pending, key=lambda one: one.index):
+                    # A chunk may not be followed by its end in this round: more tokens can arrive during the
+                    # write, so the end is looked at first and the rest taken after it.
+                    ended = output.end
+                    chunk = output.take_chunk(num_prompt) if request.stream else None
+                    if chunk is not None:
+                        yield chunk
+                    if ended is None:
+                        continue
+                    pending.discard(output)
+                    if ended.reason is FinishReason.ERROR:
+                        raise ended.error or RequestError(ErrorCode.INTERNAL, "the stream failed")
+                    yield output.complete()
+        except RequestError as error:
+            await abort(context, error)
+        finally:
+            if self._running.get(request_id) is outputs:
+                del self._running[request_id]
+            for output in outputs:
+                if output.running is not None:
+                    output.running.cancel()
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
+        """Cancel requests by id; ids that are not running are ignored."""
+        for request_id in request.request_ids:
+            for output in self._running.get(request_id, ()):
+                if output.running is not None:
+                    output.running.cancel()
+        return pb.AbortResponse()
+
+    async def HealthCheck(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:  # noqa: N802
+        """Whether new work would be served, and why not."""
+        healthy, message = self._readiness()
+        return pb.HealthCheckResponse(healthy=healthy, message=message)
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:  # noqa: N802
+        """The default model's card."""
+        try:
+            card = self._core.card(None)
+        except RequestError as error:
+            await abort(context, error)
+        return pb.GetModelInfoResponse(
+            model_path=card.model_id,
+            served_model_name=card.model_id,
+            is_generation=True,
+            max_context_length=card.context_tokens,
+            max_req_input_len=card.context_tokens - 1,
+            vocab_size=card.vocab_size,
+            supports_vision=card.image is not None,
+            model_type=card.family,
+            eos_token_ids=card.eos_ids,
+            bos_token_id=card.bos_id or 0,
+        )
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:  # noqa: N802
+        """What a router asks before it sends work: how many requests run, and which media are taken."""
+        return pb.GetServerInfoResponse(
+            active_requests=sum(len(outputs) for outputs in self._running.values()),
+            uptime_seconds=time.monotonic() - self._started_s,
+            server_type="degas",
+            data_parallel_size=1,
+            mm_processor="inprocess",
+            mm_media_ref_schemes="data",
+            mm_processor_source="default",
+        )
+
+
+async def abort(context: Context, error: RequestError) -> NoReturn:
+    """End the call with an error's status; its finer code and a wait travel as trailing metadata."""
+    trailing: list[tuple[str, str]] = [("degas-code", error.code.value)]
+    if error.param:
+        trailing.append(("degas-param", error.param))
+    wait_s = retry_after_s(error)
+    if wait_s > 0:
+        trailing.append(("grpc-retry-pushback-ms", str(round(wait_s * 1000))))
+    await context.abort(_CODES[grpc_status(error)], error.message, tuple(trailing))
+    raise AssertionError("abort returned")
+
+
+class KeyCheck(aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
+    """Refuses every method without a key, except the health check that probes use."""
+
+    def __init__(self, is_allowed: Callable[[str | None], bool]) -> None:
+        self._is_allowed = is_allowed
+        self._refuse = grpc.unary_unary_rpc_method_handler(self._answer)
+
+    @staticmethod
+    async def _answer(request: object, context: Context) -> None:
+        await abort(context, RequestError(ErrorCode.UNAUTHORIZED, "an API key is needed in the metadata: authorization"))
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """See `grpc.aio.ServerInterceptor`."""
+        if details.method not in OPEN_METHODS:
+            given = dict(details.invocation_metadata or ()).get("authorization")
+            if not self._is_allowed(given.decode() if isinstance(given, bytes) else given):
+                return self._refuse
+        return await continuation(details)

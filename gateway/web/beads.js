@@ -1,0 +1,112 @@
+// Owns the strip of beads under an answer: one bead a token, as wide as the time it took. Draws, decides nothing.
+
+const TALLEST = 20;
+const BUBBLE_FACTOR = 3;
+const BUBBLE_LEAST_MS = 20;
+
+export function median(values) {
+  if (!values.length) return 0;
+  const sorted = [...values].sort((a, b) => a - b);
+  const middle = sorted.length >> 1;
+  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
+}
+
+export class Beads {
+  /** @param {HTMLElement} strip holds one canvas */
+  constructor(strip) {
+    this.strip = strip;
+    this.canvas = strip.querySelector("canvas");
+    this.times = [];
+    this.askedAt = performance.now();
+    this.running = true;
+    this.frame = 0;
+    this.observer = new ResizeObserver(() => this.soon());
+    this.observer.observe(strip);
+  }
+
+  add(at) {
+    this.times.push(at);
+    this.soon();
+  }
+
+  end() {
+    this.running = false;
+    this.strip.setAttribute("aria-label", this.words());
+    this.soon();
+  }
+
+  /** Milliseconds between one token and the next; the wait for the first is not among them. */
+  get gaps() {
+    return this.times.slice(1).map((at, i) => at - this.times[i]);
+  }
+
+  isBubble(gap) {
+    return gap > BUBBLE_LEAST_MS && gap > BUBBLE_FACTOR * this.middle;
+  }
+
+  words() {
+    const { gaps } = this;
+    if (!this.times.length) return "No tokens.";
+    const first = `First token after ${Math.round(this.times[0] - this.askedAt)} ms`;
+    if (!gaps.length) return `${first}.`;
+    this.middle = median(gaps);
+    const bubbles = gaps.filter((gap) => this.isBubble(gap)).length;
+    return `${first}; ${this.times.length} tokens, median gap ${this.middle.toFixed(1)} ms, longest ${Math.max(...gaps).toFixed(1)} ms, ${bubbles} ${bubbles === 1 ? "bubble" : "bubbles"}.`;
+  }
+
+  soon() {
+    if (this.frame) return;
+    this.frame = requestAnimationFrame(() => {
+      this.frame = 0;
+      this.paint();
+      if (this.running) this.soon();
+    });
+  }
+
+  paint() {
+    const { canvas, strip } = this;
+    const width = strip.clientWidth, height = strip.clientHeight;
+    if (!width) return;
+    const ratio = window.devicePixelRatio || 1;
+    if (canvas.width !== Math.round(width * ratio) || canvas.height !== Math.round(height * ratio)) {
+      canvas.width = Math.round(width * ratio);
+      canvas.height = Math.round(height * ratio);
+    }
+    const style = getComputedStyle(strip);
+    const context = canvas.getContext("2d");
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.clearRect(0, 0, width, height);
+    const end = this.running ? performance.now() : this.times.at(-1) ?? this.askedAt;
+    const scale = (width - 4) / Math.max(end - this.askedAt, 120);
+    const middle = height / 2;
+    this.middle = median(this.gaps);
+
+    context.fillStyle = style.getPropertyValue("--line");
+    context.fillRect(0, middle - 0.5, width, 1);
+    let previous = this.askedAt;
+    this.times.forEach((at, i) => {
+      const colour = i === 0 ? "--bead-wait" : this.isBubble(at - previous) ? "--rose" : "--verdigris";
+      this.bead(context, 1 + (previous - this.askedAt) * scale, (at - previous) * scale, middle, style.getPropertyValue(colour), i === 0);
+      previous = at;
+    });
+    if (this.running) {
+      const left = 1 + (previous - this.askedAt) * scale;
+      this.bead(context, left, (end - previous) * scale, middle, style.getPropertyValue("--bead-wait"), true);
+    }
+  }
+
+  bead(context, left, wide, middle, colour, hollow) {
+    const breadth = Math.max(wide - 1, 1.6);
+    const tall = Math.min(breadth, TALLEST);
+    context.beginPath();
+    context.roundRect(left + 0.5, middle - tall / 2, breadth, tall, tall / 2);
+    if (hollow) {
+      context.strokeStyle = colour;
+      context.lineWidth = 1.25;
+      context.stroke();
+    } else {
+      context.fillStyle = colour;
+      context.fill();
+    }
+  }
+}

@@ -1,0 +1,198 @@
+// Owns one question and its answer on the page: text, objects, figures, problems. Hears events, opens no sockets.
+
+import { Beads } from "./beads.js";
+
+const TASK_WORDS = { query: "Ask", caption: "Caption", detect: "Detect", point: "Point" };
+
+const PROBLEMS = {
+  queue_full: "The queue is full.",
+  loading: "The model is still loading.",
+  worker_lost: "The worker went away and is being restarted.",
+  device_error: "The worker’s device failed; it is being restarted.",
+  out_of_memory: "The worker is out of memory just now.",
+  shutting_down: "The server is restarting.",
+  connection_lost: "The connection to the server was lost.",
+  unauthorized: "This server wants a key.",
+  forbidden_origin: "This server does not take questions from this page.",
+  payload_too_large: "The picture is too large.",
+  slow_client: "The browser read too slowly.",
+};
+
+const number = (value, digits) => value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits });
+const ms = (value) => (value < 10 ? `${number(value, 1)} ms` : value < 1000 ? `${Math.round(value)} ms` : `${number(value / 1000, 2)} s`);
+
+export class Card {
+  /**
+   * @param {{task: string, text: string, length: string}} asked
+   * @param {{stop: () => void, again: () => void, pick: () => void}} on
+   */
+  constructor(asked, source, on) {
+    this.asked = asked;
+    this.version = source.version;
+    this.objects = [];
+    this.text = "";
+    this.state = "waiting";
+    const fragment = document.getElementById("card").content.cloneNode(true);
+    this.root = fragment.querySelector(".card");
+    this.part = (name) => this.root.querySelector(`.${name}`);
+    this.part("card-task").textContent = TASK_WORDS[asked.task];
+    this.part("card-question").textContent = asked.task === "caption" ? `A ${asked.length} caption` : asked.text;
+    this.part("stop").addEventListener("click", on.stop);
+    this.part("again").addEventListener("click", on.again);
+    this.root.addEventListener("click", on.pick);
+    this.root.addEventListener("focus", on.pick);
+    this.part("stop").setAttribute("aria-label", `Stop: ${this.title}`);
+    this.part("again").setAttribute("aria-label", `Ask again: ${this.title}`);
+    this.keepThumb(source.canvas);
+    this.beads = new Beads(this.part("beads"));
+  }
+
+  get title() { return `${TASK_WORDS[this.asked.task]} ${this.part("card-question").textContent}`; }
+  get finished() { return !["waiting", "streaming"].includes(this.state); }
+  get isSpatial() { return this.asked.task === "detect" || this.asked.task === "point"; }
+
+  keepThumb(canvas) {
+    const thumb = this.part("thumb"), side = thumb.width;
+    const scale = Math.max(side / canvas.width, side / canvas.height);
+    const context = thumb.getContext("2d");
+    const wide = canvas.width * scale, tall = canvas.height * scale;
+    context.drawImage(canvas, (side - wide) / 2, (side - tall) / 2, wide, tall);
+  }
+
+  /** One server event. Returns true when it was the last. */
+  hear(event, at) {
+    switch (event.type) {
+      case "response.output_text.delta":
+        this.beat(at);
+        if (!this.isSpatial) this.write(event.delta);
+        return false;
+      case "degas.object":
+        this.beat(at);
+        this.find(event.object);
+        return false;
+      case "response.completed":
+      case "response.incomplete":
+        this.finish(event.response);
+        return true;
+      case "response.failed":
+        this.fail(event.response.error?.type ?? "internal_error", event.response.error?.message, 0);
+        return true;
+      case "error":
+        if (event.error.code === "cancelled") this.settle("stopped");
+        else this.fail(event.error.code, event.error.message, Number(event.headers?.["retry-after"] ?? 0));
+        return true;
+      default:
+        return false;
+    }
+  }
+
+  beat(at) {
+    // A box and its text form arrive together and are one bead.
+    if (this.isSpatial && this.beads.times.length && at - this.beads.times.at(-1) < 0.5) return;
+    if (this.state === "waiting") this.become("streaming");
+    this.beads.add(at);
+    this.showFigures();
+  }
+
+  write(text) {
+    this.text += text;
+    this.part("answer").append(text);
+  }
+
+  find(object) {
+    this.objects.push(object);
+    const list = this.part("finds") ?? this.startFinds();
+    const item = document.createElement("li");
+    const f = (value) => value.toFixed(2);
+    item.textContent = "x_min" in object
+      ? `${f(object.x_min)}, ${f(object.y_min)} – ${f(object.x_max)}, ${f(object.y_max)}`
+      : `${f(object.x)}, ${f(object.y)}`;
+    list.append(item);
+    this.showCount();
+  }
+
+  startFinds() {
+    const list = document.createElement("ol");
+    list.className = "finds";
+    this.part("answer").after(list);
+    return list;
+  }
+
+  showCount() {
+    const noun = this.asked.task === "detect" ? ["box", "boxes"] : ["point", "points"];
+    const count = this.objects.length;
+    this.part("answer").textContent = count ? `${count} ${noun[count === 1 ? 0 : 1]}` : "Nothing found.";
+  }
+
+  finish(response) {
+    const usage = response.usage ?? {}, timing = response.degas ?? {};
+    if (this.isSpatial) this.showCount();
+    else if (!this.text && response.status !== "cancelled") this.part("answer").textContent = "No answer.";
+    if (usage.output_tokens) this.tokens = usage.output_tokens;
+    if (timing.tokens_per_second) this.rate = timing.tokens_per_second;
+    const reason = response.incomplete_details?.reason;
+    if (response.status === "cancelled") this.settle("stopped");
+    else {
+      this.settle("done");
+      if (reason === "max_output_tokens") this.note("Stopped at the token limit.");
+      else if (reason === "deadline") this.note("Stopped at the time limit.");
+    }
+  }
+
+  fail(code, message, waitS) {
+    this.code = code;
+    const known = PROBLEMS[code];
+    this.note(known ?? message ?? "Something went wrong.");
+    this.settle("failed");
+    if (waitS > 0) this.countDown(waitS, known ?? message);
+  }
+
+  countDown(seconds, lead) {
+    const again = this.part("again");
+    again.disabled = true;
+    const until = performance.now() + seconds * 1000;
+    const tick = () => {
+      const left = Math.ceil((until - performance.now()) / 1000);
+      if (left > 0) {
+        this.part("problem").textContent = `${lead} Try again in ${left} s.`;
+        setTimeout(tick, 250);
+      } else {
+        this.part("problem").textContent = `${lead} You can try again now.`;
+        again.disabled = false;
+      }
+    };
+    tick();
+  }
+
+  note(text) {
+    const problem = this.part("problem");
+    problem.textContent = text;
+    problem.hidden = false;
+  }
+
+  settle(state) {
+    this.become(state);
+    this.beads.end();
+    this.part("stop").hidden = true;
+    this.part("again").hidden = false;
+    this.part("answer").setAttribute("aria-busy", "false");
+    if (state === "stopped") this.note("Stopped.");
+    this.showFigures();
+  }
+
+  become(state) {
+    this.state = state;
+    this.root.dataset.state = state;
+  }
+
+  showFigures() {
+    const { times, gaps, askedAt } = this.beads;
+    if (!times.length) return;
+    const span = times.at(-1) - times[0];
+    const rate = this.rate ?? (times.length > 2 && span > 0 ? ((times.length - 1) / span) * 1000 : 0);
+    this.part("f-first").textContent = ms(times[0] - askedAt);
+    this.part("f-rate").textContent = rate ? number(rate, rate < 10 ? 1 : 0) : "–";
+    this.part("f-tokens").textContent = String(this.tokens ?? times.length);
+    this.part("f-gap").textContent = gaps.length ? ms(Math.max(...gaps)) : "–";
+  }
+}

@@ -1,0 +1,166 @@
+"""Owns a load test's HTML page: one file, nothing fetched, light and dark. Pure: a result in, text out."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from typing import Final
+
+from loadtest.calls import Tally
+from loadtest.client import Result
+from loadtest.histogram import Histogram
+from loadtest.plots import histogram_plot, percentile_plot, rate_plot, time_plot
+from loadtest.report import NAMES, describe_load, describe_slo, find_warnings, format_ms, ordered_groups, to_json
+
+_STYLE: Final = """
+:root{color-scheme:light dark;--paper:#faf9f6;--card:#fff;--ink:#1d2126;--soft:#6a717b;--rule:#e4e2dc;
+--ttft:#0d8577;--gap:#c2710c;--total:#4658cf;--bad:#cf3a36;--good:#2f9e6b;--slow:#e0ad3c}
+@media (prefers-color-scheme:dark){:root{--paper:#12151a;--card:#1a1e25;--ink:#e8eaee;--soft:#959da9;--rule:#2b313b;
+--ttft:#3fc7b5;--gap:#f0a24a;--total:#8f9dff;--bad:#ff7b74;--good:#4fc48e;--slow:#e6bd5c}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 ui-sans-serif,system-ui,"Segoe UI",sans-serif}
+main{max-width:1120px;margin:0 auto;padding:40px 24px 64px}
+h1{font-size:26px;letter-spacing:-.02em;margin:0 0 4px;font-weight:650}
+h2{font-size:15px;margin:0;font-weight:600}
+p.sub,figcaption,.note{color:var(--soft)}
+p.sub{margin:0 0 28px}
+code{font:13px ui-monospace,Menlo,Consolas,monospace}
+.warn{border-left:3px solid var(--slow);background:var(--card);padding:10px 14px;margin:0 0 10px;border-radius:0 8px 8px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:12px;margin:24px 0}
+.tile,figure,.sheet{background:var(--card);border:1px solid var(--rule);border-radius:12px}
+.tile{padding:14px 16px}
+.tile b{display:block;font-size:27px;letter-spacing:-.02em;font-weight:650;font-variant-numeric:tabular-nums}
+.tile b small{font-size:14px;font-weight:500;color:var(--soft);margin-left:3px}
+.tile span{color:var(--soft);font-size:13px}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,500px),1fr));gap:16px;margin:0 0 16px}
+figure{margin:0;padding:16px 16px 10px}
+figcaption{font-size:13px;margin-bottom:6px}
+svg{width:100%;height:auto;display:block;overflow:visible}
+.legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:13px;color:var(--soft);margin:2px 0 4px}
+.legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px;vertical-align:-1px;background:var(--c)}
+.grid{stroke:var(--rule);stroke-width:1}.tick,.axis,.level-label{fill:var(--soft);font-size:11.5px}
+.level{stroke:var(--soft);stroke-dasharray:3 4;stroke-width:1}.level-label{text-anchor:end;font-size:11px}
+.line{fill:none;stroke:var(--c);stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
+.dots{fill:var(--c);opacity:.55}.bar{fill:var(--c);opacity:.8}.bar:hover{opacity:1}
+.c-ttft{--c:var(--ttft)}.c-gap{--c:var(--gap)}.c-total{--c:var(--total)}.c-bad{--c:var(--bad);opacity:.95}
+.c-good{--c:var(--good)}.c-slow{--c:var(--slow)}.c-arrived{--c:var(--ink);stroke-width:1.4}
+.c-flight{--c:var(--total);stroke-dasharray:2 5;stroke-width:1.8}
+.sheet{overflow-x:auto;padding:14px 16px;margin-bottom:16px}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;margin-top:8px}
+th,td{padding:5px 10px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
+th{font-weight:500;color:var(--soft);font-size:13px}th:first-child,td:first-child{text-align:left;padding-left:0}
+tr:last-child td{border-bottom:0}tr.group td{font-weight:600;padding-top:12px}
+details{margin-top:20px}summary{cursor:pointer;color:var(--soft)}
+pre{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:14px;font-size:12px}
+"""
+
+_PERCENTILES: Final = (50.0, 90.0, 99.0, 99.9)
+
+
+def html_report(result: Result) -> str:
+    """The page."""
+    warnings = "".join(f'<p class="warn">{escape(warning)}</p>' for warning in find_warnings(result))
+    latency_legend = (("c-ttft", "first token"), ("c-gap", "gap between pieces"), ("c-total", "whole answer"))
+    plots = (
+        _figure("Latency by percentile", "Each step to the right is ten times rarer.", percentile_plot(result),
+                latency_legend),
+        _figure("Latency over time", "Each request where it was due to leave.", time_plot(result),
+                (latency_legend[0], latency_legend[2], ("c-bad", "failed"))),
+        _figure("Distribution", "Requests by latency.", histogram_plot(result), (latency_legend[0], latency_legend[2])),
+        _figure("Every second", "What ended in it.", rate_plot(result),
+                (("c-good", "good"), ("c-slow", "too slow"), ("c-bad", "failed"), ("c-arrived", "arrived"),
+                 ("c-flight", "most in flight"))),
+    )  # fmt: skip
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
+        f"<title>Degas load test · {escape(result.started_at)}</title><style>{_STYLE}</style></head><body><main>"
+        f"<h1>Load test</h1><p class=sub><code>{escape(result.scenario.url)}</code> · {escape(describe_load(result))}"
+        f" · {escape(result.started_at)}</p>{warnings}{_tiles(result)}"
+        f'<div class="plots">{"".join(plots)}</div>{_latency_sheet(result)}{_rate_sheet(result)}{_error_sheet(result)}'
+        f'<p class="note">Latencies count from the moment a request was due, so waiting is in them. '
+        f"This client used {result.client_cpu_share:.0%} of a core and sent late by "
+        f"{format_ms(result.lateness.percentile_ms(99))} ms at p99.</p>"
+        f"<details><summary>The whole result as JSON</summary><pre>{escape(json.dumps(to_json(result), indent=1))}"
+        "</pre></details></main></body></html>\n"
+    )
+
+
+def _figure(title: str, note: str, svg: str, legend: tuple[tuple[str, str], ...]) -> str:
+    if not svg:
+        return ""
+    items = "".join(f'<span class="{css}"><i></i>{escape(name)}</span>' for css, name in legend)
+    return (
+        f"<figure><h2>{escape(title)}</h2><figcaption>{escape(note)}</figcaption>"
+        f'<div class="legend">{items}</div>{svg}</figure>'
+    )
+
+
+def _tiles(result: Result) -> str:
+    tally = result.all
+    values = tally.summary(result.elapsed_s)
+    tiles = (
+        (format_ms(tally.ttft.percentile_ms(50)), "ms", "first token, median"),
+        (format_ms(tally.ttft.percentile_ms(99)), "ms", "first token, p99"),
+        (format_ms(tally.gap.percentile_ms(50)), "ms", "gap, median"),
+        (format_ms(tally.total.percentile_ms(99)), "ms", "whole answer, p99"),
+        (f"{values['goodput_rps']:.1f}", "/s", f"good requests ({values['good_share']:.1%})"),
+        (f"{values['tokens_per_s']:,.0f}", "/s", "tokens"),
+        (f"{tally.errors.total():,}", f"of {tally.sent:,}", "failed or refused"),
+    )
+    cells = (f'<div class="tile"><b>{value}<small>{unit}</small></b><span>{escape(name)}</span></div>'
+             for value, unit, name in tiles)  # fmt: skip
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _latency_sheet(result: Result) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("count", "p50", "p90", "p99", "p99.9", "max", "mean"))
+    rows: list[str] = []
+    for name, tally in ordered_groups(result):
+        rows.append(f'<tr class="group"><td colspan="8">{escape(NAMES[name])}</td></tr>')
+        rows += [_latency_row(label, histogram) for label, histogram in _latencies(tally) if len(histogram)]
+    return (
+        f'<div class="sheet"><h2>Latency, ms</h2><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
+    )
+
+
+def _latencies(tally: Tally) -> tuple[tuple[str, Histogram], ...]:
+    return (
+        ("first token", tally.ttft),
+        ("gap", tally.gap),
+        ("total", tally.total),
+        ("failed or refused", tally.refusal),
+    )
+
+
+def _latency_row(label: str, histogram: Histogram) -> str:
+    values = [*(histogram.percentile_ms(percentile) for percentile in _PERCENTILES), histogram.max_ms, histogram.mean_ms]
+    cells = "".join(f"<td>{format_ms(value)}</td>" for value in values)
+    return f"<tr><td>{escape(label)}</td><td>{len(histogram):,}</td>{cells}</tr>"
+
+
+def _rate_sheet(result: Result) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("sent", "ok", "429", "errors", "ok/s", "goodput/s", "tokens/s"))
+    rows: list[str] = []
+    for name, tally in ordered_groups(result):
+        values = tally.summary(result.elapsed_s)
+        cells = (
+            f"{tally.sent:,}", f"{tally.ok:,}", f"{tally.refused:,}", f"{tally.errors.total() - tally.refused:,}",
+            f"{values['throughput_rps']:.1f}", f"{values['goodput_rps']:.1f}", f"{values['tokens_per_s']:,.0f}",
+        )  # fmt: skip
+        rows.append(f"<tr><td>{escape(NAMES[name])}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return (
+        f'<div class="sheet"><h2>Rates</h2><span class="note">good: {escape(describe_slo(result))}</span>'
+        f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
+    )
+
+
+def _error_sheet(result: Result) -> str:
+    if not result.all.errors:
+        return ""
+    rows = "".join(
+        f"<tr><td><code>{escape(code)}</code></td><td>{count:,}</td></tr>"
+        for code, count in result.all.errors.most_common()
+    )
+    return f'<div class="sheet"><h2>Errors by code</h2><table><tr><th>code</th><th>count</th></tr>{rows}</table></div>'

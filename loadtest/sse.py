@@ -1,0 +1,83 @@
+"""Owns one request over server-sent events: POST, read, time. Runs in the request's own task."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+import aiohttp
+import msgspec
+
+from loadtest.calls import Call
+from loadtest.surfaces import PATHS, Fact, read_chat_event, read_error_body, read_query_event
+
+MAX_EVENT_BYTES: Final = 1 << 20
+MAX_ERROR_BYTES: Final = 64 << 10
+
+_READERS: Final[dict[str, Callable[[bytes], Fact]]] = {"query": read_query_event, "chat": read_chat_event}
+
+
+def key_headers(api_key: str | None) -> dict[str, str]:
+    """The headers that carry a key, under the names each interface's own client uses."""
+    if api_key is None:
+        return {}
+    return {"Authorization": f"Bearer {api_key}", "X-Moondream-Auth": api_key}
+
+
+async def stream(session: aiohttp.ClientSession, base_url: str, call: Call, body: bytes, timeout_s: float) -> None:
+    """Send one request and time its stream; whatever happens ends as the call's code, never as an exception."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await _stream(session, base_url + PATHS[call.surface], call, body)
+    except TimeoutError:
+        call.on_end(time.perf_counter(), "timeout")
+    except aiohttp.ClientConnectorError:
+        call.on_end(time.perf_counter(), "connection_refused")
+    except aiohttp.ServerTimeoutError:
+        call.on_end(time.perf_counter(), "timeout")
+    except (aiohttp.ClientError, ConnectionError, OSError):
+        call.on_end(time.perf_counter(), "disconnected")
+    except msgspec.DecodeError:
+        call.on_end(time.perf_counter(), "bad_event")
+    finally:
+        call.on_end(time.perf_counter(), "unfinished")  # only reached unended when this task is cancelled
+
+
+async def _stream(session: aiohttp.ClientSession, url: str, call: Call, body: bytes) -> None:
+    read = _READERS[call.surface]
+    call.sent_s = time.perf_counter()
+    async with session.post(url, data=body) as response:
+        call.status = response.status
+        if response.status != 200:
+            error = await response.content.read(MAX_ERROR_BYTES)
+            call.on_end(time.perf_counter(), read_error_body(error, response.status))
+            return
+        pending = b""
+        async for data in response.content.iter_any():
+            now_s = time.perf_counter()
+            *events, pending = (pending + data).replace(b"\r\n", b"\n").split(b"\n\n")
+            for event in events:
+                _count_event(call, event, read, now_s)
+            if len(pending) > MAX_EVENT_BYTES:
+                call.on_end(now_s, "bad_event")
+                return
+    call.on_end(time.perf_counter(), "truncated")  # unless a terminal event came first
+
+
+def _count_event(call: Call, event: bytes, read: Callable[[bytes], Fact], now_s: float) -> None:
+    if call.ended:
+        return
+    for line in event.split(b"\n"):
+        if not line.startswith(b"data:"):
+            continue  # comments, ids and event names say nothing that the data does not
+        fact = read(line[5:].strip())
+        if fact.text:
+            call.on_text(now_s)
+        if fact.tokens is not None:
+            call.tokens = fact.tokens
+        if fact.error is not None:
+            call.on_end(now_s, fact.error)
+        elif fact.done:
+            call.on_end(now_s)

@@ -1,0 +1,64 @@
+"""Owns the small protocol every torch device offers the runner: streams, events, pinned memory, graphs. Decode thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A point in a stream's order."""
+
+    def query(self) -> bool:
+        """Whether the device has passed it."""
+
+    def synchronize(self) -> None:
+        """Block until the device has passed it."""
+
+    def elapsed_s(self, later: Event) -> float:
+        """Device seconds from this event to `later`; both must have been passed."""
+
+
+class Stream(Protocol):
+    """An ordered queue of device work."""
+
+    def record(self) -> Event:
+        """Mark the end of what is queued now."""
+
+    def wait(self, event: Event) -> None:
+        """Let later work of this stream start only after `event`."""
+
+    def use(self) -> AbstractContextManager[None]:
+        """Queue the torch operations of the block on this stream."""
+
+
+class Graph(Protocol):
+    """A captured sequence of operations over fixed memory."""
+
+    def replay(self) -> None:
+        """Queue it on the current stream."""
+
+
+class Device(Protocol):
+    """What the runner needs of a device. `compute` and `copy` are its two streams."""
+
+    name: str
+    torch_device: torch.device
+    compute: Stream
+    copy: Stream
+    captures: bool  # whether capture() records a graph, so that shapes must be padded to buckets
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory that copies to and from the device without blocking."""
+
+    def capture(self, body: Callable[[], None]) -> Graph:
+        """Warm up, then record `body`'s operations on the compute stream."""
+
+    def synchronize(self) -> None:
+        """Wait for everything queued on the device."""
+
+    def free_bytes(self) -> int:
+        """Memory that KV pages may still take."""

@@ -1,0 +1,89 @@
+"""Owns the CPU as a device: every operation runs inline when it is queued. Decode thread.
+
+An eager torch operation on a second thread re-takes Python's lock for each op and so overlaps with nothing;
+running inline is what measures best for models of a few million parameters (docs/lab-notes.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from worker.device.base import Event, Graph, Stream
+
+
+class CpuEvent:
+    """Passed as soon as it exists. `late` makes `query` deny that until waited for, so that tests can drive
+    the pipeline as deep as a device that is always behind the host would."""
+
+    __slots__ = ("_late", "_recorded_s")
+
+    def __init__(self, late: bool) -> None:
+        self._late = late
+        self._recorded_s = time.perf_counter()
+
+    def query(self) -> bool:
+        return not self._late
+
+    def synchronize(self) -> None:
+        self._late = False
+
+    def elapsed_s(self, later: Event) -> float:
+        assert isinstance(later, CpuEvent)
+        return later._recorded_s - self._recorded_s
+
+
+class CpuStream:
+    """Program order is stream order."""
+
+    __slots__ = ("_late",)
+
+    def __init__(self, late: bool) -> None:
+        self._late = late
+
+    def record(self) -> CpuEvent:
+        return CpuEvent(self._late)
+
+    def wait(self, event: Event) -> None:
+        pass  # queued work has already run
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        yield
+
+
+class CpuGraph:
+    """Replays by calling: there is nothing to capture."""
+
+    __slots__ = ("replay",)
+
+    def __init__(self, body: Callable[[], None]) -> None:
+        self.replay = body
+
+
+class CpuDevice:
+    """The `cpu` device. `events_look_late` is for tests of the pipeline."""
+
+    def __init__(self, *, num_threads: int | None = None, events_look_late: bool = False) -> None:
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        self.name = "cpu"
+        self.torch_device = torch.device("cpu")
+        self.captures = False
+        self.compute: Stream = CpuStream(events_look_late)
+        self.copy: Stream = CpuStream(events_look_late)
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    def capture(self, body: Callable[[], None]) -> Graph:
+        return CpuGraph(body)
+
+    def synchronize(self) -> None:
+        pass
+
+    def free_bytes(self) -> int:
+        return 1 << 30

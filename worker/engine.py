@@ -1,0 +1,415 @@
+"""Owns the decode loop: commands in, steps launched and committed, events out. The decode thread.
+
+    host    plan t+1 │launch t+1│ commit t │ plan t+2 │launch t+2│ commit t+1 │
+    device  ▓▓▓▓▓ forward t ▓▓▓▓▓│▓▓▓▓▓ forward t+1 ▓▓▓▓▓│▓▓▓▓▓ forward t+2 ▓▓▓▓
+    copy                    └ D2H t ┘               └ D2H t+1 ┘
+
+One tick: take commands; commit the oldest step if its outputs are here already (a copied token is never held
+back to launch something); plan and launch the next step; and when the pipeline is as deep as it may be, or
+nothing can be launched, wait for the oldest and commit it. Blocking mode is the same loop at depth 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Protocol
+
+import structlog
+
+from shared.errors import ErrorCode, FinishReason
+from shared.protocol import (
+    Beat,
+    Cancel,
+    Drain,
+    Fatal,
+    Finish,
+    FromGateway,
+    FromWorker,
+    ModelCard,
+    Rejected,
+    StepOutputs,
+    Submit,
+    Timing,
+    TokenLogprobs,
+    TokenValues,
+    pack_i32,
+    pack_i64,
+)
+from worker.intake import build_sequence
+from worker.metrics import WorkerMetrics
+from worker.pipeline import InFlight, Pipeline
+from worker.runner import Runner
+from worker.scheduler import Committed, Refusal, Scheduler, StepPlan, StepResult
+from worker.sequence import Sequence
+
+log = structlog.get_logger()
+
+BEAT_INTERVAL_S = 0.5
+
+Command = tuple[bytes, FromGateway | None, list[bytes]]
+"""(gateway, message, payload frames) from the I/O thread. A message of None: the gateway's lease ran out."""
+
+
+class Outbox(Protocol):
+    """Where the decode thread leaves messages for the I/O thread. Never blocks."""
+
+    def send(self, gateway: bytes, message: FromWorker) -> None:
+        """For one gateway."""
+
+    def broadcast(self, message: FromWorker) -> None:
+        """For every gateway with a lease."""
+
+
+class Engine:
+    """The loop's state: a scheduler, a pipeline of slots, and whatever runs the steps."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        card: ModelCard,
+        *,
+        inbox: SimpleQueue[Command],
+        outbox: Outbox,
+        clock: Callable[[], float],
+        epoch: int,
+        depth: int = 2,
+        on_beat: Callable[[int], None] | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.card = card
+        self.pipeline = Pipeline(runner.num_slots)
+        self.depth = min(depth, runner.num_slots)
+        self.metrics = WorkerMetrics()
+        self.draining = False
+        self.stopping = False
+        self._inbox = inbox
+        self._outbox = outbox
+        self._clock = clock
+        self._epoch = epoch
+        self._on_beat = on_beat
+        self._next_beat_s = clock()
+        self._drain_until_s = 0.0
+        self._waited_s = 0.0
+        self._had_work = False  # something could be launched whenever the loop last looked
+        self._finished_lately: list[float] = []
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        """Tick until stopped or drained. A device fault ends every sequence with a typed error, then raises."""
+        try:
+            while not self.stopping:
+                if not self.tick():
+                    if self.draining and not self.scheduler.has_work:
+                        break
+                    self._idle()
+        except Exception as error:
+            self._fail_everything(error)
+            raise
+
+    def tick(self) -> bool:
+        """One round; returns whether anything was launched or committed."""
+        started_s = self._clock()
+        waited_before_s = self._waited_s
+        self.take_commands()
+        for seq in self.scheduler.expire(started_s):
+            self._send_finish(seq)
+        if started_s >= self._next_beat_s:
+            self._beat(started_s)
+        oldest = self.pipeline.oldest
+        committed = oldest is not None and self.runner.is_done(oldest.slot)
+        if oldest is not None and committed:
+            self._commit(oldest)
+        launched = self._launch_next()
+        if len(self.pipeline) >= self.depth or not (launched or committed):
+            oldest = self.pipeline.oldest
+            if oldest is not None:
+                self._commit(oldest)
+                committed = True
+        if launched:
+            host_s = self._clock() - started_s - (self._waited_s - waited_before_s)
+            self.metrics.host_seconds_total += host_s
+            self.metrics.step_host.observe(host_s)
+        return launched or committed
+
+    def _launch_next(self) -> bool:
+        if not self.pipeline.can_launch(self.depth):
+            return False
+        plan = self.scheduler.plan(self._clock())
+        if plan is None:
+            self._had_work = False
+            return False
+        self._launch(plan)
+        self._had_work = True
+        return True
+
+    def _launch(self, plan: StepPlan) -> None:
+        """Forward now; sample unconstrained rows at once, constrained rows when their masks are known."""
+        runner, pipeline = self.runner, self.pipeline
+        if not len(pipeline):
+            reasons = self.metrics.sync_steps_total
+            reason = "depth" if self.depth == 1 else "idle"
+            reasons[reason] = reasons.get(reason, 0) + 1
+        step = pipeline.launch(plan, self._clock(), follows=self._had_work)
+        runner.launch_forward(step.slot, plan)
+        if not plan.deferred:
+            runner.launch_sampling(step.slot, plan, list(range(len(plan.samples))), masked=False)
+        else:
+            waiting = set(plan.deferred)
+            free = [i for i in range(len(plan.samples)) if i not in waiting]
+            if free:
+                runner.launch_sampling(step.slot, plan, free, masked=False)
+            self._sample_deferred(step)
+        runner.launch_copy(step.slot, plan)
+        pipeline.on_sampled(step)
+
+    def _sample_deferred(self, step: InFlight) -> None:
+        """The forward of `step` is running: commit what its constrained rows' grammars still wait for, then
+        build their masks and sample them."""
+        while (oldest := self.pipeline.oldest) is not step:
+            assert oldest is not None
+            self._commit(oldest)
+        started_s = self._clock()
+        masks = self.runner.mask_rows(step.slot)
+        for i in step.plan.deferred:
+            seq = step.plan.samples[i]
+            if seq.finish is not None or seq.constraint is None:
+                masks[i] = -1  # a zombie: whatever it samples is skipped
+            else:
+                seq.constraint.fill_mask(masks[i])
+        self.metrics.mask_seconds_total += self._clock() - started_s
+        self.runner.launch_sampling(step.slot, step.plan, step.plan.deferred, masked=True)
+
+    def _commit(self, step: InFlight) -> None:
+        before_s = self._clock()
+        result = self.runner.wait(step.slot, step.plan)
+        now_s = self._clock()
+        self._waited_s += now_s - before_s
+        busy_s, idle_s = self.runner.device_times(step.slot)
+        self.pipeline.commit(step)
+        done = self.scheduler.commit(step.plan, result, now_s)
+        self._send_step(step.plan, done, result)
+        metrics = self.metrics
+        metrics.steps_total += 1
+        metrics.step_rows_total += len(step.plan.samples)
+        metrics.generation_tokens_total += len(done.token_ids)
+        metrics.prefill_tokens_total += sum([chunk.num_tokens for chunk in step.plan.chunks])
+        metrics.zombie_rows_total += done.num_zombies
+        metrics.device_busy_seconds_total += busy_s
+        metrics.wait_seconds_total += now_s - before_s
+        metrics.step_wait.observe(now_s - before_s)
+        if step.follows:  # else there was no work before it, and an idle device is no bubble
+            metrics.bubble_seconds_total += idle_s
+            metrics.step_bubble.observe(idle_s)
+
+    # ------------------------------------------------------------------ commands
+
+    def take_commands(self) -> None:
+        """Handle everything in the inbox."""
+        inbox = self._inbox
+        while not inbox.empty():
+            gateway, message, frames = inbox.get()
+            self._on_command(gateway, message, frames)
+
+    def _on_command(self, gateway: bytes, message: FromGateway | None, frames: list[bytes]) -> None:
+        if isinstance(message, Submit):
+            self._on_submit(gateway, message, frames)
+        elif isinstance(message, Cancel):
+            for sequence_id in message.sequence_ids:
+                seq = self.scheduler.cancel(gateway, sequence_id, FinishReason.CANCELLED)
+                if seq is not None:
+                    self._send_finish(seq)
+        elif isinstance(message, Drain):
+            self.drain(message.deadline_s)
+        elif message is None:
+            for seq in self.scheduler.cancel_gateway(gateway):
+                self._count_finish(seq)  # nobody is left to tell
+
+    def _on_submit(self, gateway: bytes, message: Submit, frames: list[bytes]) -> None:
+        now_s = self._clock()
+        try:
+            if message.epoch != self._epoch:
+                raise Refusal(
+                    ErrorCode.WORKER_LOST, f"this worker's epoch is {self._epoch}, not {message.epoch}"
+                )
+            if self.draining:
+                raise Refusal(ErrorCode.SHUTTING_DOWN, "the worker is draining")
+            seq = build_sequence(gateway, message, frames, self.card, now_s)
+            self.scheduler.submit(seq)
+        except Refusal as refusal:
+            self.metrics.rejected_total += 1
+            rejected = Rejected(
+                self._epoch,
+                message.sequence_id,
+                refusal.code,
+                refusal.message,
+                refusal.param,
+                self._retry_after_s(),
+            )
+            self._outbox.send(gateway, rejected)
+
+    def drain(self, deadline_s: float) -> None:
+        """Refuse new sequences, end running ones by `deadline_s` from now at the latest, then stop."""
+        if self.draining:
+            return
+        self.draining = True
+        self._drain_until_s = self._clock() + deadline_s
+        log.info("draining", deadline_s=deadline_s, running=len(self.scheduler.running))
+
+    # ------------------------------------------------------------------ events
+
+    def _send_step(self, plan: StepPlan, done: Committed, result: StepResult) -> None:
+        if not done.rows and not done.finished:
+            return
+        gateways = {seq.gateway for seq in done.rows}
+        gateways.update(seq.gateway for seq in done.finished)
+        for gateway in gateways:
+            mine = range(len(done.rows))
+            if len(gateways) > 1:
+                mine = [i for i in mine if done.rows[i].gateway == gateway]  # type: ignore[assignment]
+            ids = [done.rows[i].sequence_id for i in mine]
+            finishes = [self._finish_event(seq) for seq in done.finished if seq.gateway == gateway]
+            message = StepOutputs(
+                self._epoch,
+                plan.step,
+                pack_i64(ids),
+                pack_i32([done.indexes[i] for i in mine]),
+                pack_i32([done.token_ids[i] for i in mine]),
+                finishes,
+                _values(done, result, mine) if result.values is not None else [],
+                _logprobs(done, result, mine) if result.logprobs is not None else [],
+            )
+            self._outbox.send(gateway, message)
+
+    def _send_finish(self, seq: Sequence) -> None:
+        message = StepOutputs(self._epoch, 0, b"", b"", b"", [self._finish_event(seq)])
+        self._outbox.send(seq.gateway, message)
+
+    def _finish_event(self, seq: Sequence) -> Finish:
+        self._count_finish(seq)
+        now_s = self._clock()
+        first_planned_s = seq.first_planned_s or now_s
+        first_token_s = seq.first_token_s or now_s
+        timing = Timing(
+            first_planned_s - seq.arrived_s, first_token_s - first_planned_s, max(0.0, now_s - first_token_s)
+        )
+        metrics = self.metrics
+        metrics.queue_time.observe(timing.queue_s)
+        metrics.prefill_time.observe(timing.prefill_s)
+        metrics.decode_time.observe(timing.decode_s)
+        self._finished_lately.append(now_s)
+        code, text = seq.error or (None, "")
+        assert seq.finish is not None
+        return Finish(
+            seq.sequence_id,
+            seq.finish,
+            seq.num_prompt,
+            seq.num_generated,
+            seq.cached_tokens,
+            code,
+            text,
+            timing,
+            seq.preemptions,
+        )
+
+    def _count_finish(self, seq: Sequence) -> None:
+        assert seq.finish is not None
+        counts = self.metrics.finished_total
+        counts[seq.finish.value] = counts.get(seq.finish.value, 0) + 1
+
+    def _beat(self, now_s: float) -> None:
+        """Sent by this thread and no other: a loop that hangs falls silent."""
+        self._next_beat_s = now_s + BEAT_INTERVAL_S
+        if self.draining and now_s > self._drain_until_s:
+            for seq in list(self.scheduler.sequences.values()):
+                self.scheduler.fail(seq, ErrorCode.SHUTTING_DOWN, "the worker's drain deadline has passed")
+                self._send_finish(seq)
+        self.metrics.depth = self.depth
+        scheduler = self.scheduler
+        self._outbox.broadcast(
+            Beat(
+                self._epoch,
+                self.metrics.steps_total,
+                len(scheduler.running),
+                len(scheduler.waiting),
+                scheduler.pages.num_free + scheduler.pages.num_cached,
+                scheduler.pages.total,
+                self.draining,
+                self._gauges(),
+                self.metrics.export_histograms(),
+                self._drain_rate(now_s),
+            )
+        )
+        if self._on_beat is not None:
+            self._on_beat(self.metrics.steps_total)
+
+    def _gauges(self) -> dict[str, float]:
+        out = self.metrics.export()
+        out["preemptions_total"] = self.scheduler.num_preemptions
+        cache = self.scheduler.cache
+        if cache is not None:
+            out["prefix_cache_queries_total"] = cache.num_query_tokens
+            out["prefix_cache_hits_total"] = cache.num_hit_tokens
+        return out
+
+    def _drain_rate(self, now_s: float) -> float:
+        """Sequences finished per second over the last five."""
+        lately = [at for at in self._finished_lately if at > now_s - 5.0]
+        self._finished_lately = lately
+        return len(lately) / 5.0
+
+    def _retry_after_s(self) -> float:
+        rate = self._drain_rate(self._clock())
+        return min(30.0, (len(self.scheduler.waiting) + 1) / rate) if rate else 1.0
+
+    def _idle(self) -> None:
+        """Nothing to run: sleep until a command or the next heartbeat."""
+        timeout_s = max(0.0, self._next_beat_s - self._clock())
+        if timeout_s > 0:
+            try:
+                command = self._inbox.get(timeout=timeout_s)
+            except Exception:  # queue.Empty: time for a heartbeat
+                return
+            self._on_command(*command)
+
+    def stop(self) -> None:
+        """End the loop after the current tick. Called from another thread."""
+        self.stopping = True
+
+    def _fail_everything(self, error: Exception) -> None:
+        """The device is lost: one typed terminal event for each sequence, then a last word."""
+        log.error("decode_loop_failed", error=type(error).__name__, detail=str(error)[:500])
+        for seq in list(self.scheduler.sequences.values()):
+            seq.finish = FinishReason.ERROR
+            seq.error = (ErrorCode.DEVICE_ERROR, f"the device failed: {type(error).__name__}")
+            self._send_finish(seq)
+        self._outbox.broadcast(Fatal(self._epoch, ErrorCode.DEVICE_ERROR, f"{type(error).__name__}"))
+
+
+def _values(done: Committed, result: StepResult, mine: object) -> list[TokenValues]:
+    assert result.values is not None
+    out = []
+    for i in mine:  # type: ignore[attr-defined]
+        seq = done.rows[i]
+        if seq.is_spatial:
+            values = result.values[done.source[i]]
+            out.append(TokenValues(seq.sequence_id, done.indexes[i], list(values)))
+    return out
+
+
+def _logprobs(done: Committed, result: StepResult, mine: object) -> list[TokenLogprobs]:
+    assert result.logprobs is not None
+    out = []
+    for i in mine:  # type: ignore[attr-defined]
+        seq = done.rows[i]
+        num = seq.sampling.num_logprobs
+        if num < 0:
+            continue
+        source = done.source[i]
+        ids = pack_i32(result.top_ids[source][:num]) if result.top_ids and num else b""
+        top = result.top_logprobs[source][:num] if result.top_logprobs and num else []
+        out.append(TokenLogprobs(seq.sequence_id, done.indexes[i], result.logprobs[source], ids, top))
+    return out

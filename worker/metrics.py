@@ -1,0 +1,77 @@
+"""Owns the worker's counters, as plain numbers the decode thread adds to and ships in each `Beat`. Decode thread.
+
+Names here reach Prometheus with the prefix `degas_worker_`. Everything ending in `_total` or `_seconds_total`
+only grows; the rest are gauges.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from shared.protocol import HISTOGRAM_BUCKETS_S
+
+
+class Histogram:
+    """Cumulative counts over `HISTOGRAM_BUCKETS_S`, then infinity, then the sum of observations in seconds."""
+
+    __slots__ = ("counts", "sum_s")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(HISTOGRAM_BUCKETS_S) + 1)
+        self.sum_s = 0.0
+
+    def observe(self, value_s: float) -> None:
+        """Count one observation."""
+        self.counts[bisect_left(HISTOGRAM_BUCKETS_S, value_s)] += 1
+        self.sum_s += value_s
+
+    def export(self) -> list[float]:
+        """Cumulative bucket counts, then the sum."""
+        total = 0
+        out: list[float] = []
+        for count in self.counts:
+            total += count
+            out.append(total)
+        out.append(self.sum_s)
+        return out
+
+
+class WorkerMetrics:
+    """What the loop did since it started."""
+
+    def __init__(self) -> None:
+        self.steps_total = 0
+        self.step_rows_total = 0
+        self.prefill_tokens_total = 0
+        self.generation_tokens_total = 0
+        self.zombie_rows_total = 0
+        self.bubble_seconds_total = 0.0  # device idle while work was there
+        self.device_busy_seconds_total = 0.0
+        self.host_seconds_total = 0.0  # decode thread's own time in steps, waits left out
+        self.wait_seconds_total = 0.0  # decode thread blocked on the device
+        self.mask_seconds_total = 0.0  # building masks of constrained rows
+        self.finished_total: dict[str, int] = {}
+        self.rejected_total = 0
+        self.sync_steps_total: dict[str, int] = {}  # steps launched with nothing in flight, by reason
+        self.depth = 0
+        self.step_host = Histogram()
+        self.step_wait = Histogram()
+        self.step_bubble = Histogram()
+        self.queue_time = Histogram()
+        self.prefill_time = Histogram()
+        self.decode_time = Histogram()
+
+    def export(self) -> dict[str, float]:
+        """Counters and gauges by name; labelled ones as `name|label`."""
+        out: dict[str, float] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, dict):
+                for label, count in value.items():
+                    out[f"{name}|{label}"] = count
+            elif not isinstance(value, Histogram):
+                out[name] = value
+        return out
+
+    def export_histograms(self) -> dict[str, list[float]]:
+        """Histograms by name."""
+        return {name: value.export() for name, value in vars(self).items() if isinstance(value, Histogram)}

@@ -1,0 +1,149 @@
+"""Owns the reference paged attention: writing K and V to pages, and reading them back. Decode thread.
+
+Plain torch, for CPUs and as the oracle of the GPU kernels. One `AttentionPlan` is built a forward; it holds what
+all layers share (masks, page indices), so a layer costs two writes, two gathers and one product a kind of row.
+It uses no host synchronisation: on a GPU the decode part can be captured for fixed shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worker.models.contract import DecodeRows, KVCache, PrefillSegment, StepTokens
+
+
+@dataclass(slots=True)
+class _Segment:
+    """One prefill chunk, worked out: `start:stop` in the step's tokens, and what its queries may see."""
+
+    start: int
+    stop: int
+    num_keys: int  # context and chunk
+    pages: Tensor | None  # None: the chunk's own keys suffice, nothing is cached before it
+    mask: Tensor | None  # (S, L) additive; None: everything, or causal
+    causal: bool
+
+
+class AttentionPlan:
+    """What every layer of one forward needs to attend; build it once, call `attend` once a layer.
+
+    Raises ValueError when a chunk ends inside a prefix that it also begins in: positions of a bidirectional
+    prefix need all of it, cached or in the same chunk.
+    """
+
+    def __init__(self, tokens: StepTokens, cache: KVCache) -> None:
+        self._cache = cache
+        self._write_index = tokens.write_index
+        self._dtype = cache.keys[0].dtype
+        # A bf16 product with one query row a head is slow on CPUs: 2.6 times the fp32 one, casts included.
+        self._widen = self._dtype != torch.float32 and cache.keys[0].device.type == "cpu"
+        self._mask_dtype = torch.float32 if self._widen else self._dtype
+        self._decode = tokens.decode
+        self._num_decode = 0
+        self._decode_pages: Tensor | None = None
+        self._decode_mask: Tensor | None = None
+        if tokens.decode is not None:
+            self._plan_decode(tokens.decode)
+        start = self._num_decode
+        self._segments: list[_Segment] = []
+        for prefill in tokens.prefills:
+            self._segments.append(self._plan_segment(prefill, start))
+            start += prefill.num_tokens
+
+    def _plan_decode(self, rows: DecodeRows) -> None:
+        page_tokens = self._cache.page_tokens
+        num_pages = min(-(-rows.max_tokens // page_tokens), rows.block_tables.shape[1])
+        self._num_decode = rows.num_rows
+        self._decode_pages = rows.block_tables[: rows.num_rows, :num_pages].reshape(-1)
+        columns = torch.arange(num_pages * page_tokens, device=rows.lengths.device)
+        hidden = columns >= rows.lengths[: rows.num_rows, None]
+        mask = torch.zeros(hidden.shape, dtype=self._mask_dtype, device=hidden.device)
+        self._decode_mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
+
+    def _plan_segment(self, prefill: PrefillSegment, start: int) -> _Segment:
+        queries, context, prefix = prefill.num_tokens, prefill.num_context, prefill.prefix_tokens
+        num_keys = context + queries
+        if context < prefix and num_keys < prefix:
+            raise ValueError(f"a chunk of {queries} after {context} cuts a prefix of {prefix} tokens")
+        pages: Tensor | None = None
+        if context:
+            pages = prefill.block_table[: -(-num_keys // self._cache.page_tokens)]
+        mask: Tensor | None = None
+        causal = False
+        if queries == 1 or prefix >= num_keys:
+            pass  # every query sees every key
+        elif context == 0 and prefix <= 1:
+            causal = True
+        else:
+            device = prefill.block_table.device
+            last_seen = torch.arange(context, num_keys, device=device)
+            if prefix > context:
+                last_seen.clamp_(min=prefix - 1)
+            hidden = torch.arange(num_keys, device=device) > last_seen[:, None]
+            mask = torch.zeros(hidden.shape, dtype=self._mask_dtype, device=device)
+            mask.masked_fill_(hidden, float("-inf"))
+        return _Segment(start, start + queries, num_keys, pages, mask, causal)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Write this layer's K and V, then attend.
+
+        `query` (N, H, D), `key` and `value` (N, KH, D), all in the cache's dtype, H a multiple of KH. Returns
+        (N, H·D) in the cache's dtype.
+        """
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys.view(-1, *keys.shape[2:]).index_copy_(0, self._write_index, key)
+        values.view(-1, *values.shape[2:]).index_copy_(0, self._write_index, value)
+        if not self._segments:
+            return self._attend_decode(query, keys, values)
+        parts = [self._attend_segment(segment, query, key, value, keys, values) for segment in self._segments]
+        if self._num_decode:
+            parts.insert(0, self._attend_decode(query[: self._num_decode], keys, values))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        pages = self._decode_pages
+        assert pages is not None
+        rows, num_heads, head_dim = query.shape
+        kv_heads = keys.shape[2]
+        gathered_keys = keys.index_select(0, pages).view(rows, -1, kv_heads, head_dim).transpose(1, 2)
+        gathered_values = values.index_select(0, pages).view(rows, -1, kv_heads, head_dim).transpose(1, 2)
+        # The query heads of a group stand as the query *positions* of its key head: one product for all of
+        # them, measured 1.5 to 7 times quicker than `enable_gqa`, and needing no group special case.
+        grouped = query.reshape(rows, kv_heads, num_heads // kv_heads, head_dim)
+        if self._widen:
+            grouped, gathered_keys, gathered_values = (
+                grouped.float(),
+                gathered_keys.float(),
+                gathered_values.float(),
+            )
+        out = F.scaled_dot_product_attention(
+            grouped, gathered_keys, gathered_values, attn_mask=self._decode_mask
+        )
+        return out.reshape(rows, num_heads * head_dim).to(self._dtype)
+
+    def _attend_segment(
+        self, segment: _Segment, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        chunk = slice(segment.start, segment.stop)
+        query = query[chunk]
+        num_heads, kv_heads = query.shape[1], keys.shape[2]
+        if segment.pages is None:
+            key, value = key[chunk], value[chunk]
+        else:
+            key = keys.index_select(0, segment.pages).view(-1, *keys.shape[2:])[: segment.num_keys]
+            value = values.index_select(0, segment.pages).view(-1, *values.shape[2:])[: segment.num_keys]
+        if self._widen:
+            query, key, value = query.float(), key.float(), value.float()
+        out = F.scaled_dot_product_attention(
+            query.transpose(0, 1).unsqueeze(0),
+            key.transpose(0, 1).unsqueeze(0),
+            value.transpose(0, 1).unsqueeze(0),
+            attn_mask=segment.mask,
+            is_causal=segment.causal,
+            enable_gqa=num_heads != kv_heads,
+        )
+        return out.squeeze(0).transpose(0, 1).reshape(query.shape[0], -1).to(self._dtype)

@@ -1,0 +1,208 @@
+"""Owns Moondream 2: its language model, and how text, pictures and regions come together. Decode thread."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.protocol import ModelCard
+from worker.models.attention import AttentionPlan
+from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
+from worker.models.layers import LayerNorm, Mlp, PackedLinear
+from worker.models.moondream_config import MoondreamConfig, TextConfig, make_card, parse_config
+from worker.models.moondream_region import RegionModel
+from worker.models.moondream_vision import Take, VisionEncoder
+from worker.models.weights import Checkpoint, Target, read_config
+
+_ROPE_THETA = 10000.0
+
+# Where the older layout kept what the newer calls by the name on the right.
+_OLDER_NAMES = (
+    (r"vision_encoder\.encoder\.model\.visual\.patch_embed\.linear\.", "vision.patch_emb."),
+    (r"vision_encoder\.encoder\.model\.visual\.pos_embed$", "vision.pos_emb"),
+    (r"vision_encoder\.encoder\.model\.visual\.blocks\.(\d+)\.norm([12])\.", r"vision.blocks.\1.ln\2."),
+    (r"vision_encoder\.encoder\.model\.visual\.blocks\.", "vision.blocks."),
+    (r"vision_encoder\.encoder\.model\.visual\.norm\.", "vision.post_ln."),
+    (r"vision_encoder\.projection\.mlp\.", "vision.proj_mlp."),
+    (r"text_model\.transformer\.embd\.wte\.weight$", "text.wte"),
+    (r"text_model\.transformer\.h\.(\d+)\.mixer\.Wqkv\.", r"text.blocks.\1.attn.qkv."),
+    (r"text_model\.transformer\.h\.(\d+)\.mixer\.out_proj\.", r"text.blocks.\1.attn.proj."),
+    (r"text_model\.transformer\.h\.", "text.blocks."),
+    (r"text_model\.lm_head\.ln\.", "text.post_ln."),
+    (r"text_model\.lm_head\.linear\.", "text.lm_head."),
+    (r"region_model\.coordinate_features\.weight$", "region.coord_features"),
+    (r"region_model\.size_features\.weight$", "region.size_features"),
+    (r"region_model\.coordinate_(encoder|decoder)\.", r"region.coord_\1."),
+    (r"region_model\.", "region."),
+)
+_COMPUTED = re.compile(r"(^|\.)(freqs_cis|attn_mask|kv_cache\.\w+|rotary_emb\.inv_freq)$")
+
+
+def canonical_name(stored: str) -> Target | None:
+    """A stored tensor's name in either layout → its name without `model.`; None for what we compute ourselves."""
+    name = stored.replace("._orig_mod", "").removeprefix("model.")
+    if _COMPUTED.search(name):
+        return None
+    for pattern, replacement in _OLDER_NAMES:
+        renamed, count = re.subn("^" + pattern, replacement, name)
+        if count:
+            # The older layout kept the Fourier frequencies as a linear layer's weight.
+            return Target(renamed, transposed=renamed in ("region.coord_features", "region.size_features"))
+    return Target(name)
+
+
+class Moondream:
+    """A loaded Moondream 2; implements `contract.Model`.
+
+    `kv_dtype` is the dtype its cache runs fastest in: fp32 on a CPU, where attention in bf16 is several times
+    slower and rotary products need fp32 anyway; the weights' dtype elsewhere. Any float dtype works.
+    """
+
+    def __init__(self, config: MoondreamConfig, card: ModelCard, take: Take, device: torch.device) -> None:
+        text = config.text
+        self.card = card
+        self.config = config
+        self.device = device
+        self.num_layers = text.n_layers
+        self.num_kv_heads = text.n_kv_heads
+        self.head_dim = text.head_dim
+        self.prefix_tokens = config.prefix_tokens
+        self.weight_bytes = 0
+        self._num_heads = text.n_heads
+        self._wte = take("text.wte", text.vocab_size, text.dim)
+        self.dtype = self._wte.dtype
+        self.kv_dtype = torch.float32 if device.type == "cpu" else self.dtype
+        self._blocks = [_TextBlock(take, f"text.blocks.{index}", text) for index in range(text.n_layers)]
+        self._post_ln = LayerNorm(take("text.post_ln.weight", text.dim), take("text.post_ln.bias", text.dim))
+        self._lm_head = _linear(take, "text.lm_head", text.dim, text.vocab_size)
+        self._rope = _rope_table(text.head_dim // 2, text.max_context, device)
+        self.vision = VisionEncoder(config.vision, take)
+        self.region = RegionModel(config.region, take)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """(N,) int64 ids → (N, D) input embeddings."""
+        return F.embedding(token_ids, self._wte)
+
+    def embed_next(self, token_ids: Tensor, values: Tensor, spatial: Tensor) -> Tensor:
+        """(B,) ids, (B, 2) fp32 values, (B,) bool → (B, D): values in place of words where `spatial` holds."""
+        words = F.embedding(token_ids, self._wte)
+        # On a CPU looking is cheap and mostly saves the work; on a GPU it would stop the host, so all is computed.
+        if self.device.type == "cpu" and not bool(spatial.any()):
+            return words
+        coordinates = self.region.encode_coordinate(values[:, :1], self.dtype)
+        sizes = self.region.encode_size(values, self.dtype)
+        is_coordinate = (spatial & (token_ids == self.card.coord_id)).unsqueeze(1)
+        is_size = (spatial & (token_ids == self.card.size_id)).unsqueeze(1)
+        return torch.where(is_size, sizes, torch.where(is_coordinate, coordinates, words))
+
+    def encode_images(self, images: list[ImageCrops]) -> list[Tensor]:
+        """Pictures → one (num_image_tokens, D) tensor each. Raises ValueError on frames that do not fit."""
+        return self.vision.encode(images) if images else []
+
+    def forward(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
+        """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of all N tokens."""
+        plan = AttentionPlan(tokens, cache)
+        rotation = self._rope.index_select(0, tokens.positions)
+        for layer, block in enumerate(self._blocks):
+            hidden = block(hidden, rotation, plan, layer, cache.keys[layer].dtype)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(R, D) hidden states of the sampling positions → (R, V) fp32 logits."""
+        return self._lm_head(self._post_ln(hidden)).float()
+
+    def decode_values(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """(R, D) hidden, (R,) sampled ids → (R, 2) fp32: a coordinate in column 0, a (width, height), else 0."""
+        is_coordinate = (token_ids == self.card.coord_id).unsqueeze(1)
+        is_size = (token_ids == self.card.size_id).unsqueeze(1)
+        values = torch.zeros(token_ids.shape[0], 2, dtype=torch.float32, device=token_ids.device)
+        looking = self.device.type == "cpu"  # as in `embed_next`
+        if not looking or bool(is_coordinate.any()):
+            coordinates = F.pad(self.region.decode_coordinate(hidden), (0, 1))
+            values = torch.where(is_coordinate, coordinates, values)
+        if not looking or bool(is_size.any()):
+            values = torch.where(is_size, self.region.decode_size(hidden), values)
+        return values
+
+
+class _TextBlock:
+    """One layer: a single norm feeds attention and MLP side by side, both added to the residual stream."""
+
+    def __init__(self, take: Take, name: str, config: TextConfig) -> None:
+        dim = config.dim
+        self._head_dim = config.head_dim
+        self._num_heads = config.n_heads
+        self._num_rotated = config.n_heads + config.n_kv_heads
+        self._ln = LayerNorm(take(f"{name}.ln.weight", dim), take(f"{name}.ln.bias", dim))
+        weight = take(f"{name}.attn.qkv.weight", config.qkv_dim, dim)
+        order = _pair_order(config).to(weight.device)
+        self._qkv = PackedLinear(weight[order], take(f"{name}.attn.qkv.bias", config.qkv_dim)[order])
+        self._proj = _linear(take, f"{name}.attn.proj", dim, dim)
+        self._mlp = Mlp(
+            _linear(take, f"{name}.mlp.fc1", dim, config.ff_dim),
+            _linear(take, f"{name}.mlp.fc2", config.ff_dim, dim),
+        )
+
+    def __call__(
+        self, hidden: Tensor, rotation: Tensor, plan: AttentionPlan, layer: int, kv_dtype: torch.dtype
+    ) -> Tensor:
+        num_heads, num_rotated, head_dim = self._num_heads, self._num_rotated, self._head_dim
+        normed = self._ln(hidden)
+        # Rotary embedding in fp32 and in place, as one complex product over the heads of q and k.
+        heads = self._qkv(normed).float().view(hidden.shape[0], -1, head_dim)
+        pairs = heads[:, :num_rotated, : head_dim // 2].view(-1, num_rotated, head_dim // 4, 2)
+        torch.view_as_complex(pairs).mul_(rotation)
+        heads = heads.to(kv_dtype)
+        query, key, value = heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
+        mixed = plan.attend(layer, query, key, value)
+        return self._mlp.add(normed, self._proj.add(mixed.to(hidden.dtype), hidden))
+
+
+def _pair_order(config: TextConfig) -> Tensor:
+    """Rows of the fused qkv projection so that the two halves of a rotary pair lie side by side.
+
+    q and k are permuted alike, which leaves their products as they were, and a pair becomes one complex number.
+    """
+    half = config.head_dim // 4
+    pairs = torch.arange(2 * half).view(2, half).t().reshape(-1)
+    head = torch.cat([pairs, torch.arange(2 * half, config.head_dim)])
+    starts = torch.arange(config.n_heads + config.n_kv_heads)[:, None] * config.head_dim
+    rotated = (starts + head).reshape(-1)
+    return torch.cat([rotated, torch.arange(rotated.shape[0], config.qkv_dim)])
+
+
+def _rope_table(num_dims: int, max_context: int, device: torch.device) -> Tensor:
+    """(max_context, 1, num_dims / 2) complex64 rotations."""
+    inverse = 1.0 / (_ROPE_THETA ** (torch.arange(0, num_dims, 2, dtype=torch.float32) / num_dims))
+    angles = torch.arange(max_context, dtype=torch.float32)[:, None] * inverse
+    return torch.polar(torch.ones_like(angles), angles).unsqueeze(1).to(device)
+
+
+def _linear(take: Take, name: str, inputs: int, outputs: int) -> PackedLinear:
+    return PackedLinear(take(f"{name}.weight", outputs, inputs), take(f"{name}.bias", outputs))
+
+
+def load(folder: Path, device: torch.device, dtype: torch.dtype, report: ProgressReport) -> Moondream:
+    """Build the model from a checkpoint folder, in either layout of names.
+
+    Raises CheckpointError on a folder that does not hold exactly this model.
+    """
+    raw = read_config(folder)
+    config = parse_config(raw, folder)
+    checkpoint = Checkpoint(folder, report, canonical_name)
+    weight_bytes = 0
+
+    def take(name: str, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        nonlocal weight_bytes
+        tensor = checkpoint.take(name, *shape, device=device, dtype=dtype)
+        weight_bytes += tensor.nbytes
+        return tensor
+
+    model = Moondream(config, make_card(config, raw, folder), take, device)
+    checkpoint.finish()
+    model.weight_bytes = weight_bytes
+    return model

@@ -1,0 +1,76 @@
+"""Owns Moondream's region model: numbers in, numbers out, for points and boxes. Decode thread.
+
+A coordinate or a size is generated as one token whose value is decoded from the hidden state; the next input is
+that value's Fourier features in place of a word embedding. Values are those of the reference: bin/1024 for a
+coordinate, 2^(bin/1023·10 − 10) for a width or height, neither clamped here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from worker.models.layers import Mlp, PackedLinear
+from worker.models.moondream_config import RegionConfig
+from worker.models.moondream_vision import Take
+
+
+class RegionModel:
+    """Encoders and decoders of coordinates and sizes. Fourier features are computed in fp32 whatever the dtype:
+    their phases reach hundreds of radians."""
+
+    def __init__(self, config: RegionConfig, take: Take) -> None:
+        dim, inner = config.dim, config.inner_dim
+        float32 = torch.float32
+        coord_features = take("region.coord_features", 1, config.coord_feat_dim // 2, dtype=float32)
+        size_features = take("region.size_features", 2, config.size_feat_dim // 2, dtype=float32)
+        self._coord_features = coord_features * (2 * math.pi)
+        self._size_features = size_features * (2 * math.pi)
+        self._coord_encoder = _linear(take, "region.coord_encoder", config.coord_feat_dim, dim)
+        self._size_encoder = _linear(take, "region.size_encoder", config.size_feat_dim, dim)
+        self._coord_decoder = Mlp(
+            _linear(take, "region.coord_decoder.fc1", dim, inner),
+            _linear(take, "region.coord_decoder.fc2", inner, config.coord_out_dim),
+        )
+        self._size_decoder = Mlp(
+            _linear(take, "region.size_decoder.fc1", dim, inner),
+            _linear(take, "region.size_decoder.fc2", inner, config.size_out_dim),
+        )
+
+    def encode_coordinate(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """(R, 1) fp32 values → (R, D) embeddings of `dtype`."""
+        return self._coord_encoder(_fourier(value, self._coord_features).to(dtype))
+
+    def encode_size(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """(R, 2) fp32 widths and heights → (R, D) embeddings of `dtype`."""
+        return self._size_encoder(_fourier(values, self._size_features).to(dtype))
+
+    def coordinate_logits(self, hidden: Tensor) -> Tensor:
+        """(R, D) hidden states → (R, coordinate bins) fp32."""
+        return self._coord_decoder(hidden).float()
+
+    def size_logits(self, hidden: Tensor) -> Tensor:
+        """(R, D) hidden states → (R, 2, size bins) fp32: width, height."""
+        return self._size_decoder(hidden).float().view(hidden.shape[0], 2, -1)
+
+    def decode_coordinate(self, hidden: Tensor) -> Tensor:
+        """(R, D) hidden states → (R, 1) fp32: the most likely bin over the number of bins."""
+        logits = self.coordinate_logits(hidden)
+        return logits.max(-1, keepdim=True).indices.float() / logits.shape[-1]
+
+    def decode_size(self, hidden: Tensor) -> Tensor:
+        """(R, D) hidden states → (R, 2) fp32 width and height, on a logarithmic scale from 2⁻¹⁰ to 1."""
+        logits = self.size_logits(hidden)
+        bins = logits.max(-1).indices.float()
+        return torch.exp2(bins / (logits.shape[-1] - 1) * 10.0 - 10.0)
+
+
+def _fourier(values: Tensor, frequencies: Tensor) -> Tensor:
+    phases = values @ frequencies
+    return torch.cat([phases.cos(), phases.sin()], dim=-1)
+
+
+def _linear(take: Take, name: str, inputs: int, outputs: int) -> PackedLinear:
+    return PackedLinear(take(f"{name}.weight", outputs, inputs), take(f"{name}.bias", outputs))

@@ -1,0 +1,39 @@
+"""Owns which model families there are, and picks one by a checkpoint's config.json. Decode thread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from worker.models import moondream
+from worker.models.contract import Load, Model, ProgressReport
+from worker.models.weights import CheckpointError, read_config
+
+# Both the architectures' class names and the `model_type`s that released checkpoints carry.
+FAMILIES: dict[str, Load] = {
+    "HfMoondream": moondream.load,
+    "moondream1": moondream.load,
+}
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype, report: ProgressReport) -> Model:
+    """Load the checkpoint in `folder` onto `device` in `dtype`; `report` is told of progress.
+
+    Code that a checkpoint brings along (`auto_map`) is never run: a known architecture does not need it, an
+    unknown one is refused. Raises CheckpointError.
+    """
+    config = read_config(folder)
+    architectures = config.get("architectures")
+    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    model_type = config.get("model_type")
+    if isinstance(model_type, str):
+        names.append(model_type)
+    for name in names:
+        load = FAMILIES.get(name)
+        if load is not None:
+            return load(folder, device, dtype, report)
+    problem = f"unknown architecture {', '.join(names) or '(none named)'}; known are {', '.join(FAMILIES)}"
+    if "auto_map" in config:
+        problem += "; the code that this checkpoint brings is never run"
+    raise CheckpointError(problem, file=folder / "config.json")
