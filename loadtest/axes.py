@@ -137,7 +137,9 @@ class Frame:
             at = self.y(value)
             grid.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
             if label:
-                grid.append(f'<text class="tick" text-anchor="end" x="{LEFT - 8}" y="{at + 4:.1f}">{escape(label)}</text>')
+                grid.append(
+                    f'<text class="tick" text-anchor="end" x="{LEFT - 8}" y="{at + 4:.1f}">{escape(label)}</text>'
+                )
         for value, label in self.x_ticks:
             at = self.x(value)
             grid.append(f'<line class="grid" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="{at:.1f}" x2="{at:.1f}"/>')
@@ -145,9 +147,7 @@ class Frame:
                 grid.append(
                     f'<text class="tick" text-anchor="middle" x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}">{escape(label)}</text>'
                 )
-        caption = (
-            f'<text class="axis" text-anchor="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}">{escape(self.x_label)}</text>'
-        )
+        caption = f'<text class="axis" text-anchor="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 6}">{escape(self.x_label)}</text>'
         return (
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}">'
             f"{''.join(grid)}{''.join(self.marks)}{caption}</svg>"

@@ -20,7 +20,18 @@ OK = "ok"
 class Call:
     """One request under way."""
 
-    __slots__ = ("code", "due_s", "end_s", "first_s", "gaps_s", "last_s", "sent_s", "status", "surface", "tokens")
+    __slots__ = (
+        "code",
+        "due_s",
+        "end_s",
+        "first_s",
+        "gaps_s",
+        "last_s",
+        "sent_s",
+        "status",
+        "surface",
+        "tokens",
+    )
 
     def __init__(self, surface: str, due_s: float) -> None:
         self.surface = surface

@@ -34,7 +34,9 @@ def short(
     rate: Annotated[float, typer.Option(help="Arrivals a second, open loop.")] = 10.0,
     seconds: Annotated[float, typer.Option(help="How long requests keep arriving.")] = 10.0,
     max_requests: Annotated[int, typer.Option(help="Stop after this many.")] = 100_000,
-    in_flight: Annotated[int, typer.Option(help="Closed loop: keep this many in flight instead of a rate.")] = 0,
+    in_flight: Annotated[
+        int, typer.Option(help="Closed loop: keep this many in flight instead of a rate.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Equal seeds send equal requests at equal times.")] = 0,
     pictures: Annotated[int, typer.Option(help="How many different pictures are asked about.")] = 8,
     picture_px: Annotated[int, typer.Option(help="Side of a picture in pixels.")] = 128,
@@ -42,14 +44,18 @@ def short(
     max_tokens: Annotated[int, typer.Option(help="Largest output limit of a request.")] = 16,
     connections: Annotated[int, typer.Option(help="WebSocket connections that the lanes share.")] = 4,
     timeout: Annotated[float, typer.Option(help="Give a request up after this many seconds.")] = 30.0,
-    warmup: Annotated[bool, typer.Option(help="Wait for readiness and send a few unmeasured requests.")] = False,
+    warmup: Annotated[
+        bool, typer.Option(help="Wait for readiness and send a few unmeasured requests.")
+    ] = False,
     slo_ttft_ms: Annotated[float, typer.Option(help="Good: first token within this. 0: any.")] = 500.0,
     slo_gap_ms: Annotated[float, typer.Option(help="Good: every gap within this. 0: any.")] = 0.0,
     slo_total_ms: Annotated[float, typer.Option(help="Good: whole answer within this. 0: any.")] = 2000.0,
     model: Annotated[str | None, typer.Option(help="Model to name in requests.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="DEGAS_API_KEY", help="Key to send.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None,
-    html_path: Annotated[Path | None, typer.Option("--html", help="Write a self-contained page here.")] = None,
+    html_path: Annotated[
+        Path | None, typer.Option("--html", help="Write a self-contained page here.")
+    ] = None,
     i_own_this_host: Annotated[bool, typer.Option(help="Allow a target that is not this machine.")] = False,
 ) -> None:
     """Many short image questions, streamed: time to first token, gaps, totals, goodput and errors."""

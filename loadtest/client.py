@@ -154,7 +154,9 @@ class _Run:
         cpu_before_s = _cpu_s()
         self._start_s = time.perf_counter()
         reporter = asyncio.create_task(self._report_progress()) if self._on_progress else None
-        arrivals = asyncio.create_task(self._arrive_open() if self._scenario.is_open_loop else self._keep_closed())
+        arrivals = asyncio.create_task(
+            self._arrive_open() if self._scenario.is_open_loop else self._keep_closed()
+        )
         stopped = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait((arrivals, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -182,7 +184,9 @@ class _Run:
         points = self._result.points
         if not points or self._result.stopped:
             return elapsed_s
-        last_s = max(max(point.due_s, point.due_s + point.total_s if point.code == OK else 0.0) for point in points)
+        last_s = max(
+            max(point.due_s, point.due_s + point.total_s if point.code == OK else 0.0) for point in points
+        )
         ran_its_time = self._scenario.is_open_loop and len(points) < self._scenario.max_requests
         return max(last_s, self._scenario.seconds) if ran_its_time else last_s
 

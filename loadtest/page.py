@@ -10,7 +10,15 @@ from loadtest.calls import Tally
 from loadtest.client import Result
 from loadtest.histogram import Histogram
 from loadtest.plots import histogram_plot, percentile_plot, rate_plot, time_plot
-from loadtest.report import NAMES, describe_load, describe_slo, find_warnings, format_ms, ordered_groups, to_json
+from loadtest.report import (
+    NAMES,
+    describe_load,
+    describe_slo,
+    find_warnings,
+    format_ms,
+    ordered_groups,
+    to_json,
+)
 
 _STYLE: Final = """
 :root{color-scheme:light dark;--paper:#faf9f6;--card:#fff;--ink:#1d2126;--soft:#6a717b;--rule:#e4e2dc;
@@ -74,7 +82,7 @@ def html_report(result: Result) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>Degas load test · {escape(result.started_at)}</title><style>{_STYLE}</style></head><body><main>"
         f"<h1>Load test</h1><p class=sub><code>{escape(result.scenario.url)}</code> · {escape(describe_load(result))}"
         f" · {escape(result.started_at)}</p>{warnings}{_tiles(result)}"
@@ -135,13 +143,19 @@ def _latencies(tally: Tally) -> tuple[tuple[str, Histogram], ...]:
 
 
 def _latency_row(label: str, histogram: Histogram) -> str:
-    values = [*(histogram.percentile_ms(percentile) for percentile in _PERCENTILES), histogram.max_ms, histogram.mean_ms]
+    values = [
+        *(histogram.percentile_ms(percentile) for percentile in _PERCENTILES),
+        histogram.max_ms,
+        histogram.mean_ms,
+    ]
     cells = "".join(f"<td>{format_ms(value)}</td>" for value in values)
     return f"<tr><td>{escape(label)}</td><td>{len(histogram):,}</td>{cells}</tr>"
 
 
 def _rate_sheet(result: Result) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("sent", "ok", "429", "errors", "ok/s", "goodput/s", "tokens/s"))
+    head = "".join(
+        f"<th>{name}</th>" for name in ("sent", "ok", "429", "errors", "ok/s", "goodput/s", "tokens/s")
+    )
     rows: list[str] = []
     for name, tally in ordered_groups(result):
         values = tally.summary(result.elapsed_s)

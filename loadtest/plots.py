@@ -44,7 +44,9 @@ def time_plot(result: Result) -> str:
     if not points:
         return ""
     points = points[:: max(1, len(points) // MAX_DOTS)]
-    values_ms = [value for point in points for value in (point.ttft_s * 1e3, point.total_s * 1e3) if value > 0]
+    values_ms = [
+        value for point in points for value in (point.ttft_s * 1e3, point.total_s * 1e3) if value > 0
+    ]
     low, high = _padded(min(values_ms, default=1.0), max(values_ms, default=1.0))
     end_s = max(points[-1].due_s, 0.1)
     plot = frame(
@@ -57,7 +59,9 @@ def time_plot(result: Result) -> str:
         x_label="scheduled arrival",
     )
     plot.dots(((point.due_s, point.total_s * 1e3) for point in points if point.code == OK), TOTAL)
-    plot.dots(((point.due_s, point.ttft_s * 1e3) for point in points if point.code == OK and point.ttft_s), TTFT)
+    plot.dots(
+        ((point.due_s, point.ttft_s * 1e3) for point in points if point.code == OK and point.ttft_s), TTFT
+    )
     plot.dots(((point.due_s, low) for point in points if point.code != OK), FAILED, 2.4)
     return plot.svg()
 

@@ -101,7 +101,9 @@ def terminal_report(result: Result) -> RenderableType:
         )
     )
     parts += [Text(f"! {warning}", style="yellow") for warning in find_warnings(result)]
-    return Panel(Group(*parts), title=f"degas loadtest · {result.scenario.url}", subtitle=describe_load(result))
+    return Panel(
+        Group(*parts), title=f"degas loadtest · {result.scenario.url}", subtitle=describe_load(result)
+    )
 
 
 def ordered_groups(result: Result) -> list[tuple[str, Tally]]:
@@ -128,7 +130,9 @@ def _latency_table(result: Result) -> Table:
 def _add_latency(table: Table, name: str, histogram: Histogram, *, bold: bool = False) -> None:
     values = [histogram.percentile_ms(percentile) for percentile in (50, 90, 99, 99.9)]
     cells = [format_ms(value) for value in (*values, histogram.max_ms, histogram.mean_ms)]
-    table.add_row(name, str(len(histogram)), *(cells if len(histogram) else ["–"] * 6), style="bold" if bold else "")
+    table.add_row(
+        name, str(len(histogram)), *(cells if len(histogram) else ["–"] * 6), style="bold" if bold else ""
+    )
 
 
 def _rate_table(result: Result) -> Table:

@@ -26,7 +26,9 @@ def key_headers(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}", "X-Moondream-Auth": api_key}
 
 
-async def stream(session: aiohttp.ClientSession, base_url: str, call: Call, body: bytes, timeout_s: float) -> None:
+async def stream(
+    session: aiohttp.ClientSession, base_url: str, call: Call, body: bytes, timeout_s: float
+) -> None:
     """Send one request and time its stream; whatever happens ends as the call's code, never as an exception."""
     try:
         async with asyncio.timeout(timeout_s):

@@ -102,9 +102,7 @@ class Submit(Message, frozen=True):
     priority: int = 0  # lower runs first
     deadline_s: float = 0.0  # from receipt; 0: none
     grammar: Grammar | None = None
-    prefix_tokens: int = (
-        0  # leading expanded positions that attend to each other both ways; 0: the model's rule
-    )
+    ignore_eos: bool = False  # benchmarks: run to max_tokens whatever the model says
 
 
 class Cancel(Message, frozen=True):

@@ -284,7 +284,7 @@ class Scheduler:
                 seq.num_sampled += 1
         deferred = [i for i, seq in enumerate(samples) if seq.constraint is not None]
         self._step += 1
-        adjusted = any([seq.is_adjusted for seq in samples])  # noqa: C419 - a list is faster at these lengths
+        adjusted = any([seq.is_adjusted for seq in samples])
         return StepPlan(
             self._step, decode, positions, chunks, samples, indexes, deferred, admitted, any_adjusted=adjusted
         )

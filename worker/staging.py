@@ -125,7 +125,7 @@ def stage_rows(views: Views, plan: StepPlan) -> None:
 def _stage_sampling(views: Views, plan: StepPlan, num: int) -> None:
     ints, floats = views.ints, views.floats
     settings = [seq.sampling for seq in plan.samples]
-    if any([s.temperature > 0 for s in settings]):  # noqa: C419 - a list is faster at these lengths
+    if any([s.temperature > 0 for s in settings]):
         floats["temperature"][:num] = [s.temperature for s in settings]
         floats["top_p"][:num] = [s.top_p for s in settings]
         floats["min_p"][:num] = [s.min_p for s in settings]

@@ -281,7 +281,6 @@ function start(card, whole) {
 function show(card) {
   cards.unshift(card);
   byId("answers").prepend(card.root);
-  byId("empty").hidden = true;
   pick(card);
   while (cards.length > MOST_CARDS && cards.at(-1).finished) remove(cards.at(-1));
 }

@@ -64,7 +64,7 @@ function rgbOf(hex) {
 function inventScene() {
   const grounds = [[255, 255, 255], [255, 255, 255], [238, 234, 224], [214, 226, 232], [232, 220, 228], [221, 230, 214], [58, 62, 70]];
   const ground = oneOf(grounds);
-  const grain = Math.random() < 0.45 ? between(8, 22) : 0;
+  const grain = Math.random() < 0.45 ? between(6, 14) : 0;
   const apart = (a, b) => Math.hypot(a[0] - b[0], a[1] - b[1], a[2] - b[2]);
   const names = shuffled(Object.keys(COLOURS).filter((name) => apart(rgbOf(COLOURS[name]), ground) > 115));
   const palette = names.slice(0, 2 + Math.floor(Math.random() * 3));

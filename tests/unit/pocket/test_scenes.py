@@ -78,7 +78,13 @@ def test_places_near_a_border_have_no_name():
 
 @pytest.mark.parametrize(
     ("size", "tiling"),
-    [((98, 98), (1, 1)), ((400, 90), (1, 1)), ((400, 400), (2, 2)), ((640, 480), (2, 2)), ((1024, 256), (1, 4))],
+    [
+        ((98, 98), (1, 1)),
+        ((400, 90), (1, 1)),
+        ((400, 400), (2, 2)),
+        ((640, 480), (2, 2)),
+        ((1024, 256), (1, 4)),
+    ],
 )
 def test_tiling_of_common_sizes(size: tuple[int, int], tiling: tuple[int, int]):
     assert picture_tiling(*size, VISION) == tiling

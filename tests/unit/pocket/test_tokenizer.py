@@ -9,7 +9,8 @@ TOKENIZER = load_tokenizer(WEIGHTS_FOLDER / "tokenizer.json")
 
 
 @pytest.mark.parametrize(
-    "text", ["what color is the circle?", " red circle", "HOW MANY", "ça, 日本 🙂 \x00\n", "<|endoftext|>", ""]
+    "text",
+    ["what color is the circle?", " red circle", "HOW MANY", "ça, 日本 🙂 \x00\n", "<|endoftext|>", ""],
 )
 def test_any_text_goes_there_and_back(text: str):
     ids = TOKENIZER.encode(text).ids
@@ -19,7 +20,15 @@ def test_any_text_goes_there_and_back(text: str):
 
 def test_ids_with_roles_are_moondreams():
     assert TOKENIZER.get_vocab_size() == VOCAB_SIZE
-    names = {0: "endoftext", 3: "answer", 4: "thinking", 5: "coord", 6: "size", 7: "start_ground", 9: "end_ground"}
+    names = {
+        0: "endoftext",
+        3: "answer",
+        4: "thinking",
+        5: "coord",
+        6: "size",
+        7: "start_ground",
+        9: "end_ground",
+    }
     assert {i: TOKENIZER.id_to_token(i) for i in names} == {i: f"<|{name}|>" for i, name in names.items()}
     templates = TOKENIZER_CONFIG["templates"]
     assert templates["query"]["suffix"] == [3]

@@ -8,7 +8,14 @@ from safetensors.torch import load_file
 
 from worker.pocket.batches import BatchPlan, coord_bin, draw_batch, size_bin
 from worker.pocket.evaluate import count_points_inside, match_boxes, overlap
-from worker.pocket.network import NetworkConfig, RegionConfig, TextConfig, VisionConfig, size_value, stitch_weights
+from worker.pocket.network import (
+    NetworkConfig,
+    RegionConfig,
+    TextConfig,
+    VisionConfig,
+    size_value,
+    stitch_weights,
+)
 from worker.pocket.objective import blurred_loss
 from worker.pocket.optimizer import orthogonalise
 from worker.pocket.tokenizer import TOKENIZER_CONFIG, VOCAB_SIZE, load_tokenizer
@@ -30,7 +37,15 @@ def train(folder: Path, steps: int, stop_after: int | None = None) -> list[dict[
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text((WEIGHTS_FOLDER / "tokenizer.json").read_text())
     return run(
-        folder, folder / "out", steps=steps, seed=9, config=TINY, plan=PLAN, quiet=True, log_every=1, stop_after=stop_after
+        folder,
+        folder / "out",
+        steps=steps,
+        seed=9,
+        config=TINY,
+        plan=PLAN,
+        quiet=True,
+        log_every=1,
+        stop_after=stop_after,
     )
 
 
@@ -69,7 +84,10 @@ def test_bins_hold_their_values():
 
 def test_a_near_miss_costs_less_than_a_far_one():
     target = torch.tensor([500])
-    losses = [float(blurred_loss(-(0.1 * (torch.arange(1024.0) - c)[None] ** 2), target, 4.0)) for c in (500, 510, 600)]
+    losses = [
+        float(blurred_loss(-(0.1 * (torch.arange(1024.0) - c)[None] ** 2), target, 4.0))
+        for c in (500, 510, 600)
+    ]
     assert losses[0] < losses[1] < losses[2]
 
 

@@ -1,0 +1,139 @@
+"""The real scheduler, pipeline, pages and engine on the simulated device: chosen scenes, then random ones."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from shared.errors import ErrorCode, FinishReason
+from shared.protocol import Sampling
+from tests.unit.worker.simulation import Simulation, Stream, check_stream, random_prompt
+from worker.device.sim import NAN_TOKEN
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_one_request(depth: int) -> None:
+    sim = Simulation(depth=depth, num_slots=3)
+    stream = sim.submit([20, 21, 22], 12)
+    sim.run()
+    sim.check_at_rest()
+    check_stream(stream)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_mixtures_equal_the_oracle(depth: int, seed: int) -> None:
+    rng = random.Random(seed)
+    sim = Simulation(
+        depth=depth,
+        num_slots=3,
+        max_rows=rng.randint(1, 6),
+        num_pages=rng.choice([20, 40, 80]),
+        page_tokens=rng.choice([1, 4, 8]) if seed % 2 else 4,
+        step_tokens=rng.choice([16, 24, 64]),
+        prefix_cache=bool(seed % 3),
+        max_sequence_tokens=min(19, 64),
+        jitter_seed=seed,
+    )
+    streams: list[Stream] = []
+    for _ in range(30):
+        task = rng.choice(["text", "text", "detect", "point"])
+        sampling = Sampling(temperature=rng.choice([0.0, 1.0]), seed=rng.randrange(1 << 62))
+        image = rng.choice([None, b"a", b"b"]) if sim.pool.total * sim.pool.page_tokens > 40 else None
+        prompt = [20, *random_prompt(rng, rng.randint(0, 4))]
+        streams.append(sim.submit(prompt, rng.randint(1, 5), image=image, task=task, sampling=sampling))
+        for _ in range(rng.randint(0, 4)):
+            sim.tick()
+        if rng.random() < 0.2:
+            sim.cancel(rng.choice(streams))
+    sim.run()
+    sim.check_at_rest()
+    for stream in streams:
+        if stream.rejected is None:
+            check_stream(stream)
+    assert any(s.finish and s.finish.reason is not FinishReason.CANCELLED for s in streams)
+
+
+def test_zombie_row_is_skipped_and_its_pages_outlive_the_finish() -> None:
+    sim = Simulation(depth=2)
+    stream = sim.submit([20, 21], 8)
+    while not stream.tokens:
+        sim.tick()
+    (seq,) = sim.scheduler.running
+    sim.engine._launch_next()
+    assert seq.inflight_refs >= 1
+    sim.cancel(stream)
+    sim.engine.take_commands()
+    assert stream.finish is not None and stream.finish.reason is FinishReason.CANCELLED
+    assert seq.pages, "I5: pages stay while the row is in flight"
+    sim.run()
+    sim.check_at_rest()
+    assert sim.engine.metrics.zombie_rows_total >= 1
+
+
+def test_nan_ends_one_row_and_changes_no_other() -> None:
+    sim = Simulation(depth=2)
+    bad = sim.submit([20, NAN_TOKEN, 2, 30], 10)
+    good = [sim.submit([20, 30 + i], 10) for i in range(3)]
+    sim.run()
+    sim.check_at_rest()
+    assert bad.finish is not None and bad.finish.code is ErrorCode.NUMERICAL_ERROR
+    assert len(bad.tokens) == 2
+    for stream in good:
+        check_stream(stream)
+
+
+def test_preempted_sequences_resume_identically() -> None:
+    sim = Simulation(depth=2, num_pages=12, page_tokens=2, max_rows=4, prefix_cache=False)
+    streams = [sim.submit([20, 40 + i], 16, sampling=Sampling(temperature=1, seed=i)) for i in range(4)]
+    sim.run()
+    sim.check_at_rest()
+    assert sim.scheduler.num_preemptions > 0
+    for stream in streams:
+        check_stream(stream)
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    sim = Simulation(num_pages=5, page_tokens=4)
+    stream = sim.submit(random_prompt(random.Random(0), 30), 4)
+    sim.tick()
+    assert stream.rejected is not None
+    assert stream.rejected.code is ErrorCode.CONTEXT_LENGTH_EXCEEDED
+    assert "30 tokens" in stream.rejected.message and "15" in stream.rejected.message
+
+
+def test_deadline_ends_a_sequence_with_its_own_reason() -> None:
+    sim = Simulation()
+    stream = sim.submit([20, 21], 100, deadline_s=0.01)
+    sim.run()
+    sim.check_at_rest()
+    assert stream.finish is not None
+    assert stream.finish.reason in (FinishReason.DEADLINE, FinishReason.STOP)
+
+
+def test_repeated_picture_skips_its_prefill() -> None:
+    sim = Simulation(page_tokens=2)
+    first = sim.submit([20, 21, 22], 3, image=b"x")
+    sim.run()
+    second = sim.submit([20, 21, 23], 3, image=b"x")
+    other = sim.submit([20, 21, 23], 3, image=b"y")
+    stranger = sim.submit([20, 21, 23], 3, image=b"x", tenant="other")
+    sim.run()
+    sim.check_at_rest()
+    for stream in (first, second, other, stranger):
+        check_stream(stream)
+    assert second.finish is not None and second.finish.cached_tokens == 10
+    assert other.finish is not None and other.finish.cached_tokens == 0
+    assert stranger.finish is not None and stranger.finish.cached_tokens == 0
+
+
+def test_constrained_rows_do_not_hold_back_a_deeper_pipeline() -> None:
+    sim = Simulation(depth=2)
+    text = [sim.submit([20, 50 + i], 20) for i in range(2)]
+    boxes = [sim.submit([20, 60 + i], 20, task="detect") for i in range(2)]
+    sim.run()
+    sim.check_at_rest()
+    for stream in (*text, *boxes):
+        check_stream(stream)
+    assert len(boxes[0].values) == len(boxes[0].tokens)
