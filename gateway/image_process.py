@@ -18,7 +18,7 @@ import msgspec
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shared.protocol import ImageSpec
-from shared.tiling import choose_tiles
+from shared.tiling import canvas_for
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 PREFIX: Final = struct.Struct("<II")  # header bytes, payload bytes
@@ -57,16 +57,14 @@ def prepare(data: bytes, job: Job) -> tuple[Answer, bytes, bytes]:
     """Decode one file and cut it to what the model wants. Raises `Refused`."""
     image = _decode(data, job)
     spec = job.spec
-    margin_px = 2 * spec.margin_patches * spec.patch_size
-    window_px = spec.crop_size - margin_px
-    tiles_h, tiles_w = choose_tiles(
+    tiles_h, tiles_w, height, width = canvas_for(
         image.height,
         image.width,
-        window=window_px,
-        margin_px_total=margin_px,
+        crop_size=spec.crop_size,
+        patch_size=spec.patch_size,
+        margin_patches=spec.margin_patches,
         max_crops=spec.max_crops,
     )
-    height, width = tiles_h * window_px + margin_px, tiles_w * window_px + margin_px
     crop = image.resize((spec.crop_size, spec.crop_size), Image.Resampling.LANCZOS).tobytes()
     if (height, width) == (spec.crop_size, spec.crop_size):
         canvas = crop

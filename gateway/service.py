@@ -10,10 +10,11 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Final
 
+import msgspec
 import structlog
 import zmq
 
@@ -166,12 +167,13 @@ class Service:
         """See `Core.encode`."""
         return self._model(model_id).tokens.encode(text)
 
-    async def encode_async(self, model_id: str, text: str) -> list[int]:
-        """As `encode`, off the loop when the text is long."""
+    async def encode_async(self, model_id: str, text: str, *, markup: bool = False) -> list[int]:
+        """As `encode`, off the loop when the text is long; `markup` is for rendered chat templates."""
         tokens = self._model(model_id).tokens
+        encode = tokens.encode_markup if markup else tokens.encode
         if len(text) <= _INLINE_CHARS:
-            return tokens.encode(text)
-        return await asyncio.to_thread(tokens.encode, text)
+            return encode(text)
+        return await asyncio.to_thread(encode, text)
 
     def decode(self, model_id: str, token_ids: list[int]) -> str:
         """See `Core.decode`."""
@@ -193,7 +195,10 @@ class Service:
         if card.image is None:
             raise RequestError(ErrorCode.UNSUPPORTED, f"model {card.model_id} takes no pictures", param=param)
         self.check_capacity(model_id, num_new=1 + self.images.num_pending)
-        return await self.images.prepare(data_url, card.image, param=param)
+        image = await self.images.prepare(data_url, card.image, param=param)
+        # The picture follows BOS, as `gateway.api.prompts` composes every prompt that has one.
+        position = 0 if card.bos_id is None else 1
+        return replace(image, spec=msgspec.structs.replace(image.spec, position=position))
 
     def check_capacity(self, model_id: str | None, tenant: str = "", num_new: int = 1) -> None:
         """Raises what `submit` would for lack of a place: call it before expensive preparation."""

@@ -35,6 +35,9 @@ class ModelTokens:
         self.digest = hashlib.sha256(tokenizer_json).hexdigest()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # what a user types is text, never a control token
+        self._json = tokenizer_json
+        self._markup: Tokenizer | None = None
         self.special_ids = frozenset(
             token["id"] for token in layout.get("added_tokens", []) if token.get("special")
         )
@@ -53,6 +56,15 @@ class ModelTokens:
     def encode(self, text: str) -> list[int]:
         """Token ids without special tokens of the tokenizer's own."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_markup(self, text: str) -> list[int]:
+        """As `encode`, but special tokens written out in the text count: for rendered chat templates."""
+        if self._markup is None:
+            self._markup = Tokenizer.from_str(self._json.decode())
+            self._markup.no_truncation()
+            self._markup.no_padding()
+        ids: list[int] = self._markup.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:

@@ -59,10 +59,9 @@ def linear_ticks(high: float, *, num_ticks: int = 6, unit: str = "") -> list[Tic
 
 def percentile_ticks(last_nines: float) -> list[Tick]:
     """Ticks of a percentile axis whose values are `nines`: 0.9 is 1, 0.99 is 2."""
-    ticks: list[Tick] = [(0.0, "0"), (math.log10(2), "p50")]
-    for nines in range(1, int(last_nines + 0.001) + 1):
-        ticks.append((float(nines), f"p{100 * (1 - 10.0**-nines):.10g}"))
-    return ticks
+    rare = range(1, int(last_nines + 0.001) + 1)
+    named = [(float(nines), f"p{100 * (1 - 10.0**-nines):.10g}") for nines in rare]
+    return [(0.0, "0"), (math.log10(2), "p50"), *named]
 
 
 def label_ms(value_ms: float) -> str:

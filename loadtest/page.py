@@ -6,7 +6,6 @@ import json
 from html import escape
 from typing import Final
 
-from loadtest.calls import Tally
 from loadtest.client import Result
 from loadtest.histogram import Histogram
 from loadtest.plots import histogram_plot, percentile_plot, rate_plot, time_plot
@@ -16,6 +15,7 @@ from loadtest.report import (
     describe_slo,
     find_warnings,
     format_ms,
+    latencies,
     ordered_groups,
     to_json,
 )
@@ -34,10 +34,10 @@ p.sub,figcaption,.note{color:var(--soft)}
 p.sub{margin:0 0 28px}
 code{font:13px ui-monospace,Menlo,Consolas,monospace}
 .warn{border-left:3px solid var(--slow);background:var(--card);padding:10px 14px;margin:0 0 10px;border-radius:0 8px 8px 0}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:12px;margin:24px 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(132px,1fr));gap:12px;margin:24px 0}
 .tile,figure,.sheet{background:var(--card);border:1px solid var(--rule);border-radius:12px}
 .tile{padding:14px 16px}
-.tile b{display:block;font-size:27px;letter-spacing:-.02em;font-weight:650;font-variant-numeric:tabular-nums}
+.tile b{display:block;font-size:25px;letter-spacing:-.02em;font-weight:650;font-variant-numeric:tabular-nums}
 .tile b small{font-size:14px;font-weight:500;color:var(--soft);margin-left:3px}
 .tile span{color:var(--soft);font-size:13px}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,500px),1fr));gap:16px;margin:0 0 16px}
@@ -85,7 +85,7 @@ def html_report(result: Result) -> str:
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>Degas load test · {escape(result.started_at)}</title><style>{_STYLE}</style></head><body><main>"
         f"<h1>Load test</h1><p class=sub><code>{escape(result.scenario.url)}</code> · {escape(describe_load(result))}"
-        f" · {escape(result.started_at)}</p>{warnings}{_tiles(result)}"
+        f" · {escape(_when(result))}</p>{warnings}{_tiles(result)}"
         f'<div class="plots">{"".join(plots)}</div>{_latency_sheet(result)}{_rate_sheet(result)}{_error_sheet(result)}'
         f'<p class="note">Latencies count from the moment a request was due, so waiting is in them. '
         f"This client used {result.client_cpu_share:.0%} of a core and sent late by "
@@ -93,6 +93,10 @@ def html_report(result: Result) -> str:
         f"<details><summary>The whole result as JSON</summary><pre>{escape(json.dumps(to_json(result), indent=1))}"
         "</pre></details></main></body></html>\n"
     )
+
+
+def _when(result: Result) -> str:
+    return result.started_at.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _figure(title: str, note: str, svg: str, legend: tuple[tuple[str, str], ...]) -> str:
@@ -113,7 +117,7 @@ def _tiles(result: Result) -> str:
         (format_ms(tally.ttft.percentile_ms(99)), "ms", "first token, p99"),
         (format_ms(tally.gap.percentile_ms(50)), "ms", "gap, median"),
         (format_ms(tally.total.percentile_ms(99)), "ms", "whole answer, p99"),
-        (f"{values['goodput_rps']:.1f}", "/s", f"good requests ({values['good_share']:.1%})"),
+        (f"{values['goodput_rps']:.1f}", "/s", f"good ({values['good_share']:.1%})"),
         (f"{values['tokens_per_s']:,.0f}", "/s", "tokens"),
         (f"{tally.errors.total():,}", f"of {tally.sent:,}", "failed or refused"),
     )
@@ -127,18 +131,9 @@ def _latency_sheet(result: Result) -> str:
     rows: list[str] = []
     for name, tally in ordered_groups(result):
         rows.append(f'<tr class="group"><td colspan="8">{escape(NAMES[name])}</td></tr>')
-        rows += [_latency_row(label, histogram) for label, histogram in _latencies(tally) if len(histogram)]
+        rows += [_latency_row(label, histogram) for label, histogram in latencies(tally) if len(histogram)]
     return (
         f'<div class="sheet"><h2>Latency, ms</h2><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
-    )
-
-
-def _latencies(tally: Tally) -> tuple[tuple[str, Histogram], ...]:
-    return (
-        ("first token", tally.ttft),
-        ("gap", tally.gap),
-        ("total", tally.total),
-        ("failed or refused", tally.refusal),
     )
 
 

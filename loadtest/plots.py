@@ -21,16 +21,18 @@ def percentile_plot(result: Result) -> str:
         return ""
     curves = [(histogram.curve(), css) for histogram, css in series]
     last = max(curve[-1][0] for curve, _ in curves)
+    low, high = _range_ms([histogram for histogram, _ in series])
+    slo = result.scenario.slo
+    high = max(high, *(1.25 * limit for limit in (slo.ttft_ms, slo.total_ms) if limit < 4 * high), high)
     plot = frame(
         "latency by percentile",
         (0.0, last),
-        _range_ms([histogram for histogram, _ in series]),
+        (low, high),
         x_ticks=percentile_ticks(last),
         y_ticks=log_ticks,
         log_y=True,
         x_label="percentile",
     )
-    slo = result.scenario.slo
     plot.level(slo.ttft_ms, f"first token ≤ {slo.ttft_ms:g} ms")
     plot.level(slo.total_ms, f"total ≤ {slo.total_ms:g} ms")
     for curve, css in curves:
@@ -44,10 +46,9 @@ def time_plot(result: Result) -> str:
     if not points:
         return ""
     points = points[:: max(1, len(points) // MAX_DOTS)]
-    values_ms = [
-        value for point in points for value in (point.ttft_s * 1e3, point.total_s * 1e3) if value > 0
-    ]
-    low, high = _padded(min(values_ms, default=1.0), max(values_ms, default=1.0))
+    ended_well = [point for point in points if point.code == OK]
+    values_ms = [value * 1e3 for point in ended_well for value in (point.ttft_s, point.total_s) if value > 0]
+    low, high = _padded(min(values_ms, default=1.0) / 1.4, max(values_ms, default=1.0))
     end_s = max(points[-1].due_s, 0.1)
     plot = frame(
         "latency over time",
@@ -58,10 +59,8 @@ def time_plot(result: Result) -> str:
         log_y=True,
         x_label="scheduled arrival",
     )
-    plot.dots(((point.due_s, point.total_s * 1e3) for point in points if point.code == OK), TOTAL)
-    plot.dots(
-        ((point.due_s, point.ttft_s * 1e3) for point in points if point.code == OK and point.ttft_s), TTFT
-    )
+    plot.dots(((point.due_s, point.total_s * 1e3) for point in ended_well), TOTAL)
+    plot.dots(((point.due_s, point.ttft_s * 1e3) for point in ended_well if point.ttft_s), TTFT)
     plot.dots(((point.due_s, low) for point in points if point.code != OK), FAILED, 2.4)
     return plot.svg()
 

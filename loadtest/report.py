@@ -7,8 +7,8 @@ import platform
 from dataclasses import asdict
 from typing import Any, Final
 
+from rich import box
 from rich.console import Group, RenderableType
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +24,7 @@ NAMES: Final = {
     "all": "all",
     "query": "query · SSE",
     "chat": "chat · SSE",
-    "responses": "responses · WebSocket",
+    "responses": "responses · WS",
 }
 
 
@@ -90,7 +90,11 @@ def describe_slo(result: Result) -> str:
 
 def terminal_report(result: Result) -> RenderableType:
     """The tables for the terminal."""
-    parts: list[RenderableType] = [_latency_table(result), _rate_table(result)]
+    parts: list[RenderableType] = [
+        Text(describe_load(result), style="dim"),
+        _latency_table(result),
+        _rate_table(result),
+    ]
     if result.all.errors:
         parts.append(_error_table(result.all))
     parts.append(
@@ -101,9 +105,7 @@ def terminal_report(result: Result) -> RenderableType:
         )
     )
     parts += [Text(f"! {warning}", style="yellow") for warning in find_warnings(result)]
-    return Panel(
-        Group(*parts), title=f"degas loadtest · {result.scenario.url}", subtitle=describe_load(result)
-    )
+    return Group(*parts)
 
 
 def ordered_groups(result: Result) -> list[tuple[str, Tally]]:
@@ -112,34 +114,52 @@ def ordered_groups(result: Result) -> list[tuple[str, Tally]]:
     return [("all", result.all), *(others if len(others) > 1 else [])]
 
 
-def _latency_table(result: Result) -> Table:
-    table = Table(title="latency from the scheduled arrival, ms", title_justify="left", expand=False)
-    table.add_column("")
-    for column in ("count", "p50", "p90", "p99", "p99.9", "max", "mean"):
-        table.add_column(column, justify="right")
-    for name, tally in ordered_groups(result):
-        _add_latency(table, f"{NAMES[name]}: first token", tally.ttft, bold=True)
-        _add_latency(table, "  inter-token gap", tally.gap)
-        _add_latency(table, "  total", tally.total)
-        if len(tally.refusal):
-            _add_latency(table, "  failed or refused", tally.refusal)
-        table.add_section()
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
-def _add_latency(table: Table, name: str, histogram: Histogram, *, bold: bool = False) -> None:
-    values = [histogram.percentile_ms(percentile) for percentile in (50, 90, 99, 99.9)]
-    cells = [format_ms(value) for value in (*values, histogram.max_ms, histogram.mean_ms)]
-    table.add_row(
-        name, str(len(histogram)), *(cells if len(histogram) else ["–"] * 6), style="bold" if bold else ""
+def _latency_table(result: Result) -> Table:
+    table = _table(
+        "latency from the scheduled arrival, ms", "count", "p50", "p90", "p99", "p99.9", "max", "mean"
+    )
+    for name, tally in ordered_groups(result):
+        table.add_row(NAMES[name], style="bold cyan")
+        for label, histogram in latencies(tally):
+            if len(histogram):
+                values = [histogram.percentile_ms(percentile) for percentile in (50, 90, 99, 99.9)]
+                cells = [format_ms(value) for value in (*values, histogram.max_ms, histogram.mean_ms)]
+                table.add_row(f"  {label}", str(len(histogram)), *cells)
+    return table
+
+
+def latencies(tally: Tally) -> tuple[tuple[str, Histogram], ...]:
+    """The kinds of latency in the order they are shown."""
+    return (
+        ("first token", tally.ttft),
+        ("gap", tally.gap),
+        ("total", tally.total),
+        ("failed or refused", tally.refusal),
     )
 
 
 def _rate_table(result: Result) -> Table:
-    table = Table(title=f"rates (good: {describe_slo(result)})", title_justify="left", expand=False)
-    table.add_column("")
-    for column in ("sent", "ok", "429", "errors", "ok/s", "goodput/s", "good", "tokens/s"):
-        table.add_column(column, justify="right")
+    table = _table(
+        f"rates (good: {describe_slo(result)})",
+        "sent",
+        "ok",
+        "429",
+        "errors",
+        "ok/s",
+        "good/s",
+        "good",
+        "tok/s",
+    )
     for name, tally in ordered_groups(result):
         values = tally.summary(result.elapsed_s)
         table.add_row(
@@ -157,9 +177,7 @@ def _rate_table(result: Result) -> Table:
 
 
 def _error_table(tally: Tally) -> Table:
-    table = Table(title="errors by code", title_justify="left", expand=False)
-    table.add_column("code")
-    table.add_column("count", justify="right")
+    table = _table("errors by code", "count")
     for code, count in tally.errors.most_common():
         table.add_row(code, str(count), style="red")
     return table

@@ -253,10 +253,10 @@ class Engine:
 
     def drain(self, deadline_s: float) -> None:
         """Refuse new sequences, end running ones by `deadline_s` from now at the latest, then stop."""
+        self._drain_until_s = min(self._drain_until_s or 1e18, self._clock() + deadline_s)
         if self.draining:
             return
         self.draining = True
-        self._drain_until_s = self._clock() + deadline_s
         log.info("draining", deadline_s=deadline_s, running=len(self.scheduler.running))
 
     # ------------------------------------------------------------------ events

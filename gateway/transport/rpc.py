@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final, NoReturn, Protocol
 
 import grpc
 import structlog
@@ -22,13 +22,12 @@ from grpc_reflection.v1alpha import reflection
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
+from gateway.access import Access, key_of
+from gateway.config import GatewayConfig
 from gateway.errors import grpc_status, retry_after_s
 from gateway.generation import Core, Delta, End, RequestError, RunningStream, SpatialObject, TokenInfo
 from gateway.transport.rpc_requests import read_request
 from shared.errors import ErrorCode, FinishReason
-
-if TYPE_CHECKING:
-    from gateway.config import GatewayConfig
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 OPEN_METHODS: Final = frozenset({"/grpc.health.v1.Health/Check"})
@@ -45,6 +44,13 @@ log = structlog.get_logger(__name__)
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 Context = aio.ServicerContext[Any, Any]
+
+
+class ReadyCore(Core, Protocol):
+    """The core, and whether it would serve new work."""
+
+    def readiness(self) -> tuple[bool, str]:
+        """Ready or not, and why not."""
 
 
 class Output:
@@ -125,17 +131,16 @@ def logprobs_message(infos: list[TokenInfo]) -> pb.OutputLogProbs | None:
 class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated without types
     """The service's methods. Those of the schema that Degas has no use for answer UNIMPLEMENTED."""
 
-    def __init__(self, core: Core, config: GatewayConfig, readiness: Callable[[], tuple[bool, str]]) -> None:
+    def __init__(self, core: ReadyCore, config: GatewayConfig, access: Access) -> None:
         self._core = core
         self._config = config
-        self._readiness = readiness
+        self._access = access
         self._started_s = time.monotonic()
         self._running: dict[str, list[Output]] = {}
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
         """Stream tokens, then one `complete` a sequence."""
         request_id = request.request_id or "grpc_" + secrets.token_hex(12)
-        wake = asyncio.Event()
         outputs: list[Output] = []
         try:
             if request_id in self._running:
@@ -143,37 +148,50 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
                     ErrorCode.INVALID_REQUEST, "a request with this request_id is running", param="request_id"
                 )
             self._running[request_id] = outputs
-            prepared = await read_request(self._core, self._config, request, request_id)
-            for index, generate in enumerate(prepared):
-                output = Output(index, wake)
-                outputs.append(output)
-                output.running = self._core.submit(generate, output)
-            num_prompt = len(prepared[0].prompt_ids)
-            pending = set(outputs)
-            while pending:
-                await wake.wait()
-                wake.clear()
-                for output in sorted(pending, key=lambda one: one.index):
-                    # A chunk may not be followed by its end in this round: more tokens can arrive during the
-                    # write, so the end is looked at first and the rest taken after it.
-                    ended = output.end
-                    chunk = output.take_chunk(num_prompt) if request.stream else None
-                    if chunk is not None:
-                        yield chunk
-                    if ended is None:
-                        continue
-                    pending.discard(output)
-                    if ended.reason is FinishReason.ERROR:
-                        raise ended.error or RequestError(ErrorCode.INTERNAL, "the stream failed")
-                    yield output.complete()
+            await self._generate(request, request_id, outputs, context)
         except RequestError as error:
             await abort(context, error)
-        finally:
+        finally:  # also when the client cancels or goes away: grpc.aio cancels this coroutine
             if self._running.get(request_id) is outputs:
                 del self._running[request_id]
             for output in outputs:
                 if output.running is not None:
                     output.running.cancel()
+
+    async def _generate(
+        self, request: pb.GenerateRequest, request_id: str, outputs: list[Output], context: Context
+    ) -> None:
+        wake = asyncio.Event()
+        tenant = tenant_of(self._access, context.invocation_metadata()) or ""
+        prepared = await read_request(self._core, self._config, request, request_id, tenant)
+        for index, generate in enumerate(prepared):
+            output = Output(index, wake)
+            outputs.append(output)
+            output.running = self._core.submit(generate, output)
+        num_prompt = len(prepared[0].prompt_ids)
+        pending = list(outputs)
+        while pending:
+            await wake.wait()
+            wake.clear()
+            for output in list(pending):
+                # Tokens may arrive during a write, so whether the sequence had ended is looked at first.
+                ended = output.end
+                chunk = output.take_chunk(num_prompt) if request.stream else None
+                if chunk is not None:
+                    await self._write(context, chunk)
+                if ended is None:
+                    continue
+                pending.remove(output)
+                if ended.reason is FinishReason.ERROR:
+                    raise ended.error or RequestError(ErrorCode.INTERNAL, "the stream failed")
+                await self._write(context, output.complete())
+
+    async def _write(self, context: Context, message: pb.GenerateResponse) -> None:
+        try:
+            async with asyncio.timeout(self._config.slow_client_s):
+                await context.write(message)
+        except TimeoutError:
+            raise RequestError(ErrorCode.SLOW_CLIENT, "the client read nothing for too long") from None
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
         """Cancel requests by id; ids that are not running are ignored."""
@@ -185,7 +203,7 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
 
     async def HealthCheck(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:  # noqa: N802
         """Whether new work would be served, and why not."""
-        healthy, message = self._readiness()
+        healthy, message = self._core.readiness()
         return pb.HealthCheckResponse(healthy=healthy, message=message)
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:  # noqa: N802
@@ -232,11 +250,17 @@ async def abort(context: Context, error: RequestError) -> NoReturn:
     raise AssertionError("abort returned")
 
 
+def tenant_of(access: Access, metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
+    """The caller's tenant by the key in its metadata; None when a key is needed and is not there, or is wrong."""
+    given = dict(metadata or ()).get("authorization")
+    return access.tenant(key_of({"Authorization": given}) if isinstance(given, str) else None)
+
+
 class KeyCheck(aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
     """Refuses every method without a key, except the health check that probes use."""
 
-    def __init__(self, is_allowed: Callable[[str | None], bool]) -> None:
-        self._is_allowed = is_allowed
+    def __init__(self, access: Access) -> None:
+        self._access = access
         self._refuse = grpc.unary_unary_rpc_method_handler(self._answer)
 
     @staticmethod
@@ -250,7 +274,63 @@ class KeyCheck(aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no ty
     ) -> grpc.RpcMethodHandler:
         """See `grpc.aio.ServerInterceptor`."""
         if details.method not in OPEN_METHODS:
-            given = dict(details.invocation_metadata or ()).get("authorization")
-            if not self._is_allowed(given.decode() if isinstance(given, bytes) else given):
+            if tenant_of(self._access, details.invocation_metadata) is None:
                 return self._refuse
         return await continuation(details)
+
+
+class GrpcServer:
+    """A running server; `port` is the one it listens on."""
+
+    def __init__(self, server: aio.Server, port: int, health_task: asyncio.Task[None]) -> None:
+        self.port = port
+        self._server = server
+        self._health_task = health_task
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls at once, let running ones go on for `grace_s`, then end them. Idempotent."""
+        self._health_task.cancel()
+        await self._server.stop(grace_s)
+
+
+async def start_grpc(core: ReadyCore, config: GatewayConfig) -> GrpcServer:
+    """Listen on `config.grpc_port` and serve until `stop`. Raises OSError when the port is taken."""
+    options = [
+        ("grpc.so_reuseport", 0),  # a taken port is an error, not a shared one
+        ("grpc.max_receive_message_length", config.max_body_bytes),
+        ("grpc.max_concurrent_streams", 1024),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]
+    access = Access(config)
+    server = aio.server(interceptors=[KeyCheck(access)], options=options)
+    engine = Engine(core, config, access)
+    pb_grpc.add_VllmEngineServicer_to_server(engine, server)
+    probe = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(probe, server)
+    names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    try:
+        port = server.add_insecure_port(f"{host}:{config.grpc_port or 0}")
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {host}:{config.grpc_port} for gRPC: {error}") from None
+    await server.start()
+    task = asyncio.create_task(follow_readiness(core, probe), name="grpc-health")
+    log.info("grpc_listening", host=config.host, port=port)
+    return GrpcServer(server, port, task)
+
+
+async def follow_readiness(core: ReadyCore, probe: health.aio.HealthServicer) -> None:
+    """Keep the health service's answer equal to the core's readiness."""
+    status: int | None = None
+    while True:
+        is_ready, _ = core.readiness()
+        serving = health_pb2.HealthCheckResponse.SERVING
+        now = serving if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        if now != status:
+            status = now
+            for name in ("", SERVICE):
+                await probe.set(name, status)
+        await asyncio.sleep(HEALTH_POLL_S)

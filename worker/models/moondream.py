@@ -153,7 +153,9 @@ class _TextBlock:
         num_heads, num_rotated, head_dim = self._num_heads, self._num_rotated, self._head_dim
         normed = self._ln(hidden)
         # Rotary embedding in fp32 and in place, as one complex product over the heads of q and k.
-        heads = self._qkv(normed).float().view(hidden.shape[0], -1, head_dim)
+        # Nothing that is not finite reaches the cache: a masked NaN would still spoil the pages' next owner. The
+        # faulty row itself is found by its output, which keeps the NaN through the residual stream.
+        heads = self._qkv(normed).float().nan_to_num_(0.0, 0.0, 0.0).view(hidden.shape[0], -1, head_dim)
         pairs = heads[:, :num_rotated, : head_dim // 2].view(-1, num_rotated, head_dim // 4, 2)
         torch.view_as_complex(pairs).mul_(rotation)
         heads = heads.to(kv_dtype)

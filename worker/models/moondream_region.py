@@ -68,7 +68,11 @@ class RegionModel:
 
 
 def _fourier(values: Tensor, frequencies: Tensor) -> Tensor:
-    phases = values @ frequencies
+    """(R, n) values, (n, F) angular frequencies → (R, 2F). Sums written out: a matrix product of this shape gives a
+    row other bits in other batches."""
+    phases = values[:, :1] * frequencies[0]
+    for column in range(1, frequencies.shape[0]):
+        phases = torch.addcmul(phases, values[:, column : column + 1], frequencies[column])
     return torch.cat([phases.cos(), phases.sin()], dim=-1)
 
 

@@ -7,6 +7,7 @@ runs the whole sequence again, for many questions at once.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
@@ -64,11 +65,11 @@ class TorchAnswerer:
 
     def detect(self, image: Image.Image, object: str) -> list[Box]:
         """Boxes (x_min, y_min, x_max, y_max) in fractions of the picture."""
-        return [box for box in self.answer_all([Request("detect", image, object)])[0] if len(box) == 4]
+        return cast(list[Box], self.answer_all([Request("detect", image, object)])[0])
 
     def point(self, image: Image.Image, object: str) -> list[Point]:
         """Centres (x, y) in fractions of the picture."""
-        return [point for point in self.answer_all([Request("point", image, object)])[0] if len(point) == 2]
+        return cast(list[Point], self.answer_all([Request("point", image, object)])[0])
 
     @torch.no_grad()
     def answer_all(self, requests: Sequence[Request]) -> list[str | list[Box] | list[Point]]:

@@ -4,6 +4,7 @@ Several questions share one picture: a row is [BOS, image tokens, question 1, qu
 blind to the others, with positions that restart after the image. Batch i is a pure function of (seed, i).
 """
 
+import math
 import multiprocessing
 import os
 import queue
@@ -68,7 +69,7 @@ def coord_bin(value: float) -> int:
 
 def size_bin(value: float) -> int:
     """Bin of a size in (0, 1]; its value is 2^(bin/1023·10 − 10)."""
-    return min(BINS - 1, max(0, round((np.log2(max(value, 2.0**-10)) + 10.0) / 10.0 * (BINS - 1))))
+    return min(BINS - 1, max(0, round((math.log2(max(value, 2.0**-10)) + 10.0) / 10.0 * (BINS - 1))))
 
 
 def prompt_ids(
@@ -203,12 +204,12 @@ def cover_labels(
 ) -> tuple[Any, Any]:
     """What covers each patch of a view (left, top, width, height in picture fractions).
 
-    Returns classes int64 (grid², 2), colour and shape with 0 for none, and float32 (grid², 4): the thing's
-    centre relative to the patch's in view sides, and log2 of its size in view sides.
+    Returns classes int64 (grid², 2), colour and shape with 0 for none, and float32 (grid², 6): the thing's
+    centre relative to the patch's in view sides, log2 of its size in view sides, and its centre in the view.
     """
     left, top, width, height = view
     classes = np.zeros((grid, grid, 2), np.int64)
-    shapes = np.zeros((grid, grid, 4), np.float32)
+    shapes = np.zeros((grid, grid, 6), np.float32)
     centers = (np.arange(grid) + 0.5) / grid
     for thing in sorted(things, key=lambda t: -t.width * t.height):
         x0, x1 = (thing.x_min - left) / width, (thing.x_max - left) / width
@@ -219,22 +220,22 @@ def cover_labels(
             hit[int(y * grid), int(x * grid)] = True
         classes[hit] = (COLOR_NAMES.index(thing.color) + 1, SHAPES.index(thing.shape) + 1)
         rows, cols = np.nonzero(hit)
-        geometry = np.stack([x - centers[cols], y - centers[rows]], axis=1)
-        size = np.log2([max(x1 - x0, 1e-3), max(y1 - y0, 1e-3)])
-        shapes[hit] = np.concatenate([geometry, np.broadcast_to(size, geometry.shape)], axis=1)
-    return classes.reshape(-1, 2), shapes.reshape(-1, 4)
+        offset = np.stack([x - centers[cols], y - centers[rows]], axis=1)
+        whole = [np.log2(max(x1 - x0, 1e-3)), np.log2(max(y1 - y0, 1e-3)), x, y]
+        shapes[hit] = np.concatenate([offset, np.tile(whole, (len(rows), 1))], axis=1)
+    return classes.reshape(-1, 2), shapes.reshape(-1, 6)
 
 
 def center_labels(things: tuple[Thing, ...], grid: int) -> tuple[Any, Any]:
     """Which thing's centre lies in each cell of the pooled grid; arrays as in `cover_labels`."""
     classes = np.zeros((grid, grid, 2), np.int64)
-    shapes = np.zeros((grid, grid, 4), np.float32)
+    shapes = np.zeros((grid, grid, 6), np.float32)
     for thing in things:
         col, row = min(grid - 1, int(thing.x * grid)), min(grid - 1, int(thing.y * grid))
         classes[row, col] = (COLOR_NAMES.index(thing.color) + 1, SHAPES.index(thing.shape) + 1)
         offset = (thing.x * grid - col - 0.5, thing.y * grid - row - 0.5)
-        shapes[row, col] = (*offset, np.log2(thing.width), np.log2(thing.height))
-    return classes.reshape(-1, 2), shapes.reshape(-1, 4)
+        shapes[row, col] = (*offset, np.log2(thing.width), np.log2(thing.height), thing.x, thing.y)
+    return classes.reshape(-1, 2), shapes.reshape(-1, 6)
 
 
 def crop_views(tiling: tuple[int, int], config: VisionConfig) -> list[tuple[float, float, float, float]]:

@@ -59,11 +59,8 @@ def ask_all(answer: Answerer, requests: Sequence[Request]) -> list[Reply]:
     """Replies in order; all at once where the answerer can."""
     if isinstance(answer, AnswersMany):
         return answer.answer_all(requests)
-    replies: list[Reply] = []
-    for request in requests:
-        # The four methods differ only in the name of their second argument.
-        replies.append(getattr(answer, request.task)(request.image, request.text))
-    return replies
+    # The four methods differ only in the name of their second argument.
+    return [getattr(answer, request.task)(request.image, request.text) for request in requests]
 
 
 def overlap(a: Box, b: Box) -> float:

@@ -27,7 +27,7 @@ class AuxiliaryHeads(nn.Module):
 
     def __init__(self, enc_dim: int, proj_dim: int) -> None:
         super().__init__()
-        outputs = len(COLOR_NAMES) + 1 + len(SHAPES) + 1 + 4
+        outputs = len(COLOR_NAMES) + 1 + len(SHAPES) + 1 + 6
         self.patch = nn.Linear(enc_dim, outputs)
         self.cell = nn.Linear(proj_dim, outputs)
 
@@ -56,9 +56,10 @@ def blurred_loss(logits: Tensor, bins: Tensor, blur_bins: float) -> Tensor:
 
 
 def auxiliary_loss(outputs: Tensor, classes: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and accuracy of a read-out: outputs (M, F), classes int (M, 2), shapes (M, 4)."""
-    split = (len(COLOR_NAMES) + 1, len(SHAPES) + 1, 4)
-    color, shape, geometry = outputs.float().split(split, dim=-1)
+    """Loss and accuracy of a read-out: outputs (M, F), classes int (M, 2), shapes (M, 6)."""
+    first, second = len(COLOR_NAMES) + 1, len(COLOR_NAMES) + len(SHAPES) + 2
+    outputs = outputs.float()
+    color, shape, geometry = outputs[:, :first], outputs[:, first:second], outputs[:, second:]
     filled = classes[:, 0] > 0
     weight = torch.where(filled, 1.0, 0.25)
     loss = (F.cross_entropy(color, classes[:, 0], reduction="none") * weight).sum() / weight.sum()
@@ -66,7 +67,7 @@ def auxiliary_loss(outputs: Tensor, classes: Tensor, shapes: Tensor) -> tuple[Te
     right = (color.argmax(-1) == classes[:, 0]) & (shape.argmax(-1) == classes[:, 1])
     # As many cells are empty as things are missing: count only what is there.
     num = filled.sum().clamp(min=1)
-    distance = F.smooth_l1_loss(geometry, shapes, beta=0.05, reduction="none").mean(-1)
+    distance = F.smooth_l1_loss(geometry, shapes, beta=0.05, reduction="none").sum(-1) / 4
     return loss + (distance * filled).sum() / num, (right & filled).sum() / num
 
 
@@ -127,12 +128,12 @@ def compute_losses(
     patch_loss, patch_right = auxiliary_loss(
         heads.patch(features.view(-1, features.shape[-1])),
         batch["patch_classes"].view(-1, 2),
-        batch["patch_shapes"].view(-1, 4),
+        batch["patch_shapes"].view(-1, 6),
     )
     cell_loss, cell_right = auxiliary_loss(
         heads.cell(image.reshape(-1, image.shape[-1])),
         batch["cell_classes"].view(-1, 2),
-        batch["cell_shapes"].view(-1, 4),
+        batch["cell_shapes"].view(-1, 6),
     )
     total = (
         language + weights.region * (coord_loss + size_loss) + weights.auxiliary * (patch_loss + cell_loss)

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-_MATRIX = re.compile(r"(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])|proj_mlp\.fc[12]|_decoder\.fc1)\.weight$")
+_MATRIX = re.compile(
+    r"(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])|proj_mlp\.fc[12]|patch_emb|_decoder\.fc1)\.weight$"
+)
 _NO_DECAY = re.compile(r"(bias|ln\d?\.weight|post_ln\.weight|pos_emb|_features)$")
 
 
@@ -24,7 +26,8 @@ def orthogonalise(matrices: Tensor, num_steps: int = 5) -> Tensor:
     for _ in range(num_steps):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * (gram @ gram)) @ x
-    return x.mT if tall else x
+    done: Tensor = x.mT if tall else x
+    return done
 
 
 class Optimizer:

@@ -283,6 +283,7 @@ class Questioner:
         if abs(gap) < 0.06:
             return None
         before = bool(self.rng.random() < 0.5)
+        words: tuple[str, ...]
         if across:
             words = ("left of", "to the left of") if before else ("right of", "to the right of")
         else:

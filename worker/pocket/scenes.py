@@ -260,7 +260,8 @@ def _outline(rng: Generator, shape: str, wobble: float) -> NDArray[np.float64]:
     points = points * np.array([1.0, float(rng.uniform(0.86, 1.16))])
     angle = math.radians(tilt)
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    return points @ turn
+    turned: NDArray[np.float64] = points @ turn
+    return turned
 
 
 def _shake(rng: Generator, points: NDArray[np.float64], wobble: float) -> NDArray[np.float64]:

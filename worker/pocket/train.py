@@ -5,7 +5,6 @@ batch, noise draw and rate follows from the step, so a resumed run equals an uni
 """
 
 import json
-import math
 import os
 import time
 from pathlib import Path
@@ -15,11 +14,12 @@ import torch
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from worker.pocket.batches import BatchPlan, Feed
-from worker.pocket.network import Mlp, Network, NetworkConfig, RegionConfig, TextConfig, VisionConfig
-from worker.pocket.objective import AuxiliaryHeads, Weights, compute_losses
+from worker.pocket.initial import Trainee, initialise
+from worker.pocket.network import Mlp, NetworkConfig, RegionConfig, TextConfig, VisionConfig
+from worker.pocket.objective import Weights, compute_losses
 from worker.pocket.optimizer import Optimizer
 from worker.pocket.tokenizer import TOKENIZER_CONFIG, VOCAB_SIZE, build_tokenizer
 
@@ -38,42 +38,6 @@ _DECAY_SHARE = 0.35
 _EXACT_GELU_SHARE = 0.8  # of the steps take the quicker form; the last ones the released model's
 
 
-class Trainee(nn.Module):
-    """The network and the heads that are thrown away."""
-
-    def __init__(self, config: NetworkConfig) -> None:
-        super().__init__()
-        self.network = Network(config)
-        self.heads = AuxiliaryHeads(config.vision.enc_dim, config.text.dim)
-
-
-@torch.no_grad()
-def initialise(trainee: Trainee, seed: int) -> None:
-    """Fill all weights from a seed."""
-    generator = torch.Generator().manual_seed(seed)
-    depths = {
-        "text": trainee.network.config.text.n_layers,
-        "vision": trainee.network.config.vision.enc_n_layers,
-    }
-    for name, parameter in trainee.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif "ln" in name.split(".")[-2]:
-            parameter.fill_(1.0)
-        elif name.endswith("_features"):
-            # From a quarter of a turn to sixteen over the picture: coarse place to fine offset.
-            turns = torch.logspace(-2, 4, parameter.shape[1], base=2.0).expand_as(parameter)
-            signs = torch.randn(parameter.shape, generator=generator).sign()
-            parameter.copy_(turns * signs / math.sqrt(parameter.shape[0]))
-        else:
-            scale = {"network.text.wte": 0.3, "network.vision.pos_emb": 0.3}.get(
-                name, parameter.shape[-1] ** -0.5
-            )
-            if name.endswith(("blocks", "attn.proj.weight", "mlp.fc2.weight")) and ".blocks." in name:
-                scale /= math.sqrt(2 * depths[name.split(".")[1]])
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-
-
 def schedule(progress: float, step: int, peak: float) -> tuple[float, Weights]:
     """Learning rate and loss weights at a share of the run."""
     warm = min(1.0, (step + 1) / _WARMUP_STEPS)
@@ -81,8 +45,8 @@ def schedule(progress: float, step: int, peak: float) -> tuple[float, Weights]:
     # Bins are blurred widely at first, so that a near miss still pulls the right way.
     blur = 3.0 * 10.0 ** max(0.0, 1.0 - progress / 0.5)
     weights = Weights(
-        region=0.25 + 0.35 * min(1.0, progress / 0.6),
-        auxiliary=0.5 if progress < 0.5 else max(0.1, 0.5 - (progress - 0.5)),
+        region=0.6 + 0.3 * min(1.0, progress / 0.6),
+        auxiliary=0.8 if progress < 0.5 else max(0.2, 0.8 - 1.5 * (progress - 0.5)),
         blur_bins=blur,
     )
     return peak * warm * max(0.01, cool), weights

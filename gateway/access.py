@@ -1,0 +1,92 @@
+"""Owns who may call: keys, `Host` names and origins. Pure; used by every transport on the gateway's loop."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+from gateway.config import GatewayConfig
+from gateway.generation import RequestError
+from shared.errors import ErrorCode
+
+_HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(:(?P<port>\d{1,5}))?", re.ASCII)
+
+
+class Access:
+    """The configured keys, host names and origins."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self._keys = [key.encode() for key in config.key_texts()]
+        self._tenants = [hashlib.sha256(key).hexdigest()[:16] for key in self._keys]
+        self._hosts = config.host_names()
+        self._origins = frozenset(origin.lower() for origin in config.cors_origins)
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether any key is configured; without one everybody who reaches the port may call."""
+        return bool(self._keys)
+
+    def tenant(self, key: str | None) -> str | None:
+        """The tenant a key belongs to; None for a wrong one. "" for everybody where no keys are set.
+
+        Every key is compared, in constant time, whichever matches.
+        """
+        if not self._keys:
+            return ""
+        given = (key or "").encode(errors="surrogateescape")
+        found: str | None = None
+        for own, tenant in zip(self._keys, self._tenants, strict=True):
+            if hmac.compare_digest(own, given):
+                found = tenant
+        return found
+
+    def authenticate(self, headers: Mapping[str, str]) -> str:
+        """The caller's tenant. Raises `RequestError` UNAUTHORIZED."""
+        key = key_of(headers)
+        tenant = self.tenant(key)
+        if tenant is None:
+            if key is None:
+                message = "this server needs an API key: send Authorization: Bearer <key>"
+            else:
+                message = "the API key is wrong"
+            raise RequestError(ErrorCode.UNAUTHORIZED, message)
+        return tenant
+
+    def check_host(self, host: str | None) -> None:
+        """Raises `RequestError` INVALID_REQUEST for a malformed or foreign `Host` (DNS rebinding)."""
+        match = _HOST.fullmatch(host or "")
+        if match is None or int(match["port"] or 0) > 65535:
+            raise RequestError(ErrorCode.INVALID_REQUEST, "the Host header is missing or malformed")
+        if self._hosts is not None and match["name"].lower() not in self._hosts:
+            message = "this Host is not served here; add it to allowed_hosts (DEGAS_GATEWAY_ALLOWED_HOSTS)"
+            raise RequestError(ErrorCode.INVALID_REQUEST, message)
+
+    def cors_origin(self, origin: str | None) -> str | None:
+        """The value for `Access-Control-Allow-Origin`, or None when this origin gets none."""
+        if origin is None or not self._origins:
+            return None
+        return origin if "*" in self._origins or origin.lower() in self._origins else None
+
+    def origin_allowed(self, origin: str | None, host: str | None) -> bool:
+        """Whether a browser page from `origin` may open a WebSocket: the page itself, or a configured origin.
+
+        No `Origin` means no browser, so there is nothing to protect it from.
+        """
+        if origin is None or self.cors_origin(origin) is not None:
+            return True
+        try:
+            parts = urlsplit(origin)
+        except ValueError:
+            return False
+        return bool(parts.netloc) and host is not None and parts.netloc.lower() == host.lower()
+
+
+def key_of(headers: Mapping[str, str]) -> str | None:
+    """The key a client sent, as OpenAI's clients do or as Moondream's do."""
+    scheme, _, key = headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and key.strip():
+        return key.strip()
+    return headers.get("X-Moondream-Auth") or None

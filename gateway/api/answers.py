@@ -1,0 +1,130 @@
+"""Owns what API answers have in common: waiting for whole choices, usage, finish reasons, log-probabilities.
+
+Runs on the gateway's loop. No sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gateway.generation import (
+    Delta,
+    End,
+    GenerateRequest,
+    Listener,
+    RunningStream,
+    SpatialObject,
+    TokenInfo,
+    Usage,
+)
+from gateway.tokens import ModelTokens
+
+Json = dict[str, Any]
+
+
+class Collected:
+    """One choice, whole: all its text, objects and log-probabilities, and its end."""
+
+    def __init__(self, on_done: Callable[[], None]) -> None:
+        self._on_done = on_done
+        self._texts: list[str] = []
+        self.objects: list[SpatialObject] = []
+        self.infos: list[TokenInfo] = []
+        self.end: End | None = None
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return "".join(self._texts)
+
+    def on_delta(self, delta: Delta) -> None:
+        """See `Listener`."""
+        self._texts.append(delta.text)
+        if delta.logprobs:
+            self.infos.extend(delta.logprobs)
+
+    def on_object(self, found: SpatialObject) -> None:
+        """See `Listener`."""
+        self.objects.append(found)
+
+    def on_end(self, end: End) -> None:
+        """See `Listener`."""
+        self.end = end
+        self._on_done()
+
+
+async def collect(
+    submit: Callable[[GenerateRequest, Listener], RunningStream], asked: Sequence[GenerateRequest]
+) -> list[Collected]:
+    """Submit all choices and wait for their ends. Raises the first `RequestError`; cancels when cancelled."""
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    choices: list[Collected] = []
+
+    def on_done() -> None:
+        ends = [choice.end for choice in choices]
+        if not done.done() and (None not in ends or any(end is not None and end.error for end in ends)):
+            done.set_result(None)
+
+    running: list[RunningStream] = []
+    try:
+        choices.extend(Collected(on_done) for _ in asked)
+        for one, choice in zip(asked, choices, strict=True):
+            running.append(submit(one, choice))
+        await done
+    finally:
+        for stream in running:
+            stream.cancel()
+    for choice in choices:
+        if choice.end is not None and choice.end.error is not None:
+            raise choice.end.error
+    return choices
+
+
+def usage_object(ends: Sequence[End]) -> Json:
+    """OpenAI's `usage` over all choices: the shared prompt counts once."""
+    usages = [end.usage for end in ends]
+    prompt = max((usage.prompt_tokens for usage in usages), default=0)
+    completion = sum(usage.completion_tokens for usage in usages)
+    cached = min(prompt, max((usage.cached_tokens for usage in usages), default=0))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def metrics_object(usage: Usage) -> Json:
+    """Moondream's `metrics`: tokens and milliseconds."""
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "output_tokens": usage.completion_tokens,
+        "prefill_time_ms": round(usage.prefill_s * 1000, 3),
+        "decode_time_ms": round(usage.decode_s * 1000, 3),
+        "ttft_ms": round(usage.time_to_first_token_s * 1000, 3),
+    }
+
+
+def chat_logprobs(infos: Sequence[TokenInfo], tokens: ModelTokens) -> Json:
+    """The chat form: one entry a token, with its bytes."""
+    return {"content": [_chat_entry(info, tokens) for info in infos], "refusal": None}
+
+
+def _chat_entry(info: TokenInfo, tokens: ModelTokens) -> Json:
+    return {
+        **_token_entry(info.token_id, info.logprob, tokens),
+        "top_logprobs": [_token_entry(token_id, logprob, tokens) for token_id, logprob in info.top],
+    }
+
+
+def _token_entry(token_id: int, logprob: float, tokens: ModelTokens) -> Json:
+    raw = tokens.token_bytes(token_id)
+    return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinities: an impossible token is −9999, as OpenAI says it."""
+    return logprob if logprob > -9999.0 else -9999.0
+

@@ -1,0 +1,223 @@
+"""Owns the fields that OpenAI's generation endpoints share: their bounds, checks and meaning. Pure.
+
+A field is used, or accepted because leaving it out changes nothing, or refused by name. Nothing that changes
+the answer is ignored silently.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from gateway.generation import RequestError
+from shared.errors import ErrorCode
+from shared.protocol import Grammar, ModelCard, Sampling
+
+MAX_STOPS: Final = 16
+MAX_STOP_CHARS: Final = 512
+MAX_BIASES: Final = 1024
+MAX_SCHEMA_BYTES: Final = 64 << 10
+MAX_SCHEMA_DEPTH: Final = 64
+MAX_TOP_LOGPROBS: Final = 20
+_INT64: Final = 1 << 63
+
+Json = dict[str, Any]
+T = TypeVar("T")
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
+Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+
+_PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
+_UNKNOWN = re.compile(r"unknown field `(?P<name>[^`]*)`")
+
+
+class StreamOptions(msgspec.Struct):
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+
+
+class JsonSchema(msgspec.Struct):
+    """`response_format.json_schema`."""
+
+    schema: Json | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """`response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What `/v1/chat/completions` and `/v1/completions` have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = None
+    n: Count | None = None
+    stop: str | list[str] | None = None
+    seed: Annotated[int, Meta(ge=-_INT64, le=_INT64 - 1)] | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)] | None = None
+    min_p: Unit | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None
+    ignore_eos: bool | None = None
+    priority: Annotated[int, Meta(ge=-1000, le=1000)] | None = None
+    response_format: ResponseFormat | None = None
+    # accepted: they change nothing about the answer
+    user: str | None = None
+    metadata: Any = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+def decode_body(decode: Callable[[bytes], T], data: bytes) -> T:
+    """Parse JSON to a struct. Raises `RequestError` naming the field at fault and what it may be."""
+    try:
+        return decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        text = str(error)
+        where = _PATH.search(text)
+        param = where["path"] if where is not None else None
+        if where is not None:
+            text = text[: where.start()]
+        unknown = _UNKNOWN.search(text)
+        if unknown is not None:
+            param = f"{param}.{unknown['name']}" if param else unknown["name"]
+            text = "this parameter is not known here; leave it out"
+        raise invalid(text[:500], param[:200] if param else None) from None
+    except RecursionError:
+        raise invalid("the JSON is nested too deeply", None) from None
+
+
+def invalid(text: str, param: str | None) -> RequestError:
+    """An INVALID_REQUEST about one field."""
+    message = f"{param}: {text[0].lower()}{text[1:]}" if param else text
+    return RequestError(ErrorCode.INVALID_REQUEST, message, param=param)
+
+
+def refuse(fields: msgspec.Struct, names: tuple[str, ...]) -> None:
+    """Raises `RequestError` UNSUPPORTED for the first of these fields that asks for something."""
+    for name in names:
+        if getattr(fields, name) not in (None, False, [], {}, ""):
+            message = f"{name} is not supported by this server; leave it out"
+            raise RequestError(ErrorCode.UNSUPPORTED, message, param=name)
+
+
+def stops(value: str | list[str] | None) -> list[str]:
+    """The stop strings. Raises `RequestError`."""
+    listed = [value] if isinstance(value, str) else list(value or ())
+    if len(listed) > MAX_STOPS:
+        raise invalid(f"at most {MAX_STOPS} stop strings are accepted", "stop")
+    for stop in listed:
+        if not stop:
+            raise invalid("a stop string may not be empty", "stop")
+        if len(stop) > MAX_STOP_CHARS:
+            raise invalid(f"a stop string may have at most {MAX_STOP_CHARS} characters", "stop")
+    return listed
+
+
+def samplings(fields: SamplingFields, card: ModelCard, num_logprobs: int, count: int) -> list[Sampling]:
+    """How each of `count` choices is sampled: alike, but for the seed. Raises `RequestError`."""
+    temperature = card.default_temperature if fields.temperature is None else fields.temperature
+    seed = secrets.randbits(63) if fields.seed is None else fields.seed % _INT64
+    first = Sampling(
+        temperature=temperature,
+        top_k=max(0, fields.top_k or 0),
+        top_p=card.default_top_p if fields.top_p is None else fields.top_p,
+        min_p=fields.min_p or 0.0,
+        seed=seed,
+        presence_penalty=fields.presence_penalty or 0.0,
+        frequency_penalty=fields.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if fields.repetition_penalty is None else fields.repetition_penalty,
+        logit_bias=_biases(fields.logit_bias, card),
+        suppress_ids=list(card.suppress_ids),
+        num_logprobs=num_logprobs,
+        min_tokens=fields.min_tokens or 0,
+    )
+    return [first, *(msgspec.structs.replace(first, seed=(seed + i) % _INT64) for i in range(1, count))]
+
+
+def stop_ids(fields: SamplingFields, card: ModelCard) -> list[int]:
+    """The ids that end an answer: none where the client asked to ignore them, as load generators do."""
+    return [] if fields.ignore_eos else list(card.eos_ids)
+
+
+def _biases(given: dict[str, float] | None, card: ModelCard) -> dict[int, float]:
+    if not given:
+        return {}
+    if len(given) > MAX_BIASES:
+        raise invalid(f"at most {MAX_BIASES} tokens may be biased", "logit_bias")
+    biases: dict[int, float] = {}
+    for key, bias in given.items():
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < card.vocab_size):
+            raise invalid(f"keys are token ids from 0 to {card.vocab_size - 1}", "logit_bias")
+        biases[int(key)] = bias
+    return biases
+
+
+def grammar(asked: ResponseFormat | None) -> Grammar | None:
+    """The constraint `response_format` asks for. Raises `RequestError`."""
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return Grammar("json_object", "{}")
+    schema = asked.json_schema.schema if asked.json_schema is not None else None
+    if schema is None:
+        raise invalid("json_schema needs a schema", "response_format.json_schema.schema")
+    return Grammar("json_schema", checked_schema(schema, "response_format.json_schema.schema"))
+
+
+def checked_schema(schema: Json, param: str) -> str:
+    """A JSON schema as text, within bounds of size and depth. Raises `RequestError`."""
+    text = msgspec.json.encode(schema)
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise invalid(f"a schema may have at most {MAX_SCHEMA_BYTES} bytes", param)
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return text.decode()
+    raise invalid(f"a schema may be nested at most {MAX_SCHEMA_DEPTH} levels deep", param)
+
+
+def choice_count(fields: SamplingFields, max_n: int) -> int:
+    """How many choices are asked for. Raises `RequestError`."""
+    count = 1 if fields.n is None else fields.n
+    if count > max_n:
+        raise invalid(f"at most {max_n} choices are made", "n")
+    return count
+
+
+def token_budget(asked: int | None, card: ModelCard, room: int, param: str) -> int:
+    """How many tokens may be generated: what was asked, else the model's default or what still fits."""
+    if asked is None:
+        return max(1, min(card.default_max_tokens, room))
+    if asked > card.context_tokens:
+        message = f"at most {room} tokens fit after this prompt"
+        raise RequestError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, f"{param}: {message}", param=param)
+    return asked

@@ -1,0 +1,151 @@
+"""Owns turning chat messages into a prompt: token ids and pictures. No sockets; runs on the gateway's loop.
+
+Two kinds of model: those with a chat template get the whole conversation through it. Moondream has no notion
+of a conversation: it is asked the last user turn about the most recent picture, and earlier turns and system
+messages, which its prompt has no place for, do not reach it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol
+
+import msgspec
+from msgspec import Meta
+
+from gateway.generation import PreparedImage, RequestError
+from shared.errors import ErrorCode
+from shared.protocol import ModelCard
+
+
+class ImageUrl(msgspec.Struct):
+    """`image_url` of a content part."""
+
+    url: str
+    detail: str | None = None
+
+
+class TextPart(msgspec.Struct, tag_field="type", tag="text"):
+    """A piece of text."""
+
+    text: str
+
+
+class ImagePart(msgspec.Struct, tag_field="type", tag="image_url"):
+    """A picture."""
+
+    image_url: ImageUrl
+
+
+class Message(msgspec.Struct):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[TextPart | ImagePart], Meta(max_length=256)] | None = None
+    name: str | None = None
+    tool_calls: Any = None
+    tool_call_id: str | None = None
+
+    def text(self) -> str:
+        """All its text, in order."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content or () if isinstance(part, TextPart))
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the worker is asked: ids without the pictures' positions, and the pictures."""
+
+    ids: list[int]
+    images: list[PreparedImage] = field(default_factory=list)
+
+
+class PromptCore(Protocol):
+    """The part of the core that composing a prompt needs."""
+
+    def has_template(self, model_id: str) -> bool: ...
+    async def encode_async(self, model_id: str, text: str, *, markup: bool = False) -> list[int]: ...
+    async def render_chat_async(
+        self, model_id: str, messages: list[dict[str, object]], tools: list[object] | None
+    ) -> str: ...
+    async def prepare_image(self, model_id: str, data_url: str, *, param: str) -> PreparedImage: ...
+
+
+async def compose_chat(
+    core: PromptCore, card: ModelCard, messages: Sequence[Message], *, max_chars: int
+) -> Prompt:
+    """The prompt for a conversation. Raises `RequestError`."""
+    if not messages:
+        raise RequestError(ErrorCode.INVALID_REQUEST, "messages: at least one is needed", param="messages")
+    size = sum(len(message.text()) for message in messages)
+    if size > max_chars:
+        message = f"messages: {size} characters; at most {max_chars} are accepted"
+        raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="messages")
+    if card.family == "moondream" or "query_prefix" in card.templates:
+        return await _compose_question(core, card, messages)
+    return await _compose_template(core, card, messages)
+
+
+async def _compose_question(core: PromptCore, card: ModelCard, messages: Sequence[Message]) -> Prompt:
+    asked = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
+    if asked is None:
+        raise RequestError(
+            ErrorCode.INVALID_REQUEST, "messages: one with the role user is needed", param="messages"
+        )
+    question = messages[asked].text().strip()
+    picture = _last_picture(messages)
+    if not question:
+        message = "the last user message has no text; ask something about the picture"
+        raise RequestError(ErrorCode.INVALID_REQUEST, message, param=f"messages[{asked}].content")
+    images = []
+    if picture is not None:
+        url, param = picture
+        images.append(await core.prepare_image(card.model_id, url, param=param))
+    ids = await core.encode_async(card.model_id, question)
+    return Prompt(task_prompt(card, "query", ids), images)
+
+
+async def _compose_template(core: PromptCore, card: ModelCard, messages: Sequence[Message]) -> Prompt:
+    picture = _last_picture(messages)
+    if picture is not None:
+        message = f"model {card.model_id} takes no pictures"
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param=picture[1])
+    if not core.has_template(card.model_id):
+        message = f"model {card.model_id} has no chat template; use /v1/completions"
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
+    plain: list[dict[str, object]] = [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text()}
+        for message in messages
+    ]
+    text = await core.render_chat_async(card.model_id, plain, None)
+    return Prompt(await core.encode_async(card.model_id, text, markup=True))
+
+
+def _last_picture(messages: Sequence[Message]) -> tuple[str, str] | None:
+    """The most recent picture's URL and its field's name."""
+    for index in range(len(messages) - 1, -1, -1):
+        content = messages[index].content
+        if isinstance(content, list):
+            for place in range(len(content) - 1, -1, -1):
+                part = content[place]
+                if isinstance(part, ImagePart):
+                    return part.image_url.url, f"messages[{index}].content[{place}].image_url.url"
+    return None
+
+
+def task_prompt(card: ModelCard, task: str, argument: Sequence[int] = ()) -> list[int]:
+    """BOS, the task's template and its argument, in Moondream's order. Raises `RequestError` UNSUPPORTED.
+
+    `task` is query, detect, point (which have a prefix and a suffix) or caption_short, caption_normal, …
+    """
+    whole = card.templates.get(task)
+    prefix = card.templates.get(f"{task}_prefix")
+    if whole is None and prefix is None:
+        message = f"model {card.model_id} cannot {task.replace('_', ' ')}"
+        raise RequestError(ErrorCode.UNSUPPORTED, message)
+    bos = [] if card.bos_id is None else [card.bos_id]
+    if whole is not None:
+        return [*bos, *whole]
+    return [*bos, *(prefix or ()), *argument, *card.templates.get(f"{task}_suffix", ())]

@@ -1,0 +1,199 @@
+"""Owns server-sent events over HTTP: headers, chunk framing, and one write per event. Gateway's loop.
+
+Events are written to the aiohttp transport from inside the core's callbacks, past aiohttp's own writer: no
+queue, no task, no await per token. The handler's coroutine only waits for the end. Headers are held back
+until the first event (or a moment), so that a refusal by the worker is still a proper HTTP status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from aiohttp import HttpVersion11, web
+
+from gateway.config import GatewayConfig
+from gateway.generation import Delta, End, GenerateRequest, Listener, RequestError, RunningStream, SpatialObject
+from gateway.metrics import Metrics
+from gateway.transport.bounded import BoundedWriter
+
+_COMMIT_S: Final = 0.5  # without any event for so long, the headers go out alone
+
+HEADERS: Final = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+class EventWriter:
+    """One response's body. Events written before `open` wait for it."""
+
+    def __init__(self, request: web.Request, config: GatewayConfig, metrics: Metrics) -> None:
+        self._request = request
+        self._config = config
+        self._metrics = metrics
+        self._held: list[bytes] = []
+        self._writer: BoundedWriter | None = None
+        self._is_chunked = request.version >= HttpVersion11
+        self._response = web.StreamResponse(headers=HEADERS)
+        self._something = asyncio.get_running_loop().create_future()
+
+    def write(self, events: bytes) -> None:
+        """Send one or more whole events. Never waits, never raises."""
+        if self._writer is None:
+            self._held.append(events)
+            self.wake()
+        else:
+            self._writer.write(self._frame(events))
+
+    def wake(self) -> None:
+        """Let `first` return though nothing was written."""
+        if not self._something.done():
+            self._something.set_result(None)
+
+    async def first(self) -> None:
+        """Wait for the first event, or a moment."""
+        await asyncio.wait([self._something], timeout=_COMMIT_S)
+
+    @property
+    def has_events(self) -> bool:
+        """Whether anything was written yet."""
+        return bool(self._held) or self._writer is not None
+
+    async def open(self, opening: bytes = b"") -> None:
+        """Send the headers, `opening` and what was held. Raises ConnectionError when the client is gone."""
+        response = self._response
+        if not self._is_chunked:
+            response.force_close()
+        else:
+            response.enable_chunked_encoding()
+        writer = await response.prepare(self._request)
+        transport = self._request.transport
+        if writer is None or transport is None or transport.is_closing():
+            raise ConnectionResetError("the client left")
+        writer.send_headers()
+        self._writer = BoundedWriter(
+            transport,
+            self._on_stalled,
+            limit_bytes=self._config.write_buffer_bytes,
+            stall_s=self._config.slow_client_s,
+        )
+        held, self._held = b"".join((opening, *self._held)), []
+        if held:
+            self._writer.write(self._frame(held))
+
+    async def finish(self, *, close: bool = False) -> web.StreamResponse:
+        """End the body properly, after an error as well; `close` ends the connection too."""
+        assert self._writer is not None
+        self._writer.close()
+        if close:
+            self._response.force_close()
+        await self._response.write_eof()
+        return self._response
+
+    def abandon(self) -> None:
+        """Write nothing more."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _frame(self, events: bytes) -> bytes:
+        if not self._is_chunked:
+            return events
+        return b"%x\r\n%b\r\n" % (len(events), events)
+
+    def _on_stalled(self) -> None:
+        # The abort ends the connection, which cancels the handler, which cancels the streams.
+        self._metrics.num_slow_clients += 1
+
+
+class Shape(Protocol):
+    """How one API spells a stream of `n` choices as events, each a whole `data: …` line and blank line."""
+
+    def opening(self) -> bytes:
+        """Before anything else; may be empty."""
+
+    def delta(self, index: int, delta: Delta) -> bytes:
+        """New text of one choice."""
+
+    def found(self, index: int, found: SpatialObject) -> bytes:
+        """One more object of one choice."""
+
+    def end(self, index: int, end: End) -> bytes:
+        """One choice is over, without an error."""
+
+    def closing(self, ends: Sequence[End]) -> bytes:
+        """All choices are over, without an error."""
+
+    def error(self, error: RequestError) -> bytes:
+        """Something failed after the stream began."""
+
+
+class _Choice:
+    """The listener of one choice."""
+
+    __slots__ = ("_done", "_index", "_shape", "_writer", "end")
+
+    def __init__(self, index: int, shape: Shape, writer: EventWriter, done: Callable[[End], None]) -> None:
+        self._index = index
+        self._shape = shape
+        self._writer = writer
+        self._done = done
+        self.end: End | None = None
+
+    def on_delta(self, delta: Delta) -> None:
+        self._writer.write(self._shape.delta(self._index, delta))
+
+    def on_object(self, found: SpatialObject) -> None:
+        self._writer.write(self._shape.found(self._index, found))
+
+    def on_end(self, end: End) -> None:
+        self.end = end
+        if end.error is None:
+            self._writer.write(self._shape.end(self._index, end))
+        self._done(end)
+
+
+async def respond(
+    request: web.Request,
+    config: GatewayConfig,
+    metrics: Metrics,
+    submit: Callable[[GenerateRequest, Listener], RunningStream],
+    asked: Sequence[GenerateRequest],
+    shape: Shape,
+) -> web.StreamResponse:
+    """Submit all choices and stream them. Raises `RequestError` while the answer can still be an HTTP status."""
+    writer = EventWriter(request, config, metrics)
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    choices: list[_Choice] = []
+
+    def on_done(end: End) -> None:
+        if not done.done() and (end.error is not None or all(choice.end is not None for choice in choices)):
+            done.set_result(None)
+        if end.error is not None:
+            writer.wake()
+
+    running: list[RunningStream] = []
+    try:
+        choices.extend(_Choice(index, shape, writer, on_done) for index in range(len(asked)))
+        for one, choice in zip(asked, choices, strict=True):
+            running.append(submit(one, choice))
+        await writer.first()
+        failed = next((c.end.error for c in choices if c.end is not None and c.end.error is not None), None)
+        if failed is not None and not writer.has_events:
+            raise failed
+        await writer.open(shape.opening())
+        await done
+        ends = [choice.end for choice in choices if choice.end is not None]
+        failed = next((end.error for end in ends if end.error is not None), None)
+        if failed is None:
+            writer.write(shape.closing(ends))
+        else:
+            writer.write(shape.error(failed))
+        return await writer.finish(close=failed is not None)
+    finally:
+        writer.abandon()
+        for stream in running:
+            stream.cancel()
+

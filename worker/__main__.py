@@ -1,0 +1,144 @@
+"""Owns the worker process: its threads, signals and exit code. The main thread only waits.
+
+    main     signals → a Drain command
+    worker-io  the ROUTER socket
+    decode   builds the model and runs the engine; the only thread that touches torch
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from queue import SimpleQueue
+from types import FrameType
+
+import structlog
+
+from shared.errors import ErrorCode
+from shared.logs import configure_logs
+from shared.protocol import Drain, Fatal
+from worker.config import ConfigError, WorkerConfig, load
+from worker.engine import Command
+from worker.transport import Transport
+
+log = structlog.get_logger()
+
+DRAIN_S = 20.0
+
+
+class DecodeThread(threading.Thread):
+    """Runs build and engine; `exit_code` says how it ended."""
+
+    def __init__(self, config: WorkerConfig, transport: Transport, inbox: SimpleQueue[Command], epoch: int) -> None:
+        super().__init__(name="decode", daemon=True)
+        self._config = config
+        self._transport = transport
+        self._inbox = inbox
+        self._epoch = epoch
+        self._num_beats = 0
+        self.exit_code = 1
+
+    def run(self) -> None:
+        try:
+            self._serve()
+            self.exit_code = 0
+        except ConfigError as error:
+            sys.stderr.write(f"degas worker: {error}\n")
+            self.exit_code = 2
+        except Exception as error:
+            from worker.models.weights import CheckpointError  # here, so that a bad flag answers before torch loads
+
+            if isinstance(error, CheckpointError):
+                sys.stderr.write(f"degas worker: {error}\n")
+                self.exit_code = 2
+            else:
+                log.exception("worker_failed")
+            self._transport.broadcast(Fatal(self._epoch, ErrorCode.DEVICE_ERROR, type(error).__name__))
+
+    def _serve(self) -> None:
+        started_s = time.perf_counter()
+        from worker.startup import Startup, build_worker  # torch is imported on this thread
+
+        startup = Startup(self._config.report_startup)
+        startup.phases_s["import torch"] = round(time.perf_counter() - started_s, 3)
+        worker = build_worker(
+            self._config,
+            startup,
+            inbox=self._inbox,
+            outbox=self._transport,
+            epoch=self._epoch,
+            on_beat=self._on_beat if self._config.beat_fd >= 0 else None,
+        )
+        self._transport.announce(worker.ready, worker.payloads)
+        log.info(
+            "worker_ready",
+            model=worker.ready.model.model_id,
+            device=worker.ready.device,
+            epoch=self._epoch,
+            pages=worker.ready.limits.num_pages,
+            **{name.replace(" ", "_") + "_s": value for name, value in startup.phases_s.items()},
+        )
+        startup.ready(self._config.endpoint, worker.ready.model.model_id)
+        worker.engine.run()
+
+    def _on_beat(self, num_steps: int) -> None:
+        """The supervisor watches this counter: it moves only while the decode loop turns."""
+        self._num_beats += 1
+        os.pwrite(self._config.beat_fd, self._num_beats.to_bytes(8, "little"), 0)
+
+
+def serve(config: WorkerConfig) -> int:
+    """Run a worker until it is drained, told to stop, or fails. Returns the exit code."""
+    configure_logs("worker", level=config.log_level, json=config.log_json)
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    epoch = (time.time_ns() // 1000) & ((1 << 53) - 1)
+    secure = None
+    if config.curve_key_dir is not None:
+        from worker.keys import secure_with
+
+        secure = secure_with(config.curve_key_dir)
+    transport = Transport(config.endpoint, inbox, secure=secure)
+    try:
+        transport.start()
+    except Exception as error:
+        sys.stderr.write(f"degas worker: cannot bind endpoint {config.endpoint}: {error}\n")
+        return 2
+    decode = DecodeThread(config, transport, inbox, epoch)
+    signals = 0
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal signals
+        signals += 1
+        # A second signal is somebody losing patience.
+        inbox.put((b"", Drain(DRAIN_S if signals == 1 else 0.0), []))
+        if signals > 2:
+            os._exit(130)
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    decode.start()
+    while decode.is_alive():
+        decode.join(0.2)
+        if signals and not transport.is_announced:
+            break  # still loading: nothing to drain
+    transport.close()
+    if decode.is_alive():
+        os._exit(0)
+    return decode.exit_code
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `python -m worker` and `degas worker`."""
+    try:
+        config = load(sys.argv[1:] if arguments is None else arguments)
+    except ConfigError as error:
+        sys.stderr.write(f"degas worker: {error}\n")
+        return 2
+    return serve(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Owns building a worker: device, model, memory, engine, with each phase timed and told. Decode thread."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import structlog
+import torch
+
+from shared.protocol import PROTOCOL_VERSION, Limits, ModelCard, Ready, schema_hash
+from worker.config import ConfigError, WorkerConfig
+from worker.device.base import Device
+from worker.device.cpu import CpuDevice
+from worker.device.cuda import CudaDevice
+from worker.device.profiles import PROFILES
+from worker.device.sim import SimRunner, fake_card
+from worker.device.timeline import RealClock
+from worker.engine import Command, Engine, Outbox
+from worker.models.contract import Model
+from worker.models.registry import load_model
+from worker.pages import PagePool
+from worker.prefix_cache import PrefixCache
+from worker.runner import Runner, TorchRunner
+from worker.scheduler import Scheduler, SchedulerLimits
+from worker.sim_tokenizer import SIM_TOKENIZER, VOCAB_SIZE
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Startup:
+    """Tells a supervisor (or a person) how far start-up is."""
+
+    speak: bool
+    phases_s: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time one phase."""
+        started_s = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started_s
+        self.phases_s[name] = round(seconds, 3)
+        self._say("PHASE", {"phase": name, "seconds": round(seconds, 3)})
+
+    def progress(self, phase: str, done: float, total: float) -> None:
+        """How far a long phase is."""
+        self._say("PROGRESS", {"phase": phase, "done": done, "total": total})
+
+    def ready(self, endpoint: str, model_id: str) -> None:
+        """The worker serves."""
+        self._say("READY", {"endpoint": endpoint, "model": model_id, "startup_s": self.phases_s})
+
+    def _say(self, kind: str, fields: dict[str, object]) -> None:
+        if self.speak:
+            sys.stdout.write(f"DEGAS-{kind} {json.dumps(fields)}\n")
+            sys.stdout.flush()
+
+
+@dataclass(slots=True)
+class Worker:
+    """A built worker: its engine and what `Hello` is answered with."""
+
+    engine: Engine
+    ready: Ready
+    payloads: list[bytes]
+
+
+def build_worker(
+    config: WorkerConfig,
+    startup: Startup,
+    *,
+    inbox: SimpleQueue[Command],
+    outbox: Outbox,
+    epoch: int,
+    on_beat: Callable[[int], None] | None = None,
+) -> Worker:
+    """Build everything on the calling thread, which becomes the decode thread. Raises `ConfigError` or
+    `worker.models.weights.CheckpointError` with what to do about it."""
+    runner: Runner
+    if config.device == "sim" or config.model == "sim":
+        card, payloads, num_pages = fake_card(vocab_size=VOCAB_SIZE), [SIM_TOKENIZER, b""], config.num_pages or 4096
+        runner = _sim_runner(config, card, num_pages)
+        device_name = f"sim:{config.sim_profile}"
+    else:
+        with startup.phase("device"):
+            device = _open_device(config)
+        with startup.phase("load weights"):
+            dtype = _dtype(config, device)
+            with torch.inference_mode():
+                model = load_model(config.model_folder, device.torch_device, dtype, startup.progress)
+        card = model.card
+        payloads = _payloads(config)
+        num_pages = config.num_pages or _num_pages(config, device, model)
+        with startup.phase("allocate"):
+            torch_runner = _torch_runner(config, device, model, num_pages)
+        if device.captures:
+            with startup.phase("capture graphs"), torch.inference_mode():
+                torch_runner.capture_graphs(startup.progress)
+        runner = torch_runner
+        device_name = device.name
+    pool = PagePool(num_pages, config.page_tokens)
+    limits = SchedulerLimits(
+        max_rows=config.max_rows,
+        max_waiting=config.max_waiting,
+        step_tokens=config.step_tokens,
+        mixed_tokens=config.mixed_tokens,
+        max_sequence_tokens=card.context_tokens,
+    )
+    scheduler = Scheduler(limits, pool, PrefixCache(pool) if config.prefix_cache else None)
+    engine = Engine(
+        scheduler,
+        runner,
+        card,
+        inbox=inbox,
+        outbox=outbox,
+        clock=time.perf_counter,
+        epoch=epoch,
+        depth=config.depth,
+        on_beat=on_beat,
+    )
+    ready = Ready(
+        PROTOCOL_VERSION,
+        schema_hash(),
+        epoch,
+        card,
+        Limits(
+            config.max_rows,
+            config.max_waiting,
+            pool.total,
+            config.page_tokens,
+            config.step_tokens,
+            min(card.context_tokens, pool.total * config.page_tokens),
+        ),
+        device_name,
+        dict(startup.phases_s),
+    )
+    return Worker(engine, ready, payloads)
+
+
+def _open_device(config: WorkerConfig) -> Device:
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        return CudaDevice()
+    return CpuDevice(num_threads=config.threads)
+
+
+def _dtype(config: WorkerConfig, device: Device) -> torch.dtype:
+    if config.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+    # On the CPU the embedded model is so small that fp32 costs nothing and batches agree to the last token.
+    return torch.bfloat16 if device.torch_device.type == "cuda" else torch.float32
+
+
+def _num_pages(config: WorkerConfig, device: Device, model: Model) -> int:
+    page_bytes = 2 * model.num_layers * config.page_tokens * model.num_kv_heads * model.head_dim * model.dtype.itemsize
+    on_cpu = device.torch_device.type == "cpu"
+    free_bytes = min(device.free_bytes(), config.kv_bytes) if on_cpu else device.free_bytes()
+    per_sequence = -(-model.card.context_tokens // config.page_tokens)
+    most = config.max_rows * per_sequence + 1  # more could never be used but by the prefix cache
+    num_pages = min(free_bytes // page_bytes, 4 * most)
+    if num_pages <= per_sequence:
+        raise ConfigError(
+            f"only {free_bytes >> 20} MiB are free for KV memory, and one sequence of "
+            f"{model.card.context_tokens} tokens needs {(per_sequence * page_bytes) >> 20} MiB"
+        )
+    return int(num_pages)
+
+
+def _torch_runner(config: WorkerConfig, device: Device, model: Model, num_pages: int) -> TorchRunner:
+    return TorchRunner(
+        model,
+        device,
+        num_slots=max(2, config.depth),
+        num_pages=num_pages,
+        page_tokens=config.page_tokens,
+        max_rows=config.max_rows,
+        max_sequence_tokens=model.card.context_tokens,
+        step_tokens=config.step_tokens,
+        feature_bytes=config.feature_bytes,
+    )
+
+
+def _sim_runner(config: WorkerConfig, card: ModelCard, num_pages: int) -> SimRunner:
+    if config.sim_profile not in PROFILES:
+        raise ConfigError(f"sim_profile {config.sim_profile!r} is none of {sorted(PROFILES)}")
+    return SimRunner(
+        card,
+        RealClock(),
+        PROFILES[config.sim_profile],
+        num_slots=max(2, config.depth),
+        num_pages=num_pages,
+        page_tokens=config.page_tokens,
+        max_rows=config.max_rows,
+        max_sequence_tokens=card.context_tokens,
+        step_tokens=config.step_tokens,
+        exact=False,
+    )
+
+
+def _payloads(config: WorkerConfig) -> list[bytes]:
+    folder = config.model_folder
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise ConfigError(f"{folder} has no tokenizer.json, which the gateway needs to speak text")
+    template = b""
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file():
+            template = path.read_bytes()
+            if name.endswith(".json"):
+                found = json.loads(template).get("chat_template")
+                template = found.encode() if isinstance(found, str) else b""
+            break
+    return [tokenizer.read_bytes(), template]
