@@ -103,10 +103,16 @@ class Admission:
             raise _full(message, lane.wait_s(total + num_new - lane.capacity))
         wait_s = lane.wait_s(num_waiting)
         if wait_s > self.max_wait_s:
-            message = f"the queue would take about {wait_s:.0f} s, more than the {self.max_wait_s:g} s allowed"
+            message = (
+                f"the queue would take about {wait_s:.0f} s, more than the {self.max_wait_s:g} s allowed"
+            )
             raise _full(message, wait_s - self.max_wait_s)
         others = len(lane.tenants) - (tenant in lane.tenants)
-        if others and num_waiting and lane.tenants.get(tenant, 0) + num_new > self.tenant_share * lane.capacity:
+        if (
+            others
+            and num_waiting
+            and lane.tenants.get(tenant, 0) + num_new > self.tenant_share * lane.capacity
+        ):
             raise _full("your share of the queue is full while others wait", lane.wait_s(num_new))
 
 

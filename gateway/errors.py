@@ -103,4 +103,7 @@ def error_headers(error: RequestError) -> dict[str, str]:
     wait_s = retry_after_s(error)
     if wait_s <= 0:
         return {}
-    return {"Retry-After": str(max(1, math.ceil(wait_s))), "retry-after-ms": str(max(1, round(wait_s * 1000)))}
+    return {
+        "Retry-After": str(max(1, math.ceil(wait_s))),
+        "retry-after-ms": str(max(1, round(wait_s * 1000))),
+    }

@@ -201,9 +201,9 @@ class Flights:
             except Exception as fault:
                 if not isinstance(fault, ConnectionError):
                     log.error("listener_failed", request_id=flight.request_id, exc_info=True)
-        if state.end is not None and state.end.error is not None:
-            if state.end.error.code is ErrorCode.STREAM_GAP:
-                self._note("token_gap")
+        error = state.end.error if state.end is not None else None
+        if error is not None and error.code is ErrorCode.STREAM_GAP:
+            self._note("token_gap")
         self._land(flight)
 
     def _on_listener_fault(self, flight: Flight, fault: Exception) -> None:

@@ -58,6 +58,8 @@ class GenerateRequest:
     deadline_s: float = 0.0
     grammar: Grammar | None = None
     echo_special: bool = False
+    ignore_eos: bool = False  # run to max_tokens whatever the model says, as benchmarks do
+    strip_start: bool = False  # drop white space before the first visible character
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ def prepare(data: bytes, job: Job) -> tuple[Answer, bytes, bytes]:
 def _decode(data: bytes, job: Job) -> Image.Image:
     """Look at the header first: sizes and frames are judged before a pixel is decoded."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise Refused(f"the data is no picture in one of the formats {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:

@@ -96,7 +96,9 @@ class ImageDecoder:
         match = _DATA_URL.match(data_url)
         if match is None:
             if data_url[:6].lower().startswith(("http:", "https:", "file:", "ftp:")):
-                message = "pictures are not fetched from URLs; send the file itself as data:image/png;base64,…"
+                message = (
+                    "pictures are not fetched from URLs; send the file itself as data:image/png;base64,…"
+                )
             else:
                 message = "expected a base64 data URL: data:image/png;base64,…"
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param=param)
@@ -139,7 +141,7 @@ class ImageDecoder:
     async def _start_process(self) -> asyncio.subprocess.Process:
         # The children see the import path and nothing else of the environment: no keys, no proxies.
         environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "LC_ALL": "C.UTF-8"}
-        process = await asyncio.create_subprocess_exec(
+        return await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "gateway.image_process",
@@ -150,7 +152,6 @@ class ImageDecoder:
             limit=1 << 20,
             start_new_session=True,  # a Ctrl-C at the terminal is the gateway's to handle
         )
-        return process
 
     async def _work(self, process: asyncio.subprocess.Process) -> None:
         """One job. Raises when the process is no longer good; its caller has been answered then."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -36,6 +37,9 @@ _VLLM_HISTOGRAMS: Final = {
     "vllm:request_prefill_time_seconds": "request_prefill_time_seconds",
     "vllm:request_decode_time_seconds": "request_decode_time_seconds",
 }
+
+
+_BOUNDS: Final = [*(str(bound) for bound in HISTOGRAM_BUCKETS_S), "+Inf"]
 
 
 class Histogram:
@@ -175,28 +179,29 @@ class Metrics:
         anomalies = CounterMetricFamily(
             "degas_worker_anomalies", "Frames dropped, by kind", labels=[*labels, "kind"]
         )
-        gauges: dict[str, GaugeMetricFamily] = {}
         histograms: dict[str, HistogramMetricFamily] = {}
+        values: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         for worker in service.workers:
             key = str(worker.key)
             up.add_metric([key], int(worker.link.ready is not None))
-            for kind, number in worker.link.anomalies.items():
-                anomalies.add_metric([key, kind], number)
-            for name, value in _beat_values(worker):
-                if name not in gauges:
-                    gauges[name] = GaugeMetricFamily(f"degas_worker_{name}", f"{name} of the worker", labels=labels)
-                gauges[name].add_metric([key], value)
+            for anomaly, number in worker.link.anomalies.items():
+                anomalies.add_metric([key, anomaly], number)
+            for name, kind, value in _beat_values(worker):
+                if name not in values:
+                    values[name] = _worker_family(name, labelled=kind is not None)
+                values[name].add_metric([key] if kind is None else [key, kind], value)
             beat = worker.link.beat
             for name, numbers in beat.histograms.items() if beat is not None else ():
                 if not _is_name(name) or len(numbers) != len(HISTOGRAM_BUCKETS_S) + 2:
                     continue
                 if name not in histograms:
-                    help = f"{name} of the worker"
-                    histograms[name] = HistogramMetricFamily(f"degas_worker_{name}", help, labels=labels)
-                histograms[name].add_metric([key], _buckets(numbers[:-1]), numbers[-1])
+                    histograms[name] = HistogramMetricFamily(
+                        f"degas_worker_{name}_seconds", f"{name} of the worker", labels=labels
+                    )
+                histograms[name].add_metric([key], list(zip(_BOUNDS, numbers, strict=False)), numbers[-1])
         yield up
         yield anomalies
-        yield from gauges.values()
+        yield from values.values()
         yield from histograms.values()
 
     def _vllm_families(self, service: Service) -> Iterator[Metric]:
@@ -213,9 +218,12 @@ class Metrics:
         ):
             yield _labelled(GaugeMetricFamily(f"vllm:{name}", name, labels=["model_name"]), model, value)
         for name in ("prefix_cache_queries", "prefix_cache_hits"):
-            value = sum(beat.metrics.get(name, 0.0) for beat in beats)
+            value = sum(beat.metrics.get(f"{name}_total", 0.0) for beat in beats)
             yield _labelled(CounterMetricFamily(f"vllm:{name}", name, labels=["model_name"]), model, value)
-        for name, value in (("prompt_tokens", self.prompt_tokens), ("generation_tokens", self.generated_tokens)):
+        for name, value in (
+            ("prompt_tokens", self.prompt_tokens),
+            ("generation_tokens", self.generated_tokens),
+        ):
             yield _labelled(CounterMetricFamily(f"vllm:{name}", name, labels=["model_name"]), model, value)
         success = CounterMetricFamily(
             "vllm:request_success", "Finished requests", labels=["model_name", "finished_reason"]
@@ -243,20 +251,25 @@ class _Scrape(Collector):
         return []
 
 
-def _beat_values(worker: Worker) -> Iterator[tuple[str, float]]:
+def _beat_values(worker: Worker) -> Iterator[tuple[str, str | None, float]]:
+    """A beat's figures as (name, kind or None, value); a worker writes labelled ones as `name|kind`."""
     beat = worker.link.beat
     if beat is None:
         return
-    yield "step", beat.step
-    yield "num_running", beat.num_running
-    yield "num_waiting", beat.num_waiting
-    yield "free_pages", beat.free_pages
-    yield "total_pages", beat.total_pages
-    yield "drain_rate", beat.drain_rate
-    fixed = {"step", "num_running", "num_waiting", "free_pages", "total_pages", "drain_rate"}
-    for name, value in beat.metrics.items():
-        if name not in fixed and _is_name(name):
-            yield name, value
+    fixed = ("step", "num_running", "num_waiting", "free_pages", "total_pages", "drain_rate")
+    for name in fixed:
+        yield name, None, getattr(beat, name)
+    seen: dict[str, bool] = {}
+    for full, value in beat.metrics.items():
+        name, bar, kind = full.partition("|")
+        if name not in fixed and _is_name(name) and seen.setdefault(name, bool(bar)) == bool(bar):
+            yield name, kind if bar else None, value
+
+
+def _worker_family(name: str, *, labelled: bool) -> CounterMetricFamily | GaugeMetricFamily:
+    labels = ["worker", "kind"] if labelled else ["worker"]
+    family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+    return family(f"degas_worker_{name}", f"{name} of the worker", labels=labels)
 
 
 def _is_name(name: str) -> bool:
@@ -264,14 +277,9 @@ def _is_name(name: str) -> bool:
     return name.isascii() and name.replace("_", "a").isalnum() and not name[0].isdigit()
 
 
-def _buckets(counts: list[int] | list[float]) -> list[tuple[str, float]]:
+def _buckets(counts: list[int]) -> list[tuple[str, float]]:
     """Cumulative buckets from per-bucket counts, the last one being everything above."""
-    bounds = [*(str(bound) for bound in HISTOGRAM_BUCKETS_S), "+Inf"]
-    total, buckets = 0.0, []
-    for bound, number in zip(bounds, counts, strict=True):
-        total += number
-        buckets.append((bound, total))
-    return buckets
+    return list(zip(_BOUNDS, accumulate(map(float, counts)), strict=True))
 
 
 def _counter(name: str, help: str, counts: Counter[str], label: str) -> Metric:

@@ -179,7 +179,9 @@ class Service:
         """See `Core.decode`."""
         return self._model(model_id).tokens.decode(token_ids)
 
-    def render_chat(self, model_id: str, messages: list[dict[str, object]], tools: list[object] | None) -> str:
+    def render_chat(
+        self, model_id: str, messages: list[dict[str, object]], tools: list[object] | None
+    ) -> str:
         """See `Core.render_chat`. Runs where it is called; interfaces use `render_chat_async`."""
         return self._template(model_id).render(messages, tools)
 
@@ -304,7 +306,9 @@ class Service:
         """The ready worker with the most room. Raises `RequestError`."""
         if self.draining:
             raise RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
-        ready = [worker for worker in self._workers if worker.model is model and worker.link.ready is not None]
+        ready = [
+            worker for worker in self._workers if worker.model is model and worker.link.ready is not None
+        ]
         if not ready:
             raise RequestError(ErrorCode.LOADING, "no worker serves this model at the moment")
         best = min(ready, key=lambda worker: worker.lane.load)
@@ -336,7 +340,9 @@ class Service:
         """How many tokens may be generated after such a prompt; at least 1, so that `submit` explains."""
         model = self._model(model_id)
         num_image = model.card.image.num_tokens * num_images if model.card.image is not None else 0
-        longest = min(model.card.context_tokens, model.limits.max_sequence_tokens or model.card.context_tokens)
+        longest = min(
+            model.card.context_tokens, model.limits.max_sequence_tokens or model.card.context_tokens
+        )
         return max(1, longest - num_prompt_ids - num_image)
 
     @staticmethod
@@ -352,6 +358,7 @@ class Service:
             stops=request.stop,
             task=request.task,
             want_logprobs=request.sampling.num_logprobs >= 0,
+            strip_start=request.strip_start,
         )
 
     def _send(self, flight: Flight, worker: Worker) -> None:
@@ -373,6 +380,7 @@ class Service:
             priority=request.priority,
             deadline_s=max(0.001, flight.deadline_s - self._now()),
             grammar=request.grammar,
+            ignore_eos=request.ignore_eos,
         )
         payloads = [frame for image in request.images for frame in (image.global_crop, image.canvas)]
         worker.link.submit(submit, payloads)
@@ -477,7 +485,9 @@ class Service:
             if flight.state.next_index == 0 and not self.draining and self._recovery.take(flight, now_s):
                 num_retried += 1
             elif flight.state.next_index == 0 and flight.attempts > 1:
-                message = "this request was being started when its worker died, twice; it will not be tried again"
+                message = (
+                    "this request was being started when its worker died, twice; it will not be tried again"
+                )
                 flight.fail(RequestError(ErrorCode.QUARANTINED, message))
             else:
                 flight.fail(error)

@@ -93,6 +93,7 @@ class StreamState:
         "_pending_ids",
         "_pending_index",
         "_started_s",
+        "_strip_start",
         "_task",
         "_values",
         "_want_logprobs",
@@ -110,11 +111,13 @@ class StreamState:
         stops: Sequence[str] = (),
         task: str = "text",
         want_logprobs: bool = False,
+        strip_start: bool = False,
     ) -> None:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stops) if stops else None
         self._task = task
         self._want_logprobs = want_logprobs
+        self._strip_start = strip_start
         self._num_prompt = num_prompt
         self._started_s = started_s
         self._first_s = 0.0
@@ -152,7 +155,7 @@ class StreamState:
         self._pending_ids.append(token_id)
         if self._want_logprobs:
             self._infos.append(_token_info(token_id, logprobs))
-        text = self._detokenizer.step(token_id)
+        text = self._visible(self._detokenizer.step(token_id))
         stop: str | None = None
         if self._matcher is not None and text:
             text, stop = self._matcher.feed(text)
@@ -202,12 +205,18 @@ class StreamState:
     def _drain(self) -> tuple[Delta | None, str | None]:
         if self._task != "text":
             return None, None
-        text, stop = self._detokenizer.flush(), None
+        text, stop = self._visible(self._detokenizer.flush()), None
         if self._matcher is not None:
             text, stop = self._matcher.feed(text)
             if stop is None:
                 text += self._matcher.flush()
         return (self._take(text) if text or self._infos else None), stop
+
+    def _visible(self, text: str) -> str:
+        if self._strip_start and text:
+            text = text.lstrip()
+            self._strip_start = not text
+        return text
 
     def _take(self, text: str) -> Delta:
         infos: list[TokenInfo] | None = None

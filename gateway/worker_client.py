@@ -110,6 +110,7 @@ class WorkerLink:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket.fileno(), self._on_readable)
         self._loop.add_reader(self._monitor.fileno(), self._on_monitor)
+        self._on_monitor()  # a pipe signals its descriptor only after a first read found it empty
         self._socket.connect(self.endpoint)
         self._tick()
 
@@ -166,7 +167,9 @@ class WorkerLink:
         except zmq.Again:
             self._note("send_queue_full")
             raise RequestError(
-                ErrorCode.QUEUE_FULL, "the worker does not take requests as fast as they come", retry_after_s=1.0
+                ErrorCode.QUEUE_FULL,
+                "the worker does not take requests as fast as they come",
+                retry_after_s=1.0,
             ) from None
         except zmq.ZMQError as error:
             self._note("send_failed")
@@ -176,10 +179,14 @@ class WorkerLink:
 
     def _recheck(self) -> None:
         """A send may have eaten the descriptor's edge: look, and drain in the loop's next turn."""
-        if not self._drain_scheduled and self._loop is not None and self.state != "closed":
-            if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-                self._drain_scheduled = True
-                self._loop.call_soon(self._drain)
+        if self._drain_scheduled or self._loop is None or self.state == "closed":
+            return
+        if self._has_input():
+            self._drain_scheduled = True
+            self._loop.call_soon(self._drain)
+
+    def _has_input(self) -> bool:
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     # ------------------------------------------------------------ receiving
 
@@ -353,7 +360,7 @@ class WorkerLink:
 
     def _drain_all(self) -> None:
         """What a worker said before it died still counts."""
-        while self.state != "closed" and self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while self.state != "closed" and self._has_input():
             self._drain()
 
     def _note(self, kind: str, *, traceback: bool = False, **fields: object) -> None:

@@ -54,7 +54,11 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _byte_alphabet() -> dict[int, str]:
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
@@ -218,7 +222,9 @@ class FakeWorker:
 
     # ------------------------------------------------------------ scripting
 
-    def reply(self, text: str, reason: FinishReason = FinishReason.STOP, with_last_token: bool = False) -> None:
+    def reply(
+        self, text: str, reason: FinishReason = FinishReason.STOP, with_last_token: bool = False
+    ) -> None:
         """Answer every later Submit with this text."""
         self.reply_tokens(text_ids(text), reason, with_last_token)
 
@@ -434,7 +440,13 @@ class FakeWorker:
     def ready_frames(self) -> list[bytes]:
         """A `Ready` and its payload frames."""
         ready = wire.Ready(
-            wire.PROTOCOL_VERSION, wire.schema_hash(), self.epoch, self.card, self.limits, "fake", {"load": 0.0}
+            wire.PROTOCOL_VERSION,
+            wire.schema_hash(),
+            self.epoch,
+            self.card,
+            self.limits,
+            "fake",
+            {"load": 0.0},
         )
         return [wire.encode(ready), self.tokenizer_json, self.chat_template]
 
@@ -480,7 +492,11 @@ class FakeWorker:
                     logprobs.append(msgspec.structs.replace(said.logprob, **changed))
                 sequence.next_index += 1
                 sequence.num_sent += 1
-                if sequence.actions and isinstance(sequence.actions[0], End) and sequence.actions[0].with_last_token:
+                if (
+                    sequence.actions
+                    and isinstance(sequence.actions[0], End)
+                    and sequence.actions[0].with_last_token
+                ):
                     self._end(peer, sequence, sequence.actions[0], finishes)
             if ids or finishes:
                 packed = wire.pack_i64(ids), wire.pack_i32(first), wire.pack_i32(tokens)

@@ -1,8 +1,8 @@
 """Owns the worker process: its threads, signals and exit code. The main thread only waits.
 
-    main     signals → a Drain command
-    worker-io  the ROUTER socket
-    decode   builds the model and runs the engine; the only thread that touches torch
+main     signals → a Drain command
+worker-io  the ROUTER socket
+decode   builds the model and runs the engine; the only thread that touches torch
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ DRAIN_S = 20.0
 class DecodeThread(threading.Thread):
     """Runs build and engine; `exit_code` says how it ended."""
 
-    def __init__(self, config: WorkerConfig, transport: Transport, inbox: SimpleQueue[Command], epoch: int) -> None:
+    def __init__(
+        self, config: WorkerConfig, transport: Transport, inbox: SimpleQueue[Command], epoch: int
+    ) -> None:
         super().__init__(name="decode", daemon=True)
         self._config = config
         self._transport = transport
@@ -49,7 +51,9 @@ class DecodeThread(threading.Thread):
             sys.stderr.write(f"degas worker: {error}\n")
             self.exit_code = 2
         except Exception as error:
-            from worker.models.weights import CheckpointError  # here, so that a bad flag answers before torch loads
+            from worker.models.weights import (
+                CheckpointError,
+            )  # here, so that a bad flag answers before torch loads
 
             if isinstance(error, CheckpointError):
                 sys.stderr.write(f"degas worker: {error}\n")

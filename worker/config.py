@@ -38,7 +38,9 @@ class WorkerConfig(BaseSettings):
     prefix_cache: bool = True
     feature_bytes: int = Field(256 << 20, ge=0, description="image features kept for repeated pictures")
     sim_profile: str = Field("b200", description="step times of the simulated device")
-    curve_key_dir: str | None = Field(None, description="folder with worker.key_secret and gateways' public keys")
+    curve_key_dir: str | None = Field(
+        None, description="folder with worker.key_secret and gateways' public keys"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool | None = None
     beat_fd: int = Field(-1, description="file descriptor the supervisor reads progress from")

@@ -11,8 +11,8 @@ nothing can be launched, wait for the oldest and commit it. Blocking mode is the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from queue import SimpleQueue
+from collections.abc import Callable, Iterable
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import structlog
@@ -267,9 +267,9 @@ class Engine:
         gateways = {seq.gateway for seq in done.rows}
         gateways.update(seq.gateway for seq in done.finished)
         for gateway in gateways:
-            mine = range(len(done.rows))
+            mine: Iterable[int] = range(len(done.rows))
             if len(gateways) > 1:
-                mine = [i for i in mine if done.rows[i].gateway == gateway]  # type: ignore[assignment]
+                mine = [i for i in mine if done.rows[i].gateway == gateway]
             ids = [done.rows[i].sequence_id for i in mine]
             finishes = [self._finish_event(seq) for seq in done.finished if seq.gateway == gateway]
             message = StepOutputs(
@@ -371,8 +371,8 @@ class Engine:
         if timeout_s > 0:
             try:
                 command = self._inbox.get(timeout=timeout_s)
-            except Exception:  # queue.Empty: time for a heartbeat
-                return
+            except Empty:
+                return  # time for a heartbeat
             self._on_command(*command)
 
     def stop(self) -> None:
@@ -389,10 +389,10 @@ class Engine:
         self._outbox.broadcast(Fatal(self._epoch, ErrorCode.DEVICE_ERROR, f"{type(error).__name__}"))
 
 
-def _values(done: Committed, result: StepResult, mine: object) -> list[TokenValues]:
+def _values(done: Committed, result: StepResult, mine: Iterable[int]) -> list[TokenValues]:
     assert result.values is not None
     out = []
-    for i in mine:  # type: ignore[attr-defined]
+    for i in mine:
         seq = done.rows[i]
         if seq.is_spatial:
             values = result.values[done.source[i]]
@@ -400,10 +400,10 @@ def _values(done: Committed, result: StepResult, mine: object) -> list[TokenValu
     return out
 
 
-def _logprobs(done: Committed, result: StepResult, mine: object) -> list[TokenLogprobs]:
+def _logprobs(done: Committed, result: StepResult, mine: Iterable[int]) -> list[TokenLogprobs]:
     assert result.logprobs is not None
     out = []
-    for i in mine:  # type: ignore[attr-defined]
+    for i in mine:
         seq = done.rows[i]
         num = seq.sampling.num_logprobs
         if num < 0:

@@ -7,6 +7,8 @@ blocks on the device except `wait`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from worker.device.base import Device
 from worker.features import FeatureCache
-from worker.models.contract import DecodeRows, KVCache, Model, PrefillSegment, StepTokens
+from worker.models.contract import DecodeRows, KVCache, Model, PrefillSegment, ProgressReport, StepTokens
 from worker.rows import RowTables
 from worker.sampler import apply_mask, greedy, penalise, stochastic
 from worker.scheduler import Chunk, StepPlan, StepResult
@@ -75,9 +77,12 @@ class TorchRunner:
         shape = SlotShape(max_rows, max_pages, step_tokens, page_tokens, model.card.vocab_size)
         self.slots = [Slot(number, shape, device) for number in range(num_slots)]
         kv_shape = (num_pages, page_tokens, model.num_kv_heads, model.head_dim)
-        zeros = lambda: torch.zeros(kv_shape, dtype=model.dtype, device=device.torch_device)  # noqa: E731
-        layers = range(model.num_layers)
-        self.cache = KVCache([zeros() for _ in layers], [zeros() for _ in layers], page_tokens)
+
+        def memory() -> list[Tensor]:
+            empty = partial(torch.zeros, kv_shape, dtype=model.dtype, device=device.torch_device)
+            return [empty() for _ in range(model.num_layers)]
+
+        self.cache = KVCache(memory(), memory(), page_tokens)
         self.rows = RowTables(max_rows, model.card.vocab_size, device.torch_device)
         self.features = FeatureCache(model, feature_bytes)
         self._suppress = torch.tensor(model.card.suppress_ids, dtype=torch.int64, device=device.torch_device)
@@ -87,7 +92,7 @@ class TorchRunner:
 
     # ------------------------------------------------------------------ start-up
 
-    def capture_graphs(self, report: object = None) -> int:
+    def capture_graphs(self, report: ProgressReport | None = None) -> int:
         """Capture every decode graph of every slot; returns how many. A no-op where nothing is captured."""
         if not self.device.captures:
             return 0
@@ -98,11 +103,12 @@ class TorchRunner:
             for slot in self.slots:
                 stage_padding(slot.host, 0, bucket)
                 slot.packed.copy_(slot.pinned)
-                for mode in range(len(MODES)):
-                    body = lambda s=slot, b=bucket, m=mode: self._decode_body(s, b, max_tokens, m)  # type: ignore[misc]  # noqa: E731
-                    slot.graphs[bucket, mode] = self.device.capture(body)
+                for mode in MODES:
+                    slot.graphs[bucket, mode] = self.device.capture(
+                        partial(self._decode_body, slot, bucket, max_tokens, mode)
+                    )
                     count += 1
-                    if callable(report):
+                    if report is not None:
                         report("capture graphs", count, total)
         self.device.synchronize()
         return count
@@ -380,8 +386,7 @@ class TorchRunner:
         else:
             slot.outputs[index] = out
 
-    def _adjust(self, slot: Slot, logits: Tensor, rows: Tensor, pick: object) -> Tensor:
-        assert callable(pick)
+    def _adjust(self, slot: Slot, logits: Tensor, rows: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
         tables, fields = self.rows, slot.fields
         assert tables.bias is not None and tables.stop_bias is not None
         assert tables.counts is not None and tables.seen is not None

@@ -245,7 +245,6 @@ class Scheduler:
             self.waiting.take(best)
             best.row = self.free_rows.pop()
             best.phase = Phase.RUNNING
-            best.num_sampled = best.num_generated
             if not best.first_planned_s:
                 best.first_planned_s = now_s
             self.running.append(best)

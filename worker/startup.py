@@ -85,7 +85,11 @@ def build_worker(
     `worker.models.weights.CheckpointError` with what to do about it."""
     runner: Runner
     if config.device == "sim" or config.model == "sim":
-        card, payloads, num_pages = fake_card(vocab_size=VOCAB_SIZE), [SIM_TOKENIZER, b""], config.num_pages or 4096
+        card, payloads, num_pages = (
+            fake_card(vocab_size=VOCAB_SIZE),
+            [SIM_TOKENIZER, b""],
+            config.num_pages or 4096,
+        )
         runner = _sim_runner(config, card, num_pages)
         device_name = f"sim:{config.sim_profile}"
     else:
@@ -161,7 +165,9 @@ def _dtype(config: WorkerConfig, device: Device) -> torch.dtype:
 
 
 def _num_pages(config: WorkerConfig, device: Device, model: Model) -> int:
-    page_bytes = 2 * model.num_layers * config.page_tokens * model.num_kv_heads * model.head_dim * model.dtype.itemsize
+    page_bytes = (
+        2 * model.num_layers * config.page_tokens * model.num_kv_heads * model.head_dim * model.dtype.itemsize
+    )
     on_cpu = device.torch_device.type == "cpu"
     free_bytes = min(device.free_bytes(), config.kv_bytes) if on_cpu else device.free_bytes()
     per_sequence = -(-model.card.context_tokens // config.page_tokens)

@@ -60,7 +60,8 @@ class Transport:
         endpoint: str,
         inbox: SimpleQueue[Command],
         *,
-        secure: Callable[[zmq.Socket[bytes], zmq.Context[zmq.Socket[bytes]]], Callable[[], None]] | None = None,
+        secure: Callable[[zmq.Socket[bytes], zmq.Context[zmq.Socket[bytes]]], Callable[[], None]]
+        | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._inbox = inbox
@@ -238,4 +239,6 @@ class Transport:
         now_s = time.monotonic()
         if now_s - self._last_remark_s > REMARK_INTERVAL_S:
             self._last_remark_s = now_s
-            log.warning(event, gateway=gateway.hex()[:16], bad=self.num_bad_frames, dropped=self.num_dropped, **more)
+            log.warning(
+                event, gateway=gateway.hex()[:16], bad=self.num_bad_frames, dropped=self.num_dropped, **more
+            )

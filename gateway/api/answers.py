@@ -127,4 +127,3 @@ def _token_entry(token_id: int, logprob: float, tokens: ModelTokens) -> Json:
 def finite(logprob: float) -> float:
     """JSON has no infinities: an impossible token is −9999, as OpenAI says it."""
     return logprob if logprob > -9999.0 else -9999.0
-

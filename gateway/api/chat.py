@@ -88,11 +88,18 @@ class Chat:
         options = body.stream_options
         self._want_usage = self.stream and options is not None and bool(options.include_usage)
         usage = b',"usage":null' if self._want_usage else b""
-        head = {"id": self._id, "object": "chat.completion.chunk", "created": self._created, "model": self._model}
+        head = {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._model,
+        }
         self._head = b"data: " + _encode(head)[:-1]
         self._tail = b"]" + usage + b"}\n\n"
         # The hot path only joins bytes: everything around the text is made once.
-        self._before = [self._head + b',"choices":[{"index":%d,"delta":{"content":' % i for i in range(len(asked))]
+        self._before = [
+            self._head + b',"choices":[{"index":%d,"delta":{"content":' % i for i in range(len(asked))
+        ]
         self._after = b'},"logprobs":null,"finish_reason":null}' + self._tail
 
     # ------------------------------------------------------------ the stream, see `transport.sse.Shape`
@@ -101,7 +108,8 @@ class Chat:
         """The role of every choice."""
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
         return b"".join(
-            self._head + b',"choices":[{"index":%d,%b' % (i, delta) + self._tail for i in range(len(self.asked))
+            self._head + b',"choices":[{"index":%d,%b' % (i, delta) + self._tail
+            for i in range(len(self.asked))
         )
 
     def delta(self, index: int, delta: Delta) -> bytes:
@@ -110,7 +118,12 @@ class Chat:
         if not delta.logprobs:
             return self._before[index] + text + self._after
         logprobs = _encode(chat_logprobs(delta.logprobs, self._tokens))
-        return b'%b%b},"logprobs":%b,"finish_reason":null}%b' % (self._before[index], text, logprobs, self._tail)
+        return b'%b%b},"logprobs":%b,"finish_reason":null}%b' % (
+            self._before[index],
+            text,
+            logprobs,
+            self._tail,
+        )
 
     def found(self, index: int, found: SpatialObject) -> bytes:
         """Chat finds no objects."""
@@ -184,7 +197,9 @@ async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -
     prompt = await compose_chat(core, card, body.messages, max_chars=core.config.max_prompt_chars)
     given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     param = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
-    max_tokens = token_budget(given, card, core.room(card.model_id, len(prompt.ids), len(prompt.images)), param)
+    max_tokens = token_budget(
+        given, card, core.room(card.model_id, len(prompt.ids), len(prompt.images)), param
+    )
     asked = [
         GenerateRequest(
             request_id=request_id if count == 1 else f"{request_id}-{index}",
@@ -198,6 +213,8 @@ async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -
             tenant=tenant,
             priority=body.priority or 0,
             grammar=constraint,
+            ignore_eos=bool(body.ignore_eos),
+            strip_start=prompt.strip_start,
         )
         for index, sampling in enumerate(sampled)
     ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from gateway.generation import PreparedImage
+from gateway.generation import End, PreparedImage
+from shared.errors import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,12 @@ class Conversations:
         while len(self._turns) > self._max_turns or self._size_bytes > self._max_bytes:
             _, forgotten = self._turns.popitem(last=False)
             self._size_bytes -= forgotten.size_bytes
+
+    def remember_answer(self, tenant: str, response_id: str, turn: Turn, end: End, text: str) -> None:
+        """Keep a turn with its answer, unless it failed or was cancelled: such a turn cannot be continued."""
+        if end.reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE):
+            messages = (*turn.messages, ("assistant", text)) if text else turn.messages
+            self.remember(tenant, response_id, Turn(messages, turn.image))
 
     def recall(self, tenant: str, response_id: str) -> Turn | None:
         """The turn, if this tenant's is still held."""

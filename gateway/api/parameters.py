@@ -74,7 +74,7 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     min_p: Unit | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0.0, le=10.0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10.0)] | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]] | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None
     ignore_eos: bool | None = None
@@ -213,10 +213,17 @@ def choice_count(fields: SamplingFields, max_n: int) -> int:
     return count
 
 
-def token_budget(asked: int | None, card: ModelCard, room: int, param: str) -> int:
-    """How many tokens may be generated: what was asked, else the model's default or what still fits."""
+def token_budget(
+    asked: int | None, card: ModelCard, room: int, param: str, min_tokens: int | None = None
+) -> int:
+    """How many tokens may be generated: what was asked, else the model's default or what still fits.
+
+    Raises `RequestError` for more than can ever fit, and for less than `min_tokens`.
+    """
     if asked is None:
-        return max(1, min(card.default_max_tokens, room))
+        asked = max(1, min(max(card.default_max_tokens, min_tokens or 0), room))
+    if asked < (min_tokens or 0):
+        raise invalid(f"may be at most {asked}, the number of tokens generated", "min_tokens")
     if asked > card.context_tokens:
         message = f"at most {room} tokens fit after this prompt"
         raise RequestError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, f"{param}: {message}", param=param)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Final, Literal, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +17,9 @@ from msgspec import Meta
 from gateway.generation import PreparedImage, RequestError
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard
+
+
+_WITHOUT_LANGUAGE: Final = ("sim", "fake")  # stand-ins for a model: any rendering is as good as another
 
 
 class ImageUrl(msgspec.Struct):
@@ -60,6 +63,7 @@ class Prompt:
 
     ids: list[int]
     images: list[PreparedImage] = field(default_factory=list)
+    strip_start: bool = False  # the model's answers begin with a space that belongs to its template
 
 
 class PromptCore(Protocol):
@@ -104,7 +108,7 @@ async def _compose_question(core: PromptCore, card: ModelCard, messages: Sequenc
         url, param = picture
         images.append(await core.prepare_image(card.model_id, url, param=param))
     ids = await core.encode_async(card.model_id, question)
-    return Prompt(task_prompt(card, "query", ids), images)
+    return Prompt(task_prompt(card, "query", ids), images, strip_start=True)
 
 
 async def _compose_template(core: PromptCore, card: ModelCard, messages: Sequence[Message]) -> Prompt:
@@ -112,6 +116,10 @@ async def _compose_template(core: PromptCore, card: ModelCard, messages: Sequenc
     if picture is not None:
         message = f"model {card.model_id} takes no pictures"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param=picture[1])
+    if card.family in _WITHOUT_LANGUAGE:
+        text = "\n".join(message.text() for message in messages)
+        bos = [] if card.bos_id is None else [card.bos_id]
+        return Prompt([*bos, *await core.encode_async(card.model_id, text)])
     if not core.has_template(card.model_id):
         message = f"model {card.model_id} has no chat template; use /v1/completions"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")

@@ -8,13 +8,14 @@ event stream, or a collector) only frames it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from gateway.api.answers import finite
+from gateway.errors import retry_after_s
 from gateway.generation import Delta, End, RequestError, RunningStream, SpatialObject, TokenInfo, Usage
 from shared.errors import ErrorCode, FinishReason
 
@@ -139,6 +140,13 @@ class Sink(Protocol):
         """Take one event."""
 
 
+class TokenBytes(Protocol):
+    """The part of a tokenizer that log-probabilities need."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for."""
+
+
 class Closed(Protocol):
     """Called with a finished stream, after its terminal event is out."""
 
@@ -161,7 +169,6 @@ class ResponseStream:
 
     __slots__ = (
         "_created_at",
-        "_decode",
         "_first_s",
         "_item_id",
         "_logprobs",
@@ -173,8 +180,10 @@ class ResponseStream:
         "_started_s",
         "_stream_id",
         "_text",
+        "_tokens",
         "ended",
         "opening",
+        "refusal",
         "running",
     )
 
@@ -182,14 +191,15 @@ class ResponseStream:
         self,
         opening: Opening,
         sink: Sink,
-        decode: Callable[[list[int]], str],
+        tokens: TokenBytes,
         on_closed: Closed | None = None,
     ) -> None:
         self.opening = opening
         self.running: RunningStream | None = None
         self.ended = False
+        self.refusal: RequestError | None = None
         self._sink = sink
-        self._decode = decode
+        self._tokens = tokens
         self._on_closed = on_closed
         self._stream_id: str | UnsetType = UNSET if opening.stream_id is None else opening.stream_id
         self._item_id = "msg_" + opening.response_id.removeprefix("resp_")
@@ -216,7 +226,13 @@ class ResponseStream:
         snapshot = self.snapshot("in_progress")
         self._sink.send(Created(self._next(), self._stream_id, response=snapshot))
         self._sink.send(InProgress(self._next(), self._stream_id, response=snapshot))
-        item = {"id": self._item_id, "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+        item = {
+            "id": self._item_id,
+            "type": "message",
+            "role": "assistant",
+            "status": "in_progress",
+            "content": [],
+        }
         self._sink.send(ItemAdded(self._next(), self._stream_id, item=item, output_index=0))
         self._sink.send(
             PartAdded(
@@ -286,6 +302,13 @@ class ResponseStream:
         """The terminal event, once; nothing follows it."""
         if self.ended:
             return
+        if end.reason is FinishReason.ERROR and not self._opened:
+            # Nothing was announced, so the transport can still refuse as if it had not begun.
+            self.ended = True
+            self.refusal = end.error or RequestError(ErrorCode.INTERNAL, "the stream failed")
+            if self._on_closed is not None:
+                self._on_closed(self, end, "")
+            return
         self.open()
         if self.opening.task != "text" and end.reason is not FinishReason.ERROR:
             self._emit_text("]}" if self._num_objects else self._json_lead() + "]}", [])
@@ -333,7 +356,9 @@ class ResponseStream:
             "content": [self._part(text)],
         }
 
-    def snapshot(self, status: str, text: str | None = None, end: End | None = None, error: Json | None = None) -> Json:
+    def snapshot(
+        self, status: str, text: str | None = None, end: End | None = None, error: Json | None = None
+    ) -> Json:
         """The response object as it stands: the request's echo, status, output, usage and Degas's timings."""
         item_status = "completed" if status == "completed" else "incomplete"
         response: Json = {
@@ -352,6 +377,8 @@ class ResponseStream:
             response["completed_at"] = int(time.time())
         if end is not None:
             response["degas"] = self._timings(end)
+            if end.error is not None:
+                response["degas"]["retry_after_s"] = retry_after_s(end.error)
         return response
 
     def _timings(self, end: End) -> Json:
@@ -360,7 +387,9 @@ class ResponseStream:
         first_s = usage.time_to_first_token_s or (self._first_s - self._started_s if self._first_s else 0.0)
         streaming_s = now - self._first_s if self._first_s else 0.0
         decode_s = usage.decode_s or streaming_s
-        rate = (usage.completion_tokens - 1) / decode_s if decode_s > 0 and usage.completion_tokens > 1 else None
+        rate = (
+            (usage.completion_tokens - 1) / decode_s if decode_s > 0 and usage.completion_tokens > 1 else None
+        )
         return {
             "task": self.opening.task,
             "finish_reason": end.reason.value,
@@ -376,13 +405,12 @@ class ResponseStream:
         return '{"objects":[' if self.opening.task == "detect" else '{"points":['
 
     def _logprob(self, info: TokenInfo) -> Json:
-        token = self._decode([info.token_id])
-        top = [_scored(self._decode([token_id]), logprob) for token_id, logprob in info.top]
-        return {**_scored(token, info.logprob), "top_logprobs": top}
+        top = [self._scored(token_id, logprob) for token_id, logprob in info.top]
+        return {**self._scored(info.token_id, info.logprob), "top_logprobs": top}
 
-
-def _scored(token: str, logprob: float) -> Json:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+    def _scored(self, token_id: int, logprob: float) -> Json:
+        raw = self._tokens.token_bytes(token_id)
+        return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}
 
 
 def usage_object(usage: Usage) -> Json:

@@ -15,11 +15,12 @@ import msgspec
 import structlog
 
 from gateway.api import responses
-from gateway.api.conversations import Conversations, Turn
-from gateway.api.response_events import Event, Opening, ResponseStream
+from gateway.api.conversations import Conversations
+from gateway.api.response_events import Event, ResponseStream
 from gateway.api.responses import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer
 from gateway.errors import error_headers, error_object, http_status
-from gateway.generation import Core, End, RequestError
+from gateway.generation import End, RequestError, Usage
+from gateway.service import Service
 from gateway.transport.frames import FrameWriter
 from shared.errors import ErrorCode, FinishReason
 
@@ -34,10 +35,13 @@ _encode = msgspec.json.Encoder().encode
 
 def error_event(error: RequestError, stream_id: str | None = None) -> bytes:
     """The WebSocket's error event: what an HTTP answer would have said, with its status and headers."""
+    details = error_object(error)
+    if error.code is ErrorCode.NOT_FOUND and error.param == "previous_response_id":
+        details["code"] = "previous_response_not_found"  # the name clients of this API look for
     event: dict[str, object] = {
         "type": "error",
         "status": http_status(error),
-        "error": error_object(error),
+        "error": details,
         "headers": {name.lower(): value for name, value in error_headers(error).items()},
     }
     if stream_id is not None:
@@ -73,7 +77,7 @@ class Lanes:
 
     def __init__(
         self,
-        core: Core,
+        core: Service,
         writer: FrameWriter,
         conversations: Conversations,
         *,
@@ -85,7 +89,9 @@ class Lanes:
         self._writer = writer
         self._sink = LaneSink(writer)
         self._shared_turns = conversations
-        self._own_turns = Conversations(max_turns=64, max_bytes=16 << 20)  # `store: false` lives and dies here
+        self._own_turns = Conversations(
+            max_turns=64, max_bytes=16 << 20
+        )  # `store: false` lives and dies here
         self._tenant = tenant
         self._max_active = max_active
         self._max_pending = max_pending
@@ -141,63 +147,63 @@ class Lanes:
         self._pending_bytes += size_bytes
 
     def _is_free(self, lane: str | None) -> bool:
-        return lane not in self._preparing and lane not in self._streams and self.num_active < self._max_active
+        return (
+            lane not in self._preparing and lane not in self._streams and self.num_active < self._max_active
+        )
 
     def _begin(self, body: ResponseCreate) -> None:
         lane = body.stream_id
-        task = asyncio.get_running_loop().create_task(self._prepare(body), name=f"prepare-response-{lane}")
+        task = asyncio.get_running_loop().create_task(self._prepare(body), name="prepare-response")
         self._preparing[lane] = task
+        task.add_done_callback(lambda task: self._on_prepared(lane, task))
 
     async def _prepare(self, body: ResponseCreate) -> None:
-        lane = body.stream_id
         try:
-            previous = self._recall(body.previous_response_id)
-            prepared = await responses.prepare(
-                self._core, body, tenant=self._tenant, previous=previous, stream_id=lane
+            previous = responses.recall(
+                body.previous_response_id, self._tenant, self._own_turns, self._shared_turns
             )
-            if self._closed:
-                return
-            self._start(body, prepared)
-        except RequestError as error:
-            self._refuse(lane, error)
-        except asyncio.CancelledError:
+            prepared = await responses.prepare(
+                self._core, body, tenant=self._tenant, previous=previous, stream_id=body.stream_id
+            )
             if not self._closed:
-                self._refuse(lane, RequestError(ErrorCode.CANCELLED, "cancelled before it began"))
+                self._start(body, prepared)
+        except RequestError as error:
+            self._refuse(body.stream_id, error)
         except Exception:
-            log.exception("response_preparation_failed", lane=lane)
-            self._refuse(lane, RequestError(ErrorCode.INTERNAL, "the request could not be prepared"))
-        finally:
-            self._preparing.pop(lane, None)
-            self._begin_next()
+            log.exception("response_preparation_failed")
+            self._refuse(
+                body.stream_id, RequestError(ErrorCode.INTERNAL, "the request could not be prepared")
+            )
+
+    def _on_prepared(self, lane: str | None, task: asyncio.Task[None]) -> None:
+        del self._preparing[lane]
+        if task.cancelled() and not self._closed:
+            self._refuse(lane, RequestError(ErrorCode.CANCELLED, "cancelled before it began"))
+        self._begin_next()
 
     def _start(self, body: ResponseCreate, prepared: responses.Prepared) -> None:
         turns = self._shared_turns if body.store is not False else self._own_turns
-        turn = prepared.turn
+        lane, turn = body.stream_id, prepared.turn
 
         def on_closed(stream: ResponseStream, end: End, text: str) -> None:
-            self._streams.pop(stream.opening.stream_id, None)
-            if end.reason in (FinishReason.STOP, FinishReason.LENGTH):
-                messages = (*turn.messages, ("assistant", text))
-                turns.remember(self._tenant, stream.opening.response_id, Turn(messages, turn.image))
+            self._streams.pop(lane, None)
+            if stream.refusal is not None:
+                self._refuse(lane, stream.refusal)
+            turns.remember_answer(self._tenant, stream.opening.response_id, turn, end, text)
             self._begin_next()
 
-        stream = ResponseStream(prepared.opening, self._sink, self._decoder(prepared.opening), on_closed)
-        self._streams[body.stream_id] = stream
+        tokens = self._core.tokens(prepared.request.model_id)
+        stream = ResponseStream(prepared.opening, self._sink, tokens, on_closed)
+        self._streams[lane] = stream
+        if body.generate is False:
+            stream.on_end(End(FinishReason.STOP, Usage()))  # the turn is kept, nothing is generated
+            return
         try:
-            if body.generate is False:
-                responses.finish_warmup(stream)
-            else:
-                stream.running = self._core.submit(prepared.request, stream)
-                stream.open()
-        except BaseException:
-            self._streams.pop(body.stream_id, None)
+            stream.running = self._core.submit(prepared.request, stream)
+        except RequestError:
+            del self._streams[lane]
             raise
-
-    def _decoder(self, opening: Opening) -> responses.Decoder:
-        return responses.Decoder(self._core, opening.model_id)
-
-    def _recall(self, response_id: str | None) -> Turn | None:
-        return responses.recall_turn(response_id, self._tenant, self._own_turns, self._shared_turns)
+        stream.open()
 
     def _refuse(self, lane: str | None, error: RequestError) -> None:
         self._writer.write(error_event(error, lane))

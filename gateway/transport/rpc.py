@@ -12,7 +12,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
 import structlog
@@ -25,7 +25,8 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 from gateway.access import Access, key_of
 from gateway.config import GatewayConfig
 from gateway.errors import grpc_status, retry_after_s
-from gateway.generation import Core, Delta, End, RequestError, RunningStream, SpatialObject, TokenInfo
+from gateway.generation import Delta, End, RequestError, RunningStream, SpatialObject, TokenInfo
+from gateway.service import Service
 from gateway.transport.rpc_requests import read_request
 from shared.errors import ErrorCode, FinishReason
 
@@ -43,14 +44,7 @@ log = structlog.get_logger(__name__)
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
-Context = aio.ServicerContext[Any, Any]
-
-
-class ReadyCore(Core, Protocol):
-    """The core, and whether it would serve new work."""
-
-    def readiness(self) -> tuple[bool, str]:
-        """Ready or not, and why not."""
+Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 
 
 class Output:
@@ -122,7 +116,9 @@ def logprobs_message(infos: list[TokenInfo]) -> pb.OutputLogProbs | None:
         token_logprobs=[info.logprob for info in infos],
         token_ids=[info.token_id for info in infos],
         top_logprobs=[
-            pb.TopLogProbs(values=[value for _, value in info.top], token_ids=[token_id for token_id, _ in info.top])
+            pb.TopLogProbs(
+                values=[value for _, value in info.top], token_ids=[token_id for token_id, _ in info.top]
+            )
             for info in infos
         ],
     )
@@ -131,39 +127,40 @@ def logprobs_message(infos: list[TokenInfo]) -> pb.OutputLogProbs | None:
 class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated without types
     """The service's methods. Those of the schema that Degas has no use for answer UNIMPLEMENTED."""
 
-    def __init__(self, core: ReadyCore, config: GatewayConfig, access: Access) -> None:
+    def __init__(self, core: Service, config: GatewayConfig, access: Access) -> None:
         self._core = core
         self._config = config
         self._access = access
         self._started_s = time.monotonic()
-        self._running: dict[str, list[Output]] = {}
+        self._running: dict[tuple[str, str], list[Output]] = {}  # by tenant and request id
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # noqa: N802
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Stream tokens, then one `complete` a sequence."""
-        request_id = request.request_id or "grpc_" + secrets.token_hex(12)
+        tenant = tenant_of(self._access, context.invocation_metadata()) or ""
+        key = (tenant, request.request_id or "grpc_" + secrets.token_hex(12))
         outputs: list[Output] = []
         try:
-            if request_id in self._running:
+            if key in self._running:
                 raise RequestError(
                     ErrorCode.INVALID_REQUEST, "a request with this request_id is running", param="request_id"
                 )
-            self._running[request_id] = outputs
-            await self._generate(request, request_id, outputs, context)
+            self._running[key] = outputs
+            await self._generate(request, key, outputs, context)
         except RequestError as error:
             await abort(context, error)
         finally:  # also when the client cancels or goes away: grpc.aio cancels this coroutine
-            if self._running.get(request_id) is outputs:
-                del self._running[request_id]
+            if self._running.get(key) is outputs:
+                del self._running[key]
             for output in outputs:
                 if output.running is not None:
                     output.running.cancel()
 
     async def _generate(
-        self, request: pb.GenerateRequest, request_id: str, outputs: list[Output], context: Context
+        self, request: pb.GenerateRequest, key: tuple[str, str], outputs: list[Output], context: Context
     ) -> None:
         wake = asyncio.Event()
-        tenant = tenant_of(self._access, context.invocation_metadata()) or ""
-        prepared = await read_request(self._core, self._config, request, request_id, tenant)
+        tenant, request_id = key
+        prepared = await read_request(self._core, request, request_id, tenant)
         for index, generate in enumerate(prepared):
             output = Output(index, wake)
             outputs.append(output)
@@ -193,20 +190,23 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
         except TimeoutError:
             raise RequestError(ErrorCode.SLOW_CLIENT, "the client read nothing for too long") from None
 
-    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:  # noqa: N802
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         """Cancel requests by id; ids that are not running are ignored."""
+        tenant = tenant_of(self._access, context.invocation_metadata()) or ""
         for request_id in request.request_ids:
-            for output in self._running.get(request_id, ()):
+            for output in self._running.get((tenant, request_id), ()):
                 if output.running is not None:
                     output.running.cancel()
         return pb.AbortResponse()
 
-    async def HealthCheck(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:  # noqa: N802
+    async def HealthCheck(self, request: pb.HealthCheckRequest, context: Context) -> pb.HealthCheckResponse:
         """Whether new work would be served, and why not."""
         healthy, message = self._core.readiness()
         return pb.HealthCheckResponse(healthy=healthy, message=message)
 
-    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Context) -> pb.GetModelInfoResponse:  # noqa: N802
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: Context
+    ) -> pb.GetModelInfoResponse:
         """The default model's card."""
         try:
             card = self._core.card(None)
@@ -225,7 +225,9 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
             bos_token_id=card.bos_id or 0,
         )
 
-    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:  # noqa: N802
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: Context
+    ) -> pb.GetServerInfoResponse:
         """What a router asks before it sends work: how many requests run, and which media are taken."""
         return pb.GetServerInfoResponse(
             active_requests=sum(len(outputs) for outputs in self._running.values()),
@@ -265,7 +267,10 @@ class KeyCheck(aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no ty
 
     @staticmethod
     async def _answer(request: object, context: Context) -> None:
-        await abort(context, RequestError(ErrorCode.UNAUTHORIZED, "an API key is needed in the metadata: authorization"))
+        await abort(
+            context,
+            RequestError(ErrorCode.UNAUTHORIZED, "an API key is needed in the metadata: authorization"),
+        )
 
     async def intercept_service(
         self,
@@ -273,9 +278,9 @@ class KeyCheck(aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no ty
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         """See `grpc.aio.ServerInterceptor`."""
-        if details.method not in OPEN_METHODS:
-            if tenant_of(self._access, details.invocation_metadata) is None:
-                return self._refuse
+        is_open = details.method in OPEN_METHODS
+        if not is_open and tenant_of(self._access, details.invocation_metadata) is None:
+            return self._refuse
         return await continuation(details)
 
 
@@ -293,7 +298,7 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
 
-async def start_grpc(core: ReadyCore, config: GatewayConfig) -> GrpcServer:
+async def start_grpc(core: Service, config: GatewayConfig) -> GrpcServer:
     """Listen on `config.grpc_port` and serve until `stop`. Raises OSError when the port is taken."""
     options = [
         ("grpc.so_reuseport", 0),  # a taken port is an error, not a shared one
@@ -322,7 +327,7 @@ async def start_grpc(core: ReadyCore, config: GatewayConfig) -> GrpcServer:
     return GrpcServer(server, port, task)
 
 
-async def follow_readiness(core: ReadyCore, probe: health.aio.HealthServicer) -> None:
+async def follow_readiness(core: Service, probe: health.aio.HealthServicer) -> None:
     """Keep the health service's answer equal to the core's readiness."""
     status: int | None = None
     while True:

@@ -13,36 +13,40 @@ import msgspec
 from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
-from gateway.config import GatewayConfig
-from gateway.generation import Core, GenerateRequest, PreparedImage, RequestError
+from gateway.api.prompts import task_prompt
+from gateway.generation import GenerateRequest, PreparedImage, RequestError
+from gateway.service import Service
 from shared.errors import ErrorCode
 from shared.protocol import Grammar, ModelCard, Sampling
 
 
 async def read_request(
-    core: Core, config: GatewayConfig, request: pb.GenerateRequest, request_id: str, tenant: str
+    core: Service, request: pb.GenerateRequest, request_id: str, tenant: str
 ) -> list[GenerateRequest]:
     """One `GenerateRequest` a sample. Raises `RequestError` naming the field at fault."""
     card = core.card(None)
     params = request.sampling_params
     num_samples = params.n or 1
-    if num_samples > config.max_n:
+    if num_samples > core.config.max_n:
         raise RequestError(
-            ErrorCode.INVALID_REQUEST, f"n is {num_samples}; at most {config.max_n}", param="sampling_params.n"
+            ErrorCode.INVALID_REQUEST,
+            f"n is {num_samples}; at most {core.config.max_n}",
+            param="sampling_params.n",
         )
     _refuse_unsupported(request)
-    image = await _read_image(core, card, request)
-    prompt_ids, position = _read_prompt(core, config, card, request)
-    images = [] if image is None else [_placed(image, position)]
-    seed = params.seed if params.HasField("seed") else secrets.randbits(31)
-    num_image = card.image.num_tokens if card.image is not None and images else 0
-    room = max(1, card.context_tokens - len(prompt_ids) - num_image)
+    core.check_capacity(card.model_id, tenant, num_samples)
+    prompt_ids = await _read_prompt(core, card, request)
+    images = await _read_images(core, card, prompt_ids, request)
+    seed = params.seed if params.HasField("seed") else secrets.randbits(62)
+    room = core.room(card.model_id, len(prompt_ids), len(images))
     return [
         GenerateRequest(
             request_id=request_id if num_samples == 1 else f"{request_id}-{index}",
             model_id=card.model_id,
             prompt_ids=prompt_ids,
-            max_tokens=params.max_tokens if params.HasField("max_tokens") else min(card.default_max_tokens, room),
+            max_tokens=params.max_tokens
+            if params.HasField("max_tokens")
+            else min(card.default_max_tokens, room),
             sampling=_sampling(params, card, seed + index),
             images=images,
             stop=list(params.stop),
@@ -63,7 +67,10 @@ def _refuse_unsupported(request: pb.GenerateRequest) -> None:
             "there is no disaggregated prefill",
         ),
         "sampling_params.prompt_logprobs": (params.HasField("prompt_logprobs"), "only output logprobs"),
-        "sampling_params.structural_tag": (params.WhichOneof("constraint") == "structural_tag", "use json_schema"),
+        "sampling_params.structural_tag": (
+            params.WhichOneof("constraint") == "structural_tag",
+            "use json_schema",
+        ),
         "sampling_params.truncate_prompt_tokens": (
             params.HasField("truncate_prompt_tokens"),
             "truncate the prompt before sending it",
@@ -78,43 +85,45 @@ def _refuse_unsupported(request: pb.GenerateRequest) -> None:
             raise RequestError(ErrorCode.UNSUPPORTED, f"{name} is not supported: {hint}", param=name)
 
 
-def _read_prompt(
-    core: Core, config: GatewayConfig, card: ModelCard, request: pb.GenerateRequest
-) -> tuple[list[int], int]:
-    """Token ids, and the index before which a picture goes."""
-    bos = [] if card.bos_id is None else [card.bos_id]
+async def _read_prompt(core: Service, card: ModelCard, request: pb.GenerateRequest) -> list[int]:
     if request.WhichOneof("input") == "tokenized":
         prompt_ids = list(request.tokenized.input_ids)
         if not prompt_ids:
-            raise RequestError(ErrorCode.INVALID_REQUEST, "no token ids were given", param="tokenized.input_ids")
-        if max(prompt_ids) > 0x7FFFFFFF:
-            raise RequestError(ErrorCode.INVALID_REQUEST, "a token id is out of range", param="tokenized.input_ids")
-        return prompt_ids, 1 if prompt_ids[: len(bos)] == bos and bos else 0
-    if not request.text:
+            raise RequestError(
+                ErrorCode.INVALID_REQUEST, "no token ids were given", param="tokenized.input_ids"
+            )
+        if max(prompt_ids) >= card.vocab_size:
+            message = f"token ids are between 0 and {card.vocab_size - 1}"
+            raise RequestError(ErrorCode.INVALID_REQUEST, message, param="tokenized.input_ids")
+        return prompt_ids
+    text = request.text.strip()
+    if not text:
         raise RequestError(ErrorCode.INVALID_REQUEST, "neither tokenized nor text was given", param="text")
-    if len(request.text) > config.max_prompt_chars:
-        raise RequestError(
-            ErrorCode.PAYLOAD_TOO_LARGE, f"text is longer than {config.max_prompt_chars} characters", param="text"
-        )
-    text_ids = core.encode(card.model_id, request.text)
-    before, after = card.templates.get("query_prefix", []), card.templates.get("query_suffix", [])
-    return [*bos, *before, *text_ids, *after], len(bos)
+    if len(text) > core.config.max_prompt_chars:
+        message = f"text is longer than {core.config.max_prompt_chars} characters"
+        raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="text")
+    text_ids = await core.encode_async(card.model_id, text)
+    if "query_prefix" in card.templates:
+        return task_prompt(card, "query", text_ids)
+    return [*([] if card.bos_id is None else [card.bos_id]), *text_ids]
 
 
-async def _read_image(core: Core, card: ModelCard, request: pb.GenerateRequest) -> PreparedImage | None:
+async def _read_images(
+    core: Service, card: ModelCard, prompt_ids: list[int], request: pb.GenerateRequest
+) -> list[PreparedImage]:
     items = request.media_refs.items
     if not items:
-        return None
+        return []
     if len(items) > 1:
-        raise RequestError(ErrorCode.UNSUPPORTED, "one picture a request is supported", param="media_refs.items[1]")
+        message = "one picture a request is supported"
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param="media_refs.items[1]")
     if items[0].modality not in (common_pb2.IMAGE, common_pb2.MODALITY_UNSPECIFIED):
-        raise RequestError(ErrorCode.UNSUPPORTED, "only pictures are supported", param="media_refs.items[0].modality")
-    return await core.prepare_image(card.model_id, items[0].url, param="media_refs.items[0].url")
-
-
-def _placed(image: PreparedImage, position: int) -> PreparedImage:
-    spec = msgspec.structs.replace(image.spec, position=position)
-    return PreparedImage(spec, image.global_crop, image.canvas)
+        message = "only pictures are supported"
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param="media_refs.items[0].modality")
+    if card.bos_id is not None and prompt_ids[0] != card.bos_id:
+        message = f"the prompt of a picture starts with {card.bos_id}, the picture follows it"
+        raise RequestError(ErrorCode.INVALID_REQUEST, message, param="tokenized.input_ids")
+    return [await core.prepare_image(card.model_id, items[0].url, param="media_refs.items[0].url")]
 
 
 def _sampling(params: pb.SamplingParams, card: ModelCard, seed: int) -> Sampling:
@@ -139,11 +148,11 @@ def _sampling(params: pb.SamplingParams, card: ModelCard, seed: int) -> Sampling
         top_k=params.top_k,
         top_p=params.top_p or card.default_top_p,
         min_p=params.min_p,
-        seed=seed & 0x7FFFFFFF,
+        seed=seed % (1 << 63),
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         repetition_penalty=params.repetition_penalty or 1.0,
-        logit_bias={token_id: bias for token_id, bias in params.logit_bias.items()},
+        logit_bias=dict(params.logit_bias),
         suppress_ids=card.suppress_ids,
         num_logprobs=params.logprobs if params.HasField("logprobs") else -1,
         min_tokens=params.min_tokens,

@@ -14,7 +14,15 @@ from typing import Final, Protocol
 from aiohttp import HttpVersion11, web
 
 from gateway.config import GatewayConfig
-from gateway.generation import Delta, End, GenerateRequest, Listener, RequestError, RunningStream, SpatialObject
+from gateway.generation import (
+    Delta,
+    End,
+    GenerateRequest,
+    Listener,
+    RequestError,
+    RunningStream,
+    SpatialObject,
+)
 from gateway.metrics import Metrics
 from gateway.transport.bounded import BoundedWriter
 
@@ -196,4 +204,3 @@ async def respond(
         writer.abandon()
         for stream in running:
             stream.cancel()
-

@@ -20,9 +20,12 @@ from gateway.api.conversations import Conversations
 from gateway.api.responses import Authenticate
 from gateway.config import GatewayConfig
 from gateway.errors import websocket_close
-from gateway.generation import Core, RequestError
+from gateway.generation import RequestError
+from gateway.service import Service
 from gateway.transport.frames import FrameWriter
+from gateway.transport.http import authenticates_itself
 from gateway.transport.lanes import Lanes, error_event
+from gateway.transport.responses_route import ResponsesRoute
 from shared.errors import ErrorCode
 
 PROTOCOLS: Final = ("degas", "realtime", "responses")
@@ -37,7 +40,7 @@ log = structlog.get_logger(__name__)
 class WebSocketRoute:
     """The route's open connections, and the turns they and the POST route share."""
 
-    def __init__(self, core: Core, config: GatewayConfig, conversations: Conversations) -> None:
+    def __init__(self, core: Service, config: GatewayConfig, conversations: Conversations) -> None:
         self._core = core
         self._config = config
         self._access = Access(config)
@@ -48,11 +51,10 @@ class WebSocketRoute:
         """Handle one connection, from handshake to close. Raises `RequestError` before upgrading."""
         if not self._access.origin_allowed(request.headers.get("Origin"), request.host):
             raise RequestError(
-                ErrorCode.FORBIDDEN_ORIGIN, "this origin may not connect; add it to cors_origins on the server"
+                ErrorCode.FORBIDDEN_ORIGIN,
+                "this origin may not connect; add it to cors_origins on the server",
             )
         tenant = self._handshake_tenant(request)
-        if not web.WebSocketResponse().can_prepare(request):
-            raise RequestError(ErrorCode.INVALID_REQUEST, "GET here opens a WebSocket; send POST for plain HTTP")
         if len(self._open) >= self._config.max_connections:
             raise RequestError(ErrorCode.QUEUE_FULL, f"{len(self._open)} WebSockets are open already")
         ws = web.WebSocketResponse(
@@ -62,6 +64,9 @@ class WebSocketRoute:
             max_msg_size=self._config.max_body_bytes,
             protocols=PROTOCOLS,
         )
+        if not ws.can_prepare(request):
+            message = "GET here opens a WebSocket; send POST for plain HTTP"
+            raise RequestError(ErrorCode.INVALID_REQUEST, message)
         await ws.prepare(request)
         self._open.add(ws)
         try:
@@ -74,7 +79,9 @@ class WebSocketRoute:
 
     async def close_all(self) -> None:
         """Tell every client that the server goes. Streams have ended by now, or are ended here."""
-        closing = [ws.close(code=WSCloseCode.SERVICE_RESTART, message=b"shutting down") for ws in list(self._open)]
+        closing = [
+            ws.close(code=WSCloseCode.SERVICE_RESTART, message=b"shutting down") for ws in list(self._open)
+        ]
         await asyncio.gather(*closing, return_exceptions=True)
 
     # ------------------------------------------------------------ one connection
@@ -83,7 +90,11 @@ class WebSocketRoute:
         """The tenant; None for a browser that may still send its key. Raises `RequestError` UNAUTHORIZED."""
         offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
         key = next(
-            (name.strip().removeprefix(KEY_PROTOCOL) for name in offered if name.strip().startswith(KEY_PROTOCOL)),
+            (
+                name.strip().removeprefix(KEY_PROTOCOL)
+                for name in offered
+                if name.strip().startswith(KEY_PROTOCOL)
+            ),
             None,
         )
         if key is None:
@@ -92,7 +103,9 @@ class WebSocketRoute:
             return None
         tenant = self._access.tenant(key)
         if tenant is None:
-            raise RequestError(ErrorCode.UNAUTHORIZED, "an API key is needed" if key is None else "the API key is wrong")
+            raise RequestError(
+                ErrorCode.UNAUTHORIZED, "an API key is needed" if key is None else "the API key is wrong"
+            )
         return tenant
 
     async def _converse(self, ws: web.WebSocketResponse, request: web.Request, tenant: str | None) -> None:
@@ -135,11 +148,15 @@ class WebSocketRoute:
             async with asyncio.timeout(AUTHENTICATE_WITHIN_S):
                 message = await ws.receive()
         except TimeoutError:
-            error = RequestError(ErrorCode.UNAUTHORIZED, f"no API key came within {AUTHENTICATE_WITHIN_S:.0f} s")
+            error = RequestError(
+                ErrorCode.UNAUTHORIZED, f"no API key came within {AUTHENTICATE_WITHIN_S:.0f} s"
+            )
         else:
             if message.type is not WSMsgType.TEXT:
                 return None
-            error = RequestError(ErrorCode.UNAUTHORIZED, "an API key is needed: send degas.authenticate first")
+            error = RequestError(
+                ErrorCode.UNAUTHORIZED, "an API key is needed: send degas.authenticate first"
+            )
             try:
                 event = responses.parse_event(message.data)
             except RequestError:
@@ -152,3 +169,24 @@ class WebSocketRoute:
         writer.write(error_event(error))
         await ws.close(code=websocket_close(error), message=b"unauthorized")
         return None
+
+
+def register_websocket(app: web.Application, core: Service, config: GatewayConfig) -> None:
+    """Add `/v1/responses`: GET opens the WebSocket, POST is its twin over plain HTTP. They share their turns."""
+    conversations = Conversations()
+    socket_route = WebSocketRoute(core, config, conversations)
+    post_route = ResponsesRoute(core, conversations)
+
+    @authenticates_itself
+    async def connect(request: web.Request) -> web.StreamResponse:
+        return await socket_route.serve(request)
+
+    async def post(request: web.Request) -> web.StreamResponse:
+        return await post_route.serve(request)
+
+    async def close_all(app: web.Application) -> None:
+        await socket_route.close_all()
+
+    app.router.add_get("/v1/responses", connect, allow_head=False)
+    app.router.add_post("/v1/responses", post)
+    app.on_shutdown.append(close_all)

@@ -1,6 +1,6 @@
 // Owns the strip of beads under an answer: one bead a token, as wide as the time it took. Draws, decides nothing.
 
-const TALLEST = 20;
+const TALLEST = 18;
 const BUBBLE_FACTOR = 3;
 const BUBBLE_LEAST_MS = 20;
 
@@ -19,6 +19,7 @@ export class Beads {
     this.times = [];
     this.askedAt = performance.now();
     this.running = true;
+    this.usual = 0;
     this.frame = 0;
     this.observer = new ResizeObserver(() => this.soon());
     this.observer.observe(strip);
@@ -31,6 +32,7 @@ export class Beads {
 
   end() {
     this.running = false;
+    this.measure();
     this.strip.setAttribute("aria-label", this.words());
     this.soon();
   }
@@ -40,8 +42,14 @@ export class Beads {
     return this.times.slice(1).map((at, i) => at - this.times[i]);
   }
 
+  /** The mean: tokens that arrive in one packet would make a median too small. */
+  measure() {
+    const { times } = this;
+    this.usual = times.length > 1 ? (times.at(-1) - times[0]) / (times.length - 1) : 0;
+  }
+
   isBubble(gap) {
-    return gap > BUBBLE_LEAST_MS && gap > BUBBLE_FACTOR * this.middle;
+    return gap > BUBBLE_LEAST_MS && gap > BUBBLE_FACTOR * this.usual;
   }
 
   words() {
@@ -49,9 +57,8 @@ export class Beads {
     if (!this.times.length) return "No tokens.";
     const first = `First token after ${Math.round(this.times[0] - this.askedAt)} ms`;
     if (!gaps.length) return `${first}.`;
-    this.middle = median(gaps);
     const bubbles = gaps.filter((gap) => this.isBubble(gap)).length;
-    return `${first}; ${this.times.length} tokens, median gap ${this.middle.toFixed(1)} ms, longest ${Math.max(...gaps).toFixed(1)} ms, ${bubbles} ${bubbles === 1 ? "bubble" : "bubbles"}.`;
+    return `${first}; ${this.times.length} tokens, median gap ${median(gaps).toFixed(1)} ms, longest ${Math.max(...gaps).toFixed(1)} ms, ${bubbles} ${bubbles === 1 ? "bubble" : "bubbles"}.`;
   }
 
   soon() {
@@ -79,7 +86,7 @@ export class Beads {
     const end = this.running ? performance.now() : this.times.at(-1) ?? this.askedAt;
     const scale = (width - 4) / Math.max(end - this.askedAt, 120);
     const middle = height / 2;
-    this.middle = median(this.gaps);
+    this.measure();
 
     context.fillStyle = style.getPropertyValue("--line");
     context.fillRect(0, middle - 0.5, width, 1);

@@ -4,6 +4,8 @@ import { Beads } from "./beads.js";
 
 const TASK_WORDS = { query: "Ask", caption: "Caption", detect: "Detect", point: "Point" };
 
+const LENGTH_WORDS = { short: "in short", normal: "as a sentence", long: "at length" };
+
 const PROBLEMS = {
   queue_full: "The queue is full.",
   loading: "The model is still loading.",
@@ -36,7 +38,7 @@ export class Card {
     this.root = fragment.querySelector(".card");
     this.part = (name) => this.root.querySelector(`.${name}`);
     this.part("card-task").textContent = TASK_WORDS[asked.task];
-    this.part("card-question").textContent = asked.task === "caption" ? `A ${asked.length} caption` : asked.text;
+    this.part("card-question").textContent = asked.task === "caption" ? `The picture, ${LENGTH_WORDS[asked.length]}` : asked.text;
     this.part("stop").addEventListener("click", on.stop);
     this.part("again").addEventListener("click", on.again);
     this.root.addEventListener("click", on.pick);
@@ -63,8 +65,9 @@ export class Card {
   hear(event, at) {
     switch (event.type) {
       case "response.output_text.delta":
+        if (this.isSpatial) return false; // the same box or point as text; `degas.object` brought it already
         this.beat(at);
-        if (!this.isSpatial) this.write(event.delta);
+        this.write(event.delta);
         return false;
       case "degas.object":
         this.beat(at);
@@ -75,7 +78,7 @@ export class Card {
         this.finish(event.response);
         return true;
       case "response.failed":
-        this.fail(event.response.error?.type ?? "internal_error", event.response.error?.message, 0);
+        this.fail(event.response.error?.type ?? "internal_error", event.response.error?.message, event.response.degas?.retry_after_s ?? 0);
         return true;
       case "error":
         if (event.error.code === "cancelled") this.settle("stopped");
@@ -87,8 +90,6 @@ export class Card {
   }
 
   beat(at) {
-    // A box and its text form arrive together and are one bead.
-    if (this.isSpatial && this.beads.times.length && at - this.beads.times.at(-1) < 0.5) return;
     if (this.state === "waiting") this.become("streaming");
     this.beads.add(at);
     this.showFigures();
@@ -129,7 +130,7 @@ export class Card {
     if (this.isSpatial) this.showCount();
     else if (!this.text && response.status !== "cancelled") this.part("answer").textContent = "No answer.";
     if (usage.output_tokens) this.tokens = usage.output_tokens;
-    if (timing.tokens_per_second) this.rate = timing.tokens_per_second;
+    if (timing.time_to_first_token_s) this.explain(timing);
     const reason = response.incomplete_details?.reason;
     if (response.status === "cancelled") this.settle("stopped");
     else {
@@ -137,6 +138,13 @@ export class Card {
       if (reason === "max_output_tokens") this.note("Stopped at the token limit.");
       else if (reason === "deadline") this.note("Stopped at the time limit.");
     }
+  }
+
+  /** The server's own account, for who points at the figures. */
+  explain(timing) {
+    const told = ["time_to_first_token", "queue", "prefill", "decode", "total"]
+      .map((name) => `${name.replaceAll("_", " ")} ${ms((timing[`${name}_s`] ?? 0) * 1000)}`);
+    this.part("figures").title = `As the server counts: ${told.join(", ")}`;
   }
 
   fail(code, message, waitS) {
@@ -189,10 +197,11 @@ export class Card {
     const { times, gaps, askedAt } = this.beads;
     if (!times.length) return;
     const span = times.at(-1) - times[0];
-    const rate = this.rate ?? (times.length > 2 && span > 0 ? ((times.length - 1) / span) * 1000 : 0);
+    const counted = this.tokens ?? times.length;
+    const rate = counted > 2 && times.length > 1 && span > 0 ? ((counted - 1) / span) * 1000 : 0;
     this.part("f-first").textContent = ms(times[0] - askedAt);
     this.part("f-rate").textContent = rate ? number(rate, rate < 10 ? 1 : 0) : "–";
-    this.part("f-tokens").textContent = String(this.tokens ?? times.length);
+    this.part("f-tokens").textContent = String(counted);
     this.part("f-gap").textContent = gaps.length ? ms(Math.max(...gaps)) : "–";
   }
 }

@@ -52,10 +52,6 @@ const between = (low, high) => low + Math.random() * (high - low);
 const oneOf = (list) => list[Math.floor(Math.random() * list.length)];
 const shuffled = (list) => [...list].sort(() => Math.random() - 0.5);
 
-function brightness([r, g, b]) {
-  return 0.3 * r + 0.59 * g + 0.11 * b;
-}
-
 function rgbOf(hex) {
   return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 }
@@ -69,10 +65,10 @@ function inventScene() {
   const names = shuffled(Object.keys(COLOURS).filter((name) => apart(rgbOf(COLOURS[name]), ground) > 115));
   const palette = names.slice(0, 2 + Math.floor(Math.random() * 3));
   const shapes = shuffled(SHAPES).slice(0, 2 + Math.floor(Math.random() * 3));
-  const wanted = 2 + Math.floor(Math.random() * 4);
+  const wanted = 3 + Math.floor(Math.random() * 3);
   const things = [];
   for (let tries = 0; tries < 200 && things.length < wanted; tries += 1) {
-    const radius = between(0.065, wanted > 3 ? 0.13 : 0.17);
+    const radius = between(0.075, wanted > 3 ? 0.14 : 0.17);
     const x = between(radius + 0.03, 0.97 - radius), y = between(radius + 0.03, 0.97 - radius);
     const clear = things.every((other) => Math.hypot(other.x - x, other.y - y) > (other.radius + radius) * 1.25);
     if (clear) {
@@ -98,7 +94,6 @@ export class Picture {
   get width() { return this.canvas.width; }
   get height() { return this.canvas.height; }
   get isEmpty() { return this.steps.length === 0; }
-  get hasPhoto() { return this.steps.some((step) => step.kind === "image"); }
 
   /** Names such as "red circle" that were placed since the last clear; empty once other things were drawn. */
   get names() {
@@ -197,13 +192,13 @@ export class Picture {
     context.putImageData(pixels, 0, 0);
   }
 
-  /** Whether the ground is dark, so that marks can stand out from it. */
-  get isDark() {
-    const ground = this.steps.find((step) => step.kind === "ground");
-    return ground ? brightness(ground.rgb) < 110 : false;
-  }
-
+  /** The picture as it is sent; kept until it changes, as one picture is asked about many times. */
   dataUrl() {
-    return this.hasPhoto ? this.canvas.toDataURL("image/jpeg", 0.92) : this.canvas.toDataURL("image/png");
+    if (this.encoded?.version !== this.version) {
+      const noisy = this.steps.some((step) => step.kind === "image" || step.grain);
+      const url = noisy ? this.canvas.toDataURL("image/jpeg", 0.92) : this.canvas.toDataURL("image/png");
+      this.encoded = { version: this.version, url };
+    }
+    return this.encoded.url;
   }
 }

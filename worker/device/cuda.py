@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ class CudaDevice:
         self.compute: Stream = self._compute
         # Small copies should slip in between kernels, not queue behind a batch of them.
         self.copy: Stream = CudaStream(self.torch_device, priority=-2)
-        self._pool: object | None = None
+        self._pool: Any = None  # torch's own name for a pool's handle is private
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)

@@ -289,9 +289,8 @@ def _known_marks(plan: StepPlan) -> dict[tuple[int, int], int]:
     for i, chunk in enumerate(plan.chunks):
         seq, end = chunk.seq, chunk.start + chunk.num_tokens
         for picture in seq.pictures:
-            for position in range(
-                max(chunk.start, picture.position), min(end, picture.position + picture.num_tokens)
-            ):
+            # Positions of a bidirectional prefix all depend on the whole picture, those before it too.
+            for position in range(chunk.start, min(end, picture.position + picture.num_tokens)):
                 known[i, position] = image_mark(picture.digest, position - picture.position)
         for index, value in seq.values.items():
             position = seq.num_prompt + index

@@ -20,7 +20,7 @@ _PACK_ROWS = 32
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this build and this CPU run packed products of `dtype`."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False

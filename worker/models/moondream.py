@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
-from worker.models.attention import AttentionPlan
+from worker.models.attention import AttentionPlan, GatherSpace
 from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
-from worker.models.layers import LayerNorm, Mlp, PackedLinear
+from worker.models.layers import LayerNorm, PackedLinear
 from worker.models.moondream_config import MoondreamConfig, TextConfig, make_card, parse_config
 from worker.models.moondream_region import RegionModel
 from worker.models.moondream_vision import Take, VisionEncoder
@@ -79,6 +79,7 @@ class Moondream:
         self._blocks = [_TextBlock(take, f"text.blocks.{index}", text) for index in range(text.n_layers)]
         self._post_ln = LayerNorm(take("text.post_ln.weight", text.dim), take("text.post_ln.bias", text.dim))
         self._lm_head = _linear(take, "text.lm_head", text.dim, text.vocab_size)
+        self._space = GatherSpace()
         self._rope = _rope_table(text.head_dim // 2, text.max_context, device)
         self.vision = VisionEncoder(config.vision, take)
         self.region = RegionModel(config.region, take)
@@ -105,7 +106,7 @@ class Moondream:
 
     def forward(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
         """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of all N tokens."""
-        plan = AttentionPlan(tokens, cache)
+        plan = AttentionPlan(tokens, cache, self._space)
         rotation = self._rope.index_select(0, tokens.positions)
         for layer, block in enumerate(self._blocks):
             hidden = block(hidden, rotation, plan, layer, cache.keys[layer].dtype)
@@ -141,11 +142,14 @@ class _TextBlock:
         weight = take(f"{name}.attn.qkv.weight", config.qkv_dim, dim)
         order = _pair_order(config).to(weight.device)
         self._qkv = PackedLinear(weight[order], take(f"{name}.attn.qkv.bias", config.qkv_dim)[order])
-        self._proj = _linear(take, f"{name}.attn.proj", dim, dim)
-        self._mlp = Mlp(
-            _linear(take, f"{name}.mlp.fc1", dim, config.ff_dim),
-            _linear(take, f"{name}.mlp.fc2", config.ff_dim, dim),
+        self._fc1 = _linear(take, f"{name}.mlp.fc1", dim, config.ff_dim)
+        # Attention's projection and the MLP's second layer add to the same residual: one product over both inputs.
+        proj, fc2 = (
+            take(f"{name}.attn.proj.weight", dim, dim),
+            take(f"{name}.mlp.fc2.weight", dim, config.ff_dim),
         )
+        bias = take(f"{name}.attn.proj.bias", dim) + take(f"{name}.mlp.fc2.bias", dim)
+        self._out = PackedLinear(torch.cat([proj, fc2], dim=1), bias)
 
     def __call__(
         self, hidden: Tensor, rotation: Tensor, plan: AttentionPlan, layer: int, kv_dtype: torch.dtype
@@ -161,7 +165,7 @@ class _TextBlock:
         heads = heads.to(kv_dtype)
         query, key, value = heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
         mixed = plan.attend(layer, query, key, value)
-        return self._mlp.add(normed, self._proj.add(mixed.to(hidden.dtype), hidden))
+        return self._out.add(torch.cat([mixed.to(hidden.dtype), self._fc1.gelu(normed)], dim=1), hidden)
 
 
 def _pair_order(config: TextConfig) -> Tensor:

@@ -77,18 +77,18 @@ class VisionEncoder:
     def encode(self, images: list[ImageCrops]) -> list[Tensor]:
         """Pictures → one (num_tokens, proj_out_dim) tensor each; the crops of all run as one batch.
 
-        Raises ValueError for a picture whose frames do not fit its tiling.
+        A picture of one tile is encoded once: its canvas is its global crop, pixel for pixel. Raises ValueError
+        for a picture whose frames do not fit its tiling.
         """
         config = self._config
         margin = 2 * config.overlap_margin * config.enc_patch_size
         crops = [cut_crops(image, config.crop_size, margin) for image in images]
+        crops = [own[:1] if own.shape[0] == 2 else own for own in crops]
         features = self.features(torch.cat(crops))
         joined = []
-        start = 0
-        for image, cut in zip(images, crops, strict=True):
-            own = features[start : start + cut.shape[0]]
-            start += cut.shape[0]
-            joined.append(torch.cat([own[0], self._pool(own[1:], image.tiles_h, image.tiles_w)], dim=-1))
+        for image, own in zip(images, torch.split(features, [len(own) for own in crops]), strict=True):
+            local = own[0] if len(own) == 1 else self._pool(own[1:], image.tiles_h, image.tiles_w)
+            joined.append(torch.cat([own[0], local], dim=-1))
         return list(self._proj_mlp(torch.stack(joined)).unbind(0))
 
     def features(self, crops: Tensor) -> Tensor:
@@ -106,8 +106,6 @@ class VisionEncoder:
     def _pool(self, tiles: Tensor, tiles_h: int, tiles_w: int) -> Tensor:
         """(tiles, num_tokens, C) local features → (num_tokens, C): stitched, margins dropped, pooled."""
         grid, dim = self._config.grid, tiles.shape[-1]
-        if tiles_h == tiles_w == 1:
-            return tiles[0]
         sheet = tiles.view(tiles_h, tiles_w, grid, grid, dim).transpose(1, 2)
         sheet = sheet.reshape(tiles_h * grid, tiles_w * grid, dim)
         sheet = sheet.index_select(0, self._kept(tiles_h, tiles.device))

@@ -43,8 +43,8 @@ class BatchPlan:
     seed: int
     num_pictures: int = 24
     num_positions: int = 144
-    easy_batches: int = 500  # this many first batches hold mostly pictures of one crop, which cost a fifth
-    easy_single: float = 0.6
+    encoder_batches: int = 0  # this many first batches ask nothing, and hold mostly pictures of one crop
+    encoder_single: float = 0.6
     single: float = 0.2
 
 
@@ -261,7 +261,7 @@ def draw_batch(index: int, plan: BatchPlan, config: NetworkConfig, tokenizer: To
     grid = config.vision.grid
     for row in range(plan.num_pictures):
         rng = scene_rng(plan.seed, index * plan.num_pictures + row)
-        single = plan.easy_single if index < plan.easy_batches else plan.single
+        single = plan.encoder_single if index < plan.encoder_batches else plan.single
         scene = draw_scene(rng, config.vision, single, small=bool(rng.random() < 0.1))
         cut, tiling = cut_crops(scene.picture, config.vision)
         crops.append(cut)
@@ -269,8 +269,9 @@ def draw_batch(index: int, plan: BatchPlan, config: NetworkConfig, tokenizer: To
         patches += [cover_labels(scene.things, view, grid) for view in crop_views(tiling, config.vision)]
         cells.append(center_labels(scene.things, grid))
         templates = config.tokenizer["templates"]
-        segments = draw_segments(scene, rng, tokenizer, templates, plan.num_positions)
-        fill_row(arrays, row, segments, config.num_prefix)
+        if index >= plan.encoder_batches:
+            segments = draw_segments(scene, rng, tokenizer, templates, plan.num_positions)
+            fill_row(arrays, row, segments, config.num_prefix)
     return {
         **arrays,
         "crops": np.concatenate(crops),

@@ -16,8 +16,9 @@ BINS = 1024
 class Weights:
     """How much each part counts, and how far bins are blurred; change over a run."""
 
-    region: float = 0.25
-    auxiliary: float = 0.5
+    language: float = 1.0  # 0 trains the encoder alone, on what covers each patch
+    region: float = 0.6
+    auxiliary: float = 0.8
     blur_bins: float = 8.0
     value_noise: float = 0.004
 
@@ -56,15 +57,17 @@ def blurred_loss(logits: Tensor, bins: Tensor, blur_bins: float) -> Tensor:
 
 
 def auxiliary_loss(outputs: Tensor, classes: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and accuracy of a read-out: outputs (M, F), classes int (M, 2), shapes (M, 6)."""
+    """Loss of a read-out and its share of right shapes: outputs (M, F), classes int (M, 2), shapes (M, 6)."""
     first, second = len(COLOR_NAMES) + 1, len(COLOR_NAMES) + len(SHAPES) + 2
     outputs = outputs.float()
     color, shape, geometry = outputs[:, :first], outputs[:, first:second], outputs[:, second:]
     filled = classes[:, 0] > 0
     weight = torch.where(filled, 1.0, 0.25)
     loss = (F.cross_entropy(color, classes[:, 0], reduction="none") * weight).sum() / weight.sum()
-    loss = loss + (F.cross_entropy(shape, classes[:, 1], reduction="none") * weight).sum() / weight.sum()
-    right = (color.argmax(-1) == classes[:, 0]) & (shape.argmax(-1) == classes[:, 1])
+    # Colours are learned at once; shapes are what takes long.
+    loss = loss + 2 * (F.cross_entropy(shape, classes[:, 1], reduction="none") * weight).sum() / weight.sum()
+    # Told whether something is there, which shape is it?
+    right = shape[:, 1:].argmax(-1) + 1 == classes[:, 1]
     # As many cells are empty as things are missing: count only what is there.
     num = filled.sum().clamp(min=1)
     distance = F.smooth_l1_loss(geometry, shapes, beta=0.05, reduction="none").sum(-1) / 4
@@ -79,12 +82,42 @@ def compute_losses(
     noise: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Total loss and figures to watch, for a batch as `draw_batch` makes it."""
-    dtype = network.text.wte.dtype
     device = network.text.wte.device
     tilings = [(int(h), int(w)) for h, w in batch["tilings"].tolist()]
     features = network.vision.encode(batch["crops"])
     image = network.vision.embed(features, tilings)
 
+    zero = torch.zeros((), device=device)
+    language, right, coord_loss, size_loss, miss = (zero,) * 5
+    if weights.language:
+        language, right, coord_loss, size_loss, miss = _answer_losses(network, batch, image, weights, noise)
+
+    patch_loss, patch_right = auxiliary_loss(
+        heads.patch(features.view(-1, features.shape[-1])),
+        batch["patch_classes"].view(-1, 2),
+        batch["patch_shapes"].view(-1, 6),
+    )
+    cell_loss, cell_right = auxiliary_loss(
+        heads.cell(image.reshape(-1, image.shape[-1])),
+        batch["cell_classes"].view(-1, 2),
+        batch["cell_shapes"].view(-1, 6),
+    )
+    total = (
+        language + weights.region * (coord_loss + size_loss) + weights.auxiliary * (patch_loss + cell_loss)
+    )
+    figures = {
+        "loss": total, "language": language, "right": right, "coord": coord_loss, "size": size_loss, "miss": miss,
+        "patch": patch_loss, "patch_right": patch_right, "cell": cell_loss, "cell_right": cell_right,
+    }  # fmt: skip
+    return total, {name: value.detach() for name, value in figures.items()}
+
+
+def _answer_losses(
+    network: Network, batch: dict[str, Tensor], image: Tensor, weights: Weights, noise: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Language loss, share of tokens right, coordinate loss, size loss and mean miss of the coordinates."""
+    dtype = network.text.wte.dtype
+    device = network.text.wte.device
     ids, kinds, values = batch["ids"], batch["kinds"], batch["values"]
     num_rows, length = ids.shape
     embedded = F.embedding(ids, network.text.wte).view(num_rows * length, -1)
@@ -115,8 +148,7 @@ def compute_losses(
 
     coord_bins, size_bins = batch["coords"].view(-1), batch["sizes"].view(-1, 2)
     at_coord, at_size = (coord_bins >= 0).nonzero()[:, 0], (size_bins[:, 0] >= 0).nonzero()[:, 0]
-    zero = language.detach() * 0
-    coord_loss, size_loss, miss = zero, zero, zero
+    coord_loss = size_loss = miss = torch.zeros((), device=device)
     if len(at_coord):
         coord_logits = network.region.decode_coordinate(hidden[at_coord])
         coord_loss = blurred_loss(coord_logits, coord_bins[at_coord], weights.blur_bins)
@@ -124,22 +156,4 @@ def compute_losses(
     if len(at_size):
         size_logits = network.region.decode_size(hidden[at_size]).view(-1, BINS)
         size_loss = blurred_loss(size_logits, size_bins[at_size].view(-1), weights.blur_bins * 2)
-
-    patch_loss, patch_right = auxiliary_loss(
-        heads.patch(features.view(-1, features.shape[-1])),
-        batch["patch_classes"].view(-1, 2),
-        batch["patch_shapes"].view(-1, 6),
-    )
-    cell_loss, cell_right = auxiliary_loss(
-        heads.cell(image.reshape(-1, image.shape[-1])),
-        batch["cell_classes"].view(-1, 2),
-        batch["cell_shapes"].view(-1, 6),
-    )
-    total = (
-        language + weights.region * (coord_loss + size_loss) + weights.auxiliary * (patch_loss + cell_loss)
-    )
-    figures = {
-        "loss": total, "language": language, "right": right, "coord": coord_loss, "size": size_loss, "miss": miss,
-        "patch": patch_loss, "patch_right": patch_right, "cell": cell_loss, "cell_right": cell_right,
-    }  # fmt: skip
-    return total, {name: value.detach() for name, value in figures.items()}
+    return language, right, coord_loss, size_loss, miss

@@ -33,18 +33,22 @@ POCKET = NetworkConfig(
     region=RegionConfig(dim=192, coord_feat_dim=64, size_feat_dim=128, inner_dim=128),
     tokenizer=TOKENIZER_CONFIG,
 )  # fmt: skip
+ENCODER_SHARE = (
+    0.25  # of the steps train the encoder alone: there is nothing to say about shapes not yet seen
+)
 _WARMUP_STEPS = 60
 _DECAY_SHARE = 0.35
 _EXACT_GELU_SHARE = 0.8  # of the steps take the quicker form; the last ones the released model's
 
 
-def schedule(progress: float, step: int, peak: float) -> tuple[float, Weights]:
+def schedule(progress: float, step: int, peak: float, encoder_share: float) -> tuple[float, Weights]:
     """Learning rate and loss weights at a share of the run."""
     warm = min(1.0, (step + 1) / _WARMUP_STEPS)
     cool = min(1.0, (1.0 - progress) / _DECAY_SHARE)
     # Bins are blurred widely at first, so that a near miss still pulls the right way.
-    blur = 3.0 * 10.0 ** max(0.0, 1.0 - progress / 0.5)
+    blur = 3.0 * 10.0 ** max(0.0, 1.0 - progress / 0.6)
     weights = Weights(
+        language=float(progress >= encoder_share),
         region=0.6 + 0.3 * min(1.0, progress / 0.6),
         auxiliary=0.8 if progress < 0.5 else max(0.2, 0.8 - 1.5 * (progress - 0.5)),
         blur_bins=blur,
@@ -110,6 +114,7 @@ def run(
     minutes: float | None = None,
     peak: float = 3e-3,
     device: str = "cpu",
+    encoder_share: float = ENCODER_SHARE,
     config: NetworkConfig = POCKET,
     plan: BatchPlan | None = None,
     save_every_s: float = 120.0,
@@ -119,7 +124,7 @@ def run(
 ) -> list[dict[str, float]]:
     """Train until `steps` and return what was logged; `minutes` or `stop_after` steps interrupt it, to be resumed."""
     torch.set_num_threads(1)
-    plan = plan or BatchPlan(seed)
+    plan = plan or BatchPlan(seed, encoder_batches=round(encoder_share * steps))
     config_path, tokenizer_path = prepare(folder, config, seed)
     trainee = Trainee(config)
     initialise(trainee, seed)
@@ -156,7 +161,7 @@ def run(
             while step < last and (minutes is None or time.monotonic() - started < minutes * 60):
                 waiting = feed.num_ready == 0
                 batch = {name: torch.from_numpy(held.copy()).to(device) for name, held in feed.take().items()}
-                rate, weights = schedule(step / steps, step, peak)
+                rate, weights = schedule(step / steps, step, peak, encoder_share)
                 Mlp.approximate = "none" if step < _EXACT_GELU_SHARE * steps else "tanh"
                 noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
                 loss, figures = compute_losses(trainee.network, trainee.heads, batch, weights, noise)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.models.attention import AttentionPlan
+from worker.models.attention import AttentionPlan, GatherSpace
 from worker.models.contract import DecodeRows, KVCache, PrefillSegment, StepTokens
 
 PAGE_TOKENS, HEAD_DIM = 4, 16
@@ -68,7 +68,7 @@ def test_against_plain_loop(seed: int, heads: int, kv_heads: int, dtype: torch.d
         bound = max(lengths) + rng.randint(0, 9)
         decode = DecodeRows(len(rows), tables, torch.tensor(lengths, dtype=torch.int32), bound)
     tokens = StepTokens(torch.zeros(len(lines), dtype=torch.long), torch.tensor(lines), decode, segments)
-    plan = AttentionPlan(tokens, cache)
+    plan = AttentionPlan(tokens, cache, GatherSpace() if seed % 2 else None)
     for layer in range(num_layers):
         qkv = torch.randn(len(lines), heads + 2 * kv_heads, HEAD_DIM).to(dtype)
         query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)

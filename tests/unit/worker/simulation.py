@@ -58,6 +58,7 @@ class Stream:
     finish: Finish | None = None
     rejected: Rejected | None = None
     cancelled: bool = False
+    gateway: bytes = GATEWAY
 
 
 class RecordingOutbox:
@@ -198,15 +199,15 @@ class Simulation:
             priority=priority,
             deadline_s=deadline_s,
         )
-        stream = Stream(message)
+        stream = Stream(message, gateway=gateway)
         self.outbox.streams[gateway, sequence_id] = stream
         self.inbox.put((gateway, message, frames))
         return stream
 
-    def cancel(self, stream: Stream, gateway: bytes = GATEWAY) -> None:
+    def cancel(self, stream: Stream) -> None:
         """Cancel through the inbox."""
         stream.cancelled = True
-        self.inbox.put((gateway, Cancel(EPOCH, [stream.submit.sequence_id]), []))
+        self.inbox.put((stream.gateway, Cancel(EPOCH, [stream.submit.sequence_id]), []))
 
     def tick(self) -> bool:
         """One tick, then every invariant that can be seen from outside."""
@@ -232,6 +233,9 @@ class Simulation:
         in_flight: dict[int, int] = {}
         for step in pipeline._in_flight:
             held = [*step.plan.decode, *(chunk.seq for chunk in step.plan.chunks)]
+            for chunk in step.plan.chunks:
+                inside = chunk.start < chunk.seq.prefix_tokens
+                assert not inside or chunk.start + chunk.num_tokens >= chunk.seq.prefix_tokens, "prefix split"
             assert len(held) == len(set(map(id, held))), "a sequence holds two rows of one step"
             for seq in held:
                 in_flight[id(seq)] = in_flight.get(id(seq), 0) + 1
@@ -270,9 +274,9 @@ def expected(submit: Submit, image_digest: bytes | None = None) -> tuple[list[in
     if submit.images:
         image = submit.images[0]
         assert CARD.image is not None
-        extra = [image_mark(image.digest, i) for i in range(CARD.image.num_tokens)]
-        marks[image.position : image.position] = extra
-        expanded[image.position : image.position] = [-1] * len(extra)
+        num = CARD.image.num_tokens
+        marks[: image.position] = [image_mark(image.digest, i) for i in range(-image.position, num)]
+        expanded[image.position : image.position] = [-1] * num
     if NAN_TOKEN in expanded[:-1]:
         nan_index = expanded[expanded.index(NAN_TOKEN) + 1]
     grammar = None

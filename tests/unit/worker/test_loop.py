@@ -114,11 +114,11 @@ def test_deadline_ends_a_sequence_with_its_own_reason() -> None:
 
 def test_repeated_picture_skips_its_prefill() -> None:
     sim = Simulation(page_tokens=2)
-    first = sim.submit([20, 21, 22], 3, image=b"x")
+    first = sim.submit([20, 21, 22], 3, image=b"x", tenant="one")
     sim.run()
-    second = sim.submit([20, 21, 23], 3, image=b"x")
-    other = sim.submit([20, 21, 23], 3, image=b"y")
-    stranger = sim.submit([20, 21, 23], 3, image=b"x", tenant="other")
+    second = sim.submit([20, 21, 23], 3, image=b"x", tenant="one")
+    other = sim.submit([20, 21, 23], 3, image=b"y", tenant="one")
+    stranger = sim.submit([20, 21, 23], 3, image=b"x", tenant="two")
     sim.run()
     sim.check_at_rest()
     for stream in (first, second, other, stranger):
@@ -137,3 +137,14 @@ def test_constrained_rows_do_not_hold_back_a_deeper_pipeline() -> None:
     for stream in (*text, *boxes):
         check_stream(stream)
     assert len(boxes[0].values) == len(boxes[0].tokens)
+
+
+def test_pages_of_generated_coordinates_are_not_found_by_their_ids() -> None:
+    sim = Simulation(page_tokens=1)
+    boxes = sim.submit([20, 41], 9, task="detect")
+    sim.run()
+    assert len(boxes.tokens) >= 3
+    text = sim.submit([20, 41, *boxes.tokens, 50], 3)
+    sim.run()
+    sim.check_at_rest()
+    check_stream(text)

@@ -1,0 +1,62 @@
+# Two commands matter: `make serve` and `make test`. Both set up their own environment in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+# torch goes first and pinned, so that no other package's range picks a different build of it.
+TORCH := torch==2.13.0
+
+.PHONY: serve test check setup pocket mutants soak clean help
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+serve: $(VENV)/.serve  ## serve the embedded model on http://127.0.0.1:8080
+	@$(BIN)/degas serve $(ARGS)
+
+test: $(VENV)/.dev  ## run every test
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev  ## format, lint, types, import contracts
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+setup: $(VENV)/.dev  ## everything that development needs
+
+pocket: $(VENV)/.dev  ## train the embedded model again, from nothing
+	@$(BIN)/python -m worker.pocket.train $(ARGS)
+
+mutants: $(VENV)/.dev  ## plant faults in the loop, one at a time, and show that the tests catch each
+	@$(BIN)/python -m tests.mutants $(ARGS)
+
+soak: $(VENV)/.dev  ## the long runs of the tests that have a short one: state machine, cancels
+	@$(BIN)/python -m pytest tests/soak $(ARGS)
+
+clean:           ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+# Debian ships venv apart from python; everything else comes from the package index.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Degas needs Python 3.11 or newer; set PYTHON=/path/to/one"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq python3-venv; }
+	@echo "setting up $(VENV) (once; a few minutes, most of it torch)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml | $(BIN)/python
+	@$(PIP) install --quiet $(TORCH)
+	@$(PIP) install --quiet --editable '.[gateway,worker]'
+	@touch $@
+
+# The moondream client would pull in a local engine; only its HTTP side is used, and only in tests.
+$(VENV)/.dev: pyproject.toml | $(VENV)/.serve
+	@$(PIP) install --quiet --editable '.[gateway,worker,loadtest,train,dev]'
+	@$(PIP) install --quiet --no-deps moondream
+	@command -v chromium >/dev/null || { \
+	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium; }
+	@touch $@

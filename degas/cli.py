@@ -1,0 +1,93 @@
+"""Owns the `degas` command: serve, gateway, worker, bench, loadtest, doctor. Main thread; heavy imports are lazy."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Degas: streaming inference for small vision-language models, with the bubbles taken out.",
+)
+FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="'pocket' (embedded), 'sim', or a checkpoint folder.")] = "pocket",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="HTTP and WebSocket port; 0 picks a free one.")] = 8080,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 picks a free one, -1 is off.")] = 8081,
+    device: Annotated[str, typer.Option(help="auto, cuda, cpu or sim.")] = "auto",
+    depth: Annotated[int, typer.Option(help="Steps in flight; 1 is blocking mode.")] = 2,
+    max_rows: Annotated[int, typer.Option(help="Sequences decoded together.")] = 32,
+) -> None:
+    """Serve on this machine: one gateway and one supervised worker. Everything else is set by environment."""
+    from degas import supervisor
+    from degas.options import ServeOptions
+
+    options = ServeOptions(
+        host=host,
+        port=port,
+        grpc_port=None if grpc_port < 0 else grpc_port,
+        worker_settings={"model": model, "device": device, "depth": str(depth), "max_rows": str(max_rows)},
+    )
+    raise typer.Exit(supervisor.serve(options))
+
+
+@app.command(context_settings=FORWARDED)
+def worker(context: typer.Context) -> None:
+    """Run a worker alone (`degas worker --help` lists its settings)."""
+    from worker.__main__ import main as worker_main
+
+    raise typer.Exit(worker_main(list(context.args)))
+
+
+@app.command(context_settings=FORWARDED)
+def gateway(context: typer.Context) -> None:
+    """Run a gateway alone; its settings are DEGAS_GATEWAY_… variables."""
+    from gateway.__main__ import main as gateway_main
+
+    sys.argv = ["degas gateway", *context.args]
+    raise typer.Exit(gateway_main())
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine and installation, and say what to do about what is wrong."""
+    from degas.doctor import examine
+
+    raise typer.Exit(examine())
+
+
+@app.command()
+def keys(folder: Annotated[Path, typer.Argument(help="Where to put them.")]) -> None:
+    """Make CURVE key pairs for a worker and its gateways, unless they exist."""
+    from degas.keys import make_keys
+
+    for path in make_keys(folder):
+        typer.echo(str(path))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        from loadtest.bench import app as bench
+        from loadtest.cli import app as loadtest
+
+        app.add_typer(loadtest, name="loadtest")
+        app.add_typer(bench, name="bench")
+    except ImportError as error:
+        missing = str(error.name)
+
+        @app.command(name="loadtest", context_settings=FORWARDED)
+        @app.command(name="bench", context_settings=FORWARDED)
+        def absent() -> None:
+            typer.echo(f"this needs {missing}: pip install 'degas-serve[loadtest]'", err=True)
+            raise typer.Exit(2)
+
+    app()

@@ -1,0 +1,53 @@
+"""Owns cleaning up after a supervisor that was killed. A process of its own: `guard.py < pipe from the supervisor`.
+
+The kernel's parent-death signal reaches direct children only. Their own children (image processes, say) are
+in the same process groups, which this process kills when the pipe closes without having been told that they
+are gone; then it removes the runtime folder. It imports next to nothing and ignores the terminal.
+
+Lines: `watch PGID`, `forget PGID`, `folder PATH`, `done`.
+"""
+
+import os
+import shutil
+import signal
+import stat
+import sys
+
+
+def main() -> None:
+    """Follow the supervisor's lines to their end, then clean up what is left."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    groups: set[int] = set()
+    folder = ""
+    for line in sys.stdin:
+        word, _, value = line.rstrip("\n").partition(" ")
+        if word == "watch":
+            groups.add(int(value))
+        elif word == "forget":
+            groups.discard(int(value))
+        elif word == "folder":
+            folder = value
+        elif word == "done":
+            return
+    for group in groups:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+    if folder and _is_ours(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_ours(folder: str) -> bool:
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return False
+    return (
+        stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and "degas-" in os.path.basename(folder)
+    )
+
+
+if __name__ == "__main__":
+    main()

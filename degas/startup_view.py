@@ -1,0 +1,77 @@
+"""Owns what a person sees while Degas starts: bars on a terminal, plain lines otherwise. Supervisor's loop only."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+PLAIN_STEPS = 10  # lines a phase's progress is worth when there is no terminal
+
+
+class StartupView:
+    """Phases with their seconds, and progress where something is waited for."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._told: dict[str, int] = {}
+
+    def phase(self, role: str, name: str, seconds: float) -> None:
+        """A phase is over."""
+        self._end_bar(f"{role} {name}")
+        self._line(f"{role:<8} {name:<28} {seconds:7.2f} s")
+
+    def progress(self, role: str, name: str, done: float, total: float) -> None:
+        """A phase is this far."""
+        if total <= 0:
+            return
+        key = f"{role} {name}"
+        if self._console.is_terminal:
+            bars = self._show_bars()
+            if key not in self._tasks:
+                self._tasks[key] = bars.add_task(f"{role:<8} {name}", total=total)
+            bars.update(self._tasks[key], completed=done, total=total, refresh=True)
+            return
+        step = int(PLAIN_STEPS * min(done / total, 1.0))
+        if step > self._told.get(key, -1):
+            self._told[key] = step
+            self._line(f"{role:<8} {name:<28} {100 * step // PLAIN_STEPS:6d} %")
+
+    def note(self, text: str, *, style: str = "") -> None:
+        """One line of news."""
+        self._line(text, style)
+
+    def close(self) -> None:
+        """No more bars."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+            self._tasks.clear()
+
+    def _show_bars(self) -> Progress:
+        if self._bars is None:
+            self._bars = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:3.0f} %"),
+                TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+                auto_refresh=False,  # no refreshing thread in a process that forks
+            )
+            self._bars.start()
+        return self._bars
+
+    def _end_bar(self, key: str) -> None:
+        task = self._tasks.pop(key, None)
+        if task is not None and self._bars is not None:
+            self._bars.remove_task(task)
+            if not self._tasks:
+                self.close()
+
+    def _line(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style=style), soft_wrap=True)
+        self._console.file.flush()

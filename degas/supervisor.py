@@ -1,0 +1,379 @@
+"""Owns worker and gateway as child processes: start, watch, restart, stop in order. One asyncio loop, main thread.
+
+Each child has one task, which alone starts, watches and ends it. Nothing outlives the supervisor: on a stop
+the gateway drains first and the worker follows; if the supervisor itself is killed, the kernel kills the
+children (`leash`) and a small process their descendants (`guard`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from degas.child import Child, Guard, describe_exit
+from degas.options import BEAT_VARIABLE, OptionsError, ServeOptions, claim_port
+from degas.probe import base_url, fetch_status
+from degas.restarts import Restarts
+from degas.startup_view import StartupView
+
+TICK_S: Final = 0.1
+LATE_TICK_S: Final = 1.0  # we ourselves were stopped or starved: no reason to blame a child
+PROBE_INTERVAL_S: Final = 0.1
+HEALTH_INTERVAL_S: Final = 2.0
+STATUS_INTERVAL_S: Final = 1.0
+KILL_MARGIN_S: Final = 5.0  # what a child gets beyond its own deadline before it is killed
+MAX_IPC_PATH: Final = 107
+WRONG_SETTINGS: Final = 2  # a child's exit code for what no restart will mend
+FORCED: Final = 130
+
+
+class Post:
+    """One child's place: who stands there, how often that changed, whether it is up."""
+
+    def __init__(self, role: str, restarts: Restarts) -> None:
+        self.role = role
+        self.restarts = restarts
+        self.child: Child | None = None
+        self.is_ready = False
+        self.ready_since_s = 0.0
+        self.was_ready = False
+        self.halt = asyncio.Event()
+
+    def on_ready(self, now_s: float) -> None:
+        """The child serves."""
+        self.is_ready = self.was_ready = True
+        self.ready_since_s = now_s
+
+    def on_death(self, now_s: float) -> float | None:
+        """The child is gone; returns how long it was ready."""
+        ready_for_s = now_s - self.ready_since_s if self.is_ready else None
+        self.is_ready = False
+        self.child = None
+        return ready_for_s
+
+
+class Supervisor:
+    """Runs `degas serve`. `run` returns the exit code."""
+
+    def __init__(self, options: ServeOptions, view: StartupView | None = None) -> None:
+        self._options = options
+        self._view = view or StartupView()
+        self._stopping = asyncio.Event()
+        self._forced = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._exit_code = 0
+        self._started_s = time.monotonic()
+        self._posts = {role: Post(role, Restarts(options.restarts)) for role in options.roles}
+        self._endpoint: str | None = None
+
+    async def run(self) -> int:
+        """Start everything, keep it running, stop on a signal or when a child cannot be kept running."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal)
+        folder = make_runtime_folder(self._options.runtime_parent)
+        self._guard = Guard()
+        self._guard.say(f"folder {folder}")
+        if len(self._posts) > 1:
+            self._endpoint = f"ipc://{folder}/worker.sock"
+        tasks = {role: asyncio.create_task(self._keep(post), name=role) for role, post in self._posts.items()}
+        side_tasks = [asyncio.create_task(self._announce())]
+        if self._options.status_file is not None:
+            side_tasks.append(asyncio.create_task(self._write_status(self._options.status_file)))
+        try:
+            stopping = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait((stopping, *tasks.values()), return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            self._stopping.set()
+            for role in ("gateway", "worker"):  # the gateway drains while its worker still serves
+                if role in tasks:
+                    self._posts[role].halt.set()
+                    await tasks[role]
+        finally:
+            for post in self._posts.values():  # only after a fault of our own is anyone left
+                if post.child is not None:
+                    post.child.kill()
+                    await post.child.exited
+            for task in (*side_tasks, *tasks.values()):
+                task.cancel()
+            await asyncio.gather(*side_tasks, *tasks.values(), return_exceptions=True)
+            self._view.close()
+            if self._options.status_file is not None:
+                self._options.status_file.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            self._guard.close()
+        self._view.note("stopped" if self._exit_code == 0 else f"ended with exit code {self._exit_code}")
+        return self._exit_code
+
+    # ------------------------------------------------------------------ one child's life
+
+    async def _keep(self, post: Post) -> None:
+        while not self._stopping.is_set():
+            child = post.child = await self._start(post)
+            cause = await self._watch(post, child)
+            code = await child.exited
+            ready_for_s = post.on_death(time.monotonic())
+            self._changed.set()
+            if post.halt.is_set() or self._stopping.is_set():
+                return
+            cause = cause or describe_exit(code)
+            if code == WRONG_SETTINGS and not post.was_ready:
+                return self._give_up(
+                    f"the {post.role} refuses its settings ({cause}); its message is above", code
+                )
+            delay_s = post.restarts.on_death(ready_for_s)
+            if delay_s is None:
+                return self._give_up(
+                    f"the {post.role} died {post.restarts.quick_deaths} times in a row right after starting "
+                    f"(last: {cause}); not trying again. What it said is above",
+                    1,
+                )
+            self._view.note(
+                f"{post.role} ended ({cause}); starting it again in {delay_s:.1f} s", style="yellow"
+            )
+            await _wait_any(self._stopping, timeout_s=delay_s)
+        return None
+
+    async def _start(self, post: Post) -> Child:
+        is_worker = post.role == "worker"
+        options = self._options
+        return await Child.start(
+            options.worker_command if is_worker else options.gateway_command,
+            options.worker_environment(self._endpoint)
+            if is_worker
+            else options.gateway_environment(self._endpoint),
+            guard=self._guard,
+            on_line=self._reader_of(post),
+            beat_variable=BEAT_VARIABLE if is_worker else None,
+        )
+
+    async def _watch(self, post: Post, child: Child) -> str | None:
+        """Return when the child is gone; the cause is a text if it had to be killed."""
+        halt = asyncio.create_task(post.halt.wait())
+        checks = asyncio.create_task(
+            self._check_worker(post, child) if post.role == "worker" else self._check_gateway(post)
+        )
+        try:
+            await asyncio.wait((child.exited, halt, checks), return_when=asyncio.FIRST_COMPLETED)
+            if child.exited.done():
+                return None
+            if halt.done():
+                await self._stop(post, child)
+                return None
+            cause = checks.result()  # only returns with a reason to end the child
+            self._view.note(f"{post.role}: {cause}; killing it", style="red")
+            await child.kill_hung()
+            return cause
+        finally:
+            halt.cancel()
+            checks.cancel()
+            await asyncio.gather(halt, checks, return_exceptions=True)
+
+    async def _stop(self, post: Post, child: Child) -> None:
+        grace_s = self._options.drain_s if post.role == "gateway" else self._options.worker_grace_s
+        if post.role == "gateway":
+            self._view.note(f"draining: streams have up to {grace_s:g} s; a second signal ends them now")
+        if not await child.stop(grace_s + KILL_MARGIN_S, self._forced):
+            self._view.note(f"{post.role} did not end in time and was killed", style="yellow")
+
+    async def _check_worker(self, post: Post, child: Child) -> str:
+        """Return when the worker hangs: still loading after the limit, or no decode progress once ready."""
+        deadline_s = time.monotonic() + self._options.start_timeout_s
+        beat, beat_s, tick_s = b"", 0.0, time.monotonic()
+        while True:
+            await asyncio.sleep(TICK_S)
+            now_s = time.monotonic()
+            was_late, tick_s = now_s - tick_s > LATE_TICK_S, now_s
+            if not post.is_ready:
+                beat_s = now_s
+                if now_s > deadline_s:
+                    return f"not ready after {self._options.start_timeout_s:g} s"
+                continue
+            latest = child.beat()
+            if latest != beat or was_late:
+                beat, beat_s = latest, now_s
+            elif now_s - beat_s >= self._options.beat_timeout_s:
+                return f"no decode progress for {self._options.beat_timeout_s:g} s"
+
+    async def _check_gateway(self, post: Post) -> str:
+        """See the gateway come up; later return when it has answered nothing for long."""
+        options = self._options
+        answered_s = tick_s = time.monotonic()
+        started_s = answered_s
+        while True:
+            await asyncio.sleep(HEALTH_INTERVAL_S if post.is_ready else PROBE_INTERVAL_S)
+            status = await fetch_status(options.host, options.port, "/healthz")
+            now_s = time.monotonic()
+            was_late, tick_s = now_s - tick_s > options.gateway_silence_s, now_s
+            if status is not None or was_late:
+                answered_s = now_s
+            if status is not None and not post.is_ready:
+                self._view.phase("gateway", "listen", now_s - started_s)
+                post.on_ready(now_s)
+                self._changed.set()
+            if now_s - answered_s > options.gateway_silence_s:
+                return f"no answer for {options.gateway_silence_s:g} s"
+
+    # ------------------------------------------------------------------ what is told
+
+    def _reader_of(self, post: Post) -> Callable[[str], None]:
+        """Reads a child's stdout: start-up lines are shown, anything else is passed on."""
+
+        def on_line(line: str) -> None:
+            kind, _, rest = line.partition(" ")
+            try:
+                fields = json.loads(rest) if kind.startswith("DEGAS-") else None
+                if kind == "DEGAS-PHASE" and fields is not None:
+                    self._view.phase(post.role, str(fields["phase"]), float(fields["seconds"]))
+                elif kind == "DEGAS-PROGRESS" and fields is not None:
+                    self._view.progress(
+                        post.role, str(fields["phase"]), float(fields["done"]), float(fields["total"])
+                    )
+                elif kind == "DEGAS-READY" and post.role == "worker":
+                    post.on_ready(time.monotonic())
+                    self._changed.set()
+                else:
+                    self._view.note(line)
+            except (ValueError, KeyError, TypeError):
+                self._view.note(line)
+
+        return on_line
+
+    async def _announce(self) -> None:
+        """Say once that all is up, then each time it is so again."""
+        options = self._options
+        num_times = 0
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            if not all(post.is_ready for post in self._posts.values()):
+                continue
+            if len(self._posts) == 2:
+                while await fetch_status(options.host, options.port, "/readyz") == 503:
+                    await asyncio.sleep(PROBE_INTERVAL_S)
+            self._view.close()
+            num_times += 1
+            if num_times > 1:
+                self._view.note("serving again", style="green")
+                continue
+            seconds = time.monotonic() - self._started_s
+            if "gateway" not in self._posts:
+                self._view.note(f"the worker is ready after {seconds:.1f} s", style="green")
+                continue
+            url = base_url(options.host, options.port)
+            self._view.note(f"\nDegas is ready after {seconds:.1f} s:  {url}/", style="bold green")
+            if options.grpc_port is not None:
+                self._view.note(f"gRPC on port {options.grpc_port}; Ctrl-C stops it")
+            if options.report:
+                print(f"DEGAS-READY {json.dumps({'url': url, 'grpc_port': options.grpc_port})}", flush=True)
+
+    async def _write_status(self, path: Path) -> None:
+        """Refresh the file that `python -m degas.health` looks at: its age shows whether we still run."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(path.name + ".new")
+        while True:
+            state = {
+                post.role: {
+                    "ready": post.is_ready,
+                    "pid": post.child.pid if post.child is not None else None,
+                    "deaths": post.restarts.num_deaths,
+                }
+                for post in self._posts.values()
+            }
+            fresh.write_text(json.dumps(state) + "\n")
+            fresh.replace(path)
+            await asyncio.sleep(STATUS_INTERVAL_S)
+
+    def _on_signal(self) -> None:
+        if self._stopping.is_set():
+            self._exit_code = FORCED
+            self._forced.set()
+        self._stopping.set()
+
+    def _give_up(self, message: str, code: int) -> None:
+        self._view.close()
+        print(f"degas serve: {message}", file=sys.stderr, flush=True)
+        self._exit_code = code
+        self._stopping.set()
+
+
+def make_runtime_folder(parent: Path | None) -> Path:
+    """A fresh folder that only we may enter, for the socket between gateway and worker."""
+    if parent is None:
+        given = os.environ.get("XDG_RUNTIME_DIR")
+        parent = Path(given) if given and os.access(given, os.W_OK) else Path(tempfile.gettempdir())
+    folder = Path(tempfile.mkdtemp(prefix="degas-", dir=parent))  # mkdtemp makes it 0700
+    if len(str(folder / "worker.sock")) > MAX_IPC_PATH:
+        folder.rmdir()
+        raise OptionsError(
+            f"{parent} is too long a path for a socket; set XDG_RUNTIME_DIR or TMPDIR to a shorter one"
+        )
+    return folder
+
+
+def serve(options: ServeOptions) -> int:
+    """Run the supervisor to its end in this thread; returns the exit code."""
+    try:
+        if "gateway" in options.roles:
+            grpc_port = options.grpc_port
+            if grpc_port is not None:
+                grpc_port = claim_port(options.host, grpc_port, "--grpc-port")
+            port = claim_port(options.host, options.port, "--port")
+            options = dataclasses.replace(options, port=port, grpc_port=grpc_port)
+        return asyncio.run(_run(options))
+    except OptionsError as error:
+        print(f"degas serve: {error}", file=sys.stderr, flush=True)
+        return WRONG_SETTINGS
+
+
+async def _run(options: ServeOptions) -> int:
+    return await Supervisor(options).run()
+
+
+async def _wait_any(event: asyncio.Event, *, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+    except TimeoutError:
+        pass
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m degas.supervisor`: for containers, where one role runs alone under supervision."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m degas.supervisor", description=main.__doc__)
+    parser.add_argument("--only", choices=("worker", "gateway"), help="run this role alone")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--grpc-port", type=int, default=8081)
+    parser.add_argument("--drain", type=float, default=25.0, metavar="SECONDS")
+    parser.add_argument("--beat-timeout", type=float, default=3.0, metavar="SECONDS")
+    parser.add_argument("--status-file", type=Path)
+    given = parser.parse_args(arguments)
+    return serve(
+        ServeOptions(
+            host=given.host,
+            port=given.port,
+            grpc_port=given.grpc_port,
+            roles=(given.only,) if given.only else ("worker", "gateway"),
+            drain_s=given.drain,
+            beat_timeout_s=given.beat_timeout,
+            status_file=given.status_file,
+            report=True,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

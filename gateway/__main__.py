@@ -1,0 +1,153 @@
+"""Owns the gateway process: its loop, its listening sockets and its end. `python -m gateway` runs it.
+
+The order of the end: readiness turns 503 and new work is refused; streams go on up to the deadline; what is
+left gets `shutting_down`; only then are connections closed, so that nobody sees a bare reset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+import structlog
+import uvloop
+from aiohttp import web
+
+from gateway.app import create_app
+from gateway.config import ConfigError, GatewayConfig, load
+from gateway.generation import RequestError
+from gateway.service import Service
+from shared.errors import ErrorCode
+from shared.logs import configure_logs
+
+_LAST_WORDS_S: Final = 0.5  # between the last terminal event and closing connections
+_LINGER_S: Final = 2.0
+
+log = structlog.get_logger(__name__)
+
+
+class Gateway:
+    """A running gateway. `port` is the real one, also where 0 was asked for."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self.service = Service(config)
+        self.port = 0
+        self.grpc_port: int | None = None
+        self._runner: web.AppRunner | None = None
+        self._grpc: Any = None
+
+    async def start(self) -> None:
+        """Listen and connect to the workers. Raises OSError (port taken) or `ConfigError`."""
+        config = self.config
+        runner = web.AppRunner(
+            create_app(self.service),
+            handler_cancellation=True,  # a client that leaves ends its handler, and with it its streams, at once
+            keepalive_timeout=config.idle_timeout_s,  # counts from connecting: also the deadline of the header
+            auto_decompress=False,
+            access_log=None,
+            max_line_size=8190,
+            max_field_size=16380,
+            max_headers=100,
+            lingering_time=_LINGER_S,
+        )
+        await runner.setup()
+        self._runner = runner
+        site = web.TCPSite(runner, config.host, config.port, backlog=1024, shutdown_timeout=1.0)
+        try:
+            await site.start()
+        except OSError:
+            await runner.cleanup()
+            raise
+        self.port = runner.addresses[0][1]
+        try:
+            await self.service.start()
+            await self._start_grpc()
+        except BaseException:
+            await self.stop(drain_s=0)
+            raise
+        log.info("gateway_listening", url=self.url, grpc_port=self.grpc_port, num_workers=len(config.workers))
+        if config.host not in ("127.0.0.1", "::1", "localhost") and not config.api_keys:
+            log.warning("no_api_keys", message="anybody who can reach this port may use it; set api_keys")
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        host = "127.0.0.1" if self.config.host in ("0.0.0.0", "") else self.config.host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    async def stop(self, drain_s: float | None = None) -> None:
+        """Drain, end what is left, close. `drain_s` overrides the configured deadline. Idempotent."""
+        service = self.service
+        service.begin_drain()
+        if service.num_in_flight:
+            wait_s = self.config.drain_deadline_s if drain_s is None else drain_s
+            log.info("draining", num_in_flight=service.num_in_flight, deadline_s=wait_s)
+            if not (wait_s and await service.wait_idle(wait_s)):
+                ended = service.end_all(RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down"))
+                log.warning("drain_deadline", num_ended=ended)
+                await asyncio.sleep(_LAST_WORDS_S)
+        if self._grpc is not None:
+            server, self._grpc = self._grpc, None
+            await server.stop(_LAST_WORDS_S)
+        if self._runner is not None:
+            runner, self._runner = self._runner, None
+            await runner.cleanup()
+        await service.stop()
+
+    async def _start_grpc(self) -> None:
+        if self.config.grpc_port is None:
+            return
+        try:
+            module = importlib.import_module("gateway.transport.rpc")
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"grpc_port is set, but gRPC is not installed: {error}") from None
+        self._grpc = await module.start_grpc(self.service, self.config)
+        self.grpc_port = getattr(self._grpc, "port", self.config.grpc_port)
+
+
+async def serve(config: GatewayConfig, on_listening: Callable[[Gateway], None] | None = None) -> None:
+    """Run until SIGINT or SIGTERM. A second signal ends the drain at once."""
+    gateway = Gateway(config)
+    asked, hurried = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurried if asked.is_set() else asked).set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    await gateway.start()
+    if on_listening is not None:
+        on_listening(gateway)
+    await asked.wait()
+    draining = asyncio.create_task(gateway.stop())
+    hurry = asyncio.create_task(hurried.wait())
+    await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
+    if not draining.done():
+        gateway.service.end_all(RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down"))
+    await draining
+    hurry.cancel()
+
+
+def main(config: GatewayConfig | None = None, on_listening: Callable[[Gateway], None] | None = None) -> int:
+    """Run a gateway in this process; returns the exit status."""
+    try:
+        config = config or load()
+        configure_logs("gateway", level=config.log_level, json=config.log_json)
+        uvloop.run(serve(config, on_listening))
+    except ConfigError as error:
+        print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - logs are not set up yet
+        return 2
+    except OSError as error:
+        print(f"gateway: {error.strerror or error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""Owns `/v1/completions`: plain continuation of text or token ids. No sockets; runs on the gateway's loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta
+
+from gateway.api.answers import Collected, Json, finite, usage_object
+from gateway.api.chat import finish_reason
+from gateway.api.parameters import (
+    MAX_TOP_LOGPROBS,
+    SamplingFields,
+    choice_count,
+    decode_body,
+    grammar,
+    invalid,
+    refuse,
+    samplings,
+    stop_ids,
+    stops,
+    token_budget,
+)
+from gateway.errors import error_body
+from gateway.generation import Delta, End, GenerateRequest, RequestError, SpatialObject, TokenInfo
+from gateway.service import Service
+from gateway.tokens import ModelTokens
+from shared.errors import ErrorCode
+from shared.protocol import ModelCard
+
+_DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
+_MAX_PROMPTS: Final = 64
+
+_encode = msgspec.json.encode
+TokenIds = Annotated[list[Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]], Meta(min_length=1)]
+
+
+class CompletionBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+    """The request's JSON. `prompt` is checked by hand: msgspec cannot tell its four forms apart."""
+
+    prompt: Any
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    # refused when they ask for something
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+_decode = msgspec.json.Decoder(CompletionBody).decode
+
+
+class Completion:
+    """One parsed and prepared request. Choice i continues prompt i // n."""
+
+    def __init__(
+        self,
+        request_id: str,
+        body: CompletionBody,
+        asked: list[GenerateRequest],
+        echoes: list[str],
+        tokens: ModelTokens,
+    ) -> None:
+        self.asked = asked
+        self.stream = bool(body.stream)
+        self._tokens = tokens
+        self._echoes = echoes
+        self._offsets = [len(echo) for echo in echoes]
+        self._want_logprobs = body.logprobs is not None
+        options = body.stream_options
+        self._want_usage = self.stream and options is not None and bool(options.include_usage)
+        self._id, self._created, self._model = f"cmpl-{request_id}", int(time.time()), asked[0].model_id
+        head = {"id": self._id, "object": "text_completion", "created": self._created, "model": self._model}
+        self._head = b"data: " + _encode(head)[:-1]
+        self._tail = (b'],"usage":null' if self._want_usage else b"]") + b"}\n\n"
+
+    # ------------------------------------------------------------ the stream, see `transport.sse.Shape`
+
+    def opening(self) -> bytes:
+        """The prompts, where they are to be echoed."""
+        return b"".join(
+            self._chunk(index, echo, None, None) for index, echo in enumerate(self._echoes) if echo
+        )
+
+    def delta(self, index: int, delta: Delta) -> bytes:
+        """One chunk."""
+        return self._chunk(index, delta.text, delta.logprobs, None)
+
+    def found(self, index: int, found: SpatialObject) -> bytes:
+        """A completion finds no objects."""
+        return b""
+
+    def end(self, index: int, end: End) -> bytes:
+        """The chunk with the finish reason."""
+        return self._chunk(index, "", None, finish_reason(end))
+
+    def closing(self, ends: Sequence[End]) -> bytes:
+        """Usage, if asked for, and the end mark."""
+        if not self._want_usage:
+            return b"data: [DONE]\n\n"
+        usage = _encode(self._usage(ends))
+        return self._head + b',"choices":[],"usage":' + usage + b"}\n\ndata: [DONE]\n\n"
+
+    def error(self, error: RequestError) -> bytes:
+        """An error in mid-stream."""
+        return b"data: " + error_body(error) + b"\n\n"
+
+    def _chunk(self, index: int, text: str, infos: list[TokenInfo] | None, reason: str | None) -> bytes:
+        choice = {
+            "index": index,
+            "text": text,
+            "logprobs": self._logprobs(infos, self._offsets[index]) if infos else None,
+            "finish_reason": reason,
+        }
+        if infos:
+            self._offsets[index] += sum(len(self._tokens.token_text(info.token_id)) for info in infos)
+        return self._head + b',"choices":[' + _encode(choice) + self._tail
+
+    # ------------------------------------------------------------ the whole answer
+
+    def answer(self, choices: Sequence[Collected]) -> Json:
+        """The answer of a request that does not stream."""
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": [
+                {
+                    "index": index,
+                    "text": self._echoes[index] + choice.text,
+                    "logprobs": self._logprobs(choice.infos, len(self._echoes[index]))
+                    if self._want_logprobs
+                    else None,
+                    "finish_reason": finish_reason(choice.end),
+                }
+                for index, choice in enumerate(choices)
+            ],
+            "usage": self._usage([choice.end for choice in choices if choice.end is not None]),
+        }
+
+    def _usage(self, ends: Sequence[End]) -> Json:
+        """As for chat, but several prompts count each."""
+        count = max(1, len(ends) // max(1, len({tuple(one.prompt_ids) for one in self.asked})))
+        usage = usage_object(ends)
+        usage["prompt_tokens"] = sum(end.usage.prompt_tokens for end in ends[::count])
+        usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+        return usage
+
+    def _logprobs(self, infos: Sequence[TokenInfo], offset: int) -> Json:
+        """The older form: parallel lists."""
+        texts = [self._tokens.token_text(info.token_id) for info in infos]
+        offsets = []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        return {
+            "tokens": texts,
+            "token_logprobs": [finite(info.logprob) for info in infos],
+            "top_logprobs": [
+                {self._tokens.token_text(token_id): finite(logprob) for token_id, logprob in info.top}
+                for info in infos
+            ],
+            "text_offset": offsets,
+        }
+
+
+async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -> Completion:
+    """Check a body and prepare everything that can fail before submitting. Raises `RequestError`."""
+    body = decode_body(_decode, data)
+    refuse(body, ("suffix",))
+    if body.best_of not in (None, 1):
+        raise RequestError(ErrorCode.UNSUPPORTED, "best_of: only 1 is supported; use n", param="best_of")
+    if body.echo and body.logprobs is not None:
+        raise RequestError(
+            ErrorCode.UNSUPPORTED, "echo: logprobs of the prompt are not computed", param="echo"
+        )
+    card = core.card(body.model)
+    count = choice_count(body, core.config.max_n)
+    num_logprobs = -1 if body.logprobs is None else body.logprobs
+    sampled = samplings(body, card, num_logprobs, count)
+    stop, constraint = stops(body.stop), grammar(body.response_format)
+    prompts = await _read_prompts(core, card, body.prompt)
+    core.check_capacity(card.model_id, tenant, count * len(prompts))
+    given = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    asked, echoes = [], []
+    for place, (text, ids) in enumerate(prompts):
+        room = core.room(card.model_id, len(ids))
+        max_tokens = token_budget(given, card, room, "max_tokens", body.min_tokens)
+        for index, sampling in enumerate(sampled):
+            alone = count == 1 and len(prompts) == 1
+            asked.append(
+                GenerateRequest(
+                    request_id=request_id if alone else f"{request_id}-{place * count + index}",
+                    model_id=card.model_id,
+                    prompt_ids=ids,
+                    max_tokens=min(max_tokens, room) if body.max_tokens is None else max_tokens,
+                    sampling=sampling,
+                    stop=stop,
+                    stop_ids=stop_ids(body, card),
+                    tenant=tenant,
+                    priority=body.priority or 0,
+                    grammar=constraint,
+                    ignore_eos=bool(body.ignore_eos),
+                )
+            )
+            echoes.append(
+                (text if text is not None else core.decode(card.model_id, ids)) if body.echo else ""
+            )
+    return Completion(request_id, body, asked, echoes, core.tokens(card.model_id))
+
+
+async def _read_prompts(core: Service, card: ModelCard, given: Any) -> list[tuple[str | None, list[int]]]:
+    """The prompts as (text where given as text, ids). Raises `RequestError`."""
+    if isinstance(given, list) and given and all(type(item) is int for item in given):
+        listed: list[Any] = [given]
+    else:
+        listed = given if isinstance(given, list) else [given]
+    if not listed:
+        raise invalid("at least one prompt is needed", "prompt")
+    if len(listed) > _MAX_PROMPTS:
+        raise invalid(f"at most {_MAX_PROMPTS} prompts are accepted", "prompt")
+    bos = [] if card.bos_id is None else [card.bos_id]
+    prompts: list[tuple[str | None, list[int]]] = []
+    for place, item in enumerate(listed):
+        if isinstance(item, str):
+            if len(item) > core.config.max_prompt_chars:
+                message = f"prompt: at most {core.config.max_prompt_chars} characters are accepted"
+                raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="prompt")
+            prompts.append((item, bos + await core.encode_async(card.model_id, item)))
+            continue
+        try:
+            ids = msgspec.convert(item, TokenIds)
+        except msgspec.ValidationError:
+            message = "expected text, a list of texts, token ids, or a list of lists of token ids"
+            raise invalid(message, f"prompt[{place}]" if listed is given else "prompt") from None
+        if max(ids) >= card.vocab_size:
+            raise invalid(f"token ids are between 0 and {card.vocab_size - 1}", "prompt")
+        prompts.append((None, ids))
+    return prompts

@@ -1,0 +1,27 @@
+"""Owns `/v1/models`: which models answer here. No sockets; runs on the gateway's loop."""
+
+from __future__ import annotations
+
+from gateway.api.answers import Json
+from gateway.service import Service
+from shared.protocol import ModelCard
+
+
+def list_models(core: Service) -> Json:
+    """OpenAI's list; extra fields say what a model can do."""
+    return {"object": "list", "data": [model_object(card) for card in core.cards()]}
+
+
+def model_object(card: ModelCard) -> Json:
+    """One entry."""
+    return {
+        "id": card.model_id,
+        "object": "model",
+        "created": card.created,
+        "owned_by": card.owned_by,
+        "family": card.family,
+        "description": card.description,
+        "context_tokens": card.context_tokens,
+        "capabilities": card.capabilities,
+        "takes_images": card.image is not None,
+    }

@@ -1,0 +1,190 @@
+"""Owns the HTTP application: which route calls what, and the page. Runs on the gateway's loop."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from aiohttp import web
+
+from gateway.api import chat, completions, models, moondream
+from gateway.api.answers import Collected, Json, collect
+from gateway.config import GatewayConfig
+from gateway.generation import GenerateRequest, RequestError
+from gateway.service import Service
+from gateway.transport import sse
+from gateway.transport.http import REQUEST_ID, TENANT, Boundary, Handler, json_response, public, read_body
+from shared.errors import ErrorCode
+
+WEB_FOLDER: Final = Path(__file__).parent / "web"
+SERVICE: Final = web.AppKey("service", Service)
+
+_PAGE_TYPES: Final = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".webp": "image/webp",
+    ".ico": "image/x-icon",
+    ".woff2": "font/woff2",
+    ".json": "application/json",
+    ".webmanifest": "application/manifest+json",
+}
+_PAGE_HEADERS: Final = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+        "connect-src 'self' ws: wss:; font-src 'self'; manifest-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+class Asked(sse.Shape, Protocol):
+    """A prepared request of any API: what to submit, and how to say the answer, whole or streamed."""
+
+    asked: list[GenerateRequest]
+    stream: bool
+
+    def answer(self, choices: list[Collected]) -> Json: ...
+
+
+Prepare = Callable[..., Awaitable[Any]]
+
+
+def create_app(service: Service) -> web.Application:
+    """The application over a started (or starting) service."""
+    config = service.config
+    boundary = Boundary(config, service.metrics)
+    app = web.Application(middlewares=[boundary.middleware], client_max_size=config.max_body_bytes)
+    app.on_response_prepare.append(boundary.on_prepare)
+    app[SERVICE] = service
+    router = app.router
+    for path, prepare in (
+        ("/v1/chat/completions", chat.prepare),
+        ("/v1/completions", completions.prepare),
+        ("/v1/query", moondream.prepare_query),
+        ("/v1/caption", moondream.prepare_caption),
+        ("/v1/detect", moondream.prepare_detect),
+        ("/v1/point", moondream.prepare_point),
+    ):
+        router.add_post(path, _generation(service, prepare))
+    router.add_get("/v1/models", _models(service))
+    router.add_get("/v1/models/{model_id:.+}", _model(service))
+    for path in ("/healthz", "/health"):
+        router.add_get(path, _live)
+    for path in ("/readyz", "/v1/health/ready"):
+        router.add_get(path, _ready(service))
+    router.add_get("/metrics", _metrics(service))
+    router.add_get("/debug/trace", _trace(service))
+    register = _optional("gateway.transport.websocket", "register_websocket")
+    if register is not None:
+        register(app, service, config)
+    _add_page(app)
+    return app
+
+
+def _generation(service: Service, prepare: Prepare) -> Handler:
+    """A handler for one generating route."""
+    config: GatewayConfig = service.config
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if service.draining:
+            raise RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+        data = await read_body(request, config)
+        asked: Asked = await prepare(service, data, request_id=request[REQUEST_ID], tenant=request[TENANT])
+        if asked.stream:
+            return await sse.respond(request, config, service.metrics, service.submit, asked.asked, asked)
+        return json_response(asked.answer(await collect(service.submit, asked.asked)))
+
+    return handle
+
+
+def _models(service: Service) -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return json_response(models.list_models(service))
+
+    return handle
+
+
+def _model(service: Service) -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return json_response(models.model_object(service.card(request.match_info["model_id"])))
+
+    return handle
+
+
+@public("liveness")
+async def _live(request: web.Request) -> web.StreamResponse:
+    return json_response({"status": "live"})
+
+
+def _ready(service: Service) -> Handler:
+    @public("readiness")
+    async def handle(request: web.Request) -> web.StreamResponse:
+        ready, reason = service.readiness()
+        response = json_response({"status": "ready" if ready else "not ready", "reason": reason})
+        if not ready:
+            response.set_status(503)
+            response.headers["Retry-After"] = "1"
+        return response
+
+    return handle
+
+
+def _metrics(service: Service) -> Handler:
+    @public("metrics")
+    async def handle(request: web.Request) -> web.StreamResponse:
+        body = service.metrics.render()
+        return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    return handle
+
+
+def _trace(service: Service) -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        asked = request.query.get("steps", "200")
+        if not (asked.isascii() and asked.isdecimal() and len(asked) < 6 and 1 <= int(asked) <= 10_000):
+            message = "steps: a number from 1 to 10000"
+            raise RequestError(ErrorCode.INVALID_REQUEST, message, param="steps")
+        return web.Response(body=await service.trace(int(asked)), content_type="application/json")
+
+    return handle
+
+
+def _add_page(app: web.Application) -> None:
+    """The page at `/` and each file beside it under its name: a fixed list, so no path can lead elsewhere."""
+    if not (WEB_FOLDER / "index.html").is_file():
+        return
+    for file in sorted(WEB_FOLDER.rglob("*")):
+        if file.is_file() and file.suffix in _PAGE_TYPES:
+            path = file.relative_to(WEB_FOLDER).as_posix()
+            handler = _page_file(file)
+            app.router.add_get(f"/{path}", handler)
+            if path == "index.html":
+                app.router.add_get("/", handler)
+
+
+def _page_file(file: Path) -> Handler:
+    headers = {**_PAGE_HEADERS, "Content-Type": _PAGE_TYPES[file.suffix]}
+    read = file.read_bytes  # small, and read anew each time so that the page can be edited while it is served
+
+    @public("page")
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=read(), headers=headers)
+
+    return handle
+
+
+def _optional(module: str, name: str) -> Callable[..., Any] | None:
+    """A transport that may not be installed (its libraries are missing); anything else that fails is an error."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError:
+        return None

@@ -1,0 +1,211 @@
+"""Owns the boundary of every HTTP route: host, key, request id, bounded body, errors, CORS, log line. Gateway's loop.
+
+Access is denied by default on the *matched* route: a handler that nobody marked public needs a key wherever
+keys are configured, whatever its path looks like.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final, TypeVar
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from gateway.access import Access
+from gateway.config import GatewayConfig
+from gateway.errors import error_body, error_headers, http_status
+from gateway.generation import RequestError
+from gateway.metrics import Metrics
+from shared.errors import ErrorCode
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+H = TypeVar("H", bound=Callable[..., Awaitable[web.StreamResponse]])
+
+TENANT: Final = web.RequestKey("tenant", str)
+REQUEST_ID: Final = web.RequestKey("request_id", str)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
+_TRACE_PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_EXPOSED: Final = "x-request-id, retry-after, retry-after-ms"
+_ALLOWED_HEADERS: Final = "authorization, content-type, x-moondream-auth, x-request-id, traceparent"
+
+log = structlog.get_logger(__name__)
+
+
+def public(group: str) -> Callable[[H], H]:
+    """Mark a handler as open without a key: always for "liveness", else where the setting `public` names it."""
+
+    def mark(handler: H) -> H:
+        handler.public_group = group  # type: ignore[attr-defined]
+        return handler
+
+    return mark
+
+
+def authenticates_itself(handler: H) -> H:
+    """Mark a handler that checks keys its own way (a WebSocket's may come as its first message)."""
+    handler.authenticates_itself = True  # type: ignore[attr-defined]
+    return handler
+
+
+class Boundary:
+    """The outermost middleware."""
+
+    def __init__(self, config: GatewayConfig, metrics: Metrics) -> None:
+        self._config = config
+        self._metrics = metrics
+        self._access = Access(config)
+        self._public = frozenset((*config.public, "liveness"))
+
+    @web.middleware
+    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Run one request. Only cancellation leaves it as an exception."""
+        started_s = time.monotonic()
+        given = request.headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+        request[REQUEST_ID] = request_id
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        if _TRACE_PARENT.fullmatch(request.headers.get("traceparent", "")):
+            structlog.contextvars.bind_contextvars(trace_id=request.headers["traceparent"][3:35])
+        status = 499
+        code: str | None = None
+        try:
+            response = await self._answer(request, handler)
+            status = response.status
+            return response
+        except RequestError as error:
+            status, code = http_status(error), error.code.value
+            return error_response(error)
+        except web.HTTPException as error:
+            status = error.status
+            return error_response(_of_http(error, request), status=status, headers=error.headers)
+        except ConnectionError:
+            return web.Response(status=499)  # the client left; nobody reads this
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            status, code = 500, ErrorCode.INTERNAL.value
+            log.error("handler_failed", exc_info=True)
+            return error_response(RequestError(ErrorCode.INTERNAL, "an internal error; the log knows more"))
+        finally:
+            route = route_name(request)
+            self._metrics.on_response(route, status)
+            elapsed_ms = round((time.monotonic() - started_s) * 1000, 1)
+            tell = log.debug if status < 400 else log.info
+            tell("http", route=route, method=request.method, status=status, code=code, elapsed_ms=elapsed_ms)
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        self._access.check_host(request.headers.get("Host"))
+        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+            return self._preflight(request)
+        target = getattr(request.match_info, "handler", None)
+        if getattr(target, "authenticates_itself", False) or getattr(target, "public_group", None) in self._public:
+            request[TENANT] = ""
+        else:
+            request[TENANT] = self._access.authenticate(request.headers)
+        return await handler(request)
+
+    def _preflight(self, request: web.Request) -> web.Response:
+        if self._access.cors_origin(request.headers.get("Origin")) is None:
+            message = "this origin may not call; add it to cors_origins on the server"
+            raise RequestError(ErrorCode.FORBIDDEN_ORIGIN, message)
+        headers = {
+            "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+            "Access-Control-Allow-Headers": _ALLOWED_HEADERS,
+            "Access-Control-Max-Age": "600",
+        }
+        return web.Response(status=204, headers=headers)
+
+    async def on_prepare(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Headers of every answer, streams included; a signal of the application."""
+        headers = response.headers
+        if REQUEST_ID in request:
+            headers["x-request-id"] = request[REQUEST_ID]
+        headers["X-Content-Type-Options"] = "nosniff"
+        headers["Server"] = "degas"
+        origin = self._access.cors_origin(request.headers.get("Origin"))
+        if origin is not None:
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = _EXPOSED
+            headers["Vary"] = "Origin"
+
+
+def route_name(request: web.Request) -> str:
+    """The matched route's pattern; never the path, which is the client's to choose."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "unmatched"
+
+
+def json_response(value: object, *, status: int = 200) -> web.Response:
+    """An answer in JSON."""
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
+
+
+def error_response(
+    error: RequestError, *, status: int | None = None, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """An error in OpenAI's shape, with its `Retry-After`."""
+    response = web.Response(
+        body=error_body(error),
+        status=status or http_status(error),
+        content_type="application/json",
+        headers=error_headers(error),
+    )
+    if error.code is ErrorCode.PAYLOAD_TOO_LARGE:
+        response.force_close()  # the rest of the body is not worth reading
+    if headers is not None and "Allow" in headers:
+        response.headers["Allow"] = headers["Allow"]
+    return response
+
+
+def _of_http(error: web.HTTPException, request: web.Request) -> RequestError:
+    """What aiohttp's own refusals mean here."""
+    if error.status == 404:
+        return RequestError(
+            ErrorCode.NOT_FOUND, "there is nothing at this path; see /v1/models, /v1/chat/completions"
+        )
+    if error.status == 405:
+        return RequestError(ErrorCode.INVALID_REQUEST, f"{request.method} is not offered at this path")
+    if error.status == 413:
+        return RequestError(ErrorCode.PAYLOAD_TOO_LARGE, "the body is too large")
+    return RequestError(ErrorCode.INVALID_REQUEST if error.status < 500 else ErrorCode.INTERNAL, error.reason)
+
+
+async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
+    """The whole body, within its bounds of size and time. Raises `RequestError`."""
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        message = "compressed bodies are not accepted; send it without Content-Encoding"
+        raise RequestError(ErrorCode.INVALID_REQUEST, message)
+    if request.content_type not in ("application/json", "application/octet-stream", "text/plain"):
+        message = f"expected Content-Type application/json, got {request.content_type[:100]}"
+        raise RequestError(ErrorCode.INVALID_REQUEST, message)
+    limit = config.max_body_bytes
+    if request.content_length is not None and request.content_length > limit:
+        raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, f"the body may have at most {limit} bytes")
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(config.body_timeout_s):
+            async for piece in request.content.iter_any():
+                size += len(piece)
+                if size > limit:
+                    raise RequestError(
+                        ErrorCode.PAYLOAD_TOO_LARGE, f"the body may have at most {limit} bytes"
+                    )
+                pieces.append(piece)
+    except TimeoutError:
+        message = f"the body did not arrive within {config.body_timeout_s:g} s"
+        raise RequestError(ErrorCode.SLOW_CLIENT, message) from None
+    except (RequestError, ConnectionError):
+        raise
+    except Exception as error:  # aiohttp reports broken chunking as one of several payload errors
+        message = f"the body cannot be read ({type(error).__name__})"
+        raise RequestError(ErrorCode.INVALID_REQUEST, message) from None
+    return b"".join(pieces)

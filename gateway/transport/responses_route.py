@@ -1,0 +1,95 @@
+"""Owns `POST /v1/responses`: streamed as server-sent events, or answered whole. Runs on the gateway's loop."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+from aiohttp import web
+
+from gateway.api import responses
+from gateway.api.conversations import Conversations
+from gateway.api.response_events import Event, Json, ResponseStream, Sink
+from gateway.generation import End, RequestError
+from gateway.service import Service
+from gateway.transport.http import TENANT, json_response, read_body
+from gateway.transport.sse import EventWriter
+from shared.errors import ErrorCode
+
+_encode = msgspec.json.Encoder().encode
+
+
+class EventStreamSink:
+    """Spells events as `event:` and `data:` lines."""
+
+    __slots__ = ("_writer",)
+
+    def __init__(self, writer: EventWriter) -> None:
+        self._writer = writer
+
+    def send(self, event: Event) -> None:
+        """See `Sink`."""
+        self._writer.write(b"event: %b\ndata: %b\n\n" % (event.type.encode(), _encode(event)))
+
+
+class LastResponseSink:
+    """Keeps only the latest response object: an answer in one piece is the terminal event's."""
+
+    def __init__(self) -> None:
+        self.response: Json | None = None
+
+    def send(self, event: Event) -> None:
+        """See `Sink`."""
+        self.response = getattr(event, "response", self.response)
+
+
+class ResponsesRoute:
+    """The POST route and the turns it leaves to be continued."""
+
+    def __init__(self, service: Service, conversations: Conversations) -> None:
+        self._service = service
+        self._conversations = conversations
+
+    async def serve(self, request: web.Request) -> web.StreamResponse:
+        """Handle one request. Raises `RequestError` while the answer can still be an HTTP status."""
+        service = self._service
+        if service.draining:
+            raise RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+        body = responses.parse_body(await read_body(request, service.config))
+        tenant = request[TENANT]
+        previous = responses.recall(body.previous_response_id, tenant, self._conversations)
+        prepared = await responses.prepare(service, body, tenant=tenant, previous=previous)
+        done: asyncio.Future[End] = asyncio.get_running_loop().create_future()
+        writer = EventWriter(request, service.config, service.metrics) if body.stream else None
+
+        def on_closed(stream: ResponseStream, end: End, text: str) -> None:
+            if body.store is not False:
+                self._conversations.remember_answer(
+                    tenant, stream.opening.response_id, prepared.turn, end, text
+                )
+            if not done.done():
+                done.set_result(end)
+            if writer is not None:
+                writer.wake()
+
+        whole = LastResponseSink()
+        sink: Sink = whole if writer is None else EventStreamSink(writer)
+        stream = ResponseStream(prepared.opening, sink, service.tokens(prepared.request.model_id), on_closed)
+        stream.running = service.submit(prepared.request, stream)
+        try:
+            if writer is None:
+                end = await done
+                if end.error is not None:
+                    raise end.error
+                return json_response(whole.response)
+            await writer.first()
+            if stream.refusal is not None:
+                raise stream.refusal
+            stream.open()
+            await writer.open()
+            end = await done
+            return await writer.finish(close=end.error is not None)
+        finally:
+            if writer is not None:
+                writer.abandon()
+            stream.cancel()
