@@ -16,7 +16,15 @@ def configure_logs(process: str, *, level: str = "info", json: bool | None = Non
     """
     if json is None:
         json = not sys.stderr.isatty()
+
+    def name_process(
+        logger: object, method: str, event: structlog.types.EventDict
+    ) -> structlog.types.EventDict:
+        event["process"] = process  # not a context variable: those do not reach other threads
+        return event
+
     processors: list[structlog.types.Processor] = [
+        name_process,
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -31,4 +39,3 @@ def configure_logs(process: str, *, level: str = "info", json: bool | None = Non
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.bind_contextvars(process=process)

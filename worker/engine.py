@@ -90,7 +90,7 @@ class Engine:
         self._clock = clock
         self._epoch = epoch
         self._on_beat = on_beat
-        self._next_beat_s = clock()
+        self._started_s = self._next_beat_s = clock()
         self._drain_until_s = 0.0
         self._waited_s = 0.0
         self._had_work = False  # something could be launched whenever the loop last looked
@@ -348,6 +348,7 @@ class Engine:
 
     def _gauges(self) -> dict[str, float]:
         out = self.metrics.export()
+        out["loop_seconds_total"] = self._clock() - self._started_s
         out["preemptions_total"] = self.scheduler.num_preemptions
         cache = self.scheduler.cache
         if cache is not None:

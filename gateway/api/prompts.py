@@ -18,7 +18,6 @@ from gateway.generation import PreparedImage, RequestError
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard
 
-
 _WITHOUT_LANGUAGE: Final = ("sim", "fake")  # stand-ins for a model: any rendering is as good as another
 
 

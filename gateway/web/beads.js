@@ -108,6 +108,8 @@ export class Beads {
     context.beginPath();
     context.roundRect(left + 0.5, middle - tall / 2, breadth, tall, tall / 2);
     if (hollow) {
+      context.fillStyle = getComputedStyle(this.strip).getPropertyValue("--surface");
+      context.fill();
       context.strokeStyle = colour;
       context.lineWidth = 1.25;
       context.stroke();

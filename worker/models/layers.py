@@ -14,6 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Take = Callable[..., Tensor]
+"""`take(name, *shape, dtype=…)`: a checkpoint's tensor by canonical name, of that shape, on the model's device.
+Without `dtype` in the model's own."""
+
 # Reordering wants to know a typical batch; 32 measured best or equal from 1 to 128 rows.
 _PACK_ROWS = 32
 
@@ -99,3 +103,20 @@ class Mlp:
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + mlp(x)."""
         return self.fc2.add(self.fc1.gelu(x), residual)
+
+
+def take_linear(take: Take, name: str, inputs: int, outputs: int) -> PackedLinear:
+    """The linear layer stored as `name.weight` and `name.bias`."""
+    return PackedLinear(take(f"{name}.weight", outputs, inputs), take(f"{name}.bias", outputs))
+
+
+def take_norm(take: Take, name: str, dim: int) -> LayerNorm:
+    """The norm stored as `name.weight` and `name.bias`."""
+    return LayerNorm(take(f"{name}.weight", dim), take(f"{name}.bias", dim))
+
+
+def take_mlp(take: Take, name: str, inputs: int, inner: int, outputs: int) -> Mlp:
+    """The two layers stored as `name.fc1` and `name.fc2`."""
+    return Mlp(
+        take_linear(take, f"{name}.fc1", inputs, inner), take_linear(take, f"{name}.fc2", inner, outputs)
+    )

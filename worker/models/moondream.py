@@ -12,10 +12,10 @@ from torch import Tensor
 from shared.protocol import ModelCard
 from worker.models.attention import AttentionPlan, GatherSpace
 from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
-from worker.models.layers import LayerNorm, PackedLinear
+from worker.models.layers import PackedLinear, Take, take_linear, take_norm
 from worker.models.moondream_config import MoondreamConfig, TextConfig, make_card, parse_config
 from worker.models.moondream_region import RegionModel
-from worker.models.moondream_vision import Take, VisionEncoder
+from worker.models.moondream_vision import VisionEncoder
 from worker.models.weights import Checkpoint, Target, read_config
 
 _ROPE_THETA = 10000.0
@@ -77,8 +77,8 @@ class Moondream:
         self.dtype = self._wte.dtype
         self.kv_dtype = torch.float32 if device.type == "cpu" else self.dtype
         self._blocks = [_TextBlock(take, f"text.blocks.{index}", text) for index in range(text.n_layers)]
-        self._post_ln = LayerNorm(take("text.post_ln.weight", text.dim), take("text.post_ln.bias", text.dim))
-        self._lm_head = _linear(take, "text.lm_head", text.dim, text.vocab_size)
+        self._post_ln = take_norm(take, "text.post_ln", text.dim)
+        self._lm_head = take_linear(take, "text.lm_head", text.dim, text.vocab_size)
         self._space = GatherSpace()
         self._rope = _rope_table(text.head_dim // 2, text.max_context, device)
         self.vision = VisionEncoder(config.vision, take)
@@ -138,16 +138,14 @@ class _TextBlock:
         self._head_dim = config.head_dim
         self._num_heads = config.n_heads
         self._num_rotated = config.n_heads + config.n_kv_heads
-        self._ln = LayerNorm(take(f"{name}.ln.weight", dim), take(f"{name}.ln.bias", dim))
+        self._ln = take_norm(take, f"{name}.ln", dim)
         weight = take(f"{name}.attn.qkv.weight", config.qkv_dim, dim)
         order = _pair_order(config).to(weight.device)
         self._qkv = PackedLinear(weight[order], take(f"{name}.attn.qkv.bias", config.qkv_dim)[order])
-        self._fc1 = _linear(take, f"{name}.mlp.fc1", dim, config.ff_dim)
+        self._fc1 = take_linear(take, f"{name}.mlp.fc1", dim, config.ff_dim)
         # Attention's projection and the MLP's second layer add to the same residual: one product over both inputs.
-        proj, fc2 = (
-            take(f"{name}.attn.proj.weight", dim, dim),
-            take(f"{name}.mlp.fc2.weight", dim, config.ff_dim),
-        )
+        proj = take(f"{name}.attn.proj.weight", dim, dim)
+        fc2 = take(f"{name}.mlp.fc2.weight", dim, config.ff_dim)
         bias = take(f"{name}.attn.proj.bias", dim) + take(f"{name}.mlp.fc2.bias", dim)
         self._out = PackedLinear(torch.cat([proj, fc2], dim=1), bias)
 
@@ -156,10 +154,10 @@ class _TextBlock:
     ) -> Tensor:
         num_heads, num_rotated, head_dim = self._num_heads, self._num_rotated, self._head_dim
         normed = self._ln(hidden)
-        # Rotary embedding in fp32 and in place, as one complex product over the heads of q and k.
         # Nothing that is not finite reaches the cache: a masked NaN would still spoil the pages' next owner. The
         # faulty row itself is found by its output, which keeps the NaN through the residual stream.
         heads = self._qkv(normed).float().nan_to_num_(0.0, 0.0, 0.0).view(hidden.shape[0], -1, head_dim)
+        # Rotary embedding in fp32 and in place: one complex product over the heads of q and k.
         pairs = heads[:, :num_rotated, : head_dim // 2].view(-1, num_rotated, head_dim // 4, 2)
         torch.view_as_complex(pairs).mul_(rotation)
         heads = heads.to(kv_dtype)
@@ -186,10 +184,6 @@ def _rope_table(num_dims: int, max_context: int, device: torch.device) -> Tensor
     inverse = 1.0 / (_ROPE_THETA ** (torch.arange(0, num_dims, 2, dtype=torch.float32) / num_dims))
     angles = torch.arange(max_context, dtype=torch.float32)[:, None] * inverse
     return torch.polar(torch.ones_like(angles), angles).unsqueeze(1).to(device)
-
-
-def _linear(take: Take, name: str, inputs: int, outputs: int) -> PackedLinear:
-    return PackedLinear(take(f"{name}.weight", outputs, inputs), take(f"{name}.bias", outputs))
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype, report: ProgressReport) -> Moondream:

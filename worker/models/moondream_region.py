@@ -12,9 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from worker.models.layers import Mlp, PackedLinear
+from worker.models.layers import Take, take_linear, take_mlp
 from worker.models.moondream_config import RegionConfig
-from worker.models.moondream_vision import Take
 
 
 class RegionModel:
@@ -28,16 +27,10 @@ class RegionModel:
         size_features = take("region.size_features", 2, config.size_feat_dim // 2, dtype=float32)
         self._coord_features = coord_features * (2 * math.pi)
         self._size_features = size_features * (2 * math.pi)
-        self._coord_encoder = _linear(take, "region.coord_encoder", config.coord_feat_dim, dim)
-        self._size_encoder = _linear(take, "region.size_encoder", config.size_feat_dim, dim)
-        self._coord_decoder = Mlp(
-            _linear(take, "region.coord_decoder.fc1", dim, inner),
-            _linear(take, "region.coord_decoder.fc2", inner, config.coord_out_dim),
-        )
-        self._size_decoder = Mlp(
-            _linear(take, "region.size_decoder.fc1", dim, inner),
-            _linear(take, "region.size_decoder.fc2", inner, config.size_out_dim),
-        )
+        self._coord_encoder = take_linear(take, "region.coord_encoder", config.coord_feat_dim, dim)
+        self._size_encoder = take_linear(take, "region.size_encoder", config.size_feat_dim, dim)
+        self._coord_decoder = take_mlp(take, "region.coord_decoder", dim, inner, config.coord_out_dim)
+        self._size_decoder = take_mlp(take, "region.size_decoder", dim, inner, config.size_out_dim)
 
     def encode_coordinate(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """(R, 1) fp32 values → (R, D) embeddings of `dtype`."""
@@ -74,7 +67,3 @@ def _fourier(values: Tensor, frequencies: Tensor) -> Tensor:
     for column in range(1, frequencies.shape[0]):
         phases = torch.addcmul(phases, values[:, column : column + 1], frequencies[column])
     return torch.cat([phases.cos(), phases.sin()], dim=-1)
-
-
-def _linear(take: Take, name: str, inputs: int, outputs: int) -> PackedLinear:
-    return PackedLinear(take(f"{name}.weight", outputs, inputs), take(f"{name}.bias", outputs))

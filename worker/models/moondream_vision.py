@@ -1,8 +1,7 @@
-"""Owns Moondream's vision encoder: cutting crops on the device, encoding, stitching, projecting. Decode thread."""
+"""Owns Moondream's vision encoder: crops in, input embeddings of the language model out. Decode thread."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -10,48 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worker.models.contract import ImageCrops
-from worker.models.layers import LayerNorm, Mlp, PackedLinear
+from worker.models.layers import Take, take_linear, take_mlp, take_norm
 from worker.models.moondream_config import VisionConfig
-
-Take = Callable[..., Tensor]
-"""Takes a canonical tensor name and the expected shape; returns the tensor on the model's device and dtype."""
-
-
-def cut_crops(image: ImageCrops, crop_size: int, margin: int) -> Tensor:
-    """One picture → (1 + tiles, S, S, 3) uint8 on the device: the global crop, then the tiles row by row.
-
-    Neighbouring tiles share `margin` pixels (both sides together). Raises ValueError when the canvas or the
-    global crop is not of the size that the tiling asks for.
-    """
-    window = crop_size - margin
-    height, width = image.tiles_h * window + margin, image.tiles_w * window + margin
-    if image.canvas.shape != (height, width, 3) or image.global_crop.shape != (crop_size, crop_size, 3):
-        raise ValueError(
-            f"{image.tiles_h}×{image.tiles_w} tiles need a canvas of {height}×{width} and a global crop of "
-            f"{crop_size}×{crop_size}, not {tuple(image.canvas.shape)} and {tuple(image.global_crop.shape)}"
-        )
-    crops = torch.empty(
-        1 + image.tiles_h * image.tiles_w,
-        crop_size,
-        crop_size,
-        3,
-        dtype=torch.uint8,
-        device=image.canvas.device,
-    )
-    crops[0] = image.global_crop
-    tiles = image.canvas.unfold(0, crop_size, window).unfold(1, crop_size, window)
-    crops[1:].view(image.tiles_h, image.tiles_w, crop_size, crop_size, 3).copy_(tiles.permute(0, 1, 3, 4, 2))
-    return crops
-
-
-def stitch_rows(tiles: int, grid: int, margin: int) -> list[int]:
-    """Which of `tiles · grid` feature rows to keep, in order: interior margins belong to the neighbour's middle."""
-    kept: list[int] = []
-    for tile in range(tiles):
-        first = 0 if tile == 0 else margin
-        last = grid if tile == tiles - 1 else grid - margin
-        kept.extend(range(tile * grid + first, tile * grid + last))
-    return kept
+from worker.models.tiling import cut_crops, stitch_rows
 
 
 class VisionEncoder:
@@ -60,16 +20,15 @@ class VisionEncoder:
     def __init__(self, config: VisionConfig, take: Take) -> None:
         self._config = config
         dim, ff_dim = config.enc_dim, config.enc_ff_dim
-        self._patch_emb = _linear(take, "vision.patch_emb", 3 * config.enc_patch_size**2, dim)
+        self._patch_emb = take_linear(take, "vision.patch_emb", 3 * config.enc_patch_size**2, dim)
         self._pos_emb = take("vision.pos_emb", 1, config.num_tokens, dim)
         self._blocks = [
             _VisionBlock(take, f"vision.blocks.{index}", dim, ff_dim, config.enc_n_heads)
             for index in range(config.enc_n_layers)
         ]
-        self._post_ln = _norm(take, "vision.post_ln", dim)
-        self._proj_mlp = Mlp(
-            _linear(take, "vision.proj_mlp.fc1", 2 * dim, config.proj_inner_dim),
-            _linear(take, "vision.proj_mlp.fc2", config.proj_inner_dim, config.proj_out_dim),
+        self._post_ln = take_norm(take, "vision.post_ln", dim)
+        self._proj_mlp = take_mlp(
+            take, "vision.proj_mlp", 2 * dim, config.proj_inner_dim, config.proj_out_dim
         )
         self._dtype = self._pos_emb.dtype
         self._kept = lru_cache(maxsize=64)(self._kept_index)
@@ -122,13 +81,11 @@ class _VisionBlock:
 
     def __init__(self, take: Take, name: str, dim: int, ff_dim: int, num_heads: int) -> None:
         self._num_heads = num_heads
-        self._ln1 = _norm(take, f"{name}.ln1", dim)
-        self._qkv = _linear(take, f"{name}.attn.qkv", dim, 3 * dim)
-        self._proj = _linear(take, f"{name}.attn.proj", dim, dim)
-        self._ln2 = _norm(take, f"{name}.ln2", dim)
-        self._mlp = Mlp(
-            _linear(take, f"{name}.mlp.fc1", dim, ff_dim), _linear(take, f"{name}.mlp.fc2", ff_dim, dim)
-        )
+        self._ln1 = take_norm(take, f"{name}.ln1", dim)
+        self._qkv = take_linear(take, f"{name}.attn.qkv", dim, 3 * dim)
+        self._proj = take_linear(take, f"{name}.attn.proj", dim, dim)
+        self._ln2 = take_norm(take, f"{name}.ln2", dim)
+        self._mlp = take_mlp(take, f"{name}.mlp", dim, ff_dim, dim)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         crops, tokens, dim = hidden.shape
@@ -137,11 +94,3 @@ class _VisionBlock:
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(crops, tokens, dim)
         hidden = self._proj.add(mixed, hidden)
         return self._mlp.add(self._ln2(hidden), hidden)
-
-
-def _linear(take: Take, name: str, inputs: int, outputs: int) -> PackedLinear:
-    return PackedLinear(take(f"{name}.weight", outputs, inputs), take(f"{name}.bias", outputs))
-
-
-def _norm(take: Take, name: str, dim: int) -> LayerNorm:
-    return LayerNorm(take(f"{name}.weight", dim), take(f"{name}.bias", dim))

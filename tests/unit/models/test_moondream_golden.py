@@ -15,7 +15,7 @@ from torch import Tensor
 from shared.tiling import canvas_for, choose_tiles
 from worker.models.contract import ImageCrops
 from worker.models.moondream import Moondream
-from worker.models.moondream_vision import cut_crops
+from worker.models.tiling import cut_crops
 
 TOLERANCE = 1e-4
 Golden = dict[str, np.ndarray]

@@ -1,0 +1,53 @@
+"""Owns `degas bench …`: what can be measured on this machine, each as a command. Runs in the main thread."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, help="Measure parts of Degas; every figure in the docs has its command here.")
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def loop(
+    device: Annotated[str, typer.Option(help="Only 'sim' for now: steps held for a GPU's time.")] = "sim",
+    profile: Annotated[str, typer.Option(help="Whose step times: b200, rtx3090, h200-0.6b …")] = "b200",
+    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
+    seconds: Annotated[float, typer.Option(help="Measured time of each run.")] = 4.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Blocking against pipelined decoding: step time, host time, bubble and gain, beside the published rows."""
+    from loadtest.bubble import PUBLISHED, measure_row
+
+    if device != "sim":
+        raise typer.BadParameter("only the simulated device has fixed step times", param_hint="--device")
+    done = [measure_row(int(number), profile, seconds) for number in rows.split(",")]
+    if as_json:
+        print(json.dumps([row.to_json() for row in done]))
+        return
+    table = Table(title=f"decode step, milliseconds ({profile}, simulated device in real time, SSE clients)")
+    for name in ("rows", "forward", "sample", "blocking", "pipelined", "host µs", "bubble", "busy", "gain", "tokens/s"):
+        table.add_column(name, justify="right")
+    table.add_column("published (pipelined / blocking / gain)", justify="right", style="dim")
+    for row in done:
+        known = PUBLISHED.get((profile, row.rows))
+        table.add_row(
+            str(row.rows),
+            f"{row.forward_ms:.2f}",
+            f"{row.sample_ms:.2f}",
+            f"{row.blocking_ms:.3f}",
+            f"{row.pipelined_ms:.3f}",
+            f"{row.host_us:.0f}",
+            f"{row.bubble_ms:.3f}",
+            f"{row.busy_pct:.1f}%",
+            f"{row.gain_pct:.1f}%",
+            f"{row.tokens_per_s:.0f}",
+            f"{known[0]} / {known[1]} / {known[2]}%" if known else "",
+        )
+    Console().print(table)
