@@ -54,10 +54,11 @@ class Gateway:
             max_field_size=16380,
             max_headers=100,
             lingering_time=_LINGER_S,
+            shutdown_timeout=1.0,
         )
         await runner.setup()
         self._runner = runner
-        site = web.TCPSite(runner, config.host, config.port, backlog=1024, shutdown_timeout=1.0)
+        site = web.TCPSite(runner, config.host, config.port, backlog=1024)
         try:
             await site.start()
         except OSError:

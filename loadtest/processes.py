@@ -121,7 +121,7 @@ def serving(worker_flags: list[str], *, gateway_settings: dict[str, str] | None 
             url = f"http://127.0.0.1:{port}"
             try:
                 probe = WorkerProbe(endpoint)
-                _wait_ready(url)
+                wait_ready(url)
             except Exception:
                 for name in ("worker.log", "gateway.log"):
                     sys.stderr.write((folder / name).read_text()[-2000:])
@@ -132,7 +132,8 @@ def serving(worker_flags: list[str], *, gateway_settings: dict[str, str] | None 
                 probe.close()
 
 
-def _wait_ready(url: str) -> None:
+def wait_ready(url: str) -> None:
+    """Poll readiness. Raises TimeoutError."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while True:
         try:

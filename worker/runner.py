@@ -79,7 +79,7 @@ class TorchRunner:
         kv_shape = (num_pages, page_tokens, model.num_kv_heads, model.head_dim)
 
         def memory() -> list[Tensor]:
-            empty = partial(torch.zeros, kv_shape, dtype=model.dtype, device=device.torch_device)
+            empty = partial(torch.zeros, kv_shape, dtype=model.kv_dtype, device=device.torch_device)
             return [empty() for _ in range(model.num_layers)]
 
         self.cache = KVCache(memory(), memory(), page_tokens)

@@ -261,6 +261,18 @@ class Scheduler:
             num = seq.prefix_tokens - start
             if not first:
                 return None
+        elif start + num < seq.num_known:
+            # Cuts at page boundaries: matrix products round alike wherever a prompt is cut (I8 on the CPU).
+            page_tokens = self.pages.page_tokens
+            num = (
+                max(
+                    (start + num) // page_tokens * page_tokens,
+                    seq.prefix_tokens if start < seq.prefix_tokens else 0,
+                )
+                - start
+            )
+            if num <= 0 and first:
+                num = min(seq.num_known - start, budget)
         if num <= 0:
             return None
         return Chunk(seq, start, num, start + num == seq.num_known)

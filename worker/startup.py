@@ -166,7 +166,12 @@ def _dtype(config: WorkerConfig, device: Device) -> torch.dtype:
 
 def _num_pages(config: WorkerConfig, device: Device, model: Model) -> int:
     page_bytes = (
-        2 * model.num_layers * config.page_tokens * model.num_kv_heads * model.head_dim * model.dtype.itemsize
+        2
+        * model.num_layers
+        * config.page_tokens
+        * model.num_kv_heads
+        * model.head_dim
+        * model.kv_dtype.itemsize
     )
     on_cpu = device.torch_device.type == "cpu"
     free_bytes = min(device.free_bytes(), config.kv_bytes) if on_cpu else device.free_bytes()

@@ -34,7 +34,7 @@ class Conversations:
         self._max_turns = max_turns
         self._max_bytes = max_bytes
         self._turns: OrderedDict[tuple[str, str], Turn] = OrderedDict()
-        self._size_bytes = 0
+        self.size_bytes = 0
 
     def __len__(self) -> int:
         return len(self._turns)
@@ -43,11 +43,12 @@ class Conversations:
         """Keep a finished turn, forgetting the oldest as needed. A turn larger than the whole bound is not kept."""
         if turn.size_bytes > self._max_bytes:
             return
+        replaced = self._turns.pop((tenant, response_id), None)
         self._turns[tenant, response_id] = turn
-        self._size_bytes += turn.size_bytes
-        while len(self._turns) > self._max_turns or self._size_bytes > self._max_bytes:
+        self.size_bytes += turn.size_bytes - (replaced.size_bytes if replaced else 0)
+        while len(self._turns) > self._max_turns or self.size_bytes > self._max_bytes:
             _, forgotten = self._turns.popitem(last=False)
-            self._size_bytes -= forgotten.size_bytes
+            self.size_bytes -= forgotten.size_bytes
 
     def remember_answer(self, tenant: str, response_id: str, turn: Turn, end: End, text: str) -> None:
         """Keep a turn with its answer, unless it failed or was cancelled: such a turn cannot be continued."""

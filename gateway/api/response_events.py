@@ -21,6 +21,11 @@ from shared.errors import ErrorCode, FinishReason
 
 Json = dict[str, Any]
 
+_encode = msgspec.json.Encoder().encode
+
+_DELTA_HEAD: Final = b'{"type":"response.output_text.delta","sequence_number":'
+_DELTA_TAIL: Final = b',"logprobs":[]}'
+
 TERMINAL: Final = frozenset({"response.completed", "response.failed", "response.incomplete", "error"})
 
 CLIENT_FAULTS: Final = frozenset(
@@ -136,8 +141,8 @@ class ObjectFound(Event, tag="degas.object", kw_only=True):
 class Sink(Protocol):
     """Where a response's events go: frames and writes each at once, never awaits."""
 
-    def send(self, event: Event) -> None:
-        """Take one event."""
+    def send(self, kind: str, event: bytes) -> None:
+        """Take one event: its type, and all of it as JSON."""
 
 
 class TokenBytes(Protocol):
@@ -169,6 +174,7 @@ class ResponseStream:
 
     __slots__ = (
         "_created_at",
+        "_delta_middle",
         "_first_s",
         "_item_id",
         "_logprobs",
@@ -184,6 +190,7 @@ class ResponseStream:
         "ended",
         "opening",
         "refusal",
+        "response",
         "running",
     )
 
@@ -198,11 +205,15 @@ class ResponseStream:
         self.running: RunningStream | None = None
         self.ended = False
         self.refusal: RequestError | None = None
+        self.response: Json | None = None
         self._sink = sink
         self._tokens = tokens
         self._on_closed = on_closed
         self._stream_id: str | UnsetType = UNSET if opening.stream_id is None else opening.stream_id
         self._item_id = "msg_" + opening.response_id.removeprefix("resp_")
+        place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
+        lane = {} if opening.stream_id is None else {"stream_id": opening.stream_id}
+        self._delta_middle = b"," + _encode({**lane, **place})[1:-1] + b',"delta":'
         self._sequence_number = -1
         self._text: list[str] = []
         self._logprobs: list[Json] = []
@@ -214,6 +225,9 @@ class ResponseStream:
 
     # ------------------------------------------------------------ events out
 
+    def _send(self, event: Event) -> None:
+        self._sink.send(event.type, _encode(event))
+
     def _next(self) -> int:
         self._sequence_number += 1
         return self._sequence_number
@@ -224,8 +238,8 @@ class ResponseStream:
             return
         self._opened = True
         snapshot = self.snapshot("in_progress")
-        self._sink.send(Created(self._next(), self._stream_id, response=snapshot))
-        self._sink.send(InProgress(self._next(), self._stream_id, response=snapshot))
+        self._send(Created(self._next(), self._stream_id, response=snapshot))
+        self._send(InProgress(self._next(), self._stream_id, response=snapshot))
         item = {
             "id": self._item_id,
             "type": "message",
@@ -233,8 +247,8 @@ class ResponseStream:
             "status": "in_progress",
             "content": [],
         }
-        self._sink.send(ItemAdded(self._next(), self._stream_id, item=item, output_index=0))
-        self._sink.send(
+        self._send(ItemAdded(self._next(), self._stream_id, item=item, output_index=0))
+        self._send(
             PartAdded(
                 self._next(),
                 self._stream_id,
@@ -247,7 +261,17 @@ class ResponseStream:
 
     def _emit_text(self, text: str, logprobs: list[Json]) -> None:
         self._text.append(text)
-        self._sink.send(
+        if not logprobs:  # the hot path: everything around the number and the text is made once
+            event = b"%b%d%b%b%b" % (
+                _DELTA_HEAD,
+                self._next(),
+                self._delta_middle,
+                _encode(text),
+                _DELTA_TAIL,
+            )
+            self._sink.send("response.output_text.delta", event)
+            return
+        self._send(
             TextDelta(
                 self._next(),
                 self._stream_id,
@@ -283,7 +307,7 @@ class ResponseStream:
             self._first_s = time.monotonic()
         shape = found.box() if self.opening.task == "detect" else {"x": found.x, "y": found.y}
         shape = {name: round(value, 4) for name, value in shape.items()}
-        self._sink.send(
+        self._send(
             ObjectFound(
                 self._next(),
                 self._stream_id,
@@ -316,17 +340,17 @@ class ResponseStream:
         text = "".join(self._text)
         if end.reason is FinishReason.ERROR:
             error = end.error or RequestError(ErrorCode.INTERNAL, "the stream failed")
-            response = self.snapshot("failed", text, end, error_object(error))
-            self._sink.send(Failed(self._next(), self._stream_id, response=response))
+            self.response = self.snapshot("failed", text, end, error_object(error))
+            self._send(Failed(self._next(), self._stream_id, response=self.response))
         else:
             whole = end.reason is FinishReason.STOP
             status = "completed" if whole else "incomplete"
             self._close_item(text, status)
             if end.reason is FinishReason.CANCELLED:
                 status = "cancelled"
-            response = self.snapshot(status, text, end)
+            self.response = self.snapshot(status, text, end)
             terminal = Completed if whole else Incomplete
-            self._sink.send(terminal(self._next(), self._stream_id, response=response))
+            self._send(terminal(self._next(), self._stream_id, response=self.response))
         if self._on_closed is not None:
             self._on_closed(self, end, text)
 
@@ -339,10 +363,10 @@ class ResponseStream:
 
     def _close_item(self, text: str, status: str) -> None:
         common: Json = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-        self._sink.send(TextDone(self._next(), self._stream_id, text=text, logprobs=self._logprobs, **common))
-        self._sink.send(PartDone(self._next(), self._stream_id, part=self._part(text), **common))
+        self._send(TextDone(self._next(), self._stream_id, text=text, logprobs=self._logprobs, **common))
+        self._send(PartDone(self._next(), self._stream_id, part=self._part(text), **common))
         item = self._item(text, status)
-        self._sink.send(ItemDone(self._next(), self._stream_id, item=item, output_index=0))
+        self._send(ItemDone(self._next(), self._stream_id, item=item, output_index=0))
 
     def _part(self, text: str) -> Json:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs}

@@ -16,7 +16,7 @@ import structlog
 
 from gateway.api import responses
 from gateway.api.conversations import Conversations
-from gateway.api.response_events import Event, ResponseStream
+from gateway.api.response_events import ResponseStream
 from gateway.api.responses import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer
 from gateway.errors import error_headers, error_object, http_status
 from gateway.generation import End, RequestError, Usage
@@ -57,9 +57,9 @@ class LaneSink:
     def __init__(self, writer: FrameWriter) -> None:
         self._writer = writer
 
-    def send(self, event: Event) -> None:
+    def send(self, kind: str, event: bytes) -> None:
         """See `Sink`."""
-        self._writer.write(_encode(event))
+        self._writer.write(event)
 
 
 class Pending:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
-import msgspec
 from aiohttp import web
 
 from gateway.api import responses
 from gateway.api.conversations import Conversations
-from gateway.api.response_events import Event, Json, ResponseStream, Sink
+from gateway.api.response_events import ResponseStream, Sink
 from gateway.generation import End, RequestError
 from gateway.service import Service
 from gateway.transport.http import TENANT, json_response, read_body
 from gateway.transport.sse import EventWriter
 from shared.errors import ErrorCode
-
-_encode = msgspec.json.Encoder().encode
 
 
 class EventStreamSink:
@@ -27,20 +24,16 @@ class EventStreamSink:
     def __init__(self, writer: EventWriter) -> None:
         self._writer = writer
 
-    def send(self, event: Event) -> None:
+    def send(self, kind: str, event: bytes) -> None:
         """See `Sink`."""
-        self._writer.write(b"event: %b\ndata: %b\n\n" % (event.type.encode(), _encode(event)))
+        self._writer.write(b"event: %b\ndata: %b\n\n" % (kind.encode(), event))
 
 
-class LastResponseSink:
-    """Keeps only the latest response object: an answer in one piece is the terminal event's."""
+class NoSink:
+    """For an answer in one piece: only the terminal response counts, and the stream keeps it."""
 
-    def __init__(self) -> None:
-        self.response: Json | None = None
-
-    def send(self, event: Event) -> None:
+    def send(self, kind: str, event: bytes) -> None:
         """See `Sink`."""
-        self.response = getattr(event, "response", self.response)
 
 
 class ResponsesRoute:
@@ -72,8 +65,7 @@ class ResponsesRoute:
             if writer is not None:
                 writer.wake()
 
-        whole = LastResponseSink()
-        sink: Sink = whole if writer is None else EventStreamSink(writer)
+        sink: Sink = NoSink() if writer is None else EventStreamSink(writer)
         stream = ResponseStream(prepared.opening, sink, service.tokens(prepared.request.model_id), on_closed)
         stream.running = service.submit(prepared.request, stream)
         try:
@@ -81,7 +73,7 @@ class ResponsesRoute:
                 end = await done
                 if end.error is not None:
                     raise end.error
-                return json_response(whole.response)
+                return json_response(stream.response)
             await writer.first()
             if stream.refusal is not None:
                 raise stream.refusal

@@ -7,17 +7,28 @@ as they are. A picture is a `data:` URL in `media_refs`; preprocessed tensors ar
 
 from __future__ import annotations
 
-import secrets
+import math
 
 import msgspec
 from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
+from gateway.api.parameters import (
+    MAX_TOP_LOGPROBS,
+    SamplingFields,
+    choice_count,
+    decode_body,
+    invalid,
+    samplings,
+    stop_ids,
+    stops,
+    token_budget,
+)
 from gateway.api.prompts import task_prompt
 from gateway.generation import GenerateRequest, PreparedImage, RequestError
 from gateway.service import Service
 from shared.errors import ErrorCode
-from shared.protocol import Grammar, ModelCard, Sampling
+from shared.protocol import Grammar, ModelCard
 
 
 async def read_request(
@@ -26,36 +37,59 @@ async def read_request(
     """One `GenerateRequest` a sample. Raises `RequestError` naming the field at fault."""
     card = core.card(None)
     params = request.sampling_params
-    num_samples = params.n or 1
-    if num_samples > core.config.max_n:
-        raise RequestError(
-            ErrorCode.INVALID_REQUEST,
-            f"n is {num_samples}; at most {core.config.max_n}",
-            param="sampling_params.n",
-        )
     _refuse_unsupported(request)
+    fields = _fields(params)
+    num_samples = choice_count(fields, core.config.max_n)
+    num_logprobs = params.logprobs if params.HasField("logprobs") else -1
+    if params.HasField("logprobs") and not 0 <= num_logprobs <= MAX_TOP_LOGPROBS:
+        raise invalid(f"between 0 and {MAX_TOP_LOGPROBS}", "logprobs")
+    if any(token_id >= card.vocab_size for token_id in params.stop_token_ids):
+        raise invalid(f"token ids are between 0 and {card.vocab_size - 1}", "stop_token_ids")
+    sampled = samplings(fields, card, num_logprobs, num_samples)
+    stop, grammar = stops(fields.stop), _grammar(params)
     core.check_capacity(card.model_id, tenant, num_samples)
     prompt_ids = await _read_prompt(core, card, request)
     images = await _read_images(core, card, prompt_ids, request)
-    seed = params.seed if params.HasField("seed") else secrets.randbits(62)
     room = core.room(card.model_id, len(prompt_ids), len(images))
     return [
         GenerateRequest(
             request_id=request_id if num_samples == 1 else f"{request_id}-{index}",
             model_id=card.model_id,
             prompt_ids=prompt_ids,
-            max_tokens=params.max_tokens
-            if params.HasField("max_tokens")
-            else min(card.default_max_tokens, room),
-            sampling=_sampling(params, card, seed + index),
+            max_tokens=token_budget(fields.max_tokens, card, room, "max_tokens"),
+            sampling=sampling,
             images=images,
-            stop=list(params.stop),
-            stop_ids=[*([] if params.ignore_eos else card.eos_ids), *params.stop_token_ids],
+            stop=stop,
+            stop_ids=[*stop_ids(fields, card), *params.stop_token_ids],
             tenant=tenant,
-            grammar=_grammar(params),
+            grammar=grammar,
         )
-        for index in range(num_samples)
+        for index, sampling in enumerate(sampled)
     ]
+
+
+def _fields(params: pb.SamplingParams) -> SamplingFields:
+    """The parameters as the other interfaces spell and check them. Raises `RequestError`."""
+    given: dict[str, object] = {
+        "min_p": params.min_p,
+        "top_k": params.top_k,
+        "frequency_penalty": params.frequency_penalty,
+        "presence_penalty": params.presence_penalty,
+        "min_tokens": params.min_tokens,
+        "ignore_eos": params.ignore_eos,
+        "stop": list(params.stop),
+        "logit_bias": {str(token_id): bias for token_id, bias in params.logit_bias.items()},
+    }
+    for name in ("n", "top_p", "repetition_penalty"):
+        if getattr(params, name) != 0:
+            given[name] = getattr(params, name)
+    for name in ("temperature", "max_tokens", "seed"):
+        if params.HasField(name):
+            given[name] = getattr(params, name)
+    for name, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise invalid("a finite number is expected", name)
+    return decode_body(lambda _: msgspec.convert(given, SamplingFields), b"")
 
 
 def _refuse_unsupported(request: pb.GenerateRequest) -> None:
@@ -124,39 +158,6 @@ async def _read_images(
         message = f"the prompt of a picture starts with {card.bos_id}, the picture follows it"
         raise RequestError(ErrorCode.INVALID_REQUEST, message, param="tokenized.input_ids")
     return [await core.prepare_image(card.model_id, items[0].url, param="media_refs.items[0].url")]
-
-
-def _sampling(params: pb.SamplingParams, card: ModelCard, seed: int) -> Sampling:
-    checks = (
-        ("temperature", params.temperature, 0.0, 2.0),
-        ("top_p", params.top_p, 0.0, 1.0),
-        ("min_p", params.min_p, 0.0, 1.0),
-        ("frequency_penalty", params.frequency_penalty, -2.0, 2.0),
-        ("presence_penalty", params.presence_penalty, -2.0, 2.0),
-        ("repetition_penalty", params.repetition_penalty, 0.0, 10.0),
-        ("logprobs", params.logprobs, 0, 20),
-    )
-    for name, value, low, high in checks:
-        if not low <= value <= high:  # also refuses NaN
-            raise RequestError(
-                ErrorCode.INVALID_REQUEST,
-                f"{name} must be between {low} and {high}",
-                param=f"sampling_params.{name}",
-            )
-    return Sampling(
-        temperature=params.temperature if params.HasField("temperature") else card.default_temperature,
-        top_k=params.top_k,
-        top_p=params.top_p or card.default_top_p,
-        min_p=params.min_p,
-        seed=seed % (1 << 63),
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        repetition_penalty=params.repetition_penalty or 1.0,
-        logit_bias=dict(params.logit_bias),
-        suppress_ids=card.suppress_ids,
-        num_logprobs=params.logprobs if params.HasField("logprobs") else -1,
-        min_tokens=params.min_tokens,
-    )
 
 
 def _grammar(params: pb.SamplingParams) -> Grammar | None:

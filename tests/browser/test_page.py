@@ -303,7 +303,9 @@ def test_a_lost_worker_is_told_and_the_page_recovers(site: Site, visit: Callable
 def test_a_server_with_keys_asks_for_one(visit: Callable[..., Visit]) -> None:
     with (
         demo_worker() as worker,
-        GatewayThread(workers=[worker.endpoint], api_keys="correct-key-1", public="page,readiness") as gateway,
+        GatewayThread(
+            workers=[worker.endpoint], api_keys="correct-key-1", public="page,readiness"
+        ) as gateway,
     ):
         gateway.wait_ready()
         page = visit(gateway.url).page
@@ -318,5 +320,9 @@ def test_a_server_with_keys_asks_for_one(visit: Callable[..., Visit]) -> None:
         page.keyboard.press("Enter")
         expect(page.locator("#key-dialog")).to_be_hidden()
         expect(page.locator(".card").first).to_have_attribute("data-state", "done")
-        assert page.evaluate("() => [localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+        assert page.evaluate("() => [localStorage.length, sessionStorage.length, document.cookie]") == [
+            0,
+            0,
+            "",
+        ]
         assert "correct-key-1" not in page.content()

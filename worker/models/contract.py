@@ -77,6 +77,7 @@ class Model(Protocol):
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    kv_dtype: torch.dtype  # what the paged memory holds; may be wider than the weights where that is faster
     device: torch.device
     prefix_tokens: int  # bidirectional prefix of a prompt that carries an image (BOS + image); 0 if none
     weight_bytes: int

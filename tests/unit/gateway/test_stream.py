@@ -49,7 +49,11 @@ def test_text_comes_back_and_never_as_half_a_character(text: str, keep_special: 
     assert "".join(pieces) == text and detokenizer.flush() == ""
 
 
-@given(st.lists(st.one_of(st.integers(0, PIECE_VOCAB - 1), st.sampled_from([230, 155, 172, 3 + 0xE6])), max_size=40))
+@given(
+    st.lists(
+        st.one_of(st.integers(0, PIECE_VOCAB - 1), st.sampled_from([230, 155, 172, 3 + 0xE6])), max_size=40
+    )
+)
 def test_pieces_of_other_decoders_concatenate_to_the_whole(ids: list[int]) -> None:
     detokenizer = PIECES.detokenizer()
     assert "".join(map(detokenizer.step, ids)) + detokenizer.flush() == PIECES.decode(ids)

@@ -1,0 +1,97 @@
+"""The official moondream client, unmodified: query, caption, detect, point, chat, streams and keys."""
+
+from __future__ import annotations
+
+import urllib.error
+
+import moondream
+import pytest
+from PIL import Image
+
+from shared import protocol as wire
+from tests.fake_worker import FakeWorker, text_ids
+from tests.gateway_thread import GatewayThread
+
+
+def test_query(gateway: GatewayThread, worker: FakeWorker, picture: Image.Image) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
+    worker.reply(" Two réd circles.")
+    assert model.query(picture, "how many?")["answer"] == "Two réd circles."
+    prompt = wire.unpack_i32(worker.submits[0].prompt).tolist()
+    assert prompt == [0, 1, 8, 2, *text_ids("how many?"), 3]
+    assert len(worker.submits[0].images) == 1
+    assert model.query(question="without a picture?")["answer"] == "Two réd circles."
+    assert worker.submits[1].images == []
+
+
+def test_streams(gateway: GatewayThread, worker: FakeWorker, picture: Image.Image) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
+    worker.reply("ein Bild 🎈")
+    assert "".join(model.query(picture, "what?", stream=True)["answer"]) == "ein Bild 🎈"
+    assert "".join(model.caption(picture, stream=True)["caption"]) == "ein Bild 🎈"
+
+
+@pytest.mark.parametrize(("length", "token"), [("short", 21), ("normal", 22), ("long", 23)])
+def test_caption(
+    gateway: GatewayThread, worker: FakeWorker, picture: Image.Image, length: str, token: int
+) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
+    worker.reply("a red field")
+    settings = {"temperature": 0.3, "top_p": 0.9, "max_tokens": 40}
+    assert model.caption(picture, length=length, settings=settings)["caption"] == "a red field"
+    submit = worker.submits[0]
+    assert wire.unpack_i32(submit.prompt).tolist() == [0, 1, 20, 2, token, 3]
+    assert (submit.sampling.temperature, submit.sampling.top_p, submit.max_tokens) == (0.3, 0.9, 40)
+
+
+def test_detect(gateway: GatewayThread, worker: FakeWorker, picture: Image.Image) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
+    worker.reply_objects([(0.5, 0.5, 0.5, 0.25), (0.0, 1.0, 0.5, 0.5)])
+    objects = model.detect(picture, "circle", settings={"max_objects": 2})["objects"]
+    assert objects == [
+        {"x_min": 0.25, "y_min": 0.375, "x_max": 0.75, "y_max": 0.625},
+        {"x_min": 0.0, "y_min": 0.75, "x_max": 0.25, "y_max": 1.0},
+    ]
+    submit = worker.submits[0]
+    assert (submit.task, submit.max_objects, submit.max_tokens) == ("detect", 2, 7)
+    assert wire.unpack_i32(submit.prompt).tolist() == [0, 1, 24, 2, *text_ids(" circle"), 3]
+
+
+def test_point(gateway: GatewayThread, worker: FakeWorker, picture: Image.Image) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
+    worker.reply_objects([(0.25, 0.75)])
+    assert model.point(picture, "circle")["points"] == [{"x": 0.25, "y": 0.75}]
+    worker.reply_objects([])
+    assert model.point(picture, "square")["points"] == []
+
+
+def test_chat(worker: FakeWorker) -> None:
+    """Its chat asks for a model by its hosted name unless told: an alias makes that work."""
+    aliases = {"moondream3-preview": "fake-vl"}
+    with GatewayThread(workers=[worker.endpoint], model_aliases=aliases) as gateway:
+        gateway.wait_ready()
+        model = moondream.vl(endpoint=f"{gateway.url}/v1")
+        worker.reply("hello")
+        messages = [{"role": "user", "content": "hi"}]
+        assert model.chat(messages)["message"]["content"] == "hello"
+        assert "".join(model.chat(messages, stream=True)["message"]) == "hello"
+
+
+def test_what_is_not_offered_is_refused_by_name(gateway: GatewayThread, picture: Image.Image) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        model.query(picture, "why?", reasoning=True)
+    assert caught.value.code == 400 and b'"param":"reasoning"' in caught.value.read()
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        model.point(picture, "x", spatial_refs=[(0.5, 0.5)])
+    assert caught.value.code == 400
+
+
+def test_keys(worker: FakeWorker, picture: Image.Image) -> None:
+    with GatewayThread(workers=[worker.endpoint], api_keys="secret-key-1,secret-key-2") as gateway:
+        gateway.wait_ready()
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            moondream.vl(endpoint=f"{gateway.url}/v1").query(picture, "what?")
+        assert caught.value.code == 401
+        model = moondream.vl(endpoint=f"{gateway.url}/v1", api_key="secret-key-2")
+        assert model.query(picture, "what?")["answer"]

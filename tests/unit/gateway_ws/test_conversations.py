@@ -1,0 +1,56 @@
+"""What `previous_response_id` can continue: bounded, by tenant, oldest forgotten first."""
+
+from __future__ import annotations
+
+from gateway.api.conversations import Conversations, Turn
+from gateway.generation import End, PreparedImage, Usage
+from shared.errors import FinishReason
+from shared.protocol import ImageInput
+
+
+def turn(text: str = "hi", image_bytes: int = 0) -> Turn:
+    """A turn of a known size."""
+    image = PreparedImage(ImageInput(1, 1, 1, 1, 1, b""), b"", b"x" * image_bytes) if image_bytes else None
+    return Turn((("user", text),), image)
+
+
+def test_turns_belong_to_their_tenant() -> None:
+    held = Conversations()
+    held.remember("a", "resp_1", turn())
+    assert held.recall("a", "resp_1") is not None
+    assert held.recall("b", "resp_1") is None
+
+
+def test_the_oldest_goes_first_by_count_and_use() -> None:
+    held = Conversations(max_turns=2)
+    held.remember("", "1", turn())
+    held.remember("", "2", turn())
+    assert held.recall("", "1") is not None  # used, so younger than 2
+    held.remember("", "3", turn())
+    assert held.recall("", "2") is None
+    assert held.recall("", "1") is not None and held.recall("", "3") is not None
+
+
+def test_bytes_are_bounded_and_counted_back() -> None:
+    held = Conversations(max_bytes=1000)
+    for number in range(50):
+        held.remember("", str(number), turn(image_bytes=300))
+        assert held.size_bytes <= 1000
+    assert len(held) == 3
+    held.remember("", "huge", turn(image_bytes=5000))
+    assert held.recall("", "huge") is None and len(held) == 3
+    held.remember("", "49", turn(image_bytes=200))  # the same id again replaces, and is counted once
+    assert held.size_bytes == sum(held.recall("", name).size_bytes for name in ("47", "48", "49"))  # type: ignore[union-attr]
+
+
+def test_failed_turns_are_not_kept() -> None:
+    held = Conversations()
+    for reason in FinishReason:
+        held.remember_answer("", reason.value, turn(), End(reason, Usage()), "yes")
+    assert {reason for reason in FinishReason if held.recall("", reason.value)} == {
+        FinishReason.STOP,
+        FinishReason.LENGTH,
+        FinishReason.DEADLINE,
+    }
+    kept = held.recall("", "stop")
+    assert kept is not None and kept.messages == (("user", "hi"), ("assistant", "yes"))

@@ -1,0 +1,182 @@
+"""One response's events: any history of deltas, objects and an end gives the API's order and one terminal event."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.api.response_events import TERMINAL, Opening, ResponseStream
+from gateway.generation import Delta, End, RequestError, SpatialObject, TokenInfo, Usage
+from shared.errors import ErrorCode, FinishReason
+
+
+class Kept:
+    """A sink that keeps what it is sent, as decoded JSON."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, object]] = []
+
+    def send(self, kind: str, event: bytes) -> None:
+        decoded = json.loads(event)
+        assert decoded["type"] == kind
+        self.events.append(decoded)
+
+
+class Bytes:
+    """A tokenizer of one byte a token."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+
+class Cancelled:
+    """A running stream that counts its cancels."""
+
+    request_id = "r"
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def cancel(self) -> None:
+        self.count += 1
+
+
+def stream(task: str = "text", stream_id: str | None = None) -> tuple[ResponseStream, Kept]:
+    """A stream and what it says."""
+    kept = Kept()
+    return ResponseStream(Opening("resp_1", "m", task, {}, stream_id), kept, Bytes()), kept
+
+
+def end(reason: FinishReason = FinishReason.STOP, error: RequestError | None = None) -> End:
+    """An end with a usage."""
+    return End(reason, Usage(10, 5, decode_s=0.4), error)
+
+
+Step = str | FinishReason
+steps = st.lists(
+    st.one_of(st.text(max_size=5), st.sampled_from(list(FinishReason)), st.just("open!")), max_size=12
+)
+
+
+@given(steps, st.sampled_from([None, "lane-1"]))
+def test_any_history_is_ordered_and_ends_once(history: list[Step], stream_id: str | None) -> None:
+    one, kept = stream(stream_id=stream_id)
+    one.open()
+    said, ended = "", False
+    for step in history:
+        if isinstance(step, FinishReason):
+            error = RequestError(ErrorCode.DEVICE_ERROR, "x") if step is FinishReason.ERROR else None
+            one.on_end(end(step, error))
+            ended = True
+        elif step == "open!":
+            one.open()
+        else:
+            one.on_delta(Delta(step, (1,), 0))
+            said += "" if ended else step
+    kinds = [str(event["type"]) for event in kept.events]
+    assert [event["sequence_number"] for event in kept.events] == list(range(len(kinds)))
+    assert kinds[:4] == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+    ]  # fmt: skip
+    assert sum(kind in TERMINAL for kind in kinds) == ended
+    assert "".join(str(event["delta"]) for event in kept.events if "delta" in event) == said
+    if ended:
+        assert kinds[-1] in TERMINAL
+    assert all(event.get("stream_id") == stream_id for event in kept.events)
+
+
+def test_a_failure_before_anything_was_said_is_left_to_the_transport() -> None:
+    one, kept = stream()
+    error = RequestError(ErrorCode.QUEUE_FULL, "full")
+    one.on_end(end(FinishReason.ERROR, error))
+    assert kept.events == [] and one.refusal is error and one.ended
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "status", "why"),
+    [
+        (FinishReason.STOP, "response.completed", "completed", None),
+        (FinishReason.LENGTH, "response.incomplete", "incomplete", "max_output_tokens"),
+        (FinishReason.DEADLINE, "response.incomplete", "incomplete", "deadline"),
+        (FinishReason.CANCELLED, "response.incomplete", "cancelled", "cancelled"),
+    ],
+)
+def test_each_reason_has_its_own_ending(
+    reason: FinishReason, kind: str, status: str, why: str | None
+) -> None:
+    one, kept = stream()
+    one.on_delta(Delta("hi", (1,), 0))
+    one.on_end(end(reason))
+    last = kept.events[-1]
+    response = last["response"]
+    assert isinstance(response, dict)
+    assert (last["type"], response["status"]) == (kind, status)
+    assert response["incomplete_details"] == (why and {"reason": why})
+    assert response["degas"]["tokens_per_second"] == 10.0
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        (ErrorCode.QUEUE_FULL, "rate_limit_exceeded"),
+        (ErrorCode.CONTEXT_LENGTH_EXCEEDED, "invalid_prompt"),
+        (ErrorCode.WORKER_LOST, "server_error"),
+    ],
+)
+def test_errors_use_the_apis_own_codes(code: ErrorCode, named: str) -> None:
+    one, kept = stream()
+    one.open()
+    one.on_end(end(FinishReason.ERROR, RequestError(code, "words", retry_after_s=2.0)))
+    response = kept.events[-1]["response"]
+    assert isinstance(response, dict)
+    assert response["error"] == {"code": named, "message": "words", "type": code.value, "param": None}
+    assert response["degas"]["retry_after_s"] == 2.0
+
+
+@given(
+    st.sampled_from(["detect", "point"]),
+    st.lists(st.builds(SpatialObject, *[st.floats(0, 1) for _ in range(4)]), max_size=6),
+)
+def test_objects_and_text_say_the_same(task: str, objects: list[SpatialObject]) -> None:
+    one, kept = stream(task)
+    for found in objects:
+        one.on_delta(Delta("never shown", (5,), 0))
+        one.on_object(found)
+    one.on_end(end())
+    text = "".join(str(event["delta"]) for event in kept.events if "delta" in event)
+    shown = [event["object"] for event in kept.events if event["type"] == "degas.object"]
+    assert json.loads(text) == {"objects" if task == "detect" else "points": shown}
+    assert len(shown) == len(objects)
+
+
+def test_logprobs_follow_their_text() -> None:
+    one, kept = stream()
+    one.on_delta(Delta("a", (97,), 0, [TokenInfo(97, -0.5, [(97, -0.5), (98, float("-inf"))])]))
+    one.on_end(end())
+    delta = next(event for event in kept.events if "delta" in event)
+    assert delta["logprobs"] == [
+        {
+            "token": "a",
+            "logprob": -0.5,
+            "bytes": [97],
+            "top_logprobs": [
+                {"token": "a", "logprob": -0.5, "bytes": [97]},
+                {"token": "b", "logprob": -9999.0, "bytes": [98]},
+            ],
+        }
+    ]
+    done = next(event for event in kept.events if event["type"] == "response.output_text.done")
+    assert done["logprobs"] == delta["logprobs"]
+
+
+def test_cancel_reaches_the_worker_until_the_end() -> None:
+    one, _ = stream()
+    running = Cancelled()
+    one.running = running
+    one.cancel()
+    one.on_end(end())
+    one.cancel()
+    assert running.count == 1

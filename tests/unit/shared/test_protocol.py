@@ -1,0 +1,77 @@
+"""Golden bytes of the wire: a change here is a change of the protocol, and needs a new version or an appended field."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from shared import protocol as wire
+from shared.errors import ErrorCode, FinishReason
+
+GOLDEN = [
+    (wire.Hello(1, "abc", "gw", 5.0), "95a548656c6c6f01a3616263a26777cb4014000000000000"),
+    (wire.Cancel(7, [1, 300]), "93a643616e63656c079201cd012c"),
+    (wire.Ping(7, 1.5), "93a450696e6707cb3ff8000000000000"),
+    (wire.Drain(2.0), "92a5447261696ecb4000000000000000"),
+    (wire.Fatal(7, ErrorCode.DEVICE_ERROR, "x"), "94a5466174616c07ac6465766963655f6572726f72a178"),
+    (
+        wire.Rejected(7, 2, ErrorCode.QUEUE_FULL, "m"),
+        ("97a852656a65637465640702aa71756575655f66756c6ca16da0cb0000000000000000"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=lambda m: type(m).__name__)
+def test_golden_bytes(message: wire.Message, golden: str) -> None:
+    assert wire.encode(message).hex() == golden
+
+
+def test_step_outputs_travel_packed() -> None:
+    finish = wire.Finish(5, FinishReason.STOP, 10, 3)
+    message = wire.StepOutputs(
+        7, 9, wire.pack_i64([5, 6]), wire.pack_i32([0, 4]), wire.pack_i32([11, 12]), [finish]
+    )
+    data = wire.encode(message)
+    assert data.startswith(
+        bytes.fromhex("99ab537465704f7574707574730709c41005000000000000000600000000000000")
+    )
+    back = wire.decode_from_worker(data)
+    assert isinstance(back, wire.StepOutputs)
+    assert wire.unpack_i64(back.sequence_ids).tolist() == [5, 6]
+    assert back.finishes == [finish]
+
+
+def test_an_older_peer_may_leave_out_appended_fields() -> None:
+    short = msgspec.msgpack.encode(["Ping", 7])
+    assert wire.decode_from_gateway(short) == wire.Ping(7, 0.0)
+
+
+def test_a_newer_peers_extra_fields_are_ignored() -> None:
+    long = msgspec.msgpack.encode(["Ping", 7, 1.0, "new"])
+    assert wire.decode_from_gateway(long) == wire.Ping(7, 1.0)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xc1", b"\x93", msgspec.msgpack.encode(["Nope", 1]), msgspec.msgpack.encode(["Cancel", "x", []])],
+)
+def test_malformed_messages_raise_only_msgspec_errors(data: bytes) -> None:
+    with pytest.raises((msgspec.DecodeError, msgspec.ValidationError)):
+        wire.decode_from_gateway(data)
+
+
+def test_directions_do_not_mix() -> None:
+    with pytest.raises(msgspec.ValidationError):
+        wire.decode_from_worker(wire.encode(wire.Ping(1)))
+
+
+def test_packing_refuses_what_does_not_fit() -> None:
+    with pytest.raises(OverflowError):
+        wire.pack_i32([1 << 31])
+    with pytest.raises(ValueError, match="bytes"):
+        wire.unpack_i32(b"123")
+
+
+def test_schema_hash_sees_names_types_and_codes() -> None:
+    assert len(wire.schema_hash()) == 16
+    assert wire.schema_hash() == wire.schema_hash()
