@@ -25,7 +25,7 @@ from shared.errors import ErrorCode
 from shared.logs import configure_logs
 
 _LAST_WORDS_S: Final = 0.5  # between the last terminal event and closing connections
-_LINGER_S: Final = 2.0
+_LINGER_S: Final = 0.1  # reading on after an answer; `transport.http` has read what is worth reading
 
 log = structlog.get_logger(__name__)
 

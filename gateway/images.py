@@ -45,6 +45,7 @@ class ImageDecoder:
         self._config = config
         self._queue: asyncio.Queue[_Pending] = asyncio.Queue(_MAX_PENDING)
         self._tasks: list[asyncio.Task[None]] = []
+        self.processes: set[asyncio.subprocess.Process] = set()
         self.num_pending = 0
 
     async def start(self) -> None:
@@ -121,27 +122,39 @@ class ImageDecoder:
     # ------------------------------------------------------------ processes
 
     async def _keep_process(self) -> None:
-        """One process at a time, started anew after a death; runs until cancelled."""
+        """One process at a time, replaced when it died or did not answer; runs until cancelled."""
+        process: asyncio.subprocess.Process | None = None
         failures = 0
-        while True:
-            process: asyncio.subprocess.Process | None = None
-            try:
-                process = await self._start_process()
-                while True:
-                    await self._work(process)
+        try:
+            while True:
+                if process is None:
+                    process = await self._start_process()
+                pending = await self._queue.get()
+                if process.returncode is not None:  # died while idle: that costs this job nothing
+                    self.processes.discard(process)
+                    process = await self._start_process()
+                if pending.future.done() or await self._work(process, pending):
                     failures = 0
-            except (OSError, asyncio.IncompleteReadError, TimeoutError) as error:
-                failures += 1
-                log.warning("image_process_died", reason=type(error).__name__)
-            finally:
-                if process is not None:
-                    await _kill(process)
-            await asyncio.sleep(min(5.0, 0.05 * 2**failures))
+                    continue
+                await self._end_process(process)
+                process, failures = None, failures + 1
+                await asyncio.sleep(min(2.0, 0.02 * 2**failures))
+        finally:
+            if process is not None:
+                await self._end_process(process)
+
+    async def _end_process(self, process: asyncio.subprocess.Process) -> None:
+        self.processes.discard(process)
+        try:
+            process.kill()
+        except ProcessLookupError:
+            pass
+        await process.wait()
 
     async def _start_process(self) -> asyncio.subprocess.Process:
         # The children see the import path and nothing else of the environment: no keys, no proxies.
         environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "LC_ALL": "C.UTF-8"}
-        return await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "gateway.image_process",
@@ -152,27 +165,29 @@ class ImageDecoder:
             limit=1 << 20,
             start_new_session=True,  # a Ctrl-C at the terminal is the gateway's to handle
         )
+        self.processes.add(process)
+        return process
 
-    async def _work(self, process: asyncio.subprocess.Process) -> None:
-        """One job. Raises when the process is no longer good; its caller has been answered then."""
-        pending = await self._queue.get()
-        if pending.future.done():
-            return  # its client left
+    async def _work(self, process: asyncio.subprocess.Process, pending: _Pending) -> bool:
+        """Do one job and answer its caller, whatever happens. False when the process is no longer good."""
         timeout_s = self._config.image_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await _ask(process, pending.job, pending.data)
         except TimeoutError:
             _fail(pending, f"the picture was not decoded within {timeout_s:g} s")
-            raise
-        except (OSError, asyncio.IncompleteReadError):
-            _fail(pending, "the picture could not be decoded: its decoder died")
-            raise
+            log.warning("image_process_stuck", timeout_s=timeout_s)
+            return False
         except asyncio.CancelledError:
             pending.future.cancel()
             raise
+        except Exception as error:  # a dead process shows itself as one of several errors
+            _fail(pending, "the picture could not be decoded: its decoder died")
+            log.warning("image_process_died", reason=type(error).__name__)
+            return False
         if not pending.future.done():
             pending.future.set_result(answer)
+        return True
 
 
 async def _ask(process: asyncio.subprocess.Process, job: Job, data: bytes) -> tuple[Answer, bytes]:
@@ -190,10 +205,3 @@ def _fail(pending: _Pending, message: str) -> None:
     if not pending.future.done():
         pending.future.set_result((Answer(message), b""))
 
-
-async def _kill(process: asyncio.subprocess.Process) -> None:
-    try:
-        process.kill()
-    except ProcessLookupError:
-        pass
-    await process.wait()

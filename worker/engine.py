@@ -33,19 +33,25 @@ from shared.protocol import (
     Timing,
     TokenLogprobs,
     TokenValues,
+    Trace,
+    TraceChunk,
     pack_i32,
     pack_i64,
 )
 from worker.intake import build_sequence
+from worker.launch_timer import LaunchTimer
 from worker.metrics import WorkerMetrics
 from worker.pipeline import InFlight, Pipeline
 from worker.runner import Runner
 from worker.scheduler import Committed, Refusal, Scheduler, StepPlan, StepResult
 from worker.sequence import Sequence
+from worker.trace import HOST, TraceRecorder
 
 log = structlog.get_logger()
 
 BEAT_INTERVAL_S = 0.5
+MAX_TRACE_STEPS = 2000
+MIN_WAIT_S = 20e-6  # a commit that took less found its outputs there: it did not wait for the device
 
 Command = tuple[bytes, FromGateway | None, list[bytes]]
 """(gateway, message, payload frames) from the I/O thread. A message of None: the gateway's lease ran out."""
@@ -54,8 +60,8 @@ Command = tuple[bytes, FromGateway | None, list[bytes]]
 class Outbox(Protocol):
     """Where the decode thread leaves messages for the I/O thread. Never blocks."""
 
-    def send(self, gateway: bytes, message: FromWorker) -> None:
-        """For one gateway."""
+    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
+        """For one gateway; payloads ride as further frames."""
 
     def broadcast(self, message: FromWorker) -> None:
         """For every gateway with a lease."""
@@ -76,6 +82,8 @@ class Engine:
         epoch: int,
         depth: int = 2,
         on_beat: Callable[[int], None] | None = None,
+        late_launch: bool = True,
+        wait_for_command: Callable[[float], Command | None] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -91,6 +99,9 @@ class Engine:
         self._epoch = epoch
         self._on_beat = on_beat
         self._started_s = self._next_beat_s = clock()
+        self._trace: tuple[bytes, TraceRecorder] | None = None
+        self._timer = LaunchTimer() if late_launch else None
+        self._wait_for_command = wait_for_command or self._wait_on_inbox
         self._drain_until_s = 0.0
         self._waited_s = 0.0
         self._had_work = False  # something could be launched whenever the loop last looked
@@ -123,6 +134,8 @@ class Engine:
         committed = oldest is not None and self.runner.is_done(oldest.slot)
         if oldest is not None and committed:
             self._commit(oldest)
+        if self._is_early():
+            return True
         launched = self._launch_next()
         if len(self.pipeline) >= self.depth or not (launched or committed):
             oldest = self.pipeline.oldest
@@ -135,15 +148,42 @@ class Engine:
             self.metrics.step_host.observe(host_s)
         return launched or committed
 
+    def _is_early(self) -> bool:
+        """Whether the device has enough to do that launching can wait for what may arrive; waits for it if so.
+
+        Only while an arrival could join the step: a free row, and nobody queued already.
+        """
+        newest, scheduler = self.pipeline.newest, self.scheduler
+        if self._timer is None or newest is None or len(self.pipeline) != self.depth - 1:
+            return False
+        if newest.plan.chunks or len(scheduler.waiting) or not scheduler.free_rows:
+            return False
+        before_s = self._clock()
+        left_s = self._timer.launch_at_s(len(newest.plan.decode)) - before_s
+        if left_s <= 0:
+            return False
+        command = self._wait_for_command(left_s)
+        self._waited_s += self._clock() - before_s
+        if command is None:
+            return False
+        self._on_command(*command)
+        return True
+
     def _launch_next(self) -> bool:
         if not self.pipeline.can_launch(self.depth):
             return False
-        plan = self.scheduler.plan(self._clock())
+        before_s = self._clock()
+        plan = self.scheduler.plan(before_s)
         if plan is None:
             self._had_work = False
             return False
         self._launch(plan)
         self._had_work = True
+        after_s = self._clock()
+        if self._timer is not None and not plan.chunks and not plan.deferred:
+            self._timer.on_launch(after_s - before_s)
+        if self._trace is not None:
+            self._trace[1].span(HOST, f"plan and launch {plan.step}", before_s, after_s)
         return True
 
     def _launch(self, plan: StepPlan) -> None:
@@ -188,10 +228,16 @@ class Engine:
         result = self.runner.wait(step.slot, step.plan)
         now_s = self._clock()
         self._waited_s += now_s - before_s
+        if self._timer is not None:
+            plan = step.plan
+            waited = now_s - before_s > MIN_WAIT_S
+            self._timer.on_commit(now_s, len(plan.decode), is_decode=not plan.chunks, waited=waited)
         busy_s, idle_s = self.runner.device_times(step.slot)
         self.pipeline.commit(step)
         done = self.scheduler.commit(step.plan, result, now_s)
         self._send_step(step.plan, done, result)
+        if self._trace is not None:
+            self._record_commit(step, before_s, now_s, busy_s, idle_s)
         metrics = self.metrics
         metrics.steps_total += 1
         metrics.step_rows_total += len(step.plan.samples)
@@ -204,6 +250,16 @@ class Engine:
         if step.follows:  # else there was no work before it, and an idle device is no bubble
             metrics.bubble_seconds_total += idle_s
             metrics.step_bubble.observe(idle_s)
+
+    def _record_commit(
+        self, step: InFlight, before_s: float, read_s: float, busy_s: float, idle_s: float
+    ) -> None:
+        gateway, trace = self._trace or (b"", TraceRecorder(0))
+        trace.span(HOST, "wait", before_s, read_s)
+        trace.span(HOST, f"commit {step.plan.step}", read_s, self._clock())
+        if trace.on_commit(step, busy_s=busy_s, idle_s=idle_s, read_s=read_s):
+            self._outbox.send(gateway, TraceChunk(self._epoch, step.plan.step), [trace.to_json()])
+            self._trace = None
 
     # ------------------------------------------------------------------ commands
 
@@ -222,6 +278,8 @@ class Engine:
                 seq = self.scheduler.cancel(gateway, sequence_id, FinishReason.CANCELLED)
                 if seq is not None:
                     self._send_finish(seq)
+        elif isinstance(message, Trace):
+            self._trace = (gateway, TraceRecorder(min(max(message.num_steps, 1), MAX_TRACE_STEPS)))
         elif isinstance(message, Drain):
             self.drain(message.deadline_s)
         elif message is None:
@@ -368,13 +426,16 @@ class Engine:
 
     def _idle(self) -> None:
         """Nothing to run: sleep until a command or the next heartbeat."""
-        timeout_s = max(0.0, self._next_beat_s - self._clock())
-        if timeout_s > 0:
-            try:
-                command = self._inbox.get(timeout=timeout_s)
-            except Empty:
-                return  # time for a heartbeat
+        timeout_s = self._next_beat_s - self._clock()
+        command = self._wait_for_command(timeout_s) if timeout_s > 0 else None
+        if command is not None:
             self._on_command(*command)
+
+    def _wait_on_inbox(self, timeout_s: float) -> Command | None:
+        try:
+            return self._inbox.get(timeout=timeout_s)
+        except Empty:
+            return None
 
     def stop(self) -> None:
         """End the loop after the current tick. Called from another thread."""

@@ -252,27 +252,21 @@ class Scheduler:
         return chunks, admitted
 
     def _chunk(self, seq: Sequence, budget: int, *, first: bool) -> Chunk | None:
-        """The next piece of a prefill within `budget`, or None. The bidirectional prefix is never split; when
-        it is larger than a mixed step's budget it may overdraw it as the step's first chunk, or it would starve.
+        """The next piece of a prefill within `budget`, or None.
+
+        Cut at page boundaries where it can be, since matrix products then round alike wherever the cut falls
+        (I8). The bidirectional prefix is never cut: as the step's first chunk it may overdraw the budget, or a
+        busy batch would starve it.
         """
         start = seq.num_computed
-        num = min(seq.num_known - start, budget)
-        if start < seq.prefix_tokens and start + num < seq.prefix_tokens:
-            num = seq.prefix_tokens - start
-            if not first:
-                return None
-        elif start + num < seq.num_known:
-            # Cuts at page boundaries: matrix products round alike wherever a prompt is cut (I8 on the CPU).
+        left = seq.num_known - start
+        num = min(left, budget)
+        if num < left:
             page_tokens = self.pages.page_tokens
-            num = (
-                max(
-                    (start + num) // page_tokens * page_tokens,
-                    seq.prefix_tokens if start < seq.prefix_tokens else 0,
-                )
-                - start
-            )
-            if num <= 0 and first:
-                num = min(seq.num_known - start, budget)
+            aligned = (start + num) // page_tokens * page_tokens - start
+            num = aligned if aligned > 0 or not first else num
+        if start + num < seq.prefix_tokens:
+            num = seq.prefix_tokens - start if first else 0
         if num <= 0:
             return None
         return Chunk(seq, start, num, start + num == seq.num_known)

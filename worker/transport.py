@@ -67,7 +67,7 @@ class Transport:
         self._inbox = inbox
         self._secure = secure
         self._ready: tuple[Ready, list[bytes]] | None = None
-        self._outbox: deque[tuple[bytes | None, FromWorker]] = deque()
+        self._outbox: deque[tuple[bytes | None, FromWorker, list[bytes]]] = deque()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._leases: dict[bytes, Lease] = {}
         self._closing = False
@@ -96,14 +96,14 @@ class Transport:
         """Whether the worker serves."""
         return self._ready is not None
 
-    def send(self, gateway: bytes, message: FromWorker) -> None:
+    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
         """Leave a message for one gateway."""
-        self._outbox.append((gateway, message))
+        self._outbox.append((gateway, message, payloads or []))
         os.eventfd_write(self._bell, 1)
 
     def broadcast(self, message: FromWorker) -> None:
         """Leave a message for every gateway with a lease."""
-        self._outbox.append((None, message))
+        self._outbox.append((None, message, []))
         os.eventfd_write(self._bell, 1)
 
     def close(self, timeout_s: float = 2.0) -> None:
@@ -164,10 +164,10 @@ class Transport:
     def _flush(self, socket: zmq.Socket[bytes]) -> None:
         outbox = self._outbox
         while outbox:
-            gateway, message = outbox.popleft()
+            gateway, message, payloads = outbox.popleft()
             data = encode(message)
             for target in list(self._leases) if gateway is None else [gateway]:
-                self._post(socket, target, [data])
+                self._post(socket, target, [data, *payloads])
 
     def _post(self, socket: zmq.Socket[bytes], gateway: bytes, frames: list[bytes]) -> None:
         try:

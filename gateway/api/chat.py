@@ -197,9 +197,8 @@ async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -
     prompt = await compose_chat(core, card, body.messages, max_chars=core.config.max_prompt_chars)
     given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     param = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
-    max_tokens = token_budget(
-        given, card, core.room(card.model_id, len(prompt.ids), len(prompt.images)), param
-    )
+    room = core.room(card.model_id, len(prompt.ids), len(prompt.images))
+    max_tokens = token_budget(given, card, room, param, body.min_tokens)
     asked = [
         GenerateRequest(
             request_id=request_id if count == 1 else f"{request_id}-{index}",

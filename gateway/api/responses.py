@@ -30,7 +30,8 @@ from gateway.api.parameters import (
     token_budget,
 )
 from gateway.api.prompts import Message, Prompt, compose_chat, task_prompt
-from gateway.api.response_events import Json, Opening
+from gateway.api.response_events import Json
+from gateway.api.response_stream import Opening
 from gateway.generation import GenerateRequest, RequestError
 from gateway.service import Service
 from shared.errors import ErrorCode

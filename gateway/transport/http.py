@@ -32,6 +32,8 @@ REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 _TRACE_PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_DISCARDED_LIMITS: Final = 3
+_DISCARD_S: Final = 1.0
 _EXPOSED: Final = "x-request-id, retry-after, retry-after-ms"
 _ALLOWED_HEADERS: Final = "authorization, content-type, x-moondream-auth, x-request-id, traceparent"
 
@@ -187,8 +189,10 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
         message = f"expected Content-Type application/json, got {request.content_type[:100]}"
         raise RequestError(ErrorCode.INVALID_REQUEST, message)
     limit = config.max_body_bytes
-    if request.content_length is not None and request.content_length > limit:
-        raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, f"the body may have at most {limit} bytes")
+    too_large = RequestError(ErrorCode.PAYLOAD_TOO_LARGE, f"the body may have at most {limit} bytes")
+    if (request.content_length or 0) > limit:
+        await _discard(request, limit)
+        raise too_large
     pieces: list[bytes] = []
     size = 0
     try:
@@ -196,9 +200,8 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
             async for piece in request.content.iter_any():
                 size += len(piece)
                 if size > limit:
-                    raise RequestError(
-                        ErrorCode.PAYLOAD_TOO_LARGE, f"the body may have at most {limit} bytes"
-                    )
+                    await _discard(request, limit)
+                    raise too_large
                 pieces.append(piece)
     except TimeoutError:
         message = f"the body did not arrive within {config.body_timeout_s:g} s"
@@ -209,3 +212,21 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
         message = f"the body cannot be read ({type(error).__name__})"
         raise RequestError(ErrorCode.INVALID_REQUEST, message) from None
     return b"".join(pieces)
+
+
+async def _discard(request: web.Request, limit: int) -> None:
+    """Read on for a little: most clients look at an answer only after sending everything.
+
+    Whoever announces, or sends, far more than that gets the answer and a closed connection instead.
+    """
+    if (request.content_length or 0) > _DISCARDED_LIMITS * limit:
+        return
+    size = 0
+    try:
+        async with asyncio.timeout(_DISCARD_S):
+            async for piece in request.content.iter_any():
+                size += len(piece)
+                if size > _DISCARDED_LIMITS * limit:
+                    return
+    except TimeoutError:
+        pass

@@ -16,7 +16,7 @@ import structlog
 
 from gateway.api import responses
 from gateway.api.conversations import Conversations
-from gateway.api.response_events import ResponseStream
+from gateway.api.response_stream import ResponseStream
 from gateway.api.responses import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer
 from gateway.errors import error_headers, error_object, http_status
 from gateway.generation import End, RequestError, Usage

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from gateway.api import responses
 from gateway.api.conversations import Conversations
-from gateway.api.response_events import ResponseStream, Sink
+from gateway.api.response_stream import ResponseStream, Sink
 from gateway.generation import End, RequestError
 from gateway.service import Service
 from gateway.transport.http import TENANT, json_response, read_body

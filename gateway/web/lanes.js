@@ -1,5 +1,7 @@
 // Owns the one WebSocket to /v1/responses and the lanes on it. Knows nothing of the page.
 
+import { FarSocket } from "./socket.js";
+
 const CONNECT_TIMEOUT_MS = 8000;
 
 export class Lanes {
@@ -26,9 +28,9 @@ export class Lanes {
   }
 
   connect() {
-    if (this.socket?.readyState === WebSocket.OPEN) return Promise.resolve(this.socket);
+    if (this.socket?.isOpen) return Promise.resolve(this.socket);
     this.opening ??= new Promise((resolve, reject) => {
-      const socket = new WebSocket(this.url, ["degas"]);
+      const socket = new FarSocket(this.url, ["degas"]);
       const failed = () => {
         clearTimeout(timer);
         this.opening = null;
@@ -75,13 +77,13 @@ export class Lanes {
     const entry = this.lanes.get(lane);
     if (!entry || entry.cancelled) return;
     entry.cancelled = true;
-    if (entry.sent && this.socket?.readyState === WebSocket.OPEN) {
+    if (entry.sent && this.socket?.isOpen) {
       this.socket.send(JSON.stringify({ type: "response.cancel", stream_id: lane }));
     } else this.fail(lane, { code: "cancelled", message: "Stopped." });
   }
 
   take(message) {
-    const at = performance.now();
+    const { at } = message;
     const event = JSON.parse(message.data);
     if (event.stream_id === undefined) {
       if (event.type === "error") for (const lane of [...this.lanes.keys()]) this.finish(lane, event, at);

@@ -13,7 +13,19 @@ import pytest
 
 from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
-from tests.fake_worker import Action, Die, End, FakeWorker, Skip, Token, Wait, ids_text, text_ids
+from tests.fake_worker import (
+    CARD,
+    LIMITS,
+    Action,
+    Die,
+    End,
+    FakeWorker,
+    Skip,
+    Token,
+    Wait,
+    ids_text,
+    text_ids,
+)
 from tests.gateway_thread import GatewayThread
 from tests.http_client import Answer, Opened, ask
 
@@ -62,6 +74,7 @@ def test_unstarted_requests_are_retried_once(gateway: GatewayThread, worker: Fak
     assert first.prompt == second.prompt and first.sequence_id != second.sequence_id
 
 
+@pytest.mark.slow
 def test_a_poison_request_is_quarantined_and_the_others_served(
     gateway: GatewayThread, worker: FakeWorker
 ) -> None:
@@ -99,6 +112,7 @@ def test_a_poison_request_is_quarantined_and_the_others_served(
     assert gateway.call(lambda: gateway.gateway.service.num_in_flight) == 0
 
 
+@pytest.mark.slow
 def test_without_a_new_worker_the_retry_ends_in_an_error(worker: FakeWorker) -> None:
     with GatewayThread(workers=[worker.endpoint], retry_wait_s=0.3) as gateway:
         gateway.wait_ready()
@@ -115,6 +129,7 @@ def test_without_a_new_worker_the_retry_ends_in_an_error(worker: FakeWorker) -> 
         assert ask(gateway.url, "/healthz").status == 200
 
 
+@pytest.mark.slow
 def test_a_silent_decode_thread_is_a_lost_worker_though_its_socket_lives(worker: FakeWorker) -> None:
     with GatewayThread(workers=[worker.endpoint], progress_timeout_s=0.4) as gateway:
         gateway.wait_ready()
@@ -168,7 +183,7 @@ def test_fatal_ends_streams_with_its_own_code(gateway: GatewayThread, worker: Fa
         [wire.encode(wire.StepOutputs(1, 1, wire.pack_i64([1, 2]), wire.pack_i32([0]), wire.pack_i32([9])))],
         [wire.encode(wire.StepOutputs(77, 1, b"", b"", b""))],
         [wire.encode(wire.Rejected(77, 1, ErrorCode.INTERNAL, ""))],
-        [wire.encode(wire.Ready(1, wire.schema_hash(), 55, FakeWorker().card, FakeWorker().limits, "x"))],
+        [wire.encode(wire.Ready(1, wire.schema_hash(), 55, CARD, LIMITS, "x"))],
         [wire.encode(wire.Hello(1, "", "a gateway, not a worker"))],
         [b"\x00" * (5 << 20)],
     ],
@@ -221,6 +236,7 @@ def test_an_unusable_tokenizer_is_refused(worker: FakeWorker) -> None:
         assert "tokenizer" in ask(gateway.url, "/readyz").json["reason"]
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_load_and_one_may_die(worker: FakeWorker) -> None:
     with FakeWorker() as other, GatewayThread(workers=[worker.endpoint, other.endpoint]) as gateway:
         gateway.wait_for(lambda: all(w.link.ready is not None for w in gateway.gateway.service.workers))
@@ -235,6 +251,7 @@ def test_two_workers_share_the_load_and_one_may_die(worker: FakeWorker) -> None:
         assert ask(gateway.url, CHAT, chat()).status == 200
 
 
+@pytest.mark.slow
 def test_the_wall_clock_ends_what_a_worker_never_ends(worker: FakeWorker) -> None:
     with GatewayThread(workers=[worker.endpoint], request_deadline_s=0.2) as gateway:
         gateway.wait_ready()
@@ -252,5 +269,6 @@ def test_a_deadline_of_the_workers_own_has_its_own_finish_reason(
     assert ask(gateway.url, CHAT, chat()).json["choices"][0]["finish_reason"] == "deadline"
 
 
+@pytest.mark.slow
 def test_pings_keep_the_lease(gateway: GatewayThread, worker: FakeWorker) -> None:
     gateway.wait_for(lambda: worker.num_pings >= 2, timeout_s=5)

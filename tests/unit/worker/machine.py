@@ -32,7 +32,8 @@ class Loop(RuleBasedStateMachine):
         step_tokens=st.sampled_from([12, 20, 64]),
         prefix_cache=st.booleans(),
         max_waiting=st.sampled_from([3, 64]),
-        jitter=st.integers(0, 1000),
+        jitter=st.sampled_from([None, 1, 2, 3]),
+        late_launch=st.booleans(),
     )
     def start(
         self,
@@ -43,7 +44,8 @@ class Loop(RuleBasedStateMachine):
         step_tokens: int,
         prefix_cache: bool,
         max_waiting: int,
-        jitter: int,
+        jitter: int | None,
+        late_launch: bool,
     ) -> None:
         self.sim = Simulation(
             depth=depth,
@@ -55,6 +57,7 @@ class Loop(RuleBasedStateMachine):
             prefix_cache=prefix_cache,
             max_waiting=max_waiting,
             jitter_seed=jitter,
+            late_launch=late_launch,
         )
         self.dead: set[int] = set()
         self.draining = False

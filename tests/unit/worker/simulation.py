@@ -20,6 +20,7 @@ from shared.protocol import (
     Sampling,
     StepOutputs,
     Submit,
+    TraceChunk,
     pack_i32,
     unpack_i32,
     unpack_i64,
@@ -67,8 +68,12 @@ class RecordingOutbox:
     def __init__(self) -> None:
         self.streams: dict[tuple[bytes, int], Stream] = {}
         self.beats: list[Beat] = []
+        self.traces: list[bytes] = []
 
-    def send(self, gateway: bytes, message: FromWorker) -> None:
+    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
+        if isinstance(message, TraceChunk):
+            self.traces.extend(payloads or [])
+            return
         if isinstance(message, Rejected):
             stream = self.streams[gateway, message.sequence_id]
             assert stream.rejected is None and stream.finish is None
@@ -121,6 +126,7 @@ class Simulation:
         profile: Profile = TEST,
         exact: bool = True,
         jitter_seed: int | None = None,
+        late_launch: bool = True,
     ) -> None:
         self.clock = clock or VirtualClock()
         self.inbox: SimpleQueue[Command] = SimpleQueue()
@@ -160,8 +166,30 @@ class Simulation:
             clock=self.clock.now,
             epoch=EPOCH,
             depth=depth,
+            late_launch=late_launch,
+            wait_for_command=self._wait_for_command,
         )
         self._next_id = 0
+        self.arrivals: list[tuple[float, tuple[list[int], int]]] = []  # submissions to come, by time
+        self.arrived: list[Stream] = []
+
+    def _wait_for_command(self, timeout_s: float) -> Command | None:
+        """Waiting on a virtual clock: what is there comes now, else the time passes."""
+        self._arrive()
+        if not self.inbox.empty():
+            return self.inbox.get()
+        until_s = self.clock.now() + timeout_s
+        if self.arrivals and self.arrivals[0][0] <= until_s:
+            self.clock.sleep_until(self.arrivals[0][0])
+            self._arrive()
+            return self.inbox.get()
+        self.clock.sleep_until(until_s)
+        return None
+
+    def _arrive(self) -> None:
+        while self.arrivals and self.arrivals[0][0] <= self.clock.now():
+            _, (prompt, max_tokens) = self.arrivals.pop(0)
+            self.arrived.append(self.submit(prompt, max_tokens))
 
     def submit(
         self,
@@ -211,6 +239,7 @@ class Simulation:
 
     def tick(self) -> bool:
         """One tick, then every invariant that can be seen from outside."""
+        self._arrive()
         progress = self.engine.tick()
         self.check()
         return progress

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import Sampling
-from tests.unit.worker.simulation import Simulation, Stream, check_stream, random_prompt
+from shared.protocol import Sampling, Trace
+from tests.unit.worker.simulation import GATEWAY, Simulation, Stream, check_stream, random_prompt
 from worker.device.sim import NAN_TOKEN
 
 
@@ -148,3 +149,39 @@ def test_pages_of_generated_coordinates_are_not_found_by_their_ids() -> None:
     sim.run()
     sim.check_at_rest()
     check_stream(text)
+
+
+def test_a_recording_shows_host_compute_and_copy_lanes_without_overlap() -> None:
+    sim = Simulation(depth=2)
+    sim.inbox.put((GATEWAY, Trace(8), []))
+    sim.submit([20, 21], 20)
+    sim.run()
+    (trace,) = sim.outbox.traces
+    events = json.loads(trace)["traceEvents"]
+    assert {e["args"]["name"].split()[0] for e in events if e["ph"] == "M"} == {"host", "compute", "copy"}
+    compute = [e for e in events if e["ph"] == "X" and e["tid"] == 2]
+    assert len([e for e in compute if e["name"].startswith("step")]) == 8
+    for one, two in zip(compute, compute[1:], strict=False):
+        assert two["ts"] >= one["ts"] + one["dur"] - 1e-3
+
+
+def test_late_launch_takes_in_what_arrives_during_a_step() -> None:
+    """The first token of a request that arrives mid-step comes as early as it would in blocking mode."""
+    times: dict[tuple[int, bool], float] = {}
+    for depth, late in ((1, False), (2, False), (2, True)):
+        sim = Simulation(depth=depth, max_rows=8, late_launch=late, num_pages=400, max_sequence_tokens=1024)
+        for i in range(4):
+            sim.submit([20, 21, 30 + i], 400)
+        while sim.engine.metrics.steps_total < 60:
+            sim.tick()
+        total = 0.0
+        for i in range(10):
+            arrived_s = sim.clock.now() + 0.0003
+            sim.arrivals.append((arrived_s, ([25, 26, 40 + i], 2)))
+            while not (sim.arrived and (sim.arrived[-1].tokens or sim.arrived[-1].finish)) or sim.arrivals:
+                sim.tick()
+            total += sim.clock.now() - arrived_s
+            sim.arrived.clear()
+        times[depth, late] = total / 10
+    assert times[2, True] < times[2, False]
+    assert times[2, True] < times[1, False] * 1.15

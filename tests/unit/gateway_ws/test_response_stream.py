@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.api.response_events import TERMINAL, Opening, ResponseStream
+from gateway.api.response_events import TERMINAL
+from gateway.api.response_stream import Opening, ResponseStream
 from gateway.generation import Delta, End, RequestError, SpatialObject, TokenInfo, Usage
 from shared.errors import ErrorCode, FinishReason
 
