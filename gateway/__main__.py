@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -50,6 +51,7 @@ class Gateway:
             keepalive_timeout=config.idle_timeout_s,  # counts from connecting: also the deadline of the header
             auto_decompress=False,
             access_log=None,
+            logger=_server_logger(),
             max_line_size=8190,
             max_field_size=16380,
             max_headers=100,
@@ -109,6 +111,19 @@ class Gateway:
             raise ConfigError(f"grpc_port is set, but gRPC is not installed: {error}") from None
         self._grpc = await module.start_grpc(self.service, self.config)
         self.grpc_port = getattr(self._grpc, "port", self.config.grpc_port)
+
+
+def _server_logger() -> logging.Logger:
+    """aiohttp's own remarks (requests that cannot even be parsed) as one structured line, without a traceback."""
+
+    def tell(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        log.info("http_malformed", reason=type(error).__name__ if error is not None else record.levelname)
+        return False
+
+    logger = logging.Logger("gateway.http")
+    logger.addFilter(tell)
+    return logger
 
 
 async def serve(config: GatewayConfig, on_listening: Callable[[Gateway], None] | None = None) -> None:

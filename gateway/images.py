@@ -204,4 +204,3 @@ async def _ask(process: asyncio.subprocess.Process, job: Job, data: bytes) -> tu
 def _fail(pending: _Pending, message: str) -> None:
     if not pending.future.done():
         pending.future.set_result((Answer(message), b""))
-

@@ -1,4 +1,4 @@
-"""Owns the streaming core: models, workers, placement, retries and deadlines. Runs on the gateway's loop.
+"""Owns the streaming core: workers, placement, retries and deadlines. Runs on the gateway's loop.
 
 Implements `gateway.generation.Core`. Interfaces hand in a validated `GenerateRequest` and a `Listener`; from
 then on the request has exactly one `Flight`, on one worker or waiting for one, until its one end.
@@ -19,14 +19,13 @@ import structlog
 import zmq
 
 from gateway.admission import Admission, Lane
+from gateway.catalog import Catalog, ServedModel
 from gateway.config import GatewayConfig
 from gateway.flights import Flight, Flights
 from gateway.generation import GenerateRequest, Listener, PreparedImage, RequestError, RunningStream
 from gateway.images import ImageDecoder
 from gateway.metrics import Metrics
 from gateway.recovery import Recovery
-from gateway.stream import StreamState
-from gateway.templates import ChatTemplate
 from gateway.tokens import ModelTokens, TokenizerError
 from gateway.worker_client import WorkerLink
 from shared import protocol as wire
@@ -34,19 +33,8 @@ from shared.errors import ErrorCode
 
 _TICK_S: Final = 0.25
 _DEADLINE_GRACE_S: Final = 2.0  # the worker ends a late sequence itself, with its own finish reason
-_INLINE_CHARS: Final = 4096  # longer texts are encoded on a thread
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class ServedModel:
-    """A model some worker announced."""
-
-    card: wire.ModelCard
-    limits: wire.Limits
-    tokens: ModelTokens
-    template: ChatTemplate | None
 
 
 @dataclass(slots=True)
@@ -74,7 +62,7 @@ class Service:
         self._now = now
         self._admission = Admission(config.max_queue, config.max_wait_s)
         self._recovery = Recovery(config.retry_wait_s)
-        self._models: dict[str, ServedModel] = {}
+        self._catalog = Catalog(config)
         self._workers: list[Worker] = []
         self._by_link: dict[WorkerLink, Worker] = {}
         self._flights: dict[Flight, None] = {}  # every unlanded flight, oldest first
@@ -144,52 +132,49 @@ class Service:
 
     def card(self, model_id: str | None) -> wire.ModelCard:
         """See `Core.card`."""
-        return self._model(model_id).card
+        return self._catalog.find(model_id).card
 
     def cards(self) -> list[wire.ModelCard]:
         """See `Core.cards`."""
         served = [worker.model for worker in self._workers]
-        return [model.card for model in self._models.values() if any(model is other for other in served)]
-
-    def limits(self, model_id: str | None) -> wire.Limits:
-        """The bounds of the workers serving this model. Raises as `card`."""
-        return self._model(model_id).limits
+        return [model.card for model in self._catalog.models() if any(model is other for other in served)]
 
     def tokens(self, model_id: str | None) -> ModelTokens:
         """The model's tokenizer. Raises as `card`."""
-        return self._model(model_id).tokens
+        return self._catalog.find(model_id).tokens
 
     def has_template(self, model_id: str) -> bool:
         """Whether the model brought a chat template."""
-        return self._model(model_id).template is not None
+        return self._catalog.find(model_id).template is not None
+
+    def room(self, model_id: str | None, num_prompt_ids: int, num_images: int = 0) -> int:
+        """How many tokens may be generated after such a prompt; at least 1, so that `submit` explains."""
+        model = self._catalog.find(model_id)
+        return max(1, model.longest - model.num_prompt(num_prompt_ids, num_images))
 
     def encode(self, model_id: str, text: str) -> list[int]:
         """See `Core.encode`."""
-        return self._model(model_id).tokens.encode(text)
+        return self._catalog.find(model_id).tokens.encode(text)
 
     async def encode_async(self, model_id: str, text: str, *, markup: bool = False) -> list[int]:
         """As `encode`, off the loop when the text is long; `markup` is for rendered chat templates."""
-        tokens = self._model(model_id).tokens
-        encode = tokens.encode_markup if markup else tokens.encode
-        if len(text) <= _INLINE_CHARS:
-            return encode(text)
-        return await asyncio.to_thread(encode, text)
+        return await self._catalog.find(model_id).encode(text, markup=markup)
 
     def decode(self, model_id: str, token_ids: list[int]) -> str:
         """See `Core.decode`."""
-        return self._model(model_id).tokens.decode(token_ids)
+        return self._catalog.find(model_id).tokens.decode(token_ids)
 
     def render_chat(
         self, model_id: str, messages: list[dict[str, object]], tools: list[object] | None
     ) -> str:
         """See `Core.render_chat`. Runs where it is called; interfaces use `render_chat_async`."""
-        return self._template(model_id).render(messages, tools)
+        return self._catalog.template(model_id).render(messages, tools)
 
     async def render_chat_async(
         self, model_id: str, messages: list[dict[str, object]], tools: list[object] | None
     ) -> str:
         """As `render_chat`, off the loop and within a deadline."""
-        return await self._template(model_id).render_async(messages, tools)
+        return await self._catalog.template(model_id).render_async(messages, tools)
 
     async def prepare_image(self, model_id: str, data_url: str, *, param: str) -> PreparedImage:
         """See `Core.prepare_image`. Refuses before decoding when the answer would be QUEUE_FULL anyway."""
@@ -204,20 +189,21 @@ class Service:
 
     def check_capacity(self, model_id: str | None, tenant: str = "", num_new: int = 1) -> None:
         """Raises what `submit` would for lack of a place: call it before expensive preparation."""
-        model = self._model(model_id)
-        self._place(model, tenant, min(num_new, self._widest(model)))
+        model = self._catalog.find(model_id)
+        widest = max((worker.lane.capacity for worker in self._workers if worker.model is model), default=1)
+        self._place(model, tenant, min(num_new, widest))
 
     def submit(self, request: GenerateRequest, listener: Listener) -> RunningStream:
         """See `Core.submit`."""
-        model = self._model(request.model_id)
-        self._check_length(model, request)
+        model = self._catalog.find(request.model_id)
+        model.check(request)
         worker = self._place(model, request.tenant, 1)
         now_s = self._now()
         deadline_s = min(request.deadline_s or self.config.request_deadline_s, self.config.request_deadline_s)
         flight = Flight(
             request,
             listener,
-            self._fresh_state(model, request, now_s),
+            model.stream(request, now_s),
             self,
             started_s=now_s,
             deadline_s=now_s + deadline_s,
@@ -277,31 +263,6 @@ class Service:
 
     # ------------------------------------------------------------ placement
 
-    def _model(self, model_id: str | None) -> ServedModel:
-        if model_id is None:
-            model_id = self.config.default_model or next(iter(self._models), None)
-        else:
-            model_id = self.config.model_aliases.get(model_id, model_id)
-        model = self._models.get(model_id) if model_id is not None else None
-        if model is not None:
-            return model
-        if not self._models:
-            reason = "shutting down" if self.draining else "the model is still loading"
-            raise RequestError(ErrorCode.SHUTTING_DOWN if self.draining else ErrorCode.LOADING, reason)
-        served = ", ".join(self._models)
-        message = f"the model {str(model_id)[:100]!r} does not exist; served here: {served}"
-        raise RequestError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
-
-    def _template(self, model_id: str) -> ChatTemplate:
-        model = self._model(model_id)
-        if model.template is None:
-            message = f"model {model.card.model_id} has no chat template"
-            raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
-        return model.template
-
-    def _widest(self, model: ServedModel) -> int:
-        return max((w.lane.capacity for w in self._workers if w.model is model), default=1)
-
     def _place(self, model: ServedModel, tenant: str, num_new: int) -> Worker:
         """The ready worker with the most room. Raises `RequestError`."""
         if self.draining:
@@ -318,48 +279,6 @@ class Service:
             self.metrics.on_refused(error.code)
             raise
         return best
-
-    def _check_length(self, model: ServedModel, request: GenerateRequest) -> None:
-        card = model.card
-        longest = min(card.context_tokens, model.limits.max_sequence_tokens or card.context_tokens)
-        num_prompt = self._num_prompt(model, request)
-        if num_prompt + 1 > longest:
-            message = f"the prompt has {num_prompt} tokens, with the pictures'; at most {longest - 1} fit"
-            raise RequestError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param="messages")
-        if num_prompt + request.max_tokens > longest:
-            message = (
-                f"{num_prompt} prompt tokens and max_tokens {request.max_tokens} exceed the context of "
-                f"{longest}; max_tokens may be at most {longest - num_prompt}"
-            )
-            raise RequestError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param="max_tokens")
-        if any(not 0 <= token_id < card.vocab_size for token_id in request.prompt_ids):
-            message = f"token ids are between 0 and {card.vocab_size - 1}"
-            raise RequestError(ErrorCode.INVALID_REQUEST, message, param="prompt")
-
-    def room(self, model_id: str | None, num_prompt_ids: int, num_images: int = 0) -> int:
-        """How many tokens may be generated after such a prompt; at least 1, so that `submit` explains."""
-        model = self._model(model_id)
-        num_image = model.card.image.num_tokens * num_images if model.card.image is not None else 0
-        longest = min(
-            model.card.context_tokens, model.limits.max_sequence_tokens or model.card.context_tokens
-        )
-        return max(1, longest - num_prompt_ids - num_image)
-
-    @staticmethod
-    def _num_prompt(model: ServedModel, request: GenerateRequest) -> int:
-        num_image = model.card.image.num_tokens * len(request.images) if model.card.image is not None else 0
-        return len(request.prompt_ids) + num_image
-
-    def _fresh_state(self, model: ServedModel, request: GenerateRequest, now_s: float) -> StreamState:
-        return StreamState(
-            model.tokens.detokenizer(keep_special=request.echo_special),
-            started_s=now_s,
-            num_prompt=self._num_prompt(model, request),
-            stops=request.stop,
-            task=request.task,
-            want_logprobs=request.sampling.num_logprobs >= 0,
-            strip_start=request.strip_start,
-        )
 
     def _send(self, flight: Flight, worker: Worker) -> None:
         """Put a flight on a worker. Raises `RequestError`, and then it is nowhere."""
@@ -431,25 +350,19 @@ class Service:
         """See `WorkerEvents`."""
         worker = self._by_link[link]
         assert link.ready is not None
-        card, limits = link.ready.model, link.ready.limits
-        known = self._models.get(card.model_id)
+        before = worker.model
         try:
-            if known is not None and known.tokens.matches(tokenizer_json):
-                tokens = known.tokens
-            else:
-                tokens = ModelTokens(tokenizer_json)
-            template = ChatTemplate(chat_template.decode(), tokens, card) if chat_template else None
+            model = self._catalog.announce(link.ready, tokenizer_json, chat_template)
         except (TokenizerError, UnicodeDecodeError, RequestError) as error:
-            link.disown(f"model {card.model_id}: {error}")
+            link.disown(f"model {link.ready.model.model_id}: {error}")
             return
-        if known is None or (known.card, known.limits, known.tokens) != (card, limits, tokens):
-            model = ServedModel(card, limits, tokens, template)
-            self._models[card.model_id] = model
-            for other in self._workers:  # the newest announcement speaks for all workers of this name
-                if other.model is known and known is not None:
-                    other.model = model
-        worker.model = self._models[card.model_id]
-        worker.lane = self._admission.lane(limits.max_rows, limits.max_waiting)
+        for other in self._workers:  # all workers of one name serve the newest announcement of it
+            if other.model is not None and other.model.card.model_id == model.card.model_id:
+                other.model = model
+        worker.model = model
+        if before is not model:
+            log.info("model_served", model=model.card.model_id, family=model.card.family)
+        worker.lane = self._admission.lane(model.limits.max_rows, model.limits.max_waiting)
         self._resume()
 
     def on_outputs(self, link: WorkerLink, outputs: wire.StepOutputs) -> None:
@@ -505,7 +418,7 @@ class Service:
                 self._recovery.on_settled(flight)
                 continue
             try:
-                model = self._model(flight.request.model_id)
+                model = self._catalog.find(flight.request.model_id)
                 worker = self._place(model, flight.request.tenant, 1)
                 self._send(flight, worker)
             except RequestError as error:
@@ -515,7 +428,7 @@ class Service:
                 self._recovery.on_settled(flight)
                 flight.fail(error)
                 continue
-            flight.state = self._fresh_state(model, flight.request, flight.started_s)
+            flight.state = model.stream(flight.request, flight.started_s)
             return
 
     def _tick(self) -> None:

@@ -51,3 +51,21 @@ def loop(
             f"{known[0]} / {known[1]} / {known[2]}%" if known else "",
         )
     Console().print(table)
+
+
+@app.command()
+def cancels(
+    count: Annotated[int, typer.Option(help="Sequences submitted over the wire; about half are cancelled.")] = 100_000,
+    hang_ups: Annotated[int, typer.Option(help="HTTP streams whose client just leaves.")] = 1000,
+    as_json: JsonFlag = False,
+) -> None:
+    """Random cancels against a real worker: is every page, row, thread and descriptor back where it was?"""
+    from loadtest.cancels import run_cancels
+
+    report = run_cancels(count, hang_ups=hang_ups)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        for name, value in report.to_json().items():
+            print(f"{name:<12} {value}")
+    raise typer.Exit(0 if report.is_clean else 1)

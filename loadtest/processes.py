@@ -38,6 +38,7 @@ class WorkerProbe:
     """A second lease-holder beside the gateway: reads `Beat`s straight from the worker."""
 
     def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0

@@ -107,7 +107,10 @@ class Boundary:
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return self._preflight(request)
         target = getattr(request.match_info, "handler", None)
-        if getattr(target, "authenticates_itself", False) or getattr(target, "public_group", None) in self._public:
+        if (
+            getattr(target, "authenticates_itself", False)
+            or getattr(target, "public_group", None) in self._public
+        ):
             request[TENANT] = ""
         else:
             request[TENANT] = self._access.authenticate(request.headers)

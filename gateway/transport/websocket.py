@@ -115,7 +115,8 @@ class WebSocketRoute:
         lanes: Lanes | None = None
 
         def on_stalled() -> None:
-            log.warning("websocket_client_stalled", code=ErrorCode.SLOW_CLIENT)
+            self._core.metrics.num_slow_clients += 1
+            log.info("websocket_client_stalled", code=ErrorCode.SLOW_CLIENT)
             if lanes is not None:
                 lanes.close()
 

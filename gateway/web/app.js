@@ -191,15 +191,19 @@ function showTask() {
   showSuggestions();
 }
 
+const withArticle = (name) => (/^[aeiou]/.test(name) ? `an ${name}` : `a ${name}`);
+
 function suggestions() {
   const names = [...new Set(picture.names)];
-  const some = names[0] ?? "red circle", other = names[1] ?? "blue star";
+  const shapes = names.map((name) => name.split(" ")[1]);
+  const [some = "red circle", other = "blue star"] = names;
+  const lone = shapes.find((shape) => shapes.filter((one) => one === shape).length === 1) ?? some.split(" ")[1];
   const task = currentTask();
   if (task === "caption") return [];
   if (task !== "query") return ["shapes", ...(names.length ? names.slice(0, 4) : ["red circle", "blue star", "triangles"])];
   return [
     "What is in the picture?", "How many shapes are there?", `Where is the ${some}?`,
-    `Is there a ${other}?`, `What color is the ${some.split(" ")[1]}?`, "What is the largest shape?",
+    `Is there ${withArticle(other)}?`, `What color is the ${lone}?`, "What is the largest shape?",
   ];
 }
 
@@ -235,38 +239,23 @@ function requestBody(asked) {
 }
 
 function ask(asked) {
-  const whole = { length: document.querySelector('input[name="length"]:checked').value, image: picture.dataUrl(), ...asked };
-  const source = { canvas: picture.canvas, version: picture.version };
+  const length = document.querySelector('input[name="length"]:checked').value;
+  pose({ length, image: picture.dataUrl(), ...asked }, { canvas: picture.canvas, version: picture.version });
+}
+
+/** Asks about a picture as it was when `source` was taken. */
+function pose(whole, source) {
   let running = null;
   const card = new Card(whole, source, {
     stop: () => running?.cancel(),
     again: () => {
       remove(card);
-      if (card.version === picture.version) ask(asked);
-      else askAbout(whole, card);
+      pose(whole, { canvas: card.part("thumb"), version: card.version });
     },
     pick: () => pick(card),
   });
   show(card);
   running = start(card, whole);
-}
-
-/** Asks again about the picture as it was. */
-function askAbout(whole, old) {
-  const image = new Image();
-  image.onload = () => {
-    const canvas = Object.assign(document.createElement("canvas"), { width: image.width, height: image.height });
-    canvas.getContext("2d").drawImage(image, 0, 0);
-    let running = null;
-    const card = new Card(whole, { canvas, version: old.version }, {
-      stop: () => running?.cancel(),
-      again: () => { remove(card); askAbout(whole, card); },
-      pick: () => pick(card),
-    });
-    show(card);
-    running = start(card, whole);
-  };
-  image.src = whole.image;
 }
 
 function start(card, whole) {

@@ -198,7 +198,9 @@ export class Card {
     if (!times.length) return;
     const span = times.at(-1) - times[0];
     const counted = this.tokens ?? times.length;
-    const rate = counted > 2 && times.length > 1 && span > 0 ? ((counted - 1) / span) * 1000 : 0;
+    // A rate needs a stretch of time; the first bead of a box or point is all of its tokens.
+    const lead = this.asked.task === "detect" ? 3 : this.asked.task === "point" ? 2 : 1;
+    const rate = counted > lead + 2 && span > 10 ? ((counted - lead) / span) * 1000 : 0;
     this.part("f-first").textContent = ms(times[0] - askedAt);
     this.part("f-rate").textContent = rate ? number(rate, rate < 10 ? 1 : 0) : "–";
     this.part("f-tokens").textContent = String(counted);

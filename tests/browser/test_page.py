@@ -253,6 +253,9 @@ def test_a_phone_shows_everything_without_sideways_scrolling(site: Site, visit: 
     page.wait_for_selector('#status[data-state="ready"]')
     wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wide <= 0
+    for selector in ("#clear", "#send", "#sizes", "#colours", "#tasks"):
+        box = page.locator(selector).bounding_box()
+        assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= 360 - 8, selector
     page.tap("#surprise")
     page.tap("#send")
     expect(page.locator(".card").first).to_have_attribute("data-state", "done")

@@ -175,7 +175,9 @@ def test_the_client_retries_a_full_queue_by_itself(gateway: GatewayThread, worke
 
     worker.script = script
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=2) as client:
-        assert client.chat.completions.create(model="fake-vl", messages=ASK).choices[0].message.content == "ok"
+        assert (
+            client.chat.completions.create(model="fake-vl", messages=ASK).choices[0].message.content == "ok"
+        )
     assert len(answers) == 2
 
 

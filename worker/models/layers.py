@@ -88,6 +88,31 @@ class LayerNorm:
         return torch.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
 
 
+class RmsNorm:
+    """Root-mean-square normalisation over the last dimension with weight (D,).
+
+    On a CPU, torch has a fused layer norm but composes RMS norms of half a dozen operations. The vector (x, -x) has
+    mean 0 and the variance mean(x^2), so its layer norm begins with the RMS norm of x: 4.8 against 12.5 us a row,
+    16.4 against 18.5 us for 32 (384 wide, bf16), and rounded once instead of twice.
+    """
+
+    __slots__ = ("_dim", "_doubled", "_eps", "_no_bias", "_weight")
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight, self._eps = weight, eps
+        self._dim = weight.shape[0]
+        self._doubled = torch.cat([weight, weight]) if weight.device.type == "cpu" else None
+        self._no_bias = None if self._doubled is None else torch.zeros_like(self._doubled)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., D) → (..., D), same dtype; on a CPU a view with gaps."""
+        if self._doubled is None:
+            return F.rms_norm(x, (self._dim,), self._weight, self._eps)
+        both = torch.cat((x, -x), -1)
+        normed = torch.layer_norm(both, self._doubled.shape, self._doubled, self._no_bias, self._eps)
+        return normed[..., : self._dim]
+
+
 class Mlp:
     """Two linear layers with a tanh-approximated GELU between them."""
 
@@ -103,6 +128,22 @@ class Mlp:
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + mlp(x)."""
         return self.fc2.add(self.fc1.gelu(x), residual)
+
+
+class GatedMlp:
+    """`down(silu(gate(x)) * up(x))`, gate and up stacked in one product (2F, in)."""
+
+    __slots__ = ("_ff_dim", "down", "gate_up")
+
+    def __init__(self, gate_up: PackedLinear, down: PackedLinear) -> None:
+        self.gate_up, self.down = gate_up, down
+        self._ff_dim = gate_up.out_features // 2
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + mlp(x)."""
+        both = self.gate_up(x)
+        inner = F.silu(both[..., : self._ff_dim]).mul_(both[..., self._ff_dim :])
+        return self.down.add(inner, residual)
 
 
 def take_linear(take: Take, name: str, inputs: int, outputs: int) -> PackedLinear:

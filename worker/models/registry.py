@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from worker.models import moondream
+from worker.models import llama, moondream, qwen3
 from worker.models.contract import Load, Model, ProgressReport
 from worker.models.weights import CheckpointError, read_config
 
@@ -14,6 +14,8 @@ from worker.models.weights import CheckpointError, read_config
 FAMILIES: dict[str, Load] = {
     "HfMoondream": moondream.load,
     "moondream1": moondream.load,
+    "LlamaForCausalLM": llama.load,
+    "Qwen3ForCausalLM": qwen3.load,
 }
 
 

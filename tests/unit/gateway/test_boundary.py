@@ -44,7 +44,8 @@ def test_loopback_names_are_hosts(gateway: GatewayThread, host: bytes) -> None:
 
 
 def test_no_host_at_all_is_a_400(gateway: GatewayThread) -> None:
-    assert raw(gateway.url, b"GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 400")
+    answer = raw(gateway.url, b"GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n")
+    assert answer.split(b" ", 2)[1] == b"400"
 
 
 # ---------------------------------------------------------------- keys

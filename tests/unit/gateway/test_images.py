@@ -62,7 +62,7 @@ def test_crop_and_canvas_are_plain_lanczos() -> None:
 
 
 def test_tilings_of_the_reference() -> None:
-    file = Path(__file__).parents[2] / "data" / "tilings.json"
+    file = Path(__file__).parents[2] / "data" / "golden_moondream" / "tilings.json"
     if not file.is_file():
         pytest.skip("no reference tilings here")
     rows = json.loads(file.read_text())

@@ -1,0 +1,75 @@
+"""Whatever a client sends, a request is understood or refused with its field's name; nothing else is raised."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.api.responses import CreateBody, ResponseCreate, lane_of, parse_body, parse_event, read_input
+from gateway.generation import RequestError
+from shared.errors import ErrorCode
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+fields = st.dictionaries(
+    st.sampled_from([*CreateBody.__struct_fields__, "type", "stream_id"]), json_values, max_size=5
+)
+
+
+@given(fields, st.sampled_from(["response.create", "response.cancel", "degas.authenticate", "x"]))
+def test_any_json_is_parsed_or_refused(body: dict[str, object], kind: str) -> None:
+    text = json.dumps({**body, "type": kind})
+    for parse in (parse_event, lambda text: parse_body(text.encode())):
+        try:
+            parse(text)
+        except RequestError as error:
+            assert error.code in (ErrorCode.INVALID_REQUEST, ErrorCode.UNSUPPORTED)
+            assert len(error.message) < 1000
+    lane_of(text)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_parsed_or_refused(text: str) -> None:
+    with pytest.raises(RequestError):
+        parse_event(text)
+    assert lane_of(text) is None
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), st.text(max_size=5)), max_size=5))
+def test_messages_keep_their_order_and_the_last_user_asks(turns: list[tuple[str, str]]) -> None:
+    body = parse_body(
+        json.dumps({"input": [{"role": role, "content": text} for role, text in turns]}).encode()
+    )
+    asked = read_input(body, 1000)
+    assert list(asked.messages) == turns
+    assert asked.question == next((text for role, text in reversed(turns) if role == "user"), "").strip()
+
+
+def test_texts_over_the_limit_are_too_large() -> None:
+    body = parse_body(json.dumps({"input": "x" * 60, "instructions": "y" * 60}).encode())
+    with pytest.raises(RequestError) as caught:
+        read_input(body, 100)
+    assert caught.value.code is ErrorCode.PAYLOAD_TOO_LARGE
+
+
+@pytest.mark.parametrize("name", ["a", "card-1", "A_b.c-9", "x" * 256])
+def test_lane_names(name: str) -> None:
+    event = parse_event(json.dumps({"type": "response.create", "input": "x", "stream_id": name}))
+    assert isinstance(event, ResponseCreate) and event.stream_id == name
+
+
+@pytest.mark.parametrize("name", ["", "a b", "é", "x" * 257, "a\n", 5, None])
+def test_bad_lane_names_are_refused_and_not_echoed(name: object) -> None:
+    text = json.dumps({"type": "response.create", "input": "x", "stream_id": name})
+    if name is None:
+        parse_event(text)
+    else:
+        with pytest.raises(RequestError):
+            parse_event(text)
+    assert lane_of(text) is None

@@ -1,0 +1,196 @@
+"""Owns the dense decoder that Llama and Qwen3 share: grouped-head attention and a gated MLP a layer. Decode thread.
+
+At a few million parameters a decode step on a CPU is as much operator calls as it is arithmetic, so weights are
+arranged at load for few of them: q, k and v are one product, as are gate and up; a rotary pair is one complex
+number; residual sums ride in the products.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.protocol import ModelCard
+from worker.models.attention import AttentionPlan, GatherSpace
+from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
+from worker.models.dense_config import DenseConfig
+from worker.models.layers import GatedMlp, PackedLinear, RmsNorm, Take
+from worker.models.rope import pair_order, rotation_table
+from worker.models.weights import Checkpoint, Target
+
+_COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+class Dense:
+    """A loaded dense decoder; implements `contract.Model`. It reads text only.
+
+    `kv_dtype` is the dtype its cache runs fastest in: fp32 on a CPU, where attention in bf16 is several times
+    slower and rotary products need fp32 anyway; the weights' dtype elsewhere. Any float dtype works.
+    """
+
+    prefix_tokens = 0
+
+    def __init__(self, sizes: DenseConfig, card: ModelCard, take: Take, device: torch.device) -> None:
+        self.card = card
+        self.sizes = sizes
+        self.device = device
+        self.num_layers = sizes.num_layers
+        self.num_kv_heads = sizes.num_kv_heads
+        self.head_dim = sizes.head_dim
+        self.weight_bytes = 0
+        self._words = take("model.embed_tokens.weight", sizes.vocab_size, sizes.dim)
+        self.dtype = self._words.dtype
+        self.kv_dtype = torch.float32 if device.type == "cpu" else self.dtype
+        self._blocks = [_Block(take, f"model.layers.{index}", sizes) for index in range(sizes.num_layers)]
+        self._norm = RmsNorm(take("model.norm.weight", sizes.dim), sizes.eps)
+        # Tied weights: on a GPU one tensor serves both; a CPU multiplies by a repacked copy.
+        head = self._words if sizes.tied else take("lm_head.weight", sizes.vocab_size, sizes.dim)
+        self._lm_head = PackedLinear(head)
+        self._space = GatherSpace()
+        self._rotations = rotation_table(sizes.rope, sizes.head_dim, sizes.context_tokens, device)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """(N,) int64 ids → (N, D) input embeddings."""
+        return F.embedding(token_ids, self._words)
+
+    def embed_next(self, token_ids: Tensor, values: Tensor, spatial: Tensor) -> Tensor:
+        """(B,) freshly sampled ids → (B, D). A text model has no coordinates: the rest is ignored."""
+        return F.embedding(token_ids, self._words)
+
+    def encode_images(self, images: list[ImageCrops]) -> list[Tensor]:
+        """Refused: intake lets no picture through to a model whose card has no `image`."""
+        if images:
+            raise RuntimeError(f"{self.card.model_id} reads text only; it cannot encode a picture")
+        return []
+
+    def forward(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
+        """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of all N tokens."""
+        plan = AttentionPlan(tokens, cache, self._space)
+        rotation = self._rotations.index_select(0, tokens.positions)
+        kv_dtype = cache.keys[0].dtype
+        for layer, block in enumerate(self._blocks):
+            hidden = block(hidden, rotation, plan, layer, kv_dtype)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(R, D) hidden states of the sampling positions → (R, V) fp32 logits."""
+        return self._lm_head(self._norm(hidden)).float()
+
+    def decode_values(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Refused: intake lets no spatial task through to a model without one among its capabilities."""
+        raise RuntimeError(f"{self.card.model_id} reads text only; its tokens stand for no coordinates")
+
+
+class _Block:
+    """One layer: attention, then the MLP, each behind its norm and added to the residual stream."""
+
+    def __init__(self, take: Take, name: str, sizes: DenseConfig) -> None:
+        dim = sizes.dim
+        self._head_dim = sizes.head_dim
+        self._num_heads = sizes.num_heads
+        self._num_rotated = sizes.num_heads + sizes.num_kv_heads
+        self._attention_norm = RmsNorm(take(f"{name}.input_layernorm.weight", dim), sizes.eps)
+        self._qkv = _take_qkv(take, f"{name}.self_attn", sizes)
+        self._qk_norm = _QkNorm(take, f"{name}.self_attn", sizes) if sizes.qk_norm else None
+        bias = take(f"{name}.self_attn.o_proj.bias", dim) if sizes.attention_bias else None
+        self._out = PackedLinear(take(f"{name}.self_attn.o_proj.weight", dim, sizes.q_dim), bias)
+        self._mlp_norm = RmsNorm(take(f"{name}.post_attention_layernorm.weight", dim), sizes.eps)
+        self._mlp = _take_mlp(take, f"{name}.mlp", sizes)
+
+    def __call__(
+        self, hidden: Tensor, rotation: Tensor, plan: AttentionPlan, layer: int, kv_dtype: torch.dtype
+    ) -> Tensor:
+        num_heads, num_rotated, head_dim = self._num_heads, self._num_rotated, self._head_dim
+        # Nothing that is not finite reaches the cache: a masked NaN would still spoil the pages' next owner. The
+        # faulty row itself is found by its output, which keeps the NaN through the residual stream.
+        heads = self._qkv(self._attention_norm(hidden)).float().nan_to_num_(0.0, 0.0, 0.0)
+        heads = heads.view(-1, num_rotated + num_rotated - num_heads, head_dim)
+        rotated = heads[:, :num_rotated]
+        if self._qk_norm is not None:
+            rotated = self._qk_norm(rotated)
+        # Rotary embedding in fp32 and in place: one complex product over the heads of q and k.
+        torch.view_as_complex(rotated.unflatten(-1, (-1, 2))).mul_(rotation)
+        value = heads[:, num_rotated:].to(kv_dtype)
+        rotated = rotated.to(kv_dtype)
+        mixed = plan.attend(layer, rotated[:, :num_heads], rotated[:, num_heads:], value)
+        hidden = self._out.add(mixed.to(hidden.dtype), hidden)
+        return self._mlp.add(self._mlp_norm(hidden), hidden)
+
+
+class _QkNorm:
+    """Qwen3's RMS norm of each query and key head, with one weight (head_dim,) for all queries, one for all keys."""
+
+    def __init__(self, take: Take, name: str, sizes: DenseConfig) -> None:
+        order = pair_order(sizes.head_dim)
+        query = take(f"{name}.q_norm.weight", sizes.head_dim, dtype=torch.float32)[order]
+        key = take(f"{name}.k_norm.weight", sizes.head_dim, dtype=torch.float32)[order]
+        self._weight = torch.cat([query.expand(sizes.num_heads, -1), key.expand(sizes.num_kv_heads, -1)])
+        self._norm = RmsNorm(torch.ones_like(query), sizes.eps)
+
+    def __call__(self, rotated: Tensor) -> Tensor:
+        """(N, H + KH, D) fp32 → the same, normed, in new memory."""
+        return self._norm(rotated) * self._weight
+
+
+def _take_qkv(take: Take, name: str, sizes: DenseConfig) -> PackedLinear:
+    """q, k and v as one product, the dimensions of each q and k head in rotary pairs (see `pair_order`)."""
+    order = pair_order(sizes.head_dim)
+    parts = [("q_proj", sizes.q_dim), ("k_proj", sizes.kv_dim), ("v_proj", sizes.kv_dim)]
+
+    def fused(kind: str, *inputs: int) -> Tensor:
+        tensors = [take(f"{name}.{part}.{kind}", width, *inputs) for part, width in parts]
+        for i in (0, 1):
+            heads = tensors[i].view(-1, sizes.head_dim, *inputs)
+            tensors[i] = heads[:, order.to(heads.device)].reshape(tensors[i].shape)
+        return torch.cat(tensors)
+
+    return PackedLinear(fused("weight", sizes.dim), fused("bias") if sizes.attention_bias else None)
+
+
+def _take_mlp(take: Take, name: str, sizes: DenseConfig) -> GatedMlp:
+    dim, ff_dim = sizes.dim, sizes.ff_dim
+
+    def fused(kind: str, *inputs: int) -> Tensor:
+        return torch.cat([take(f"{name}.{part}_proj.{kind}", ff_dim, *inputs) for part in ("gate", "up")])
+
+    gate_up = PackedLinear(fused("weight", dim), fused("bias") if sizes.mlp_bias else None)
+    bias = take(f"{name}.down_proj.bias", dim) if sizes.mlp_bias else None
+    return GatedMlp(gate_up, PackedLinear(take(f"{name}.down_proj.weight", dim, ff_dim), bias))
+
+
+def load_dense(
+    folder: Path,
+    sizes: DenseConfig,
+    card: ModelCard,
+    device: torch.device,
+    dtype: torch.dtype,
+    report: ProgressReport,
+) -> Dense:
+    """Build the model from the folder's safetensors. Raises CheckpointError unless they hold exactly this model."""
+    checkpoint = Checkpoint(folder, report, lambda stored: _canonical_name(stored, sizes.tied))
+    if sizes.tied is None:
+        sizes = replace(sizes, tied="lm_head.weight" not in checkpoint)
+    weight_bytes = 0
+
+    def take(name: str, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        nonlocal weight_bytes
+        tensor = checkpoint.take(name, *shape, device=device, dtype=dtype)
+        weight_bytes += tensor.nbytes
+        return tensor
+
+    model = Dense(sizes, card, take, device)
+    checkpoint.finish()
+    model.weight_bytes = weight_bytes
+    return model
+
+
+def _canonical_name(stored: str, tied: bool | None) -> Target | None:
+    """None for what is computed here, and for the copy of tied embeddings that some checkpoints carry."""
+    if _COMPUTED.search(stored) or (tied and stored == "lm_head.weight"):
+        return None
+    return Target(stored)
