@@ -18,7 +18,9 @@ FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="'pocket' (embedded), 'sim', or a checkpoint folder.")] = "pocket",
+    model: Annotated[
+        str, typer.Option(help="'pocket' (embedded), 'sim', or a checkpoint folder.")
+    ] = "pocket",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP and WebSocket port; 0 picks a free one.")] = 8080,
     grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 picks a free one, -1 is off.")] = 8081,
@@ -78,12 +80,15 @@ def main() -> None:
     try:
         from loadtest.bench import app as bench
         from loadtest.cli import app as loadtest
+        from loadtest.simulate import command as simulate
 
         app.add_typer(loadtest, name="loadtest")
         app.add_typer(bench, name="bench")
+        app.command(name="simulate")(simulate)
     except ImportError as error:
         missing = str(error.name)
 
+        @app.command(name="simulate", context_settings=FORWARDED)
         @app.command(name="loadtest", context_settings=FORWARDED)
         @app.command(name="bench", context_settings=FORWARDED)
         def absent() -> None:

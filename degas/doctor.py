@@ -37,7 +37,9 @@ def examine() -> int:
 
 def _python() -> Finding:
     good = sys.version_info >= (3, 11)
-    return Finding("python", platform.python_version(), good, "" if good else "Degas needs Python 3.11 or newer")
+    return Finding(
+        "python", platform.python_version(), good, "" if good else "Degas needs Python 3.11 or newer"
+    )
 
 
 def _package(name: str, extra: str) -> Finding:
@@ -59,7 +61,10 @@ def _device() -> Finding:
         return Finding("device", f"{properties.name}, {properties.total_memory >> 30} GiB")
     if shutil.which("nvidia-smi"):
         return Finding(
-            "device", "cpu, though nvidia-smi is here", True, f"torch {torch.__version__} sees no GPU: is it a CUDA build?"
+            "device",
+            "cpu, though nvidia-smi is here",
+            True,
+            f"torch {torch.__version__} sees no GPU: is it a CUDA build?",
         )
     return Finding("device", f"cpu, {os.cpu_count()} cores (the embedded model is made for that)")
 
@@ -67,7 +72,12 @@ def _device() -> Finding:
 def _memory() -> Finding:
     free_gib = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
     good = free_gib > 1.0
-    return Finding("memory", f"{free_gib:.1f} GiB free", good, "" if good else "worker and gateway together need about 1 GiB")
+    return Finding(
+        "memory",
+        f"{free_gib:.1f} GiB free",
+        good,
+        "" if good else "worker and gateway together need about 1 GiB",
+    )
 
 
 def _port() -> Finding:

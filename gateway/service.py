@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Final
 
@@ -46,6 +46,7 @@ class Worker:
     flights: Flights
     lane: Lane
     model: ServedModel | None = None
+    orphans: list[int] = field(default_factory=list)  # sequences given up here, perhaps still running there
 
 
 class Service:
@@ -362,6 +363,9 @@ class Service:
         worker.model = model
         if before is not model:
             log.info("model_served", model=model.card.model_id, family=model.card.family)
+        orphans, worker.orphans = worker.orphans, []
+        if link.epoch == link.lost_epoch:  # it was silent, not dead
+            link.cancel(orphans)
         worker.lane = self._admission.lane(model.limits.max_rows, model.limits.max_waiting)
         self._resume()
 
@@ -391,6 +395,7 @@ class Service:
         """See `WorkerEvents`: streams that began end here, the others are retried once (see `Recovery`)."""
         worker = self._by_link[link]
         lost = list(worker.flights.by_id.values())
+        worker.orphans = list(worker.flights.by_id)
         now_s = self._now()
         num_retried = 0
         for flight in lost:

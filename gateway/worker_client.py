@@ -76,6 +76,7 @@ class WorkerLink:
         self.endpoint = endpoint
         self.ready: wire.Ready | None = None
         self.beat: wire.Beat | None = None
+        self.lost_epoch = -1  # of the worker last lost
         self.state = "connecting"  # connecting | ready | refused | closed
         self.anomalies: Counter[str] = Counter()
         self._events = events
@@ -297,7 +298,7 @@ class WorkerLink:
             self.state = "connecting"
         self._hello_s = 0.0
         if was_ready is not None:
-            self.beat = None
+            self.beat, self.lost_epoch = None, was_ready.epoch
             self._events.on_lost(self, error)
 
     # ------------------------------------------------------------ timers and the monitor

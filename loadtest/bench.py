@@ -9,7 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, help="Measure parts of Degas; every figure in the docs has its command here.")
+app = typer.Typer(
+    no_args_is_help=True, help="Measure parts of Degas; every figure in the docs has its command here."
+)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -23,7 +25,8 @@ def loop(
     as_json: JsonFlag = False,
 ) -> None:
     """Blocking against pipelined decoding: step time, host time, bubble and gain, beside the published rows."""
-    from loadtest.bubble import PUBLISHED, measure_row
+    from loadtest.bubble import measure_row
+    from loadtest.published import PHOTON
 
     if device != "sim":
         raise typer.BadParameter("only the simulated device has fixed step times", param_hint="--device")
@@ -32,11 +35,22 @@ def loop(
         print(json.dumps([row.to_json() for row in done]))
         return
     table = Table(title=f"decode step, milliseconds ({profile}, simulated device in real time, SSE clients)")
-    for name in ("rows", "forward", "sample", "blocking", "pipelined", "host µs", "bubble", "busy", "gain", "tokens/s"):
+    for name in (
+        "rows",
+        "forward",
+        "sample",
+        "blocking",
+        "pipelined",
+        "host µs",
+        "bubble",
+        "busy",
+        "gain",
+        "tokens/s",
+    ):
         table.add_column(name, justify="right")
     table.add_column("published (pipelined / blocking / gain)", justify="right", style="dim")
     for row in done:
-        known = PUBLISHED.get((profile, row.rows))
+        known = PHOTON.get((profile, row.rows))
         table.add_row(
             str(row.rows),
             f"{row.forward_ms:.2f}",
@@ -48,14 +62,16 @@ def loop(
             f"{row.busy_pct:.1f}%",
             f"{row.gain_pct:.1f}%",
             f"{row.tokens_per_s:.0f}",
-            f"{known[0]} / {known[1]} / {known[2]}%" if known else "",
+            f"{known.pipelined_ms} / {known.blocking_ms} / {known.gain_pct}%" if known else "",
         )
     Console().print(table)
 
 
 @app.command()
 def cancels(
-    count: Annotated[int, typer.Option(help="Sequences submitted over the wire; about half are cancelled.")] = 100_000,
+    count: Annotated[
+        int, typer.Option(help="Sequences submitted over the wire; about half are cancelled.")
+    ] = 100_000,
     hang_ups: Annotated[int, typer.Option(help="HTTP streams whose client just leaves.")] = 1000,
     as_json: JsonFlag = False,
 ) -> None:

@@ -14,16 +14,6 @@ from urllib.parse import urlsplit
 from loadtest.processes import WorkerProbe, serving
 from shared.protocol import Beat
 
-# Moondream's published table for Photon, moondream2 decoding: milliseconds a step.
-PUBLISHED = {
-    ("rtx3090", 1): (5.10, 5.44, 6.5),
-    ("rtx3090", 8): (6.97, 7.52, 7.8),
-    ("rtx3090", 32): (10.52, 11.74, 11.6),
-    ("b200", 1): (2.63, 3.11, 17.6),
-    ("b200", 8): (3.30, 4.04, 21.9),
-    ("b200", 32): (3.98, 5.55, 35.4),
-}
-
 
 @dataclass(frozen=True)
 class LoopRow:

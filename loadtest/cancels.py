@@ -34,7 +34,18 @@ from shared.protocol import (
     schema_hash,
 )
 
-FLAGS = ["--device", "sim", "--sim-profile", "small", "--max-rows", "64", "--max-waiting", "512", "--num-pages", "600"]
+FLAGS = [
+    "--device",
+    "sim",
+    "--sim-profile",
+    "small",
+    "--max-rows",
+    "64",
+    "--max-waiting",
+    "512",
+    "--num-pages",
+    "600",
+]
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,9 @@ def _storm(probe: WorkerProbe, count: int, seed: int) -> tuple[int, int, int]:
                 sampling = Sampling(temperature=rng.choice([0.0, 1.0]), seed=submitted)
                 task = rng.choice(["text", "text", "detect", "point"])
                 limit = rng.randint(1, 40)
-                submit = Submit(ready.epoch, submitted, "storm", prompt, limit, sampling, task=task, max_objects=9)
+                submit = Submit(
+                    ready.epoch, submitted, "storm", prompt, limit, sampling, task=task, max_objects=9
+                )
                 socket.send(encode(submit))
                 live.add(submitted)
                 submitted += 1

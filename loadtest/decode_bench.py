@@ -2,7 +2,8 @@
 
 Both run in this process on one compute thread, turn about, on a random Llama-shaped checkpoint that both load from
 the same files. Rates count decoding only: tokens after each row's first, over the time since the last row's first.
-Only the ratios of neighbouring runs mean anything on a shared machine; `measure` returns their median.
+Only the ratios of neighbouring runs mean anything on a shared machine; `measure` returns their median. Beside the
+wall clock stands the thread's own CPU time, which other processes disturb far less.
 """
 
 from __future__ import annotations
@@ -55,23 +56,38 @@ CONTEXT_TOKENS, PAGE_TOKENS = 2048, 16
 
 @dataclass(slots=True)
 class Run:
-    """One run's rate, and the tokens of each row."""
+    """One run's rates by the wall clock and by this thread's CPU time, and the tokens of each row."""
 
     tokens_per_s: float
+    tokens_per_cpu_s: float
     tokens: list[list[int]]
+
+
+Stamp = tuple[float, float]
+"""Wall-clock seconds, and CPU seconds of this thread."""
+
+
+def read_clocks() -> Stamp:
+    """Now, by both clocks."""
+    return time.perf_counter(), time.thread_time()
+
+
+def rate(num_tokens: int, start: Stamp, end: Stamp) -> tuple[float, float]:
+    """Tokens a second by both clocks."""
+    return num_tokens / (end[0] - start[0]), num_tokens / (end[1] - start[1])
 
 
 class TokenLog:
     """Stands in for the I/O thread: keeps every step's message, and when it was handed over."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[float, StepOutputs]] = []
+        self.steps: list[tuple[Stamp, StepOutputs]] = []
 
-    def send(self, gateway: bytes, message: FromWorker) -> None:
+    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
         """For one gateway. Raises RuntimeError on anything but tokens."""
         if not isinstance(message, StepOutputs):
             raise RuntimeError(f"the engine refused a row: {message}")
-        self.steps.append((time.perf_counter(), message))
+        self.steps.append((read_clocks(), message))
 
     def broadcast(self, message: FromWorker) -> None:
         """Heartbeats are of no interest here."""
@@ -138,17 +154,16 @@ class DegasSide:
         while self.engine.tick():
             pass
         tokens: list[list[int]] = [[] for _ in prompts]
-        started_s = 0.0
-        for at_s, step in self._log.steps:
+        started = (0.0, 0.0)
+        for at, step in self._log.steps:
             for sequence_id, token_id in zip(
                 unpack_i64(step.sequence_ids), unpack_i32(step.token_ids), strict=True
             ):
                 row = tokens[sequence_id - first_id]
                 if not row:
-                    started_s = at_s
+                    started = at
                 row.append(token_id)
-        seconds = self._log.steps[-1][0] - started_s
-        return Run(len(prompts) * (new_tokens - 1) / seconds, tokens)
+        return Run(*rate(len(prompts) * (new_tokens - 1), started, self._log.steps[-1][0]), tokens)
 
 
 class TransformersSide:
@@ -166,17 +181,17 @@ class TransformersSide:
         for cache in ("dynamic", "static"):
             self.cache = cache
             self.run(prompts, min(8, new_tokens))
-            rates[cache] = self.run(prompts, new_tokens).tokens_per_s
+            rates[cache] = self.run(prompts, new_tokens).tokens_per_cpu_s
         self.cache = max(rates, key=lambda cache: rates[cache])
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
         """Decode `new_tokens` for every prompt, greedily."""
         ids = torch.tensor(prompts)
-        stamps: list[float] = []
+        stamps: list[Stamp] = []
 
         def stamp(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             """A stopping criterion that never stops: called after each step."""
-            stamps.append(time.perf_counter())
+            stamps.append(read_clocks())
             return torch.zeros(ids.shape[0], dtype=torch.bool)
 
         with torch.inference_mode():
@@ -193,7 +208,7 @@ class TransformersSide:
                 stopping_criteria=[stamp],
             )
         tokens = out[:, ids.shape[1] :].tolist()
-        return Run(len(prompts) * (new_tokens - 1) / (stamps[-1] - stamps[0]), tokens)
+        return Run(*rate(len(prompts) * (new_tokens - 1), stamps[0], stamps[-1]), tokens)
 
 
 def write_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype) -> int:
@@ -238,15 +253,16 @@ def measure(
     warm = draw()
     ours.run(warm, new_tokens)
     theirs.choose_cache(warm, new_tokens)
-    degas, transformers, same = [], [], []
+    pairs: list[tuple[Run, Run]] = []
+    same = []
     for _ in range(repeats):
         prompts = draw()
         a, b = ours.run(prompts, new_tokens), theirs.run(prompts, new_tokens)
-        degas.append(a.tokens_per_s)
-        transformers.append(b.tokens_per_s)
-        pairs = [pair for x, y in zip(a.tokens, b.tokens, strict=True) for pair in zip(x, y, strict=True)]
-        same.append(sum(x == y for x, y in pairs) / len(pairs))
-    ratios = [a / b for a, b in zip(degas, transformers, strict=True)]
+        pairs.append((a, b))
+        both = [pair for x, y in zip(a.tokens, b.tokens, strict=True) for pair in zip(x, y, strict=True)]
+        same.append(sum(x == y for x, y in both) / len(both))
+    ratios = [a.tokens_per_s / b.tokens_per_s for a, b in pairs]
+    cpu_ratios = [a.tokens_per_cpu_s / b.tokens_per_cpu_s for a, b in pairs]
     return {
         "shape": shape,
         "parameters": num_parameters,
@@ -254,11 +270,14 @@ def measure(
         "rows": rows,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "degas_tokens_per_s": statistics.median(degas),
-        "transformers_tokens_per_s": statistics.median(transformers),
+        "degas_tokens_per_s": statistics.median(a.tokens_per_s for a, _ in pairs),
+        "transformers_tokens_per_s": statistics.median(b.tokens_per_s for _, b in pairs),
+        "degas_tokens_per_cpu_s": statistics.median(a.tokens_per_cpu_s for a, _ in pairs),
+        "transformers_tokens_per_cpu_s": statistics.median(b.tokens_per_cpu_s for _, b in pairs),
         "transformers_cache": theirs.cache,
         "ratio": statistics.median(ratios),
-        "ratios": ratios,
+        "cpu_ratio": statistics.median(cpu_ratios),
+        "ratios": [round(ratio, 3) for ratio in ratios],
         "same_tokens": statistics.median(same),
     }
 

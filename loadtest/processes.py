@@ -101,7 +101,9 @@ def running(command: list[str], environment: dict[str, str], log: Path) -> Itera
 
 
 @contextmanager
-def serving(worker_flags: list[str], *, gateway_settings: dict[str, str] | None = None) -> Iterator[tuple[str, WorkerProbe]]:
+def serving(
+    worker_flags: list[str], *, gateway_settings: dict[str, str] | None = None
+) -> Iterator[tuple[str, WorkerProbe]]:
     """A worker with these flags behind a gateway; yields the gateway's address and a probe of the worker."""
     with tempfile.TemporaryDirectory(prefix="degas-bench-") as folder_name:
         folder = Path(folder_name)
@@ -114,7 +116,16 @@ def serving(worker_flags: list[str], *, gateway_settings: dict[str, str] | None 
             "DEGAS_GATEWAY_MAX_QUEUE": "4096",
             **(gateway_settings or {}),
         }
-        worker = [sys.executable, "-m", "worker", "--endpoint", endpoint, "--log-level", "warning", *worker_flags]
+        worker = [
+            sys.executable,
+            "-m",
+            "worker",
+            "--endpoint",
+            endpoint,
+            "--log-level",
+            "warning",
+            *worker_flags,
+        ]
         with (
             running(worker, {}, folder / "worker.log"),
             running([sys.executable, "-m", "gateway"], settings, folder / "gateway.log"),

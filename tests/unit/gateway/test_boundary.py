@@ -137,7 +137,15 @@ def test_a_request_id_that_is_none_is_replaced(gateway: GatewayThread) -> None:
 
 # ---------------------------------------------------------------- hostile bodies
 
-NUMBERS = ["max_tokens", "n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty"] + [
+NUMBERS = [
+    "max_tokens",
+    "n",
+    "seed",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
     "top_logprobs",
@@ -328,8 +336,9 @@ def test_the_end_is_orderly(worker: FakeWorker) -> None:
     with gateway:
         gateway.wait_ready()
         worker.script = lambda submit: (
-            [*map(Token, text_ids("a")), Wait(0.3 if submit.max_tokens == 5 else 60)]
-            + [
+            [
+                *map(Token, text_ids("a")),
+                Wait(0.3 if submit.max_tokens == 5 else 60),
                 *map(Token, text_ids("b")),
                 _end(),
             ]

@@ -77,19 +77,21 @@ LLAMA = msgspec.structs.replace(CARD, family="llama", image=None, templates={}, 
 
 
 def test_a_templated_model_through_the_gateway() -> None:
-    with FakeWorker(card=LLAMA, chat_template=CHATML.encode()) as worker:
-        with GatewayThread(workers=[worker.endpoint]) as gateway:
-            gateway.wait_ready()
-            messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-            assert ask(gateway.url, "/v1/chat/completions", {"messages": messages}).status == 200
-            prompt = wire.unpack_i32(worker.submits[0].prompt).tolist()
-            assert prompt == [0, *text_ids("[system]s[user]u"), 4]
-            part: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
-            refused = ask(
-                gateway.url, "/v1/chat/completions", {"messages": [{"role": "user", "content": [part]}]}
-            )
-            assert refused.status == 400 and "pictures" in refused.error["message"]
-            assert ask(gateway.url, "/v1/query", {"question": "x"}).status == 400
+    with (
+        FakeWorker(card=LLAMA, chat_template=CHATML.encode()) as worker,
+        GatewayThread(workers=[worker.endpoint]) as gateway,
+    ):
+        gateway.wait_ready()
+        messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+        assert ask(gateway.url, "/v1/chat/completions", {"messages": messages}).status == 200
+        prompt = wire.unpack_i32(worker.submits[0].prompt).tolist()
+        assert prompt == [0, *text_ids("[system]s[user]u"), 4]
+        part: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+        refused = ask(
+            gateway.url, "/v1/chat/completions", {"messages": [{"role": "user", "content": [part]}]}
+        )
+        assert refused.status == 400 and "pictures" in refused.error["message"]
+        assert ask(gateway.url, "/v1/query", {"question": "x"}).status == 400
 
 
 def test_without_a_template_chat_is_refused_in_words() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,7 +91,7 @@ def test_stop_strings_do_not_depend_on_the_split(stops: list[str], text: str, cu
     matcher = StopMatcher(stops)
     shown, stop = "", None
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         piece, stop = matcher.feed(text[start:end])
         shown += piece
         if stop is not None:

@@ -143,6 +143,9 @@ def test_a_silent_decode_thread_is_a_lost_worker_though_its_socket_lives(worker:
         assert ask(gateway.url, "/readyz").status == 503
         worker.thaw()
         gateway.wait_ready()
+        assert worker.wait_cancelled(1) == [worker.submits[0].sequence_id], (
+            "the old sequence is not left running"
+        )
         worker.reply("back")
         assert b"back" in ask(gateway.url, CHAT, chat()).body
 
