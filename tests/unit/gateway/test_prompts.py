@@ -77,19 +77,16 @@ LLAMA = msgspec.structs.replace(CARD, family="llama", image=None, templates={}, 
 
 
 def test_a_templated_model_through_the_gateway() -> None:
-    with (
-        FakeWorker(card=LLAMA, chat_template=CHATML.encode()) as worker,
-        GatewayThread(workers=[worker.endpoint]) as gateway,
-    ):
+    worker = FakeWorker(card=LLAMA, chat_template=CHATML.encode())
+    with worker, GatewayThread(workers=[worker.endpoint]) as gateway:
         gateway.wait_ready()
         messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
         assert ask(gateway.url, "/v1/chat/completions", {"messages": messages}).status == 200
         prompt = wire.unpack_i32(worker.submits[0].prompt).tolist()
         assert prompt == [0, *text_ids("[system]s[user]u"), 4]
         part: dict[str, Any] = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
-        refused = ask(
-            gateway.url, "/v1/chat/completions", {"messages": [{"role": "user", "content": [part]}]}
-        )
+        with_picture = {"messages": [{"role": "user", "content": [part]}]}
+        refused = ask(gateway.url, "/v1/chat/completions", with_picture)
         assert refused.status == 400 and "pictures" in refused.error["message"]
         assert ask(gateway.url, "/v1/query", {"question": "x"}).status == 400
 
