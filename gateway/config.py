@@ -64,7 +64,7 @@ class GatewayConfig(BaseSettings):
     max_body_bytes: int = Field(24 << 20, ge=1 << 10)
     max_queue: int = Field(128, ge=0, description="requests waiting per worker beyond its rows")
     max_wait_s: float = Field(30.0, gt=0, description="refuse when the queue would take longer than this")
-    max_connections: int = Field(10_000, ge=1)
+    max_connections: int = Field(10_000, ge=1, description="WebSockets open at once")
     max_prompt_chars: int = Field(1 << 20, ge=1)
     max_n: int = Field(8, ge=1, le=128)
     request_deadline_s: float = Field(300.0, gt=0, description="wall clock of one request, queueing included")

@@ -48,6 +48,11 @@ class Worker:
     model: ServedModel | None = None
     orphans: list[int] = field(default_factory=list)  # sequences given up here, perhaps still running there
 
+    @property
+    def takes_work(self) -> bool:
+        """Whether it serves and is not on its way out."""
+        return self.link.ready is not None and not (self.link.beat is not None and self.link.beat.draining)
+
 
 class Service:
     """See `gateway.generation.Core` for the part interfaces use."""
@@ -219,7 +224,7 @@ class Service:
         """Whether new work would be served, and why not."""
         if self.draining:
             return False, "shutting down"
-        if any(worker.link.ready is not None for worker in self._workers):
+        if any(worker.takes_work for worker in self._workers):
             return True, "ready"
         refusals = [worker.link.refusal for worker in self._workers if worker.link.refusal]
         if refusals:
@@ -268,9 +273,7 @@ class Service:
         """The ready worker with the most room. Raises `RequestError`."""
         if self.draining:
             raise RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
-        ready = [
-            worker for worker in self._workers if worker.model is model and worker.link.ready is not None
-        ]
+        ready = [worker for worker in self._workers if worker.model is model and worker.takes_work]
         if not ready:
             raise RequestError(ErrorCode.LOADING, "no worker serves this model at the moment")
         best = min(ready, key=lambda worker: worker.lane.load)

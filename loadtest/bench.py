@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,15 +23,24 @@ def loop(
     profile: Annotated[str, typer.Option(help="Whose step times: b200, rtx3090, h200-0.6b …")] = "b200",
     rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
     seconds: Annotated[float, typer.Option(help="Measured time of each run.")] = 4.0,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw both timelines of the last batch size as SVG.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Blocking against pipelined decoding: step time, host time, bubble and gain, beside the published rows."""
     from loadtest.bubble import measure_row
     from loadtest.published import PHOTON
+    from loadtest.timeline import draw
 
     if device != "sim":
         raise typer.BadParameter("only the simulated device has fixed step times", param_hint="--device")
-    done = [measure_row(int(number), profile, seconds) for number in rows.split(",")]
+    measured = [measure_row(int(number), profile, seconds) for number in rows.split(",")]
+    done = [row for row, _ in measured]
+    if picture is not None:
+        row, recordings = measured[-1]
+        gpu = f"{profile.upper()} step times held in real time, {row.rows} streams to real clients"
+        picture.write_text(draw(recordings, f"{gpu}: degas bench loop --profile {profile} --rows {row.rows}"))
     if as_json:
         print(json.dumps([row.to_json() for row in done]))
         return

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from urllib.parse import urlsplit
 
 from loadtest.processes import WorkerProbe, serving
+from loadtest.timeline import Recording
 from shared.protocol import Beat
 
 
@@ -44,16 +45,17 @@ class Window:
     bubble_ms: float
     device_ms: float
     received_per_s: float
+    trace: bytes
 
 
-def measure_row(rows: int, profile: str, seconds: float) -> LoopRow:
-    """Blocking, then pipelined, at one batch size."""
+def measure_row(rows: int, profile: str, seconds: float) -> tuple[LoopRow, list[Recording]]:
+    """Blocking, then pipelined, at one batch size; and a recording of each."""
     from worker.device.profiles import PROFILES
 
     windows = {depth: _measure(rows, profile, depth, seconds) for depth in (1, 2)}
     costs = PROFILES[profile]
     blocking, pipelined = windows[1], windows[2]
-    return LoopRow(
+    row = LoopRow(
         rows,
         costs.forward(rows, 0, 0) * 1e3,
         costs.sample_s * 1e3,
@@ -65,6 +67,10 @@ def measure_row(rows: int, profile: str, seconds: float) -> LoopRow:
         100 * pipelined.device_ms / pipelined.step_ms,
         pipelined.received_per_s,
     )
+    return row, [
+        Recording.parse(f"blocking: {blocking.step_ms:.2f} ms a step", blocking.trace),
+        Recording.parse(f"pipelined: {pipelined.step_ms:.2f} ms a step", pipelined.trace),
+    ]
 
 
 def _measure(rows: int, profile: str, depth: int, seconds: float) -> Window:
@@ -88,13 +94,14 @@ async def _stream_and_watch(url: str, probe: WorkerProbe, rows: int, seconds: fl
     await asyncio.sleep(seconds)
     last, received = await asyncio.to_thread(probe.beat), sum(counts) - received
     elapsed_s = time.perf_counter() - started_s
+    trace = await asyncio.to_thread(probe.trace, 40)
     for stream in streams:
         stream.cancel()
     await asyncio.gather(*streams, return_exceptions=True)
-    return _window(first, last, received / elapsed_s)
+    return _window(first, last, received / elapsed_s, trace)
 
 
-def _window(first: Beat, last: Beat, received_per_s: float) -> Window:
+def _window(first: Beat, last: Beat, received_per_s: float, trace: bytes) -> Window:
     def delta(name: str) -> float:
         return last.metrics[name] - first.metrics[name]
 
@@ -105,6 +112,7 @@ def _window(first: Beat, last: Beat, received_per_s: float) -> Window:
         delta("bubble_seconds_total") / steps * 1e3,
         delta("device_busy_seconds_total") / steps * 1e3,
         received_per_s,
+        trace,
     )
 
 

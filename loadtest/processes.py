@@ -26,6 +26,8 @@ from shared.protocol import (
     Hello,
     Ping,
     Ready,
+    Trace,
+    TraceChunk,
     decode_from_worker,
     encode,
     schema_hash,
@@ -70,6 +72,17 @@ class WorkerProbe:
                 if isinstance(message, Beat):
                     return message
         raise TimeoutError("the worker's decode thread is silent")
+
+    def trace(self, num_steps: int) -> bytes:
+        """Record the worker's next steps; returns the Chrome-trace JSON."""
+        self._socket.send(encode(Trace(num_steps)))
+        deadline_s = time.monotonic() + 30
+        while time.monotonic() < deadline_s:
+            if self._socket.poll(1000):
+                frames = self._socket.recv_multipart()
+                if isinstance(decode_from_worker(frames[0]), TraceChunk):
+                    return frames[1]
+        raise TimeoutError("no recording came back; are there streams to record?")
 
     def close(self) -> None:
         """Leave."""

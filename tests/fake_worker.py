@@ -199,6 +199,7 @@ class FakeWorker:
         self.beat_metrics: dict[str, float] = {}
         self.beat_histograms: dict[str, list[float]] = {}
         self.drain_rate = 10.0
+        self.draining = False
         self.submits: list[wire.Submit] = []
         self.payloads: list[list[bytes]] = []
         self.cancelled: list[int] = []
@@ -460,6 +461,7 @@ class FakeWorker:
                 self.num_active - running,
                 self.limits.num_pages,
                 self.limits.num_pages,
+                draining=self.draining,
                 metrics=self.beat_metrics,
                 histograms=self.beat_histograms,
                 drain_rate=self.drain_rate,

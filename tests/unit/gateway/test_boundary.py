@@ -7,13 +7,14 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
 from typing import Any
 
 import pytest
 
 from shared.errors import ErrorCode
-from tests.fake_worker import LIMITS, FakeWorker, Token, Wait, text_ids
+from tests.fake_worker import LIMITS, End, FakeWorker, Token, Wait, text_ids
 from tests.gateway_thread import GatewayThread
 from tests.http_client import Opened, ask, raw
 
@@ -327,6 +328,44 @@ def test_a_client_that_does_not_read_is_cut_off_and_the_others_are_not(worker: F
         assert b"fine" in ask(gateway.url, CHAT, chat()).body
 
 
+def test_an_old_client_gets_its_stream_without_chunk_framing(
+    gateway: GatewayThread, worker: FakeWorker
+) -> None:
+    worker.reply("ab")
+    body = json.dumps(chat(stream=True)).encode()
+    head = b"POST " + CHAT.encode() + b" HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    answer = raw(gateway.url, head + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    _, _, events = answer.partition(b"\r\n\r\n")
+    assert events.startswith(b"data: {") and events.endswith(b"data: [DONE]\n\n") and b"\r\n" not in events
+
+
+def test_one_connection_serves_streams_one_after_the_other(
+    gateway: GatewayThread, worker: FakeWorker
+) -> None:
+    worker.reply("ab")
+    connection = HTTPConnection(gateway.url.removeprefix("http://"), timeout=20)
+    for _ in range(3):
+        connection.request("POST", CHAT, json.dumps(chat(stream=True)), {"Content-Type": "application/json"})
+        assert connection.getresponse().read().endswith(b"[DONE]\n\n")
+    connection.close()
+
+
+def test_a_client_that_leaves_while_its_picture_is_decoded_leaves_nothing(
+    gateway: GatewayThread, worker: FakeWorker, data_url: Callable[..., str]
+) -> None:
+    images = gateway.gateway.service.images
+    body = json.dumps({"question": "x", "image_url": data_url(2000, 2000)}).encode()
+    host, port = gateway.url.removeprefix("http://").split(":")
+    for _ in range(5):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                b"POST /v1/query HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+            )
+    gateway.wait_for(lambda: images.num_pending == 0 and gateway.gateway.service.num_in_flight == 0)
+    assert ask(gateway.url, "/v1/query", {"question": "x", "image_url": data_url()}).status == 200
+
+
 # ---------------------------------------------------------------- the end
 
 
@@ -340,7 +379,7 @@ def test_the_end_is_orderly(worker: FakeWorker) -> None:
                 *map(Token, text_ids("a")),
                 Wait(0.3 if submit.max_tokens == 5 else 60),
                 *map(Token, text_ids("b")),
-                _end(),
+                End(),
             ]
         )
         short = Opened(gateway.url, CHAT, chat(stream=True, max_tokens=5))
@@ -358,9 +397,3 @@ def test_the_end_is_orderly(worker: FakeWorker) -> None:
         worker.wait_cancelled(1)
         for one in (short, long):
             one.close()
-
-
-def _end() -> Any:
-    from tests.fake_worker import End
-
-    return End()
