@@ -34,7 +34,7 @@ mutants: $(VENV)/.dev  ## plant faults in the loop, one at a time, and show that
 	@$(BIN)/python -m tests.mutants $(ARGS)
 
 soak: $(VENV)/.dev  ## the long runs of the tests that have a short one: state machine, cancels
-	@$(BIN)/python -m pytest tests/soak $(ARGS)
+	@$(BIN)/python -m pytest --timeout=3600 tests/soak/soak_loop.py $(ARGS)
 
 clean:           ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import structlog
 
+from gateway.faults import fault_fields
 from gateway.generation import Delta, GenerateRequest, Listener, RequestError
 from gateway.stream import Discontinuity, StreamState
 from shared import protocol as wire
@@ -100,8 +101,8 @@ class Flight:
             self.listener.on_end(self.state.end)
         except ConnectionError:
             pass  # the client left first
-        except Exception:
-            log.error("listener_failed", request_id=self.request_id, exc_info=True)
+        except Exception as fault:
+            log.error("listener_failed", request_id=self.request_id, **fault_fields(fault))
 
 
 class Flights:
@@ -200,7 +201,7 @@ class Flights:
                 flight.listener.on_delta(delta)
             except Exception as fault:
                 if not isinstance(fault, ConnectionError):
-                    log.error("listener_failed", request_id=flight.request_id, exc_info=True)
+                    log.error("listener_failed", request_id=flight.request_id, **fault_fields(fault))
         error = state.end.error if state.end is not None else None
         if error is not None and error.code is ErrorCode.STREAM_GAP:
             self._note("token_gap")
@@ -210,7 +211,7 @@ class Flights:
         """A transport that raises has lost its client, or has a bug; either way only its stream ends."""
         if not isinstance(fault, ConnectionError):
             self._note("listener_failed")
-            log.error("listener_failed", request_id=flight.request_id, exc_info=fault)
+            log.error("listener_failed", request_id=flight.request_id, **fault_fields(fault))
         if flight.landed:
             self._settle(flight)
         else:

@@ -21,6 +21,7 @@ import zmq
 from gateway.admission import Admission, Lane
 from gateway.catalog import Catalog, ServedModel
 from gateway.config import GatewayConfig
+from gateway.faults import fault_fields
 from gateway.flights import Flight, Flights
 from gateway.generation import GenerateRequest, Listener, PreparedImage, RequestError, RunningStream
 from gateway.images import ImageDecoder
@@ -453,5 +454,5 @@ class Service:
                 flight.fail(RequestError(ErrorCode.DEADLINE_EXCEEDED, message))
             if len(self._recovery):
                 self._resume()
-        except Exception:  # the timer must go on whatever one tick met
-            log.error("service_tick_failed", exc_info=True)
+        except Exception as fault:  # the timer must go on whatever one tick met
+            log.error("service_tick_failed", **fault_fields(fault))

@@ -22,6 +22,7 @@ import zmq.auth
 from zmq.utils.monitor import parse_monitor_message
 
 from gateway.config import ConfigError
+from gateway.faults import fault_fields
 from gateway.generation import RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode
@@ -211,8 +212,8 @@ class WorkerLink:
                 self._on_frames(frames)
             except msgspec.DecodeError as error:  # ValidationError is one
                 self._note("malformed", reason=str(error)[:200])
-            except Exception:
-                self._note("failed_message", traceback=True)
+            except Exception as fault:
+                self._note("failed_message", **fault_fields(fault))
         self._drain_scheduled = True
         if self._loop is not None:
             self._loop.call_soon(self._drain)
@@ -323,8 +324,8 @@ class WorkerLink:
             elif now_s - self._ping_s >= _PING_S * 0.9:
                 self._ping_s = now_s
                 self._send_quietly(wire.encode(wire.Ping(self.epoch, now_s)))
-        except Exception:  # the timer must go on whatever one tick met
-            self._note("failed_tick", traceback=True)
+        except Exception as fault:  # the timer must go on whatever one tick met
+            self._note("failed_tick", **fault_fields(fault))
 
     def _send_hello(self) -> None:
         self._hello_s = self._now()
@@ -364,11 +365,11 @@ class WorkerLink:
         while self.state != "closed" and self._has_input():
             self._drain()
 
-    def _note(self, kind: str, *, traceback: bool = False, **fields: object) -> None:
+    def _note(self, kind: str, **fields: object) -> None:
         """Count an anomaly; log the first of its kind on this link only."""
         self.anomalies[kind] += 1
         if self.anomalies[kind] == 1:
-            log.warning("worker_anomaly", kind=kind, endpoint=self.endpoint, exc_info=traceback, **fields)
+            log.warning("worker_anomaly", kind=kind, endpoint=self.endpoint, **fields)
 
     def note(self, kind: str) -> None:
         """Count an anomaly that the owner of the streams found (duplicate, gap)."""

@@ -30,7 +30,11 @@ class GrammarError(ValueError):
 
 def spell(grammar: Grammar) -> str:
     """The grammar in llguidance's own JSON. Raises `GrammarError`; what it spells may still be refused."""
-    if len(grammar.source.encode("utf-8", "surrogatepass")) > MAX_SOURCE_BYTES:
+    try:
+        num_bytes = len(grammar.source.encode())
+    except UnicodeEncodeError:
+        raise GrammarError("the grammar holds half a surrogate pair") from None
+    if num_bytes > MAX_SOURCE_BYTES:
         raise GrammarError(f"a grammar may have at most {MAX_SOURCE_BYTES} bytes")
     kind, source = grammar.kind, grammar.source
     if kind == "json_object":
@@ -61,7 +65,7 @@ def read_schema(source: str) -> tuple[Any, bool]:
     if isinstance(schema, dict):
         options = schema.pop("x-guidance", None)
         lenient = isinstance(options, dict) and options.get("lenient") is True
-    level: list[Any] = [schema]
+    level: list[Any] = [schema] if isinstance(schema, dict) else []
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for node in level:
@@ -73,8 +77,8 @@ def read_schema(source: str) -> tuple[Any, bool]:
             else:
                 below.extend(node)
         level = [node for node in below if isinstance(node, dict | list)]
-        if not level:
-            return schema, lenient
+    if not level:
+        return schema, lenient
     raise GrammarError(f"a schema may be nested at most {MAX_DEPTH} levels deep")
 
 

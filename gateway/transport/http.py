@@ -20,6 +20,7 @@ from aiohttp import web
 from gateway.access import Access
 from gateway.config import GatewayConfig
 from gateway.errors import error_body, error_headers, http_status
+from gateway.faults import fault_fields
 from gateway.generation import RequestError
 from gateway.metrics import Metrics
 from shared.errors import ErrorCode
@@ -91,9 +92,9 @@ class Boundary:
             return web.Response(status=499)  # the client left; nobody reads this
         except asyncio.CancelledError:
             raise
-        except Exception:
+        except Exception as fault:
             status, code = 500, ErrorCode.INTERNAL.value
-            log.error("handler_failed", exc_info=True)
+            log.error("handler_failed", **fault_fields(fault))
             return error_response(RequestError(ErrorCode.INTERNAL, "an internal error; the log knows more"))
         finally:
             route = route_name(request)

@@ -397,3 +397,17 @@ def test_the_end_is_orderly(worker: FakeWorker) -> None:
         worker.wait_cancelled(1)
         for one in (short, long):
             one.close()
+
+
+def test_a_bug_is_a_500_that_says_nothing_of_the_request(
+    gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("it held: nobody may log this")
+
+    monkeypatch.setattr(gateway.gateway.service, "submit", broken)
+    answer = ask(gateway.url, CHAT, chat("nobody may log this"))
+    assert (answer.status, answer.error["code"]) == (500, "internal_error")
+    said = capsys.readouterr()
+    assert "nobody may log" not in said.out + said.err + answer.body.decode()
+    assert "RuntimeError" in said.out + said.err
