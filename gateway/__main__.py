@@ -20,6 +20,7 @@ from aiohttp import web
 
 from gateway.app import create_app
 from gateway.config import ConfigError, GatewayConfig, load
+from gateway.faults import fault_fields
 from gateway.generation import RequestError
 from gateway.service import Service
 from shared.errors import ErrorCode
@@ -126,6 +127,12 @@ def _server_logger() -> logging.Logger:
     return logger
 
 
+def _on_loop_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What escaped a callback: where it happened, not what it held."""
+    fault = context.get("exception")
+    log.error("loop_fault", **(fault_fields(fault) if fault is not None else {"error": "unknown"}))
+
+
 async def serve(config: GatewayConfig, on_listening: Callable[[Gateway], None] | None = None) -> None:
     """Run until SIGINT or SIGTERM. A second signal ends the drain at once."""
     gateway = Gateway(config)
@@ -135,6 +142,7 @@ async def serve(config: GatewayConfig, on_listening: Callable[[Gateway], None] |
         (hurried if asked.is_set() else asked).set()
 
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_on_loop_fault)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     await gateway.start()

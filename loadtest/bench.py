@@ -95,3 +95,28 @@ def cancels(
         for name, value in report.to_json().items():
             print(f"{name:<12} {value}")
     raise typer.Exit(0 if report.is_clean else 1)
+
+
+@app.command()
+def ttft(
+    profile: Annotated[str, typer.Option(help="Whose step times.")] = "b200",
+    rows: Annotated[int, typer.Option(help="Background streams.")] = 16,
+    probes: Annotated[int, typer.Option(help="Requests timed in each round.")] = 60,
+    rounds: Annotated[int, typer.Option(help="Turns each mode gets.")] = 3,
+    as_json: JsonFlag = False,
+) -> None:
+    """Time to first token under load: blocking, pipelined, and pipelined with late launch, turn about."""
+    from loadtest.first_token import measure
+
+    done = measure(profile, rows, probes, rounds)
+    if as_json:
+        print(json.dumps([mode.to_json() for mode in done]))
+        return
+    table = Table(
+        title=f"time to first token behind {rows} streams ({profile}, simulated device in real time)"
+    )
+    for name in ("mode", "p50 ms", "p90 ms", "step ms"):
+        table.add_column(name, justify="right")
+    for mode in done:
+        table.add_row(mode.mode, f"{mode.p50_ms:.2f}", f"{mode.p90_ms:.2f}", f"{mode.step_ms:.3f}")
+    Console().print(table)

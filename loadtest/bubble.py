@@ -82,7 +82,7 @@ def _measure(rows: int, profile: str, depth: int, seconds: float) -> Window:
 
 async def _stream_and_watch(url: str, probe: WorkerProbe, rows: int, seconds: float) -> Window:
     counts = [0] * rows
-    streams = [asyncio.create_task(_read_stream(url, counts, i)) for i in range(rows)]
+    streams = [asyncio.create_task(read_stream(url, counts, i)) for i in range(rows)]
     deadline_s = time.monotonic() + 30
     while not all(counts):
         await asyncio.sleep(0.05)
@@ -116,20 +116,25 @@ def _window(first: Beat, last: Beat, received_per_s: float, trace: bytes) -> Win
     )
 
 
-async def _read_stream(url: str, counts: list[int], index: int) -> None:
+async def read_stream(url: str, counts: list[int], index: int) -> None:
     """One SSE client that only counts its events: the measuring must not cost what it measures."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    post_completion(writer, f"stream {index}", max_tokens=3900)
+    try:
+        while data := await reader.read(65536):
+            counts[index] += data.count(b"data: {")
+    finally:
+        writer.close()
+
+
+def post_completion(writer: asyncio.StreamWriter, prompt: str, *, max_tokens: int) -> None:
+    """Ask the simulated model for a stream of exactly `max_tokens` tokens."""
     body = (
-        f'{{"model":"sim","prompt":"stream {index}","max_tokens":3900,"ignore_eos":true,"stream":true,'
+        f'{{"model":"sim","prompt":"{prompt}","max_tokens":{max_tokens},"ignore_eos":true,"stream":true,'
         f'"temperature":0}}'
     ).encode()
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
     )
-    try:
-        while data := await reader.read(65536):
-            counts[index] += data.count(b"data: {")
-    finally:
-        writer.close()

@@ -173,6 +173,7 @@ class TransformersSide:
         from transformers import AutoModelForCausalLM
 
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self._model.generation_config.eos_token_id = None  # `min_new_tokens` would forbid it, at a cost
         self.cache = "dynamic"
 
     def choose_cache(self, prompts: list[list[int]], new_tokens: int) -> None:

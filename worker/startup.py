@@ -127,6 +127,7 @@ def build_worker(
         clock=time.perf_counter,
         epoch=epoch,
         depth=config.depth,
+        late_launch=config.late_launch,
         on_beat=on_beat,
     )
     ready = Ready(

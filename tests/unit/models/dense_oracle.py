@@ -46,14 +46,15 @@ def write(folder: Path, family: str, *, shard_size: str = "5GB", **settings: Any
     config_kind, model_kind = _KINDS[family]
     torch.manual_seed(5)
     # Wide enough that the most likely token stands out; transformers draws no norms and biases, so that is done here.
-    oracle = model_kind(config_kind(**{**SIZES, "initializer_range": 0.15, **settings})).eval()
+    oracle = model_kind(config_kind(**{**SIZES, "initializer_range": 0.25, **settings})).eval()
     with torch.no_grad():
         for name, weight in oracle.named_parameters():
             if "norm" in name:
                 weight.uniform_(0.5, 1.5)
             elif name.endswith("bias"):
-                weight.normal_(std=0.3)
+                weight.normal_(std=0.2)
     oracle.save_pretrained(folder, max_shard_size=shard_size)
+    oracle.generation_config.eos_token_id = None  # `min_new_tokens` would ban it; here it is a token like others
     return oracle
 
 
@@ -116,7 +117,7 @@ def check_greedy(model: Model, oracle: Any, num: int = 64) -> None:
         logits.append(model.logits(driver.step([(row, model.embed_next(token, *nothing))])))
     found = torch.cat(logits)
     assert found.argmax(-1).tolist() == expected
-    assert len(set(expected)) > 8, "the random model repeats itself, or this test shows little"
+    assert len(set(expected)) > 5, "the random model repeats itself, or this test shows little"
     whole = oracle_logits(oracle, prompt + expected)[len(prompt) - 1 : -1]
     assert relative_error(found, whole) < TOLERANCE
 
