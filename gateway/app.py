@@ -35,15 +35,12 @@ _PAGE_TYPES: Final = {
     ".json": "application/json",
     ".webmanifest": "application/manifest+json",
 }
-_PAGE_HEADERS: Final = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-        "connect-src 'self' ws: wss:; font-src 'self'; manifest-src 'self'; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'"
-    ),
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
+_CSP: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self' {sockets}; font-src 'self'; manifest-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+_PAGE_HEADERS: Final = {"Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 
 
 class Asked(sse.Shape, Protocol):
@@ -177,7 +174,11 @@ def _page_file(file: Path) -> Handler:
 
     @public("page")
     async def handle(request: web.Request) -> web.StreamResponse:
-        return web.Response(body=read(), headers=headers)
+        # Browsers differ on whether 'self' covers the page's own WebSocket; the Host was checked before this.
+        sockets = f"ws://{request.host} wss://{request.host}"
+        return web.Response(
+            body=read(), headers={**headers, "Content-Security-Policy": _CSP.format(sockets=sockets)}
+        )
 
     return handle
 

@@ -318,6 +318,8 @@ class Service:
     def on_started(self, flight: Flight) -> None:
         """See `FlightEvents`."""
         self.metrics.on_first_token(self._now() - flight.started_s)
+        if flight.request.images:  # pixels were kept for a retry only, and are megabytes
+            flight.request = replace(flight.request, images=[])
         if self._recovery.on_settled(flight):
             self._resume()
 

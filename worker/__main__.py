@@ -2,6 +2,7 @@
 
 main     signals → a Drain command
 worker-io  the ROUTER socket
+grammar-compiler  grammars → constraints, with a process of its own
 decode   builds the model and runs the engine; the only thread that touches torch
 """
 
@@ -22,6 +23,7 @@ from shared.logs import configure_logs
 from shared.protocol import Drain, Fatal
 from worker.config import ConfigError, WorkerConfig, load
 from worker.engine import Command
+from worker.grammar_compiler import GrammarCompiler
 from worker.transport import Transport
 
 log = structlog.get_logger()
@@ -33,11 +35,17 @@ class DecodeThread(threading.Thread):
     """Runs build and engine; `exit_code` says how it ended."""
 
     def __init__(
-        self, config: WorkerConfig, transport: Transport, inbox: SimpleQueue[Command], epoch: int
+        self,
+        config: WorkerConfig,
+        transport: Transport,
+        compiler: GrammarCompiler,
+        inbox: SimpleQueue[Command],
+        epoch: int,
     ) -> None:
         super().__init__(name="decode", daemon=True)
         self._config = config
         self._transport = transport
+        self._compiler = compiler
         self._inbox = inbox
         self._epoch = epoch
         self._num_beats = 0
@@ -76,6 +84,8 @@ class DecodeThread(threading.Thread):
             epoch=self._epoch,
             on_beat=self._on_beat if self._config.beat_fd >= 0 else None,
         )
+        card = worker.ready.model
+        self._compiler.open(worker.payloads[0], card.vocab_size, card.eos_ids)
         self._transport.announce(worker.ready, worker.payloads)
         log.info(
             "worker_ready",
@@ -105,12 +115,13 @@ def serve(config: WorkerConfig) -> int:
 
         secure = secure_with(config.curve_key_dir)
     transport = Transport(config.endpoint, inbox, secure=secure)
+    compiler = transport.compiler = GrammarCompiler(inbox, transport, epoch)
     try:
         transport.start()
     except Exception as error:
         sys.stderr.write(f"degas worker: cannot bind endpoint {config.endpoint}: {error}\n")
         return 2
-    decode = DecodeThread(config, transport, inbox, epoch)
+    decode = DecodeThread(config, transport, compiler, inbox, epoch)
     signals = 0
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -128,6 +139,7 @@ def serve(config: WorkerConfig) -> int:
         decode.join(0.2)
         if signals and not transport.is_announced:
             break  # still loading: nothing to drain
+    compiler.close()
     transport.close()
     if decode.is_alive():
         os._exit(0)

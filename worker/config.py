@@ -36,6 +36,7 @@ class WorkerConfig(BaseSettings):
     kv_bytes: int = Field(512 << 20, ge=1 << 20, description="bound on KV memory on the CPU")
     step_tokens: int = Field(2048, ge=16, description="tokens of one step")
     mixed_tokens: int = Field(1024, ge=16, description="the same while rows decode: bounds their gap")
+    step_crops: int = Field(26, ge=1, description="image crops encoded in one step; one picture always may")
     prefix_cache: bool = True
     feature_bytes: int = Field(256 << 20, ge=0, description="image features kept for repeated pictures")
     sim_profile: str = Field("b200", description="step times of the simulated device")

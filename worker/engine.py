@@ -38,11 +38,13 @@ from shared.protocol import (
     pack_i32,
     pack_i64,
 )
-from worker.intake import build_sequence
+from worker.grammar import Constraint
+from worker.grammar_llg import MaskFiller
+from worker.intake import CompiledSubmit, build_sequence
 from worker.launch_timer import LaunchTimer
 from worker.metrics import WorkerMetrics
 from worker.pipeline import InFlight, Pipeline
-from worker.runner import Runner
+from worker.runner import DeviceTimes, Runner
 from worker.scheduler import Committed, Refusal, Scheduler, StepPlan, StepResult
 from worker.sequence import Sequence
 from worker.trace import HOST, TraceRecorder
@@ -53,8 +55,8 @@ BEAT_INTERVAL_S = 0.5
 MAX_TRACE_STEPS = 2000
 MIN_WAIT_S = 20e-6  # a commit that took less found its outputs there: it did not wait for the device
 
-Command = tuple[bytes, FromGateway | None, list[bytes]]
-"""(gateway, message, payload frames) from the I/O thread. A message of None: the gateway's lease ran out."""
+Command = tuple[bytes, FromGateway | CompiledSubmit | None, list[bytes]]
+"""(gateway, message, payload frames) from the I/O or compiler thread. None: the gateway's lease ran out."""
 
 
 class Outbox(Protocol):
@@ -190,10 +192,9 @@ class Engine:
         """Forward now; sample unconstrained rows at once, constrained rows when their masks are known."""
         runner, pipeline = self.runner, self.pipeline
         if not len(pipeline):
-            reasons = self.metrics.sync_steps_total
-            reason = "depth" if self.depth == 1 else "idle"
-            reasons[reason] = reasons.get(reason, 0) + 1
+            self._count_sync("depth" if self.depth == 1 else "idle" if not self._had_work else "behind")
         step = pipeline.launch(plan, self._clock(), follows=self._had_work)
+        self.metrics.depth = len(pipeline)
         runner.launch_forward(step.slot, plan)
         if not plan.deferred:
             runner.launch_sampling(step.slot, plan, list(range(len(plan.samples))), masked=False)
@@ -206,9 +207,17 @@ class Engine:
         runner.launch_copy(step.slot, plan)
         pipeline.on_sampled(step)
 
+    def _count_sync(self, reason: str) -> None:
+        """A step the device was, or could have been, kept waiting for: `depth` (blocking mode), `idle` (no work
+        before it), `behind` (the host was late), `mask` (constrained rows had to see their last token)."""
+        counts = self.metrics.sync_steps_total
+        counts[reason] = counts.get(reason, 0) + 1
+
     def _sample_deferred(self, step: InFlight) -> None:
         """The forward of `step` is running: commit what its constrained rows' grammars still wait for, then
         build their masks and sample them."""
+        if self.pipeline.oldest is not step:
+            self._count_sync("mask")
         while (oldest := self.pipeline.oldest) is not step:
             assert oldest is not None
             self._commit(oldest)
@@ -232,32 +241,31 @@ class Engine:
             plan = step.plan
             waited = now_s - before_s > MIN_WAIT_S
             self._timer.on_commit(now_s, len(plan.decode), is_decode=not plan.chunks, waited=waited)
-        busy_s, idle_s = self.runner.device_times(step.slot)
+        times = self.runner.device_times(step.slot)
         self.pipeline.commit(step)
         done = self.scheduler.commit(step.plan, result, now_s)
         self._send_step(step.plan, done, result)
         if self._trace is not None:
-            self._record_commit(step, before_s, now_s, busy_s, idle_s)
+            self._record_commit(step, before_s, now_s, times)
         metrics = self.metrics
         metrics.steps_total += 1
         metrics.step_rows_total += len(step.plan.samples)
         metrics.generation_tokens_total += len(done.token_ids)
         metrics.prefill_tokens_total += sum([chunk.num_tokens for chunk in step.plan.chunks])
         metrics.zombie_rows_total += done.num_zombies
-        metrics.device_busy_seconds_total += busy_s
+        metrics.device_busy_seconds_total += times.busy_s
+        metrics.copy_seconds_total += times.copy_s
         metrics.wait_seconds_total += now_s - before_s
         metrics.step_wait.observe(now_s - before_s)
         if step.follows:  # else there was no work before it, and an idle device is no bubble
-            metrics.bubble_seconds_total += idle_s
-            metrics.step_bubble.observe(idle_s)
+            metrics.bubble_seconds_total += times.idle_s
+            metrics.step_bubble.observe(times.idle_s)
 
-    def _record_commit(
-        self, step: InFlight, before_s: float, read_s: float, busy_s: float, idle_s: float
-    ) -> None:
+    def _record_commit(self, step: InFlight, before_s: float, read_s: float, times: DeviceTimes) -> None:
         gateway, trace = self._trace or (b"", TraceRecorder(0))
         trace.span(HOST, "wait", before_s, read_s)
         trace.span(HOST, f"commit {step.plan.step}", read_s, self._clock())
-        if trace.on_commit(step, busy_s=busy_s, idle_s=idle_s, read_s=read_s):
+        if trace.on_commit(step, busy_s=times.busy_s, idle_s=times.idle_s, read_s=read_s):
             self._outbox.send(gateway, TraceChunk(self._epoch, step.plan.step), [trace.to_json()])
             self._trace = None
 
@@ -270,9 +278,13 @@ class Engine:
             gateway, message, frames = inbox.get()
             self._on_command(gateway, message, frames)
 
-    def _on_command(self, gateway: bytes, message: FromGateway | None, frames: list[bytes]) -> None:
+    def _on_command(
+        self, gateway: bytes, message: FromGateway | CompiledSubmit | None, frames: list[bytes]
+    ) -> None:
         if isinstance(message, Submit):
             self._on_submit(gateway, message, frames)
+        elif isinstance(message, CompiledSubmit):
+            self._on_submit(gateway, message.message, frames, message.constraint)
         elif isinstance(message, Cancel):
             for sequence_id in message.sequence_ids:
                 seq = self.scheduler.cancel(gateway, sequence_id, FinishReason.CANCELLED)
@@ -286,7 +298,9 @@ class Engine:
             for seq in self.scheduler.cancel_gateway(gateway):
                 self._count_finish(seq)  # nobody is left to tell
 
-    def _on_submit(self, gateway: bytes, message: Submit, frames: list[bytes]) -> None:
+    def _on_submit(
+        self, gateway: bytes, message: Submit, frames: list[bytes], compiled: Constraint | None = None
+    ) -> None:
         now_s = self._clock()
         try:
             if message.epoch != self._epoch:
@@ -295,7 +309,7 @@ class Engine:
                 )
             if self.draining:
                 raise Refusal(ErrorCode.SHUTTING_DOWN, "the worker is draining")
-            seq = build_sequence(gateway, message, frames, self.card, now_s)
+            seq = build_sequence(gateway, message, frames, self.card, now_s, compiled)
             self.scheduler.submit(seq)
         except Refusal as refusal:
             self.metrics.rejected_total += 1
@@ -385,7 +399,6 @@ class Engine:
             for seq in list(self.scheduler.sequences.values()):
                 self.scheduler.fail(seq, ErrorCode.SHUTTING_DOWN, "the worker's drain deadline has passed")
                 self._send_finish(seq)
-        self.metrics.depth = self.depth
         scheduler = self.scheduler
         self._outbox.broadcast(
             Beat(

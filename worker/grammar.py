@@ -28,7 +28,8 @@ class Constraint(Protocol):
 class SpatialGrammar:
     """Order of a detect or point answer: (coord, coord[, size])*, then an end id.
 
-    States: 0 before an object (coord or end), 1 before y (coord), 2 before the size (size id).
+    States: 0 before an object (coord or end), 1 before y (coord), 2 before the size (size id), 3 after the end,
+    which absorbs: ends may follow and nothing else.
     """
 
     __slots__ = ("_coord_id", "_end_id", "_max_objects", "_size_id", "_with_size", "num_objects", "state")
@@ -50,7 +51,7 @@ class SpatialGrammar:
             return (
                 (self._end_id,) if self.num_objects >= self._max_objects else (self._coord_id, self._end_id)
             )
-        return (self._coord_id,) if self.state == 1 else (self._size_id,)
+        return ((self._coord_id,), (self._size_id,), (self._end_id,))[self.state - 1]
 
     def fill_mask(self, words: npt.NDArray[np.int32]) -> None:
         words[:] = 0
@@ -62,8 +63,9 @@ class SpatialGrammar:
         if token_id not in self.allowed_ids():
             raise ValueError(f"token {token_id} in spatial state {self.state}")
         if self.state == 0:
-            if token_id == self._coord_id:
-                self.state = 1
+            self.state = 1 if token_id == self._coord_id else 3
+        elif self.state == 3:
+            pass
         elif self.state == 1 and self._with_size:
             self.state = 2
         else:
@@ -71,4 +73,4 @@ class SpatialGrammar:
             self.num_objects += 1
 
     def is_complete(self) -> bool:
-        return self.state == 0 and self.num_objects >= self._max_objects
+        return self.state == 3 or (self.state == 0 and self.num_objects >= self._max_objects)

@@ -6,6 +6,7 @@ The gateway has checked the same bounds; a worker trusts no gateway.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from shared.errors import ErrorCode
 from shared.protocol import ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
@@ -18,8 +19,21 @@ MAX_LOGPROBS = 20
 MAX_OBJECTS = 150
 
 
+@dataclass(frozen=True, slots=True)
+class CompiledSubmit:
+    """A submission whose grammar has been compiled; without a constraint, one cancelled before that."""
+
+    message: Submit
+    constraint: Constraint | None
+
+
 def build_sequence(
-    gateway: bytes, message: Submit, frames: list[bytes], card: ModelCard, now_s: float
+    gateway: bytes,
+    message: Submit,
+    frames: list[bytes],
+    card: ModelCard,
+    now_s: float,
+    compiled: Constraint | None = None,
 ) -> Sequence:
     """Expand and check one submission. Raises `Refusal` naming the field and a safe value."""
     try:
@@ -53,7 +67,7 @@ def build_sequence(
         pictures=pictures,
         prefix_tokens=prefix,
         task=message.task,
-        constraint=_constraint(message, card),
+        constraint=_constraint(message, card, compiled),
         tenant=message.tenant,
         priority=message.priority,
         deadline_s=now_s + message.deadline_s if message.deadline_s > 0 else 0.0,
@@ -124,11 +138,22 @@ def _expand(
     return tokens, [picture]
 
 
-def _constraint(message: Submit, card: ModelCard) -> Constraint | None:
+def _constraint(message: Submit, card: ModelCard, compiled: Constraint | None) -> Constraint | None:
     if message.grammar is not None:
-        raise Refusal(
-            ErrorCode.UNSUPPORTED, "structured output is not available on this worker", "response_format"
-        )
+        if message.task != "text":
+            raise Refusal(
+                ErrorCode.INVALID_REQUEST, f"{message.task} has a form of its own", "response_format"
+            )
+        if message.sampling.min_tokens:
+            # A finished grammar allows an end only, which min_tokens forbids: no token would be left.
+            raise Refusal(
+                ErrorCode.INVALID_REQUEST, "min_tokens does not go with structured output", "min_tokens"
+            )
+        if compiled is None:
+            raise Refusal(
+                ErrorCode.UNSUPPORTED, "structured output is not available on this worker", "response_format"
+            )
+        return compiled
     if message.task == "text":
         return None
     if message.task not in ("detect", "point") or message.task not in card.capabilities:

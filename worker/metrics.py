@@ -50,10 +50,11 @@ class WorkerMetrics:
         self.host_seconds_total = 0.0  # decode thread's own time in steps, waits left out
         self.wait_seconds_total = 0.0  # decode thread blocked on the device
         self.mask_seconds_total = 0.0  # building masks of constrained rows
+        self.copy_seconds_total = 0.0  # from sampled to the outputs being on the host
         self.finished_total: dict[str, int] = {}
         self.rejected_total = 0
-        self.sync_steps_total: dict[str, int] = {}  # steps launched with nothing in flight, by reason
-        self.depth = 0
+        self.sync_steps_total: dict[str, int] = {}  # by reason: Engine._count_sync
+        self.depth = 0  # steps in flight after the last launch
         self.step_host = Histogram()
         self.step_wait = Histogram()
         self.step_bubble = Histogram()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,14 @@ from worker.sampler import apply_mask, greedy, penalise, stochastic
 from worker.scheduler import Chunk, StepPlan, StepResult
 from worker.slot import OUTPUT_FIELDS, Slot
 from worker.staging import SlotShape, stage_chunks, stage_padding, stage_rows, used_words
+
+
+class DeviceTimes(NamedTuple):
+    """What the device did around one step, in its own seconds."""
+
+    busy_s: float  # from the step's start to its last sampled row
+    idle_s: float  # between the step before it and its start
+    copy_s: float  # from sampled to the outputs being on the host
 
 
 class Runner(Protocol):
@@ -48,8 +56,8 @@ class Runner(Protocol):
     def wait(self, slot: int, plan: StepPlan) -> StepResult:
         """Block until they have, and read them all (I4). Raises RuntimeError on a device fault."""
 
-    def device_times(self, slot: int) -> tuple[float, float]:
-        """Device seconds of the slot's last step: (busy from start to sampled, idle before it started)."""
+    def device_times(self, slot: int) -> DeviceTimes:
+        """The slot's last step, once it was waited for."""
 
 
 class TorchRunner:
@@ -213,10 +221,14 @@ class TorchRunner:
             result.top_logprobs = top[:, half:].view(np.float32).tolist()
         return result
 
-    def device_times(self, slot_number: int) -> tuple[float, float]:
+    def device_times(self, slot_number: int) -> DeviceTimes:
         slot = self.slots[slot_number]
-        assert slot.started is not None and slot.sampled is not None
-        return slot.started.elapsed_s(slot.sampled), self._previous_end[slot_number].elapsed_s(slot.started)
+        assert slot.started is not None and slot.sampled is not None and slot.copied is not None
+        return DeviceTimes(
+            slot.started.elapsed_s(slot.sampled),
+            self._previous_end[slot_number].elapsed_s(slot.started),
+            slot.sampled.elapsed_s(slot.copied),
+        )
 
     def _upload(self, slot: Slot, plan: StepPlan, padded_rows: int) -> None:
         if slot.on_host:

@@ -115,6 +115,7 @@ def build_worker(
         max_waiting=config.max_waiting,
         step_tokens=config.step_tokens,
         mixed_tokens=config.mixed_tokens,
+        step_crops=config.step_crops,
         max_sequence_tokens=card.context_tokens,
     )
     scheduler = Scheduler(limits, pool, PrefixCache(pool) if config.prefix_cache else None)

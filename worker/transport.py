@@ -23,16 +23,19 @@ from shared.protocol import (
     MAX_MESSAGE_BYTES,
     MAX_PAYLOAD_BYTES,
     PROTOCOL_VERSION,
+    Cancel,
     Fatal,
     FromWorker,
     Hello,
     Ping,
     Ready,
+    Submit,
     decode_from_gateway,
     encode,
     schema_hash,
 )
 from worker.engine import Command
+from worker.grammar_compiler import GrammarCompiler
 
 log = structlog.get_logger()
 
@@ -74,6 +77,7 @@ class Transport:
         self._bound = threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="worker-io", daemon=True)
+        self.compiler: GrammarCompiler | None = None  # set before `start`; without it grammars are refused
         self.num_bad_frames = 0
         self.num_dropped = 0
         self._last_remark_s = 0.0
@@ -199,8 +203,15 @@ class Transport:
             self._on_bad_frame(gateway, "no hello came before it")
             return
         lease.until_s = time.monotonic() + lease.lease_s
-        if not isinstance(message, Ping):
-            self._inbox.put((gateway, message, frames[2:]))
+        if isinstance(message, Ping):
+            return
+        if self.compiler is not None:
+            if isinstance(message, Submit) and message.grammar is not None:
+                self.compiler.submit(gateway, message, frames[2:])
+                return
+            if isinstance(message, Cancel):
+                self.compiler.cancel(gateway, message.sequence_ids)
+        self._inbox.put((gateway, message, frames[2:]))
 
     def _on_hello(self, socket: zmq.Socket[bytes], gateway: bytes, hello: Hello) -> None:
         if hello.protocol_version != PROTOCOL_VERSION or hello.schema_hash != schema_hash():
@@ -229,6 +240,8 @@ class Transport:
         lease = self._leases.pop(gateway, None)
         if lease is not None:
             log.warning(event, gateway=lease.name)
+            if self.compiler is not None:
+                self.compiler.drop_gateway(gateway)
             self._inbox.put((gateway, None, []))
 
     def _on_bad_frame(self, gateway: bytes, detail: str) -> None:

@@ -33,6 +33,7 @@ REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 _TRACE_PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_COMMONPLACE: Final = (429, 503)  # a flood must not also flood the log; metrics count them
 _DISCARDED_LIMITS: Final = 3
 _DISCARD_S: Final = 1.0
 _EXPOSED: Final = "x-request-id, retry-after, retry-after-ms"
@@ -100,7 +101,7 @@ class Boundary:
             route = route_name(request)
             self._metrics.on_response(route, status)
             elapsed_ms = round((time.monotonic() - started_s) * 1000, 1)
-            tell = log.debug if status < 400 else log.info
+            tell = log.debug if status < 400 or status in _COMMONPLACE else log.info
             tell("http", route=route, method=request.method, status=status, code=code, elapsed_ms=elapsed_ms)
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -189,8 +190,10 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
     if encoding not in ("", "identity"):
         message = "compressed bodies are not accepted; send it without Content-Encoding"
         raise RequestError(ErrorCode.INVALID_REQUEST, message)
-    if request.content_type not in ("application/json", "application/octet-stream", "text/plain"):
-        message = f"expected Content-Type application/json, got {request.content_type[:100]}"
+    # Anything else a foreign web page could send here without a browser asking first (a preflight).
+    if request.content_type != "application/json":
+        given = request.headers.get("Content-Type", "none")[:100]
+        message = f"expected the header Content-Type: application/json, got {given}"
         raise RequestError(ErrorCode.INVALID_REQUEST, message)
     limit = config.max_body_bytes
     too_large = RequestError(ErrorCode.PAYLOAD_TOO_LARGE, f"the body may have at most {limit} bytes")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from shared.protocol import ImageSpec, ModelCard
 from worker.device.profiles import Profile
 from worker.device.timeline import Clock, SimEvent, SimStream, Timeline
+from worker.runner import DeviceTimes
 from worker.scheduler import StepPlan, StepResult
 from worker.sequence import Sequence
 from worker.staging import I32, SlotShape, Views, stage_chunks, stage_rows, used_words
@@ -210,9 +211,11 @@ class SimRunner:
             result.values = [(x, y) for x, y in slot.host_values[:num].tolist()]
         return result
 
-    def device_times(self, slot_number: int) -> tuple[float, float]:
+    def device_times(self, slot_number: int) -> DeviceTimes:
         slot = self.slots[slot_number]
-        return slot.times[1] - slot.times[0], slot.times[0] - slot.previous_end_s
+        assert slot.copied is not None
+        start_s, end_s = slot.times
+        return DeviceTimes(end_s - start_s, start_s - slot.previous_end_s, slot.copied.at_s - end_s)
 
     # ------------------------------------------------------------------ what the device does
 

@@ -257,8 +257,16 @@ def test_compressed_bodies_are_refused(gateway: GatewayThread) -> None:
 
 
 def test_other_content_types_are_refused(gateway: GatewayThread) -> None:
-    form = {"Content-Type": "application/x-www-form-urlencoded"}
-    assert ask(gateway.url, CHAT, b"a=b", headers=form).status == 400
+    for kind in ("application/x-www-form-urlencoded", "text/plain", "application/octet-stream", ""):
+        answer = ask(gateway.url, CHAT, json.dumps(chat()).encode(), headers={"Content-Type": kind})
+        assert answer.status == 400 and "application/json" in answer.error["message"]
+
+
+def test_the_page_has_a_strict_policy(gateway: GatewayThread) -> None:
+    answer = ask(gateway.url, "/")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert f"ws://{gateway.url.removeprefix('http://')} " in policy
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def write(folder: Path, family: str, *, shard_size: str = "5GB", **settings: Any
             elif name.endswith("bias"):
                 weight.normal_(std=0.2)
     oracle.save_pretrained(folder, max_shard_size=shard_size)
-    oracle.generation_config.eos_token_id = None  # `min_new_tokens` would ban it; here it is a token like others
+    oracle.generation_config.eos_token_id = None  # `min_new_tokens` would ban it
     return oracle
 
 

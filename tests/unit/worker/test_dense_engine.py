@@ -43,7 +43,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     else:
         oracle = Qwen3ForCausalLM(Qwen3Config(**SIZES))
     oracle.eval().save_pretrained(folder)
-    oracle.generation_config.eos_token_id = None  # `min_new_tokens` would ban it; here it is a token like others
+    oracle.generation_config.eos_token_id = None  # `min_new_tokens` would ban it
     with torch.inference_mode():
         return load_model(folder, torch.device("cpu"), torch.float32, lambda *_: None), oracle
 

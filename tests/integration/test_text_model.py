@@ -1,0 +1,90 @@
+"""A Llama folder behind a real gateway and a real worker: chat by its own template, the tokens transformers gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from tests.integration.stack import Stack, stack
+
+pytestmark = pytest.mark.slow
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def write_folder(folder: Path) -> tuple[Any, Any]:
+    """A tiny random Llama with a byte-level tokenizer and a chat template; returns its oracle and tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    torch.manual_seed(9)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.25,
+        bos_token_id=None,
+        eos_token_id=tokenizer.token_to_id("<|end|>"),
+        tie_word_embeddings=True,
+    )
+    oracle = LlamaForCausalLM(config).eval()
+    oracle.save_pretrained(folder)
+    return oracle, tokenizer
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Any, Any]]:
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    oracle, tokenizer = write_folder(folder)
+    with stack(["--device", "cpu", "--model", str(folder)]) as running:
+        yield running, oracle, tokenizer
+
+
+def test_chat_equals_transformers(served: tuple[Stack, Any, Any]) -> None:
+    running, oracle, tokenizer = served
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
+    (model,) = client.models.list().data
+    answer = client.chat.completions.create(
+        model=model.id,
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Grüße!"}],
+        max_tokens=24,
+        temperature=0,
+    )
+    prompt = tokenizer.encode("<|system|>Be brief.<|end|><|user|>Grüße!<|end|><|assistant|>").ids
+    assert answer.usage is not None and answer.usage.prompt_tokens == len(prompt)
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():  # a mask of its own: else id 0, here a letter, is taken for padding
+        out = oracle.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24)
+    expected = tokenizer.decode(out[0, len(prompt) :].tolist())
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+def test_a_picture_is_refused(served: tuple[Stack, Any, Any]) -> None:
+    running, _, _ = served
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+    (model,) = client.models.list().data
+    url = "data:image/png;base64,iVBORw0KGgo="
+    content: list[Any] = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": url}}]
+    with pytest.raises(openai.APIStatusError, match="takes no pictures"):
+        client.chat.completions.create(model=model.id, messages=[{"role": "user", "content": content}])
