@@ -72,7 +72,7 @@ class TokenAutomaton:
 
     def is_complete(self) -> bool:
         tables = self.tables
-        return tables.mask_of[self.state] == tables.mask_of[tables.end]
+        return bool(tables.mask_of[self.state] == tables.mask_of[tables.end])
 
     def fork(self) -> TokenAutomaton:
         """A constraint of its own in the same state."""
@@ -222,15 +222,15 @@ def _assemble(
     num_classes = int(class_of.max()) + 1
     if (num + 1) * num_classes > MAX_TABLE_CELLS:
         raise Unsupported(f"{num + 1} states and {num_classes} classes of tokens")
-    class_of = class_of.reshape(-1).astype(np.int32)
+    classes: I32 = class_of.reshape(-1).astype(np.int32)
     end = num
-    end_class = int(class_of[ends[0]])
+    end_class = int(classes[ends[0]])
     table = np.full((num + 1, num_classes), REFUSED, np.int32)
-    sizes = np.bincount(class_of, minlength=num_classes)
+    sizes = np.bincount(classes, minlength=num_classes)
     for state, (ids, following) in enumerate(rows):
-        table[state, class_of[ids]] = following
+        table[state, classes[ids]] = following
         if not (
-            np.array_equal(table[state, class_of[ids]], following)
+            np.array_equal(table[state, classes[ids]], following)
             and int(sizes[table[state] != REFUSED].sum()) == len(ids)
         ):
             raise Unsupported("two kinds of tokens have one hash")
@@ -243,8 +243,8 @@ def _assemble(
         raise Unsupported(f"{len(patterns)} different masks")
     masks = np.empty((len(patterns), num_words), np.int32)
     for number, allowed in enumerate(patterns):
-        masks[number] = _words(allowed[class_of], num_words)
-    return TokenTables(table, class_of, mask_of.reshape(-1).astype(np.int32), masks, end)
+        masks[number] = _words(allowed[classes], num_words)
+    return TokenTables(table, classes, mask_of.reshape(-1).astype(np.int32), masks, end)
 
 
 def _factors(rng: np.random.Generator, num: int) -> Iterator[np.uint64]:

@@ -38,6 +38,7 @@ class WorkerConfig(BaseSettings):
     mixed_tokens: int = Field(1024, ge=16, description="the same while rows decode: bounds their gap")
     step_crops: int = Field(26, ge=1, description="image crops encoded in one step; one picture always may")
     prefix_cache: bool = True
+    device_automata: bool = Field(True, description="regular constraints run on the device, without the host")
     feature_bytes: int = Field(256 << 20, ge=0, description="image features kept for repeated pictures")
     sim_profile: str = Field("b200", description="step times of the simulated device")
     curve_key_dir: str | None = Field(

@@ -103,6 +103,7 @@ class Engine:
         self._started_s = self._next_beat_s = clock()
         self._trace: tuple[bytes, TraceRecorder] | None = None
         self._timer = LaunchTimer() if late_launch else None
+        self._masks = MaskFiller()
         self._wait_for_command = wait_for_command or self._wait_on_inbox
         self._drain_until_s = 0.0
         self._waited_s = 0.0
@@ -223,12 +224,21 @@ class Engine:
             self._commit(oldest)
         started_s = self._clock()
         masks = self.runner.mask_rows(step.slot)
+        rows: list[int] = []
+        constraints: list[Constraint] = []
         for i in step.plan.deferred:
             seq = step.plan.samples[i]
             if seq.finish is not None or seq.constraint is None:
                 masks[i] = -1  # a zombie: whatever it samples is skipped
             else:
-                seq.constraint.fill_mask(masks[i])
+                rows.append(i)
+                constraints.append(seq.constraint)
+        for i, text in self._masks.fill_masks(masks, rows, constraints):
+            masks[i] = -1  # from here on a zombie
+            self.scheduler.fail(
+                step.plan.samples[i], ErrorCode.INVALID_GRAMMAR, f"the grammar failed: {text}"
+            )
+            self._send_finish(step.plan.samples[i])
         self.metrics.mask_seconds_total += self._clock() - started_s
         self.runner.launch_sampling(step.slot, step.plan, step.plan.deferred, masked=True)
 

@@ -24,7 +24,7 @@ import structlog
 from shared.errors import ErrorCode
 from shared.grammars import GrammarError
 from shared.protocol import Cancel, Grammar, Rejected, Submit
-from worker.automaton import TokenAutomaton
+from worker.automaton import TokenAutomaton, sequence_tables
 from worker.engine import Command, Outbox
 from worker.grammar_llg import LlgConstraint, Vocabulary, compile_llg
 from worker.grammar_process import PREFIX, Answer, Setup, tables_of
@@ -142,6 +142,8 @@ class GrammarCompiler:
     def _run(self) -> None:
         setup = self._setup
         assert setup is not None
+        # What a submission gets that was cancelled before its turn: it never runs.
+        ended = TokenAutomaton(sequence_tables([[]], setup.end_ids, setup.vocab_size))
         try:
             self._vocabulary = Vocabulary(setup.tokenizer_json, setup.vocab_size, setup.end_ids)
             self._process = CompilerProcess(setup)
@@ -151,7 +153,7 @@ class GrammarCompiler:
             if pending.dropped:
                 continue
             try:
-                constraint = None if pending.cancelled else self._constraint(pending.message)
+                constraint = ended if pending.cancelled else self._constraint(pending.message)
             except GrammarError as error:
                 self._settle(pending)
                 self._reject(pending, ErrorCode.INVALID_GRAMMAR, f"the grammar cannot be used: {error}")
@@ -165,7 +167,7 @@ class GrammarCompiler:
         if self._process is not None:
             self._process.kill()
 
-    def _hand_over(self, pending: _Pending, constraint: LlgConstraint | TokenAutomaton | None) -> None:
+    def _hand_over(self, pending: _Pending, constraint: LlgConstraint | TokenAutomaton) -> None:
         """Into the inbox under the lock: a cancellation is either noted before, or put there after."""
         gateway, message = pending.gateway, pending.message
         with self._lock:

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from llguidance import LLMatcher
 
-from shared.grammars import GrammarError, ascii_classes, read_choices, read_schema
+from shared.grammars import ascii_classes, read_choices, read_schema
 from shared.protocol import Grammar
 from worker.automaton import TokenBytes, TokenTables, choice_tables, text_tables
 from worker.grammar_llg import Vocabulary, compile_llg

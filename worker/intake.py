@@ -10,21 +10,23 @@ from dataclasses import dataclass
 
 from shared.errors import ErrorCode
 from shared.protocol import ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
-from worker.grammar import Constraint, SpatialGrammar
+from worker.automaton import TokenAutomaton, spatial_tables
+from worker.grammar import Constraint
 from worker.scheduler import Refusal
 from worker.sequence import IMAGE_TOKEN, Picture, Sequence
 
 MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
 MAX_OBJECTS = 150
+DEFAULT_OBJECTS = 50
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledSubmit:
-    """A submission whose grammar has been compiled; without a constraint, one cancelled before that."""
+    """A submission whose grammar has been compiled."""
 
     message: Submit
-    constraint: Constraint | None
+    constraint: Constraint
 
 
 def build_sequence(
@@ -160,10 +162,12 @@ def _constraint(message: Submit, card: ModelCard, compiled: Constraint | None) -
         raise Refusal(
             ErrorCode.UNSUPPORTED, f"task {message.task!r} is not one of {card.capabilities}", "task"
         )
-    return SpatialGrammar(
+    tables = spatial_tables(
         coord_id=card.coord_id,
         size_id=card.size_id,
         end_id=card.eos_ids[0],
         with_size=message.task == "detect",
-        max_objects=message.max_objects or 50,
+        max_objects=message.max_objects or DEFAULT_OBJECTS,
+        vocab_size=card.vocab_size,
     )
+    return TokenAutomaton(tables)

@@ -9,13 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from worker.automaton import TokenAutomaton, TokenTables
+from worker.automaton_slots import TableLimits
 from worker.sequence import Sequence
+from worker.token_tables import DeviceTables
 
 
 class RowTables:
     """Device tensors indexed by row."""
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, vocab_size: int, device: torch.device, limits: TableLimits) -> None:
+        self._limits = limits
+        self.automata: DeviceTables | None = None
         self._shape = (max_rows + 1, vocab_size)
         self._device = device
         self.last_ids = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
@@ -25,8 +30,18 @@ class RowTables:
         self.counts: Tensor | None = None  # generated so far, in-flight tokens included
         self.seen: Tensor | None = None  # in prompt or output
 
+    def upload(self, slot: int, tables: TokenTables) -> None:
+        """Put a constraint's tables into a slot. Queued on the current stream."""
+        if self.automata is None:
+            max_rows, vocab_size = self._shape[0] - 1, self._shape[1]
+            self.automata = DeviceTables(self._limits, max_rows, vocab_size, self._device)
+        self.automata.upload(slot, tables)
+
     def admit(self, seq: Sequence) -> None:
         """Overwrite the row's state with the sequence's. Queued on the current stream."""
+        if self.automata is not None:
+            state = seq.constraint.state if isinstance(seq.constraint, TokenAutomaton) else 0
+            self.automata.place(seq.row, seq.table_slot, state)
         adjusted = seq.is_adjusted
         if self.bias is None and not adjusted:
             return

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.automaton_slots import TableLimits
 from worker.device.base import Device
 from worker.features import FeatureCache
 from worker.models.contract import DecodeRows, KVCache, Model, PrefillSegment, ProgressReport, StepTokens
@@ -75,6 +76,7 @@ class TorchRunner:
         max_sequence_tokens: int,
         step_tokens: int,
         feature_bytes: int = 256 << 20,
+        table_limits: TableLimits | None = None,
     ) -> None:
         self.model = model
         self.device = device
@@ -91,7 +93,9 @@ class TorchRunner:
             return [empty() for _ in range(model.num_layers)]
 
         self.cache = KVCache(memory(), memory(), page_tokens)
-        self.rows = RowTables(max_rows, model.card.vocab_size, device.torch_device)
+        self.rows = RowTables(
+            max_rows, model.card.vocab_size, device.torch_device, table_limits or TableLimits()
+        )
         self.features = FeatureCache(model, feature_bytes)
         self._suppress = torch.tensor(model.card.suppress_ids, dtype=torch.int64, device=device.torch_device)
         self._last_sampled = device.compute.record()
@@ -137,6 +141,8 @@ class TorchRunner:
             slot.started = self.device.compute.record()
             self._previous_end[slot_number] = self._last_sampled
             self._upload(slot, plan, padded)
+            for table_slot, tables in plan.tables:
+                self.rows.upload(table_slot, tables)
             for seq in plan.admitted:
                 self.rows.admit(seq)
             if plan.chunks:
@@ -166,6 +172,7 @@ class TorchRunner:
             random = any(seq.sampling.temperature > 0 for seq in chosen)
             adjusted = any(seq.is_adjusted for seq in chosen)
             spatial = any(seq.is_spatial for seq in chosen)
+            automata = any(seq.table_slot for seq in chosen)
             num_top = max((seq.sampling.num_logprobs for seq in chosen), default=-1)
             self._sample(
                 slot,
@@ -175,6 +182,7 @@ class TorchRunner:
                 random=random,
                 adjusted=adjusted,
                 spatial=spatial,
+                automata=automata,
                 num_top=num_top,
             )
 
@@ -255,7 +263,15 @@ class TorchRunner:
         self._keep(slot, hidden, num_rows)
         if mode != GATED:
             self._sample(
-                slot, num_rows, None, None, random=mode == RANDOM, adjusted=False, spatial=False, num_top=-1
+                slot,
+                num_rows,
+                None,
+                None,
+                random=mode == RANDOM,
+                adjusted=False,
+                spatial=False,
+                automata=False,
+                num_top=-1,
             )
 
     def _keep(self, slot: Slot, hidden: Tensor, num: int) -> None:
@@ -356,6 +372,7 @@ class TorchRunner:
         random: bool,
         adjusted: bool,
         spatial: bool,
+        automata: bool,
         num_top: int,
     ) -> None:
         """Sample all `num` rows (`index` None) or those at `index`; results go to the row tables and outputs."""
@@ -373,6 +390,9 @@ class TorchRunner:
             logits = self._adjust(slot, logits, rows, pick)
         if len(self._suppress):
             logits = logits.index_fill(1, self._suppress, -torch.inf)
+        tables = self.rows.automata if automata else None
+        if tables is not None:
+            logits = tables.mask(logits, rows)
         if words is not None:
             logits = apply_mask(logits, words)
         if random:
@@ -382,6 +402,8 @@ class TorchRunner:
         else:
             ids = best.indices if logits is raw else greedy(logits)
         self.rows.last_ids[rows] = ids
+        if tables is not None:
+            tables.advance(rows, ids)
         if adjusted:
             self.rows.count(rows, ids)
         out = torch.zeros((len(ids), OUTPUT_FIELDS), dtype=torch.int32, device=ids.device)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shared.errors import ErrorCode, FinishReason
+from worker.automaton import TokenAutomaton, TokenTables
+from worker.automaton_slots import AutomatonSlots
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
 from worker.sequence import Phase, Sequence
@@ -49,6 +51,7 @@ class StepPlan:
     sample_indexes: list[int]  # index of each sample among its sequence's generated tokens
     deferred: list[int]  # indexes into `samples` of rows that wait for a mask
     admitted: list[Sequence]  # sequences that got their row in this plan
+    tables: list[tuple[int, TokenTables]]  # automata to put into slots before the step
 
     any_adjusted: bool = False  # some sample's logits are biased or penalised
 
@@ -95,8 +98,15 @@ class Refusal(Exception):
 class Scheduler:
     """Sequences waiting and running, and the pages and rows they hold."""
 
-    def __init__(self, limits: SchedulerLimits, pages: PagePool, cache: PrefixCache | None = None) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        pages: PagePool,
+        cache: PrefixCache | None = None,
+        automata: AutomatonSlots | None = None,
+    ) -> None:
         self.limits = limits
+        self.automata = automata
         self.pages = pages
         self.cache = cache
         self.waiting = WaitingQueue()
@@ -287,12 +297,32 @@ class Scheduler:
                 samples.append(seq)
                 indexes.append(seq.num_sampled)
                 seq.num_sampled += 1
-        deferred = [i for i, seq in enumerate(samples) if seq.constraint is not None]
+        tables = [table for seq in admitted if (table := self._place_automaton(seq)) is not None]
+        deferred = [i for i, seq in enumerate(samples) if seq.constraint is not None and not seq.table_slot]
         self._step += 1
         adjusted = any([seq.is_adjusted for seq in samples])
         return StepPlan(
-            self._step, decode, positions, chunks, samples, indexes, deferred, admitted, any_adjusted=adjusted
+            self._step,
+            decode,
+            positions,
+            chunks,
+            samples,
+            indexes,
+            deferred,
+            admitted,
+            tables,
+            any_adjusted=adjusted,
         )
+
+    def _place_automaton(self, seq: Sequence) -> tuple[int, TokenTables] | None:
+        """Find an admitted sequence's automaton a place on the device; returns what must be uploaded for it."""
+        if self.automata is None or not isinstance(seq.constraint, TokenAutomaton):
+            return None
+        placed = self.automata.take(seq.constraint.tables)
+        if placed is None:
+            return None  # no room: the host makes its masks
+        seq.table_slot, is_new = placed
+        return (seq.table_slot, seq.constraint.tables) if is_new else None
 
     # ------------------------------------------------------------------ commit
 
@@ -381,6 +411,9 @@ class Scheduler:
         self.running.remove(seq)
         self.free_rows.append(seq.row)
         seq.row = -1
+        if self.automata is not None and seq.table_slot:
+            self.automata.drop(seq.table_slot)
+            seq.table_slot = 0
         self._drop_pages(seq)
 
     def _drop_pages(self, seq: Sequence) -> None:

@@ -63,6 +63,9 @@ class Sequence:
     prefix_tokens: int = 0
     task: str = "text"
     constraint: Constraint | None = None
+    table_slot: int = (
+        0  # where its automaton lives on the device; 0: the host makes its masks, or it has none
+    )
     is_adjusted: bool = False  # logits are biased or penalised before sampling; set by __post_init__
     is_spatial: bool = False  # coordinate and size tokens carry values; set by __post_init__
     tenant: str = ""

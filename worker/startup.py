@@ -14,6 +14,7 @@ import structlog
 import torch
 
 from shared.protocol import PROTOCOL_VERSION, Limits, ModelCard, Ready, schema_hash
+from worker.automaton_slots import AutomatonSlots, TableLimits
 from worker.config import ConfigError, WorkerConfig
 from worker.device.base import Device
 from worker.device.cpu import CpuDevice
@@ -118,7 +119,8 @@ def build_worker(
         step_crops=config.step_crops,
         max_sequence_tokens=card.context_tokens,
     )
-    scheduler = Scheduler(limits, pool, PrefixCache(pool) if config.prefix_cache else None)
+    automata = AutomatonSlots(TableLimits()) if config.device_automata else None
+    scheduler = Scheduler(limits, pool, PrefixCache(pool) if config.prefix_cache else None, automata)
     engine = Engine(
         scheduler,
         runner,

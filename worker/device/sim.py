@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.protocol import ImageSpec, ModelCard
+from worker.automaton import TokenAutomaton
 from worker.device.profiles import Profile
 from worker.device.timeline import Clock, SimEvent, SimStream, Timeline
 from worker.runner import DeviceTimes
@@ -134,6 +135,7 @@ class SimRunner:
         self.last_ids = np.zeros(max_rows + 1, np.int64)
         self.last_values = np.zeros((max_rows + 1, 2))
         self.nan_at: dict[int, tuple[int, int]] = {}  # row → (prompt length, generated index)
+        self.automata: dict[int, TokenAutomaton | None] = {}  # by row: the device's own state
         self._jitter = jitter
         self._num_steps = 0
 
@@ -145,14 +147,15 @@ class SimRunner:
         if plan.chunks:
             stage_chunks(slot.host, plan)
         num_words = used_words(plan, self.shape, len(plan.decode))
-        admitted = [(seq.row, _nan_index(seq)) for seq in plan.admitted]
+        admitted = [(seq.row, _nan_index(seq), _automaton(seq)) for seq in plan.admitted]
         known = _known_marks(plan)
         spans = [(c.start, c.num_tokens, c.is_last) for c in plan.chunks]
         num_rows = len(plan.decode)
 
         def forward() -> None:
             slot.device.buffer[:num_words] = slot.host.buffer[:num_words]
-            for row, nan_index in admitted:
+            for row, nan_index, automaton in admitted:
+                self.automata[row] = automaton
                 self.nan_at.pop(row, None)
                 if nan_index is not None:
                     self.nan_at[row] = nan_index
@@ -262,14 +265,20 @@ class SimRunner:
         everything = list(range(self.card.vocab_size))
         for i, is_random in zip(picks, random, strict=True):
             allowed = everything
-            if masked:
-                words = slot.masks[i].view(np.uint32)
-                allowed = [t for t in everything if words[t >> 5] >> np.uint32(t & 31) & np.uint32(1)]
             state, row = slot.states[i], int(rows[i])
+            automaton = self.automata.get(row)
+            words = slot.masks[i]
+            if automaton is not None:
+                words = words.copy()
+                automaton.fill_mask(words)
+            if masked or automaton is not None:
+                allowed = _ids_of(words)
             token_id = choose(state, float(draws[i]) if is_random else 0.0, allowed)
             slot.ids[i] = self.last_ids[row] = token_id
             slot.values[i] = self.last_values[row] = value_of(token_id, state, self.card)
             slot.bad[i] = self._is_bad(row)
+            if automaton is not None:
+                automaton.advance(token_id)
 
     def _is_bad(self, row: int) -> bool:
         left = self.nan_at.get(row)
@@ -277,6 +286,18 @@ class SimRunner:
             return False
         self.nan_at[row] = (left[0], left[1] - 1)
         return left[1] == 0
+
+
+def _automaton(seq: Sequence) -> TokenAutomaton | None:
+    """The device's own copy of an admitted sequence's automaton, if its tables are there."""
+    if seq.table_slot and isinstance(seq.constraint, TokenAutomaton):
+        return seq.constraint.fork()
+    return None
+
+
+def _ids_of(words: I32) -> list[int]:
+    bits: list[int] = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+    return bits
 
 
 def _nan_index(seq: Sequence) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worker.models.contract import DecodeRows, KVCache, PrefillSegment, StepTokens
+from worker.models.gather import GatherSpace
 
 
 @dataclass(slots=True)
@@ -28,29 +29,6 @@ class _Segment:
     causal: bool
 
 
-class GatherSpace:
-    """Memory that decode gathers K and V into, kept from step to step; one a model, grown on demand.
-
-    Allocated anew in every layer these megabytes go back to the system each time, and its page faults made
-    attention at 32 rows three times slower. CPUs only: a GPU's allocator keeps its memory, and captures it.
-    """
-
-    def __init__(self) -> None:
-        self._keys = self._values = torch.empty(0)
-
-    def take(self, cache: Tensor, num_pages: int) -> tuple[Tensor, Tensor]:
-        """Two uninitialised tensors of `num_pages` pages shaped and typed like those of `cache`."""
-        page_shape = cache.shape[1:]
-        if (
-            self._keys.dtype != cache.dtype
-            or self._keys.shape[1:] != page_shape
-            or self._keys.shape[0] < num_pages
-        ):
-            self._keys = torch.empty(num_pages + num_pages // 2, *page_shape, dtype=cache.dtype)
-            self._values = torch.empty_like(self._keys)
-        return self._keys[:num_pages], self._values[:num_pages]
-
-
 class AttentionPlan:
     """What every layer of one forward needs to attend; build it once, call `attend` once a layer.
 
@@ -60,8 +38,7 @@ class AttentionPlan:
 
     def __init__(self, tokens: StepTokens, cache: KVCache, space: GatherSpace | None = None) -> None:
         self._cache = cache
-        self._space = space
-        self._gathered: tuple[Tensor, Tensor] | None = None
+        self._space: GatherSpace | None = None  # where the decode rows are held, if they are
         self._write_index = tokens.write_index
         self._dtype = cache.keys[0].dtype
         # A bf16 product with one query row a head is slow on CPUs: 2.6 times the fp32 one, casts included.
@@ -71,25 +48,28 @@ class AttentionPlan:
         self._num_decode = 0
         self._decode_pages: Tensor | None = None
         self._decode_mask: Tensor | None = None
+        num_pages = 0
         if tokens.decode is not None:
-            self._plan_decode(tokens.decode)
+            num_pages = self._plan_decode(tokens.decode)
+        on_cpu = cache.keys[0].device.type == "cpu"
+        if space is not None and on_cpu and not self._widen and space.follow(tokens, cache, num_pages):
+            self._space = space
         start = self._num_decode
         self._segments: list[_Segment] = []
         for prefill in tokens.prefills:
             self._segments.append(self._plan_segment(prefill, start))
             start += prefill.num_tokens
 
-    def _plan_decode(self, rows: DecodeRows) -> None:
+    def _plan_decode(self, rows: DecodeRows) -> int:
         page_tokens = self._cache.page_tokens
         num_pages = min(-(-rows.max_tokens // page_tokens), rows.block_tables.shape[1])
         self._num_decode = rows.num_rows
         self._decode_pages = rows.block_tables[: rows.num_rows, :num_pages].reshape(-1)
-        if self._space is not None and rows.block_tables.device.type == "cpu":
-            self._gathered = self._space.take(self._cache.keys[0], rows.num_rows * num_pages)
         columns = torch.arange(num_pages * page_tokens, device=rows.lengths.device)
         hidden = columns >= rows.lengths[: rows.num_rows, None]
         mask = torch.zeros(hidden.shape, dtype=self._mask_dtype, device=hidden.device)
         self._decode_mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
+        return num_pages
 
     def _plan_segment(self, prefill: PrefillSegment, start: int) -> _Segment:
         queries, context, prefix = prefill.num_tokens, prefill.num_context, prefill.prefix_tokens
@@ -125,37 +105,31 @@ class AttentionPlan:
         keys.view(-1, *keys.shape[2:]).index_copy_(0, self._write_index, key)
         values.view(-1, *values.shape[2:]).index_copy_(0, self._write_index, value)
         if not self._segments:
-            return self._attend_decode(query, keys, values)
+            return self._attend_decode(layer, query, key, value)
         parts = [self._attend_segment(segment, query, key, value, keys, values) for segment in self._segments]
         if self._num_decode:
-            parts.insert(0, self._attend_decode(query[: self._num_decode], keys, values))
+            num = self._num_decode
+            parts.insert(0, self._attend_decode(layer, query[:num], key[:num], value[:num]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend_decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        pages = self._decode_pages
-        assert pages is not None
+    def _attend_decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows, num_heads, head_dim = query.shape
-        kv_heads = keys.shape[2]
-        if self._gathered is None:
-            gathered_keys, gathered_values = keys.index_select(0, pages), values.index_select(0, pages)
+        kv_heads = key.shape[1]
+        if self._space is not None:
+            keys, values = self._space.take(layer, key, value)
         else:
-            gathered_keys, gathered_values = self._gathered
-            torch.index_select(keys, 0, pages, out=gathered_keys)
-            torch.index_select(values, 0, pages, out=gathered_values)
-        gathered_keys = gathered_keys.view(rows, -1, kv_heads, head_dim).transpose(1, 2)
-        gathered_values = gathered_values.view(rows, -1, kv_heads, head_dim).transpose(1, 2)
+            pages = self._decode_pages
+            assert pages is not None
+            keys = self._cache.keys[layer].index_select(0, pages)
+            values = self._cache.values[layer].index_select(0, pages)
+            keys = keys.view(rows, -1, kv_heads, head_dim).transpose(1, 2)
+            values = values.view(rows, -1, kv_heads, head_dim).transpose(1, 2)
         # The query heads of a group stand as the query *positions* of its key head: one product for all of
         # them, measured 1.5 to 7 times quicker than `enable_gqa`, and needing no group special case.
         grouped = query.reshape(rows, kv_heads, num_heads // kv_heads, head_dim)
         if self._widen:
-            grouped, gathered_keys, gathered_values = (
-                grouped.float(),
-                gathered_keys.float(),
-                gathered_values.float(),
-            )
-        out = F.scaled_dot_product_attention(
-            grouped, gathered_keys, gathered_values, attn_mask=self._decode_mask
-        )
+            grouped, keys, values = grouped.float(), keys.float(), values.float()
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._decode_mask)
         return out.reshape(rows, num_heads * head_dim).to(self._dtype)
 
     def _attend_segment(

@@ -34,6 +34,7 @@ class Loop(RuleBasedStateMachine):
         max_waiting=st.sampled_from([3, 64]),
         jitter=st.sampled_from([None, 1, 2, 3]),
         late_launch=st.booleans(),
+        automata=st.booleans(),
     )
     def start(
         self,
@@ -46,6 +47,7 @@ class Loop(RuleBasedStateMachine):
         max_waiting: int,
         jitter: int | None,
         late_launch: bool,
+        automata: bool,
     ) -> None:
         self.sim = Simulation(
             depth=depth,
@@ -58,6 +60,7 @@ class Loop(RuleBasedStateMachine):
             max_waiting=max_waiting,
             jitter_seed=jitter,
             late_launch=late_launch,
+            automata=automata,
         )
         self.dead: set[int] = set()
         self.draining = False
@@ -68,6 +71,7 @@ class Loop(RuleBasedStateMachine):
         max_tokens=st.integers(1, 9),
         image=st.sampled_from([None, None, b"x", b"y"]),
         task=st.sampled_from(["text", "text", "detect", "point"]),
+        max_objects=st.integers(1, 3),
         sampling=sampling_strategy,
         tenant=st.sampled_from(["", "a"]),
         priority=st.integers(0, 1),
@@ -80,6 +84,7 @@ class Loop(RuleBasedStateMachine):
         max_tokens: int,
         image: bytes | None,
         task: str,
+        max_objects: int,
         sampling: Sampling,
         tenant: str,
         priority: int,
@@ -92,6 +97,7 @@ class Loop(RuleBasedStateMachine):
             gateway=gateway,
             image=image,
             task=task,
+            max_objects=max_objects,
             sampling=sampling,
             tenant=tenant,
             priority=priority,

@@ -15,7 +15,9 @@ from shared.protocol import (
     Cancel,
     Finish,
     FromWorker,
+    Grammar,
     ImageInput,
+    ModelCard,
     Rejected,
     Sampling,
     StepOutputs,
@@ -25,6 +27,7 @@ from shared.protocol import (
     unpack_i32,
     unpack_i64,
 )
+from worker.automaton_slots import AutomatonSlots, TableLimits
 from worker.device.profiles import TEST, Profile
 from worker.device.sim import (
     NAN_TOKEN,
@@ -38,7 +41,8 @@ from worker.device.sim import (
 )
 from worker.device.timeline import Clock, VirtualClock
 from worker.engine import Command, Engine
-from worker.grammar import SpatialGrammar
+from worker.grammar import Constraint, SpatialGrammar
+from worker.intake import CompiledSubmit
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
 from worker.rng import uniform
@@ -127,6 +131,8 @@ class Simulation:
         exact: bool = True,
         jitter_seed: int | None = None,
         late_launch: bool = True,
+        automata: bool = True,
+        card: ModelCard = CARD,
     ) -> None:
         self.clock = clock or VirtualClock()
         self.inbox: SimpleQueue[Command] = SimpleQueue()
@@ -140,12 +146,13 @@ class Simulation:
             mixed_tokens=mixed_tokens or step_tokens,
             max_sequence_tokens=max_sequence_tokens,
         )
-        self.scheduler = Scheduler(limits, self.pool, self.cache)
+        slots = AutomatonSlots(TableLimits(num_slots=3)) if automata else None
+        self.scheduler = Scheduler(limits, self.pool, self.cache, slots)
         jitter = None
         if jitter_seed is not None:
             jitter = np.random.default_rng(jitter_seed).uniform(0.02, 3.0, 997)
         self.runner = SimRunner(
-            CARD,
+            card,
             self.clock,
             profile,
             num_slots=num_slots,
@@ -160,7 +167,7 @@ class Simulation:
         self.engine = Engine(
             self.scheduler,
             self.runner,
-            CARD,
+            card,
             inbox=self.inbox,
             outbox=self.outbox,
             clock=self.clock.now,
@@ -204,8 +211,10 @@ class Simulation:
         priority: int = 0,
         deadline_s: float = 0.0,
         max_objects: int = 3,
+        grammar: Grammar | None = None,
+        constraint: Constraint | None = None,
     ) -> Stream:
-        """Hand the engine one submission through its inbox."""
+        """Hand the engine one submission through its inbox; a grammar comes with its compiled constraint."""
         sequence_id = self._next_id
         self._next_id += 1
         images: list[ImageInput] = []
@@ -226,10 +235,12 @@ class Simulation:
             tenant=tenant,
             priority=priority,
             deadline_s=deadline_s,
+            grammar=grammar,
         )
         stream = Stream(message, gateway=gateway)
         self.outbox.streams[gateway, sequence_id] = stream
-        self.inbox.put((gateway, message, frames))
+        command = message if constraint is None else CompiledSubmit(message, constraint)
+        self.inbox.put((gateway, command, frames))
         return stream
 
     def cancel(self, stream: Stream) -> None:
@@ -276,6 +287,10 @@ class Simulation:
             assert seq.finish is None or seq.inflight_refs > 0, "I5: finished and idle, yet not released"
             assert seq.num_sampled <= seq.max_tokens, "I12"
         assert not in_flight, "I5: a row in flight belongs to a released sequence"
+        automata = scheduler.automata
+        if automata is not None:
+            held = {seq.table_slot for seq in scheduler.running if seq.table_slot}
+            assert automata.num_held == len(held), "a table slot leaked"
         held_pages = {page for seq in scheduler.running for page in seq.pages}
         assert len(held_pages) == self.pool.num_allocated, "I7"
         for seq in scheduler.waiting:

@@ -1,0 +1,83 @@
+"""Owns judging untrusted grammars: a process of its own with bounded memory, reading jobs from stdin.
+
+Started by `gateway.grammars` as `python -m gateway.grammar_process <memory bytes>`; it holds no sockets and no
+secrets, and is killed when a job takes too long. Each message is a length and msgpack; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import struct
+import sys
+from typing import BinaryIO, Final
+
+import msgspec
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
+
+from shared.grammars import GrammarError, spell
+from shared.protocol import Grammar
+
+PREFIX: Final = struct.Struct("<I")
+TRIAL_STEPS: Final = 48
+
+
+class Answer(msgspec.Struct, array_like=True):
+    """Why the grammar is refused, or the source to send to the worker."""
+
+    error: str = ""
+    source: str = ""
+
+
+def judge(grammar: Grammar, tokenizer: LLTokenizer) -> Answer:
+    """Compile over plain bytes and walk a little: what exceeds llguidance's limits often does so only then."""
+    try:
+        if grammar.kind == "lark":
+            try:
+                grammar = msgspec.structs.replace(grammar, source=any_to_lark(grammar.source))
+            except Exception as error:  # a converter from GBNF that raises what it likes
+                raise GrammarError(f"it is neither Lark nor GBNF: {error}") from None
+        matcher = LLMatcher(tokenizer, spell(grammar), log_level=0)
+    except GrammarError as error:
+        return Answer(str(error))
+    rng = random.Random(0)
+    for _ in range(TRIAL_STEPS):
+        words = int.from_bytes(matcher.compute_bitmask(), "little") if not matcher.is_error() else 0
+        allowed = [i for i in range(tokenizer.vocab_size) if words >> i & 1 and i != tokenizer.eos_token]
+        if not allowed or not matcher.consume_token(rng.choice(allowed)):
+            break
+    if matcher.is_error():
+        return Answer(matcher.get_error().split("\n", 1)[0].removesuffix(" <non-verbose/>")[:300])
+    return Answer("", grammar.source)
+
+
+def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
+    """Answer grammars until stdin ends."""
+    tokenizer = LLTokenizer("byte")
+    decode = msgspec.msgpack.Decoder(Grammar).decode
+    while prefix := stdin.read(PREFIX.size):
+        grammar = decode(stdin.read(PREFIX.unpack(prefix)[0]))
+        try:
+            answer = judge(grammar, tokenizer)
+        except MemoryError:
+            answer = Answer("compiling it takes more memory than allowed")
+        data = msgspec.msgpack.encode(answer)
+        stdout.write(PREFIX.pack(len(data)) + data)
+        stdout.flush()
+
+
+def main() -> None:
+    """Entry point of the process."""
+    num_bytes = int(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    try:
+        serve(sys.stdin.buffer, sys.stdout.buffer)
+    except (KeyboardInterrupt, BrokenPipeError):
+        pass  # the gateway is going, or gone
+
+
+if __name__ == "__main__":
+    main()

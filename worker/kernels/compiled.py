@@ -1,0 +1,26 @@
+"""Owns the one question kernels ask about their surroundings: compiled or interpreted. Decode thread."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: it knows no bf16 products, so operands are widened first."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@lru_cache(maxsize=8)
+def num_multiprocessors(device: torch.device) -> int:
+    """How many programs of a large block run side by side; an H200's number where nothing can be asked."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def next_power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number` (≥ 1): block shapes must be one."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,218 @@
+"""Owns decode attention over paged KV memory: one query a row, the sequence split over programs. Decode thread.
+
+Flash-decoding (Dao, Haziza, Massa, Sizov 2023): a sequence's tokens are shared out over `num_splits` programs,
+each keeping a running softmax; a second kernel joins their parts. How many splits there are depends on shapes
+alone and how long each is on the row's length, read on the device: a captured graph serves rows of any length,
+and short rows are shared out as evenly as long ones. Pages as in vLLM's PagedAttention (Kwon et al. 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from worker.kernels.compiled import is_interpreted, next_power_of_two, num_multiprocessors
+
+BLOCK_TOKENS = 64
+MAX_SPLITS = 16
+PROGRAMS_PER_MULTIPROCESSOR = 4  # enough loads in flight to fill the memory system; to be measured
+
+
+@triton.jit
+def _attend_split(
+    query_ptr,
+    keys_ptr,
+    values_ptr,
+    tables_ptr,
+    lengths_ptr,
+    out_ptr,
+    part_ptr,
+    stats_ptr,
+    query_stride,
+    table_stride,
+    out_stride,
+    scale,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(lengths_ptr + row)
+    # Whole blocks a split: boundaries fall where blocks do, and a short row leaves its last splits empty.
+    num_blocks = (length + BLOCK - 1) // BLOCK
+    share = (num_blocks + NUM_SPLITS - 1) // NUM_SPLITS * BLOCK
+    start = split * share
+    stop = tl.minimum(start + share, length)
+
+    dims = tl.arange(0, HEAD_DIM)
+    group = tl.arange(0, BLOCK_GROUP)
+    heads = kv_head * GROUP + group
+    query_at = row.to(tl.int64) * query_stride + heads[:, None] * HEAD_DIM + dims[None, :]
+    query = tl.load(query_ptr + query_at, mask=(group < GROUP)[:, None], other=0.0)
+    if GROUP == 1:
+        single = tl.sum(query.to(tl.float32), 0)  # (HEAD_DIM,): the block has this one head
+    elif WIDEN:
+        query = query.to(tl.float32)
+
+    # The running maximum starts low but finite: (-inf) - (-inf) would make the empty split NaN.
+    best = tl.full([BLOCK_GROUP], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    mixed = tl.zeros([BLOCK_GROUP, HEAD_DIM], tl.float32)
+    for at in range(start, stop, BLOCK):
+        tokens = at + tl.arange(0, BLOCK)
+        seen = tokens < stop
+        pages = tl.load(
+            tables_ptr + row.to(tl.int64) * table_stride + tokens // PAGE_TOKENS, mask=seen, other=0
+        )
+        lines = pages.to(tl.int64) * PAGE_TOKENS + tokens % PAGE_TOKENS
+        cache_at = (lines * KV_HEADS + kv_head)[:, None] * HEAD_DIM + dims[None, :]
+        key = tl.load(keys_ptr + cache_at, mask=seen[:, None], other=0.0)
+        value = tl.load(values_ptr + cache_at, mask=seen[:, None], other=0.0)
+        if GROUP == 1:
+            # One query a key: nothing for the matrix units to share, and they want at least 16.
+            scores = tl.sum(key.to(tl.float32) * single[None, :], 1)[None, :]
+        elif WIDEN:
+            scores = tl.dot(query, tl.trans(key.to(tl.float32)), input_precision="ieee")
+        else:
+            scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        scores = tl.where(seen[None, :], scores * scale, -1e30)
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        fade = tl.exp2(best - new_best)
+        weights = tl.where(seen[None, :], tl.exp2(scores - new_best[:, None]), 0.0)
+        total = total * fade + tl.sum(weights, 1)
+        if GROUP == 1:
+            flat = tl.sum(weights, 0)
+            gained = tl.sum(value.to(tl.float32) * flat[:, None], 0)[None, :]
+        elif WIDEN:
+            gained = tl.dot(weights, value.to(tl.float32), input_precision="ieee")
+        else:
+            gained = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        mixed = mixed * fade[:, None] + gained
+        best = new_best
+
+    mine = (group < GROUP)[:, None]
+    if NUM_SPLITS == 1:
+        result = mixed / tl.maximum(total, 1e-30)[:, None]
+        out_at = row.to(tl.int64) * out_stride + heads[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=mine)
+    else:
+        part = (row * (KV_HEADS * GROUP) + heads) * NUM_SPLITS + split
+        tl.store(part_ptr + part[:, None] * HEAD_DIM + dims[None, :], mixed, mask=mine)
+        tl.store(stats_ptr + part * 2, best, mask=group < GROUP)
+        tl.store(stats_ptr + part * 2 + 1, total, mask=group < GROUP)
+
+
+@triton.jit
+def _join_splits(
+    part_ptr,
+    stats_ptr,
+    out_ptr,
+    out_stride,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    dims = tl.arange(0, HEAD_DIM)
+    splits = tl.arange(0, NUM_SPLITS)
+    part = (row * NUM_HEADS + head) * NUM_SPLITS + splits
+    best = tl.load(stats_ptr + part * 2)
+    total = tl.load(stats_ptr + part * 2 + 1)
+    mixed = tl.load(part_ptr + part[:, None] * HEAD_DIM + dims[None, :])
+    fade = tl.exp2(best - tl.max(best, 0))
+    result = tl.sum(mixed * fade[:, None], 0) / tl.maximum(tl.sum(total * fade, 0), 1e-30)
+    out_at = row.to(tl.int64) * out_stride + head * HEAD_DIM + dims
+    tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty))
+
+
+def choose_splits(num_rows: int, kv_heads: int, max_tokens: int, num_processors: int) -> int:
+    """How many programs share one row and key head: a power of two, from shapes alone (graph-safe)."""
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * num_processors
+    most = min(MAX_SPLITS, -(-max_tokens // BLOCK_TOKENS))
+    splits = 1
+    while 2 * splits <= most and num_rows * kv_heads * splits < wanted:
+        splits *= 2
+    return splits
+
+
+def paged_decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    max_tokens: int,
+    *,
+    out: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor:
+    """Each row's query against the first `lengths[row]` tokens of its pages.
+
+    query (B, H, D), rows may be strided; keys, values (num_pages, page_tokens, KH, D) contiguous, H a multiple
+    of KH, D a power of two; block_tables (B, P) int32; lengths (B,) int32, at least 1 and at most `max_tokens`.
+    out (B, H·D), rows may be strided; made in the query's dtype if not given. Scores are scaled by 1/sqrt(D).
+    The reference is `worker.models.attention.AttentionPlan`.
+    """
+    num_rows, num_heads, head_dim = query.shape
+    page_tokens, kv_heads = keys.shape[1:3]
+    assert query.stride(2) == 1 and query.stride(1) == head_dim
+    assert keys.is_contiguous() and values.is_contiguous() and block_tables.stride(1) == 1
+    assert head_dim & (head_dim - 1) == 0 and num_heads % kv_heads == 0
+    if out is None:
+        out = torch.empty((num_rows, num_heads * head_dim), dtype=query.dtype, device=query.device)
+    assert out.stride(1) == 1
+    if num_splits is None:
+        num_splits = choose_splits(num_rows, kv_heads, max_tokens, num_multiprocessors(query.device))
+    group = num_heads // kv_heads
+    parts = stats = out  # not read with one split
+    if num_splits > 1:
+        parts = torch.empty(
+            (num_rows, num_heads, num_splits, head_dim), dtype=torch.float32, device=query.device
+        )
+        stats = torch.empty((num_rows, num_heads, num_splits, 2), dtype=torch.float32, device=query.device)
+    _attend_split[(num_rows, kv_heads, num_splits)](
+        query,
+        keys,
+        values,
+        block_tables,
+        lengths,
+        out,
+        parts,
+        stats,
+        query.stride(0),
+        block_tables.stride(0),
+        out.stride(0),
+        1.4426950408889634 / head_dim**0.5,  # log2(e): exponentials are powers of two
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        BLOCK_GROUP=1 if group == 1 else max(16, next_power_of_two(group)),
+        HEAD_DIM=head_dim,
+        PAGE_TOKENS=page_tokens,
+        NUM_SPLITS=num_splits,
+        BLOCK=BLOCK_TOKENS,
+        WIDEN=is_interpreted() or query.dtype == torch.float32 or keys.dtype != query.dtype,
+        num_warps=4,
+        num_stages=3,
+    )
+    if num_splits > 1:
+        _join_splits[(num_rows, num_heads)](
+            parts,
+            stats,
+            out,
+            out.stride(0),
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            NUM_SPLITS=num_splits,
+            num_warps=2,
+        )
+    return out

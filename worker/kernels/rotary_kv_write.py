@@ -1,0 +1,132 @@
+"""Owns the step between the fused qkv product and attention, in one kernel: q/k norms, rotation, KV write. Decode thread.
+
+Rotary embedding (Su et al. 2021) of the first `rotary_dim` dimensions of each q and k head, in fp32. Two layouts
+of a rotated pair: side by side ("pairs", what models here permute their weights to) or half of `rotary_dim` apart
+("halves", NeoX). Each element also loads its partner; the second load hits the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_HEADS = 8
+
+
+@triton.jit
+def _finite(x):
+    """NaN and both infinities become 0: a masked NaN would still spoil the pages' next owner."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def _rotate_and_write(
+    qkv_ptr,
+    rotation_ptr,
+    write_index_ptr,
+    weight_ptr,
+    query_ptr,
+    keys_ptr,
+    values_ptr,
+    qkv_stride,
+    rotation_stride,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    QK_NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dims = tl.arange(0, HEAD_DIM)
+    num_rotated: tl.constexpr = NUM_HEADS + KV_HEADS
+    exists = (heads < num_rotated + KV_HEADS)[:, None]
+    source = qkv_ptr + token * qkv_stride + heads[:, None] * HEAD_DIM
+    x = _finite(tl.load(source + dims[None, :], mask=exists, other=0.0).to(tl.float32))
+
+    turned = dims < ROTARY_DIM
+    if PAIRS:
+        partner = tl.where(turned, dims ^ 1, dims)
+        angle = dims // 2
+        first = dims % 2 == 0
+    else:
+        half: tl.constexpr = ROTARY_DIM // 2
+        first = dims < half
+        partner = tl.where(turned, tl.where(first, dims + half, dims - half), dims)
+        angle = tl.where(first, dims, dims - half)
+    is_rotated = (heads < num_rotated)[:, None]
+    y = _finite(tl.load(source + partner[None, :], mask=exists & is_rotated, other=0.0).to(tl.float32))
+    if QK_NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
+        row = weight_ptr + heads[:, None] * HEAD_DIM
+        normed = x * scale * tl.load(row + dims[None, :], mask=is_rotated, other=1.0)
+        y = y * scale * tl.load(row + partner[None, :], mask=is_rotated, other=1.0)
+        x = tl.where(is_rotated, normed, x)
+    at = rotation_ptr + token * rotation_stride + angle * 2
+    cos = tl.load(at, mask=turned, other=1.0)
+    sin = tl.load(at + 1, mask=turned, other=0.0)
+    sin = tl.where(first, -sin, sin)
+    x = tl.where(is_rotated, x * cos[None, :] + y * sin[None, :], x)
+
+    query_at = (token * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(query_ptr + query_at, x.to(query_ptr.dtype.element_ty), mask=(heads < NUM_HEADS)[:, None])
+    line = tl.load(write_index_ptr + token)
+    is_key = (heads >= NUM_HEADS) & (heads < num_rotated)
+    key_at = (line * KV_HEADS + heads - NUM_HEADS)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(keys_ptr + key_at, x.to(keys_ptr.dtype.element_ty), mask=is_key[:, None])
+    is_value = (heads >= num_rotated) & (heads < num_rotated + KV_HEADS)
+    value_at = (line * KV_HEADS + heads - num_rotated)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(values_ptr + value_at, x.to(values_ptr.dtype.element_ty), mask=is_value[:, None])
+
+
+def rotary_kv_write(
+    qkv: Tensor,
+    rotation: Tensor,
+    write_index: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_heads: int,
+    *,
+    pairs: bool = True,
+    qk_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rotate q and k, write k and v to the cache lines `write_index`; returns q (N, H, D) in the cache's dtype.
+
+    qkv (N, (H + 2·KH)·D), rows may be strided: q heads, then k, then v. rotation (N, R/2, 2) fp32: cosine and
+    sine of each token's angles, R ≤ D even. write_index (N,) int64. keys, values (num_pages, page_tokens, KH, D)
+    contiguous; D a power of two. qk_weight (H + KH, D) fp32: RMS norm of each q and k head before the rotation
+    (Qwen3), in the same order of dimensions as qkv. Values that are not finite become 0.
+    """
+    num_tokens = qkv.shape[0]
+    kv_heads, head_dim = keys.shape[2:]
+    assert qkv.shape[1] == (num_heads + 2 * kv_heads) * head_dim and qkv.stride(1) == 1
+    assert rotation.dtype == torch.float32 and rotation.shape[2] == 2 and rotation.stride(1) == 2
+    assert keys.is_contiguous() and values.is_contiguous()
+    query = torch.empty((num_tokens, num_heads, head_dim), dtype=keys.dtype, device=qkv.device)
+    _rotate_and_write[(num_tokens, triton.cdiv(num_heads + 2 * kv_heads, BLOCK_HEADS))](
+        qkv,
+        rotation,
+        write_index,
+        rotation if qk_weight is None else qk_weight,
+        query,
+        keys,
+        values,
+        qkv.stride(0),
+        rotation.stride(0),
+        eps,
+        NUM_HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        ROTARY_DIM=2 * rotation.shape[1],
+        PAIRS=pairs,
+        QK_NORM=qk_weight is not None,
+        BLOCK=BLOCK_HEADS,
+        num_warps=4,
+    )
+    return query
