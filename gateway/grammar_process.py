@@ -10,14 +10,15 @@ import random
 import resource
 import struct
 import sys
-from typing import BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 import msgspec
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.gbnf_to_lark import any_to_lark
 
 from shared.grammars import GrammarError, spell
 from shared.protocol import Grammar
+
+if TYPE_CHECKING:  # imported where it is used: the gateway shares these messages and loads no compiler
+    from llguidance import LLTokenizer
 
 PREFIX: Final = struct.Struct("<I")
 TRIAL_STEPS: Final = 48
@@ -32,6 +33,9 @@ class Answer(msgspec.Struct, array_like=True):
 
 def judge(grammar: Grammar, tokenizer: LLTokenizer) -> Answer:
     """Compile over plain bytes and walk a little: what exceeds llguidance's limits often does so only then."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
     try:
         if grammar.kind == "lark":
             try:
@@ -54,6 +58,8 @@ def judge(grammar: Grammar, tokenizer: LLTokenizer) -> Answer:
 
 def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
     """Answer grammars until stdin ends."""
+    from llguidance import LLTokenizer
+
     tokenizer = LLTokenizer("byte")
     decode = msgspec.msgpack.Decoder(Grammar).decode
     while prefix := stdin.read(PREFIX.size):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 import sys
 from collections import OrderedDict
@@ -26,6 +27,7 @@ MAX_VERDICTS: Final = 512  # most are a few hundred bytes, none above 64 KiB
 TIMEOUT_S: Final = 2.0
 START_TIMEOUT_S: Final = 10.0
 PROCESS_BYTES: Final = 1 << 30
+FAILURE_KEPT_S: Final = 60.0  # a grammar that was too slow may have met a busy machine
 
 log = structlog.get_logger(__name__)
 _decode_answer = msgspec.msgpack.Decoder(Answer).decode
@@ -37,7 +39,7 @@ class GrammarChecker:
     def __init__(self, *, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
         self._turn = asyncio.Lock()
-        self._verdicts: OrderedDict[bytes, Answer] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, tuple[Answer, float]] = OrderedDict()  # and until when they count
         self.process: asyncio.subprocess.Process | None = None
         self.num_pending = 0
         self.num_compiled = 0
@@ -45,7 +47,7 @@ class GrammarChecker:
     async def check(self, grammar: Grammar, *, param: str) -> Grammar:
         """The grammar as a worker takes it. Raises `RequestError` INVALID_GRAMMAR or QUEUE_FULL."""
         key = hashlib.sha256(f"{grammar.kind}\0{grammar.source}".encode("utf-8", "surrogatepass")).digest()
-        verdict = self._verdicts.get(key)
+        verdict = self._known(key)
         if verdict is None:
             if self.num_pending >= MAX_PENDING:
                 message = f"{MAX_PENDING} grammars are waiting to be compiled"
@@ -53,13 +55,14 @@ class GrammarChecker:
             self.num_pending += 1
             try:
                 async with self._turn:
-                    verdict = self._verdicts.get(key) or await self._judge(grammar)
+                    verdict = self._known(key)
+                    if verdict is None:
+                        verdict, kept_s = await self._judge(grammar)
+                        self._verdicts[key] = (verdict, asyncio.get_running_loop().time() + kept_s)
             finally:
                 self.num_pending -= 1
-            self._verdicts[key] = verdict
             if len(self._verdicts) > MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
-        self._verdicts.move_to_end(key)
         if verdict.error:
             message = f"{param}: the grammar cannot be used: {verdict.error}"
             raise RequestError(ErrorCode.INVALID_GRAMMAR, message, param=param)
@@ -76,14 +79,22 @@ class GrammarChecker:
             pass
         await process.wait()
 
+    def _known(self, key: bytes) -> Answer | None:
+        verdict, until_s = self._verdicts.get(key, (None, 0.0))
+        if verdict is None or until_s < asyncio.get_running_loop().time():
+            return None
+        self._verdicts.move_to_end(key)
+        return verdict
+
     # ------------------------------------------------------------ the process
 
-    async def _judge(self, grammar: Grammar) -> Answer:
-        """One job, whatever happens; a process in doubt is ended, the next job starts another."""
+    async def _judge(self, grammar: Grammar) -> tuple[Answer, float]:
+        """One job, whatever happens, and how long its verdict counts. A process in doubt is ended; the next job
+        starts another."""
         try:
             data = msgspec.msgpack.encode(grammar)
         except UnicodeEncodeError:
-            return Answer("it holds half a surrogate pair")
+            return Answer("it holds half a surrogate pair"), FAILURE_KEPT_S
         self.num_compiled += 1
         is_sound = False
         try:
@@ -97,14 +108,14 @@ class GrammarChecker:
             is_sound = True
         except TimeoutError:
             log.warning("grammar_too_slow", kind=grammar.kind)
-            return Answer(f"compiling it takes longer than {self._timeout_s:g} s")
+            return Answer(f"compiling it takes longer than {self._timeout_s:g} s"), FAILURE_KEPT_S
         except (OSError, EOFError):
             log.warning("grammar_process_died", kind=grammar.kind)
-            return Answer("compiling it takes more than it is allowed")
+            return Answer("compiling it takes more than it is allowed"), FAILURE_KEPT_S
         finally:
             if not is_sound:
                 await self.stop()
-        return answer
+        return answer, math.inf
 
     async def _start_process(self) -> asyncio.subprocess.Process:
         # The child sees the import path and nothing else of the environment: no keys, no proxies.

@@ -24,6 +24,7 @@ from gateway.config import GatewayConfig
 from gateway.faults import fault_fields
 from gateway.flights import Flight, Flights
 from gateway.generation import GenerateRequest, Listener, PreparedImage, RequestError, RunningStream
+from gateway.grammars import GrammarChecker
 from gateway.images import ImageDecoder
 from gateway.metrics import Metrics
 from gateway.recovery import Recovery
@@ -65,6 +66,7 @@ class Service:
         self.metrics = metrics or Metrics()
         self.draining = False
         self.images = ImageDecoder(config)
+        self.grammars = GrammarChecker()
         self.gateway_id = f"gw-{secrets.token_hex(6)}"
         self._now = now
         self._admission = Admission(config.max_queue, config.max_wait_s)
@@ -133,6 +135,7 @@ class Service:
         for worker in self._workers:
             worker.link.close()
         await self.images.stop()
+        await self.grammars.stop()
         self._context.destroy(linger=0)
 
     # ------------------------------------------------------------ what interfaces see

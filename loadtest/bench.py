@@ -120,3 +120,33 @@ def ttft(
     for mode in done:
         table.add_row(mode.mode, f"{mode.p50_ms:.2f}", f"{mode.p90_ms:.2f}", f"{mode.step_ms:.3f}")
     Console().print(table)
+
+
+@app.command()
+def decode(
+    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
+    new_tokens: Annotated[int, typer.Option(help="Tokens each row decodes.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Turns each side gets.")] = 5,
+    as_json: JsonFlag = False,
+) -> None:
+    """The embedded model's decode speed on this CPU beside transformers' generate at equal shape (fp32)."""
+    import torch
+
+    from loadtest.pocket_bench import measure_decode
+
+    done = [measure_decode(int(number), new_tokens, repeats, torch.float32) for number in rows.split(",")]
+    if as_json:
+        print(json.dumps(done))
+        return
+    table = Table(title="decode tokens/s, one compute thread, fp32")
+    for name in ("rows", "degas", "transformers", "ratio", "ratio by CPU time"):
+        table.add_column(name, justify="right")
+    for row in done:
+        table.add_row(
+            str(row["rows"]),
+            f"{row['degas_tokens_per_s']:.0f}",
+            f"{row['transformers_tokens_per_s']:.0f}",
+            f"{row['ratio']:.2f}×",
+            f"{row['cpu_ratio']:.2f}×",
+        )
+    Console().print(table)

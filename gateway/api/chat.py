@@ -16,7 +16,6 @@ from gateway.api.parameters import (
     SamplingFields,
     choice_count,
     decode_body,
-    grammar,
     invalid,
     refuse,
     samplings,
@@ -25,6 +24,7 @@ from gateway.api.parameters import (
     token_budget,
 )
 from gateway.api.prompts import Message, compose_chat
+from gateway.api.structured import grammar
 from gateway.errors import error_body
 from gateway.generation import Delta, End, GenerateRequest, RequestError, SpatialObject
 from gateway.service import Service
@@ -192,7 +192,7 @@ async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -
     count = choice_count(body, core.config.max_n)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else -1
     sampled = samplings(body, card, num_logprobs, count)
-    stop, constraint = stops(body.stop), grammar(body.response_format)
+    stop, constraint = stops(body.stop), await grammar(core, body)
     core.check_capacity(card.model_id, tenant, count)
     prompt = await compose_chat(core, card, body.messages, max_chars=core.config.max_prompt_chars)
     given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens

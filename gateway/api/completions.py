@@ -16,7 +16,6 @@ from gateway.api.parameters import (
     SamplingFields,
     choice_count,
     decode_body,
-    grammar,
     invalid,
     refuse,
     samplings,
@@ -24,6 +23,7 @@ from gateway.api.parameters import (
     stops,
     token_budget,
 )
+from gateway.api.structured import grammar
 from gateway.errors import error_body
 from gateway.generation import Delta, End, GenerateRequest, RequestError, SpatialObject, TokenInfo
 from gateway.service import Service
@@ -181,7 +181,7 @@ async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -
     count = choice_count(body, core.config.max_n)
     num_logprobs = -1 if body.logprobs is None else body.logprobs
     sampled = samplings(body, card, num_logprobs, count)
-    stop, constraint = stops(body.stop), grammar(body.response_format)
+    stop, constraint = stops(body.stop), await grammar(core, body)
     prompts = await _read_prompts(core, card, body.prompt)
     core.check_capacity(card.model_id, tenant, count * len(prompts))
     given = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens

@@ -16,13 +16,11 @@ from msgspec import Meta
 
 from gateway.generation import RequestError
 from shared.errors import ErrorCode
-from shared.protocol import Grammar, ModelCard, Sampling
+from shared.protocol import ModelCard, Sampling
 
 MAX_STOPS: Final = 16
 MAX_STOP_CHARS: Final = 512
 MAX_BIASES: Final = 1024
-MAX_SCHEMA_BYTES: Final = 64 << 10
-MAX_SCHEMA_DEPTH: Final = 64
 MAX_TOP_LOGPROBS: Final = 20
 _INT64: Final = 1 << 63
 
@@ -58,6 +56,19 @@ class ResponseFormat(msgspec.Struct):
     json_schema: JsonSchema | None = None
 
 
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """`structured_outputs`, vLLM's name for constraints beyond JSON. One of the first five."""
+
+    json: Json | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    # accepted: they change nothing about the answer here
+    disable_fallback: bool | None = None
+    disable_any_whitespace: bool | None = None
+
+
 class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What `/v1/chat/completions` and `/v1/completions` have in common."""
 
@@ -80,6 +91,11 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: bool | None = None
     priority: Annotated[int, Meta(ge=-1000, le=1000)] | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Json | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     # accepted: they change nothing about the answer
     user: str | None = None
     metadata: Any = None
@@ -173,36 +189,6 @@ def _biases(given: dict[str, float] | None, card: ModelCard) -> dict[int, float]
             raise invalid(f"keys are token ids from 0 to {card.vocab_size - 1}", "logit_bias")
         biases[int(key)] = bias
     return biases
-
-
-def grammar(asked: ResponseFormat | None) -> Grammar | None:
-    """The constraint `response_format` asks for. Raises `RequestError`."""
-    if asked is None or asked.type == "text":
-        return None
-    if asked.type == "json_object":
-        return Grammar("json_object", "{}")
-    schema = asked.json_schema.schema if asked.json_schema is not None else None
-    if schema is None:
-        raise invalid("json_schema needs a schema", "response_format.json_schema.schema")
-    return Grammar("json_schema", checked_schema(schema, "response_format.json_schema.schema"))
-
-
-def checked_schema(schema: Json, param: str) -> str:
-    """A JSON schema as text, within bounds of size and depth. Raises `RequestError`."""
-    text = msgspec.json.encode(schema)
-    if len(text) > MAX_SCHEMA_BYTES:
-        raise invalid(f"a schema may have at most {MAX_SCHEMA_BYTES} bytes", param)
-    level: list[Any] = [schema]
-    for _ in range(MAX_SCHEMA_DEPTH):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return text.decode()
-    raise invalid(f"a schema may be nested at most {MAX_SCHEMA_DEPTH} levels deep", param)
 
 
 def choice_count(fields: SamplingFields, max_n: int) -> int:

@@ -20,7 +20,6 @@ from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
     Count,
     SamplingFields,
-    checked_schema,
     decode_body,
     invalid,
     refuse,
@@ -32,6 +31,7 @@ from gateway.api.parameters import (
 from gateway.api.prompts import Message, Prompt, compose_chat, task_prompt
 from gateway.api.response_events import Json
 from gateway.api.response_stream import Opening
+from gateway.api.structured import Wanted, grammar, schema_grammar
 from gateway.generation import GenerateRequest, RequestError
 from gateway.service import Service
 from shared.errors import ErrorCode
@@ -79,6 +79,7 @@ class Format(msgspec.Struct):
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     schema: Json | None = None
+    strict: bool | None = None
 
 
 class TextOptions(msgspec.Struct):
@@ -290,7 +291,7 @@ async def prepare(
     asked = read_input(body, core.config.max_prompt_chars)
     wants_logprobs = body.top_logprobs is not None or LOGPROBS_INCLUDE in (body.include or ())
     sampling = samplings(body, card, (body.top_logprobs or 0) if wants_logprobs else -1, 1)[0]
-    stop, grammar = stops(body.stop), _grammar(body.text)
+    stop, constraint = stops(body.stop), await grammar(core, body, _format(body.text))
     core.check_capacity(card.model_id, tenant)
     messages = (previous.messages if previous else ()) + asked.messages
     prompt = await _compose(core, card, asked, options, messages, body.instructions)
@@ -320,7 +321,7 @@ async def prepare(
         max_objects=options.max_objects if task != "text" else 0,
         tenant=tenant,
         priority=body.priority or 0,
-        grammar=grammar,
+        grammar=constraint,
     )
     opening = Opening(response_id, card.model_id, task, _echo(body, request), stream_id)
     return Prepared(request, opening, Turn(messages, image))
@@ -356,15 +357,15 @@ async def _compose(
     return await compose_chat(core, card, turns, max_chars=core.config.max_prompt_chars)
 
 
-def _grammar(text: TextOptions | None) -> Grammar | None:
+def _format(text: TextOptions | None) -> Wanted | None:
     wanted = text.format if text is not None else None
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
-        return Grammar("json_object", "{}")
+        return Grammar("json_object", "{}"), "text.format"
     if wanted.schema is None:
         raise invalid("json_schema needs a schema", "text.format.schema")
-    return Grammar("json_schema", checked_schema(wanted.schema, "text.format.schema"))
+    return schema_grammar(wanted.schema, "text.format.schema", strict=wanted.strict)
 
 
 def _echo(body: CreateBody, request: GenerateRequest) -> Json:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
-from worker.models.attention import AttentionPlan, GatherSpace
+from worker.models.attention import AttentionPlan
 from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
 from worker.models.dense_config import DenseConfig
+from worker.models.gather import GatherSpace
 from worker.models.layers import GatedMlp, PackedLinear, RmsNorm, Take
 from worker.models.rope import pair_order, rotation_table
 from worker.models.weights import Checkpoint, Target

@@ -21,7 +21,7 @@ _PAGES_STEP = 8
 
 
 class GatherSpace:
-    """One model's kept rows: per layer two fp32 tensors (rows, kv_heads, tokens, head_dim), grown on demand."""
+    """One model's kept rows: per layer two tensors (rows, kv_heads, tokens, head_dim), grown on demand."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -47,6 +47,7 @@ class GatherSpace:
         if cache is not self._cache:
             self._cache = cache
             self._versions = torch.zeros(cache.keys[0].shape[0], dtype=torch.int64)
+            self._num_rows = self._num_pages = 0
             self._forget()
         self._clock += 1
         rows = tokens.decode
@@ -76,8 +77,8 @@ class GatherSpace:
         self._keys.clear()
         self._values.clear()
         # Zeroed: what is masked out must still be finite.
-        self._keys = [torch.zeros(shape, dtype=torch.float32) for _ in cache.keys]
-        self._values = [torch.zeros(shape, dtype=torch.float32) for _ in cache.values]
+        self._keys = [torch.zeros(shape, dtype=cache.keys[0].dtype) for _ in cache.keys]
+        self._values = [torch.zeros(shape, dtype=cache.keys[0].dtype) for _ in cache.values]
         self._forget()
         return True
 
@@ -114,7 +115,7 @@ class GatherSpace:
             (self._values[layer], value, self._cache.values[layer]),
         ):
             if self._stale_pages is not None:
-                _, page_tokens, kv_heads, head_dim = cached.shape
+                page_tokens, head_dim = self._cache.page_tokens, cached.shape[-1]
                 pages = cached.index_select(0, self._stale_pages).transpose(1, 2)
                 page_lines = kept.view(-1, page_tokens * head_dim)
                 page_lines.index_copy_(0, self._stale_lines, pages.reshape(-1, page_tokens * head_dim))

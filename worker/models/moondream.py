@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
-from worker.models.attention import AttentionPlan, GatherSpace
+from worker.models.attention import AttentionPlan
 from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
+from worker.models.gather import GatherSpace
 from worker.models.layers import PackedLinear, Take, take_linear, take_norm
 from worker.models.moondream_config import MoondreamConfig, TextConfig, make_card, parse_config
 from worker.models.moondream_region import RegionModel

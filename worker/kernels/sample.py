@@ -1,0 +1,256 @@
+"""Owns the choice of the next token from logits in one kernel: masks, temperature, filters, draw. Decode thread.
+
+The definition is `worker.sampler.stochastic`'s: ids in order of falling logit (ties: lowest id first), cut by
+top-k, top-p and min-p in turn, and drawn by inverse CDF *in that order*. So a seed gives the same token as on a
+CPU, up to sums that round differently. But nothing is sorted. In that order, "the first token with more than
+`t` before it" is found by its value v: the smallest with measure(x > v) below the bound. Each search halves the
+range of values; every pass over the row also finds the nearest actual values on both sides of the middle, so it
+ends exactly, and early (typically after about as many passes as log2(range / gap between neighbours)). Ties at v
+are then counted by id. Sorting-free sampling by pivots: FlashInfer's dual-pivot rejection sampling (Ye et al.
+2025) is the relative; this one is deterministic in its uniform. A row's logits stay in the L2 between passes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+REACH = tl.constexpr(87.0)  # logits further below the best have probability 0 in fp32
+
+
+@triton.jit
+def _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB: tl.constexpr, MASKED: tl.constexpr, SUPPRESSED: tl.constexpr):
+    """A block of scaled logits; -inf for banned ids and outside the vocabulary."""
+    inside = ids < VOCAB
+    x = tl.load(logits_ptr + ids, mask=inside, other=-float("inf")).to(tl.float32)
+    if MASKED:
+        word = tl.load(words_ptr + ids // 32, mask=inside, other=0)
+        x = tl.where(((word >> (ids % 32)) & 1) != 0, x, -float("inf"))
+    if SUPPRESSED:
+        word = tl.load(allowed_ptr + ids // 32, mask=inside, other=0)
+        x = tl.where(((word >> (ids % 32)) & 1) != 0, x, -float("inf"))
+    return x / scale
+
+
+@triton.jit
+def _above(logits_ptr, words_ptr, allowed_ptr, scale, best, low, middle, VOCAB: tl.constexpr, MASKED: tl.constexpr, SUPPRESSED: tl.constexpr, BLOCK: tl.constexpr):
+    """Over values above `middle`: count, mass and the smallest; over those in [low, middle]: the largest."""
+    count = 0.0
+    mass = 0.0
+    over = best
+    under = low
+    for start in range(0, VOCAB, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
+        higher = x > middle
+        count += tl.sum(tl.where(higher, 1.0, 0.0), 0)
+        mass += tl.sum(tl.where(higher, tl.exp(x - best), 0.0), 0)
+        over = tl.minimum(over, tl.min(tl.where(higher, x, best), 0))
+        under = tl.maximum(under, tl.max(tl.where((x <= middle) & (x >= low), x, low), 0))
+    return count, mass, over, under
+
+
+@triton.jit
+def _search(logits_ptr, words_ptr, allowed_ptr, scale, best, low, bound, BY_COUNT: tl.constexpr, INCLUSIVE: tl.constexpr, VOCAB: tl.constexpr, MASKED: tl.constexpr, SUPPRESSED: tl.constexpr, BLOCK: tl.constexpr):
+    """The smallest value v ≥ low with measure(x > v) < bound (≤ if INCLUSIVE), with count and mass above it.
+
+    `low` and `best` must be values of the row. The answer lies in [low, high]; both ends stay such values.
+    """
+    high = best
+    count = 0.0
+    mass = 0.0
+    while low < high:
+        middle = low + (high - low) * 0.5
+        middle = tl.where(middle < high, middle, low)  # rounding must not make it high: nothing would shrink
+        found_count, found_mass, over, under = _above(
+            logits_ptr, words_ptr, allowed_ptr, scale, best, low, middle, VOCAB, MASKED, SUPPRESSED, BLOCK
+        )
+        measure = found_count if BY_COUNT else found_mass
+        fits = (measure <= bound) if INCLUSIVE else (measure < bound)
+        # No value lies between `under` and `middle`, so what is above one is above the other.
+        count = tl.where(fits, found_count, count)
+        mass = tl.where(fits, found_mass, mass)
+        high = tl.where(fits, under, high)
+        low = tl.where(fits, low, over)
+    return high, count, mass
+
+
+@triton.jit
+def _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, value, VOCAB: tl.constexpr, MASKED: tl.constexpr, SUPPRESSED: tl.constexpr, BLOCK: tl.constexpr):
+    ties = 0.0
+    for start in range(0, VOCAB, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        x = _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
+        ties += tl.sum(tl.where(x == value, 1.0, 0.0), 0)
+    return ties
+
+
+@triton.jit
+def _sample_row(
+    logits_ptr,
+    words_ptr,
+    allowed_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    uniform_ptr,
+    ids_ptr,
+    bad_ptr,
+    logits_stride,
+    words_stride,
+    VOCAB: tl.constexpr,
+    MASKED: tl.constexpr,
+    SUPPRESSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    logits_ptr += row.to(tl.int64) * logits_stride
+    words_ptr += row.to(tl.int64) * words_stride
+    temperature = tl.load(temperature_ptr + row)
+    is_greedy = temperature <= 0.0
+    scale = tl.where(is_greedy, 1.0, temperature)
+
+    # First pass: the best id, and whether the raw row is sound.
+    best = -float("inf")
+    best_id = 0
+    raw_best = -float("inf")
+    num_nan = 0
+    for start in range(0, VOCAB, BLOCK):
+        ids = start + tl.arange(0, BLOCK)
+        raw = tl.load(logits_ptr + ids, mask=ids < VOCAB, other=-float("inf")).to(tl.float32)
+        num_nan += tl.sum((raw != raw).to(tl.int32), 0)
+        raw_best = tl.maximum(raw_best, tl.max(tl.where(raw == raw, raw, -float("inf")), 0))
+        x = _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
+        x = tl.where(x == x, x, -float("inf"))
+        block_best = tl.max(x, 0)
+        block_id = tl.min(tl.where(x == block_best, ids, VOCAB), 0)
+        best_id = tl.where(block_best > best, block_id, best_id)
+        best = tl.maximum(best, block_best)
+    is_bad = (num_nan > 0) | (raw_best == float("inf")) | (raw_best == -float("inf"))
+    tl.store(bad_ptr + row, is_bad.to(tl.int32))
+    chosen = best_id
+
+    if (is_greedy == 0) & (is_bad == 0) & (best > -float("inf")):
+        top_k = tl.load(top_k_ptr + row).to(tl.float32)
+        top_p = tl.load(top_p_ptr + row)
+        min_p = tl.load(min_p_ptr + row)
+        # The lowest value that can be drawn, and how many of its ties (by id) may be: top-k, then top-p.
+        _, _, low, _ = _above(
+            logits_ptr, words_ptr, allowed_ptr, scale, best, best, best - REACH, VOCAB, MASKED, SUPPRESSED, BLOCK
+        )
+        ties = _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, low, VOCAB, MASKED, SUPPRESSED, BLOCK)
+        _, mass, _, _ = _above(
+            logits_ptr, words_ptr, allowed_ptr, scale, best, low, low, VOCAB, MASKED, SUPPRESSED, BLOCK
+        )
+        if top_k > 0.0:
+            low, count, mass = _search(
+                logits_ptr, words_ptr, allowed_ptr, scale, best, low, top_k, True, False, VOCAB, MASKED, SUPPRESSED, BLOCK
+            )
+            ties = _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, low, VOCAB, MASKED, SUPPRESSED, BLOCK)
+            ties = tl.minimum(ties, top_k - count)
+        total = mass + ties * tl.exp(low - best)
+        if top_p < 1.0:
+            floor = low
+            kept = ties
+            low, count, mass = _search(
+                logits_ptr, words_ptr, allowed_ptr, scale, best, low, top_p * total, False, False, VOCAB, MASKED, SUPPRESSED, BLOCK
+            )
+            if low > floor:
+                kept = _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, low, VOCAB, MASKED, SUPPRESSED, BLOCK)
+            # A tie stays while the mass before it is below the bound; the first always does.
+            room = tl.ceil((top_p * total - mass) / tl.exp(low - best))
+            ties = tl.minimum(kept, tl.maximum(room, 1.0))
+        if tl.exp(low - best) < min_p:
+            # What is likely enough is cut off by value alone, ties and all.
+            _, _, low, _ = _above(
+                logits_ptr, words_ptr, allowed_ptr, scale, best, best, _below(best + tl.log(min_p)), VOCAB, MASKED, SUPPRESSED, BLOCK
+            )
+            ties = _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, low, VOCAB, MASKED, SUPPRESSED, BLOCK)
+            _, mass, _, _ = _above(
+                logits_ptr, words_ptr, allowed_ptr, scale, best, low, low, VOCAB, MASKED, SUPPRESSED, BLOCK
+            )
+        target = tl.load(uniform_ptr + row) * (mass + ties * tl.exp(low - best))
+        drawn, _, before = _search(
+            logits_ptr, words_ptr, allowed_ptr, scale, best, low, target, False, True, VOCAB, MASKED, SUPPRESSED, BLOCK
+        )
+        if drawn > low:
+            ties = _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, drawn, VOCAB, MASKED, SUPPRESSED, BLOCK)
+        wanted = tl.floor((target - before) / tl.exp(drawn - best))
+        wanted = tl.maximum(tl.minimum(wanted, ties - 1.0), 0.0).to(tl.int32) + 1
+        passed = 0
+        for start in range(0, VOCAB, BLOCK):
+            ids = start + tl.arange(0, BLOCK)
+            x = _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
+            is_tie = x == drawn
+            ordinal = passed + tl.cumsum(is_tie.to(tl.int32), 0)
+            hit = tl.max(tl.where(is_tie & (ordinal == wanted), ids, -1), 0)
+            chosen = tl.where(hit >= 0, hit, chosen)
+            passed += tl.sum(is_tie.to(tl.int32), 0)
+    tl.store(ids_ptr + row, chosen.to(tl.int64))
+
+
+@triton.jit
+def _below(x):
+    """A little less, so that a strict comparison takes x itself in however its logarithm rounded."""
+    return x - tl.abs(x) * 2.4e-7
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    uniforms: Tensor,
+    *,
+    words: Tensor | None = None,
+    allowed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(ids (R,) int64, bad (R,) int32). Rows with temperature 0 are greedy (lowest id among equals).
+
+    logits (R, V) fp32 or bf16, rows may be strided; temperature, top_p, min_p, uniforms (R,) fp32; top_k (R,)
+    int32, 0 for no limit. words (R, ceil(V/32)) int32: a row's allowed ids, bit by bit; allowed (ceil(V/32),)
+    int32: the same for all rows (suppressed ids). `bad`: the raw logits hold a NaN or have no finite maximum; the
+    row's id then means nothing. A row whose mask allows nothing gets id 0. The reference is
+    `worker.sampler.apply_mask`, then `stochastic`.
+    """
+    rows, vocab = logits.shape
+    assert logits.stride(1) == 1
+    for row_mask in (words, allowed):
+        assert row_mask is None or (row_mask.dtype == torch.int32 and row_mask.shape[-1] == (vocab + 31) // 32)
+    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    bad = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    _sample_row[(rows,)](
+        logits,
+        logits if words is None else words,
+        logits if allowed is None else allowed,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        uniforms,
+        ids,
+        bad,
+        logits.stride(0),
+        0 if words is None else words.stride(0),
+        VOCAB=vocab,
+        MASKED=words is not None,
+        SUPPRESSED=allowed is not None,
+        BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
+        num_warps=16,
+    )
+    return ids, bad
+
+
+def allowed_words(suppress_ids: list[int], vocab_size: int, device: torch.device) -> Tensor | None:
+    """(ceil(V/32),) int32 with the bits of `suppress_ids` cleared, for `sample`; None if there are none."""
+    if not suppress_ids:
+        return None
+    bits = torch.ones((vocab_size + 31) // 32 * 32, dtype=torch.int64)
+    bits[suppress_ids] = 0
+    words = (bits.view(-1, 32) << torch.arange(32)).sum(dim=1)
+    return words.to(torch.int32).to(device)  # wraps: bit 31 is the sign
