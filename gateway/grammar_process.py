@@ -52,7 +52,8 @@ def judge(grammar: Grammar, tokenizer: LLTokenizer) -> Answer:
         if not allowed or not matcher.consume_token(rng.choice(allowed)):
             break
     if matcher.is_error():
-        return Answer(matcher.get_error().split("\n", 1)[0].removesuffix(" <non-verbose/>")[:300])
+        text = matcher.get_error().split("<state>", 1)[0].replace("<non-verbose/>", "")
+        return Answer(" ".join(text.split())[:300] or "it exceeds the compiler's limits")
     return Answer("", grammar.source)
 
 

@@ -46,7 +46,7 @@ def spell(grammar: Grammar) -> str:
         return _spell_lark(f"start: /{_in_slashes(ascii_classes(source))}/")
     if kind == "choice":
         # One terminal, hence one automaton: a rule for each would be parsed one by one.
-        texts = (json.dumps(choice, ensure_ascii=False) for choice in read_choices(source))
+        texts = map(_in_quotes, read_choices(source))
         return _spell_lark("start: CHOICE\nCHOICE: " + " | ".join(texts))
     if kind == "lark":
         return _spell_lark(source)
@@ -166,6 +166,14 @@ def check_repeats(pattern: str) -> None:
             at += 1
         if groups[-1] > MAX_REPEATS:
             raise GrammarError(f"the pattern's repeats expand to more than {MAX_REPEATS} characters")
+
+
+def _in_quotes(text: str) -> str:
+    """The text as it stands between Lark's quotes, where control characters of any kind are escaped."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(
+        char if char.isprintable() or ord(char) > 0xFFFF else f"\\u{ord(char):04x}" for char in quoted
+    )
 
 
 def _in_slashes(pattern: str) -> str:

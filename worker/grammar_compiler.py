@@ -74,6 +74,7 @@ class GrammarCompiler:
         self._vocabulary: Vocabulary | None = None
         self._process: CompilerProcess | None = None
         self._thread = threading.Thread(target=self._run, name="grammar-compiler", daemon=True)
+        self._closing = False
         self.num_compiled = 0
 
     # ------------------------------------------------------------------ any thread
@@ -86,6 +87,7 @@ class GrammarCompiler:
 
     def close(self) -> None:
         """End the thread and the process; what is pending is refused."""
+        self._closing = True
         if self._thread.is_alive():
             self._queue.put(None)
             if self._process is not None:
@@ -156,7 +158,10 @@ class GrammarCompiler:
                 constraint = ended if pending.cancelled else self._constraint(pending.message)
             except GrammarError as error:
                 self._settle(pending)
-                self._reject(pending, ErrorCode.INVALID_GRAMMAR, f"the grammar cannot be used: {error}")
+                if self._closing:
+                    self._reject(pending, ErrorCode.SHUTTING_DOWN, "the worker is shutting down")
+                else:
+                    self._reject(pending, ErrorCode.INVALID_GRAMMAR, f"the grammar cannot be used: {error}")
                 continue
             except Exception as error:
                 log.exception("grammar_compiler_failed")
@@ -165,22 +170,27 @@ class GrammarCompiler:
                 continue
             self._hand_over(pending, constraint)
         if self._process is not None:
-            self._process.kill()
+            self._process.end()
 
     def _hand_over(self, pending: _Pending, constraint: LlgConstraint | TokenAutomaton) -> None:
         """Into the inbox under the lock: a cancellation is either noted before, or put there after."""
         gateway, message = pending.gateway, pending.message
         with self._lock:
-            if self._pending.pop((gateway, message.sequence_id), None) is None:
+            key = (gateway, message.sequence_id)
+            if self._pending.get(key) is not pending:
                 return
+            del self._pending[key]
             self._inbox.put((gateway, CompiledSubmit(message, constraint), pending.frames))
             if pending.cancelled:
                 self._inbox.put((gateway, Cancel(message.epoch, [message.sequence_id]), []))
 
     def _settle(self, pending: _Pending) -> None:
         with self._lock:
-            known = self._pending.pop((pending.gateway, pending.message.sequence_id), None)
-            pending.dropped = known is None
+            key = (pending.gateway, pending.message.sequence_id)
+            if self._pending.get(key) is pending:
+                del self._pending[key]
+            else:
+                pending.dropped = True
 
     def _reject(self, pending: _Pending, code: ErrorCode, text: str) -> None:
         if not pending.dropped:
@@ -246,21 +256,23 @@ class CompilerProcess:
         try:
             return self._exchange(msgspec.msgpack.encode(grammar), self._timeout_s)
         except TimeoutError:
-            self._end()
+            self.end()
             raise GrammarError(f"compiling it takes longer than {self._timeout_s:g} s") from None
         except (OSError, EOFError):
-            self._end()
+            self.end()
             raise GrammarError("compiling it takes more than it is allowed") from None
 
     def kill(self) -> None:
-        """End it for good. Any thread."""
+        """Kill it for good; the compiler's thread sees its pipe end. Any thread."""
         self._killed = True
-        self._end()
+        process = self._process
+        if process is not None:
+            process.kill()
 
     def _start(self) -> None:
         if self._killed:
             raise GrammarError("the worker is shutting down")
-        self._end()
+        self.end()
         # The child sees the import path and nothing else of the environment: no keys, no proxies.
         environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "LC_ALL": "C.UTF-8"}
         self._process = subprocess.Popen(
@@ -273,7 +285,8 @@ class CompilerProcess:
         )
         self._exchange(self._setup, START_TIMEOUT_S)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Kill it, wait for it and close its pipes."""
         process, self._process = self._process, None
         if process is None:
             return

@@ -22,6 +22,7 @@ I32 = npt.NDArray[np.int32]
 MIN_PARALLEL_ROWS = 4  # below, handing rows to threads costs more than it saves
 MAX_THREADS = 8
 
+_REFUSED = "doesn't satisfy the grammar"
 _LIMITS = LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=1_000_000,
@@ -75,8 +76,8 @@ class LlgConstraint:
             self.check()
             if token_id not in self._end_ids:
                 raise ValueError(f"token {token_id} after the end of the grammar")
-        elif not matcher.consume_token(token_id):
-            self.check()
+        elif not matcher.consume_token(token_id) and _REFUSED in matcher.get_error():
+            self.check()  # any other failure is the grammar's: the next mask reports it as such
 
     def is_complete(self) -> bool:
         return bool(self.matcher.is_stopped()) and not self.matcher.is_error()
@@ -84,7 +85,7 @@ class LlgConstraint:
     def check(self) -> None:
         """Raises ValueError when the matcher has failed: a refused token, or a limit reached."""
         if self.matcher.is_error():
-            raise ValueError(first_line(self.matcher.get_error()))
+            raise ValueError(reason(self.matcher.get_error()))
 
     def fork(self) -> LlgConstraint:
         """A constraint of its own in the same state."""
@@ -95,7 +96,7 @@ def compile_llg(grammar: Grammar, vocabulary: Vocabulary) -> LlgConstraint:
     """Compile within llguidance's limits. Raises `GrammarError`. Releases the global lock while it works."""
     matcher = LLMatcher(vocabulary.tokenizer, spell(grammar), log_level=0, limits=_LIMITS)
     if matcher.is_error():
-        raise GrammarError(first_line(matcher.get_error()))
+        raise GrammarError(reason(matcher.get_error()))
     return LlgConstraint(matcher, vocabulary.end_ids)
 
 
@@ -134,13 +135,13 @@ class MaskFiller:
             for constraint, row in batch:
                 constraint.matcher.unsafe_compute_mask_ptr(base + row * stride, stride)
         failed.extend(
-            (row, first_line(constraint.matcher.get_error()))
+            (row, reason(constraint.matcher.get_error()))
             for constraint, row in batch
             if constraint.matcher.is_error()
         )
         return failed
 
 
-def first_line(text: str) -> str:
-    """The first line of an error, short enough for a message."""
-    return text.split("\n", 1)[0].removesuffix(" <non-verbose/>")[:300]
+def reason(text: str) -> str:
+    """llguidance's own words without its state dump, on one line and short enough for a message."""
+    return " ".join(text.split("<state>", 1)[0].replace("<non-verbose/>", "").split())[:300]

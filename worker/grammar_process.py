@@ -94,7 +94,7 @@ def _walk(matcher: LLMatcher, vocabulary: Vocabulary) -> None:
 
 def tables_of(answer: Answer) -> TokenTables:
     """The automaton as it came over the pipe."""
-    arrays = [np.frombuffer(table.data, np.int32).reshape(table.shape) for table in answer.tables]
+    arrays = [np.frombuffer(table.data, np.int32).reshape(table.shape).copy() for table in answer.tables]
     return TokenTables(arrays[0], arrays[1], arrays[2], arrays[3], answer.end)
 
 

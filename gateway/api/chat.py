@@ -192,8 +192,9 @@ async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -
     count = choice_count(body, core.config.max_n)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else -1
     sampled = samplings(body, card, num_logprobs, count)
-    stop, constraint = stops(body.stop), await grammar(core, body)
+    stop = stops(body.stop)
     core.check_capacity(card.model_id, tenant, count)
+    constraint = await grammar(core, body)
     prompt = await compose_chat(core, card, body.messages, max_chars=core.config.max_prompt_chars)
     given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     param = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"

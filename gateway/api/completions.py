@@ -181,9 +181,10 @@ async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -
     count = choice_count(body, core.config.max_n)
     num_logprobs = -1 if body.logprobs is None else body.logprobs
     sampled = samplings(body, card, num_logprobs, count)
-    stop, constraint = stops(body.stop), await grammar(core, body)
+    stop = stops(body.stop)
     prompts = await _read_prompts(core, card, body.prompt)
     core.check_capacity(card.model_id, tenant, count * len(prompts))
+    constraint = await grammar(core, body)
     given = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     asked, echoes = [], []
     for place, (text, ids) in enumerate(prompts):

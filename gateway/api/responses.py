@@ -291,8 +291,9 @@ async def prepare(
     asked = read_input(body, core.config.max_prompt_chars)
     wants_logprobs = body.top_logprobs is not None or LOGPROBS_INCLUDE in (body.include or ())
     sampling = samplings(body, card, (body.top_logprobs or 0) if wants_logprobs else -1, 1)[0]
-    stop, constraint = stops(body.stop), await grammar(core, body, _format(body.text))
+    stop, form = stops(body.stop), _format(body.text)
     core.check_capacity(card.model_id, tenant)
+    constraint = await grammar(core, body, form)
     messages = (previous.messages if previous else ()) + asked.messages
     prompt = await _compose(core, card, asked, options, messages, body.instructions)
     image = previous.image if previous else None

@@ -47,11 +47,11 @@ async def read_request(
         raise invalid(f"token ids are between 0 and {card.vocab_size - 1}", "stop_token_ids")
     sampled = samplings(fields, card, num_logprobs, num_samples)
     stop, grammar = stops(fields.stop), _grammar(params)
+    core.check_capacity(card.model_id, tenant, num_samples)
     if grammar is not None:
         grammar = await core.grammars.check(
             grammar, param=f"sampling_params.{params.WhichOneof('constraint')}"
         )
-    core.check_capacity(card.model_id, tenant, num_samples)
     prompt_ids = await _read_prompt(core, card, request)
     images = await _read_images(core, card, prompt_ids, request)
     room = core.room(card.model_id, len(prompt_ids), len(images))

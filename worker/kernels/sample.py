@@ -32,25 +32,26 @@ def _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB: tl.constexpr, M
     if SUPPRESSED:
         word = tl.load(allowed_ptr + ids // 32, mask=inside, other=0)
         x = tl.where(((word >> (ids % 32)) & 1) != 0, x, -float("inf"))
-    return x / scale
+    return x * scale
 
 
 @triton.jit
 def _above(logits_ptr, words_ptr, allowed_ptr, scale, best, low, middle, VOCAB: tl.constexpr, MASKED: tl.constexpr, SUPPRESSED: tl.constexpr, BLOCK: tl.constexpr):
     """Over values above `middle`: count, mass and the smallest; over those in [low, middle]: the largest."""
-    count = 0.0
-    mass = 0.0
-    over = best
-    under = low
+    # Each lane keeps its own sums; lanes meet once, after the loop.
+    count = tl.zeros([BLOCK], tl.float32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    over = tl.zeros([BLOCK], tl.float32) + best
+    under = tl.zeros([BLOCK], tl.float32) + low
     for start in range(0, VOCAB, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         x = _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
         higher = x > middle
-        count += tl.sum(tl.where(higher, 1.0, 0.0), 0)
-        mass += tl.sum(tl.where(higher, tl.exp(x - best), 0.0), 0)
-        over = tl.minimum(over, tl.min(tl.where(higher, x, best), 0))
-        under = tl.maximum(under, tl.max(tl.where((x <= middle) & (x >= low), x, low), 0))
-    return count, mass, over, under
+        count += tl.where(higher, 1.0, 0.0)
+        mass += tl.where(higher, tl.exp(x - best), 0.0)
+        over = tl.minimum(over, tl.where(higher, x, best))
+        under = tl.maximum(under, tl.where(higher, low, x))
+    return tl.sum(count, 0), tl.sum(mass, 0), tl.min(over, 0), tl.max(under, 0)
 
 
 @triton.jit
@@ -80,12 +81,12 @@ def _search(logits_ptr, words_ptr, allowed_ptr, scale, best, low, bound, BY_COUN
 
 @triton.jit
 def _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, value, VOCAB: tl.constexpr, MASKED: tl.constexpr, SUPPRESSED: tl.constexpr, BLOCK: tl.constexpr):
-    ties = 0.0
+    ties = tl.zeros([BLOCK], tl.float32)
     for start in range(0, VOCAB, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         x = _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
-        ties += tl.sum(tl.where(x == value, 1.0, 0.0), 0)
-    return ties
+        ties += tl.where(x == value, 1.0, 0.0)
+    return tl.sum(ties, 0)
 
 
 @triton.jit
@@ -112,24 +113,27 @@ def _sample_row(
     words_ptr += row.to(tl.int64) * words_stride
     temperature = tl.load(temperature_ptr + row)
     is_greedy = temperature <= 0.0
-    scale = tl.where(is_greedy, 1.0, temperature)
+    scale = 1.0 / tl.where(is_greedy, 1.0, temperature)
 
     # First pass: the best id, and whether the raw row is sound.
-    best = -float("inf")
-    best_id = 0
-    raw_best = -float("inf")
-    num_nan = 0
+    bests = tl.full([BLOCK], -float("inf"), tl.float32)
+    best_ids = tl.zeros([BLOCK], tl.int32)
+    raw_bests = bests
+    nans = tl.zeros([BLOCK], tl.int32)
     for start in range(0, VOCAB, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         raw = tl.load(logits_ptr + ids, mask=ids < VOCAB, other=-float("inf")).to(tl.float32)
-        num_nan += tl.sum((raw != raw).to(tl.int32), 0)
-        raw_best = tl.maximum(raw_best, tl.max(tl.where(raw == raw, raw, -float("inf")), 0))
+        is_nan = raw != raw
+        nans += is_nan.to(tl.int32)
+        raw_bests = tl.maximum(raw_bests, tl.where(is_nan, -float("inf"), raw))
         x = _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
-        x = tl.where(x == x, x, -float("inf"))
-        block_best = tl.max(x, 0)
-        block_id = tl.min(tl.where(x == block_best, ids, VOCAB), 0)
-        best_id = tl.where(block_best > best, block_id, best_id)
-        best = tl.maximum(best, block_best)
+        better = x > bests  # false for a NaN, and for equals: the lowest id stays
+        best_ids = tl.where(better, ids, best_ids)
+        bests = tl.where(better, x, bests)
+    best = tl.max(bests, 0)
+    best_id = tl.min(tl.where(bests == best, best_ids, VOCAB), 0)
+    raw_best = tl.max(raw_bests, 0)
+    num_nan = tl.sum(nans, 0)
     is_bad = (num_nan > 0) | (raw_best == float("inf")) | (raw_best == -float("inf"))
     tl.store(bad_ptr + row, is_bad.to(tl.int32))
     chosen = best_id

@@ -10,19 +10,22 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
-from worker.models.attention import AttentionPlan
+from worker.models.attention import AttentionPlan, GatherSpace
 from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
 from worker.models.dense_config import DenseConfig
-from worker.models.gather import GatherSpace
 from worker.models.layers import GatedMlp, PackedLinear, RmsNorm, Take
 from worker.models.rope import pair_order, rotation_table
 from worker.models.weights import Checkpoint, Target
+
+if TYPE_CHECKING:
+    from worker.kernels.fused import FusedPlan
 
 _COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
@@ -53,6 +56,7 @@ class Dense:
         head = self._words if sizes.tied else take("lm_head.weight", sizes.vocab_size, sizes.dim)
         self._lm_head = PackedLinear(head)
         self._space = GatherSpace()
+        self.fuses = fuses(device, sizes.head_dim)
         self._rotations = rotation_table(sizes.rope, sizes.head_dim, sizes.context_tokens, device)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -71,12 +75,25 @@ class Dense:
 
     def forward(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
         """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of all N tokens."""
-        plan = AttentionPlan(tokens, cache, self._space)
         rotation = self._rotations.index_select(0, tokens.positions)
+        if self.fuses:
+            return self._forward_fused(hidden, rotation, tokens, cache)
+        plan = AttentionPlan(tokens, cache, self._space)
         kv_dtype = cache.keys[0].dtype
         for layer, block in enumerate(self._blocks):
             hidden = block(hidden, rotation, plan, layer, kv_dtype)
         return hidden
+
+    def _forward_fused(
+        self, hidden: Tensor, rotation: Tensor, tokens: StepTokens, cache: KVCache
+    ) -> Tensor:
+        from worker.kernels.fused import FusedPlan  # here, so that no CPU worker imports Triton
+
+        plan = FusedPlan(tokens, cache, rotation)
+        gained: Tensor | None = None
+        for layer, block in enumerate(self._blocks):
+            hidden, gained = block.fused(hidden, gained, plan, layer)
+        return hidden if gained is None else hidden + gained
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(R, D) hidden states of the sampling positions → (R, V) fp32 logits."""
@@ -122,6 +139,20 @@ class _Block:
         hidden = self._out.add(mixed.to(hidden.dtype), hidden)
         return self._mlp.add(self._mlp_norm(hidden), hidden)
 
+    def fused(
+        self, hidden: Tensor, gained: Tensor | None, plan: FusedPlan, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `__call__` with a GPU's kernels. `gained` is what the block before adds to the residual stream: each
+        sum is taken with the norm behind it. Returns the stream, and what this block's MLP adds to it."""
+        hidden, normed = self._attention_norm.fused(hidden, gained)
+        qkv, norm = self._qkv(normed), self._qk_norm
+        if norm is None:
+            mixed = plan.attend(layer, qkv, self._num_heads)
+        else:
+            mixed = plan.attend(layer, qkv, self._num_heads, qk_weight=norm.weight, eps=norm.eps)
+        hidden, normed = self._mlp_norm.fused(self._out(mixed), hidden)
+        return hidden, self._mlp.fused(normed)
+
 
 class _QkNorm:
     """Qwen3's RMS norm of each query and key head, with one weight (head_dim,) for all queries, one for all keys."""
@@ -130,12 +161,13 @@ class _QkNorm:
         order = pair_order(sizes.head_dim)
         query = take(f"{name}.q_norm.weight", sizes.head_dim, dtype=torch.float32)[order]
         key = take(f"{name}.k_norm.weight", sizes.head_dim, dtype=torch.float32)[order]
-        self._weight = torch.cat([query.expand(sizes.num_heads, -1), key.expand(sizes.num_kv_heads, -1)])
+        self.eps = sizes.eps
+        self.weight = torch.cat([query.expand(sizes.num_heads, -1), key.expand(sizes.num_kv_heads, -1)])
         self._norm = RmsNorm(torch.ones_like(query), sizes.eps)
 
     def __call__(self, rotated: Tensor) -> Tensor:
         """(N, H + KH, D) fp32 → the same, normed, in new memory."""
-        return self._norm(rotated) * self._weight
+        return self._norm(rotated) * self.weight
 
 
 def _take_qkv(take: Take, name: str, sizes: DenseConfig) -> PackedLinear:

@@ -87,6 +87,12 @@ class LayerNorm:
         """(..., D) → (..., D), same dtype."""
         return torch.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
 
+    def fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + residual, its norm) in one pass on a GPU; both (N, D)."""
+        from worker.kernels.norm import layer_norm  # here, so that no CPU worker imports Triton
+
+        return layer_norm(x, self._weight, self._bias, self._eps, residual)
+
 
 class RmsNorm:
     """Root-mean-square normalisation over the last dimension with weight (D,).
@@ -111,6 +117,12 @@ class RmsNorm:
         both = torch.cat((x, -x), -1)
         normed = torch.layer_norm(both, self._doubled.shape, self._doubled, self._no_bias, self._eps)
         return normed[..., : self._dim]
+
+    def fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + residual, its norm) in one pass on a GPU; both (N, D)."""
+        from worker.kernels.norm import rms_norm
+
+        return rms_norm(x, self._weight, self._eps, residual)
 
 
 class Mlp:
@@ -144,6 +156,12 @@ class GatedMlp:
         both = self.gate_up(x)
         inner = F.silu(both[..., : self._ff_dim]).mul_(both[..., self._ff_dim :])
         return self.down.add(inner, residual)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """mlp(x) with the gate as one kernel on a GPU; the residual sum is left to the next norm."""
+        from worker.kernels.activation import silu_gate
+
+        return self.down(silu_gate(self.gate_up(x)))
 
 
 def take_linear(take: Take, name: str, inputs: int, outputs: int) -> PackedLinear:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
-from worker.models.attention import AttentionPlan
+from worker.models.attention import AttentionPlan, GatherSpace
 from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
-from worker.models.gather import GatherSpace
 from worker.models.layers import PackedLinear, Take, take_linear, take_norm
 from worker.models.moondream_config import MoondreamConfig, TextConfig, make_card, parse_config
 from worker.models.moondream_region import RegionModel
 from worker.models.moondream_vision import VisionEncoder
 from worker.models.weights import Checkpoint, Target, read_config
+
+if TYPE_CHECKING:
+    from worker.kernels.fused import FusedPlan
 
 _ROPE_THETA = 10000.0
 
@@ -81,6 +84,7 @@ class Moondream:
         self._post_ln = take_norm(take, "text.post_ln", text.dim)
         self._lm_head = take_linear(take, "text.lm_head", text.dim, text.vocab_size)
         self._space = GatherSpace()
+        self.fuses = fuses(device, text.head_dim)
         self._rope = _rope_table(text.head_dim // 2, text.max_context, device)
         self.vision = VisionEncoder(config.vision, take)
         self.region = RegionModel(config.region, take)
@@ -107,11 +111,24 @@ class Moondream:
 
     def forward(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
         """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of all N tokens."""
-        plan = AttentionPlan(tokens, cache, self._space)
         rotation = self._rope.index_select(0, tokens.positions)
+        if self.fuses:
+            return self._forward_fused(hidden, rotation, tokens, cache)
+        plan = AttentionPlan(tokens, cache, self._space)
         for layer, block in enumerate(self._blocks):
             hidden = block(hidden, rotation, plan, layer, cache.keys[layer].dtype)
         return hidden
+
+    def _forward_fused(
+        self, hidden: Tensor, rotation: Tensor, tokens: StepTokens, cache: KVCache
+    ) -> Tensor:
+        from worker.kernels.fused import FusedPlan  # here, so that no CPU worker imports Triton
+
+        plan = FusedPlan(tokens, cache, rotation)
+        gained: Tensor | None = None
+        for layer, block in enumerate(self._blocks):
+            hidden, gained = block.fused(hidden, gained, plan, layer)
+        return hidden if gained is None else hidden + gained
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(R, D) hidden states of the sampling positions → (R, V) fp32 logits."""
@@ -165,6 +182,22 @@ class _TextBlock:
         query, key, value = heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
         mixed = plan.attend(layer, query, key, value)
         return self._out.add(torch.cat([mixed.to(hidden.dtype), self._fc1.gelu(normed)], dim=1), hidden)
+
+    def fused(
+        self, hidden: Tensor, gained: Tensor | None, plan: FusedPlan, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `__call__` with a GPU's kernels. `gained` is what the block before adds to the residual stream: the
+        sum is taken with the norm. Returns the stream, and what this block adds to it."""
+        from worker.kernels.activation import gelu_tanh
+
+        hidden, normed = self._ln.fused(hidden, gained)
+        # Attention and activation write side by side into the one input of the product that joins them.
+        width = self._num_heads * self._head_dim
+        inner = self._fc1(normed)
+        both = inner.new_empty(inner.shape[0], width + inner.shape[1])
+        plan.attend(layer, self._qkv(normed), self._num_heads, out=both[:, :width])
+        gelu_tanh(inner, out=both[:, width:])
+        return hidden, self._out(both)
 
 
 def _pair_order(config: TextConfig) -> Tensor:

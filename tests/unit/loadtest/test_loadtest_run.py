@@ -9,7 +9,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from loadtest_fake_server import FakeServer, serving
+from tests.unit.loadtest.loadtest_fake_server import FakeServer, serving
 from rich.console import Console
 from typer.testing import CliRunner
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from paged_driver import GOLDEN, prepare, quiet
+from tests.unit.models.paged_driver import GOLDEN, prepare, quiet
 from PIL import Image
 
 from worker.models.contract import ImageCrops

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paged_driver import Driver, Row, quiet, relative_error
+from tests.unit.models.paged_driver import Driver, Row, quiet, relative_error
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.models.attention import AttentionPlan
+from worker.models.attention import AttentionPlan, GatherSpace
 from worker.models.contract import DecodeRows, KVCache, PrefillSegment, StepTokens
-from worker.models.gather import GatherSpace
 
 PAGE_TOKENS, HEAD_DIM = 4, 16
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import dense_oracle as dense
+from tests.unit.models import dense_oracle as dense
 import pytest
 import torch
-from dense_oracle import LLAMA3_ROPE, edit_config, load, write
+from tests.unit.models.dense_oracle import LLAMA3_ROPE, edit_config, load, write
 from safetensors.torch import load_file, save_file
 
 from worker.models.contract import ImageCrops

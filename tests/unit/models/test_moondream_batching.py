@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from paged_driver import Driver, Row, quiet, relative_error, same
-from small_checkpoint import SECTIONS, write_checkpoint
+from tests.unit.models.paged_driver import Driver, Row, quiet, relative_error, same
+from tests.unit.models.small_checkpoint import SECTIONS, write_checkpoint
 from torch import Tensor
 
 from worker.models.contract import ImageCrops

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from paged_driver import Driver, Row, prepare, relative_error
+from tests.unit.models.paged_driver import Driver, Row, prepare, relative_error
 from PIL import Image
 from torch import Tensor
 

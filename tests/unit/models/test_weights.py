@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from paged_driver import quiet
+from tests.unit.models.paged_driver import quiet
 from safetensors.torch import save_file
-from small_checkpoint import SECTIONS, older_layout, random_tensors, write_checkpoint
+from tests.unit.models.small_checkpoint import SECTIONS, older_layout, random_tensors, write_checkpoint
 
 from worker.models.moondream import Moondream
 from worker.models.registry import load_model

@@ -1,0 +1,131 @@
+"""Owns models of true shapes with random weights, made on the device without a file. Whichever thread calls.
+
+Speed does not depend on what the weights say, only on how many there are; so a machine that can reach nothing
+can measure real shapes. Shapes are those of the published config.json files.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.models.contract import Model
+from worker.models.dense import Dense
+from worker.models.dense_config import make_card as make_dense_card
+from worker.models.dense_config import parse_config as parse_dense
+from worker.models.moondream import Moondream
+from worker.models.moondream_config import make_card, parse_config
+
+_QWEN3 = {
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 28,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+_SMALL_VISION = {"enc_n_layers": 1, "enc_dim": 32, "enc_ff_dim": 48, "enc_n_heads": 2, "crop_size": 70}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "moondream2": {"model_type": "moondream1", "config": {}},
+    "qwen3-0.6b": _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072},
+    "qwen3-1.7b": _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144},
+    "llama-3.2-1b": {
+        "model_type": "llama",
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 16,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 5e5,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    # For smoke runs and tests, never for figures.
+    "tiny-moondream": {
+        "model_type": "moondream1",
+        "config": {
+            "text": {
+                "dim": 64,
+                "ff_dim": 96,
+                "n_layers": 2,
+                "n_heads": 2,
+                "n_kv_heads": 2,
+                "vocab_size": 300,
+                "max_context": 512,
+            },
+            "vision": _SMALL_VISION | {"proj_out_dim": 64, "proj_inner_dim": 48, "overlap_margin": 1},
+            "region": {"dim": 64, "coord_feat_dim": 16, "coord_out_dim": 64, "size_feat_dim": 24, "size_out_dim": 128},
+        },
+    },
+    "tiny-qwen3": _QWEN3
+    | {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 300,
+    },
+    "tiny-llama": {
+        "model_type": "llama",
+        "head_dim": 16,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "vocab_size": 300,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def random_model(
+    shape: str, device: torch.device, dtype: torch.dtype, *, context_tokens: int = 2048, seed: int = 0
+) -> Model:
+    """A model of `SHAPES[shape]`: weights of deviation 0.02, norms of ones, biases of zeros."""
+    raw = dict(SHAPES[shape], architectures=[shape])
+    generator = torch.Generator(device).manual_seed(seed)
+    weight_bytes = 0
+
+    def take(name: str, *size: int, dtype: torch.dtype = dtype) -> Tensor:
+        nonlocal weight_bytes
+        if name.endswith("bias"):
+            tensor = torch.zeros(size, dtype=dtype, device=device)
+        elif name.endswith("weight") and len(size) == 1:
+            tensor = torch.ones(size, dtype=dtype, device=device)
+        else:
+            tensor = torch.empty(size, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
+        weight_bytes += tensor.nbytes
+        return tensor
+
+    with tempfile.TemporaryDirectory(prefix="degas-shape-") as name:
+        folder = Path(name)
+        model: Moondream | Dense
+        if raw["model_type"] == "moondream1":
+            (folder / "config.json").write_text(json.dumps(raw))
+            config = parse_config(raw, folder)
+            model = Moondream(config, make_card(config, raw, folder), take, device)
+        else:
+            kind = str(raw["model_type"])
+            raw["degas"] = {"context_tokens": context_tokens, "model_id": shape}
+            (folder / "config.json").write_text(json.dumps(raw))
+            sizes = parse_dense(raw, folder, model_type=kind, qk_norm=kind == "qwen3")
+            model = Dense(sizes, make_dense_card(sizes, raw, folder, kind), take, device)
+    model.weight_bytes = weight_bytes
+    return model

@@ -1,0 +1,78 @@
+"""Owns the attention of a forward on a GPU: rotation, KV write and paged attention of all its tokens. Decode thread.
+
+The counterpart of `worker.models.attention.AttentionPlan`, which is its reference. Where that takes q, k and v
+already rotated, this takes the qkv product as it comes, and one kernel does what lies between.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from worker.kernels.paged_decode_attention import paged_decode_attention
+from worker.kernels.prefill_attention import Segments, make_segments, prefill_attention
+from worker.kernels.rotary_kv_write import rotary_kv_write
+from worker.models.contract import KVCache, StepTokens
+
+
+class FusedPlan:
+    """What all layers of one forward share. Nothing here reads the device; decode-only plans can be captured.
+
+    `rotation` is (N, 1, R/2) complex64, a rotation a token. Raises ValueError when a chunk ends inside a
+    bidirectional prefix that it also begins in.
+    """
+
+    def __init__(self, tokens: StepTokens, cache: KVCache, rotation: Tensor) -> None:
+        self._cache = cache
+        self._write_index = tokens.write_index
+        self._rotation = torch.view_as_real(rotation.squeeze(1))
+        self._decode = tokens.decode
+        self._segments: Segments | None = None
+        spans = []
+        start = 0 if tokens.decode is None else tokens.decode.num_rows
+        for chunk in tokens.prefills:
+            prefix = chunk.prefix_tokens
+            if chunk.num_context < prefix and chunk.num_context + chunk.num_tokens < prefix:
+                raise ValueError(
+                    f"a chunk of {chunk.num_tokens} after {chunk.num_context} cuts a prefix of {prefix} tokens"
+                )
+            spans.append((start, chunk.num_tokens, chunk.num_context, prefix))
+            start += chunk.num_tokens
+        if spans:
+            self._segments = make_segments(spans, [chunk.block_table for chunk in tokens.prefills])
+
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        num_heads: int,
+        *,
+        out: Tensor | None = None,
+        qk_weight: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        """Write this layer's K and V and attend: qkv (N, (H + 2·KH)·D) → (N, H·D).
+
+        q and k have the two of a rotated pair side by side. `out` may be part of a wider buffer; made in qkv's
+        dtype if not given. `qk_weight` (H + KH, D) fp32: RMS norm of each head of q and k before the rotation.
+        """
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        query = rotary_kv_write(
+            qkv, self._rotation, self._write_index, keys, values, num_heads, qk_weight=qk_weight, eps=eps
+        )
+        if out is None:
+            out = torch.empty((qkv.shape[0], num_heads * keys.shape[3]), dtype=qkv.dtype, device=qkv.device)
+        rows = self._decode
+        if rows is not None:
+            num = rows.num_rows
+            paged_decode_attention(
+                query[:num], keys, values, rows.block_tables, rows.lengths, rows.max_tokens, out=out[:num]
+            )
+        if self._segments is not None:
+            prefill_attention(query, keys, values, self._segments, out)
+        return out
+
+
+def can_fuse(head_dim: int) -> bool:
+    """Whether the attention kernels take heads of this width: block shapes are powers of two."""
+    return head_dim >= 16 and head_dim & (head_dim - 1) == 0
