@@ -57,15 +57,17 @@ class Guard:
 class Child:
     """A running child, leader of its own process group and session."""
 
-    def __init__(self, process: asyncio.subprocess.Process, guard: Guard, beat_fd: int) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], guard: Guard, beat_fd: int, on_line: Callable[[str], None]
+    ) -> None:
         self._process = process
         self._guard = guard
         self._beat_fd = beat_fd
-        self._output: asyncio.Task[None] | None = None
+        self._output = asyncio.create_task(_read_lines(process, on_line), name=f"output-{process.pid}")
         self.exited: asyncio.Task[int] = asyncio.create_task(self._wait(), name=f"child-{process.pid}")
 
     @classmethod
-    async def start(
+    def start(
         cls,
         command: Sequence[str],
         environment: Mapping[str, str],
@@ -81,29 +83,21 @@ class Child:
             beat_fd = _open_beat()
             environment[beat_variable] = str(beat_fd)
         try:
-            process = await asyncio.create_subprocess_exec(
-                *SCRIPT,
-                str(LEASH),
-                str(os.getpid()),
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
+            # Not asyncio's subprocess: its wait() ends only when the pipe does, and a descendant may hold that.
+            process = subprocess.Popen(
+                [*SCRIPT, str(LEASH), str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 env=environment,
                 start_new_session=True,
                 pass_fds=(beat_fd,) if beat_fd >= 0 else (),
-                limit=MAX_LINE_BYTES,
             )
         except BaseException:
             if beat_fd >= 0:
                 os.close(beat_fd)
             raise
         guard.say(f"watch {process.pid}")
-        child = cls(process, guard, beat_fd)
-        assert process.stdout is not None
-        child._output = asyncio.create_task(
-            _read_lines(process.stdout, on_line), name=f"output-{process.pid}"
-        )
-        return child
+        return cls(process, guard, beat_fd, on_line)
 
     @property
     def pid(self) -> int:
@@ -145,11 +139,10 @@ class Child:
         await self.exited
 
     async def _wait(self) -> int:
-        code = await self._process.wait()
+        code = await asyncio.to_thread(self._process.wait)
         self.kill()  # whatever it left behind in its group
-        if self._output is not None:
-            await asyncio.wait((self._output,), timeout=OUTPUT_S)
-            self._output.cancel()
+        await asyncio.wait((self._output,), timeout=OUTPUT_S)
+        self._output.cancel()
         self._guard.say(f"forget {self.pid}")
         if self._beat_fd >= 0:
             os.close(self._beat_fd)
@@ -182,12 +175,20 @@ def _signal_group(group: int, number: signal.Signals) -> None:
         pass
 
 
-async def _read_lines(stream: asyncio.StreamReader, on_line: Callable[[str], None]) -> None:
-    while True:
-        try:
-            line = await stream.readline()
-        except ValueError:
-            continue  # a line beyond the limit is dropped by the reader
-        if not line:
-            return
-        on_line(line.decode(errors="replace").rstrip("\r\n"))
+async def _read_lines(process: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> None:
+    assert process.stdout is not None
+    stream = asyncio.StreamReader(limit=MAX_LINE_BYTES)
+    pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(stream), process.stdout
+    )
+    try:
+        while True:
+            try:
+                line = await stream.readline()
+            except ValueError:
+                continue  # a line beyond the limit is dropped by the reader
+            if not line:
+                return
+            on_line(line.decode(errors="replace").rstrip("\r\n"))
+    finally:
+        pipe.close()

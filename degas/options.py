@@ -38,7 +38,7 @@ class ServeOptions:
     beat_timeout_s: float = 3.0
     start_timeout_s: float = 900.0
     gateway_silence_s: float = 20.0
-    restarts: RestartLimits = RestartLimits()
+    restarts: RestartLimits = field(default_factory=RestartLimits)
     status_file: Path | None = None
     runtime_parent: Path | None = None
     report: bool = False  # print DEGAS-READY with the address when all is up

@@ -119,13 +119,13 @@ class Supervisor:
 
     async def _keep(self, post: Post) -> None:
         while not self._stopping.is_set():
-            child = post.child = await self._start(post)
+            child = post.child = self._start(post)
             cause = await self._watch(post, child)
             code = await child.exited
             ready_for_s = post.on_death(time.monotonic())
             self._changed.set()
             if post.halt.is_set() or self._stopping.is_set():
-                return
+                return None
             cause = cause or describe_exit(code)
             if code == WRONG_SETTINGS and not post.was_ready:
                 return self._give_up(
@@ -144,10 +144,10 @@ class Supervisor:
             await _wait_any(self._stopping, timeout_s=delay_s)
         return None
 
-    async def _start(self, post: Post) -> Child:
+    def _start(self, post: Post) -> Child:
         is_worker = post.role == "worker"
         options = self._options
-        return await Child.start(
+        return Child.start(
             options.worker_command if is_worker else options.gateway_command,
             options.worker_environment(self._endpoint)
             if is_worker
@@ -258,9 +258,13 @@ class Supervisor:
             self._changed.clear()
             if not all(post.is_ready for post in self._posts.values()):
                 continue
-            if len(self._posts) == 2:
-                while await fetch_status(options.host, options.port, "/readyz") == 503:
-                    await asyncio.sleep(PROBE_INTERVAL_S)
+            if len(self._posts) > 1 and await fetch_status(options.host, options.port, "/readyz") in (
+                None,
+                503,
+            ):
+                await asyncio.sleep(PROBE_INTERVAL_S)  # both are up, but have not met yet
+                self._changed.set()
+                continue
             self._view.close()
             num_times += 1
             if num_times > 1:
@@ -329,6 +333,8 @@ def serve(options: ServeOptions) -> int:
             if grpc_port is not None:
                 grpc_port = claim_port(options.host, grpc_port, "--grpc-port")
             port = claim_port(options.host, options.port, "--port")
+            if port == grpc_port:
+                raise OptionsError(f"--port and --grpc-port are both {port}; give them different ones")
             options = dataclasses.replace(options, port=port, grpc_port=grpc_port)
         return asyncio.run(_run(options))
     except OptionsError as error:

@@ -22,6 +22,7 @@ import torch
 
 from shared.protocol import FromWorker, StepOutputs, Submit, pack_i32, unpack_i32, unpack_i64
 from worker.device.cpu import CpuDevice
+from worker.device.huge_pages import use_huge_pages
 from worker.engine import Command, Engine
 from worker.models.registry import load_model
 from worker.pages import PagePool
@@ -102,6 +103,7 @@ class DegasSide:
         device = CpuDevice(num_threads=1)
         with torch.inference_mode():
             self.model = load_model(folder, device.torch_device, dtype, lambda *_: None)
+        use_huge_pages()
         num_pages = rows * -(-row_tokens // PAGE_TOKENS) + 2 * rows + 1
         pool = PagePool(num_pages, PAGE_TOKENS)
         step_tokens = rows * prompt_tokens + rows

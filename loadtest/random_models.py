@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from worker.models.contract import Model
 from worker.models.dense import Dense
 from worker.models.dense_config import make_card as make_dense_card
 from worker.models.dense_config import parse_config as parse_dense
@@ -95,37 +96,85 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class RandomModel:
+    """A model, and how many bytes of its weights one decode step must read whatever the batch."""
+
+    model: Moondream | Dense
+    decode_bytes: int
+
+
 def random_model(
-    shape: str, device: torch.device, dtype: torch.dtype, *, context_tokens: int = 2048, seed: int = 0
-) -> Model:
-    """A model of `SHAPES[shape]`: weights of deviation 0.02, norms of ones, biases of zeros."""
-    raw = dict(SHAPES[shape], architectures=[shape])
+    shape: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    context_tokens: int = 2048,
+    folder: Path | None = None,
+    seed: int = 0,
+) -> RandomModel:
+    """A model of `SHAPES[shape]`: weights of deviation 0.02, norms of ones, biases of zeros.
+
+    With a `folder` it is also left there as a checkpoint that `degas serve --model` loads, with a tokenizer of
+    made-up words.
+    """
+    raw = dict(SHAPES[shape])
     generator = torch.Generator(device).manual_seed(seed)
-    weight_bytes = 0
+    taken: dict[str, Tensor] = {}
+    all_bytes = decode_bytes = 0
 
     def take(name: str, *size: int, dtype: torch.dtype = dtype) -> Tensor:
-        nonlocal weight_bytes
+        nonlocal all_bytes, decode_bytes
         if name.endswith("bias"):
             tensor = torch.zeros(size, dtype=dtype, device=device)
         elif name.endswith("weight") and len(size) == 1:
             tensor = torch.ones(size, dtype=dtype, device=device)
         else:
             tensor = torch.empty(size, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
-        weight_bytes += tensor.nbytes
+        all_bytes += tensor.nbytes
+        # Of embeddings a step reads a row; of a tied table all of it, as the head.
+        if name.startswith(("text.blocks", "text.lm_head", "text.post_ln", "model.layers", "model.norm", "lm_head")):
+            decode_bytes += tensor.nbytes
+        elif name == "model.embed_tokens.weight" and raw.get("tie_word_embeddings"):
+            decode_bytes += tensor.nbytes
+        if folder is not None:
+            taken[name] = tensor.to("cpu", copy=True)
         return tensor
 
     with tempfile.TemporaryDirectory(prefix="degas-shape-") as name:
-        folder = Path(name)
+        home = folder or Path(name)
+        home.mkdir(parents=True, exist_ok=True)
         model: Moondream | Dense
+        described: dict[str, Any] = {"model_id": shape}
         if raw["model_type"] == "moondream1":
-            (folder / "config.json").write_text(json.dumps(raw))
-            config = parse_config(raw, folder)
-            model = Moondream(config, make_card(config, raw, folder), take, device)
+            raw |= {"architectures": ["HfMoondream"], "degas": described}
+            (home / "config.json").write_text(json.dumps(raw))
+            config = parse_config(raw, home)
+            model = Moondream(config, make_card(config, raw, home), take, device)
         else:
             kind = str(raw["model_type"])
-            raw["degas"] = {"context_tokens": context_tokens, "model_id": shape}
-            (folder / "config.json").write_text(json.dumps(raw))
-            sizes = parse_dense(raw, folder, model_type=kind, qk_norm=kind == "qwen3")
-            model = Dense(sizes, make_dense_card(sizes, raw, folder, kind), take, device)
-    model.weight_bytes = weight_bytes
-    return model
+            named = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[kind]
+            raw |= {"architectures": [named], "degas": described | {"context_tokens": context_tokens}}
+            (home / "config.json").write_text(json.dumps(raw))
+            sizes = parse_dense(raw, home, model_type=kind, qk_norm=kind == "qwen3")
+            model = Dense(sizes, make_dense_card(sizes, raw, home, kind), take, device)
+        if folder is not None:
+            save_file(taken, folder / "model.safetensors")
+            (folder / "tokenizer.json").write_text(json.dumps(_words(model.card.vocab_size)))
+    model.weight_bytes = all_bytes
+    return RandomModel(model, decode_bytes)
+
+
+def _words(vocab_size: int) -> dict[str, Any]:
+    """A tokenizer.json whose id n is the word "wn"; any other word is id 1."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(vocab_size)}, "unk_token": "w1"},
+    }

@@ -56,8 +56,11 @@ class FeatureCache:
         side = size.crop_size
 
         def pixels(data: bytes, height: int, width: int) -> Tensor:
-            array = np.frombuffer(data, np.uint8).reshape(height, width, 3).copy()
-            return torch.from_numpy(array).to(self._model.device, non_blocking=True)
+            host = torch.from_numpy(np.frombuffer(data, np.uint8).reshape(height, width, 3).copy())
+            if self._model.device.type == "cpu":
+                return host
+            # From pageable memory the copy would hold the host until the compute stream is through.
+            return host.pin_memory().to(self._model.device, non_blocking=True)
 
         return ImageCrops(
             pixels(picture.global_crop, side, side),

@@ -80,10 +80,17 @@ class GrammarCompiler:
     # ------------------------------------------------------------------ any thread
 
     def open(self, tokenizer_json: bytes, vocab_size: int, end_ids: list[int]) -> None:
-        """Start compiling for this vocabulary. Without a tokenizer every grammar is refused."""
-        if tokenizer_json and end_ids:
-            self._setup = Setup(tokenizer_json, vocab_size, end_ids)
-            self._thread.start()
+        """Start compiling for this vocabulary; before the worker serves, since reading it holds the global lock
+        for a moment. Without a tokenizer llguidance can read every grammar is refused."""
+        if not (tokenizer_json and end_ids):
+            return
+        try:
+            self._vocabulary = Vocabulary(tokenizer_json, vocab_size, end_ids)
+        except Exception as error:  # the library raises what it likes
+            log.error("grammars_unavailable", error=type(error).__name__, detail=str(error)[:300])
+            return
+        self._setup = Setup(tokenizer_json, vocab_size, end_ids)
+        self._thread.start()
 
     def close(self) -> None:
         """End the thread and the process; what is pending is refused."""
@@ -146,11 +153,11 @@ class GrammarCompiler:
         assert setup is not None
         # What a submission gets that was cancelled before its turn: it never runs.
         ended = TokenAutomaton(sequence_tables([[]], setup.end_ids, setup.vocab_size))
+        process = self._process = CompilerProcess(setup)
         try:
-            self._vocabulary = Vocabulary(setup.tokenizer_json, setup.vocab_size, setup.end_ids)
-            self._process = CompilerProcess(setup)
-        except Exception as error:
-            log.error("grammars_unavailable", error=type(error).__name__, detail=str(error)[:300])
+            process.start()
+        except Exception as error:  # the next grammar tries again
+            log.error("grammar_process_failed", error=type(error).__name__, detail=str(error)[:300])
         while (pending := self._queue.get()) is not None:
             if pending.dropped:
                 continue
@@ -169,8 +176,7 @@ class GrammarCompiler:
                 self._reject(pending, ErrorCode.INTERNAL, f"compiling failed: {type(error).__name__}")
                 continue
             self._hand_over(pending, constraint)
-        if self._process is not None:
-            self._process.end()
+        process.end()
 
     def _hand_over(self, pending: _Pending, constraint: LlgConstraint | TokenAutomaton) -> None:
         """Into the inbox under the lock: a cancellation is either noted before, or put there after."""
@@ -247,13 +253,12 @@ class CompilerProcess:
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._killed = False
-        self._start()
 
     def ask(self, grammar: Grammar) -> Answer:
         """Compile there. Raises `GrammarError` when that takes too long, or more memory than allowed."""
-        if self._process is None or self._process.poll() is not None:
-            self._start()
         try:
+            if self._process is None or self._process.poll() is not None:
+                self.start()
             return self._exchange(msgspec.msgpack.encode(grammar), self._timeout_s)
         except TimeoutError:
             self.end()
@@ -269,7 +274,8 @@ class CompilerProcess:
         if process is not None:
             process.kill()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start it and give it the vocabulary. Raises TimeoutError, OSError or EOFError."""
         if self._killed:
             raise GrammarError("the worker is shutting down")
         self.end()

@@ -160,26 +160,28 @@ def _reduce(
     if not alive[0]:
         raise Unsupported("nothing matches")
     table = np.where(np.append(alive, False)[table], table, -1)
-    # Moore: split blocks until the successors' blocks agree.
+    # Moore: split blocks until the successors' blocks agree. Rows are told apart by a hash, checked at the end.
+    live = np.flatnonzero(alive)
     block = np.where(alive, accepts.astype(np.int64), -1)
+    factors = np.random.default_rng(0).integers(1, 1 << 63, table.shape[1] + 1, np.uint64)
     num_blocks = 0
     while True:
         successors = np.append(block, -1)[table]
-        keys = np.column_stack([block, successors])
-        _, block_now = np.unique(keys[alive], axis=0, return_inverse=True)
-        merged = np.full(len(block), -1, np.int64)
-        merged[alive] = block_now.ravel()
-        count = int(block_now.max()) + 1
-        block = merged
-        if count == num_blocks:
+        rows = np.column_stack([block, successors])[live]
+        _, examples, merged = np.unique(
+            (rows.astype(np.uint64) * factors).sum(axis=1), return_index=True, return_inverse=True
+        )
+        if len(examples) == num_blocks:
             break
-        num_blocks = count
+        num_blocks = len(examples)
+        block[live] = merged.ravel()
+    if not (rows == rows[examples[merged.ravel()]]).all():
+        raise Unsupported("two states have one hash")
     # Number the blocks so that the start is 0.
     first, block = int(block[0]), block.copy()
     block[alive] = (block[alive] - first) % num_blocks
     states = np.full((num_blocks, table.shape[1]), -1, np.int32)
     ends = np.zeros(num_blocks, np.bool_)
-    live = np.flatnonzero(alive)
     states[block[live]] = np.append(block, -1)[table[live]]
     ends[block[live]] = accepts[live]
     return Dfa(np.ascontiguousarray(states[:, class_of]), ends)

@@ -64,11 +64,15 @@ class RowTables:
             self.stop_bias[row, sorted(seq.stop_ids)] = -torch.inf
         self.counts[row] = 0
         self.seen[row] = False
-        known = torch.tensor([t for t in seq.tokens if t >= 0], dtype=torch.int64, device=self._device)
-        self.seen[row, known] = True
-        generated = torch.tensor(seq.tokens[seq.num_prompt :], dtype=torch.int64, device=self._device)
+        self.seen[row, self._ids([t for t in seq.tokens if t >= 0])] = True
+        generated = self._ids(seq.tokens[seq.num_prompt :])
         if len(generated):
             self.counts[row].index_add_(0, generated, torch.ones_like(generated, dtype=torch.int16))
+
+    def _ids(self, token_ids: list[int]) -> Tensor:
+        """On the device, without holding the host until the stream is through."""
+        host = torch.tensor(token_ids, dtype=torch.int64)
+        return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
 
     def count(self, rows: Tensor, token_ids: Tensor) -> None:
         """Take freshly sampled tokens into the penalty tables. rows (R,) int64, token_ids (R,) int64."""

@@ -22,6 +22,7 @@ _CHARACTER = parse(
 _SPACE = parse(WHITESPACE)
 _COMMA = Cat((_SPACE, literal(","), _SPACE))
 _MAX_DEPTH = 16
+_MAX_PROPERTIES = 24
 
 
 def schema_tree(schema: Any) -> Node:
@@ -113,17 +114,22 @@ def _object(keys: dict[str, Any], depth: int) -> Node:
         raise Unsupported("a required property without a schema")
     if not properties:
         return _enclosed("{", EMPTY, "}")
-    if any(name not in required for name in properties):
-        raise Unsupported("properties that may be left out")
-    members: list[Node] = []
-    for name, schema in properties.items():
+    if len(properties) > _MAX_PROPERTIES:
+        raise Unsupported("many properties")
+    # From the last to the first: what may follow when members stand before it already, and when none does.
+    after: Node = _SPACE
+    first: Node = EMPTY
+    for name, schema in reversed(properties.items()):
         if any(ord(char) < 32 or ord(char) == 127 for char in name):
             raise Unsupported("a name with control characters")
-        if members:
-            members.append(_COMMA)
         key = literal(json.dumps(name, ensure_ascii=False))
-        members += [key, _SPACE, literal(":"), _SPACE, _value(schema, depth + 1)]
-    return Cat((literal("{"), _SPACE, *members, _SPACE, literal("}")))
+        member = Cat((key, _SPACE, literal(":"), _SPACE, _value(schema, depth + 1)))
+        opening, more = Cat((member, after)), Cat((_COMMA, member))
+        if name in required:
+            first, after = opening, Cat((more, after))
+        else:
+            first, after = Alt((opening, first)), Cat((Repeat(more, 0, 1), after))
+    return Cat((literal("{"), _SPACE, first, literal("}")))
 
 
 def _enclosed(opening: str, body: Node, closing: str) -> Node:

@@ -29,21 +29,26 @@ class _Segment:
 
 
 class GatherSpace:
-    """Memory that decode gathers K, then V, into, kept from step to step; one a model, grown on demand.
+    """Memory that decode gathers K and V into, kept from step to step; one a model, grown on demand.
 
     Allocated anew in every layer these megabytes go back to the system each time, and its page faults made
     attention at 32 rows three times slower. CPUs only: a GPU's allocator keeps its memory, and captures it.
     """
 
     def __init__(self) -> None:
-        self._lines = torch.empty(0)
+        self._keys = self._values = torch.empty(0)
 
-    def take(self, cache: Tensor, num_lines: int) -> Tensor:
-        """An uninitialised tensor (num_lines, head_dim) of the dtype of `cache`."""
-        head_dim = cache.shape[-1]
-        if self._lines.dtype != cache.dtype or self._lines.numel() < num_lines * head_dim:
-            self._lines = torch.empty(num_lines * head_dim * 3 // 2, dtype=cache.dtype)
-        return self._lines[: num_lines * head_dim].view(num_lines, head_dim)
+    def take(self, cache: Tensor, num_pages: int) -> tuple[Tensor, Tensor]:
+        """Two uninitialised tensors of `num_pages` pages shaped and typed like those of `cache`."""
+        page_shape = cache.shape[1:]
+        if (
+            self._keys.dtype != cache.dtype
+            or self._keys.shape[1:] != page_shape
+            or self._keys.shape[0] < num_pages
+        ):
+            self._keys = torch.empty(num_pages + num_pages // 2, *page_shape, dtype=cache.dtype)
+            self._values = torch.empty_like(self._keys)
+        return self._keys[:num_pages], self._values[:num_pages]
 
 
 def fuses(device: torch.device, head_dim: int) -> bool:
@@ -65,12 +70,11 @@ class AttentionPlan:
     def __init__(self, tokens: StepTokens, cache: KVCache, space: GatherSpace | None = None) -> None:
         self._cache = cache
         self._space = space
-        self._on_cpu = cache.keys[0].device.type == "cpu"
-        self._gathered: Tensor | None = None
+        self._gathered: tuple[Tensor, Tensor] | None = None
         self._write_index = tokens.write_index
         self._dtype = cache.keys[0].dtype
         # A bf16 product with one query row a head is slow on CPUs: 2.6 times the fp32 one, casts included.
-        self._widen = self._dtype != torch.float32 and self._on_cpu
+        self._widen = self._dtype != torch.float32 and cache.keys[0].device.type == "cpu"
         self._mask_dtype = torch.float32 if self._widen else self._dtype
         self._decode = tokens.decode
         self._num_decode = 0
@@ -89,24 +93,12 @@ class AttentionPlan:
         num_pages = min(-(-rows.max_tokens // page_tokens), rows.block_tables.shape[1])
         self._num_decode = rows.num_rows
         self._decode_pages = rows.block_tables[: rows.num_rows, :num_pages].reshape(-1)
+        if self._space is not None and rows.block_tables.device.type == "cpu":
+            self._gathered = self._space.take(self._cache.keys[0], rows.num_rows * num_pages)
         columns = torch.arange(num_pages * page_tokens, device=rows.lengths.device)
         hidden = columns >= rows.lengths[: rows.num_rows, None]
         mask = torch.zeros(hidden.shape, dtype=self._mask_dtype, device=hidden.device)
         self._decode_mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
-        if self._on_cpu:
-            self._plan_lines(rows.num_rows, num_pages)
-
-    def _plan_lines(self, num_rows: int, num_pages: int) -> None:
-        """The cache's lines (one head's one token) in the order (row, key head, token), and a mask for each."""
-        pages, mask = self._decode_pages, self._decode_mask
-        assert pages is not None and mask is not None
-        page_tokens, kv_heads = self._cache.keys[0].shape[1:3]
-        tokens = pages.long().view(num_rows, 1, num_pages, 1) * page_tokens + torch.arange(page_tokens)
-        lines = tokens * kv_heads + torch.arange(kv_heads)[:, None, None]
-        self._decode_lines = lines.view(-1)
-        self._decode_mask = mask.expand(-1, kv_heads, -1, -1).reshape(num_rows * kv_heads, 1, -1)
-        if self._space is not None:
-            self._gathered = self._space.take(self._cache.keys[0], self._decode_lines.shape[0])
 
     def _plan_segment(self, prefill: PrefillSegment, start: int) -> _Segment:
         queries, context, prefix = prefill.num_tokens, prefill.num_context, prefill.prefix_tokens
@@ -149,47 +141,31 @@ class AttentionPlan:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_decode(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if self._on_cpu:
-            return self._attend_decode_cpu(query, keys, values)
         pages = self._decode_pages
         assert pages is not None
         rows, num_heads, head_dim = query.shape
         kv_heads = keys.shape[2]
-        gathered_keys, gathered_values = keys.index_select(0, pages), values.index_select(0, pages)
+        if self._gathered is None:
+            gathered_keys, gathered_values = keys.index_select(0, pages), values.index_select(0, pages)
+        else:
+            gathered_keys, gathered_values = self._gathered
+            torch.index_select(keys, 0, pages, out=gathered_keys)
+            torch.index_select(values, 0, pages, out=gathered_values)
         gathered_keys = gathered_keys.view(rows, -1, kv_heads, head_dim).transpose(1, 2)
         gathered_values = gathered_values.view(rows, -1, kv_heads, head_dim).transpose(1, 2)
         # The query heads of a group stand as the query *positions* of its key head: one product for all of
         # them, measured 1.5 to 7 times quicker than `enable_gqa`, and needing no group special case.
         grouped = query.reshape(rows, kv_heads, num_heads // kv_heads, head_dim)
+        if self._widen:
+            grouped, gathered_keys, gathered_values = (
+                grouped.float(),
+                gathered_keys.float(),
+                gathered_values.float(),
+            )
         out = F.scaled_dot_product_attention(
             grouped, gathered_keys, gathered_values, attn_mask=self._decode_mask
         )
-        return out.reshape(rows, num_heads * head_dim)
-
-    def _attend_decode_cpu(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Two batched products and a softmax: with a handful of queries a head that is quicker than SDPA's
-        blocks, and V is gathered over the memory that K has left warm."""
-        rows, num_heads, head_dim = query.shape
-        kv_heads = keys.shape[2]
-        grouped = query.reshape(rows * kv_heads, num_heads // kv_heads, head_dim)
-        if self._widen:
-            grouped = grouped.float()
-        scores = torch.baddbmm(
-            self._decode_mask, grouped, self._gather(keys).transpose(1, 2), alpha=head_dim**-0.5
-        )
-        out = torch.bmm(torch.softmax(scores, -1), self._gather(values))
-        return out.view(rows, num_heads * head_dim).to(self._dtype)
-
-    def _gather(self, cached: Tensor) -> Tensor:
-        """(rows · KH, L, D) of a layer's keys or values. Overwrites what was gathered before."""
-        flat, mask = cached.view(-1, cached.shape[-1]), self._decode_mask
-        assert mask is not None
-        if self._gathered is None:
-            lines = flat.index_select(0, self._decode_lines)
-        else:
-            lines = torch.index_select(flat, 0, self._decode_lines, out=self._gathered)
-        lines = lines.view(mask.shape[0], -1, cached.shape[-1])
-        return lines.float() if self._widen else lines
+        return out.reshape(rows, num_heads * head_dim).to(self._dtype)
 
     def _attend_segment(
         self, segment: _Segment, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
-from worker.models.attention import AttentionPlan, GatherSpace
+from worker.models.attention import AttentionPlan, GatherSpace, fuses
 from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
 from worker.models.dense_config import DenseConfig
 from worker.models.layers import GatedMlp, PackedLinear, RmsNorm, Take
@@ -84,9 +84,7 @@ class Dense:
             hidden = block(hidden, rotation, plan, layer, kv_dtype)
         return hidden
 
-    def _forward_fused(
-        self, hidden: Tensor, rotation: Tensor, tokens: StepTokens, cache: KVCache
-    ) -> Tensor:
+    def _forward_fused(self, hidden: Tensor, rotation: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
         from worker.kernels.fused import FusedPlan  # here, so that no CPU worker imports Triton
 
         plan = FusedPlan(tokens, cache, rotation)
@@ -127,15 +125,16 @@ class _Block:
         # Nothing that is not finite reaches the cache: a masked NaN would still spoil the pages' next owner. The
         # faulty row itself is found by its output, which keeps the NaN through the residual stream.
         heads = self._qkv(self._attention_norm(hidden)).float().nan_to_num_(0.0, 0.0, 0.0)
-        heads = heads.view(-1, num_rotated + num_rotated - num_heads, head_dim)
-        rotated = heads[:, :num_rotated]
+        heads = heads.view(-1, 2 * num_rotated - num_heads, head_dim)
+        rotated, value = heads.split((num_rotated, num_rotated - num_heads), 1)
         if self._qk_norm is not None:
             rotated = self._qk_norm(rotated)
         # Rotary embedding in fp32 and in place: one complex product over the heads of q and k.
-        torch.view_as_complex(rotated.unflatten(-1, (-1, 2))).mul_(rotation)
-        value = heads[:, num_rotated:].to(kv_dtype)
-        rotated = rotated.to(kv_dtype)
-        mixed = plan.attend(layer, rotated[:, :num_heads], rotated[:, num_heads:], value)
+        torch.view_as_complex(rotated.view(-1, num_rotated, head_dim // 2, 2)).mul_(rotation)
+        if kv_dtype != torch.float32:
+            rotated, value = rotated.to(kv_dtype), value.to(kv_dtype)
+        query, key = rotated.split((num_heads, num_rotated - num_heads), 1)
+        mixed = plan.attend(layer, query, key, value)
         hidden = self._out.add(mixed.to(hidden.dtype), hidden)
         return self._mlp.add(self._mlp_norm(hidden), hidden)
 

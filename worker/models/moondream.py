@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
-from worker.models.attention import AttentionPlan, GatherSpace
+from worker.models.attention import AttentionPlan, GatherSpace, fuses
 from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
 from worker.models.layers import PackedLinear, Take, take_linear, take_norm
 from worker.models.moondream_config import MoondreamConfig, TextConfig, make_card, parse_config
@@ -119,9 +119,7 @@ class Moondream:
             hidden = block(hidden, rotation, plan, layer, cache.keys[layer].dtype)
         return hidden
 
-    def _forward_fused(
-        self, hidden: Tensor, rotation: Tensor, tokens: StepTokens, cache: KVCache
-    ) -> Tensor:
+    def _forward_fused(self, hidden: Tensor, rotation: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
         from worker.kernels.fused import FusedPlan  # here, so that no CPU worker imports Triton
 
         plan = FusedPlan(tokens, cache, rotation)

@@ -29,7 +29,7 @@ from worker.pocket.tokenizer import ANSWER_ID, COORD_ID, EOS_ID, SIZE_ID, load_t
 
 BINS = 1024
 _KIND_WEIGHTS = {
-    "what": 0.7, "color": 0.9, "shape": 1.0, "count": 1.7, "where": 1.3, "exists": 1.0, "side": 0.9, "beside": 0.7,
+    "what": 0.7, "color": 1.0, "shape": 1.0, "count": 2.0, "where": 1.3, "exists": 0.6, "side": 0.9, "beside": 1.3,
     "extreme": 0.7, "at": 0.7, "detect": 1.7, "point": 1.1, "caption short": 0.35, "caption normal": 0.45,
     "caption long": 0.12,
 }  # fmt: skip

@@ -165,7 +165,7 @@ def run(
                 Mlp.approximate = "none" if step < _EXACT_GELU_SHARE * steps else "tanh"
                 noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
                 loss, figures = compute_losses(trainee.network, trainee.heads, batch, weights, noise)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step(step, rate)
                 step += 1
                 recent.append({**figures, "starved": torch.tensor(float(waiting))})

@@ -55,7 +55,7 @@ def test_tilings():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("k", [0, 2, 3])
+@pytest.mark.parametrize("k", [0, 2])
 def test_picture_query_and_detect(network: Network, numbers: Any, k: int):
     def golden(name: str) -> Any:
         return numbers[f"image{k}.{name}"]
@@ -80,7 +80,7 @@ def test_picture_query_and_detect(network: Network, numbers: Any, k: int):
     assert differ(hidden[-25], golden("query_hidden")) < TOLERANCE
     assert differ(text.logits(hidden[-25]), golden("query_logits")) < TOLERANCE
     logits = text.logits(hidden[-24:])
-    logits[:, 3] = golden("greedy_logits")[:, 3][0]
+    logits[:, 3] = MASKED  # suppressed while answering
     assert differ(logits[:, 4:], golden("greedy_logits")[:, 4:]) < TOLERANCE
 
     bins = torch.from_numpy(golden("detect_bins"))

@@ -18,6 +18,7 @@ from worker.automaton import TokenAutomaton
 from worker.engine import Command
 from worker.grammar_compiler import CompilerProcess, GrammarCompiler
 from worker.grammar_llg import LlgConstraint
+from worker.grammar_process import Setup
 from worker.intake import CompiledSubmit
 from worker.sim_tokenizer import SIM_TOKENIZER, VOCAB_SIZE
 
@@ -196,8 +197,9 @@ def test_without_a_tokenizer_grammars_are_unsupported() -> None:
 
 
 def test_a_job_that_takes_too_long_is_killed_and_the_next_one_served() -> None:
-    setup = grammar_compiler.Setup(SIM_TOKENIZER, VOCAB_SIZE, [0])
+    setup = Setup(SIM_TOKENIZER, VOCAB_SIZE, [0])
     process = CompilerProcess(setup, timeout_s=0.05)
+    process.start()
     assert process._process is not None
     os.kill(process._process.pid, signal.SIGSTOP)
     started_s = time.perf_counter()

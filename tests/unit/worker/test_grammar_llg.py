@@ -140,7 +140,7 @@ def test_masks_of_a_batch_equal_masks_alone(num_threads: int) -> None:
     constraints: list[Constraint] = []
     sources = [Grammar("regex", r"\d+"), Grammar("json_object", ""), Grammar("choice", '["x","yz"]')]
     for number in range(12):
-        constraint = compile_llg(sources[number % 3], VOCABULARY)
+        constraint: Constraint = compile_llg(sources[number % 3], VOCABULARY)
         for _ in range(number % 4):
             ids = allowed(constraint)
             constraint.advance(rng.choice(ids))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import random
 
+import msgspec
 import pytest
 
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Grammar, Sampling
-from tests.unit.worker.simulation import EPOCH, GATEWAY, Simulation, Stream
+from tests.unit.worker.simulation import GATEWAY, Simulation, Stream
 from worker.automaton import TokenAutomaton, TokenBytes
 from worker.device.sim import fake_card
 from worker.grammar import Constraint
 from worker.grammar_llg import LlgConstraint, Vocabulary, compile_llg
 from worker.grammar_process import automaton_for
+from worker.intake import CompiledSubmit
 from worker.sim_tokenizer import FIRST_BYTE_ID, SIM_TOKENIZER, VOCAB_SIZE
 
 CARD = fake_card(vocab_size=VOCAB_SIZE)
@@ -200,10 +202,9 @@ def test_an_answer_that_ignores_ends_stays_in_the_final_state() -> None:
     grammar = Grammar("choice", '["red"]')
     stream = sim.submit([40], 8, grammar=grammar, constraint=compile_llg(grammar, VOCABULARY))
     _, command, frames = sim.inbox.get()
-    message = type(stream.submit)(
-        EPOCH, stream.submit.sequence_id, "r", stream.submit.prompt, 8, grammar=grammar, ignore_eos=True
-    )
-    sim.inbox.put((GATEWAY, type(command)(message, command.constraint), frames))  # type: ignore[union-attr, call-arg, arg-type]
+    assert isinstance(command, CompiledSubmit)
+    message = msgspec.structs.replace(command.message, ignore_eos=True)
+    sim.inbox.put((GATEWAY, CompiledSubmit(message, command.constraint), frames))
     sim.run()
     assert stream.finish is not None and stream.finish.reason is FinishReason.LENGTH
     assert stream.tokens[:3] == [FIRST_BYTE_ID + byte for byte in b"red"] and stream.tokens[3:] == [0] * 5

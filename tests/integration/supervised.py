@@ -1,0 +1,31 @@
+"""Runs the real supervisor over stand-in children: `python -m tests.integration.supervised` with `STAND_IN…` set."""
+
+import os
+import sys
+from pathlib import Path
+
+from degas.options import ServeOptions
+from degas.restarts import RestartLimits
+from degas.supervisor import serve
+
+HERE = Path(__file__).parent
+
+if __name__ == "__main__":
+    sys.exit(
+        serve(
+            ServeOptions(
+                port=0,
+                grpc_port=None,
+                worker_command=(sys.executable, "-I", "-S", str(HERE / "stand_in_worker.py")),
+                gateway_command=(sys.executable, "-I", "-S", str(HERE / "stand_in_gateway.py")),
+                worker_settings={"model": "stand-in"},
+                drain_s=0.5,
+                worker_grace_s=-4.7,  # with the supervisor's own margin: 0.3 s
+                beat_timeout_s=float(os.environ.get("STAND_IN_BEAT_TIMEOUT", "0.6")),
+                restarts=RestartLimits(first_delay_s=0.02, max_delay_s=0.1, quick_s=0.5),
+                status_file=Path(os.environ["STAND_IN_FOLDER"]) / "status" / "status.json",
+                runtime_parent=Path(os.environ["STAND_IN_FOLDER"]) / "run",
+                report=True,
+            )
+        )
+    )
