@@ -374,6 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
             grpc_port=given.grpc_port,
             roles=(given.only,) if given.only else ("worker", "gateway"),
             drain_s=given.drain,
+            worker_grace_s=given.drain if given.only == "worker" else 10.0,
             beat_timeout_s=given.beat_timeout,
             status_file=given.status_file,
             report=True,

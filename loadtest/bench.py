@@ -150,3 +150,35 @@ def decode(
             f"{row['cpu_ratio']:.2f}×",
         )
     Console().print(table)
+
+
+@app.command()
+def structured(
+    shares: Annotated[
+        str, typer.Option(help="Per cent of requests constrained, comma separated; 0 first.")
+    ] = "0,20,80,100",
+    profile: Annotated[str, typer.Option(help="Whose step times.")] = "b200",
+    rows: Annotated[int, typer.Option(help="Clients, and rows.")] = 32,
+    seconds: Annotated[float, typer.Option(help="Measured time of each run.")] = 4.0,
+    rounds: Annotated[int, typer.Option(help="Turns each share gets.")] = 3,
+    as_json: JsonFlag = False,
+) -> None:
+    """Throughput as the share of constrained requests grows, with automata on the device and masks by the host."""
+    from loadtest.structured import measure
+
+    done = measure([int(share) for share in shares.split(",")], profile, rows, seconds, rounds)
+    if as_json:
+        print(json.dumps([share.to_json() for share in done]))
+        return
+    table = Table(title=f"throughput with constrained requests, {rows} streams ({profile}, simulated device)")
+    for name in ("structured", "enforced by", "tokens/s", "relative", "zombie rows"):
+        table.add_column(name, justify="right")
+    for share in done:
+        table.add_row(
+            f"{share.structured_pct}%",
+            share.where,
+            f"{share.tokens_per_s:.0f}",
+            f"{share.relative:.3f}×",
+            f"{share.zombie_pct:.1f}%",
+        )
+    Console().print(table)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -68,9 +69,7 @@ class TimedRunner(TorchRunner):
         busy_s, idle_s, _ = device_times
         plan = self._plan
         assert plan is not None
-        self.times.append(
-            StepTime(time.perf_counter(), busy_s, idle_s, len(plan.decode), not plan.chunks)
-        )
+        self.times.append(StepTime(time.perf_counter(), busy_s, idle_s, len(plan.decode), not plan.chunks))
         return device_times
 
 
@@ -174,8 +173,9 @@ def run_rows(
     )
     generator = torch.Generator().manual_seed(rows)
     sampling = Sampling(temperature=0.7, top_p=0.9, seed=1) if sampled else Sampling()
+    warm = WARM_STEPS if steps > WARM_STEPS else 1
     # Rows join as their prompts are prefilled: the first needs tokens until the last has arrived.
-    spare = -(-rows * context // (PREFILL_TOKENS - rows)) + WARM_STEPS
+    spare = -(-rows * context // (PREFILL_TOKENS - rows)) + warm + 3
     for sequence_id in range(rows):
         prompt = torch.randint(8, model.card.vocab_size, (context,), generator=generator).tolist()
         submit = Submit(
@@ -190,22 +190,23 @@ def run_rows(
         inbox.put((GATEWAY, submit, []))
     runner.times.clear()
     begun_s = time.perf_counter()
-    host_before_s, timed_from, full_s = 0.0, 0, 0.0
+    host_before_s, full_s = 0.0, 0.0
+    timed_from = launched = 0
     while engine.tick():
         if not full_s and runner.times and runner.times[-1].is_decode and runner.times[-1].num_rows == rows:
             full_s = time.perf_counter()
-            timed_from = len(runner.times) + WARM_STEPS
+            timed_from = len(runner.times) + warm
         if full_s and not host_before_s and len(runner.times) >= timed_from:
             host_before_s, launched = engine.metrics.host_seconds_total, engine.metrics.steps_total
-        if host_before_s and len(runner.times) >= timed_from + steps - WARM_STEPS:
+        if host_before_s and len(runner.times) >= timed_from + steps:
             break
     host_s = engine.metrics.host_seconds_total - host_before_s
     num_host = engine.metrics.steps_total - launched
     while engine.tick():  # the rest of the tokens: the runner must end empty
         pass
-    times = runner.times[timed_from : timed_from + steps - WARM_STEPS]
+    times = runner.times[timed_from : timed_from + steps]
     assert all(t.is_decode and t.num_rows == rows for t in times), "steps with other work were timed"
-    gaps = [b.committed_s - a.committed_s for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b.committed_s - a.committed_s for a, b in itertools.pairwise(times)]
     kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.kv_dtype.itemsize
     floor_s = (made.decode_bytes + kv_bytes * rows * (context + steps // 2)) / bytes_per_s
     busy_s, idle_s = sum(t.busy_s for t in times), sum(t.idle_s for t in times)
@@ -266,7 +267,7 @@ def run_shape(
     dtype = torch.bfloat16 if device.torch_device.type == "cuda" else torch.float32
     made = random_model(shape, device.torch_device, dtype)
     most = max(row_counts)
-    spare = -(-most * context // (PREFILL_TOKENS - most)) + 2 * WARM_STEPS
+    spare = -(-most * context // (PREFILL_TOKENS - most)) + WARM_STEPS + 3
     for path in ["fused", "plain"] if plain_too else ["fused"]:
         made.model.fuses = path == "fused" and (made.model.fuses or device.torch_device.type == "cpu")
         runner, capture_s = make_runner(made, device, row_counts, max(depths), context + steps + spare)
@@ -344,7 +345,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=850)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--plain-too", action="store_true", help="also the torch path without kernels")
-    parser.add_argument("--sampled-rows", default="1,32", help="row counts also run with temperature and top-p")
+    parser.add_argument(
+        "--sampled-rows", default="1,32", help="row counts also run with temperature and top-p"
+    )
     parser.add_argument("--profile", metavar="SHAPE:ROWS", help="profile this instead of measuring")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, interpreted kernels")
@@ -353,8 +356,8 @@ def main() -> None:
     device: Device
     if chosen.smoke:
         device = ReplayingCpuDevice()
-        chosen.shapes, chosen.rows, chosen.context, chosen.steps = "tiny-moondream,tiny-qwen3", "1,3", 40, 14
-        chosen.sampled_rows, chosen.plain_too = "3", True
+        chosen.shapes, chosen.rows, chosen.context, chosen.steps = "tiny-moondream,tiny-qwen3", "2", 20, 3
+        chosen.sampled_rows, chosen.plain_too = "2", True
     else:
         device = CudaDevice()
     with torch.inference_mode():

@@ -68,7 +68,13 @@ SHAPES: dict[str, dict[str, Any]] = {
                 "max_context": 512,
             },
             "vision": _SMALL_VISION | {"proj_out_dim": 64, "proj_inner_dim": 48, "overlap_margin": 1},
-            "region": {"dim": 64, "coord_feat_dim": 16, "coord_out_dim": 64, "size_feat_dim": 24, "size_out_dim": 128},
+            "region": {
+                "dim": 64,
+                "coord_feat_dim": 16,
+                "coord_out_dim": 64,
+                "size_feat_dim": 24,
+                "size_out_dim": 128,
+            },
         },
     },
     "tiny-qwen3": _QWEN3
@@ -133,9 +139,9 @@ def random_model(
             tensor = torch.empty(size, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
         all_bytes += tensor.nbytes
         # Of embeddings a step reads a row; of a tied table all of it, as the head.
-        if name.startswith(("text.blocks", "text.lm_head", "text.post_ln", "model.layers", "model.norm", "lm_head")):
-            decode_bytes += tensor.nbytes
-        elif name == "model.embed_tokens.weight" and raw.get("tie_word_embeddings"):
+        if name.startswith(
+            ("text.blocks", "text.lm_head", "text.post_ln", "model.layers", "model.norm", "lm_head")
+        ) or (name == "model.embed_tokens.weight" and raw.get("tie_word_embeddings")):
             decode_bytes += tensor.nbytes
         if folder is not None:
             taken[name] = tensor.to("cpu", copy=True)

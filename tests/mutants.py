@@ -1,7 +1,7 @@
 """Plants one-line faults in a copy of the worker, one at a time, and shows that the loop's tests catch each.
 
-    make mutants                 all of them
-    make mutants ARGS='zombie'   those whose name holds the word
+make mutants                 all of them
+make mutants ARGS='zombie'   those whose name holds the word
 """
 
 from __future__ import annotations
@@ -88,11 +88,15 @@ MUTANTS = [
 def survives(mutant: Mutant, folder: Path) -> tuple[bool, float]:
     """Run the suite over a copy with the fault planted; True when no test fails."""
     for name in ("worker", "shared", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "weights", "data"))
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "weights", "data")
+        )
     path = folder / mutant.file
     source = path.read_text()
     if source.count(mutant.before) != 1:
-        raise SystemExit(f"mutant {mutant.name!r}: its text stands {source.count(mutant.before)} times in {mutant.file}")
+        raise SystemExit(
+            f"mutant {mutant.name!r}: its text stands {source.count(mutant.before)} times in {mutant.file}"
+        )
     path.write_text(source.replace(mutant.before, mutant.after))
     started_s = time.perf_counter()
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout=120", *SUITE]

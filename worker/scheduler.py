@@ -361,7 +361,7 @@ class Scheduler:
                     self.fail(seq, ErrorCode.INTERNAL, f"the constraint refused its own token: {error}")
                     out.finished.append(seq)
                     continue
-                if values is not None:
+                if values is not None and seq.is_spatial:
                     seq.values[index] = values[i]
             if token_id in seq.stop_ids:
                 self._finish(seq, FinishReason.STOP)
@@ -371,7 +371,10 @@ class Scheduler:
             out.indexes.append(index)
             out.token_ids.append(token_id)
             out.source.append(i)
-            if index + 1 >= seq.max_tokens:
+            if seq.constraint is not None and seq.constraint.is_complete():
+                self._finish(seq, FinishReason.STOP)  # only an end could follow: no step is spent on it
+                out.finished.append(seq)
+            elif index + 1 >= seq.max_tokens:
                 self._finish(seq, FinishReason.LENGTH)
                 out.finished.append(seq)
             elif seq.preempted:

@@ -93,7 +93,12 @@ def test_answers_do_not_depend_on_company(served: Stack, picture: Image.Image) -
     """A mixed crowd of requests, greedy and seeded, gets what each gets alone (I8, over the whole path)."""
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused")
     moon = moondream.vl(endpoint=f"{served.url}/v1")
-    questions = ["What color is the circle?", "Where is the square?", "How many shapes are there?", "Describe it"]
+    questions = [
+        "What color is the circle?",
+        "Where is the square?",
+        "How many shapes are there?",
+        "Describe it",
+    ]
 
     def ask(number: int) -> object:
         if number % 6 == 4:

@@ -16,9 +16,9 @@ def is_interpreted() -> bool:
 
 @lru_cache(maxsize=8)
 def num_multiprocessors(device: torch.device) -> int:
-    """How many programs of a large block run side by side; an H200's number where nothing can be asked."""
+    """How many programs of a large block run side by side; few for the interpreter, which runs one at a time."""
     if device.type != "cuda":
-        return 132
+        return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

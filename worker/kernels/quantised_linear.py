@@ -84,7 +84,9 @@ def _product(
         if BITS == 8:
             ins = start + tl.arange(0, BLOCK_IN)
             valid = ins < INPUTS
-            x = tl.load(x_ptr + rows[:, None] * x_stride + ins[None, :], mask=exists & valid[None, :], other=0.0)
+            x = tl.load(
+                x_ptr + rows[:, None] * x_stride + ins[None, :], mask=exists & valid[None, :], other=0.0
+            )
             at = outs[:, None].to(tl.int64) * INPUTS + ins[None, :]
             w = tl.load(weight_ptr + at, mask=inside[:, None] & valid[None, :], other=0)
             if WIDEN:

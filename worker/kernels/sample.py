@@ -22,7 +22,16 @@ REACH = tl.constexpr(87.0)  # logits further below the best have probability 0 i
 
 
 @triton.jit
-def _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB: tl.constexpr, MASKED: tl.constexpr, SUPPRESSED: tl.constexpr):
+def _load(
+    logits_ptr,
+    words_ptr,
+    allowed_ptr,
+    ids,
+    scale,
+    VOCAB: tl.constexpr,
+    MASKED: tl.constexpr,
+    SUPPRESSED: tl.constexpr,
+):
     """A block of scaled logits; -inf for banned ids and outside the vocabulary."""
     inside = ids < VOCAB
     x = tl.load(logits_ptr + ids, mask=inside, other=-float("inf")).to(tl.float32)
@@ -36,7 +45,19 @@ def _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB: tl.constexpr, M
 
 
 @triton.jit
-def _above(logits_ptr, words_ptr, allowed_ptr, scale, best, low, middle, VOCAB: tl.constexpr, MASKED: tl.constexpr, SUPPRESSED: tl.constexpr, BLOCK: tl.constexpr):
+def _above(
+    logits_ptr,
+    words_ptr,
+    allowed_ptr,
+    scale,
+    best,
+    low,
+    middle,
+    VOCAB: tl.constexpr,
+    MASKED: tl.constexpr,
+    SUPPRESSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Over values above `middle`: count, mass and the smallest; over those in [low, middle]: the largest."""
     # Each lane keeps its own sums; lanes meet once, after the loop.
     count = tl.zeros([BLOCK], tl.float32)
@@ -55,7 +76,21 @@ def _above(logits_ptr, words_ptr, allowed_ptr, scale, best, low, middle, VOCAB: 
 
 
 @triton.jit
-def _search(logits_ptr, words_ptr, allowed_ptr, scale, best, low, bound, BY_COUNT: tl.constexpr, INCLUSIVE: tl.constexpr, VOCAB: tl.constexpr, MASKED: tl.constexpr, SUPPRESSED: tl.constexpr, BLOCK: tl.constexpr):
+def _search(
+    logits_ptr,
+    words_ptr,
+    allowed_ptr,
+    scale,
+    best,
+    low,
+    bound,
+    BY_COUNT: tl.constexpr,
+    INCLUSIVE: tl.constexpr,
+    VOCAB: tl.constexpr,
+    MASKED: tl.constexpr,
+    SUPPRESSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The smallest value v ≥ low with measure(x > v) < bound (≤ if INCLUSIVE), with count and mass above it.
 
     `low` and `best` must be values of the row. The answer lies in [low, high]; both ends stay such values.
@@ -80,7 +115,17 @@ def _search(logits_ptr, words_ptr, allowed_ptr, scale, best, low, bound, BY_COUN
 
 
 @triton.jit
-def _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, value, VOCAB: tl.constexpr, MASKED: tl.constexpr, SUPPRESSED: tl.constexpr, BLOCK: tl.constexpr):
+def _count_ties(
+    logits_ptr,
+    words_ptr,
+    allowed_ptr,
+    scale,
+    value,
+    VOCAB: tl.constexpr,
+    MASKED: tl.constexpr,
+    SUPPRESSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     ties = tl.zeros([BLOCK], tl.float32)
     for start in range(0, VOCAB, BLOCK):
         ids = start + tl.arange(0, BLOCK)
@@ -144,7 +189,17 @@ def _sample_row(
         min_p = tl.load(min_p_ptr + row)
         # The lowest value that can be drawn, and how many of its ties (by id) may be: top-k, then top-p.
         _, _, low, _ = _above(
-            logits_ptr, words_ptr, allowed_ptr, scale, best, best, best - REACH, VOCAB, MASKED, SUPPRESSED, BLOCK
+            logits_ptr,
+            words_ptr,
+            allowed_ptr,
+            scale,
+            best,
+            best,
+            best - REACH,
+            VOCAB,
+            MASKED,
+            SUPPRESSED,
+            BLOCK,
         )
         ties = _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, low, VOCAB, MASKED, SUPPRESSED, BLOCK)
         _, mass, _, _ = _above(
@@ -152,37 +207,91 @@ def _sample_row(
         )
         if top_k > 0.0:
             low, count, mass = _search(
-                logits_ptr, words_ptr, allowed_ptr, scale, best, low, top_k, True, False, VOCAB, MASKED, SUPPRESSED, BLOCK
+                logits_ptr,
+                words_ptr,
+                allowed_ptr,
+                scale,
+                best,
+                low,
+                top_k,
+                True,
+                False,
+                VOCAB,
+                MASKED,
+                SUPPRESSED,
+                BLOCK,
             )
-            ties = _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, low, VOCAB, MASKED, SUPPRESSED, BLOCK)
+            ties = _count_ties(
+                logits_ptr, words_ptr, allowed_ptr, scale, low, VOCAB, MASKED, SUPPRESSED, BLOCK
+            )
             ties = tl.minimum(ties, top_k - count)
         total = mass + ties * tl.exp(low - best)
         if top_p < 1.0:
             floor = low
             kept = ties
             low, count, mass = _search(
-                logits_ptr, words_ptr, allowed_ptr, scale, best, low, top_p * total, False, False, VOCAB, MASKED, SUPPRESSED, BLOCK
+                logits_ptr,
+                words_ptr,
+                allowed_ptr,
+                scale,
+                best,
+                low,
+                top_p * total,
+                False,
+                False,
+                VOCAB,
+                MASKED,
+                SUPPRESSED,
+                BLOCK,
             )
             if low > floor:
-                kept = _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, low, VOCAB, MASKED, SUPPRESSED, BLOCK)
+                kept = _count_ties(
+                    logits_ptr, words_ptr, allowed_ptr, scale, low, VOCAB, MASKED, SUPPRESSED, BLOCK
+                )
             # A tie stays while the mass before it is below the bound; the first always does.
             room = tl.ceil((top_p * total - mass) / tl.exp(low - best))
             ties = tl.minimum(kept, tl.maximum(room, 1.0))
         if tl.exp(low - best) < min_p:
             # What is likely enough is cut off by value alone, ties and all.
             _, _, low, _ = _above(
-                logits_ptr, words_ptr, allowed_ptr, scale, best, best, _below(best + tl.log(min_p)), VOCAB, MASKED, SUPPRESSED, BLOCK
+                logits_ptr,
+                words_ptr,
+                allowed_ptr,
+                scale,
+                best,
+                best,
+                _below(best + tl.log(min_p)),
+                VOCAB,
+                MASKED,
+                SUPPRESSED,
+                BLOCK,
             )
-            ties = _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, low, VOCAB, MASKED, SUPPRESSED, BLOCK)
+            ties = _count_ties(
+                logits_ptr, words_ptr, allowed_ptr, scale, low, VOCAB, MASKED, SUPPRESSED, BLOCK
+            )
             _, mass, _, _ = _above(
                 logits_ptr, words_ptr, allowed_ptr, scale, best, low, low, VOCAB, MASKED, SUPPRESSED, BLOCK
             )
         target = tl.load(uniform_ptr + row) * (mass + ties * tl.exp(low - best))
         drawn, _, before = _search(
-            logits_ptr, words_ptr, allowed_ptr, scale, best, low, target, False, True, VOCAB, MASKED, SUPPRESSED, BLOCK
+            logits_ptr,
+            words_ptr,
+            allowed_ptr,
+            scale,
+            best,
+            low,
+            target,
+            False,
+            True,
+            VOCAB,
+            MASKED,
+            SUPPRESSED,
+            BLOCK,
         )
         if drawn > low:
-            ties = _count_ties(logits_ptr, words_ptr, allowed_ptr, scale, drawn, VOCAB, MASKED, SUPPRESSED, BLOCK)
+            ties = _count_ties(
+                logits_ptr, words_ptr, allowed_ptr, scale, drawn, VOCAB, MASKED, SUPPRESSED, BLOCK
+            )
         wanted = tl.floor((target - before) / tl.exp(drawn - best))
         wanted = tl.maximum(tl.minimum(wanted, ties - 1.0), 0.0).to(tl.int32) + 1
         passed = 0
@@ -225,7 +334,9 @@ def sample(
     rows, vocab = logits.shape
     assert logits.stride(1) == 1
     for row_mask in (words, allowed):
-        assert row_mask is None or (row_mask.dtype == torch.int32 and row_mask.shape[-1] == (vocab + 31) // 32)
+        assert row_mask is None or (
+            row_mask.dtype == torch.int32 and row_mask.shape[-1] == (vocab + 31) // 32
+        )
     ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
     bad = torch.empty(rows, dtype=torch.int32, device=logits.device)
     _sample_row[(rows,)](

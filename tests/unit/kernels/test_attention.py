@@ -148,15 +148,15 @@ def rotated(x: Tensor, rotation: Tensor, pairs: bool) -> Tensor:
     half = rotation.shape[1]
     cos, sin = rotation[:, None, :, 0].double(), rotation[:, None, :, 1].double()
     turned = x[..., : 2 * half]
-    a, b = (
-        (turned[..., 0::2], turned[..., 1::2]) if pairs else (turned[..., :half], turned[..., half:])
-    )
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if pairs else (turned[..., :half], turned[..., half:])
     first, second = a * cos - b * sin, a * sin + b * cos
     both = torch.stack([first, second], -1).flatten(-2) if pairs else torch.cat([first, second], -1)
     return torch.cat([both, x[..., 2 * half :]], -1)
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"), [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+)
 @pytest.mark.parametrize("pairs", [True, False])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "rotary_dim"), [(3, 3, 64, 32), (4, 2, 16, 16), (5, 1, 32, 8)]

@@ -9,7 +9,6 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from tests.unit.loadtest.loadtest_fake_server import FakeServer, serving
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -18,6 +17,7 @@ from loadtest.client import Result, run
 from loadtest.page import html_report
 from loadtest.report import terminal_report, to_json
 from loadtest.scenarios import Scenario, ScenarioError, Slo, plan
+from tests.unit.loadtest.loadtest_fake_server import FakeServer, serving
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.unit.models.paged_driver import GOLDEN, prepare, quiet
 from PIL import Image
 
+from tests.unit.models.paged_driver import GOLDEN, prepare, quiet
 from worker.models.contract import ImageCrops
 from worker.models.moondream import Moondream, load
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.unit.models.paged_driver import Driver, Row, quiet, relative_error
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from tests.unit.models.paged_driver import Driver, Row, quiet, relative_error
 from worker.models.contract import Model
 from worker.models.registry import load_model
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.unit.models.paged_driver import relative_error, same
 
+from tests.unit.models.paged_driver import relative_error, same
 from worker.models.layers import LayerNorm, Mlp, PackedLinear, can_pack
 
 CPU = torch.device("cpu")

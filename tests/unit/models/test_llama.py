@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.unit.models import dense_oracle as dense
 import pytest
 import torch
-from tests.unit.models.dense_oracle import LLAMA3_ROPE, edit_config, load, write
 from safetensors.torch import load_file, save_file
 
+from tests.unit.models import dense_oracle as dense
+from tests.unit.models.dense_oracle import LLAMA3_ROPE, edit_config, load, write
 from worker.models.contract import ImageCrops
 from worker.models.weights import CheckpointError
 

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from tests.unit.models.paged_driver import Driver, Row, quiet, relative_error, same
-from tests.unit.models.small_checkpoint import SECTIONS, write_checkpoint
 from torch import Tensor
 
+from tests.unit.models.paged_driver import Driver, Row, quiet, relative_error, same
+from tests.unit.models.small_checkpoint import SECTIONS, write_checkpoint
 from worker.models.contract import ImageCrops
 from worker.models.moondream import Moondream, load
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.unit.models.paged_driver import Driver, Row, prepare, relative_error
 from PIL import Image
 from torch import Tensor
 
 from shared.tiling import canvas_for, choose_tiles
+from tests.unit.models.paged_driver import Driver, Row, prepare, relative_error
 from worker.models.contract import ImageCrops
 from worker.models.moondream import Moondream
 from worker.models.tiling import cut_crops

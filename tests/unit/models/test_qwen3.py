@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.unit.models import dense_oracle as dense
 import pytest
-from tests.unit.models.dense_oracle import edit_config, load, write
 
+from tests.unit.models import dense_oracle as dense
+from tests.unit.models.dense_oracle import edit_config, load, write
 from worker.models.weights import CheckpointError
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.models.paged_driver import quiet
 from safetensors.torch import save_file
-from tests.unit.models.small_checkpoint import SECTIONS, older_layout, random_tensors, write_checkpoint
 
+from tests.unit.models.paged_driver import quiet
+from tests.unit.models.small_checkpoint import SECTIONS, older_layout, random_tensors, write_checkpoint
 from worker.models.moondream import Moondream
 from worker.models.registry import load_model
 from worker.models.weights import Checkpoint, CheckpointError

@@ -349,6 +349,8 @@ def expected(submit: Submit, image_digest: bytes | None = None) -> tuple[list[in
         tokens.append(token_id)
         value = value_of(token_id, state, CARD) if grammar is not None else (0.0, 0.0)
         marks.append(mark_of(token_id, value))
+        if grammar is not None and grammar.is_complete():
+            return tokens, FinishReason.STOP
     return tokens, FinishReason.LENGTH
 
 

@@ -1,0 +1,56 @@
+# syntax=docker/dockerfile:1
+# Two images: `gateway` (no torch, faces clients) and `worker` (torch, faces gateways only).
+#   docker build --target gateway -t degas-gateway .
+#   docker build --target worker -t degas-worker .                              # CPU
+#   docker build --target worker -t degas-worker:cuda \
+#     --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .          # NVIDIA
+ARG PYTHON=3.12
+
+FROM python:${PYTHON}-slim-bookworm AS source
+WORKDIR /source
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+RUN python -m venv /opt/degas
+ENV PATH=/opt/degas/bin:$PATH
+COPY pyproject.toml README.md LICENSE ./
+COPY shared shared
+COPY gateway gateway
+COPY worker worker
+COPY loadtest loadtest
+COPY degas degas
+
+FROM source AS gateway-build
+RUN pip install '.[gateway]'
+# The gateway's image must not hold torch: it would be 200 MB to 5 GB of what it never imports.
+RUN python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is not None)"
+
+FROM source AS worker-build
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH=torch==2.13.0
+RUN pip install --index-url ${TORCH_INDEX} ${TORCH}
+RUN pip install '.[worker]'
+
+FROM python:${PYTHON}-slim-bookworm AS runtime
+RUN groupadd --system --gid 10001 degas \
+ && useradd --system --uid 10001 --gid degas --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin degas \
+ # A named volume takes the owner of the folder it is first mounted on.
+ && install -d -m 0700 -o degas -g degas /keys /keys/worker /keys/gateway /run/degas
+ENV PATH=/opt/degas/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+WORKDIR /tmp
+
+FROM runtime AS gateway
+COPY --from=gateway-build /opt/degas /opt/degas
+ENV DEGAS_GATEWAY_HOST=0.0.0.0 DEGAS_GATEWAY_PORT=8080
+EXPOSE 8080 8081
+HEALTHCHECK --interval=5s --timeout=4s --start-period=20s --retries=3 \
+  CMD ["python", "-m", "degas.health", "http", "http://127.0.0.1:8080/healthz"]
+CMD ["python", "-m", "gateway"]
+
+FROM runtime AS worker
+COPY --from=worker-build /opt/degas /opt/degas
+EXPOSE 5555
+# The supervisor runs here too: a decode loop that hangs is killed and replaced inside the container, because no
+# container engine restarts one for being unhealthy.
+HEALTHCHECK --interval=5s --timeout=4s --start-period=300s --retries=3 \
+  CMD ["python", "-m", "degas.health", "file", "/run/degas/status.json"]
+CMD ["python", "-m", "degas.supervisor", "--only", "worker", "--status-file", "/run/degas/status.json"]
