@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-PLAIN_STEPS = 10  # lines a phase's progress is worth when there is no terminal
+PLAIN_INTERVAL_S = 2.0  # between two lines about a phase's progress when there is no terminal
 
 
 class StartupView:
     """Phases with their seconds, and progress where something is waited for."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(
+        self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self._console = console or Console(highlight=False)
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._told: dict[str, int] = {}
+        self._told_s: dict[str, float] = {}
 
     def phase(self, role: str, name: str, seconds: float) -> None:
         """A phase is over."""
@@ -33,11 +39,13 @@ class StartupView:
             if key not in self._tasks:
                 self._tasks[key] = bars.add_task(f"{role:<8} {name}", total=total)
             bars.update(self._tasks[key], completed=done, total=total, refresh=True)
+            if done >= total:
+                self._end_bar(key)
             return
-        step = int(PLAIN_STEPS * min(done / total, 1.0))
-        if step > self._told.get(key, -1):
-            self._told[key] = step
-            self._line(f"{role:<8} {name:<28} {100 * step // PLAIN_STEPS:6d} %")
+        now_s = self._clock()
+        if now_s - self._told_s.setdefault(key, now_s) >= PLAIN_INTERVAL_S:
+            self._told_s[key] = now_s
+            self._line(f"{role:<8} {name:<28} {100 * done / total:5.0f} %")
 
     def note(self, text: str, *, style: str = "") -> None:
         """One line of news."""

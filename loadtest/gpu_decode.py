@@ -357,7 +357,7 @@ def main() -> None:
     if chosen.smoke:
         device = ReplayingCpuDevice()
         chosen.shapes, chosen.rows, chosen.context, chosen.steps = "tiny-moondream,tiny-qwen3", "2", 20, 3
-        chosen.sampled_rows, chosen.plain_too = "2", True
+        chosen.sampled_rows, chosen.depths, chosen.plain_too = "2", "2", True
     else:
         device = CudaDevice()
     with torch.inference_mode():

@@ -6,6 +6,7 @@ can measure real shapes. Shapes are those of the published config.json files.
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from dataclasses import dataclass
@@ -184,3 +185,20 @@ def _words(vocab_size: int) -> dict[str, Any]:
         "decoder": None,
         "model": {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(vocab_size)}, "unk_token": "w1"},
     }
+
+
+def main() -> None:
+    """`python -m loadtest.random_models SHAPE FOLDER`: leave a random checkpoint of that shape in the folder."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    chosen = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.inference_mode():
+        made = random_model(chosen.shape, device, getattr(torch, chosen.dtype), folder=chosen.folder)
+    print(f"{chosen.shape}: {made.model.weight_bytes >> 20} MiB of weights in {chosen.folder}")
+
+
+if __name__ == "__main__":
+    main()

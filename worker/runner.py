@@ -132,6 +132,8 @@ class TorchRunner:
         slot = self.slots[slot_number]
         num_rows = len(plan.decode)
         padded = self._bucket(num_rows) if not plan.chunks else num_rows
+        # A captured graph serves any rows, so it always has the path for coordinates.
+        slot.has_spatial = self.device.captures or any([seq.is_spatial for seq in plan.decode])
         stage_rows(slot.host, plan)
         if plan.chunks:
             stage_chunks(slot.host, plan)
@@ -288,6 +290,8 @@ class TorchRunner:
 
     def _embed_rows(self, slot: Slot, num_rows: int) -> Tensor:
         rows = slot.fields["rows"][:num_rows].long()
+        if not slot.has_spatial:
+            return self.model.embed(self.rows.last_ids[rows])
         spatial = slot.fields["spatial"][:num_rows] > 0
         return self.model.embed_next(self.rows.last_ids[rows], self.rows.last_values[rows], spatial)
 
@@ -401,12 +405,15 @@ class TorchRunner:
             )
         else:
             ids = best.indices if logits is raw else greedy(logits)
-        self.rows.last_ids[rows] = ids
+        self.rows.last_ids.index_copy_(0, rows, ids)
         if tables is not None:
             tables.advance(rows, ids)
         if adjusted:
             self.rows.count(rows, ids)
-        out = torch.zeros((len(ids), OUTPUT_FIELDS), dtype=torch.int32, device=ids.device)
+        if index is None:
+            out = slot.outputs[:num]
+        else:
+            out = torch.zeros((len(ids), OUTPUT_FIELDS), dtype=torch.int32, device=ids.device)
         out[:, 0] = ids
         out[:, 1] = bad
         if spatial:
@@ -415,9 +422,7 @@ class TorchRunner:
             out[:, 2:4] = values.view(torch.int32)
         if num_top >= 0:
             self._logprobs(slot, raw, ids, out, index, num, num_top)
-        if index is None:
-            slot.outputs[:num] = out
-        else:
+        if index is not None:
             slot.outputs[index] = out
 
     def _adjust(self, slot: Slot, logits: Tensor, rows: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:

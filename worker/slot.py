@@ -47,6 +47,7 @@ class Slot:
         self.host_masks_np: I32 = self.host_masks.numpy()
         self.host_picks_np: np.ndarray[tuple[int, int], np.dtype[np.int64]] = self.host_picks.numpy()
 
+        self.has_spatial = True  # some decode row may carry a coordinate
         self.logits: torch.Tensor | None = None
         self.hidden: torch.Tensor | None = None  # hidden states of the sampled positions
         self.graphs: dict[tuple[int, int], Graph] = {}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
+import msgspec
 import structlog
 import torch
 
@@ -19,6 +20,7 @@ from worker.config import ConfigError, WorkerConfig
 from worker.device.base import Device
 from worker.device.cpu import CpuDevice
 from worker.device.cuda import CudaDevice
+from worker.device.huge_pages import use_huge_pages
 from worker.device.profiles import PROFILES
 from worker.device.sim import SimRunner, fake_card
 from worker.device.timeline import RealClock
@@ -32,6 +34,9 @@ from worker.scheduler import Scheduler, SchedulerLimits
 from worker.sim_tokenizer import SIM_TOKENIZER, VOCAB_SIZE
 
 log = structlog.get_logger()
+
+SMALL_WEIGHTS_BYTES = 32 << 20
+MIN_CONTEXT_TOKENS = 256
 
 
 @dataclass(slots=True)
@@ -100,9 +105,11 @@ def build_worker(
             dtype = _dtype(config, device)
             with torch.inference_mode():
                 model = load_model(config.model_folder, device.torch_device, dtype, startup.progress)
-        card = model.card
+        if device.torch_device.type == "cpu":
+            log.info("huge_pages", moved_bytes=use_huge_pages())
         payloads = _payloads(config)
         num_pages = config.num_pages or _num_pages(config, device, model)
+        card = _fit_context(model.card, (num_pages - 1) * config.page_tokens)
         with startup.phase("allocate"):
             torch_runner = _torch_runner(config, device, model, num_pages)
         if device.captures:
@@ -164,8 +171,11 @@ def _open_device(config: WorkerConfig) -> Device:
 def _dtype(config: WorkerConfig, device: Device) -> torch.dtype:
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
-    # On the CPU the embedded model is so small that fp32 costs nothing and batches agree to the last token.
-    return torch.bfloat16 if device.torch_device.type == "cuda" else torch.float32
+    if device.torch_device.type == "cuda":
+        return torch.bfloat16
+    # On a CPU a model that fits the caches gains little from bf16, and in fp32 batches agree to the last token.
+    weight_bytes = sum(path.stat().st_size for path in config.model_folder.glob("*.safetensors"))
+    return torch.float32 if weight_bytes < SMALL_WEIGHTS_BYTES else torch.bfloat16
 
 
 def _num_pages(config: WorkerConfig, device: Device, model: Model) -> int:
@@ -182,12 +192,27 @@ def _num_pages(config: WorkerConfig, device: Device, model: Model) -> int:
     per_sequence = -(-model.card.context_tokens // config.page_tokens)
     most = config.max_rows * per_sequence + 1  # more could never be used but by the prefix cache
     num_pages = min(free_bytes // page_bytes, 4 * most)
-    if num_pages <= per_sequence:
+    least = -(-max(model.prefix_tokens, MIN_CONTEXT_TOKENS) // config.page_tokens) + 1
+    if num_pages <= least:
         raise ConfigError(
-            f"only {free_bytes >> 20} MiB are free for KV memory, and one sequence of "
-            f"{model.card.context_tokens} tokens needs {(per_sequence * page_bytes) >> 20} MiB"
+            f"only {free_bytes >> 20} MiB are free for KV memory, and {least} pages of {page_bytes >> 10} KiB are "
+            f"the least to serve with; a safe value for kv_bytes is {2 * least * page_bytes}"
         )
     return int(num_pages)
+
+
+def _fit_context(card: ModelCard, kv_tokens: int) -> ModelCard:
+    """A context that one sequence can really have in this worker's KV memory."""
+    if card.context_tokens <= kv_tokens:
+        return card
+    log.warning(
+        "context_shortened",
+        model=card.model_id,
+        wanted=card.context_tokens,
+        tokens=kv_tokens,
+        setting="kv_bytes",
+    )
+    return msgspec.structs.replace(card, context_tokens=kv_tokens)
 
 
 def _torch_runner(config: WorkerConfig, device: Device, model: Model, num_pages: int) -> TorchRunner:
@@ -198,7 +223,7 @@ def _torch_runner(config: WorkerConfig, device: Device, model: Model, num_pages:
         num_pages=num_pages,
         page_tokens=config.page_tokens,
         max_rows=config.max_rows,
-        max_sequence_tokens=model.card.context_tokens,
+        max_sequence_tokens=min(model.card.context_tokens, (num_pages - 1) * config.page_tokens),
         step_tokens=config.step_tokens,
         feature_bytes=config.feature_bytes,
     )

@@ -327,9 +327,14 @@ class Feed:
         return self._ready.qsize()
 
     def take(self) -> Arrays:
-        """The next batch; waits for it at most a minute."""
-        arrays: Arrays = load(self._ready.get(timeout=60))
-        return arrays
+        """The next batch, in order."""
+        while True:
+            try:
+                arrays: Arrays = load(self._ready.get(timeout=5))
+                return arrays
+            except queue.Empty:
+                if not self._process.is_alive():
+                    raise RuntimeError(f"the drawing process ended with code {self._process.exitcode}") from None
 
     def close(self) -> None:
         """Stop the drawing process."""

@@ -1,7 +1,7 @@
 """Owns a training run of pocket: schedule, checkpoints, shipped weights; runs as `python -m worker.pocket.train`.
 
-One compute thread and one drawing process. A run is a function of its seed and its number of steps: every
-batch, noise draw and rate follows from the step, so a resumed run equals an uninterrupted one.
+One compute thread and one drawing process. Every batch, noise draw and rate follows from the seed, the step and
+the length of the run, so a resumed run equals an uninterrupted one.
 """
 
 import json

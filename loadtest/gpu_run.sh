@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Everything a GPU machine is asked, in one call that ends inside ten minutes. Run from the repository root:
+#
+#   bash loadtest/gpu_run.sh [--smoke] [tests] [kernels] [decode] [serve] [profile]
+#
+# Without parts: tests kernels decode profile. Results go to $OUT, or to gpu-results/: at most 8 files. A bare machine needs
+# torch with CUDA and Triton; other packages are taken from wheels in .whl/ if that folder is there. --smoke
+# proves on a CPU that the scripts run (interpreted kernels, tiny shapes); its figures mean nothing.
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+
+out="${OUT:-gpu-results}"
+mkdir -p "$out"
+smoke=""
+parts=()
+for argument in "$@"; do
+  case "$argument" in
+    --smoke) smoke="--smoke" ;;
+    tests | kernels | decode | serve | profile) parts+=("$argument") ;;
+    *) echo "unknown part '$argument': tests kernels decode serve profile, or --smoke" >&2; exit 2 ;;
+  esac
+done
+[ ${#parts[@]} -gt 0 ] || { [ -n "$smoke" ] && parts=(tests kernels decode) || parts=(tests kernels decode profile); }
+
+python="${PYTHON:-python3}"
+if [ -z "${PYTHON:-}" ] && [ -n "$smoke" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if compgen -G '.whl/*.whl' >/dev/null; then
+  site="$(mktemp -d)/site"
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 1
+  # Behind what the machine has: its own torch and numpy fit its driver.
+  export PYTHONPATH="$PYTHONPATH:$site"
+fi
+if [ -n "$smoke" ]; then export TRITON_INTERPRET=1; fi
+
+deadline=$((SECONDS + ${GPU_RUN_S:-570}))
+failed=0
+summary="$out/summary.txt"
+: >"$summary"
+
+# run NAME SECONDS LINES COMMAND…: with a timeout that never reaches past the deadline; its last LINES are repeated at the end.
+run() {
+  local name="$1" limit="$2" lines="$3" began=$SECONDS status
+  shift 3
+  local left=$((deadline - SECONDS))
+  [ "$left" -lt "$limit" ] && limit=$left
+  if [ "$limit" -lt 10 ]; then
+    echo "== $name: no time left" | tee -a "$summary"; failed=1; return
+  fi
+  echo "== $name (at most $limit s)"
+  timeout --signal=TERM --kill-after=10 "$limit" "$@" 2>&1 | tee "$out/$name.log"
+  status=${PIPESTATUS[0]}
+  { echo "== $name: exit $status after $((SECONDS - began)) s"; tail -n "$lines" "$out/$name.log"; } >>"$summary"
+  [ "$status" -eq 0 ] || failed=1
+}
+
+serve() {
+  local folder port=18080 server shape=moondream2
+  [ -n "$smoke" ] && shape=tiny-moondream
+  folder="$(mktemp -d)"
+  "$python" -m loadtest.random_models "$shape" "$folder" || return 1
+  "$python" -m degas serve --model "$folder" --port "$port" &
+  server=$!
+  for tokens in 3 30; do
+    "$python" -m degas loadtest short --url "http://127.0.0.1:$port" --warmup --in-flight 64 --seconds 15 \
+      --min-tokens "$tokens" --max-tokens "$tokens" --picture-px 756 --json "$out/serve-$tokens.json" || break
+  done
+  kill "$server"; wait "$server"
+  rm -rf "$folder"
+}
+export -f serve; export python smoke out
+
+began=$SECONDS
+for part in "${parts[@]}"; do
+  case "$part" in
+    tests)
+      folders=(tests/gpu)
+      [ -n "$smoke" ] && folders=(tests/gpu tests/unit/kernels/test_fused_forward.py)
+      run tests 150 6 "$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers "${folders[@]}" ;;
+    kernels) run kernels 150 90 "$python" -m loadtest.kernel_bench --out "$out" $smoke ;;
+    decode) run decode 270 70 "$python" -m loadtest.gpu_decode --out "$out" $smoke ;;
+    serve) run serve 200 40 bash -c serve ;;
+    profile)
+      run profile 80 45 "$python" -m loadtest.gpu_decode --out "$out" $smoke --profile "${PROFILE:-moondream2:1}" ;;
+  esac
+done
+rm -f "$out/kernels.log" "$out/decode.log"  # their figures are in the JSON, their tables in the summary
+echo; echo "==== summary (all of it in $summary; $((SECONDS - began)) s)"
+cat "$summary"
+exit "$failed"

@@ -1,0 +1,177 @@
+"""Compiled kernels against fp64 on the GPU, at true sizes, over poisoned outputs and memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worker.sampler import apply_mask, stochastic
+
+NAN = float("nan")
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖; NaN passes no comparison."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def plain(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """(S, H, D) over (L, KH, D) → (S, H·D), in fp64."""
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (t.double().repeat_interleave(group, dim=1) for t in (keys, values))
+    scores = torch.einsum("shd,lhd->hsl", query.double(), keys) / math.sqrt(query.shape[-1])
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    return torch.einsum("hsl,lhd->shd", scores.softmax(-1), values).flatten(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 64), (16, 8, 128), (32, 8, 64)])
+@pytest.mark.parametrize("num_splits", [None, 1, 8])
+def test_decode(
+    heads: int, kv_heads: int, head_dim: int, num_splits: int | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    from worker.kernels.paged_decode_attention import paged_decode_attention
+
+    lengths = [1, 15, 16, 17, 64, 850, 2048, 1]
+    width = 2048 // 16
+    keys = torch.full((len(lengths) * width + 1, 16, kv_heads, head_dim), NAN, dtype=dtype, device=device)
+    values = torch.full_like(keys, NAN)
+    tables = torch.zeros(len(lengths), width, dtype=torch.int32, device=device)
+    order = torch.randperm(len(lengths) * width, device=device) + 1
+    query = torch.randn(len(lengths), heads, head_dim, device=device).to(dtype)
+    expected = []
+    for row, length in enumerate(lengths):
+        pages = order[row * width : row * width + -(-length // 16)]
+        tables[row, : len(pages)] = pages
+        at = torch.arange(length, device=device)
+        lines = pages[at // 16] * 16 + at % 16
+        for memory in (keys, values):
+            memory.flatten(0, 1)[lines] = torch.randn(length, kv_heads, head_dim, device=device).to(dtype)
+        expected.append(plain(query[row : row + 1], keys.flatten(0, 1)[lines], values.flatten(0, 1)[lines]))
+    out = torch.full((len(lengths), heads * head_dim), NAN, dtype=dtype, device=device)
+    counts = torch.tensor(lengths, dtype=torch.int32, device=device)
+    paged_decode_attention(query, keys, values, tables, counts, 2048, out=out, num_splits=num_splits)
+    for row, want in enumerate(expected):
+        assert error(out[row : row + 1], want) < LIMIT[dtype], lengths[row]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 64), (16, 8, 128)])
+def test_prefill(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    from worker.kernels.prefill_attention import make_segments, prefill_attention
+
+    chunks = [(745, 0, 730), (32, 730, 730), (1, 99, 0), (129, 500, 0)]
+    keys = torch.full((200, 16, kv_heads, head_dim), NAN, dtype=dtype, device=device)
+    values = torch.full_like(keys, NAN)
+    flat, at_page, spans, tables, expected = 3, 1, [], [], []
+    query = torch.randn(3 + sum(c[0] for c in chunks), heads, head_dim, device=device).to(dtype)
+    for num, context, prefix in chunks:
+        length = num + context
+        table = torch.arange(at_page, at_page + -(-length // 16), device=device, dtype=torch.int32).flip(0)
+        at_page += len(table)
+        at = torch.arange(length, device=device)
+        lines = table.long()[at // 16] * 16 + at % 16
+        for memory in (keys, values):
+            memory.flatten(0, 1)[lines] = torch.randn(length, kv_heads, head_dim, device=device).to(dtype)
+        row = torch.arange(context, length, device=device)[:, None]
+        seen = (at <= row) | ((at < prefix) & (row < prefix))
+        expected.append(
+            plain(query[flat : flat + num], keys.flatten(0, 1)[lines], values.flatten(0, 1)[lines], seen)
+        )
+        spans.append((flat, num, context, prefix))
+        tables.append(table)
+        flat += num
+    out = torch.full((flat, heads * head_dim), NAN, dtype=dtype, device=device)
+    prefill_attention(query, keys, values, make_segments(spans, tables), out)
+    assert out[:3].isnan().all()
+    for (start, num, *_), want in zip(spans, expected, strict=True):
+        assert error(out[start : start + num], want) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 33, 1024])
+def test_norms_and_activations(rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    from worker.kernels.activation import gelu_tanh, silu_gate
+    from worker.kernels.norm import layer_norm, rms_norm
+
+    x, residual = (torch.randn(rows, 2048, device=device).to(dtype) for _ in "ab")
+    weight, bias = (torch.randn(2048, device=device).to(dtype) for _ in "ab")
+    total, found = layer_norm(x, weight, bias, 1e-5, residual)
+    torch.testing.assert_close(total, x + residual)
+    exact, w = total.double(), weight.double()
+    assert error(found, F.layer_norm(exact, (2048,), w, bias.double(), 1e-5)) < LIMIT[dtype]
+    assert error(rms_norm(x, weight, 1e-6)[1], F.rms_norm(x.double(), (2048,), w, 1e-6)) < LIMIT[dtype]
+    assert error(gelu_tanh(x), F.gelu(x.double(), approximate="tanh")) < LIMIT[dtype]
+    gate, up = x.double().chunk(2, dim=1)
+    assert error(silu_gate(x), F.silu(gate) * up) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "rotary"), [(32, 32, 64, 32), (16, 8, 128, 128)])
+def test_rotary_kv_write(
+    heads: int, kv_heads: int, head_dim: int, rotary: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    from worker.kernels.rotary_kv_write import rotary_kv_write
+
+    rows, width = 37, heads + 2 * kv_heads
+    qkv = torch.randn(rows, width * head_dim, device=device).to(dtype)
+    qkv[3, 0], qkv[4, -1] = NAN, float("inf")
+    angles = torch.rand(rows, rotary // 2, device=device) * 6
+    rotation = torch.stack([angles.cos(), angles.sin()], -1)
+    keys = torch.full((8, 16, kv_heads, head_dim), NAN, dtype=dtype, device=device)
+    values = torch.full_like(keys, NAN)
+    lines = torch.randperm(8 * 16, device=device)[:rows]
+    query = rotary_kv_write(qkv, rotation, lines, keys, values, heads)
+    x = qkv.double().nan_to_num(0.0, 0.0, 0.0).view(rows, width, head_dim)
+    a, b = x[..., :rotary:2], x[..., 1:rotary:2]
+    cos, sin = (part[:, None].double() for part in (angles.cos(), angles.sin()))
+    turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    y = torch.cat([turned, x[..., rotary:]], -1)
+    assert error(query, y[:, :heads]) < LIMIT[dtype]
+    assert error(keys.flatten(0, 1)[lines], y[:, heads : heads + kv_heads]) < LIMIT[dtype]
+    assert error(values.flatten(0, 1)[lines], x[:, heads + kv_heads :]) < LIMIT[dtype]
+    assert int(keys.flatten(0, 1).isfinite().all(-1).all(-1).sum()) == rows
+
+
+@pytest.mark.parametrize("vocab", [51200, 151936])
+@pytest.mark.parametrize("coarse", [False, True])
+def test_sampling_equals_the_sorting_sampler(vocab: int, coarse: bool, device: torch.device) -> None:
+    from worker.kernels.sample import sample
+
+    rows = 64
+    logits = torch.randn(rows, vocab, device=device) * 4
+    if coarse:
+        logits = logits.bfloat16().float()
+    logits[5, 77] = NAN
+    words = torch.randint(-(2**31), 2**31 - 1, (rows, (vocab + 31) // 32), device=device).to(torch.int32)
+    pick = torch.arange(rows, device=device) % 5
+    temperature = torch.tensor([0.0, 1.0, 0.5, 0.7, 2.0], device=device)[pick]
+    top_k = torch.tensor([0, 0, 0, 20, 500], device=device, dtype=torch.int32)[pick]
+    top_p = torch.tensor([1.0, 1.0, 0.3, 0.8, 0.95], device=device)[pick]
+    min_p = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.05], device=device)[pick]
+    uniforms = torch.rand(rows, device=device)
+    given = (temperature, top_k, top_p, min_p, uniforms)
+    ids, bad = sample(logits, *given, words=words)
+    expected = stochastic(apply_mask(logits, words), *given)
+    assert bad.nonzero().flatten().tolist() == [5]
+    good = torch.arange(rows, device=device) != 5
+    # Sums over a vocabulary round differently, so a draw near an edge may fall on the neighbour.
+    same = (ids == expected)[good].double().mean()
+    assert float(same) >= 0.95
+    assert bool((ids == expected)[good & (temperature == 0)].all())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_product(bits: int, device: torch.device) -> None:
+    from worker.kernels.quantised_linear import dequantise, quantise, quantised_linear
+
+    weight = quantise(torch.randn(8192, 2048, device=device), bits, 128)
+    for rows in (1, 7, 16):
+        x = torch.randn(rows, 2048, device=device).bfloat16()
+        assert error(quantised_linear(x, weight), x.double() @ dequantise(weight).double().t()) < 1e-2
