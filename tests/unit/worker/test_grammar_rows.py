@@ -199,7 +199,7 @@ def test_a_grammar_that_grows_beyond_its_limits_ends_its_own_row_only() -> None:
     assert text_of(good) in ("red", "green", "blue")
 
 
-def test_an_answer_that_ignores_ends_stays_in_the_final_state() -> None:
+def test_a_complete_grammar_ends_even_an_answer_that_ignores_ends() -> None:
     sim = simulation()
     grammar = Grammar("choice", '["red"]')
     stream = sim.submit([40], 8, grammar=grammar, constraint=compile_llg(grammar, VOCABULARY))
@@ -208,8 +208,8 @@ def test_an_answer_that_ignores_ends_stays_in_the_final_state() -> None:
     message = msgspec.structs.replace(command.message, ignore_eos=True)
     sim.inbox.put((GATEWAY, CompiledSubmit(message, command.constraint), frames))
     sim.run()
-    assert stream.finish is not None and stream.finish.reason is FinishReason.LENGTH
-    assert stream.tokens[:3] == [FIRST_BYTE_ID + byte for byte in b"red"] and stream.tokens[3:] == [0] * 5
+    assert stream.finish is not None and stream.finish.reason is FinishReason.STOP
+    assert stream.tokens == [FIRST_BYTE_ID + byte for byte in b"red"]
 
 
 @pytest.mark.parametrize(("field", "sampling", "task"), [("min_tokens", Sampling(min_tokens=2), "text"), ("response_format", None, "detect")])  # fmt: skip
