@@ -182,3 +182,17 @@ def structured(
             f"{share.zombie_pct:.1f}%",
         )
     Console().print(table)
+
+
+@app.command()
+def pocket(
+    scenes: Annotated[int, typer.Option(help="Held-out scenes; about 13 questions each.")] = 300,
+    seed: Annotated[int | None, typer.Option(help="Another unseen seed.")] = None,
+    small: Annotated[bool, typer.Option(help="Also small things, with many crops and with one.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Accuracy of the embedded model on scenes it has never seen, through a real gateway and worker."""
+    from loadtest.pocket_bench import measure_accuracy
+
+    result = measure_accuracy(scenes, seed, small=small)
+    print(json.dumps(result) if as_json else json.dumps(result, indent=1))

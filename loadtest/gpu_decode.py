@@ -63,14 +63,14 @@ class TimedRunner(TorchRunner):
         self._plan = plan
         return super().wait(slot_number, plan)
 
-    def device_times(self, slot_number: int) -> tuple[float, float, float]:
+    def device_times(self, slot_number: int) -> DeviceTimes:
         """As the runner's own; called once a commit."""
-        device_times = super().device_times(slot_number)
-        busy_s, idle_s, _ = device_times
+        measured = super().device_times(slot_number)
+        busy_s, idle_s = measured[0], measured[1]
         plan = self._plan
         assert plan is not None
         self.times.append(StepTime(time.perf_counter(), busy_s, idle_s, len(plan.decode), not plan.chunks))
-        return device_times
+        return measured
 
 
 class ReplayingCpuDevice(CpuDevice):
@@ -121,7 +121,7 @@ def measure_bandwidth(device: torch.device, num_bytes: int) -> float:
     """Bytes a second of a large copy on the device, read and written bytes both counted; median of 9."""
     source = torch.empty(num_bytes // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
-    rates = []
+    rates: list[float] = []
     for _ in range(12):
         started_s = time.perf_counter()
         if device.type == "cuda":

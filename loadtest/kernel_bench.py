@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -94,7 +95,7 @@ class Bench:
                 mark.record()
                 graph.replay()
         side.synchronize()
-        gaps = [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+        gaps: list[float] = [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
         return statistics.median(gaps) / (len(runs) * times)
 
     # ------------------------------------------------------------------ cases
@@ -320,7 +321,7 @@ class Measured:
 def measure_products(device: torch.device, size: int) -> float:
     """Operations a second of a large bf16 product of random values."""
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in "ab")
-    rates = []
+    rates: list[float] = []
     for _ in range(8):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -6,16 +6,24 @@ residuals, one LayerNorm, half-rotary attention), turn about in the same process
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import io
 import statistics
 import tempfile
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import aiohttp
 import msgspec
 import torch
 
 from loadtest.decode_bench import DegasSide, TransformersSide
+from loadtest.processes import serving
+from worker.pocket.answerer import TorchAnswerer
+from worker.pocket.evaluate import UNSEEN_SEED, Answerer, Reply, Request, evaluate, evaluate_small
 
 WEIGHTS = Path(str(files("worker.pocket") / "weights"))
 
@@ -69,3 +77,59 @@ def measure_decode(rows: int, new_tokens: int, repeats: int, dtype: torch.dtype)
         "ratio": statistics.median(a.tokens_per_s / b.tokens_per_s for a, b in pairs),
         "cpu_ratio": statistics.median(a.tokens_per_cpu_s / b.tokens_per_cpu_s for a, b in pairs),
     }
+
+
+class ServedModel:
+    """The embedded model as clients meet it: Moondream's HTTP routes, many requests in flight."""
+
+    def __init__(self, url: str, in_flight: int = 16) -> None:
+        self._url = url
+        self._in_flight = in_flight
+
+    def answer_all(self, requests: Sequence[Request]) -> list[Reply]:
+        """Replies in order. Raises RuntimeError when a request is refused."""
+        return asyncio.run(self._answer_all(requests))
+
+    async def _answer_all(self, requests: Sequence[Request]) -> list[Reply]:
+        urls: dict[int, str] = {}
+        gate = asyncio.Semaphore(self._in_flight)
+        async with aiohttp.ClientSession() as session:
+
+            async def ask(request: Request) -> Reply:
+                async with gate:
+                    if id(request.image) not in urls:
+                        buffer = io.BytesIO()
+                        request.image.save(buffer, "PNG")
+                        encoded = base64.b64encode(buffer.getvalue()).decode()
+                        urls[id(request.image)] = f"data:image/png;base64,{encoded}"
+                    return await self._ask(session, request, urls[id(request.image)])
+
+            return list(await asyncio.gather(*map(ask, requests)))
+
+    async def _ask(self, session: aiohttp.ClientSession, request: Request, image_url: str) -> Reply:
+        field = {"query": "question", "caption": "length", "detect": "object", "point": "object"}[
+            request.task
+        ]
+        body = {"image_url": image_url, field: request.text}
+        async with session.post(f"{self._url}/v1/{request.task}", json=body) as response:
+            answer = await response.json()
+            if response.status != 200:
+                raise RuntimeError(f"{request.task} {request.text!r}: {answer}")
+        if request.task == "detect":
+            return [(b["x_min"], b["y_min"], b["x_max"], b["y_max"]) for b in answer["objects"]]
+        if request.task == "point":
+            return [(p["x"], p["y"]) for p in answer["points"]]
+        return str(answer["answer" if request.task == "query" else "caption"])
+
+
+def measure_accuracy(num_scenes: int, seed: int | None, *, small: bool) -> dict[str, Any]:
+    """Accuracy on held-out scenes through a real gateway and worker; `small` adds small things in big pictures,
+    with many crops and (with the trainer's own forward) with the single global one."""
+    with serving(["--device", "cpu"]) as (url, _):
+        served = cast(Answerer, ServedModel(url))  # answer_all is all that is called
+        result = evaluate(served, num_scenes, UNSEEN_SEED if seed is None else seed)
+        if small:
+            result["small_many_crops"] = evaluate_small(served, num_scenes // 2)
+    if small:
+        result["small_one_crop"] = evaluate_small(TorchAnswerer(WEIGHTS, torch.float32, 1), num_scenes // 2)
+    return result

@@ -24,8 +24,8 @@ def run(model: Moondream | Dense, prefix: int) -> list[torch.Tensor]:
     out = [driver.step([], [(first, draw(40), prefix), (second, draw(7), 0)])]
     out.append(driver.step([(first, draw(1)), (second, draw(1))], [(third, draw(17), 0)]))
     out.append(driver.step([(first, draw(1))], [(third, draw(9), 0)]))
-    for _ in range(3):
-        out.append(driver.step([(row, draw(1)) for row in (first, second, third)], padding=1))
+    rows = (first, second, third)
+    out += [driver.step([(row, draw(1)) for row in rows], padding=1) for _ in range(3)]
     return out
 
 
