@@ -31,8 +31,9 @@ from worker.device.cpu import CpuDevice
 from worker.device.cuda import CudaDevice
 from worker.engine import Command, Engine
 from worker.pages import PagePool
-from worker.runner import TorchRunner
-from worker.scheduler import Scheduler, SchedulerLimits, StepPlan, StepResult
+from worker.plan import StepPlan, StepResult
+from worker.runner import DeviceTimes, TorchRunner
+from worker.scheduler import Scheduler, SchedulerLimits
 
 GATEWAY, EPOCH, PAGE_TOKENS = b"bench", 1, 16
 PREFILL_TOKENS = 4096
@@ -66,7 +67,7 @@ class TimedRunner(TorchRunner):
     def device_times(self, slot_number: int) -> DeviceTimes:
         """As the runner's own; called once a commit."""
         measured = super().device_times(slot_number)
-        busy_s, idle_s = measured[0], measured[1]
+        busy_s, idle_s = measured.busy_s, measured.idle_s
         plan = self._plan
         assert plan is not None
         self.times.append(StepTime(time.perf_counter(), busy_s, idle_s, len(plan.decode), not plan.chunks))

@@ -55,18 +55,22 @@ run() {
 }
 
 serve() {
-  local folder port=18080 server shape=moondream2
-  [ -n "$smoke" ] && shape=tiny-moondream
-  folder="$(mktemp -d)"
-  "$python" -m loadtest.random_models "$shape" "$folder" || return 1
-  "$python" -m degas serve --model "$folder" --port "$port" &
+  local model=pocket port=18080 seconds=3 side=128 server
+  if [ -z "$smoke" ]; then
+    seconds=20 side=756 model="$(mktemp -d)/moondream2"
+    "$python" -m loadtest.random_models moondream2 "$model" || return 1
+  fi
+  "$python" -m degas serve --model "$model" --port "$port" --grpc-port -1 --max-rows 64 &
   server=$!
+  local status=0
   for tokens in 3 30; do
-    "$python" -m degas loadtest short --url "http://127.0.0.1:$port" --warmup --in-flight 64 --seconds 15 \
-      --min-tokens "$tokens" --max-tokens "$tokens" --picture-px 756 --json "$out/serve-$tokens.json" || break
+    "$python" -m degas loadtest short --url "http://127.0.0.1:$port" --warmup --in-flight 64 \
+      --seconds "$seconds" --min-tokens "$tokens" --max-tokens "$tokens" --picture-px "$side" \
+      --json "$out/serve-$tokens.json" || { status=1; break; }
   done
   kill "$server"; wait "$server"
-  rm -rf "$folder"
+  [ -n "$smoke" ] || rm -rf "$(dirname "$model")"
+  return "$status"
 }
 export -f serve; export python smoke out
 

@@ -25,7 +25,8 @@ from worker.device.sim import SimRunner, fake_card
 from worker.device.timeline import VirtualClock
 from worker.engine import Command, Engine
 from worker.pages import PagePool
-from worker.scheduler import Scheduler, SchedulerLimits, StepPlan, StepResult
+from worker.plan import StepPlan, StepResult
+from worker.scheduler import Scheduler, SchedulerLimits
 
 WARM_UP_STEPS = 50
 MEASURED_TOKENS = 4000  # per row

@@ -39,6 +39,8 @@ async def stream(
         call.on_end(time.perf_counter(), "connection_refused")
     except aiohttp.ServerTimeoutError:
         call.on_end(time.perf_counter(), "timeout")
+    except aiohttp.ClientResponseError:
+        call.on_end(time.perf_counter(), "bad_response")  # not HTTP, or bytes of another answer
     except (aiohttp.ClientError, ConnectionError, OSError):
         call.on_end(time.perf_counter(), "disconnected")
     except msgspec.DecodeError:

@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant("key the prefix cache without its tenant", "worker/prefix_cache.py", '"little") + seq.tenant.encode())', '"little"))'),
     Mutant("key the prefix without its picture", "worker/prefix_cache.py", "                digest.update(picture.digest)\n    return", "                pass\n    return"),
     Mutant("remember pages of generated coordinates by id", "worker/prefix_cache.py", "if seq.is_spatial:", "if False:"),
-    Mutant("split the bidirectional prefix", "worker/scheduler.py", "if start < seq.prefix_tokens and", "if False and"),
+    Mutant("split the bidirectional prefix", "worker/scheduler.py", "if start + num < seq.prefix_tokens:", "if False:"),
     Mutant("sample constrained rows before their predecessor commits", "worker/engine.py", "while (oldest := self.pipeline.oldest) is not step:", "while False:"),
     Mutant("a NaN row's token is taken", "worker/scheduler.py", "            if bad[i]:", "            if False:"),
     Mutant("lose a preempted sequence's values", "worker/device/sim.py", "for index, value in seq.values.items():", "for index, value in ():"),
@@ -81,7 +81,7 @@ MUTANTS = [
     Mutant("draw by row, not by sequence", "worker/staging.py", "uniform(s.seed, index) if", "uniform(s.seed + 1, index) if"),
     Mutant("evict a page that is held", "worker/prefix_cache.py", "            self._idle.pop(page, None)\n", ""),
     Mutant("copy outputs before sampling", "worker/device/sim.py", "self.copy.wait(self.compute.record())", "pass"),
-    Mutant("two terminal events on cancel", "worker/engine.py", "                if seq is not None:\n                    self._send_finish(seq)", "                if seq is not None:\n                    self._send_finish(seq)\n                    self._send_finish(seq)"),
+    Mutant("two terminal events on cancel", "worker/engine.py", "                if seq is not None:\n                    self._reports.send_finish(seq)", "                if seq is not None:\n                    self._reports.send_finish(seq)\n                    self._reports.send_finish(seq)"),
 ]  # fmt: skip
 
 

@@ -11,9 +11,8 @@ nothing can be launched, wait for the oldest and commit it. Blocking mode is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import Protocol
 
 import structlog
 
@@ -23,20 +22,12 @@ from shared.protocol import (
     Cancel,
     Drain,
     Fatal,
-    Finish,
     FromGateway,
-    FromWorker,
     ModelCard,
     Rejected,
-    StepOutputs,
     Submit,
-    Timing,
-    TokenLogprobs,
-    TokenValues,
     Trace,
     TraceChunk,
-    pack_i32,
-    pack_i64,
 )
 from worker.grammar import Constraint
 from worker.grammar_llg import MaskFiller
@@ -44,9 +35,10 @@ from worker.intake import CompiledSubmit, build_sequence
 from worker.launch_timer import LaunchTimer
 from worker.metrics import WorkerMetrics
 from worker.pipeline import InFlight, Pipeline
+from worker.plan import Refusal, StepPlan
+from worker.reports import Outbox, Reports
 from worker.runner import DeviceTimes, Runner
-from worker.scheduler import Committed, Refusal, Scheduler, StepPlan, StepResult
-from worker.sequence import Sequence
+from worker.scheduler import Scheduler
 from worker.trace import HOST, TraceRecorder
 
 log = structlog.get_logger()
@@ -57,16 +49,6 @@ MIN_WAIT_S = 20e-6  # a commit that took less found its outputs there: it did no
 
 Command = tuple[bytes, FromGateway | CompiledSubmit | None, list[bytes]]
 """(gateway, message, payload frames) from the I/O or compiler thread. None: the gateway's lease ran out."""
-
-
-class Outbox(Protocol):
-    """Where the decode thread leaves messages for the I/O thread. Never blocks."""
-
-    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
-        """For one gateway; payloads ride as further frames."""
-
-    def broadcast(self, message: FromWorker) -> None:
-        """For every gateway with a lease."""
 
 
 class Engine:
@@ -99,6 +81,7 @@ class Engine:
         self._outbox = outbox
         self._clock = clock
         self._epoch = epoch
+        self._reports = Reports(outbox, clock, epoch, self.metrics)
         self._on_beat = on_beat
         self._started_s = self._next_beat_s = clock()
         self._trace: tuple[bytes, TraceRecorder] | None = None
@@ -108,7 +91,6 @@ class Engine:
         self._drain_until_s = 0.0
         self._waited_s = 0.0
         self._had_work = False  # something could be launched whenever the loop last looked
-        self._finished_lately: list[float] = []
 
     # ------------------------------------------------------------------ the loop
 
@@ -130,7 +112,7 @@ class Engine:
         waited_before_s = self._waited_s
         self.take_commands()
         for seq in self.scheduler.expire(started_s):
-            self._send_finish(seq)
+            self._reports.send_finish(seq)
         if started_s >= self._next_beat_s:
             self._beat(started_s)
         oldest = self.pipeline.oldest
@@ -238,7 +220,7 @@ class Engine:
             self.scheduler.fail(
                 step.plan.samples[i], ErrorCode.INVALID_GRAMMAR, f"the grammar failed: {text}"
             )
-            self._send_finish(step.plan.samples[i])
+            self._reports.send_finish(step.plan.samples[i])
         self.metrics.mask_seconds_total += self._clock() - started_s
         self.runner.launch_sampling(step.slot, step.plan, step.plan.deferred, masked=True)
 
@@ -254,7 +236,7 @@ class Engine:
         times = self.runner.device_times(step.slot)
         self.pipeline.commit(step)
         done = self.scheduler.commit(step.plan, result, now_s)
-        self._send_step(step.plan, done, result)
+        self._reports.send_step(step.plan, done, result)
         if self._trace is not None:
             self._record_commit(step, before_s, now_s, times)
         metrics = self.metrics
@@ -299,14 +281,14 @@ class Engine:
             for sequence_id in message.sequence_ids:
                 seq = self.scheduler.cancel(gateway, sequence_id, FinishReason.CANCELLED)
                 if seq is not None:
-                    self._send_finish(seq)
+                    self._reports.send_finish(seq)
         elif isinstance(message, Trace):
             self._trace = (gateway, TraceRecorder(min(max(message.num_steps, 1), MAX_TRACE_STEPS)))
         elif isinstance(message, Drain):
             self.drain(message.deadline_s)
         elif message is None:
             for seq in self.scheduler.cancel_gateway(gateway):
-                self._count_finish(seq)  # nobody is left to tell
+                self._reports.count_finish(seq)  # nobody is left to tell
 
     def _on_submit(
         self, gateway: bytes, message: Submit, frames: list[bytes], compiled: Constraint | None = None
@@ -329,7 +311,7 @@ class Engine:
                 refusal.code,
                 refusal.message,
                 refusal.param,
-                self._retry_after_s(),
+                self._reports.retry_after_s(len(self.scheduler.waiting)),
             )
             self._outbox.send(gateway, rejected)
 
@@ -341,74 +323,13 @@ class Engine:
         self.draining = True
         log.info("draining", deadline_s=deadline_s, running=len(self.scheduler.running))
 
-    # ------------------------------------------------------------------ events
-
-    def _send_step(self, plan: StepPlan, done: Committed, result: StepResult) -> None:
-        if not done.rows and not done.finished:
-            return
-        gateways = {seq.gateway for seq in done.rows}
-        gateways.update(seq.gateway for seq in done.finished)
-        for gateway in gateways:
-            mine: Iterable[int] = range(len(done.rows))
-            if len(gateways) > 1:
-                mine = [i for i in mine if done.rows[i].gateway == gateway]
-            ids = [done.rows[i].sequence_id for i in mine]
-            finishes = [self._finish_event(seq) for seq in done.finished if seq.gateway == gateway]
-            message = StepOutputs(
-                self._epoch,
-                plan.step,
-                pack_i64(ids),
-                pack_i32([done.indexes[i] for i in mine]),
-                pack_i32([done.token_ids[i] for i in mine]),
-                finishes,
-                _values(done, result, mine) if result.values is not None else [],
-                _logprobs(done, result, mine) if result.logprobs is not None else [],
-            )
-            self._outbox.send(gateway, message)
-
-    def _send_finish(self, seq: Sequence) -> None:
-        message = StepOutputs(self._epoch, 0, b"", b"", b"", [self._finish_event(seq)])
-        self._outbox.send(seq.gateway, message)
-
-    def _finish_event(self, seq: Sequence) -> Finish:
-        self._count_finish(seq)
-        now_s = self._clock()
-        first_planned_s = seq.first_planned_s or now_s
-        first_token_s = seq.first_token_s or now_s
-        timing = Timing(
-            first_planned_s - seq.arrived_s, first_token_s - first_planned_s, max(0.0, now_s - first_token_s)
-        )
-        metrics = self.metrics
-        metrics.queue_time.observe(timing.queue_s)
-        metrics.prefill_time.observe(timing.prefill_s)
-        metrics.decode_time.observe(timing.decode_s)
-        self._finished_lately.append(now_s)
-        code, text = seq.error or (None, "")
-        assert seq.finish is not None
-        return Finish(
-            seq.sequence_id,
-            seq.finish,
-            seq.num_prompt,
-            seq.num_generated,
-            seq.cached_tokens,
-            code,
-            text,
-            timing,
-            seq.preemptions,
-        )
-
-    def _count_finish(self, seq: Sequence) -> None:
-        assert seq.finish is not None
-        counts = self.metrics.finished_total
-        counts[seq.finish.value] = counts.get(seq.finish.value, 0) + 1
-
     def _beat(self, now_s: float) -> None:
         """Sent by this thread and no other: a loop that hangs falls silent."""
         self._next_beat_s = now_s + BEAT_INTERVAL_S
         if self.draining and now_s > self._drain_until_s:
             for seq in list(self.scheduler.sequences.values()):
                 self.scheduler.fail(seq, ErrorCode.SHUTTING_DOWN, "the worker's drain deadline has passed")
-                self._send_finish(seq)
+                self._reports.send_finish(seq)
         scheduler = self.scheduler
         self._outbox.broadcast(
             Beat(
@@ -421,7 +342,7 @@ class Engine:
                 self.draining,
                 self._gauges(),
                 self.metrics.export_histograms(),
-                self._drain_rate(now_s),
+                self._reports.drain_rate(now_s),
             )
         )
         if self._on_beat is not None:
@@ -436,16 +357,6 @@ class Engine:
             out["prefix_cache_queries_total"] = cache.num_query_tokens
             out["prefix_cache_hits_total"] = cache.num_hit_tokens
         return out
-
-    def _drain_rate(self, now_s: float) -> float:
-        """Sequences finished per second over the last five."""
-        lately = [at for at in self._finished_lately if at > now_s - 5.0]
-        self._finished_lately = lately
-        return len(lately) / 5.0
-
-    def _retry_after_s(self) -> float:
-        rate = self._drain_rate(self._clock())
-        return min(30.0, (len(self.scheduler.waiting) + 1) / rate) if rate else 1.0
 
     def _idle(self) -> None:
         """Nothing to run: sleep until a command or the next heartbeat."""
@@ -470,31 +381,5 @@ class Engine:
         for seq in list(self.scheduler.sequences.values()):
             seq.finish = FinishReason.ERROR
             seq.error = (ErrorCode.DEVICE_ERROR, f"the device failed: {type(error).__name__}")
-            self._send_finish(seq)
+            self._reports.send_finish(seq)
         self._outbox.broadcast(Fatal(self._epoch, ErrorCode.DEVICE_ERROR, f"{type(error).__name__}"))
-
-
-def _values(done: Committed, result: StepResult, mine: Iterable[int]) -> list[TokenValues]:
-    assert result.values is not None
-    out = []
-    for i in mine:
-        seq = done.rows[i]
-        if seq.is_spatial:
-            values = result.values[done.source[i]]
-            out.append(TokenValues(seq.sequence_id, done.indexes[i], list(values)))
-    return out
-
-
-def _logprobs(done: Committed, result: StepResult, mine: Iterable[int]) -> list[TokenLogprobs]:
-    assert result.logprobs is not None
-    out = []
-    for i in mine:
-        seq = done.rows[i]
-        num = seq.sampling.num_logprobs
-        if num < 0:
-            continue
-        source = done.source[i]
-        ids = pack_i32(result.top_ids[source][:num]) if result.top_ids and num else b""
-        top = result.top_logprobs[source][:num] if result.top_logprobs and num else []
-        out.append(TokenLogprobs(seq.sequence_id, done.indexes[i], result.logprobs[source], ids, top))
-    return out

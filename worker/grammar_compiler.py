@@ -25,10 +25,11 @@ from shared.errors import ErrorCode
 from shared.grammars import GrammarError
 from shared.protocol import Cancel, Grammar, Rejected, Submit
 from worker.automaton import TokenAutomaton, sequence_tables
-from worker.engine import Command, Outbox
+from worker.engine import Command
 from worker.grammar_llg import LlgConstraint, Vocabulary, compile_llg
 from worker.grammar_process import PREFIX, Answer, Setup, tables_of
 from worker.intake import CompiledSubmit
+from worker.reports import Outbox
 
 MAX_PENDING: Final = 256
 COMPILE_TIMEOUT_S: Final = 2.0

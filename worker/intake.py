@@ -12,7 +12,7 @@ from shared.errors import ErrorCode
 from shared.protocol import ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
 from worker.automaton import TokenAutomaton, spatial_tables
 from worker.grammar import Constraint
-from worker.scheduler import Refusal
+from worker.plan import Refusal
 from worker.sequence import IMAGE_TOKEN, Picture, Sequence
 
 MAX_STOP_IDS = 64

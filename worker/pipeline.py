@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
-from worker.scheduler import StepPlan
+from worker.plan import StepPlan
 
 
 class PipelineError(RuntimeError):

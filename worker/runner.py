@@ -19,9 +19,9 @@ from worker.automaton_slots import TableLimits
 from worker.device.base import Device
 from worker.features import FeatureCache
 from worker.models.contract import DecodeRows, KVCache, Model, PrefillSegment, ProgressReport, StepTokens
+from worker.plan import Chunk, StepPlan, StepResult
 from worker.rows import RowTables
 from worker.sampler import apply_mask, greedy, penalise, stochastic
-from worker.scheduler import Chunk, StepPlan, StepResult
 from worker.slot import OUTPUT_FIELDS, Slot
 from worker.staging import SlotShape, stage_chunks, stage_padding, stage_rows, used_words
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from worker.plan import StepPlan
 from worker.rng import uniform
-from worker.scheduler import StepPlan
 
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]

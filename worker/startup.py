@@ -24,11 +24,12 @@ from worker.device.huge_pages import use_huge_pages
 from worker.device.profiles import PROFILES
 from worker.device.sim import SimRunner, fake_card
 from worker.device.timeline import RealClock
-from worker.engine import Command, Engine, Outbox
+from worker.engine import Command, Engine
 from worker.models.contract import Model
 from worker.models.registry import load_model
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
+from worker.reports import Outbox
 from worker.runner import Runner, TorchRunner
 from worker.scheduler import Scheduler, SchedulerLimits
 from worker.sim_tokenizer import SIM_TOKENIZER, VOCAB_SIZE

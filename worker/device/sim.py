@@ -15,8 +15,8 @@ from shared.protocol import ImageSpec, ModelCard
 from worker.automaton import TokenAutomaton
 from worker.device.profiles import Profile
 from worker.device.timeline import Clock, SimEvent, SimStream, Timeline
+from worker.plan import StepPlan, StepResult
 from worker.runner import DeviceTimes
-from worker.scheduler import StepPlan, StepResult
 from worker.sequence import Sequence
 from worker.staging import I32, SlotShape, Views, stage_chunks, stage_rows, used_words
 

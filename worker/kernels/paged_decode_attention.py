@@ -20,7 +20,7 @@ MAX_SPLITS = 16
 PROGRAMS_PER_MULTIPROCESSOR = 4  # enough loads in flight to fill the memory system; to be measured
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tables_ptr", "lengths_ptr"])  # views into a packed buffer
 def _attend_split(
     query_ptr,
     keys_ptr,

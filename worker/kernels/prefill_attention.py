@@ -47,7 +47,9 @@ def make_segments(spans: Sequence[tuple[int, int, int, int]], tables: Sequence[T
     return Segments(packed, stacked, max(span[1] for span in spans))
 
 
-@triton.jit
+# Whether these happen to be multiples of 16 differs from step to step; a variant for each would be compiled while
+# requests wait.
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["spans_ptr", "tables_ptr"])
 def _attend_chunk(
     query_ptr,
     keys_ptr,

@@ -21,7 +21,7 @@ def _finite(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["write_index_ptr"])
 def _rotate_and_write(
     qkv_ptr,
     rotation_ptr,

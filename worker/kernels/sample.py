@@ -134,7 +134,10 @@ def _count_ties(
     return tl.sum(ties, 0)
 
 
-@triton.jit
+_SETTINGS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_SETTINGS)  # views into a packed buffer, wherever they fall
 def _sample_row(
     logits_ptr,
     words_ptr,

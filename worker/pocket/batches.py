@@ -334,7 +334,9 @@ class Feed:
                 return arrays
             except queue.Empty:
                 if not self._process.is_alive():
-                    raise RuntimeError(f"the drawing process ended with code {self._process.exitcode}") from None
+                    raise RuntimeError(
+                        f"the drawing process ended with code {self._process.exitcode}"
+                    ) from None
 
     def close(self) -> None:
         """Stop the drawing process."""

@@ -63,6 +63,8 @@ class FakeServer:
         if fault == "busy":
             error = {"error": {"message": "full", "type": "rate_limit", "param": None, "code": "queue_full"}}
             return web.json_response(error, status=429, headers={"Retry-After": "1"})
+        if fault == "stray":
+            request.transport.write(b"0\r\n\r\n")  # what a body ended twice leaves for the next answer
         if fault == "plain500":
             return web.Response(status=500, text="boom")
         limit = body["settings"]["max_tokens"] if surface == "query" else body["max_completion_tokens"]

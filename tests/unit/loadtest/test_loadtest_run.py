@@ -98,6 +98,7 @@ async def test_closed_loop_holds_its_number_in_flight() -> None:
         ("sse", "truncate", "truncated"),
         ("sse", "garbage", "bad_event"),
         ("sse", "reset", "disconnected"),
+        ("sse", "stray", "bad_response"),
     ],
 )
 async def test_faults_are_counted_by_code_and_the_rest_go_on(transport: str, fault: str, code: str) -> None:
