@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,24 +18,32 @@ FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 @app.command()
 def serve(
     model: Annotated[
-        str, typer.Option(help="'pocket' (embedded), 'sim', or a checkpoint folder.")
-    ] = "pocket",
+        str | None, typer.Option(help="'pocket' (embedded), 'sim', or a checkpoint folder.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP and WebSocket port; 0 picks a free one.")] = 8080,
     grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 picks a free one, -1 is off.")] = 8081,
-    device: Annotated[str, typer.Option(help="auto, cuda, cpu or sim.")] = "auto",
-    depth: Annotated[int, typer.Option(help="Steps in flight; 1 is blocking mode.")] = 2,
-    max_rows: Annotated[int, typer.Option(help="Sequences decoded together.")] = 32,
+    device: Annotated[str | None, typer.Option(help="auto, cuda, cpu or sim.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Steps in flight; 1 is blocking mode.")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Sequences decoded together.")] = None,
+    beat_timeout: Annotated[
+        float, typer.Option(help="Seconds without decode progress after which the worker is replaced.")
+    ] = 3.0,
 ) -> None:
-    """Serve on this machine: one gateway and one supervised worker. Everything else is set by environment."""
+    """Serve on this machine: one gateway and one supervised worker.
+
+    Everything else is set by DEGAS_WORKER_… and DEGAS_GATEWAY_… variables (docs/operating.md lists them).
+    """
     from degas import supervisor
     from degas.options import ServeOptions
 
+    given = {"model": model, "device": device, "depth": depth, "max_rows": max_rows}
     options = ServeOptions(
         host=host,
         port=port,
         grpc_port=None if grpc_port < 0 else grpc_port,
-        worker_settings={"model": model, "device": device, "depth": str(depth), "max_rows": str(max_rows)},
+        worker_settings={name: str(value) for name, value in given.items() if value is not None},
+        beat_timeout_s=beat_timeout,
     )
     raise typer.Exit(supervisor.serve(options))
 
@@ -66,13 +73,12 @@ def doctor() -> None:
     raise typer.Exit(examine())
 
 
-@app.command()
-def keys(folder: Annotated[Path, typer.Argument(help="Where to put them.")]) -> None:
-    """Make CURVE key pairs for a worker and its gateways, unless they exist."""
-    from degas.keys import make_keys
+@app.command(context_settings=FORWARDED)
+def keys(context: typer.Context) -> None:
+    """Make CURVE key pairs for a worker and its gateways (`degas keys FOLDER [--apart]`), unless they exist."""
+    from degas.keys import main as keys_main
 
-    for path in make_keys(folder):
-        typer.echo(str(path))
+    raise typer.Exit(keys_main(list(context.args)))
 
 
 def main() -> None:

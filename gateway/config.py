@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 ENV_PREFIX = "DEGAS_GATEWAY_"
 
@@ -51,7 +51,9 @@ class GatewayConfig(BaseSettings):
     retry_wait_s: float = Field(30.0, ge=0, description="how long unstarted requests wait for a new worker")
 
     # who may call
-    api_keys: tuple[SecretStr, ...] = Field((), description="none: anybody who can reach the port")
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="none: anybody who can reach the port"
+    )
     public: ListOfText = Field(
         (), description="routes open without a key where keys are set: page, readiness, metrics"
     )
@@ -165,6 +167,8 @@ def load(overrides: Mapping[str, Any] | None = None) -> GatewayConfig:
             raise ConfigError(f"{name} is not a setting of the gateway{hint}")
     try:
         return GatewayConfig(**dict(overrides or {}))
+    except SettingsError as error:
+        raise ConfigError(str(error)) from None
     except ValidationError as error:
         lines = []
         for item in error.errors(include_input=False, include_url=False, include_context=False):

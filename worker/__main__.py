@@ -8,6 +8,7 @@ decode   builds the model and runs the engine; the only thread that touches torc
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -134,6 +135,8 @@ def serve(config: WorkerConfig) -> int:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    # The supervisor asks for this before it kills a worker that hangs: where did every thread stand?
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     decode.start()
     while decode.is_alive():
         decode.join(0.2)

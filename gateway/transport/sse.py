@@ -50,6 +50,8 @@ class EventWriter:
 
     def write(self, events: bytes) -> None:
         """Send one or more whole events. Never waits, never raises."""
+        if not events:
+            return  # an empty chunk would end the body, and what follows would spoil the connection's next answer
         if self._writer is None:
             self._held.append(events)
             self.wake()
