@@ -98,6 +98,13 @@ class TorchRunner:
         )
         self.features = FeatureCache(model, feature_bytes)
         self._suppress = torch.tensor(model.card.suppress_ids, dtype=torch.int64, device=device.torch_device)
+        self._fused_sample: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._allowed: Tensor | None = None
+        if device.torch_device.type == "cuda":
+            from worker.kernels.sample import allowed_words, sample  # triton is imported only where a GPU is
+
+            self._fused_sample = sample
+            self._allowed = allowed_words(model.card.suppress_ids, model.card.vocab_size, device.torch_device)
         self._last_sampled = device.compute.record()
         self._previous_end = {slot.number: self._last_sampled for slot in self.slots}
         self.buckets = bucket_sizes(max_rows) if device.captures else []
@@ -108,6 +115,7 @@ class TorchRunner:
         """Capture every decode graph of every slot; returns how many. A no-op where nothing is captured."""
         if not self.device.captures:
             return 0
+        self.device.synchronize()  # weights and memory were queued on another stream than the captures use
         count = 0
         total = len(self.slots) * len(self.buckets) * len(MODES)
         max_tokens = self.slots[0].shape.max_pages * self.page_tokens
@@ -388,23 +396,18 @@ class TorchRunner:
         logits = pick(slot.logits)
         rows = pick(slot.fields["sample_rows"]).long()
         raw = logits
-        best = logits.max(dim=-1)
-        bad = ~torch.isfinite(best.values)
         if adjusted:
             logits = self._adjust(slot, logits, rows, pick)
-        if len(self._suppress):
-            logits = logits.index_fill(1, self._suppress, -torch.inf)
         tables = self.rows.automata if automata else None
         if tables is not None:
             logits = tables.mask(logits, rows)
-        if words is not None:
-            logits = apply_mask(logits, words)
-        if random:
-            ids = stochastic(
-                logits, *(pick(slot.fields[n]) for n in ("temperature", "top_k", "top_p", "min_p", "uniform"))
-            )
+        draw = [pick(slot.fields[name]) for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
+        if self._fused_sample is not None:
+            ids, bad = self._fused_sample(logits, *draw, words=words, allowed=self._allowed)
+            if logits is not raw:
+                bad = ~torch.isfinite(raw.max(dim=-1).values)
         else:
-            ids = best.indices if logits is raw else greedy(logits)
+            ids, bad = self._plain_sample(raw, logits, words, draw if random else None)
         self.rows.last_ids.index_copy_(0, rows, ids)
         if tables is not None:
             tables.advance(rows, ids)
@@ -424,6 +427,20 @@ class TorchRunner:
             self._logprobs(slot, raw, ids, out, index, num, num_top)
         if index is not None:
             slot.outputs[index] = out
+
+    def _plain_sample(
+        self, raw: Tensor, logits: Tensor, words: Tensor | None, draw: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """(ids, bad) with torch's own operations; `draw` None: every row is greedy."""
+        best = raw.max(dim=-1)
+        bad = ~torch.isfinite(best.values)
+        if len(self._suppress):
+            logits = logits.index_fill(1, self._suppress, -torch.inf)
+        if words is not None:
+            logits = apply_mask(logits, words)
+        if draw is not None:
+            return stochastic(logits, *draw), bad
+        return (best.indices if logits is raw else greedy(logits)), bad
 
     def _adjust(self, slot: Slot, logits: Tensor, rows: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
         tables, fields = self.rows, slot.fields

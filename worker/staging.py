@@ -134,6 +134,8 @@ def _stage_sampling(views: Views, plan: StepPlan, num: int) -> None:
             uniform(s.seed, index) if s.temperature > 0 else 0.5
             for s, index in zip(settings, plan.sample_indexes, strict=True)
         ]
+    else:
+        floats["temperature"][:num] = 0.0  # a captured graph reads it whether or not a row draws
     if plan.any_adjusted:
         floats["presence"][:num] = [s.presence_penalty for s in settings]
         floats["frequency"][:num] = [s.frequency_penalty for s in settings]

@@ -13,17 +13,18 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
+@pytest.mark.timeout(300)
+def test_every_kernel_compiles_for_hopper() -> None:
     """In a process of its own: this one has told Triton to interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
         [sys.executable, "-m", "tests.unit.kernels.compile_all"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == 18

@@ -48,6 +48,7 @@ def test_a_nan_stays_in_its_row() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # exp(60) is inf, and 1 / inf the right 0
 @pytest.mark.parametrize(("rows", "dim"), [(1, 8), (3, 1500)])
 def test_activations(rows: int, dim: int, dtype: torch.dtype) -> None:
     x = (torch.randn(rows, 2 * dim) * 4).to(dtype)

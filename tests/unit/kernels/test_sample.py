@@ -43,9 +43,10 @@ def mixed_settings(rows: int) -> dict[str, Tensor]:
     return made
 
 
-@pytest.mark.parametrize("vocab", [1, 33, 1000, 4200])
-@pytest.mark.parametrize("spread", [0.5, 4.0])
-@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize(
+    ("vocab", "spread", "coarse"),
+    [(1, 1.0, False), (33, 0.5, True), (1000, 4.0, False), (1000, 0.5, True), (4200, 4.0, True)],
+)
 def test_equals_the_sorting_sampler(vocab: int, spread: float, coarse: bool) -> None:
     logits = torch.randn(10, vocab) * spread
     if coarse:  # as a bf16 product leaves them: many ties
@@ -65,8 +66,8 @@ def test_equals_the_sorting_sampler(vocab: int, spread: float, coarse: bool) -> 
 )
 def test_ties_go_by_id_and_shares_are_exact(given: dict[str, float]) -> None:
     """Uniforms on an even grid: every id is drawn as often as its probability says, within one row."""
-    logits = torch.tensor([2.0, 1.0, 2.0, 0.0, 1.0, 1.0, -1.0, 2.0]).repeat(60, 1)
-    made = settings(60, **given)
+    logits = torch.tensor([2.0, 1.0, 2.0, 0.0, 1.0, 1.0, -1.0, 2.0]).repeat(20, 1)
+    made = settings(20, **given)
     ids, _ = sample(logits, **made)
     expected = stochastic(
         logits, made["temperature"], made["top_k"], made["top_p"], made["min_p"], made["uniforms"]
