@@ -22,6 +22,12 @@ ROPE_THETA = 10000.0
 MASKED = -1e30
 
 
+DESCRIPTION = (
+    "A vision-language model of four million parameters, trained on drawings of coloured shapes. It knows circles, "
+    "squares, triangles, stars, diamonds and crosses in eight colours; it is not for photographs."
+)
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """Sizes of the language model; defaults are Moondream 2's."""
@@ -106,6 +112,7 @@ class NetworkConfig:
             "architectures": ["HfMoondream"],
             "model_type": "moondream1",
             "torch_dtype": torch_dtype,
+            "degas": {"model_id": "pocket", "description": DESCRIPTION},
             "config": {**inner, "tokenizer": dict(self.tokenizer)},
         }
 
