@@ -22,6 +22,11 @@ def sim_stack() -> Iterator[Stack]:
         yield running
 
 
+def fresh_connections() -> aiohttp.ClientSession:
+    """A client that keeps no connection: the gateway closes one whose stream failed, perhaps as it is used again."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
+
+
 def body(max_tokens: int) -> dict[str, object]:
     return {
         "model": "sim",
@@ -40,7 +45,7 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, ob
 
 
 async def test_killed_worker_gives_every_client_one_terminal_error_and_comes_back(sim_stack: Stack) -> None:
-    async with aiohttp.ClientSession() as session:
+    async with fresh_connections() as session:
 
         async def client() -> tuple[float, list[dict[str, object]]]:
             async with session.post(f"{sim_stack.url}/v1/completions", json=body(3000)) as response:
@@ -69,7 +74,7 @@ async def test_killed_worker_gives_every_client_one_terminal_error_and_comes_bac
 
 async def test_stopped_worker_is_seen_by_its_progress(sim_stack: Stack) -> None:
     assert sim_stack.worker is not None
-    async with aiohttp.ClientSession() as session:
+    async with fresh_connections() as session:
         async with session.post(f"{sim_stack.url}/v1/completions", json=body(3000)) as response:
             await response.content.readline()
             sim_stack.worker.send_signal(signal.SIGSTOP)
@@ -87,7 +92,7 @@ async def test_client_that_leaves_frees_its_row_and_pages(sim_stack: Stack) -> N
     probe = sim_stack.probe()
     try:
         before = await asyncio.to_thread(probe.beat)
-        async with aiohttp.ClientSession() as session:
+        async with fresh_connections() as session:
             for _ in range(3):
                 response = await session.post(f"{sim_stack.url}/v1/completions", json=body(3000))
                 await response.content.readline()
@@ -108,7 +113,7 @@ async def test_dead_gateways_sequences_are_cancelled_and_others_go_on(sim_stack:
     probe = sim_stack.probe()
     try:
         await asyncio.to_thread(other.wait_ready)
-        async with aiohttp.ClientSession() as session:
+        async with fresh_connections() as session:
             doomed = await session.post(f"{other.url}/v1/completions", json=body(3900))
             await doomed.content.readline()
             async with session.post(f"{sim_stack.url}/v1/completions", json=body(3900)) as response:
