@@ -27,8 +27,8 @@ from worker.engine import Command, Engine
 from worker.models.registry import load_model
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
-from worker.runner import TorchRunner
 from worker.scheduler import Scheduler, SchedulerLimits
+from worker.torch_runner import TorchRunner
 
 GATEWAY, EPOCH = b"bench", 1
 

@@ -32,8 +32,9 @@ from worker.device.cuda import CudaDevice
 from worker.engine import Command, Engine
 from worker.pages import PagePool
 from worker.plan import StepPlan, StepResult
-from worker.runner import DeviceTimes, TorchRunner
+from worker.runner import DeviceTimes
 from worker.scheduler import Scheduler, SchedulerLimits
+from worker.torch_runner import TorchRunner
 
 GATEWAY, EPOCH, PAGE_TOKENS = b"bench", 1, 16
 PREFILL_TOKENS = 4096

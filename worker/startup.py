@@ -30,9 +30,10 @@ from worker.models.registry import load_model
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
 from worker.reports import Outbox
-from worker.runner import Runner, TorchRunner
+from worker.runner import Runner
 from worker.scheduler import Scheduler, SchedulerLimits
 from worker.sim_tokenizer import SIM_TOKENIZER, VOCAB_SIZE
+from worker.torch_runner import TorchRunner
 
 log = structlog.get_logger()
 

@@ -28,8 +28,8 @@ from worker.models.dense import Dense
 from worker.models.moondream import Moondream
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
-from worker.runner import TorchRunner
 from worker.scheduler import Scheduler, SchedulerLimits
+from worker.torch_runner import TorchRunner
 
 GATEWAY, EPOCH, PAGE_TOKENS, MAX_ROWS = b"test", 1, 16, 8
 

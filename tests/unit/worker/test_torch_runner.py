@@ -24,8 +24,8 @@ from worker.models.contract import Model
 from worker.models.registry import load_model
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
-from worker.runner import TorchRunner
 from worker.scheduler import Scheduler, SchedulerLimits
+from worker.torch_runner import TorchRunner
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden_moondream"
 
