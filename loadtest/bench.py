@@ -26,6 +26,10 @@ def loop(
     picture: Annotated[
         Path | None, typer.Option(help="Draw both timelines of the last batch size as SVG.")
     ] = None,
+    structured: Annotated[
+        str,
+        typer.Option(help="Instead: throughput with these per cent of requests constrained (0,20,80,100)."),
+    ] = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Blocking against pipelined decoding: step time, host time, bubble and gain, beside the published rows."""
@@ -35,6 +39,11 @@ def loop(
 
     if device != "sim":
         raise typer.BadParameter("only the simulated device has fixed step times", param_hint="--device")
+    if structured:
+        _structured(
+            structured, profile, max(int(number) for number in rows.split(",")), seconds, as_json=as_json
+        )
+        return
     measured = [measure_row(int(number), profile, seconds) for number in rows.split(",")]
     done = [row for row, _ in measured]
     if picture is not None:
@@ -153,20 +162,24 @@ def decode(
 
 
 @app.command()
-def structured(
-    shares: Annotated[
-        str, typer.Option(help="Per cent of requests constrained, comma separated; 0 first.")
-    ] = "0,20,80,100",
-    profile: Annotated[str, typer.Option(help="Whose step times.")] = "b200",
-    rows: Annotated[int, typer.Option(help="Clients, and rows.")] = 32,
-    seconds: Annotated[float, typer.Option(help="Measured time of each run.")] = 4.0,
-    rounds: Annotated[int, typer.Option(help="Turns each share gets.")] = 3,
+def pocket(
+    scenes: Annotated[int, typer.Option(help="Held-out scenes; about 13 questions each.")] = 300,
+    seed: Annotated[int | None, typer.Option(help="Another unseen seed.")] = None,
+    small: Annotated[bool, typer.Option(help="Also small things, with many crops and with one.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Throughput as the share of constrained requests grows, with automata on the device and masks by the host."""
+    """Accuracy of the embedded model on scenes it has never seen, through a real gateway and worker."""
+    from loadtest.pocket_bench import measure_accuracy
+
+    result = measure_accuracy(scenes, seed, small=small)
+    print(json.dumps(result) if as_json else json.dumps(result, indent=1))
+
+
+def _structured(shares: str, profile: str, rows: int, seconds: float, *, as_json: bool) -> None:
+    """Throughput as the share of constrained requests grows: automata on the device, and masks by the host."""
     from loadtest.structured import measure
 
-    done = measure([int(share) for share in shares.split(",")], profile, rows, seconds, rounds)
+    done = measure([int(share) for share in shares.split(",")], profile, rows, seconds, rounds=2)
     if as_json:
         print(json.dumps([share.to_json() for share in done]))
         return
@@ -182,17 +195,3 @@ def structured(
             f"{share.zombie_pct:.1f}%",
         )
     Console().print(table)
-
-
-@app.command()
-def pocket(
-    scenes: Annotated[int, typer.Option(help="Held-out scenes; about 13 questions each.")] = 300,
-    seed: Annotated[int | None, typer.Option(help="Another unseen seed.")] = None,
-    small: Annotated[bool, typer.Option(help="Also small things, with many crops and with one.")] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """Accuracy of the embedded model on scenes it has never seen, through a real gateway and worker."""
-    from loadtest.pocket_bench import measure_accuracy
-
-    result = measure_accuracy(scenes, seed, small=small)
-    print(json.dumps(result) if as_json else json.dumps(result, indent=1))

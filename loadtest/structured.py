@@ -1,4 +1,4 @@
-"""Owns `degas bench structured`: what constrained output costs a mixed batch. Runs in the main thread.
+"""Owns `degas bench loop --structured`: what constrained output costs a mixed batch. Runs in the main thread.
 
 Clients follow one request with the next, a share of them asking for text that matches a regular expression. A
 simulated GPU in real time, a real gateway, real streams; throughput at each share is compared with none.
