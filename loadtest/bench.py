@@ -20,7 +20,9 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a 
 @app.command()
 def loop(
     device: Annotated[str, typer.Option(help="Only 'sim' for now: steps held for a GPU's time.")] = "sim",
-    profile: Annotated[str, typer.Option(help="Whose step times: rtx3090, a100, h100, h200, b200, small.")] = "b200",
+    profile: Annotated[
+        str, typer.Option(help="Whose step times: rtx3090, a100, h100, h200, b200, small.")
+    ] = "b200",
     rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
     seconds: Annotated[float, typer.Option(help="Measured time of each run.")] = 4.0,
     picture: Annotated[
