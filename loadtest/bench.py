@@ -66,7 +66,7 @@ def loop(
         "bubble",
         "busy",
         "gain",
-        "tokens/s",
+        "events/s",
     ):
         table.add_column(name, justify="right")
     table.add_column("published (pipelined / blocking / gain)", justify="right", style="dim")

@@ -15,6 +15,8 @@ from loadtest.processes import WorkerProbe, serving
 from loadtest.timeline import Recording
 from shared.protocol import Beat
 
+STREAM_TOKENS = 12_000  # six seconds of the quickest profile: no stream ends while it is measured
+
 
 @dataclass(frozen=True)
 class LoopRow:
@@ -75,7 +77,7 @@ def measure_row(rows: int, profile: str, seconds: float) -> tuple[LoopRow, list[
 
 def _measure(rows: int, profile: str, depth: int, seconds: float) -> Window:
     flags = ["--device", "sim", "--sim-profile", profile, "--depth", str(depth), "--max-rows", str(rows)]
-    flags += ["--num-pages", str(rows * 260 + 1), "--mixed-tokens", str(rows + 512)]
+    flags += ["--num-pages", str(rows * 800 + 1), "--mixed-tokens", str(rows + 512)]
     with serving(flags) as (url, probe):
         return asyncio.run(_stream_and_watch(url, probe, rows, seconds))
 
@@ -120,7 +122,7 @@ async def read_stream(url: str, counts: list[int], index: int) -> None:
     """One SSE client that only counts its events: the measuring must not cost what it measures."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-    post_completion(writer, f"stream {index}", max_tokens=3900)
+    post_completion(writer, f"stream {index}", max_tokens=STREAM_TOKENS)
     try:
         while data := await reader.read(65536):
             counts[index] += data.count(b"data: {")

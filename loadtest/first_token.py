@@ -67,7 +67,7 @@ def _round(profile: str, rows: int, probes: int, flags: list[str], *, seed: int)
         "--max-rows",
         str(rows + 8),
         "--num-pages",
-        str(rows * 260),
+        str(rows * 800),
     ]
     with ExitStack() as stack:
         url, probe = stack.enter_context(serving([*sim, *flags]))

@@ -94,7 +94,7 @@ def build_worker(
     runner: Runner
     if config.device == "sim" or config.model == "sim":
         card, payloads, num_pages = (
-            fake_card(vocab_size=VOCAB_SIZE),
+            fake_card(vocab_size=VOCAB_SIZE, context_tokens=16384),
             [SIM_TOKENIZER, b""],
             config.num_pages or 4096,
         )
