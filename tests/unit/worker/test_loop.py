@@ -187,3 +187,14 @@ def test_late_launch_takes_in_what_arrives_during_a_step() -> None:
         times[depth, late] = total / 10
     assert times[2, True] < times[2, False]
     assert times[2, True] < times[1, False] * 1.15
+
+
+def test_preempted_boxes_resume_with_the_values_of_their_coordinates() -> None:
+    sim = Simulation(depth=2, num_pages=12, page_tokens=2, max_rows=4, prefix_cache=False)
+    streams = [sim.submit([20, 40 + i, 60 - i], 15, task="detect", max_objects=5) for i in range(8)]
+    sim.run()
+    sim.check_at_rest()
+    assert sim.scheduler.num_preemptions > 0
+    assert any(len(stream.tokens) > 6 for stream in streams)
+    for stream in streams:
+        check_stream(stream)
