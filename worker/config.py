@@ -48,7 +48,6 @@ class WorkerConfig(BaseSettings):
     log_json: bool | None = None
     beat_fd: int = Field(-1, description="file descriptor the supervisor reads progress from")
     report_startup: bool = Field(False, description="print DEGAS-PHASE, DEGAS-PROGRESS and DEGAS-READY lines")
-    crash_token: int = Field(-1, description="fault tests: a prompt with this id kills the process")
 
     @model_validator(mode="after")
     def _check_budgets(self) -> WorkerConfig:

@@ -238,7 +238,7 @@ class Engine:
         done = self.scheduler.commit(step.plan, result, now_s)
         self._reports.send_step(step.plan, done, result)
         if self._trace is not None:
-            self._record_commit(step, before_s, now_s, times)
+            self._record_commit(*self._trace, step, before_s, now_s, times)
         metrics = self.metrics
         metrics.steps_total += 1
         metrics.step_rows_total += len(step.plan.samples)
@@ -253,8 +253,15 @@ class Engine:
             metrics.bubble_seconds_total += times.idle_s
             metrics.step_bubble.observe(times.idle_s)
 
-    def _record_commit(self, step: InFlight, before_s: float, read_s: float, times: DeviceTimes) -> None:
-        gateway, trace = self._trace or (b"", TraceRecorder(0))
+    def _record_commit(
+        self,
+        gateway: bytes,
+        trace: TraceRecorder,
+        step: InFlight,
+        before_s: float,
+        read_s: float,
+        times: DeviceTimes,
+    ) -> None:
         trace.span(HOST, "wait", before_s, read_s)
         trace.span(HOST, f"commit {step.plan.step}", read_s, self._clock())
         if trace.on_commit(step, busy_s=times.busy_s, idle_s=times.idle_s, read_s=read_s):

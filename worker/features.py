@@ -22,8 +22,6 @@ class FeatureCache:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._features: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
-        self.num_encoded = 0
-        self.num_hits = 0
 
     def get(self, wanted: Iterable[tuple[str, Picture]]) -> dict[tuple[str, bytes], Tensor]:
         """Features (num_image_tokens, D) for each (tenant, picture), all misses encoded in one batch."""
@@ -37,14 +35,12 @@ class FeatureCache:
             else:
                 self._features.move_to_end(key)
                 found[key] = features
-                self.num_hits += 1
         if missing:
             crops = [self._upload(picture) for picture in missing.values()]
             for key, features in zip(missing, self._model.encode_images(crops), strict=True):
                 found[key] = features
                 self._features[key] = features
                 self._num_bytes += features.nbytes
-            self.num_encoded += len(missing)
             while self._num_bytes > self._max_bytes and len(self._features) > 1:
                 _, old = self._features.popitem(last=False)
                 self._num_bytes -= old.nbytes

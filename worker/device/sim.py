@@ -134,7 +134,7 @@ class SimRunner:
         self.memory: U64 = np.zeros(num_pages * page_tokens, np.uint64)
         self.last_ids = np.zeros(max_rows + 1, np.int64)
         self.last_values = np.zeros((max_rows + 1, 2))
-        self.nan_at: dict[int, tuple[int, int]] = {}  # row → (prompt length, generated index)
+        self.nan_at: dict[int, int] = {}  # row → tokens it still samples before its NaN
         self.automata: dict[int, TokenAutomaton | None] = {}  # by row: the device's own state
         self._jitter = jitter
         self._num_steps = 0
@@ -229,7 +229,7 @@ class SimRunner:
         spans: list[tuple[int, int, bool]],
         known: dict[tuple[int, int], int],
     ) -> None:
-        ints, page_tokens = slot.device.ints, self.shape.page_tokens
+        ints = slot.device.ints
         for i in range(num_rows):
             row, position = int(ints["rows"][i]), int(ints["positions"][i])
             token_id = int(self.last_ids[row])
@@ -249,7 +249,6 @@ class SimRunner:
             if is_last:
                 slot.states[sample] = self._state(slot.device.chunk_tables[i], start + num, int(ids[at - 1]))
                 sample += 1
-        assert page_tokens == self.shape.page_tokens
 
     def _state(self, table: I32, length: int, token_id: int) -> int:
         if not self.exact:
@@ -284,8 +283,8 @@ class SimRunner:
         left = self.nan_at.get(row)
         if left is None:
             return False
-        self.nan_at[row] = (left[0], left[1] - 1)
-        return left[1] == 0
+        self.nan_at[row] = left - 1
+        return left == 0
 
 
 def _automaton(seq: Sequence) -> TokenAutomaton | None:
@@ -300,11 +299,11 @@ def _ids_of(words: I32) -> list[int]:
     return bits
 
 
-def _nan_index(seq: Sequence) -> tuple[int, int] | None:
+def _nan_index(seq: Sequence) -> int | None:
     prompt = seq.tokens[: seq.num_prompt]
     if NAN_TOKEN not in prompt[:-1]:
         return None
-    return seq.num_prompt, prompt[prompt.index(NAN_TOKEN) + 1] - seq.num_generated
+    return prompt[prompt.index(NAN_TOKEN) + 1] - seq.num_generated
 
 
 def _known_marks(plan: StepPlan) -> dict[tuple[int, int], int]:

@@ -11,7 +11,7 @@ from shared.errors import ErrorCode
 from worker.config import WorkerConfig
 
 DOC = (Path(__file__).parents[3] / "docs" / "operating.md").read_text()
-NOT_FOR_PEOPLE = {"beat_fd", "report_startup", "crash_token"}
+NOT_FOR_PEOPLE = {"beat_fd", "report_startup"}
 
 
 @pytest.mark.parametrize("config", [GatewayConfig, WorkerConfig])
