@@ -41,6 +41,12 @@ _DECAY_SHARE = 0.35
 _EXACT_GELU_SHARE = 0.8  # of the steps take the quicker form; the last ones the released model's
 
 
+def load_weights(path: Path, trainee: Trainee) -> None:
+    """Set the network from shipped weights; the auxiliary heads, which are not shipped, stay as they are."""
+    named = {name.removeprefix("model."): held for name, held in load_file(path).items()}
+    trainee.network.load_state_dict({name: held.float() for name, held in named.items()})
+
+
 def schedule(progress: float, step: int, peak: float, encoder_share: float) -> tuple[float, Weights]:
     """Learning rate and loss weights at a share of the run."""
     warm = min(1.0, (step + 1) / _WARMUP_STEPS)
@@ -121,13 +127,21 @@ def run(
     quiet: bool = False,
     log_every: int = 25,
     stop_after: int | None = None,
+    start: Path | None = None,
 ) -> list[dict[str, float]]:
-    """Train until `steps` and return what was logged; `minutes` or `stop_after` steps interrupt it, to be resumed."""
+    """Train until `steps` and return what was logged; `minutes` or `stop_after` steps interrupt it, to be resumed.
+
+    With `start`, a model.safetensors, the run is the second half of a longer one: no encoder phase, and the
+    schedule from its middle on. Give it a seed of its own, or it sees the first run's pictures again.
+    """
     torch.set_num_threads(1)
+    encoder_share = 0.0 if start else encoder_share
     plan = plan or BatchPlan(seed, encoder_batches=round(encoder_share * steps))
     config_path, tokenizer_path = prepare(folder, config, seed)
     trainee = Trainee(config)
     initialise(trainee, seed)
+    if start is not None:
+        load_weights(start, trainee)
     trainee.to(device, torch.bfloat16)
     optimizer = Optimizer(trainee)
     progress = load_checkpoint(folder, optimizer) or {"step": 0, "elapsed_s": 0.0}
@@ -161,8 +175,9 @@ def run(
             while step < last and (minutes is None or time.monotonic() - started < minutes * 60):
                 waiting = feed.num_ready == 0
                 batch = {name: torch.from_numpy(held.copy()).to(device) for name, held in feed.take().items()}
-                rate, weights = schedule(step / steps, step, peak, encoder_share)
-                Mlp.approximate = "none" if step < _EXACT_GELU_SHARE * steps else "tanh"
+                done = step / steps if start is None else 0.5 + 0.5 * step / steps
+                rate, weights = schedule(done, step, peak, encoder_share)
+                Mlp.approximate = "none" if done < _EXACT_GELU_SHARE else "tanh"
                 noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
                 loss, figures = compute_losses(trainee.network, trainee.heads, batch, weights, noise)
                 loss.backward()
@@ -197,9 +212,10 @@ def main(
     out: Annotated[Path, typer.Option(help="where the finished weights go")] = WEIGHTS_FOLDER,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     peak: Annotated[float, typer.Option(help="highest learning rate")] = 3e-3,
+    start: Annotated[Path | None, typer.Option(help="go on from these weights (model.safetensors)")] = None,
 ) -> None:
-    """Train pocket from nothing, or go on where a run stopped."""
-    run(folder, out, steps, seed, minutes, peak, device)
+    """Train pocket from nothing, or go on where a run stopped, or from finished weights."""
+    run(folder, out, steps, seed, minutes, peak, device, start=start)
 
 
 if __name__ == "__main__":
