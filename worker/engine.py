@@ -30,15 +30,16 @@ from shared.protocol import (
     TraceChunk,
 )
 from worker.grammar import Constraint
-from worker.grammar_llg import MaskFiller
 from worker.intake import CompiledSubmit, build_sequence
 from worker.launch_timer import LaunchTimer
+from worker.mask_filler import MaskFiller, MaskReady
 from worker.metrics import WorkerMetrics
 from worker.pipeline import InFlight, Pipeline
 from worker.plan import Refusal, StepPlan
 from worker.reports import Outbox, Reports
 from worker.runner import DeviceTimes, Runner
 from worker.scheduler import Scheduler
+from worker.sequence import Sequence
 from worker.trace import HOST, TraceRecorder
 
 log = structlog.get_logger()
@@ -47,8 +48,8 @@ BEAT_INTERVAL_S = 0.5
 MAX_TRACE_STEPS = 2000
 MIN_WAIT_S = 20e-6  # a commit that took less found its outputs there: it did not wait for the device
 
-Command = tuple[bytes, FromGateway | CompiledSubmit | None, list[bytes]]
-"""(gateway, message, payload frames) from the I/O or compiler thread. None: the gateway's lease ran out."""
+Command = tuple[bytes, FromGateway | CompiledSubmit | MaskReady | None, list[bytes]]
+"""(gateway, message, payload frames) from the I/O, compiler or mask threads. None: the gateway's lease ran out."""
 
 
 class Engine:
@@ -68,6 +69,7 @@ class Engine:
         on_beat: Callable[[int], None] | None = None,
         late_launch: bool = True,
         wait_for_command: Callable[[float], Command | None] | None = None,
+        masks: MaskFiller | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -86,7 +88,7 @@ class Engine:
         self._started_s = self._next_beat_s = clock()
         self._trace: tuple[bytes, TraceRecorder] | None = None
         self._timer = LaunchTimer() if late_launch else None
-        self._masks = MaskFiller()
+        self._masks = masks or MaskFiller(lambda ready: inbox.put((ready.seq.gateway, ready, [])))
         self._wait_for_command = wait_for_command or self._wait_on_inbox
         self._drain_until_s = 0.0
         self._waited_s = 0.0
@@ -105,6 +107,8 @@ class Engine:
         except Exception as error:
             self._fail_everything(error)
             raise
+        finally:
+            self._masks.close()
 
     def tick(self) -> bool:
         """One round; returns whether anything was launched or committed."""
@@ -199,30 +203,41 @@ class Engine:
     def _sample_deferred(self, step: InFlight) -> None:
         """The forward of `step` is running: commit what its constrained rows' grammars still wait for, then
         build their masks and sample them."""
-        if self.pipeline.oldest is not step:
-            self._count_sync("mask")
-        while (oldest := self.pipeline.oldest) is not step:
-            assert oldest is not None
-            self._commit(oldest)
+        plan = step.plan
+        # A mask built ahead (worker.mask_filler) waits for nothing.
+        if any(plan.samples[i].ready_mask is None for i in plan.deferred):
+            if self.pipeline.oldest is not step:
+                self._count_sync("mask")
+            while (oldest := self.pipeline.oldest) is not step:
+                assert oldest is not None
+                self._commit(oldest)
         started_s = self._clock()
         masks = self.runner.mask_rows(step.slot)
-        rows: list[int] = []
-        constraints: list[Constraint] = []
-        for i in step.plan.deferred:
-            seq = step.plan.samples[i]
+        rows: list[tuple[int, Sequence]] = []
+        for i in plan.deferred:
+            seq = plan.samples[i]
             if seq.finish is not None or seq.constraint is None:
                 masks[i] = -1  # a zombie: whatever it samples is skipped
             else:
-                rows.append(i)
-                constraints.append(seq.constraint)
-        for i, text in self._masks.fill_masks(masks, rows, constraints):
+                rows.append((i, seq))
+        for i, text in self._masks.fill(masks, rows):
             masks[i] = -1  # from here on a zombie
-            self.scheduler.fail(
-                step.plan.samples[i], ErrorCode.INVALID_GRAMMAR, f"the grammar failed: {text}"
-            )
-            self._reports.send_finish(step.plan.samples[i])
+            self._fail_grammar(plan.samples[i], text)
+        self.metrics.paced_rows_total = self._masks.num_paced
         self.metrics.mask_seconds_total += self._clock() - started_s
-        self.runner.launch_sampling(step.slot, step.plan, step.plan.deferred, masked=True)
+        self.runner.launch_sampling(step.slot, plan, plan.deferred, masked=True)
+
+    def _fail_grammar(self, seq: Sequence, text: str) -> None:
+        self.scheduler.fail(seq, ErrorCode.INVALID_GRAMMAR, f"the grammar failed: {text}")
+        self._reports.send_finish(seq)
+
+    def _on_mask_ready(self, ready: MaskReady) -> None:
+        if ready.seq.finish is not None:
+            return
+        if ready.error:
+            self._fail_grammar(ready.seq, ready.error)
+        else:
+            self._masks.accept(ready)
 
     def _commit(self, step: InFlight) -> None:
         before_s = self._clock()
@@ -237,6 +252,10 @@ class Engine:
         self.pipeline.commit(step)
         done = self.scheduler.commit(step.plan, result, now_s)
         self._reports.send_step(step.plan, done, result)
+        for i in step.plan.deferred:
+            seq = step.plan.samples[i]
+            if seq.awaits_mask and seq.finish is None:
+                self._masks.build_ahead(seq, self.runner.mask_rows(step.slot).shape[1])
         if self._trace is not None:
             self._record_commit(*self._trace, step, before_s, now_s, times)
         metrics = self.metrics
@@ -278,7 +297,7 @@ class Engine:
             self._on_command(gateway, message, frames)
 
     def _on_command(
-        self, gateway: bytes, message: FromGateway | CompiledSubmit | None, frames: list[bytes]
+        self, gateway: bytes, message: FromGateway | CompiledSubmit | MaskReady | None, frames: list[bytes]
     ) -> None:
         if isinstance(message, Submit):
             self._on_submit(gateway, message, frames)
@@ -293,6 +312,8 @@ class Engine:
             self._trace = (gateway, TraceRecorder(min(max(message.num_steps, 1), MAX_TRACE_STEPS)))
         elif isinstance(message, Drain):
             self.drain(message.deadline_s)
+        elif isinstance(message, MaskReady):
+            self._on_mask_ready(message)
         elif message is None:
             for seq in self.scheduler.cancel_gateway(gateway):
                 self._reports.count_finish(seq)  # nobody is left to tell

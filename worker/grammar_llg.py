@@ -6,7 +6,6 @@ raises for a bad grammar or token: a matcher turns into an error that stays, whi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,15 +18,14 @@ from worker.grammar import Constraint
 
 I32 = npt.NDArray[np.int32]
 
-MIN_PARALLEL_ROWS = 4  # below, handing rows to threads costs more than it saves
-MAX_THREADS = 8
+MaskExecutor = LLExecutor
 
 _REFUSED = "doesn't satisfy the grammar"
 _LIMITS = LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=200_000,
-    step_max_items=50_000,
+    step_max_items=2_000,  # bounds `advance`, which the decode thread waits for, to about a millisecond
     max_lexer_states=50_000,  # 1 to 2 kB each: what one grammar can take of memory
     max_grammar_size=200_000,
     verbose_errors=False,
@@ -100,46 +98,19 @@ def compile_llg(grammar: Grammar, vocabulary: Vocabulary) -> LlgConstraint:
     return LlgConstraint(matcher, vocabulary.end_ids)
 
 
-class MaskFiller:
-    """Fills the masks of a step's constrained rows, llguidance's in parallel where that pays."""
-
-    def __init__(self, num_threads: int | None = None) -> None:
-        if num_threads is None:
-            num_threads = min(MAX_THREADS, max(1, (os.cpu_count() or 1) // 2))
-        self._executor = LLExecutor(num_threads) if num_threads > 1 else None
-
-    def fill_masks(
-        self, masks: I32, rows: Sequence[int], constraints: Sequence[Constraint]
-    ) -> list[tuple[int, str]]:
-        """Write `masks[row]` for each constraint; returns (row, message) of those that failed.
-
-        `masks` is one C-contiguous array of int32 words, a row each.
-        """
-        failed: list[tuple[int, str]] = []
-        batch: list[tuple[LlgConstraint, int]] = []
-        for row, constraint in zip(rows, constraints, strict=True):
-            if type(constraint) is LlgConstraint:
-                batch.append((constraint, row))
-            else:
-                try:
-                    constraint.fill_mask(masks[row])
-                except ValueError as error:
-                    failed.append((row, str(error)))
-        if self._executor is not None and len(batch) >= MIN_PARALLEL_ROWS:
-            pairs = [(constraint.matcher, row) for constraint, row in batch]
-            self._executor.unsafe_compute_mask_ptr(
-                pairs, masks.ctypes.data, masks.shape[1] * masks.itemsize, masks.shape[0]
-            )
-        else:
-            base, stride = masks.ctypes.data, masks.shape[1] * masks.itemsize
-            for constraint, row in batch:
-                constraint.matcher.unsafe_compute_mask_ptr(base + row * stride, stride)
-        failed.extend(
-            (row, reason(constraint.matcher.get_error()))
-            for constraint, row in batch
-            if constraint.matcher.is_error()
-        )
-        return failed
+def fill_in_parallel(
+    executor: LLExecutor, masks: I32, rows: Sequence[tuple[int, Constraint | None]]
+) -> list[tuple[int, str]]:
+    """Write `masks[i]` for each (i, llguidance constraint) on the executor's threads; (i, message) of those that
+    failed. `masks` is one C-contiguous array of int32 words, a row each."""
+    batch = [(i, constraint.matcher) for i, constraint in rows if isinstance(constraint, LlgConstraint)]
+    executor.unsafe_compute_mask_ptr(
+        [(matcher, i) for i, matcher in batch],
+        masks.ctypes.data,
+        masks.shape[1] * masks.itemsize,
+        masks.shape[0],
+    )
+    return [(i, reason(matcher.get_error())) for i, matcher in batch if matcher.is_error()]
 
 
 def reason(text: str) -> str:

@@ -50,6 +50,7 @@ class WorkerMetrics:
         self.host_seconds_total = 0.0  # decode thread's own time in steps, waits left out
         self.wait_seconds_total = 0.0  # decode thread blocked on the device
         self.mask_seconds_total = 0.0  # building masks of constrained rows
+        self.paced_rows_total = 0  # masks so slow that their sequence sat out until the next was built
         self.copy_seconds_total = 0.0  # from sampled to the outputs being on the host
         self.finished_total: dict[str, int] = {}
         self.rejected_total = 0

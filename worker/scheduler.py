@@ -135,7 +135,7 @@ class Scheduler:
         stalled: list[Sequence] = []
         page_tokens = self.pages.page_tokens
         for seq in self.running:
-            if seq.finish is not None or seq.preempted:
+            if seq.finish is not None or seq.preempted or seq.awaits_mask:
                 continue
             if seq.num_computed < seq.num_known:
                 prefilling.append(seq)
@@ -179,7 +179,7 @@ class Scheduler:
         # A stalled decode row has first claim on pages: admitting now would only preempt again.
         while not blocked and self.free_rows and budget > 0:
             best = self.waiting.peek()
-            if best is None or not self._has_room(best):
+            if best is None or best.awaits_mask or not self._has_room(best):
                 break
             if self.cache is not None:
                 best.num_computed = best.cached_tokens = self.cache.match(best)
@@ -234,6 +234,8 @@ class Scheduler:
                 seq.num_sampled += 1
         tables = [table for seq in admitted if (table := self._place_automaton(seq)) is not None]
         deferred = [i for i, seq in enumerate(samples) if seq.constraint is not None and not seq.table_slot]
+        for i in deferred:
+            samples[i].awaits_mask = samples[i].is_paced
         self._step += 1
         adjusted = any([seq.is_adjusted for seq in samples])
         return StepPlan(

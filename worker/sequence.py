@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+import numpy.typing as npt
+
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Sampling
 from worker.grammar import Constraint
@@ -79,6 +82,9 @@ class Sequence:
     num_known: int = 0  # positions to prefill before decoding: all of `tokens` at (re)admission
     num_sampled: int = 0  # generated tokens, those in flight included
     inflight_refs: int = 0
+    is_paced: bool = False  # its masks are slow: built ahead on a thread (worker.mask_filler)
+    awaits_mask: bool = False  # paced, and its next mask is not there yet: it sits out
+    ready_mask: npt.NDArray[np.int32] | None = None  # the mask built ahead
     preempted: bool = False  # to be released and queued again once out of flight
     preemptions: int = 0
     cached_tokens: int = 0

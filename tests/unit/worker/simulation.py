@@ -6,6 +6,7 @@ import hashlib
 import random
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 
@@ -43,8 +44,10 @@ from worker.device.timeline import Clock, VirtualClock
 from worker.engine import Command, Engine
 from worker.grammar import Constraint, SpatialGrammar
 from worker.intake import CompiledSubmit
+from worker.mask_filler import MaskFiller, MaskReady
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
+from worker.reports import Outbox
 from worker.rng import uniform
 from worker.scheduler import Scheduler, SchedulerLimits
 
@@ -110,12 +113,19 @@ class RecordingOutbox:
             self.beats.append(message)
 
 
-class Simulation:
-    """One engine over one simulated device."""
+def _never(ready: MaskReady) -> None:
+    raise AssertionError("a mask was built ahead")
+
+
+class SimWorker:
+    """One real engine over one simulated device; `outbox` is whatever takes what it says."""
 
     def __init__(
         self,
+        outbox: Outbox,
         *,
+        epoch: int = EPOCH,
+        inbox: SimpleQueue[Command] | None = None,
         depth: int = 2,
         num_slots: int = 2,
         max_rows: int = 4,
@@ -133,10 +143,11 @@ class Simulation:
         late_launch: bool = True,
         automata: bool = True,
         card: ModelCard = CARD,
+        masks: MaskFiller | None = None,
     ) -> None:
         self.clock = clock or VirtualClock()
-        self.inbox: SimpleQueue[Command] = SimpleQueue()
-        self.outbox = RecordingOutbox()
+        self.epoch = epoch
+        self.inbox: SimpleQueue[Command] = inbox or SimpleQueue()
         self.pool = PagePool(num_pages, page_tokens)
         self.cache = PrefixCache(self.pool) if prefix_cache else None
         limits = SchedulerLimits(
@@ -169,29 +180,100 @@ class Simulation:
             self.runner,
             card,
             inbox=self.inbox,
-            outbox=self.outbox,
+            outbox=outbox,
             clock=self.clock.now,
-            epoch=EPOCH,
+            epoch=epoch,
             depth=depth,
             late_launch=late_launch,
             wait_for_command=self._wait_for_command,
+            masks=masks or MaskFiller(_never, clock=lambda: 0.0),  # no mask is ever slow
         )
+
+    def _wait_for_command(self, timeout_s: float) -> Command | None:
+        """Waiting on a virtual clock: what is there comes now, else the time passes."""
+        if not self.inbox.empty():
+            return self.inbox.get()
+        self.clock.sleep_until(self.clock.now() + timeout_s)
+        return None
+
+    def tick(self) -> bool:
+        """One tick, then every invariant that can be seen from outside."""
+        progress = self.engine.tick()
+        self.check()
+        return progress
+
+    def run(self, max_ticks: int = 10_000) -> None:
+        """Tick until nothing is left to do."""
+        for _ in range(max_ticks):
+            if not self.tick() and self.inbox.empty():
+                assert not self.scheduler.has_work, "work is left but nothing can run: a livelock"
+                assert not len(self.engine.pipeline)
+                return
+        raise AssertionError("the loop does not come to rest")
+
+    def check(self) -> None:
+        """I3, I5, I7, I12, and that rows, sequences and queues agree."""
+        scheduler, pipeline = self.scheduler, self.engine.pipeline
+        self.pool.check()
+        if self.cache is not None:
+            self.cache.check()
+        in_flight: dict[int, int] = {}
+        for step in pipeline._in_flight:
+            held = [*step.plan.decode, *(chunk.seq for chunk in step.plan.chunks)]
+            for chunk in step.plan.chunks:
+                inside = chunk.start < chunk.seq.prefix_tokens
+                assert not inside or chunk.start + chunk.num_tokens >= chunk.seq.prefix_tokens, "prefix split"
+            assert len(held) == len(set(map(id, held))), "a sequence holds two rows of one step"
+            for seq in held:
+                in_flight[id(seq)] = in_flight.get(id(seq), 0) + 1
+        rows = [seq.row for seq in scheduler.running]
+        assert sorted(rows + scheduler.free_rows) == list(range(scheduler.limits.max_rows)), "rows lost"
+        for seq in scheduler.running:
+            assert seq.inflight_refs == in_flight.pop(id(seq), 0), "I3"
+            assert seq.inflight_refs <= pipeline.num_slots, "I3: above depth"
+            assert seq.finish is None or seq.inflight_refs > 0, "I5: finished and idle, yet not released"
+            assert seq.num_sampled <= seq.max_tokens, "I12"
+        assert not in_flight, "I5: a row in flight belongs to a released sequence"
+        automata = scheduler.automata
+        if automata is not None:
+            held = {seq.table_slot for seq in scheduler.running if seq.table_slot}
+            assert automata.num_held == len(held), "a table slot leaked"
+        held_pages = {page for seq in scheduler.running for page in seq.pages}
+        assert len(held_pages) == self.pool.num_allocated, "I7"
+        for seq in scheduler.waiting:
+            assert not seq.pages and seq.row == -1 and seq.inflight_refs == 0
+        live = {id(s) for s in scheduler.sequences.values()}
+        assert live == {id(s) for s in [*scheduler.running, *scheduler.waiting] if s.finish is None}
+
+    def check_at_rest(self) -> None:
+        """Everything exactly back at its baseline."""
+        assert not self.scheduler.running and not len(self.scheduler.waiting) and not self.scheduler.sequences
+        assert len(self.scheduler.free_rows) == self.scheduler.limits.max_rows
+        assert self.pool.num_allocated == 0
+        assert self.pool.num_free + self.pool.num_cached == self.pool.total
+        assert not len(self.engine.pipeline)
+
+
+class Simulation(SimWorker):
+    """A worker whose commands and outputs are handed over directly, without a wire."""
+
+    outbox: RecordingOutbox
+
+    def __init__(self, **options: Any) -> None:
+        self.outbox = RecordingOutbox()
+        super().__init__(self.outbox, **options)
         self._next_id = 0
         self.arrivals: list[tuple[float, tuple[list[int], int]]] = []  # submissions to come, by time
         self.arrived: list[Stream] = []
 
     def _wait_for_command(self, timeout_s: float) -> Command | None:
-        """Waiting on a virtual clock: what is there comes now, else the time passes."""
         self._arrive()
-        if not self.inbox.empty():
-            return self.inbox.get()
         until_s = self.clock.now() + timeout_s
-        if self.arrivals and self.arrivals[0][0] <= until_s:
+        if self.inbox.empty() and self.arrivals and self.arrivals[0][0] <= until_s:
             self.clock.sleep_until(self.arrivals[0][0])
             self._arrive()
             return self.inbox.get()
-        self.clock.sleep_until(until_s)
-        return None
+        return super()._wait_for_command(timeout_s)
 
     def _arrive(self) -> None:
         while self.arrivals and self.arrivals[0][0] <= self.clock.now():
@@ -249,68 +331,32 @@ class Simulation:
         self.inbox.put((stream.gateway, Cancel(EPOCH, [stream.submit.sequence_id]), []))
 
     def tick(self) -> bool:
-        """One tick, then every invariant that can be seen from outside."""
         self._arrive()
-        progress = self.engine.tick()
-        self.check()
-        return progress
-
-    def run(self, max_ticks: int = 10_000) -> None:
-        """Tick until nothing is left to do."""
-        for _ in range(max_ticks):
-            if not self.tick() and self.inbox.empty():
-                assert not self.scheduler.has_work, "work is left but nothing can run: a livelock"
-                assert not len(self.engine.pipeline)
-                return
-        raise AssertionError("the loop does not come to rest")
-
-    def check(self) -> None:
-        """I3, I5, I7, I12, and that rows, sequences and queues agree."""
-        scheduler, pipeline = self.scheduler, self.engine.pipeline
-        self.pool.check()
-        if self.cache is not None:
-            self.cache.check()
-        in_flight: dict[int, int] = {}
-        for step in pipeline._in_flight:
-            held = [*step.plan.decode, *(chunk.seq for chunk in step.plan.chunks)]
-            for chunk in step.plan.chunks:
-                inside = chunk.start < chunk.seq.prefix_tokens
-                assert not inside or chunk.start + chunk.num_tokens >= chunk.seq.prefix_tokens, "prefix split"
-            assert len(held) == len(set(map(id, held))), "a sequence holds two rows of one step"
-            for seq in held:
-                in_flight[id(seq)] = in_flight.get(id(seq), 0) + 1
-        rows = [seq.row for seq in scheduler.running]
-        assert sorted(rows + scheduler.free_rows) == list(range(scheduler.limits.max_rows)), "rows lost"
-        for seq in scheduler.running:
-            assert seq.inflight_refs == in_flight.pop(id(seq), 0), "I3"
-            assert seq.inflight_refs <= pipeline.num_slots, "I3: above depth"
-            assert seq.finish is None or seq.inflight_refs > 0, "I5: finished and idle, yet not released"
-            assert seq.num_sampled <= seq.max_tokens, "I12"
-        assert not in_flight, "I5: a row in flight belongs to a released sequence"
-        automata = scheduler.automata
-        if automata is not None:
-            held = {seq.table_slot for seq in scheduler.running if seq.table_slot}
-            assert automata.num_held == len(held), "a table slot leaked"
-        held_pages = {page for seq in scheduler.running for page in seq.pages}
-        assert len(held_pages) == self.pool.num_allocated, "I7"
-        for seq in scheduler.waiting:
-            assert not seq.pages and seq.row == -1 and seq.inflight_refs == 0
-        live = {id(s) for s in scheduler.sequences.values()}
-        assert live == {id(s) for s in [*scheduler.running, *scheduler.waiting] if s.finish is None}
+        return super().tick()
 
     def check_at_rest(self) -> None:
-        """Everything exactly back at its baseline."""
-        assert not self.scheduler.running and not len(self.scheduler.waiting) and not self.scheduler.sequences
-        assert len(self.scheduler.free_rows) == self.scheduler.limits.max_rows
-        assert self.pool.num_allocated == 0
-        assert self.pool.num_free + self.pool.num_cached == self.pool.total
-        assert not len(self.engine.pipeline)
+        super().check_at_rest()
         for stream in self.outbox.streams.values():
             assert (stream.finish is None) != (stream.rejected is None), "I11: exactly one terminal event"
 
 
-def expected(submit: Submit, image_digest: bytes | None = None) -> tuple[list[int], FinishReason]:
-    """The sequential, single-request answer to a submission: tokens and finish reason (I8)."""
+@dataclass
+class Answer:
+    """What a request must be answered with; `values` has one pair a token, (0, 0) for ordinary text."""
+
+    reason: FinishReason = FinishReason.LENGTH
+    tokens: list[int] = field(default_factory=list)
+    values: list[tuple[float, float]] = field(default_factory=list)
+
+
+def expected(submit: Submit) -> tuple[list[int], FinishReason]:
+    """The oracle's tokens and finish reason (I8)."""
+    answer = oracle(submit)
+    return answer.tokens, answer.reason
+
+
+def oracle(submit: Submit) -> Answer:
+    """The sequential, single-request answer to a submission (I8)."""
     prompt = unpack_i32(submit.prompt).tolist()
     marks = [mark_of(token_id, (0.0, 0.0)) for token_id in prompt]
     nan_index = None
@@ -332,12 +378,13 @@ def expected(submit: Submit, image_digest: bytes | None = None) -> tuple[list[in
             with_size=submit.task == "detect",
             max_objects=submit.max_objects,
         )
-    tokens: list[int] = []
+    answer = Answer()
     everything = list(range(CARD.vocab_size))
     for index in range(submit.max_tokens):
         state = prefix_hash(np.array(marks, np.uint64))
         if nan_index is not None and index == nan_index:
-            return tokens, FinishReason.ERROR
+            answer.reason = FinishReason.ERROR
+            return answer
         sampling = submit.sampling
         draw = float(np.float32(uniform(sampling.seed, index))) if sampling.temperature > 0 else 0.0
         allowed = everything if grammar is None else sorted(grammar.allowed_ids())
@@ -345,13 +392,16 @@ def expected(submit: Submit, image_digest: bytes | None = None) -> tuple[list[in
         if grammar is not None:
             grammar.advance(token_id)
         if token_id in (0, *submit.stop_ids):
-            return tokens, FinishReason.STOP
-        tokens.append(token_id)
+            answer.reason = FinishReason.STOP
+            return answer
+        answer.tokens.append(token_id)
         value = value_of(token_id, state, CARD) if grammar is not None else (0.0, 0.0)
+        answer.values.append(value)
         marks.append(mark_of(token_id, value))
         if grammar is not None and grammar.is_complete():
-            return tokens, FinishReason.STOP
-    return tokens, FinishReason.LENGTH
+            answer.reason = FinishReason.STOP
+            return answer
+    return answer
 
 
 def check_stream(stream: Stream) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from shared.grammars import MAX_CHOICES, GrammarError, ascii_classes, check_repeats, spell
 from shared.protocol import Grammar
-from worker.grammar import Constraint, SpatialGrammar
-from worker.grammar_llg import LlgConstraint, MaskFiller, Vocabulary, compile_llg
+from worker.grammar import Constraint
+from worker.grammar_llg import LlgConstraint, Vocabulary, compile_llg
 from worker.sim_tokenizer import FIRST_BYTE_ID, SIM_TOKENIZER, VOCAB_SIZE
 
 END = 0
@@ -132,38 +132,6 @@ def test_forks_are_independent() -> None:
     two.advance(FIRST_BYTE_ID + ord("c"))
     assert allowed(one) == [FIRST_BYTE_ID + ord("b")] and allowed(two) == [FIRST_BYTE_ID + ord("d")]
     assert len(allowed(start)) == 2
-
-
-@pytest.mark.parametrize("num_threads", [1, 4])
-def test_masks_of_a_batch_equal_masks_alone(num_threads: int) -> None:
-    rng = random.Random(5)
-    constraints: list[Constraint] = []
-    sources = [Grammar("regex", r"\d+"), Grammar("json_object", ""), Grammar("choice", '["x","yz"]')]
-    for number in range(12):
-        constraint: Constraint = compile_llg(sources[number % 3], VOCABULARY)
-        for _ in range(number % 4):
-            ids = allowed(constraint)
-            constraint.advance(rng.choice(ids))
-        constraints.append(constraint)
-    constraints[5] = SpatialGrammar(coord_id=5, size_id=6, end_id=0, with_size=True, max_objects=2)
-    masks = np.full((16, NUM_WORDS), 7, np.int32)
-    rows = [15 - i for i in range(12)]
-    assert MaskFiller(num_threads).fill_masks(masks, rows, constraints) == []
-    for row, constraint in zip(rows, constraints, strict=True):
-        alone = np.zeros(NUM_WORDS, np.int32)
-        constraint.fill_mask(alone)
-        assert (masks[row] == alone).all()
-    assert (masks[:4] == 7).all(), "rows of others were touched"
-
-
-@pytest.mark.parametrize("num_rows", [1, 6])
-def test_a_failed_matcher_is_reported_with_its_row(num_rows: int) -> None:
-    constraints = [compile_llg(Grammar("regex", "ab"), VOCABULARY) for _ in range(num_rows)]
-    with pytest.raises(ValueError):
-        constraints[-1].advance(FIRST_BYTE_ID + ord("x"))
-    masks = np.zeros((num_rows, NUM_WORDS), np.int32)
-    failed = MaskFiller(2).fill_masks(masks, list(range(num_rows)), constraints)
-    assert [row for row, _ in failed] == [num_rows - 1] and failed[0][1]
 
 
 def deep_schema(depth: int) -> str:
