@@ -50,13 +50,12 @@ class Window:
     trace: bytes
 
 
-def measure_row(rows: int, profile: str, seconds: float) -> tuple[LoopRow, list[Recording]]:
-    """Blocking, then pipelined, at one batch size; and a recording of each."""
+def measure_row(rows: int, profile: str, seconds: float, depth: int = 2) -> tuple[LoopRow, list[Recording]]:
+    """Blocking, then pipelined at a depth, at one batch size; and a recording of each."""
     from worker.device.profiles import PROFILES
 
-    windows = {depth: _measure(rows, profile, depth, seconds) for depth in (1, 2)}
     costs = PROFILES[profile]
-    blocking, pipelined = windows[1], windows[2]
+    blocking, pipelined = (_measure(rows, profile, steps, seconds) for steps in (1, depth))
     row = LoopRow(
         rows,
         costs.forward(rows, 0, 0) * 1e3,

@@ -18,7 +18,6 @@ import structlog
 
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import (
-    Beat,
     Cancel,
     Drain,
     Fatal,
@@ -125,8 +124,9 @@ class Engine:
             self._commit(oldest)
         if self._is_early():
             return True
-        launched = self._launch_next()
-        if len(self.pipeline) >= self.depth or not (launched or committed):
+        depth = self._depth_now()
+        launched = self._launch_next(depth)
+        if len(self.pipeline) >= depth or not (launched or committed):
             oldest = self.pipeline.oldest
             if oldest is not None:
                 self._commit(oldest)
@@ -143,7 +143,7 @@ class Engine:
         Only while an arrival could join the step: a free row, and nobody queued already.
         """
         newest, scheduler = self.pipeline.newest, self.scheduler
-        if self._timer is None or newest is None or len(self.pipeline) != self.depth - 1:
+        if self._timer is None or newest is None or len(self.pipeline) != 1 or self.depth == 1:
             return False
         if newest.plan.chunks or len(scheduler.waiting) or not scheduler.free_rows:
             return False
@@ -158,8 +158,12 @@ class Engine:
         self._on_command(*command)
         return True
 
-    def _launch_next(self) -> bool:
-        if not self.pipeline.can_launch(self.depth):
+    def _depth_now(self) -> int:
+        """Steps that may be in flight now. While an arrival could join, two at most: it would wait for a third."""
+        return min(self.depth, 2) if self._timer is not None and self.scheduler.free_rows else self.depth
+
+    def _launch_next(self, depth: int | None = None) -> bool:
+        if not self.pipeline.can_launch(depth or self.depth):
             return False
         before_s = self._clock()
         plan = self.scheduler.plan(before_s)
@@ -358,33 +362,11 @@ class Engine:
             for seq in list(self.scheduler.sequences.values()):
                 self.scheduler.fail(seq, ErrorCode.SHUTTING_DOWN, "the worker's drain deadline has passed")
                 self._reports.send_finish(seq)
-        scheduler = self.scheduler
-        self._outbox.broadcast(
-            Beat(
-                self._epoch,
-                self.metrics.steps_total,
-                len(scheduler.running),
-                len(scheduler.waiting),
-                scheduler.pages.num_free + scheduler.pages.num_cached,
-                scheduler.pages.total,
-                self.draining,
-                self._gauges(),
-                self.metrics.export_histograms(),
-                self._reports.drain_rate(now_s),
-            )
+        self._reports.send_beat(
+            self.scheduler, draining=self.draining, loop_s=self._clock() - self._started_s
         )
         if self._on_beat is not None:
             self._on_beat(self.metrics.steps_total)
-
-    def _gauges(self) -> dict[str, float]:
-        out = self.metrics.export()
-        out["loop_seconds_total"] = self._clock() - self._started_s
-        out["preemptions_total"] = self.scheduler.num_preemptions
-        cache = self.scheduler.cache
-        if cache is not None:
-            out["prefix_cache_queries_total"] = cache.num_query_tokens
-            out["prefix_cache_hits_total"] = cache.num_hit_tokens
-        return out
 
     def _idle(self) -> None:
         """Nothing to run: sleep until a command or the next heartbeat."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from shared.protocol import (
+    Beat,
     Finish,
     FromWorker,
     StepOutputs,
@@ -17,6 +18,7 @@ from shared.protocol import (
 )
 from worker.metrics import WorkerMetrics
 from worker.plan import Committed, StepPlan, StepResult
+from worker.scheduler import Scheduler
 from worker.sequence import Sequence
 
 
@@ -103,6 +105,29 @@ class Reports:
         assert seq.finish is not None
         counts = self.metrics.finished_total
         counts[seq.finish.value] = counts.get(seq.finish.value, 0) + 1
+
+    def send_beat(self, scheduler: Scheduler, *, draining: bool, loop_s: float) -> None:
+        """The loop's progress and figures, to every gateway. `loop_s`: how long the loop has run."""
+        gauges = self.metrics.export()
+        gauges["loop_seconds_total"] = loop_s
+        gauges["preemptions_total"] = scheduler.num_preemptions
+        if scheduler.cache is not None:
+            gauges["prefix_cache_queries_total"] = scheduler.cache.num_query_tokens
+            gauges["prefix_cache_hits_total"] = scheduler.cache.num_hit_tokens
+        self._outbox.broadcast(
+            Beat(
+                self._epoch,
+                self.metrics.steps_total,
+                len(scheduler.running),
+                len(scheduler.waiting),
+                scheduler.pages.num_free + scheduler.pages.num_cached,
+                scheduler.pages.total,
+                draining,
+                gauges,
+                self.metrics.export_histograms(),
+                self.drain_rate(self._clock()),
+            )
+        )
 
     def drain_rate(self, now_s: float) -> float:
         """Sequences finished per second over the last five."""
