@@ -270,50 +270,53 @@ class Scheduler:
             if not chunk.is_last:
                 chunk.seq.inflight_refs -= 1
                 self._settle(chunk.seq)
-        values = result.values
-        token_ids, bad = result.token_ids, result.bad
+        values, token_ids, bad = result.values, result.token_ids, result.bad
+        rows, indexes, ids, source, finished = out.rows, out.indexes, out.token_ids, out.source, out.finished
         for i, seq in enumerate(plan.samples):
             seq.inflight_refs -= 1
             if seq.finish is not None:
                 out.num_zombies += 1
                 self._settle(seq)
                 continue
-            token_id = token_ids[i]
+            token_id, tokens = token_ids[i], seq.tokens
             if bad[i]:
                 if self.cache is not None:
                     self.cache.forget(seq)
                 self.fail(seq, ErrorCode.NUMERICAL_ERROR, "the model produced a NaN for this sequence")
-                out.finished.append(seq)
+                finished.append(seq)
                 continue
-            index = len(seq.tokens) - seq.num_prompt
-            if self.cache is not None and not index:
-                self.cache.insert(seq, seq.num_prompt)  # questions about the same picture may start at once
-            seq.tokens.append(token_id)
-            if not seq.first_token_s:
+            index = len(tokens) - seq.num_prompt
+            if not index:
                 seq.first_token_s = now_s
-            if seq.constraint is not None:
+                if self.cache is not None:
+                    self.cache.insert(
+                        seq, seq.num_prompt
+                    )  # questions about the same picture may start at once
+            tokens.append(token_id)
+            constraint = seq.constraint
+            if constraint is not None:
                 try:
-                    seq.constraint.advance(token_id)
+                    constraint.advance(token_id)
                 except ValueError as error:
                     self.fail(seq, ErrorCode.INTERNAL, f"the constraint refused its own token: {error}")
-                    out.finished.append(seq)
+                    finished.append(seq)
                     continue
                 if values is not None and seq.is_spatial:
                     seq.values[index] = values[i]
             if token_id in seq.stop_ids:
                 self._finish(seq, FinishReason.STOP)
-                out.finished.append(seq)
+                finished.append(seq)
                 continue
-            out.rows.append(seq)
-            out.indexes.append(index)
-            out.token_ids.append(token_id)
-            out.source.append(i)
-            if seq.constraint is not None and seq.constraint.is_complete():
+            rows.append(seq)
+            indexes.append(index)
+            ids.append(token_id)
+            source.append(i)
+            if constraint is not None and constraint.is_complete():
                 self._finish(seq, FinishReason.STOP)  # only an end could follow: no step is spent on it
-                out.finished.append(seq)
+                finished.append(seq)
             elif index + 1 >= seq.max_tokens:
                 self._finish(seq, FinishReason.LENGTH)
-                out.finished.append(seq)
+                finished.append(seq)
             elif seq.preempted:
                 self._settle(seq)
         return out
