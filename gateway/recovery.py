@@ -2,8 +2,9 @@
 
 A request that kills the worker takes innocent ones with it. Retrying all together would let it do so again,
 so the survivors are retried in single file: the next one goes only when the one before has shown a token or
-ended. Whoever is alone on probation when a worker dies again did it, and is quarantined; the others lose
-nothing. Requests that arrive meanwhile are not held up: they are not suspects.
+ended. Whoever is alone on probation when a worker dies again did it, and is quarantined; those still in the file
+lose nothing. One that has shown a token cannot be sent again (its client has read it) and ends with its worker.
+Requests that arrive meanwhile are not held up: they are not suspects.
 """
 
 from __future__ import annotations

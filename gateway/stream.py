@@ -175,8 +175,12 @@ class StreamState:
             finish.cached_tokens,
             (timing.queue_s, timing.prefill_s, timing.decode_s),
         )
-        # One more than arrived is the stop id, which a worker may count and not send.
-        if finish.completion_tokens > self.next_index + 1 and finish.reason is not FinishReason.ERROR:
+        # A stop id is counted and not sent; only then may one more be counted than has arrived.
+        num_unsent = 1 if finish.reason is FinishReason.STOP else 0
+        if (
+            finish.completion_tokens > self.next_index + num_unsent
+            and finish.reason is not FinishReason.ERROR
+        ):
             message = f"{finish.completion_tokens - self.next_index} generated tokens were lost on the way"
             self.end = End(FinishReason.ERROR, usage, RequestError(ErrorCode.STREAM_GAP, message))
             return None

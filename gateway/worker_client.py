@@ -259,15 +259,19 @@ class WorkerLink:
                 f"{wire.PROTOCOL_VERSION} ({wire.schema_hash()}); install the same version on both sides"
             )
             return
-        self._progress_s = self._now()
         if ready.epoch == self.epoch:
+            self._progress_s = self._now()
             return  # an answer to a repeated hello
+        if self.ready is not None and ready.epoch == self.lost_epoch:
+            self._note("stale_epoch")  # the dead worker's last word, come late
+            return
         if len(frames) < 3:
             self._note("malformed", reason="Ready without its two payload frames")
             return
         if self.ready is not None:
             self._lose(RequestError(ErrorCode.WORKER_LOST, "the worker restarted"))
         self.ready, self.beat = ready, None
+        self._progress_s = self._now()
         self.state, self._refusal = "ready", ""
         log.info("worker_ready", endpoint=self.endpoint, epoch=ready.epoch, model=ready.model.model_id)
         self._events.on_ready(self, frames[1], frames[2])

@@ -1,4 +1,5 @@
-"""Plants one-line faults in a copy of the worker, one at a time, and shows that the loop's tests catch each.
+"""Plants one-line faults in a copy of the worker and the gateway, one at a time, and shows that each is caught:
+those of the loop by the loop's tests, those of the wire and its two ends by the tests of both joined.
 
 make mutants                 all of them
 make mutants ARGS='zombie'   those whose name holds the word
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SUITE = ["tests/unit/worker/test_loop.py", "tests/unit/worker/test_state_machine.py"]
+LOOP = ("tests/unit/worker/test_loop.py", "tests/unit/worker/test_state_machine.py")
+WIRE = ("tests/unit/wire/test_scenes.py", "tests/unit/wire/test_state_machine.py")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Mutant:
     file: str
     before: str
     after: str
+    suite: tuple[str, ...] = LOOP
 
 
 MUTANTS = [
@@ -54,7 +57,7 @@ MUTANTS = [
         "elif seq.num_sampled <= seq.max_tokens:",
     ),
     Mutant("commit the newest step first", "worker/pipeline.py", "return self._in_flight[0] if", "return self._in_flight[-1] if"),
-    Mutant("advance a grammar twice", "worker/scheduler.py", "seq.constraint.advance(token_id)", "seq.constraint.advance(token_id); seq.constraint.advance(token_id)"),
+    Mutant("advance a grammar twice", "worker/scheduler.py", "constraint.advance(token_id)", "constraint.advance(token_id); constraint.advance(token_id)"),
     Mutant(
         "forget cancel during prefill",
         "worker/scheduler.py",
@@ -67,7 +70,7 @@ MUTANTS = [
         "            if seq.finish is not None:\n                out.num_zombies += 1",
         "            if False:\n                out.num_zombies += 1",
     ),
-    Mutant("off by one in the token index", "worker/scheduler.py", "out.indexes.append(index)", "out.indexes.append(index + 1)"),
+    Mutant("off by one in the token index", "worker/scheduler.py", " indexes.append(index)", " indexes.append(index + 1)"),
     Mutant("off by one in the write position", "worker/staging.py", "seq.pages[p // page_tokens] * page_tokens + p % page_tokens", "seq.pages[p // page_tokens] * page_tokens + (p + 1) % page_tokens"),
     Mutant("skip a page boundary", "worker/scheduler.py", "or self._grow(seq, seq.num_computed + 1):", "or True:"),
     Mutant("key the prefix cache without its tenant", "worker/prefix_cache.py", '"little") + seq.tenant.encode())', '"little"))'),
@@ -78,19 +81,51 @@ MUTANTS = [
     Mutant("a NaN row's token is taken", "worker/scheduler.py", "            if bad[i]:", "            if False:"),
     Mutant("lose a preempted sequence's values", "worker/device/sim.py", "for index, value in seq.values.items():", "for index, value in ():"),
     Mutant("forget a row on release", "worker/scheduler.py", "self.free_rows.append(seq.row)", "pass"),
-    Mutant("draw by row, not by sequence", "worker/staging.py", "uniform(s.seed, index) if", "uniform(s.seed + 1, index) if"),
+    Mutant("draw by row, not by sequence", "worker/staging.py", "uniforms([s.seed for s in settings]", "uniforms([s.seed + 1 for s in settings]"),
     Mutant("evict a page that is held", "worker/prefix_cache.py", "            self._idle.pop(page, None)\n", ""),
     Mutant("copy outputs before sampling", "worker/device/sim.py", "self.copy.wait(self.compute.record())", "pass"),
     Mutant("two terminal events on cancel", "worker/engine.py", "                if seq is not None:\n                    self._reports.send_finish(seq)", "                if seq is not None:\n                    self._reports.send_finish(seq)\n                    self._reports.send_finish(seq)"),
 ]  # fmt: skip
 
 
-NO_FAULT = Mutant("no fault at all", "worker/scheduler.py", "class Scheduler:", "class Scheduler:")
+WIRE_MUTANTS = [
+    Mutant("take tokens of a dead epoch", "gateway/worker_client.py", "        if isinstance(message, wire.StepOutputs):\n            if message.epoch != self.epoch:", "        if isinstance(message, wire.StepOutputs):\n            if False:", WIRE),
+    Mutant("believe a dead epoch's last word", "gateway/worker_client.py", "if self.ready is None or fatal.epoch != self.epoch:", "if self.ready is None:", WIRE),
+    Mutant("a new epoch loses nothing of the old", "gateway/worker_client.py", "        if self.ready is not None:\n            self._lose(", "        if self.ready is not None:\n            log.info(", WIRE),
+    Mutant("never notice silence", "gateway/worker_client.py", "elif now_s - self._progress_s >= self._progress_timeout_s:", "elif False:", WIRE),
+    Mutant("forget what a dead worker had said", "gateway/worker_client.py", "            self._drain_all()\n", "", WIRE),
+    Mutant("a send eats the edge", "gateway/worker_client.py", "            self._drain_scheduled = True\n            self._loop.call_soon(self._drain)\n\n    def _has", "            pass\n\n    def _has", WIRE),
+    Mutant("pass over a gap", "gateway/stream.py", "if index != self.next_index:", "if index < self.next_index:", WIRE),
+    Mutant("take a repeated token", "gateway/stream.py", "if index != self.next_index:", "if index > self.next_index:", WIRE),
+    Mutant("off by one in what a finish must have counted", "gateway/stream.py", "num_unsent = 1 if", "num_unsent = 2 if", WIRE),
+    Mutant("forget to retry", "gateway/service.py", "not self.draining and self._recovery.take(flight, now_s):", "not self.draining and False:", WIRE),
+    Mutant("retry twice", "gateway/recovery.py", "MAX_ATTEMPTS = 2", "MAX_ATTEMPTS = 3", WIRE),
+    Mutant("retry what had begun", "gateway/service.py", "if flight.state.next_index == 0 and not self.draining and self", "if not self.draining and self", WIRE),
+    Mutant("retry all at once", "gateway/recovery.py", "if self._on_probation is not None or not self._file:", "if not self._file:", WIRE),
+    Mutant("leak a flight on a crash", "gateway/service.py", "        for flight in lost:\n            self._take_off(flight)\n", "        for flight in lost:\n", WIRE),
+    Mutant("leave orphans running", "gateway/service.py", "            link.cancel(orphans)\n", "            pass\n", WIRE),
+    Mutant("a place in the lane leaks", "gateway/service.py", "            worker.lane.leave(flight.request.tenant, self._now())\n", "            pass\n", WIRE),
+    Mutant("two terminal events for a client that cancels", "gateway/flights.py", "        if self.state.end is None:\n            self._events.stop_sequence(self)\n", "        if True:\n            self._events.stop_sequence(self)\n", WIRE),
+    Mutant("never tell the worker of a cancel", "gateway/flights.py", "            self._events.stop_sequence(self)\n            self.state.cancel()", "            self.state.cancel()", WIRE),
+    Mutant("a listener's fault escapes", "gateway/flights.py", "            except Exception as fault:\n                self._on_listener_fault(flight, fault)\n                return", "            except ConnectionError as fault:\n                self._on_listener_fault(flight, fault)\n                return", WIRE),
+    Mutant("never cut off a client that stalls", "gateway/transport/bounded.py", "elif now_s - self._progress_s >= self._stall_s:", "elif False:", WIRE),
+    Mutant("no bound on what a client leaves unread", "gateway/transport/bounded.py", "if unread > self._limit_bytes:", "if False:", WIRE),
+    Mutant("take a request for a dead epoch", "worker/engine.py", "if message.epoch != self._epoch:", "if False:", WIRE),
+    Mutant("a lease that ran out goes untold", "worker/transport.py", "            self._inbox.put((gateway, None, []))", "            pass", WIRE),
+    Mutant("a gateway's messages do not renew its lease", "worker/transport.py", "        lease.until_s = self._now() + lease.lease_s\n", "        pass\n", WIRE),
+    Mutant("malformed frames go uncounted", "gateway/service.py", "            link.note(\"malformed\")\n", "            pass\n", WIRE),
+]  # fmt: skip
+
+
+NO_FAULT = {
+    suite: Mutant("no fault at all", "worker/scheduler.py", "class Scheduler:", "class Scheduler:", suite)
+    for suite in (LOOP, WIRE)
+}
 
 
 def survives(mutant: Mutant, folder: Path) -> tuple[bool, float]:
     """Run the suite over a copy with the fault planted; True when no test fails."""
-    for name in ("worker", "shared", "tests"):
+    for name in ("gateway", "worker", "shared", "tests"):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "weights", "data")
         )
@@ -102,19 +137,21 @@ def survives(mutant: Mutant, folder: Path) -> tuple[bool, float]:
         )
     path.write_text(source.replace(mutant.before, mutant.after))
     started_s = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout=120", *SUITE]
-    done = subprocess.run(command, cwd=folder, capture_output=True, timeout=300, check=False)
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--timeout=500", "--hypothesis-profile=unshrunk"]
+    command = [sys.executable, "-m", "pytest", *options, *mutant.suite]
+    done = subprocess.run(command, cwd=folder, capture_output=True, timeout=600, check=False)
     return done.returncode == 0, time.perf_counter() - started_s
 
 
 def main() -> int:
     """Plant each fault; exit 1 if any survives."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
-    with tempfile.TemporaryDirectory() as folder:
-        if not survives(NO_FAULT, Path(folder))[0]:
-            print("the suite fails without any fault planted: what follows would mean nothing")
-            return 2
-    chosen = [mutant for mutant in MUTANTS if word in mutant.name]
+    chosen = [mutant for mutant in (*MUTANTS, *WIRE_MUTANTS) if word in mutant.name]
+    for suite in dict.fromkeys(mutant.suite for mutant in chosen):
+        with tempfile.TemporaryDirectory() as folder:
+            if not survives(NO_FAULT[suite], Path(folder))[0]:
+                print("the suite fails without any fault planted: what follows would mean nothing")
+                return 2
     survivors = 0
     for mutant in chosen:
         with tempfile.TemporaryDirectory() as folder:

@@ -125,12 +125,9 @@ class GrammarCompiler:
             known = key in self._pending
             if not (full or known):
                 self._pending[key] = pending
-        if known:
-            text = f"sequence {message.sequence_id} is live already"
-            self._reject(pending, ErrorCode.INVALID_REQUEST, text)
-        elif full:
+        if full and not known:
             self._reject(pending, ErrorCode.QUEUE_FULL, f"{MAX_PENDING} grammars wait to be compiled")
-        else:
+        elif not known:  # else a frame delivered twice
             self._queue.put(pending)
 
     def cancel(self, gateway: bytes, sequence_ids: list[int]) -> None:

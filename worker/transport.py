@@ -41,7 +41,7 @@ log = structlog.get_logger()
 
 BURST = 64  # messages taken from the socket before the outbox gets its turn
 SEND_HWM = 10_000  # messages one slow gateway may have queued before its streams see a gap
-MAX_LEASE_S = 60.0
+MIN_LEASE_S, MAX_LEASE_S = 0.5, 60.0
 POLL_MS = 250
 REMARK_INTERVAL_S = 10.0  # one log line about bad frames in so long
 
@@ -65,8 +65,10 @@ class Transport:
         *,
         secure: Callable[[zmq.Socket[bytes], zmq.Context[zmq.Socket[bytes]]], Callable[[], None]]
         | None = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._endpoint = endpoint
+        self._now = now
         self._inbox = inbox
         self._secure = secure
         self._ready: tuple[Ready, list[bytes]] | None = None
@@ -81,6 +83,7 @@ class Transport:
         self.num_bad_frames = 0
         self.num_dropped = 0
         self._last_remark_s = 0.0
+        self._next_expiry_s = 0.0
 
     # ------------------------------------------------------------------ any thread
 
@@ -145,25 +148,31 @@ class Transport:
         poller.register(self._bell, zmq.POLLIN)
         try:
             while not self._closing or self._outbox:
-                poller.poll(POLL_MS)
-                try:
+                # What this thread does holds the global lock against the decode thread: nothing for nothing.
+                ready = [source for source, _ in poller.poll(POLL_MS)]
+                if self._bell in ready:
                     os.eventfd_read(self._bell)
-                except BlockingIOError:
-                    pass
-                self._flush(socket)
-                for _ in range(BURST):
-                    try:
-                        frames = socket.recv_multipart(zmq.NOBLOCK)
-                    except zmq.Again:
-                        break
-                    self._on_frames(socket, frames)
-                self._expire_leases()
+                self._turn(socket, has_messages=socket in ready)
         finally:
             socket.close()
             if unsecure is not None:
                 unsecure()
             context.term()
             os.close(self._bell)
+
+    def _turn(self, socket: zmq.Socket[bytes], *, has_messages: bool = True) -> None:
+        """What is to be sent, then a burst of what has come, then the leases."""
+        self._flush(socket)
+        if has_messages:
+            for _ in range(BURST):
+                try:
+                    frames = socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                self._on_frames(socket, frames)
+        if self._now() >= self._next_expiry_s:
+            self._next_expiry_s = self._now() + POLL_MS / 1e3
+            self._expire_leases()
 
     def _flush(self, socket: zmq.Socket[bytes]) -> None:
         outbox = self._outbox
@@ -202,7 +211,7 @@ class Transport:
         if lease is None:
             self._on_bad_frame(gateway, "no hello came before it")
             return
-        lease.until_s = time.monotonic() + lease.lease_s
+        lease.until_s = self._now() + lease.lease_s
         if isinstance(message, Ping):
             return
         if self.compiler is not None:
@@ -224,15 +233,15 @@ class Transport:
             return
         if self._ready is None:
             return  # still loading; the gateway asks again
-        lease_s = min(max(hello.lease_s, 0.5), MAX_LEASE_S)
+        lease_s = min(hello.lease_s, MAX_LEASE_S) if hello.lease_s > MIN_LEASE_S else MIN_LEASE_S  # NaN too
         if gateway not in self._leases:
             log.info("gateway_connected", gateway=hello.gateway_id)
-        self._leases[gateway] = Lease(hello.gateway_id, lease_s, time.monotonic() + lease_s)
+        self._leases[gateway] = Lease(hello.gateway_id, lease_s, self._now() + lease_s)
         ready, payloads = self._ready
         self._post(socket, gateway, [encode(ready), *payloads])
 
     def _expire_leases(self) -> None:
-        now_s = time.monotonic()
+        now_s = self._now()
         for gateway in [g for g, lease in self._leases.items() if lease.until_s < now_s]:
             self._end_lease(gateway, "gateway_lease_expired")
 
@@ -249,7 +258,7 @@ class Transport:
         self._remark("bad_frame", gateway, detail=detail)
 
     def _remark(self, event: str, gateway: bytes, **more: str) -> None:
-        now_s = time.monotonic()
+        now_s = self._now()
         if now_s - self._last_remark_s > REMARK_INTERVAL_S:
             self._last_remark_s = now_s
             log.warning(
