@@ -27,6 +27,7 @@ class WorkerConfig(BaseSettings):
     device: Literal["auto", "cuda", "cpu", "sim"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(1, ge=1, le=256, description="CPU compute threads; more than one needs idle cores")
+    native: bool = Field(True, description="CPU: compile the decode step's operations if there is a compiler")
     depth: int = Field(2, ge=1, le=4, description="steps in flight; 1 is blocking mode")
     late_launch: bool = Field(True, description="while a row is free, launch just before the device runs dry")
     max_rows: int = Field(32, ge=1, le=1024, description="sequences decoded together")
@@ -37,6 +38,7 @@ class WorkerConfig(BaseSettings):
     step_tokens: int = Field(2048, ge=16, description="tokens of one step")
     mixed_tokens: int = Field(1024, ge=16, description="the same while rows decode: bounds their gap")
     step_crops: int = Field(26, ge=1, description="image crops encoded in one step; one picture always may")
+    warm_up_s: float = Field(120.0, ge=0, description="GPU: time to compile and capture before readiness")
     prefix_cache: bool = True
     device_automata: bool = Field(True, description="regular constraints run on the device, without the host")
     feature_bytes: int = Field(256 << 20, ge=0, description="image features kept for repeated pictures")

@@ -27,6 +27,7 @@ from worker.device.timeline import RealClock
 from worker.engine import Command, Engine
 from worker.models.contract import Model
 from worker.models.registry import load_model
+from worker.native.build import forbid
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
 from worker.reports import Outbox
@@ -34,11 +35,13 @@ from worker.runner import Runner
 from worker.scheduler import Scheduler, SchedulerLimits
 from worker.sim_tokenizer import SIM_TOKENIZER, VOCAB_SIZE
 from worker.torch_runner import TorchRunner
+from worker.warm_up import warm_up
 
 log = structlog.get_logger()
 
 SMALL_WEIGHTS_BYTES = 32 << 20
 MIN_CONTEXT_TOKENS = 256
+ENCODER_WIDTHS = 16  # of the encoder's width, held at once for each image token by its widest layer
 
 
 @dataclass(slots=True)
@@ -115,8 +118,8 @@ def build_worker(
         with startup.phase("allocate"):
             torch_runner = _torch_runner(config, device, model, num_pages)
         if device.captures:
-            with startup.phase("capture graphs"), torch.inference_mode():
-                torch_runner.capture_graphs(startup.progress)
+            with startup.phase("warm up"):
+                warm_up(torch_runner, startup.progress, budget_s=config.warm_up_s)
         runner = torch_runner
         device_name = device.name
     pool = PagePool(num_pages, config.page_tokens)
@@ -142,6 +145,9 @@ def build_worker(
         late_launch=config.late_launch,
         on_beat=on_beat,
     )
+    if isinstance(runner, TorchRunner):
+        engine.metrics.eager_steps_total = runner.graph_counts.eager_steps_total
+        engine.metrics.captures_total = runner.graph_counts.captures_total
     ready = Ready(
         PROTOCOL_VERSION,
         schema_hash(),
@@ -167,6 +173,8 @@ def _open_device(config: WorkerConfig) -> Device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         return CudaDevice()
+    if not config.native:
+        forbid()
     return CpuDevice(num_threads=config.threads)
 
 
@@ -190,7 +198,16 @@ def _num_pages(config: WorkerConfig, device: Device, model: Model) -> int:
         * model.kv_dtype.itemsize
     )
     on_cpu = device.torch_device.type == "cpu"
-    free_bytes = min(device.free_bytes(), config.kv_bytes) if on_cpu else device.free_bytes()
+    encoder = model.encoder
+    if on_cpu:
+        free_bytes = min(device.free_bytes(), config.kv_bytes)
+    else:
+        free_bytes = device.free_bytes()
+        if (
+            encoder is not None
+        ):  # what a batch of crops needs: stream, qkv, MLP and their like, for eager runs too
+            crop_bytes = ENCODER_WIDTHS * encoder.num_tokens * encoder.width * encoder.dtype.itemsize
+            free_bytes -= config.step_crops * crop_bytes
     per_sequence = -(-model.card.context_tokens // config.page_tokens)
     most = config.max_rows * per_sequence + 1  # more could never be used but by the prefix cache
     num_pages = min(free_bytes // page_bytes, 4 * most)
@@ -228,6 +245,8 @@ def _torch_runner(config: WorkerConfig, device: Device, model: Model, num_pages:
         max_sequence_tokens=min(model.card.context_tokens, (num_pages - 1) * config.page_tokens),
         step_tokens=config.step_tokens,
         feature_bytes=config.feature_bytes,
+        automata=config.device_automata,
+        step_crops=config.step_crops,
     )
 
 

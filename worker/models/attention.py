@@ -7,13 +7,16 @@ It uses no host synchronisation: on a GPU the decode part can be captured for fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from worker.models.contract import DecodeRows, KVCache, PrefillSegment, StepTokens
+from worker.native.operations import Operations
 
 
 @dataclass(slots=True)
@@ -60,27 +63,70 @@ def fuses(device: torch.device, head_dim: int) -> bool:
     return can_fuse(head_dim)
 
 
-class AttentionPlan:
-    """What every layer of one forward needs to attend; build it once, call `attend` once a layer.
+def fastest_kv_dtype(device: torch.device, dtype: torch.dtype, native: Operations | None) -> torch.dtype:
+    """What paged memory should hold for weights of `dtype`.
 
-    Raises ValueError when a chunk ends inside a prefix that it also begins in: positions of a bidirectional
+    fp32 on a CPU whose attention in bf16 is several times slower, and always for fp32 weights; else their dtype.
+    """
+    if device.type != "cpu" or (dtype == torch.bfloat16 and (native is not None or multiplies_bf16())):
+        return dtype
+    return torch.float32
+
+
+@lru_cache(maxsize=1)
+def multiplies_bf16() -> bool:
+    """Whether this CPU has matrix registers for bf16 (AMX): attention in bf16 is then quicker than in fp32."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+Split = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""A qkv product (N, (H + 2·KH)·D) and rotations (N, 1, R/2) → rotated q (N, H, D), rotated k and v (N, KH, D)."""
+
+
+class AttentionPlan:
+    """What every layer of one forward needs to attend; build it once, call `attend` or `attend_product` once a layer.
+
+    With `native` operations and the step's `rotation` (N, 1, R/2) complex64, `attend_product` has them do all of
+    a decode row's work behind a product of `dtype`, pages read where they lie. Raises ValueError when a chunk ends inside a prefix that it also begins in: positions of a bidirectional
     prefix need all of it, cached or in the same chunk.
     """
 
-    def __init__(self, tokens: StepTokens, cache: KVCache, space: GatherSpace | None = None) -> None:
+    def __init__(
+        self,
+        tokens: StepTokens,
+        cache: KVCache,
+        space: GatherSpace | None = None,
+        native: Operations | None = None,
+        rotation: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._cache = cache
         self._space = space
         self._gathered: tuple[Tensor, Tensor] | None = None
         self._write_index = tokens.write_index
         self._dtype = cache.keys[0].dtype
-        # A bf16 product with one query row a head is slow on CPUs: 2.6 times the fp32 one, casts included.
-        self._widen = self._dtype != torch.float32 and cache.keys[0].device.type == "cpu"
+        self._rotation = rotation
+        self._native: Operations | None = None
+        self._num_native = 0
+        if (
+            native is not None
+            and rotation is not None
+            and tokens.decode is not None
+            and native.can_decode(dtype, self._dtype, cache.keys[0].shape[3], 2 * rotation.shape[-1])
+        ):
+            self._native, self._num_native = native, tokens.decode.num_rows
+            self._native_write_index = tokens.write_index[: self._num_native]
+            self._write_index = tokens.write_index[self._num_native :]
+        # Without matrix registers a bf16 product with one query row a head is slow: 2.6 times fp32 with casts.
+        self._widen = (
+            self._dtype != torch.float32 and cache.keys[0].device.type == "cpu" and not multiplies_bf16()
+        )
         self._mask_dtype = torch.float32 if self._widen else self._dtype
         self._decode = tokens.decode
         self._num_decode = 0
         self._decode_pages: Tensor | None = None
         self._decode_mask: Tensor | None = None
-        if tokens.decode is not None:
+        if tokens.decode is not None and self._native is None:
             self._plan_decode(tokens.decode)
         start = self._num_decode
         self._segments: list[_Segment] = []
@@ -123,6 +169,49 @@ class AttentionPlan:
             mask = torch.zeros(hidden.shape, dtype=self._mask_dtype, device=device)
             mask.masked_fill_(hidden, float("-inf"))
         return _Segment(start, start + queries, num_keys, pages, mask, causal)
+
+    def attend_product(
+        self,
+        layer: int,
+        qkv: Tensor,
+        num_heads: int,
+        split: Split,
+        *,
+        qk_weight: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """As `attend`, from the qkv product (N, (H + 2·KH)·D); returns (N, H·D) in its dtype.
+
+        `split` is asked for the rows that no native operation takes. `qk_weight` and `eps` tell those what
+        `split` does besides rotating: RMS norm of each head of q and k by weights (H + KH, D) fp32.
+        """
+        assert self._rotation is not None
+        num = self._num_native
+        if self._native is None or self._decode is None:
+            return self._attend_split(layer, split(qkv, self._rotation)).to(qkv.dtype)
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        out = qkv.new_empty(num, num_heads * keys.shape[3])
+        self._native.decode(
+            qkv[:num],
+            keys,
+            values,
+            self._native_write_index,
+            self._decode.block_tables,
+            self._decode.lengths,
+            self._rotation,
+            num_heads,
+            out,
+            qk_weight,
+            eps,
+        )
+        if num == qkv.shape[0]:
+            return out
+        rest = self._attend_split(layer, split(qkv[num:], self._rotation[num:]))
+        return torch.cat([out, rest.to(out.dtype)])
+
+    def _attend_split(self, layer: int, heads: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        query, key, value = (part.to(self._dtype) for part in heads)
+        return self.attend(layer, query, key, value)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Write this layer's K and V, then attend.

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
-from worker.models.attention import AttentionPlan, GatherSpace, fuses
+from worker.models.attention import AttentionPlan, GatherSpace, fastest_kv_dtype, fuses
 from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
 from worker.models.dense_config import DenseConfig
 from worker.models.layers import GatedMlp, PackedLinear, RmsNorm, Take
 from worker.models.rope import pair_order, rotation_table
 from worker.models.weights import Checkpoint, Target
+from worker.native.operations import operations
 
 if TYPE_CHECKING:
     from worker.kernels.fused import FusedPlan
@@ -33,11 +34,11 @@ _COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 class Dense:
     """A loaded dense decoder; implements `contract.Model`. It reads text only.
 
-    `kv_dtype` is the dtype its cache runs fastest in: fp32 on a CPU, where attention in bf16 is several times
-    slower and rotary products need fp32 anyway; the weights' dtype elsewhere. Any float dtype works.
+    `kv_dtype` is the dtype its cache runs fastest in, see `fastest_kv_dtype`. Any float dtype works.
     """
 
     prefix_tokens = 0
+    encoder = None
 
     def __init__(self, sizes: DenseConfig, card: ModelCard, take: Take, device: torch.device) -> None:
         self.card = card
@@ -49,7 +50,8 @@ class Dense:
         self.weight_bytes = 0
         self._words = take("model.embed_tokens.weight", sizes.vocab_size, sizes.dim)
         self.dtype = self._words.dtype
-        self.kv_dtype = torch.float32 if device.type == "cpu" else self.dtype
+        self._native = operations(device)
+        self.kv_dtype = fastest_kv_dtype(device, self.dtype, self._native)
         self._blocks = [_Block(take, f"model.layers.{index}", sizes) for index in range(sizes.num_layers)]
         self._norm = RmsNorm(take("model.norm.weight", sizes.dim), sizes.eps)
         # Tied weights: on a GPU one tensor serves both; a CPU multiplies by a repacked copy.
@@ -78,10 +80,9 @@ class Dense:
         rotation = self._rotations.index_select(0, tokens.positions)
         if self.fuses:
             return self._forward_fused(hidden, rotation, tokens, cache)
-        plan = AttentionPlan(tokens, cache, self._space)
-        kv_dtype = cache.keys[0].dtype
+        plan = AttentionPlan(tokens, cache, self._space, self._native, rotation, hidden.dtype)
         for layer, block in enumerate(self._blocks):
-            hidden = block(hidden, rotation, plan, layer, kv_dtype)
+            hidden = block(hidden, plan, layer)
         return hidden
 
     def _forward_fused(self, hidden: Tensor, rotation: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
@@ -118,25 +119,30 @@ class _Block:
         self._mlp_norm = RmsNorm(take(f"{name}.post_attention_layernorm.weight", dim), sizes.eps)
         self._mlp = _take_mlp(take, f"{name}.mlp", sizes)
 
-    def __call__(
-        self, hidden: Tensor, rotation: Tensor, plan: AttentionPlan, layer: int, kv_dtype: torch.dtype
-    ) -> Tensor:
+    def __call__(self, hidden: Tensor, plan: AttentionPlan, layer: int) -> Tensor:
+        qkv, norm = self._qkv(self._attention_norm(hidden)), self._qk_norm
+        if norm is None:
+            mixed = plan.attend_product(layer, qkv, self._num_heads, self._split)
+        else:
+            mixed = plan.attend_product(
+                layer, qkv, self._num_heads, self._split, qk_weight=norm.weight, eps=norm.eps
+            )
+        hidden = self._out.add(mixed, hidden)
+        return self._mlp.add(self._mlp_norm(hidden), hidden)
+
+    def _split(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `attention.Split`. All in fp32."""
         num_heads, num_rotated, head_dim = self._num_heads, self._num_rotated, self._head_dim
         # Nothing that is not finite reaches the cache: a masked NaN would still spoil the pages' next owner. The
         # faulty row itself is found by its output, which keeps the NaN through the residual stream.
-        heads = self._qkv(self._attention_norm(hidden)).float().nan_to_num_(0.0, 0.0, 0.0)
-        heads = heads.view(-1, 2 * num_rotated - num_heads, head_dim)
+        heads = qkv.float().nan_to_num_(0.0, 0.0, 0.0).view(-1, 2 * num_rotated - num_heads, head_dim)
         rotated, value = heads.split((num_rotated, num_rotated - num_heads), 1)
         if self._qk_norm is not None:
             rotated = self._qk_norm(rotated)
         # Rotary embedding in fp32 and in place: one complex product over the heads of q and k.
         torch.view_as_complex(rotated.view(-1, num_rotated, head_dim // 2, 2)).mul_(rotation)
-        if kv_dtype != torch.float32:
-            rotated, value = rotated.to(kv_dtype), value.to(kv_dtype)
         query, key = rotated.split((num_heads, num_rotated - num_heads), 1)
-        mixed = plan.attend(layer, query, key, value)
-        hidden = self._out.add(mixed.to(hidden.dtype), hidden)
-        return self._mlp.add(self._mlp_norm(hidden), hidden)
+        return query, key, value
 
     def fused(
         self, hidden: Tensor, gained: Tensor | None, plan: FusedPlan, layer: int

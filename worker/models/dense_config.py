@@ -153,7 +153,7 @@ def make_card(sizes: DenseConfig, raw: dict[str, Any], folder: Path, family: str
     described = _described(raw, file)
     resolved = folder.resolve()
     bos_ids = _ids("bos_token_id", generation, raw, sizes.vocab_size, file)
-    temperature, top_p = _sampling(generation, folder)
+    temperature, top_p, top_k = _sampling(generation, folder)
     return ModelCard(
         model_id=str(described.get("model_id") or resolved.name),
         family=family,
@@ -166,6 +166,7 @@ def make_card(sizes: DenseConfig, raw: dict[str, Any], folder: Path, family: str
         default_temperature=temperature,
         default_top_p=top_p,
         description=str(described.get("description") or ""),
+        default_top_k=top_k,
     )
 
 
@@ -198,8 +199,8 @@ def _ids(
     return list(dict.fromkeys(ids))
 
 
-def _sampling(generation: dict[str, Any], folder: Path) -> tuple[float, float]:
-    """The defaults (temperature, top_p): greedy unless the folder asks for sampling."""
+def _sampling(generation: dict[str, Any], folder: Path) -> tuple[float, float, int]:
+    """The defaults (temperature, top_p, top_k; 0 is no limit): greedy unless the folder asks for sampling."""
     sampled = generation.get("do_sample")
     temperature = generation.get("temperature")
     if sampled is False or (temperature is None and not sampled):
@@ -213,4 +214,10 @@ def _sampling(generation: dict[str, Any], folder: Path) -> tuple[float, float]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
             file = folder / "generation_config.json"
             raise CheckpointError(f"{name!r} is {value!r}; it lies in 0 … {high:g}", file=file)
-    return float(temperature), float(top_p)
+    top_k = 0 if generation.get("top_k") is None else generation["top_k"]
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k < 1 << 31:
+        file = folder / "generation_config.json"
+        raise CheckpointError(
+            f"'top_k' is {top_k!r}; it is a whole number of at least 0, 0 for no limit", file=file
+        )
+    return float(temperature), float(top_p), top_k

@@ -73,7 +73,7 @@ def test_older_layout_of_rotary_settings(tmp_path: Path) -> None:
 def test_bfloat16_stays_near_fp32(tmp_path: Path) -> None:
     oracle = write(tmp_path, "llama")
     model = load(tmp_path, torch.bfloat16)
-    assert (model.dtype, model.kv_dtype) == (torch.bfloat16, torch.float32)
+    assert model.dtype == torch.bfloat16
     ids = dense.draw(40, 4)
     _, hidden = dense.Driver(model, kv_dtype=torch.float32).prefill(model.embed(torch.tensor(ids)), 0)
     expected = dense.oracle_logits(oracle, ids)
@@ -114,12 +114,13 @@ def test_card(folder: Path) -> None:
         "do_sample": True,
         "temperature": 0.6,
         "top_p": 0.9,
+        "top_k": 20,
     }
     (folder / "generation_config.json").write_text(json.dumps(generation))
     card = load(folder).card
     assert (card.family, card.model_id, card.description) == ("llama", "tiny", "for tests")
     assert (card.bos_id, card.eos_ids, card.vocab_size, card.context_tokens) == (1, [5, 2], 160, 256)
-    assert (card.default_temperature, card.default_top_p) == (0.6, 0.9)
+    assert (card.default_temperature, card.default_top_p, card.default_top_k) == (0.6, 0.9, 20)
     assert card.capabilities == ["chat", "completions"] and card.image is None
 
 
@@ -129,6 +130,7 @@ def test_card_without_generation_config(folder: Path) -> None:
     model = load(folder)
     assert (model.card.bos_id, model.card.eos_ids) == (None, [])
     assert (model.card.default_temperature, model.card.default_top_p) == (0.0, 1.0)
+    assert model.card.default_top_k == 0
     assert model.card.context_tokens == 8192, "bounded: block tables are as wide as this"
     edit_config(folder, degas={"context_tokens": 100})
     assert load(folder).card.context_tokens == 100
@@ -146,6 +148,13 @@ def test_card_without_generation_config(folder: Path) -> None:
 def test_default_temperature(folder: Path, generation: dict[str, Any], temperature: float) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation))
     assert load(folder).card.default_temperature == temperature
+
+
+@pytest.mark.parametrize("top_k", [-1, 1.5, True, "20"])
+def test_a_top_k_that_is_none_is_refused(folder: Path, top_k: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"top_k": top_k}))
+    with pytest.raises(CheckpointError, match="'top_k' is"):
+        load(folder)
 
 
 # ------------------------------------------------------------------ refusals

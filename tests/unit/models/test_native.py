@@ -1,0 +1,183 @@
+"""The compiled CPU operations against torch's: the same results, and a row's bits whatever stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.unit.models.paged_driver import relative_error
+from worker.models.attention import AttentionPlan
+from worker.models.contract import DecodeRows, KVCache, StepTokens
+from worker.models.layers import PackedLinear
+from worker.native import build
+from worker.native.operations import Operations, operations
+from worker.native.products import Products, products
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Native operations are for one compute thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def native() -> Operations:
+    found = operations(CPU)
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+@pytest.fixture
+def multiplying() -> Products:
+    found = products(CPU)
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_and_gate(native: Operations, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 96).to(dtype), torch.randn(96).to(dtype)
+    want = F.rms_norm(x.float(), (96,), weight.float(), 1e-5)
+    assert relative_error(native.rms_norm(x, weight, 1e-5), want) < TOLERANCE[dtype]
+    both = (torch.randn(5, 192) * 4).to(dtype)
+    both[0, :4] = torch.tensor([0.0, 200.0, -200.0, -80.0])
+    want = F.silu(both[:, :96].float()) * both[:, 96:].float()
+    assert relative_error(native.silu_gate(both), want) < TOLERANCE[dtype]
+    x[2, 3] = torch.nan
+    assert native.rms_norm(x, weight, 1e-5)[2].isnan().all(), "a faulty row must stay visible"
+    assert native.rms_norm(x, weight, 1e-5)[:2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 16), (64, 96), (192, 576), (1024, 256)])
+def test_products(multiplying: Products, dtype: torch.dtype, inputs: int, outputs: int) -> None:
+    if not multiplying.can_multiply(dtype, inputs, outputs):
+        pytest.skip("this processor has no native product of this dtype")
+    torch.manual_seed(1)
+    weight, bias = torch.randn(outputs, inputs).to(dtype) / 8, torch.randn(outputs).to(dtype)
+    linear = PackedLinear(weight, bias)
+    x, residual = torch.randn(70, inputs).to(dtype), torch.randn(70, outputs).to(dtype)
+    plain = F.linear(x.float(), weight.float(), bias.float())
+    found = linear(x), linear.gelu(x), linear.add(x, residual)
+    wanted = plain, F.gelu(plain, approximate="tanh"), plain + residual.float()
+    for got, want in zip(found, wanted, strict=True):
+        assert relative_error(got, want) < TOLERANCE[dtype]
+    for count in (1, 2, 5, 6, 7, 15, 16, 17, 31, 32, 33, 64, 65):
+        assert torch.equal(linear(x[:count]), found[0][:count]), count
+        assert torch.equal(linear.gelu(x[-count:]), found[1][-count:]), count
+        assert torch.equal(linear.add(x[:count], residual[:count]), found[2][:count]), count
+    x[3, 1] = torch.nan
+    assert linear.gelu(x)[3].isnan().all()
+    assert torch.equal(linear(x)[4:], found[0][4:])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "rotary", "page_tokens"),
+    [(3, 3, 64, 32, 16), (6, 2, 64, 64, 16), (14, 2, 32, 32, 5), (5, 1, 16, 16, 40), (2, 1, 80, 32, 16)],
+)
+@pytest.mark.parametrize("normed", [False, True])
+def test_decode_equals_torch(
+    native: Operations,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    rotary: int,
+    page_tokens: int,
+    normed: bool,
+) -> None:
+    torch.manual_seed(2)
+    lengths = torch.tensor([1, 37, 16, 50, 17], dtype=torch.int32)
+    rows, pages = len(lengths), -(-50 // page_tokens)
+    tables = (1 + torch.randperm(rows * pages)).to(torch.int32).view(rows, pages)
+    shape = (rows * pages + 1, page_tokens, kv_heads, dim)
+    kept = torch.randn(shape).to(kv_dtype), torch.randn(shape).to(kv_dtype)
+    last = (lengths - 1).long()
+    write_index = tables.long()[torch.arange(rows), last // page_tokens] * page_tokens + last % page_tokens
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim).to(dtype)
+    qkv[3, -1] = torch.inf  # in v: it must reach neither the pages nor another row
+    rotation = torch.polar(torch.ones(rows, 1, rotary // 2), torch.randn(rows, 1, rotary // 2))
+    weight = torch.rand(heads + kv_heads, dim) + 0.5 if normed else None
+
+    def split(product: torch.Tensor, turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        parts = product.float().nan_to_num(0.0, 0.0, 0.0).view(-1, heads + 2 * kv_heads, dim)
+        both, value = parts.split((heads + kv_heads, kv_heads), 1)
+        if weight is not None:
+            both = F.rms_norm(both, (dim,), None, 1e-6) * weight
+        both = both.clone()
+        pairs = (
+            torch.view_as_complex(both[..., :rotary].reshape(-1, heads + kv_heads, rotary // 2, 2)) * turns
+        )
+        both[..., :rotary] = torch.view_as_real(pairs).flatten(2)
+        return both[:, :heads], both[:, heads:], value
+
+    def run(used: Operations | None, chosen: slice) -> tuple[torch.Tensor, KVCache]:
+        cache = KVCache([kept[0].clone()], [kept[1].clone()], page_tokens)
+        own = lengths[chosen]
+        decode = DecodeRows(len(own), tables[chosen], own, int(own.max()))
+        tokens = StepTokens(last[chosen], write_index[chosen], decode)
+        plan = AttentionPlan(tokens, cache, None, used, rotation[chosen], dtype)
+        eps = 1e-6 if normed else 0.0
+        return plan.attend_product(0, qkv[chosen], heads, split, qk_weight=weight, eps=eps), cache
+
+    everything = slice(0, rows)
+    (got, got_cache), (want, want_cache) = run(native, everything), run(None, everything)
+    assert got.dtype == dtype and got.shape == (rows, heads * dim)
+    assert relative_error(got, want.float()) < 4 * TOLERANCE[max(dtype, kv_dtype, key=TOLERANCE.__getitem__)]
+    for ours, theirs in zip(
+        got_cache.keys + got_cache.values, want_cache.keys + want_cache.values, strict=True
+    ):
+        assert ours.isfinite().all()
+        assert relative_error(ours, theirs.float()) < TOLERANCE[kv_dtype]
+    for row in range(rows):
+        alone, _ = run(native, slice(row, row + 1))
+        assert torch.equal(alone[0], got[row]), row
+
+
+def test_what_cannot_be_native_is_not(native: Operations) -> None:
+    assert not native.can_decode(torch.float16, torch.float16, 64, 64)
+    assert not native.can_decode(torch.float32, torch.float32, 24, 16)
+    assert not native.can_decode(torch.float32, torch.float32, 64, 24)
+    torch.set_num_threads(2)
+    assert operations(CPU) is None and products(CPU) is None
+
+
+def test_no_compiler_or_a_failing_one_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "broken.cpp"
+    source.write_text("this is no C++")
+    kept = tmp_path / "kept"
+    assert build.compiled(source, kept) is None
+    assert not kept.exists() or not list(kept.iterdir())
+    monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
+    assert build.compiled(source, kept) is None
+
+
+def test_a_folder_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    if operations(CPU) is None:
+        pytest.skip("no C++ compiler")
+    tmp_path.chmod(0o777)
+    source = tmp_path / "fine.cpp"
+    source.write_text('extern "C" int one() { return 1; }')
+    assert build.compiled(source, tmp_path) is None
+    tmp_path.chmod(0o700)
+    library = build.compiled(source, tmp_path)
+    assert library is not None and library.one() == 1

@@ -1,0 +1,124 @@
+"""Owns calling the compiled CPU operations on tensors. Decode thread; no call holds Python's lock.
+
+What they replace, per layer of a decode step: some fifteen torch operations of a few microseconds each, and the
+gathering of every page before attention may look at it.
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.native.build import compiled
+
+LANES = 16
+HEAD_DIMS = (16, 32, 64, 80, 96, 128)
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_POINTER, _COUNT, _SIZE, _REAL = c_void_p, c_int64, c_int, c_float
+
+
+class Operations:
+    """The compiled functions, with their arguments' types. All tensors are on the CPU."""
+
+    def __init__(self, library: CDLL) -> None:
+        def declare(name: str, *types: Any) -> Any:
+            function = getattr(library, name)
+            function.argtypes = types
+            function.restype = None
+            return function
+
+        self._rms_norm = {}
+        self._silu_gate = {}
+        for dtype, name in _NAMES.items():
+            self._rms_norm[dtype] = declare(
+                f"rms_norm_{name}", _COUNT, _COUNT, _POINTER, _POINTER, _REAL, _POINTER
+            )
+            self._silu_gate[dtype] = declare(f"silu_gate_{name}", _COUNT, _COUNT, _POINTER, _POINTER)
+        self._decode = {}
+        for dtypes in (
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.float32),
+            (torch.bfloat16, torch.bfloat16),
+        ):
+            self._decode[dtypes] = declare(
+                f"decode_{_NAMES[dtypes[0]]}_{_NAMES[dtypes[1]]}",
+                *(_COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _POINTER),
+                *(_POINTER, _SIZE, _POINTER, _REAL, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _COUNT),
+            )
+
+    def can_decode(self, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, rotary_dim: int) -> bool:
+        """Whether `decode` takes products of `dtype` over pages of `kv_dtype`, with heads of this width."""
+        return (dtype, kv_dtype) in self._decode and head_dim in HEAD_DIMS and rotary_dim % LANES == 0
+
+    def decode(
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        write_index: Tensor,
+        tables: Tensor,
+        lengths: Tensor,
+        rotation: Tensor,
+        num_heads: int,
+        out: Tensor,
+        qk_weight: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """One new token a row: normalise q and k heads if `qk_weight` is given, rotate them, write K and V, attend.
+
+        qkv (B, (H + 2·KH)·D), the two of a rotated pair side by side; `keys` and `values` (pages, page_tokens,
+        KH, D); write_index (B,) int64; tables (B, P) int32; lengths (B,) int32, the new token counted; rotation
+        (B, 1, R/2) complex64; qk_weight (H + KH, D) fp32; out (B, H·D) of qkv's dtype. What is not finite
+        becomes 0 before it is kept.
+        """
+        _, page_tokens, kv_heads, head_dim = keys.shape
+        self._decode[qkv.dtype, keys.dtype](
+            qkv.shape[0],
+            qkv.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            write_index.data_ptr(),
+            tables.data_ptr(),
+            tables.stride(0),
+            lengths.data_ptr(),
+            rotation.data_ptr(),
+            2 * rotation.shape[-1],
+            None if qk_weight is None else qk_weight.data_ptr(),
+            eps,
+            num_heads,
+            kv_heads,
+            head_dim,
+            page_tokens,
+            out.data_ptr(),
+            out.stride(0),
+        )
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """(N, D) contiguous → (N, D): `x` over the root of its mean square, times weight (D,). D a multiple of 16."""
+        out = torch.empty_like(x)
+        dim = weight.shape[0]
+        self._rms_norm[x.dtype](x.numel() // dim, dim, x.data_ptr(), weight.data_ptr(), eps, out.data_ptr())
+        return out
+
+    def silu_gate(self, both: Tensor) -> Tensor:
+        """(N, 2F) contiguous, gate then up → (N, F): silu(gate) · up. F a multiple of 16."""
+        rows, width = both.shape
+        out = both.new_empty(rows, width // 2)
+        self._silu_gate[both.dtype](rows, width // 2, both.data_ptr(), out.data_ptr())
+        return out
+
+
+def operations(device: torch.device) -> Operations | None:
+    """The operations, compiled at the first call; None where they cannot be had, or would leave threads idle."""
+    return _load() if device.type == "cpu" and torch.get_num_threads() == 1 else None
+
+
+@lru_cache(maxsize=1)
+def _load() -> Operations | None:
+    library = compiled(Path(__file__).with_name("decode.cpp"))
+    return None if library is None else Operations(library)
