@@ -16,7 +16,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -81,6 +81,7 @@ class ReplayingCpuDevice(CpuDevice):
     def __init__(self) -> None:
         super().__init__(num_threads=1)
         self.captures = True
+        self.shares_memory = False
 
 
 class Silence:
@@ -152,8 +153,10 @@ def run_rows(
     sampled: bool,
     shape: str,
     path: str,
+    on_steady: Callable[[], object] | None = None,
 ) -> Figures:
-    """Decode `steps` tokens on each of `rows` rows behind `context` cached ones; the runner's graphs stay."""
+    """Decode `steps` tokens on each of `rows` rows behind `context` cached ones; the runner's graphs stay.
+    `on_steady` is called when the first timed step is about to be launched."""
     model = made.model
     pool = PagePool(runner.cache.keys[0].shape[0], PAGE_TOKENS)
     limits = SchedulerLimits(
@@ -200,6 +203,8 @@ def run_rows(
             timed_from = len(runner.times) + warm
         if full_s and not host_before_s and len(runner.times) >= timed_from:
             host_before_s, launched = engine.metrics.host_seconds_total, engine.metrics.steps_total
+            if on_steady is not None:
+                on_steady()
         if host_before_s and len(runner.times) >= timed_from + steps:
             break
     host_s = engine.metrics.host_seconds_total - host_before_s
@@ -236,6 +241,9 @@ def make_runner(
 ) -> tuple[TimedRunner, float]:
     """A runner with graphs for these batch sizes, and the seconds their capture took."""
     most = max(row_counts)
+    longest = made.model.card.context_tokens  # what captured attention spans
+    if device.torch_device.type == "cpu":
+        longest = min(longest, row_tokens + PAGE_TOKENS)  # or the interpreter would take seconds a step
     runner = TimedRunner(
         made.model,
         device,
@@ -243,10 +251,12 @@ def make_runner(
         num_pages=most * (-(-row_tokens // PAGE_TOKENS) + 1) + 1,
         page_tokens=PAGE_TOKENS,
         max_rows=most,
-        max_sequence_tokens=made.model.card.context_tokens,
+        max_sequence_tokens=longest,
         step_tokens=PREFILL_TOKENS,
+        buckets=sorted(row_counts),
+        automata=False,
+        step_crops=1,  # no pictures here: the vision encoder has a benchmark of its own
     )
-    runner.buckets = sorted(row_counts)
     started_s = time.perf_counter()
     runner.capture_graphs()
     return runner, time.perf_counter() - started_s
@@ -312,30 +322,6 @@ def to_line(f: Figures) -> str:
     )
 
 
-def profile(shape: str, device: Device, rows: int, context: int, folder: Path) -> None:
-    """Kernel times of pipelined decode steps: a table to the screen, a trace to `folder`."""
-    dtype = torch.bfloat16 if device.torch_device.type == "cuda" else torch.float32
-    made = random_model(shape, device.torch_device, dtype)
-    runner, _ = make_runner(made, device, [rows], 2, context + 100)
-    named: dict[str, Any] = {
-        "context": context,
-        "steps": 30,
-        "bytes_per_s": 1.0,
-        "sampled": False,
-        "shape": shape,
-        "path": "fused",
-    }
-    run_rows(runner, made, rows, 2, **named)
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device.torch_device.type == "cuda":
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds) as profiled:
-        run_rows(runner, made, rows, 2, **named)
-    key = "self_cuda_time_total" if device.torch_device.type == "cuda" else "self_cpu_time_total"
-    print(profiled.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
-    profiled.export_chrome_trace(str(folder / f"trace-{shape}-{rows}.json.gz"))
-
-
 def main() -> None:
     """Measure, print the table, write `decode.json`."""
     parser = argparse.ArgumentParser(
@@ -350,7 +336,6 @@ def main() -> None:
     parser.add_argument(
         "--sampled-rows", default="1,32", help="row counts also run with temperature and top-p"
     )
-    parser.add_argument("--profile", metavar="SHAPE:ROWS", help="profile this instead of measuring")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, interpreted kernels")
     chosen = parser.parse_args()
@@ -363,10 +348,6 @@ def main() -> None:
     else:
         device = CudaDevice()
     with torch.inference_mode():
-        if chosen.profile:
-            shape, rows = chosen.profile.split(":")
-            profile(shape, device, int(rows), chosen.context, chosen.out)
-            return
         bytes_per_s = measure_bandwidth(device.torch_device, 64 << 20 if chosen.smoke else 4 << 30)
         found: list[Figures] = []
         for shape in chosen.shapes.split(","):

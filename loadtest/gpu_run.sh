@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Everything a GPU machine is asked, in one call that ends inside ten minutes. Run from the repository root:
 #
-#   bash loadtest/gpu_run.sh [--smoke] [tests] [kernels] [decode] [serve] [profile]
+#   bash loadtest/gpu_run.sh [--smoke] [tests] [decode] [vision] [profile] [peer] [kernels] [serve]
 #
-# Without parts: tests kernels decode profile. Results go to $OUT, or to gpu-results/: at most 8 files. A bare machine needs
-# torch with CUDA and Triton; other packages are taken from wheels in .whl/ if that folder is there. --smoke
-# proves on a CPU that the scripts run (interpreted kernels, tiny shapes); its figures mean nothing.
+# Without parts: all but serve, in this order, the most wanted first. Results go to $OUT, or to gpu-results/: at most
+# 10 files. A bare machine needs torch with CUDA and Triton; other packages are taken from wheels in .whl/ if that
+# folder is there. --smoke proves on a CPU that the scripts run (interpreted kernels, tiny shapes); its figures
+# mean nothing.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,11 +17,11 @@ parts=()
 for argument in "$@"; do
   case "$argument" in
     --smoke) smoke="--smoke" ;;
-    tests | kernels | decode | serve | profile) parts+=("$argument") ;;
-    *) echo "unknown part '$argument': tests kernels decode serve profile, or --smoke" >&2; exit 2 ;;
+    tests | kernels | decode | vision | profile | peer | serve) parts+=("$argument") ;;
+    *) echo "unknown part '$argument': tests decode vision profile peer kernels serve, or --smoke" >&2; exit 2 ;;
   esac
 done
-[ ${#parts[@]} -gt 0 ] || { [ -n "$smoke" ] && parts=(tests kernels decode) || parts=(tests kernels decode profile); }
+[ ${#parts[@]} -gt 0 ] || parts=(tests decode vision profile peer kernels)
 
 python="${PYTHON:-python3}"
 if [ -z "${PYTHON:-}" ] && [ -n "$smoke" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
@@ -79,16 +80,19 @@ for part in "${parts[@]}"; do
   case "$part" in
     tests)
       folders=(tests/gpu)
-      [ -n "$smoke" ] && folders=(tests/gpu tests/unit/kernels/test_fused_forward.py)
+      [ -n "$smoke" ] && folders=(-k "gpu or moondream or vision" tests/gpu tests/unit/kernels/test_fused_forward.py)
       run tests 150 6 "$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers "${folders[@]}" ;;
-    kernels) run kernels 150 90 "$python" -m loadtest.kernel_bench --out "$out" $smoke ;;
-    decode) run decode 270 70 "$python" -m loadtest.gpu_decode --out "$out" $smoke ;;
+    kernels) run kernels 130 90 "$python" -m loadtest.kernel_bench --out "$out" $smoke ;;
+    decode) run decode 200 70 "$python" -m loadtest.gpu_decode --out "$out" $smoke ;;
     serve) run serve 200 40 bash -c serve ;;
     profile)
-      run profile 80 45 "$python" -m loadtest.gpu_decode --out "$out" $smoke --profile "${PROFILE:-moondream2:1}" ;;
+      read -r -a pairs <<<"${PROFILE:-moondream2:1}"
+      run profile 60 45 "$python" -m loadtest.gpu_profile "${pairs[@]}" --out "$out" $smoke ;;
+    vision) run vision 60 16 "$python" -m loadtest.gpu_vision --out "$out" $smoke ;;
+    peer) run peer 90 6 "$python" -m loadtest.gpu_peer --rows "${PEER_ROWS:-1,32}" --out "$out" $smoke ;;
   esac
 done
-rm -f "$out/kernels.log" "$out/decode.log"  # their figures are in the JSON, their tables in the summary
+rm -f "$out"/{kernels,decode,vision,peer}.log  # their figures are in the JSON, their tables in the summary
 echo; echo "==== summary (all of it in $summary; $((SECONDS - began)) s)"
 cat "$summary"
 exit "$failed"

@@ -326,6 +326,9 @@ class Engine:
         self, gateway: bytes, message: Submit, frames: list[bytes], compiled: Constraint | None = None
     ) -> None:
         now_s = self._clock()
+        if (gateway, message.sequence_id) in self.scheduler.sequences:
+            self.metrics.duplicate_submits_total += 1  # a frame delivered twice: its sequence runs already
+            return
         try:
             if message.epoch != self._epoch:
                 raise Refusal(

@@ -52,11 +52,12 @@ class FeatureCache:
         side = size.crop_size
 
         def pixels(data: bytes, height: int, width: int) -> Tensor:
-            host = torch.from_numpy(np.frombuffer(data, np.uint8).reshape(height, width, 3).copy())
-            if self._model.device.type == "cpu":
-                return host
-            # From pageable memory the copy would hold the host until the compute stream is through.
-            return host.pin_memory().to(self._model.device, non_blocking=True)
+            on_host = self._model.device.type == "cpu"
+            # From pageable memory the copy would hold the host until the compute stream is through. torch keeps
+            # pinned blocks, and gives one out again only once the copies that read it are done.
+            host = torch.empty((height, width, 3), dtype=torch.uint8, pin_memory=not on_host)
+            host.numpy()[:] = np.frombuffer(data, np.uint8).reshape(height, width, 3)
+            return host if on_host else host.to(self._model.device, non_blocking=True)
 
         return ImageCrops(
             pixels(picture.global_crop, side, side),

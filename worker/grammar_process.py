@@ -7,15 +7,14 @@ here it holds only its own. Each message is a length and msgpack; nothing is pic
 
 from __future__ import annotations
 
-import resource
 import struct
-import sys
 from typing import BinaryIO, Final
 
 import msgspec
 import numpy as np
 from llguidance import LLMatcher
 
+from shared.confined import run_confined
 from shared.grammars import ascii_classes, read_choices, read_schema
 from shared.protocol import Grammar
 from worker.automaton import TokenBytes, TokenTables, choice_tables, text_tables
@@ -123,16 +122,5 @@ def _write(stdout: BinaryIO, message: Answer) -> None:
     stdout.flush()
 
 
-def main() -> None:
-    """Entry point of the process."""
-    num_bytes = int(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        serve(sys.stdin.buffer, sys.stdout.buffer)
-    except (KeyboardInterrupt, BrokenPipeError):
-        pass  # the worker is going, or gone
-
-
 if __name__ == "__main__":
-    main()
+    run_confined(serve)

@@ -6,34 +6,7 @@ only grows; the rest are gauges.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-
-from shared.protocol import HISTOGRAM_BUCKETS_S
-
-
-class Histogram:
-    """Cumulative counts over `HISTOGRAM_BUCKETS_S`, then infinity, then the sum of observations in seconds."""
-
-    __slots__ = ("counts", "sum_s")
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(HISTOGRAM_BUCKETS_S) + 1)
-        self.sum_s = 0.0
-
-    def observe(self, value_s: float) -> None:
-        """Count one observation."""
-        self.counts[bisect_left(HISTOGRAM_BUCKETS_S, value_s)] += 1
-        self.sum_s += value_s
-
-    def export(self) -> list[float]:
-        """Cumulative bucket counts, then the sum."""
-        total = 0
-        out: list[float] = []
-        for count in self.counts:
-            total += count
-            out.append(total)
-        out.append(self.sum_s)
-        return out
+from shared.histogram import Histogram
 
 
 class WorkerMetrics:
@@ -54,7 +27,12 @@ class WorkerMetrics:
         self.copy_seconds_total = 0.0  # from sampled to the outputs being on the host
         self.finished_total: dict[str, int] = {}
         self.rejected_total = 0
+        self.duplicate_submits_total = 0
         self.sync_steps_total: dict[str, int] = {}  # by reason: Engine._count_sync
+        self.eager_steps_total: dict[
+            str, int
+        ] = {}  # without their captured graph, by flavour (decode_graphs)
+        self.captures_total: dict[str, int] = {}  # of graphs: startup, late, failed
         self.depth = 0  # steps in flight after the last launch
         self.step_host = Histogram()
         self.step_wait = Histogram()

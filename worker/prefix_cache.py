@@ -66,7 +66,7 @@ class PrefixCache:
             self._pool.drop(page, keep=keep)
             if keep and self._pool.count(page) == 0:
                 self._idle[page] = None
-        seq.pages.clear()
+        seq.pages = []  # a new list: slots know a row's table by it (worker.staging)
 
     def forget(self, seq: Sequence) -> None:
         """Take `seq`'s own pages out of the cache: their contents are not to be trusted."""

@@ -1,7 +1,7 @@
 """Owns per-row state that lives on the device between steps: last tokens, biases, penalty counts. Decode thread.
 
 It belongs to the *sequence* that holds the row (I9): admission overwrites all of it. Row `max_rows` is the
-padding row of captured graphs. Tables as wide as the vocabulary are allocated when first asked for.
+padding row of captured graphs. Tables as wide as the vocabulary are allocated when first asked for, or all at start.
 """
 
 from __future__ import annotations
@@ -29,49 +29,70 @@ class RowTables:
         self.stop_bias: Tensor | None = None  # added while min_tokens is not reached
         self.counts: Tensor | None = None  # generated so far, in-flight tokens included
         self.seen: Tensor | None = None  # in prompt or output
+        self._adjusted: set[int] = set()  # rows whose biases are not all zero
 
-    def upload(self, slot: int, tables: TokenTables) -> None:
-        """Put a constraint's tables into a slot. Queued on the current stream."""
+    def allocate(self) -> None:
+        """Make every table now: where steps are captured, memory comes at start and nothing is moved later."""
+        self._allocate_automata()
+        self._allocate_adjustments()
+
+    def _allocate_automata(self) -> DeviceTables:
         if self.automata is None:
             max_rows, vocab_size = self._shape[0] - 1, self._shape[1]
             self.automata = DeviceTables(self._limits, max_rows, vocab_size, self._device)
-        self.automata.upload(slot, tables)
+        return self.automata
+
+    def _allocate_adjustments(self) -> None:
+        if self.bias is None:
+            self.bias = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
+            self.stop_bias = torch.zeros_like(self.bias)
+            self.counts = torch.zeros(self._shape, dtype=torch.int16, device=self._device)
+            self.seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+
+    def upload(self, slot: int, tables: TokenTables) -> None:
+        """Put a constraint's tables into a slot. Queued on the current stream."""
+        self._allocate_automata().upload(slot, tables)
 
     def admit(self, seq: Sequence) -> None:
         """Overwrite the row's state with the sequence's. Queued on the current stream."""
         if self.automata is not None:
             state = seq.constraint.state if isinstance(seq.constraint, TokenAutomaton) else 0
             self.automata.place(seq.row, seq.table_slot, state)
-        adjusted = seq.is_adjusted
-        if self.bias is None and not adjusted:
-            return
-        if self.bias is None:
-            self.bias = torch.zeros(self._shape, dtype=torch.float32, device=self._device)
-            self.stop_bias = torch.zeros_like(self.bias)
-            self.counts = torch.zeros(self._shape, dtype=torch.int16, device=self._device)
-            self.seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
-        assert self.stop_bias is not None and self.counts is not None and self.seen is not None
         row, sampling = seq.row, seq.sampling
-        self.bias[row] = 0
-        self.stop_bias[row] = 0
-        if not adjusted:
+        if not seq.is_adjusted and row not in self._adjusted:
             return
-        for token_id, value in sampling.logit_bias.items():
-            self.bias[row, token_id] = value
+        self._allocate_adjustments()
+        assert self.bias is not None and self.stop_bias is not None
+        assert self.counts is not None and self.seen is not None
+        bias, stop_bias = self.bias[row], self.stop_bias[row]
+        bias.zero_()
+        stop_bias.zero_()
+        if not seq.is_adjusted:
+            self._adjusted.discard(row)
+            return
+        self._adjusted.add(row)
+        # Whole lists at a time, from pinned memory: an assignment a token is a launch each, and a Python list as an
+        # index is uploaded while the host waits.
+        if sampling.logit_bias:
+            values = self._on_device(torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32))
+            bias.index_copy_(0, self._ids(list(sampling.logit_bias)), values)
         if sampling.suppress_ids:
-            self.bias[row, sampling.suppress_ids] = -torch.inf
+            bias.index_fill_(0, self._ids(sampling.suppress_ids), -torch.inf)
         if sampling.min_tokens and seq.stop_ids:
-            self.stop_bias[row, sorted(seq.stop_ids)] = -torch.inf
-        self.counts[row] = 0
-        self.seen[row] = False
-        self.seen[row, self._ids([t for t in seq.tokens if t >= 0])] = True
+            stop_bias.index_fill_(0, self._ids(sorted(seq.stop_ids)), -torch.inf)
+        counts, seen = self.counts[row], self.seen[row]
+        counts.zero_()
+        seen.zero_()
+        seen.index_fill_(0, self._ids([t for t in seq.tokens if t >= 0]), True)
         generated = self._ids(seq.tokens[seq.num_prompt :])
         if len(generated):
-            self.counts[row].index_add_(0, generated, torch.ones_like(generated, dtype=torch.int16))
+            counts.index_add_(0, generated, torch.ones_like(generated, dtype=torch.int16))
 
     def _ids(self, token_ids: list[int]) -> Tensor:
-        """On the device, without holding the host until the stream is through."""
-        host = torch.tensor(token_ids, dtype=torch.int64)
+        return self._on_device(torch.tensor(token_ids, dtype=torch.int64))
+
+    def _on_device(self, host: Tensor) -> Tensor:
+        """Without holding the host until the stream is through."""
         return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
 
     def count(self, rows: Tensor, token_ids: Tensor) -> None:

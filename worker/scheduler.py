@@ -81,10 +81,7 @@ class Scheduler:
         if len(self.waiting) >= limits.max_waiting:
             raise Refusal(ErrorCode.QUEUE_FULL, f"{len(self.waiting)} sequences are waiting already")
         key = (seq.gateway, seq.sequence_id)
-        if key in self.sequences:
-            raise Refusal(
-                ErrorCode.INVALID_REQUEST, f"sequence {seq.sequence_id} is live already", "sequence_id"
-            )
+        assert key not in self.sequences, "the engine drops duplicates"
         self.sequences[key] = seq
         seq.num_known = len(seq.tokens)
         self._num_deadlines += seq.deadline_s > 0
@@ -364,7 +361,7 @@ class Scheduler:
             self.cache.release(seq)
         else:
             self.pages.drop_all(seq.pages)
-            seq.pages.clear()
+            seq.pages = []  # a new list: slots know a row's table by it (worker.staging)
         seq.num_computed = 0
 
     def _grow(self, seq: Sequence, num_tokens: int) -> bool:

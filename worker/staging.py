@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.plan import StepPlan
-from worker.rng import uniform
+from worker.rng import uniforms
+from worker.sequence import Sequence
 
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
@@ -30,6 +31,9 @@ INT_FIELDS = (
 )
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "uniform", "presence", "frequency", "repetition", "ban_stop")
 FIELDS = INT_FIELDS + FLOAT_FIELDS
+NOTHING: tuple[list[int], int] = ([], 0)
+SPAN_FIELDS = 4
+"""Of a chunk: its first flattened token, its tokens, the cached context before them, the bidirectional prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,19 @@ class SlotShape:
         return self.step_tokens + self.max_rows
 
     @property
+    def ends_start(self) -> int:
+        """Where the fields of rows whose prefill ends stand aside while padding takes their places."""
+        return self.chunks_start + 3 * self.chunk_tokens
+
+    @property
+    def spans_start(self) -> int:
+        """Where the chunks' extents begin."""
+        return self.ends_start + len(FIELDS) * self.max_rows
+
+    @property
     def chunk_tables_start(self) -> int:
         """Where the chunks' block tables begin."""
-        return self.chunks_start + 3 * self.chunk_tokens
+        return self.spans_start + SPAN_FIELDS * self.max_rows
 
     @property
     def num_words(self) -> int:
@@ -77,20 +91,41 @@ class SlotShape:
 class Views:
     """Numpy views of one packed buffer's sections."""
 
-    __slots__ = ("buffer", "chunk_tables", "chunks", "floats", "ints", "shape", "tables")
+    __slots__ = (
+        "buffer",
+        "chunk_tables",
+        "chunks",
+        "draws",
+        "ends",
+        "floats",
+        "held",
+        "ints",
+        "rows",
+        "samples",
+        "sections",
+        "shape",
+        "spans",
+        "tables",
+    )
 
     def __init__(self, buffer: I32, shape: SlotShape) -> None:
         self.buffer = buffer
         self.shape = shape
         rows, pages = shape.max_rows, shape.max_pages
-        sections = buffer[: shape.tables_start].reshape(len(FIELDS), rows)
+        self.sections: I32 = buffer[: shape.tables_start].reshape(len(FIELDS), rows)
+        sections = self.sections
         self.ints: dict[str, I32] = {name: sections[i] for i, name in enumerate(FIELDS)}
         self.floats: dict[str, F32] = {name: self.ints[name].view(np.float32) for name in FLOAT_FIELDS}
         self.tables: I32 = buffer[shape.tables_start : shape.chunks_start].reshape(rows, pages)
-        self.chunks: I32 = buffer[shape.chunks_start : shape.chunk_tables_start].reshape(
-            3, shape.chunk_tokens
-        )
+        self.chunks: I32 = buffer[shape.chunks_start : shape.ends_start].reshape(3, shape.chunk_tokens)
+        self.ends: I32 = buffer[shape.ends_start : shape.spans_start].reshape(len(FIELDS), rows)
+        self.spans: I32 = buffer[shape.spans_start : shape.chunk_tables_start].reshape(rows, SPAN_FIELDS)
         self.chunk_tables: I32 = buffer[shape.chunk_tables_start :].reshape(rows, pages)
+        # What the buffer shows already.
+        self.held = [NOTHING] * rows  # of each decode row: the page list in its table, and how much of it
+        self.samples: list[Sequence] = []
+        self.rows: list[int] = []  # of `samples`: a resumed sequence may be the same in another row
+        self.draws = False
 
 
 def used_words(plan: StepPlan, shape: SlotShape, padded_rows: int) -> int:
@@ -101,41 +136,52 @@ def used_words(plan: StepPlan, shape: SlotShape, padded_rows: int) -> int:
 
 
 def stage_rows(views: Views, plan: StepPlan) -> None:
-    """Write the decode rows' inputs and every sample's sampling parameters."""
+    """Write the decode rows' inputs and every sample's sampling parameters.
+
+    A slot sees the same rows step after step: what its buffer still says of them is not written again.
+    """
     ints, tables = views.ints, views.tables
     page_tokens = views.shape.page_tokens
     num_rows, num = len(plan.decode), len(plan.samples)
+    rows = [seq.row for seq in plan.samples]
+    is_same = num == num_rows and rows == views.rows and plan.samples == views.samples
+    views.rows, views.samples = rows, plan.samples if num == num_rows else []
     if num_rows:
         positions = plan.positions
-        ints["rows"][:num_rows] = [seq.row for seq in plan.decode]
         ints["positions"][:num_rows] = positions
         ints["lengths"][:num_rows] = ints["positions"][:num_rows] + 1
         ints["write_index"][:num_rows] = [
             seq.pages[p // page_tokens] * page_tokens + p % page_tokens
             for seq, p in zip(plan.decode, positions, strict=True)
         ]
-        ints["spatial"][:num_rows] = [seq.is_spatial for seq in plan.decode]
+        held = views.held
         for i, seq in enumerate(plan.decode):
-            pages = seq.pages
-            tables[i, : len(pages)] = pages
-    ints["sample_rows"][:num] = [seq.row for seq in plan.samples]
-    _stage_sampling(views, plan, num)
+            pages, (shown, num_shown) = seq.pages, held[i]
+            num_pages = len(pages)
+            if pages is not shown:
+                num_shown = 0
+            if num_shown != num_pages:
+                tables[i, num_shown:num_pages] = pages[num_shown:]
+                held[i] = (pages, num_pages)
+    if not is_same:
+        ints["rows"][:num_rows] = rows[:num_rows]
+        ints["spatial"][:num_rows] = [seq.is_spatial for seq in plan.decode]
+        ints["sample_rows"][:num] = rows
+    _stage_sampling(views, plan, num, is_same=is_same)
 
 
-def _stage_sampling(views: Views, plan: StepPlan, num: int) -> None:
+def _stage_sampling(views: Views, plan: StepPlan, num: int, *, is_same: bool) -> None:
     ints, floats = views.ints, views.floats
     settings = [seq.sampling for seq in plan.samples]
-    if any([s.temperature > 0 for s in settings]):
-        floats["temperature"][:num] = [s.temperature for s in settings]
-        floats["top_p"][:num] = [s.top_p for s in settings]
-        floats["min_p"][:num] = [s.min_p for s in settings]
-        ints["top_k"][:num] = [s.top_k for s in settings]
-        floats["uniform"][:num] = [
-            uniform(s.seed, index) if s.temperature > 0 else 0.5
-            for s, index in zip(settings, plan.sample_indexes, strict=True)
-        ]
-    else:
-        floats["temperature"][:num] = 0.0  # a captured graph reads it whether or not a row draws
+    if not is_same:
+        views.draws = any([s.temperature > 0 for s in settings])
+        floats["temperature"][:num] = [s.temperature for s in settings]  # read whether or not a row draws
+        if views.draws:
+            floats["top_p"][:num] = [s.top_p for s in settings]
+            floats["min_p"][:num] = [s.min_p for s in settings]
+            ints["top_k"][:num] = [s.top_k for s in settings]
+    if views.draws:
+        floats["uniform"][:num] = uniforms([s.seed for s in settings], plan.sample_indexes)
     if plan.any_adjusted:
         floats["presence"][:num] = [s.presence_penalty for s in settings]
         floats["frequency"][:num] = [s.frequency_penalty for s in settings]
@@ -155,16 +201,25 @@ def stage_padding(views: Views, start: int, end: int) -> None:
         ints[name][start:end] = 0
     views.floats["temperature"][start:end] = 0
     views.tables[start:end] = 0
+    views.held[start:end] = [NOTHING] * (end - start)
+    if start < len(views.samples):
+        views.samples = []
 
 
-def stage_chunks(views: Views, plan: StepPlan) -> None:
-    """Write the prefill chunks' inputs behind the decode rows."""
+def stage_ends(views: Views, start: int, end: int) -> None:
+    """Put the fields of samples [start, end) aside, before padding is written over them."""
+    views.ends[:, : end - start] = views.sections[:, start:end]
+
+
+def stage_chunks(views: Views, plan: StepPlan, *, alone: bool = False) -> None:
+    """Write the prefill chunks' inputs: behind the decode rows, or `alone` as a forward of their own."""
     ids, positions, writes = views.chunks
     page_tokens = views.shape.page_tokens
-    at, flat = 0, len(plan.decode)
+    at, sample = 0, len(plan.decode)
+    flat = 0 if alone else sample
     where = views.ints["sample_index"]
-    where[:flat] = np.arange(flat)
-    sample = flat
+    if flat:
+        where[:flat] = np.arange(flat)
     for i, chunk in enumerate(plan.chunks):
         seq, start, num = chunk.seq, chunk.start, chunk.num_tokens
         pages = np.asarray(seq.pages, dtype=np.int32)
@@ -172,6 +227,7 @@ def stage_chunks(views: Views, plan: StepPlan) -> None:
         ids[at : at + num] = seq.tokens[start : start + num]
         positions[at : at + num] = span
         writes[at : at + num] = pages[span // page_tokens] * page_tokens + span % page_tokens
+        views.spans[i] = (flat, num, start, seq.prefix_tokens)
         views.chunk_tables[i, : len(pages)] = pages
         at += num
         flat += num

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from worker.automaton import TokenTables
 from worker.automaton_slots import TableLimits
-from worker.sampler import apply_mask
 
 
 class DeviceTables:
@@ -46,11 +45,17 @@ class DeviceTables:
         moves = torch.from_numpy(tables.next_state)
         own = torch.arange(states, dtype=torch.int32).unsqueeze(1)
         moves = torch.where(moves < 0, own, moves) + base
-        self._next[base : base + states, :classes] = moves.to(self._device)
         first = slot * limits.max_masks
-        self._mask_of[base : base + states] = torch.from_numpy(tables.mask_of + first).to(self._device)
-        self._masks[first : first + len(tables.masks)] = torch.from_numpy(tables.masks).to(self._device)
-        self._class_of[slot] = torch.from_numpy(tables.class_of).to(self._device)
+        self._next[base : base + states, :classes].copy_(self._pin(moves), non_blocking=True)
+        mask_of = torch.from_numpy(tables.mask_of + first)
+        self._mask_of[base : base + states].copy_(self._pin(mask_of), non_blocking=True)
+        masks = torch.from_numpy(tables.masks)
+        self._masks[first : first + len(masks)].copy_(self._pin(masks), non_blocking=True)
+        self._class_of[slot].copy_(self._pin(torch.from_numpy(tables.class_of)), non_blocking=True)
+
+    def _pin(self, host: Tensor) -> Tensor:
+        """From pageable memory a copy would hold the host until the stream is through."""
+        return host if self._device.type == "cpu" else host.pin_memory()
 
     def place(self, row: int, slot: int, state: int) -> None:
         """Give a row its sequence's state (slot 0: no constraint). Queued on the current stream."""
@@ -61,9 +66,9 @@ class DeviceTables:
             self._states[row] = 0
             self._constrained.remove(row)
 
-    def mask(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """(R, V) logits with each row's refused ids at -inf."""
-        return apply_mask(logits, self._masks[self._mask_of[self._states[rows]]])
+    def words(self, rows: Tensor) -> Tensor:
+        """(R, ceil(V/32)) int32, the bits of the ids that each row may have now. rows (R,) int64."""
+        return self._masks[self._mask_of[self._states[rows]]]
 
     def advance(self, rows: Tensor, token_ids: Tensor) -> None:
         """Move each row's state by its sampled id: rows (R,) int64, token_ids (R,) int64."""

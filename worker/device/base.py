@@ -22,11 +22,15 @@ class Event(Protocol):
         """Device seconds from this event to `later`; both must have been passed."""
 
 
+class CaptureFailed(RuntimeError):
+    """The device could not record a graph. Its work still runs eagerly, which is slower and not wrong."""
+
+
 class Stream(Protocol):
     """An ordered queue of device work."""
 
-    def record(self) -> Event:
-        """Mark the end of what is queued now."""
+    def record(self, event: Event | None = None) -> Event:
+        """Mark the end of what is queued now: with `event`, moved here from wherever it stood, or with a new one."""
 
     def wait(self, event: Event) -> None:
         """Let later work of this stream start only after `event`."""
@@ -50,12 +54,21 @@ class Device(Protocol):
     compute: Stream
     copy: Stream
     captures: bool  # whether capture() records a graph, so that shapes must be padded to buckets
+    shares_memory: bool  # whether pinned memory is the device's own, so that nothing needs to be uploaded
+
+    def event(self) -> Event:
+        """An event to record again and again: none is made in the loop."""
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that copies to and from the device without blocking."""
 
-    def capture(self, body: Callable[[], None]) -> Graph:
-        """Warm up, then record `body`'s operations on the compute stream."""
+    def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
+        """Record `body`'s operations on the compute stream, where recording does not run them.
+
+        `warm_up` runs it first: libraries choose algorithms and kernels are compiled and loaded then, none of
+        which a recording survives. Without it, the same body must have run in the same shapes before. Raises
+        CaptureFailed.
+        """
 
     def synchronize(self) -> None:
         """Wait for everything queued on the device."""

@@ -26,6 +26,10 @@ class CpuEvent:
     __slots__ = ("_late", "_recorded_s")
 
     def __init__(self, late: bool) -> None:
+        self.record(late)
+
+    def record(self, late: bool) -> None:
+        """Move it to now."""
         self._late = late
         self._recorded_s = time.perf_counter()
 
@@ -48,8 +52,12 @@ class CpuStream:
     def __init__(self, late: bool) -> None:
         self._late = late
 
-    def record(self) -> CpuEvent:
-        return CpuEvent(self._late)
+    def record(self, event: Event | None = None) -> CpuEvent:
+        if event is None:
+            return CpuEvent(self._late)
+        assert isinstance(event, CpuEvent)
+        event.record(self._late)
+        return event
 
     def wait(self, event: Event) -> None:
         pass  # queued work has already run
@@ -89,13 +97,18 @@ class CpuDevice:
         self.name = "cpu"
         self.torch_device = torch.device("cpu")
         self.captures = False
+        self.shares_memory = True
+        self._events_look_late = events_look_late
         self.compute: Stream = CpuStream(events_look_late)
         self.copy: Stream = CpuStream(events_look_late)
+
+    def event(self) -> Event:
+        return CpuEvent(self._events_look_late)
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    def capture(self, body: Callable[[], None]) -> Graph:
+    def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
         return CpuGraph(body)
 
     def synchronize(self) -> None:

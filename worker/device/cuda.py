@@ -1,31 +1,36 @@
-"""Owns one CUDA device: its compute and copy streams, events, pinned memory and captured graphs. Decode thread."""
+"""Owns one CUDA device: its compute and copy streams, events, pinned memory and captured graphs. Decode thread.
+
+The compute stream is made the thread's current one: weights, memory, warm-up and steps are all queued there, so no
+operation can fall on the default stream, which torch's streams do not wait for.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from worker.device.base import Event, Graph, Stream
+from worker.device.base import CaptureFailed, Event, Graph, Stream
 
-WARM_UP_RUNS = 2  # lets libraries pick algorithms and allocate workspaces before they are recorded
+WARM_UP_RUNS = 2  # the second meets the caches of the first: allocator blocks, cuBLAS workspaces
 
 
 class CudaEvent:
-    """A timing event: the bubble is measured between them."""
+    """A timing event: the bubble is measured between them. CUDA makes it at its first record."""
 
     __slots__ = ("raw",)
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
+    def __init__(self) -> None:
         self.raw = torch.cuda.Event(enable_timing=True)
-        self.raw.record(stream)
 
     def query(self) -> bool:
         return bool(self.raw.query())
 
     def synchronize(self) -> None:
+        # Spins without Python's lock: a blocking event would wake this thread tens of microseconds late.
         self.raw.synchronize()
 
     def elapsed_s(self, later: Event) -> float:
@@ -41,29 +46,46 @@ class CudaStream:
     def __init__(self, device: torch.device, priority: int) -> None:
         self.raw = torch.cuda.Stream(device, priority=priority)
 
-    def record(self) -> CudaEvent:
-        return CudaEvent(self.raw)
+    def record(self, event: Event | None = None) -> CudaEvent:
+        if event is None:
+            event = CudaEvent()
+        assert isinstance(event, CudaEvent)
+        event.raw.record(self.raw)
+        return event
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
-        self.raw.wait_event(event.raw)
+        self.raw.wait_event(event.raw)  # where the event stands now: recording it again later changes nothing
 
-    @contextlib.contextmanager
-    def use(self) -> Iterator[None]:
-        with torch.cuda.stream(self.raw):
-            yield
+    def use(self) -> AbstractContextManager[None]:
+        return _Current(self.raw)
+
+
+class _Current(AbstractContextManager[None]):
+    """Makes a stream the thread's current one for a block; cheaper than `torch.cuda.stream`, which asks for devices."""
+
+    __slots__ = ("_previous", "_raw")
+
+    def __init__(self, raw: torch.cuda.Stream) -> None:
+        self._raw = raw
+
+    def __enter__(self) -> None:
+        self._previous = torch.cuda.current_stream()
+        if self._previous != self._raw:
+            torch.cuda.set_stream(self._raw)
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous != self._raw:
+            torch.cuda.set_stream(self._previous)
 
 
 class CudaGraph:
     """A captured graph in the device's shared memory pool."""
 
-    __slots__ = ("_graph",)
+    __slots__ = ("replay",)
 
     def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
-        self._graph = graph
-
-    def replay(self) -> None:
-        self._graph.replay()
+        self.replay: Callable[[], None] = graph.replay  # keeps the graph alive
 
 
 class CudaDevice:
@@ -79,32 +101,60 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
         self.captures = True
+        self.shares_memory = False
         self._memory_share = memory_share
         self._compute = CudaStream(self.torch_device, priority=-1)
         self.compute: Stream = self._compute
         # Small copies should slip in between kernels, not queue behind a batch of them.
         self.copy: Stream = CudaStream(self.torch_device, priority=-2)
-        self._pool: Any = None  # torch's own name for a pool's handle is private
+        # What was queued before this device was opened (another one's memory) comes first.
+        self._compute.raw.wait_stream(torch.cuda.current_stream())
+        torch.cuda.set_stream(self._compute.raw)
+        # All graphs replay on the one compute stream, in order, so they may share one memory pool (I1). Nothing
+        # in it outlives its replay: what a step leaves behind lies in its slot.
+        self._pool: Any = torch.cuda.graph_pool_handle()  # torch's own name for the type is private
+
+    def event(self) -> Event:
+        return CudaEvent()
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
-    def capture(self, body: Callable[[], None]) -> Graph:
-        stream = self._compute.raw
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_RUNS):
-                body()
-        stream.synchronize()
+    def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
+        """See `base.Device`. Not through `torch.cuda.graph`, which synchronises the device and empties the
+        allocator's cache each time: a graph may be captured while steps are in flight."""
         graph = torch.cuda.CUDAGraph()
-        # All graphs replay on the one compute stream, in order, so they may share one memory pool (I1).
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            body()
-        self._pool = graph.pool()
+        collecting = gc.isenabled()
+        with self.compute.use():
+            if warm_up:
+                try:
+                    for _ in range(WARM_UP_RUNS):
+                        body()
+                except torch.OutOfMemoryError as error:  # smaller shapes may still fit
+                    torch.cuda.empty_cache()
+                    raise CaptureFailed(f"no memory to run it: {str(error)[:300]}") from error
+                self._compute.raw.synchronize()  # a fault of the body shows here, not in the capture
+            gc.disable()  # a collected event or graph would call CUDA in the middle of the recording
+            try:
+                # Other threads may use CUDA meanwhile; this one is checked.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    body()
+                finally:
+                    graph.capture_end()
+            except Exception as error:
+                # The pool may still think that it records.
+                self._pool = torch.cuda.graph_pool_handle()
+                raise CaptureFailed(f"{type(error).__name__}: {str(error)[:300]}") from error
+            finally:
+                if collecting:
+                    gc.enable()
         return CudaGraph(graph)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 
     def free_bytes(self) -> int:
+        torch.cuda.empty_cache()  # what loading left in the allocator is free as well
         free, total = torch.cuda.mem_get_info(self.torch_device)
         return int(free - (1 - self._memory_share) * total)

@@ -39,7 +39,11 @@ class FusedPlan:
             spans.append((start, chunk.num_tokens, chunk.num_context, prefix))
             start += chunk.num_tokens
         if spans:
-            self._segments = make_segments(spans, [chunk.block_table for chunk in tokens.prefills])
+            if tokens.spans is not None and tokens.tables is not None:
+                most = max(chunk.num_tokens for chunk in tokens.prefills)
+                self._segments = Segments(tokens.spans, tokens.tables, most)
+            else:
+                self._segments = make_segments(spans, [chunk.block_table for chunk in tokens.prefills])
 
     def attend(
         self,

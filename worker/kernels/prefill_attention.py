@@ -27,7 +27,7 @@ class Segments:
     """The prefill chunks of a step, uploaded once and used by every layer."""
 
     spans: Tensor  # (S, 4) int32: first flattened token, new tokens, cached context, prefix tokens
-    tables: Tensor  # (S, P) int32, unused entries 0
+    tables: Tensor  # (S, P) int32, rows may be strided; entries beyond a chunk's pages are not read
     max_queries: int
 
 

@@ -134,7 +134,7 @@ def _count_ties(
     return tl.sum(ties, 0)
 
 
-_SETTINGS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr"]
+_SETTINGS = ["words_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr"]
 
 
 @triton.jit(do_not_specialize_on_alignment=_SETTINGS)  # views into a packed buffer, wherever they fall

@@ -10,6 +10,7 @@ padding rows write there and nobody reads it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -48,6 +49,9 @@ class StepTokens:
     write_index: Tensor  # (N,) int64: page · page_tokens + offset, the cache line each token's K and V go to
     decode: DecodeRows | None = None
     prefills: list[PrefillSegment] = field(default_factory=list)
+    # The segments once more, as they lie on the device, so that kernels need no upload of their own; or None.
+    spans: Tensor | None = None  # (S, 4) int32: first flattened token, tokens, cached context, prefix
+    tables: Tensor | None = None  # (S, P) int32, unused entries anything
 
 
 @dataclass(slots=True)
@@ -69,6 +73,21 @@ class ImageCrops:
     tiles_w: int
 
 
+class CropEncoder(Protocol):
+    """The part of a vision encoder that runs over crops of one size, however many pictures they come from."""
+
+    crop_size: int
+    num_tokens: int  # of one crop
+    width: int  # of one token's features
+    max_crops: int  # of one picture, the global one included
+    dtype: torch.dtype
+    run: Callable[[Tensor], Tensor]  # what the encoder itself calls: `features`, or graphs of it
+
+    def features(self, crops: Tensor) -> Tensor:
+        """(C, S, S, 3) uint8 → (C, num_tokens, width). Reads nothing on the host, so it can be captured."""
+        ...
+
+
 class Model(Protocol):
     """A loaded model. Every method is called on the decode thread, on the compute stream."""
 
@@ -81,6 +100,11 @@ class Model(Protocol):
     device: torch.device
     prefix_tokens: int  # bidirectional prefix of a prompt that carries an image (BOS + image); 0 if none
     weight_bytes: int
+
+    @property
+    def encoder(self) -> CropEncoder | None:
+        """The vision encoder, of a model that reads pictures."""
+        ...
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(N,) int64 ids → (N, D) input embeddings."""

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
-from worker.models.attention import AttentionPlan, GatherSpace, fuses
+from worker.models.attention import AttentionPlan, GatherSpace, fastest_kv_dtype, fuses
 from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
 from worker.models.layers import PackedLinear, Take, take_linear, take_norm
 from worker.models.moondream_config import MoondreamConfig, TextConfig, make_card, parse_config
 from worker.models.moondream_region import RegionModel
 from worker.models.moondream_vision import VisionEncoder
 from worker.models.weights import Checkpoint, Target, read_config
+from worker.native.operations import operations
 
 if TYPE_CHECKING:
     from worker.kernels.fused import FusedPlan
@@ -62,8 +63,7 @@ def canonical_name(stored: str) -> Target | None:
 class Moondream:
     """A loaded Moondream 2; implements `contract.Model`.
 
-    `kv_dtype` is the dtype its cache runs fastest in: fp32 on a CPU, where attention in bf16 is several times
-    slower and rotary products need fp32 anyway; the weights' dtype elsewhere. Any float dtype works.
+    `kv_dtype` is the dtype its cache runs fastest in, see `fastest_kv_dtype`. Any float dtype works.
     """
 
     def __init__(self, config: MoondreamConfig, card: ModelCard, take: Take, device: torch.device) -> None:
@@ -79,15 +79,24 @@ class Moondream:
         self._num_heads = text.n_heads
         self._wte = take("text.wte", text.vocab_size, text.dim)
         self.dtype = self._wte.dtype
-        self.kv_dtype = torch.float32 if device.type == "cpu" else self.dtype
+        self._native = operations(device)
+        self.kv_dtype = fastest_kv_dtype(device, self.dtype, self._native)
         self._blocks = [_TextBlock(take, f"text.blocks.{index}", text) for index in range(text.n_layers)]
         self._post_ln = take_norm(take, "text.post_ln", text.dim)
         self._lm_head = take_linear(take, "text.lm_head", text.dim, text.vocab_size)
         self._space = GatherSpace()
         self.fuses = fuses(device, text.head_dim)
+        # Whether the host may look for rows that need the region model: cheap on a CPU, where it mostly saves the
+        # work. On a GPU it would stop the host, and in a captured graph it cannot be asked.
+        self.looks = device.type == "cpu"
         self._rope = _rope_table(text.head_dim // 2, text.max_context, device)
         self.vision = VisionEncoder(config.vision, take)
         self.region = RegionModel(config.region, take)
+
+    @property
+    def encoder(self) -> VisionEncoder:
+        """The vision encoder."""
+        return self.vision
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(N,) int64 ids → (N, D) input embeddings."""
@@ -96,8 +105,7 @@ class Moondream:
     def embed_next(self, token_ids: Tensor, values: Tensor, spatial: Tensor) -> Tensor:
         """(B,) ids, (B, 2) fp32 values, (B,) bool → (B, D): values in place of words where `spatial` holds."""
         words = F.embedding(token_ids, self._wte)
-        # On a CPU looking is cheap and mostly saves the work; on a GPU it would stop the host, so all is computed.
-        if self.device.type == "cpu" and not bool(spatial.any()):
+        if self.looks and not bool(spatial.any()):
             return words
         coordinates = self.region.encode_coordinate(values[:, :1], self.dtype)
         sizes = self.region.encode_size(values, self.dtype)
@@ -114,9 +122,9 @@ class Moondream:
         rotation = self._rope.index_select(0, tokens.positions)
         if self.fuses:
             return self._forward_fused(hidden, rotation, tokens, cache)
-        plan = AttentionPlan(tokens, cache, self._space)
+        plan = AttentionPlan(tokens, cache, self._space, self._native, rotation, hidden.dtype)
         for layer, block in enumerate(self._blocks):
-            hidden = block(hidden, rotation, plan, layer, cache.keys[layer].dtype)
+            hidden = block(hidden, plan, layer)
         return hidden
 
     def _forward_fused(self, hidden: Tensor, rotation: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
@@ -137,11 +145,10 @@ class Moondream:
         is_coordinate = (token_ids == self.card.coord_id).unsqueeze(1)
         is_size = (token_ids == self.card.size_id).unsqueeze(1)
         values = torch.zeros(token_ids.shape[0], 2, dtype=torch.float32, device=token_ids.device)
-        looking = self.device.type == "cpu"  # as in `embed_next`
-        if not looking or bool(is_coordinate.any()):
+        if not self.looks or bool(is_coordinate.any()):
             coordinates = F.pad(self.region.decode_coordinate(hidden), (0, 1))
             values = torch.where(is_coordinate, coordinates, values)
-        if not looking or bool(is_size.any()):
+        if not self.looks or bool(is_size.any()):
             values = torch.where(is_size, self.region.decode_size(hidden), values)
         return values
 
@@ -165,21 +172,21 @@ class _TextBlock:
         bias = take(f"{name}.attn.proj.bias", dim) + take(f"{name}.mlp.fc2.bias", dim)
         self._out = PackedLinear(torch.cat([proj, fc2], dim=1), bias)
 
-    def __call__(
-        self, hidden: Tensor, rotation: Tensor, plan: AttentionPlan, layer: int, kv_dtype: torch.dtype
-    ) -> Tensor:
-        num_heads, num_rotated, head_dim = self._num_heads, self._num_rotated, self._head_dim
+    def __call__(self, hidden: Tensor, plan: AttentionPlan, layer: int) -> Tensor:
         normed = self._ln(hidden)
+        mixed = plan.attend_product(layer, self._qkv(normed), self._num_heads, self._split)
+        return self._out.add(torch.cat([mixed, self._fc1.gelu(normed)], dim=1), hidden)
+
+    def _split(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `attention.Split`. All in fp32."""
+        num_heads, num_rotated, head_dim = self._num_heads, self._num_rotated, self._head_dim
         # Nothing that is not finite reaches the cache: a masked NaN would still spoil the pages' next owner. The
         # faulty row itself is found by its output, which keeps the NaN through the residual stream.
-        heads = self._qkv(normed).float().nan_to_num_(0.0, 0.0, 0.0).view(hidden.shape[0], -1, head_dim)
+        heads = qkv.float().nan_to_num_(0.0, 0.0, 0.0).view(qkv.shape[0], -1, head_dim)
         # Rotary embedding in fp32 and in place: one complex product over the heads of q and k.
         pairs = heads[:, :num_rotated, : head_dim // 2].view(-1, num_rotated, head_dim // 4, 2)
         torch.view_as_complex(pairs).mul_(rotation)
-        heads = heads.to(kv_dtype)
-        query, key, value = heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
-        mixed = plan.attend(layer, query, key, value)
-        return self._out.add(torch.cat([mixed.to(hidden.dtype), self._fc1.gelu(normed)], dim=1), hidden)
+        return heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
 
     def fused(
         self, hidden: Tensor, gained: Tensor | None, plan: FusedPlan, layer: int

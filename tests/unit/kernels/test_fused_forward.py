@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 
+from loadtest.gpu_decode import ReplayingCpuDevice
 from loadtest.random_models import random_model
+from shared.protocol import Sampling, Submit, pack_i32
 from tests.unit.models.paged_driver import Driver, Row
+from tests.unit.worker.simulation import EPOCH
+from tests.unit.worker.test_torch_runner import Harness
+from worker.kernels.sample import sample
+from worker.models.contract import KVCache, PrefillSegment, StepTokens
 from worker.models.dense import Dense
 from worker.models.moondream import Moondream
 
@@ -44,3 +51,71 @@ def test_a_cut_prefix_is_refused() -> None:
     model.fuses = True
     with pytest.raises(ValueError, match="cuts a prefix"):
         Driver(model).step([], [(Row(), torch.randn(5, 64), 30)])
+
+
+def test_segments_staged_by_the_runner_equal_those_made_here() -> None:
+    """Strided tables with other sequences' pages behind a chunk's own, as a slot's buffer holds them."""
+    model = random_model("tiny-qwen3", torch.device("cpu"), torch.float32).model
+    model.fuses = True
+    generator = torch.Generator().manual_seed(1)
+    shape = (40, 16, model.num_kv_heads, model.head_dim)
+    spans = [(20, 16, 0), (7, 0, 0), (33, 32, 0)]  # tokens, context, prefix
+    order = torch.randperm(39, generator=generator).to(torch.int32) + 1
+    tables = order[:36].view(3, 12)
+    hidden = torch.randn(sum(span[0] for span in spans), 64, generator=generator)
+    cache_content = [torch.randn(shape, generator=generator) for _ in range(2 * model.num_layers)]
+    found = []
+    for staged in (False, True):
+        cache = KVCache(
+            [content.clone() for content in cache_content[: model.num_layers]],
+            [content.clone() for content in cache_content[model.num_layers :]],
+            16,
+        )
+        positions = torch.cat([torch.arange(context, context + num) for num, context, _ in spans])
+        of_row = torch.repeat_interleave(torch.arange(3), torch.tensor([num for num, *_ in spans]))
+        lines = tables[of_row, positions // 16].long() * 16 + positions % 16
+        tokens = StepTokens(positions, lines)
+        flat, rows = 0, []
+        for row, (num, context, prefix) in enumerate(spans):
+            pages = tables[row, : -(-(num + context) // 16)]
+            tokens.prefills.append(PrefillSegment(num, context, prefix, pages))
+            rows.append((flat, num, context, prefix))
+            flat += num
+        if staged:
+            tokens.spans, tokens.tables = torch.tensor(rows, dtype=torch.int32), tables
+        found.append(model.forward(hidden, tokens, cache))
+    assert torch.equal(*found)
+
+
+def test_the_fused_vision_encoder_equals_torch() -> None:
+    model = random_model("tiny-moondream", torch.device("cpu"), torch.float32).model
+    assert isinstance(model, Moondream)
+    crops = torch.randint(0, 256, (3, 70, 70, 3), dtype=torch.uint8)
+    plain = model.vision.features(crops)
+    assert not model.vision.fuses
+    model.vision.fuses = True
+    fused = model.vision.features(crops)
+    assert fused.shape == plain.shape
+    assert float((fused - plain).norm() / plain.norm()) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_fused_runner_gives_the_tokens_of_a_plain_one() -> None:
+    """Prefill by staged segments, mixed steps, padded decode steps, the fused sampler: greedy and drawn rows."""
+    model = random_model("tiny-qwen3", torch.device("cpu"), torch.float32).model
+    model.card = msgspec.structs.replace(model.card, context_tokens=64)  # captured attention spans all of it
+    submits = []
+    for number, prompt in enumerate([[5, 6, 7], list(range(8, 28)), [9]]):
+        sampling = Sampling(temperature=0.8 * (number % 2), top_p=0.9, seed=number)
+        submit = Submit(EPOCH, number, str(number), pack_i32(prompt), 3, sampling, ignore_eos=True)
+        submits.append((submit, []))
+    expected = [stream.tokens for stream in Harness(model, depth=1, max_rows=1).answer(submits)]
+    model.fuses = True
+    harness = Harness(model, depth=2, max_rows=4, device=ReplayingCpuDevice(), mixed_tokens=20, num_pages=40)
+    assert harness.runner.capture_graphs() == 3 * 2 * 3
+    harness.runner.sampler._fused = sample
+    try:
+        assert [stream.tokens for stream in harness.answer(submits)] == expected
+    finally:
+        model.fuses = False
+    assert harness.runner.graph_counts.eager_steps_total == {}

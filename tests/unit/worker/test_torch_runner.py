@@ -18,6 +18,7 @@ from shared.protocol import ImageInput, Sampling, Submit, pack_i32
 from shared.tiling import canvas_for
 from tests.unit.worker.simulation import EPOCH, GATEWAY, RecordingOutbox, Stream
 from worker.automaton_slots import AutomatonSlots, TableLimits
+from worker.device.base import Device
 from worker.device.cpu import CpuDevice
 from worker.engine import Command, Engine
 from worker.models.contract import Model
@@ -62,13 +63,15 @@ class Harness:
         cache: bool = True,
         late: bool = True,
         automata: bool = True,
+        device: Device | None = None,
+        mixed_tokens: int = 1600,
     ) -> None:
         pool = PagePool(num_pages, 16)
         scheduler = Scheduler(
             SchedulerLimits(
                 max_rows=max_rows,
                 step_tokens=1600,
-                mixed_tokens=1600,
+                mixed_tokens=mixed_tokens,
                 max_sequence_tokens=model.card.context_tokens,
             ),
             pool,
@@ -78,7 +81,7 @@ class Harness:
         with torch.inference_mode():
             self.runner = TorchRunner(
                 model,
-                CpuDevice(events_look_late=late),
+                device or CpuDevice(events_look_late=late),
                 num_slots=max(2, depth),
                 num_pages=num_pages,
                 page_tokens=16,
