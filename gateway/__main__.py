@@ -22,11 +22,13 @@ from gateway.app import create_app
 from gateway.config import ConfigError, GatewayConfig, load
 from gateway.faults import fault_fields
 from gateway.generation import RequestError
+from gateway.quota import LogQuota
 from gateway.service import Service
 from shared.errors import ErrorCode
 from shared.logs import configure_logs
 
 _LAST_WORDS_S: Final = 0.5  # between the last terminal event and closing connections
+_MALFORMED_LINES_PER_S: Final = 10
 _LINGER_S: Final = 0.1  # reading on after an answer; `transport.http` has read what is worth reading
 
 log = structlog.get_logger(__name__)
@@ -117,9 +119,14 @@ class Gateway:
 def _server_logger() -> logging.Logger:
     """aiohttp's own remarks (requests that cannot even be parsed) as one structured line, without a traceback."""
 
+    quota = LogQuota(_MALFORMED_LINES_PER_S)
+
     def tell(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        log.info("http_malformed", reason=type(error).__name__ if error is not None else record.levelname)
+        num_left_out = quota.take(record.created)
+        if num_left_out is not None:
+            reason = type(error).__name__ if error is not None else record.levelname
+            log.info("http_malformed", reason=reason, num_left_out=num_left_out)
         return False
 
     logger = logging.Logger("gateway.http")

@@ -10,12 +10,13 @@ from typing import Any, Final, Protocol
 from aiohttp import web
 
 from gateway.api import chat, completions, models, moondream
-from gateway.api.answers import Collected, Json, collect
+from gateway.api.answers import Collected, collect
+from gateway.api.parameters import Json
 from gateway.config import GatewayConfig
 from gateway.generation import GenerateRequest, RequestError
 from gateway.service import Service
 from gateway.transport import sse
-from gateway.transport.http import REQUEST_ID, TENANT, Boundary, Handler, json_response, public, read_body
+from gateway.transport.http import REQUEST_ID, TENANT, Boundary, Handler, admit_body, json_response, public
 from shared.errors import ErrorCode
 
 WEB_FOLDER: Final = Path(__file__).parent / "web"
@@ -92,9 +93,7 @@ def _generation(service: Service, prepare: Prepare) -> Handler:
     config: GatewayConfig = service.config
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        if service.draining:
-            raise RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
-        data = await read_body(request, config)
+        data = await admit_body(request, service)
         asked: Asked = await prepare(service, data, request_id=request[REQUEST_ID], tenant=request[TENANT])
         if asked.stream:
             return await sse.respond(request, config, service.metrics, service.submit, asked.asked, asked)

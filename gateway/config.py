@@ -83,11 +83,13 @@ class GatewayConfig(BaseSettings):
     min_image_side: int = Field(4, ge=1)
     image_timeout_s: float = Field(10.0, gt=0)
     image_memory_bytes: int = Field(2 << 30, ge=256 << 20)
-    max_images: int = Field(1, ge=0, le=16, description="pictures in one request")
 
     # what it tells
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool | None = None
+    otlp_endpoint: str | None = Field(
+        None, description="OpenTelemetry collector for traces, http://host:4318; none: no tracing"
+    )
     vllm_metrics: bool = Field(False, description="also export the names vLLM dashboards expect")
 
     @field_validator("workers", "public", "cors_origins", "allowed_hosts", "api_keys", mode="before")
@@ -105,6 +107,13 @@ class GatewayConfig(BaseSettings):
                 raise ValueError(f"{endpoint!r} is not ipc://<path> or tcp://<host>:<port>")
         if len(set(value)) != len(value):
             raise ValueError("the same endpoint is given twice")
+        return value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^/\s]+(/\S*)?", value):
+            raise ValueError(f"{value!r} is not http://<host>:<port>, such as http://127.0.0.1:4318")
         return value
 
     @field_validator("public")

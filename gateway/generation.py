@@ -154,16 +154,16 @@ class Core(Protocol):
     def cards(self) -> list[ModelCard]:
         """Every model served now."""
 
-    def encode(self, model_id: str, text: str) -> list[int]:
-        """Tokenise without special tokens (short texts inline; long ones use `encode_async`)."""
+    async def encode_async(self, model_id: str, text: str, *, markup: bool = False) -> list[int]:
+        """Tokenise without special tokens, off the loop when the text is long; `markup`: a rendered template."""
 
     def decode(self, model_id: str, token_ids: list[int]) -> str:
         """Detokenise, special tokens left out."""
 
-    def render_chat(
+    async def render_chat_async(
         self, model_id: str, messages: list[dict[str, object]], tools: list[object] | None
     ) -> str:
-        """Apply the model's chat template (families that have one). Raises `RequestError`."""
+        """Apply the model's chat template, off the loop and within a deadline. Raises `RequestError`."""
 
     async def prepare_image(self, model_id: str, data_url: str, *, param: str) -> PreparedImage:
         """Decode and resize off the loop, in a limited process. Raises `RequestError`."""

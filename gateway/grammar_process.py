@@ -7,13 +7,12 @@ secrets, and is killed when a job takes too long. Each message is a length and m
 from __future__ import annotations
 
 import random
-import resource
 import struct
-import sys
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 import msgspec
 
+from shared.confined import run_confined
 from shared.grammars import GrammarError, spell
 from shared.protocol import Grammar
 
@@ -74,17 +73,5 @@ def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
         stdout.flush()
 
 
-def main() -> None:
-    """Entry point of the process."""
-    num_bytes = int(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    try:
-        serve(sys.stdin.buffer, sys.stdout.buffer)
-    except (KeyboardInterrupt, BrokenPipeError):
-        pass  # the gateway is going, or gone
-
-
 if __name__ == "__main__":
-    main()
+    run_confined(serve)

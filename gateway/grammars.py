@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-import os
-import sys
 from collections import OrderedDict
 from typing import Final
 
 import msgspec
 import structlog
 
+from gateway.children import end_child, start_child
 from gateway.generation import RequestError
 from gateway.grammar_process import PREFIX, Answer
 from shared.errors import ErrorCode
@@ -71,13 +70,8 @@ class GrammarChecker:
     async def stop(self) -> None:
         """Kill the process. Idempotent; a later check starts it again."""
         process, self.process = self.process, None
-        if process is None:
-            return
-        try:
-            process.kill()
-        except ProcessLookupError:
-            pass
-        await process.wait()
+        if process is not None:
+            await end_child(process)
 
     def _known(self, key: bytes) -> Answer | None:
         verdict, until_s = self._verdicts.get(key, (None, 0.0))
@@ -101,7 +95,7 @@ class GrammarChecker:
             timeout_s = self._timeout_s
             if self.process is None or self.process.returncode is not None:
                 await self.stop()
-                self.process = await self._start_process()
+                self.process = await start_child("gateway.grammar_process", PROCESS_BYTES)
                 timeout_s += START_TIMEOUT_S  # the libraries are read on its first job
             async with asyncio.timeout(timeout_s):
                 answer = await _ask(self.process, data)
@@ -116,21 +110,6 @@ class GrammarChecker:
             if not is_sound:
                 await self.stop()
         return answer, math.inf
-
-    async def _start_process(self) -> asyncio.subprocess.Process:
-        # The child sees the import path and nothing else of the environment: no keys, no proxies.
-        environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "LC_ALL": "C.UTF-8"}
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "gateway.grammar_process",
-            str(PROCESS_BYTES),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=environment,
-            limit=1 << 20,
-            start_new_session=True,  # a Ctrl-C at the terminal is the gateway's to handle
-        )
 
 
 async def _ask(process: asyncio.subprocess.Process, data: bytes) -> Answer:

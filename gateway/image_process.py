@@ -7,16 +7,16 @@ header followed by raw bytes (see `Job`, `Answer`). Nothing here is pickled.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
-import resource
 import struct
-import sys
 from typing import BinaryIO, Final
 
 import msgspec
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from shared.confined import run_confined
 from shared.protocol import ImageSpec
 from shared.tiling import canvas_for
 
@@ -25,7 +25,7 @@ PREFIX: Final = struct.Struct("<II")  # header bytes, payload bytes
 
 
 class Job(msgspec.Struct, array_like=True):
-    """Followed by the picture's file."""
+    """Followed by the picture's file in base64."""
 
     spec: ImageSpec
     max_pixels: int
@@ -51,6 +51,14 @@ class Refused(Exception):
     def __init__(self, message: str, *, too_large: bool = False) -> None:
         super().__init__(message)
         self.too_large = too_large
+
+
+def unpack(data: bytes) -> bytes:
+    """The file behind its base64. Raises `Refused`."""
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError:
+        raise Refused("the data URL is not base64") from None
 
 
 def prepare(data: bytes, job: Job) -> tuple[Answer, bytes, bytes]:
@@ -118,13 +126,16 @@ def _decode(data: bytes, job: Job) -> Image.Image:
 
 def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
     """Answer jobs until stdin ends."""
+    Image.MAX_IMAGE_PIXELS = None  # `_decode` judges the size itself, exactly
+    Image.preinit()
+    Image.init()
     decode_job = msgspec.msgpack.Decoder(Job).decode
     while prefix := stdin.read(PREFIX.size):
         num_header, num_payload = PREFIX.unpack(prefix)
         job = decode_job(stdin.read(num_header))
         data = stdin.read(num_payload)
         try:
-            answer, crop, canvas = prepare(data, job)
+            answer, crop, canvas = prepare(unpack(data), job)
         except Refused as refused:
             answer, crop, canvas = Answer(str(refused), refused.too_large), b"", b""
         except MemoryError:
@@ -137,24 +148,5 @@ def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
         stdout.flush()
 
 
-def limit_memory(num_bytes: int) -> None:
-    """No allocation beyond this, no core dumps, no new files worth mentioning."""
-    resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-
-
-def main() -> None:
-    """Entry point of the process."""
-    limit_memory(int(sys.argv[1]))
-    Image.MAX_IMAGE_PIXELS = None  # `_decode` judges the size itself, exactly
-    Image.preinit()
-    Image.init()
-    try:
-        serve(sys.stdin.buffer, sys.stdout.buffer)
-    except (KeyboardInterrupt, BrokenPipeError):
-        pass  # the gateway is going, or gone
-
-
 if __name__ == "__main__":
-    main()
+    run_confined(serve)

@@ -6,10 +6,8 @@ somebody scrapes. Labels are bounded sets (reason, code, worker number, model id
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -23,10 +21,12 @@ from prometheus_client.registry import Collector
 
 from gateway.generation import End
 from shared.errors import ErrorCode
+from shared.histogram import Histogram
 from shared.protocol import HISTOGRAM_BUCKETS_S
 
 if TYPE_CHECKING:
-    from gateway.service import Service, Worker
+    from gateway.placement import Worker
+    from gateway.service import Service
 
 # What vLLM's dashboards ask for, and the histogram of ours that answers.
 _VLLM_HISTOGRAMS: Final = {
@@ -38,30 +38,18 @@ _VLLM_HISTOGRAMS: Final = {
     "vllm:request_decode_time_seconds": "request_decode_time_seconds",
 }
 
-
 _BOUNDS: Final = [*(str(bound) for bound in HISTOGRAM_BUCKETS_S), "+Inf"]
 
 
-class Histogram:
-    """Seconds in the buckets of `shared.protocol.HISTOGRAM_BUCKETS_S`."""
-
-    __slots__ = ("counts", "help", "total_s")
-
-    def __init__(self, help: str) -> None:
-        self.help = help
-        self.counts = [0] * (len(HISTOGRAM_BUCKETS_S) + 1)
-        self.total_s = 0.0
-
-    def observe(self, value_s: float) -> None:
-        """Count one value."""
-        self.counts[bisect_left(HISTOGRAM_BUCKETS_S, value_s)] += 1
-        self.total_s += value_s
-
-    def family(self, name: str) -> Metric:
-        """As Prometheus wants it."""
-        family = HistogramMetricFamily(name, self.help)
-        family.add_metric([], _buckets(self.counts), self.total_s)
-        return family
+# Each histogram of this gateway's own, and what it tells.
+_HISTOGRAMS: Final = {
+    "time_to_first_token_seconds": "Accepted request to first token",
+    "inter_token_latency_seconds": "Between two tokens of one stream",
+    "e2e_request_latency_seconds": "Accepted request to terminal event",
+    "request_queue_time_seconds": "Waiting in the worker",
+    "request_prefill_time_seconds": "Reading the prompt",
+    "request_decode_time_seconds": "From first token to last",
+}
 
 
 class Metrics:
@@ -78,14 +66,7 @@ class Metrics:
         self.cached_tokens = 0
         self.generated_tokens = 0
         self.num_slow_clients = 0
-        self.histograms = {
-            "time_to_first_token_seconds": Histogram("Accepted request to first token"),
-            "inter_token_latency_seconds": Histogram("Between two tokens of one stream"),
-            "e2e_request_latency_seconds": Histogram("Accepted request to terminal event"),
-            "request_queue_time_seconds": Histogram("Waiting in the worker"),
-            "request_prefill_time_seconds": Histogram("Reading the prompt"),
-            "request_decode_time_seconds": Histogram("From first token to last"),
-        }
+        self.histograms = {name: Histogram() for name in _HISTOGRAMS}
         self._ttft = self.histograms["time_to_first_token_seconds"]
         self._gap = self.histograms["inter_token_latency_seconds"]
         self._service: Service | None = None
@@ -163,7 +144,9 @@ class Metrics:
         ):
             yield CounterMetricFamily(f"degas_{name}", name.replace("_", " "), value)
         for name, histogram in self.histograms.items():
-            yield histogram.family(f"degas_{name}")
+            family = HistogramMetricFamily(f"degas_{name}", _HISTOGRAMS[name])
+            family.add_metric([], _buckets(histogram), histogram.total_s)
+            yield family
         if self._service is not None:
             yield from self._service_families(self._service)
             if self.vllm_names:
@@ -233,8 +216,8 @@ class Metrics:
         yield success
         for name, ours in _VLLM_HISTOGRAMS.items():
             histogram = self.histograms[ours]
-            family = HistogramMetricFamily(name, histogram.help, labels=["model_name"])
-            family.add_metric([model], _buckets(histogram.counts), histogram.total_s)
+            family = HistogramMetricFamily(name, _HISTOGRAMS[ours], labels=["model_name"])
+            family.add_metric([model], _buckets(histogram), histogram.total_s)
             yield family
 
 
@@ -277,9 +260,9 @@ def _is_name(name: str) -> bool:
     return name.isascii() and name.replace("_", "a").isalnum() and not name[0].isdigit()
 
 
-def _buckets(counts: list[int]) -> list[tuple[str, float]]:
-    """Cumulative buckets from per-bucket counts, the last one being everything above."""
-    return list(zip(_BOUNDS, accumulate(map(float, counts)), strict=True))
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """As Prometheus wants them."""
+    return list(zip(_BOUNDS, histogram.cumulative(), strict=True))
 
 
 def _counter(name: str, help: str, counts: Counter[str], label: str) -> Metric:

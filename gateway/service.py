@@ -1,4 +1,4 @@
-"""Owns the streaming core: workers, placement, retries and deadlines. Runs on the gateway's loop.
+"""Owns the streaming core: from a checked request to its one end, with retries and deadlines. Gateway's loop.
 
 Implements `gateway.generation.Core`. Interfaces hand in a validated `GenerateRequest` and a `Listener`; from
 then on the request has exactly one `Flight`, on one worker or waiting for one, until its one end.
@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count
 from typing import Final
 
@@ -18,8 +18,8 @@ import msgspec
 import structlog
 import zmq
 
-from gateway.admission import Admission, Lane
-from gateway.catalog import Catalog, ServedModel
+from gateway.admission import Admission
+from gateway.catalog import Catalog
 from gateway.config import GatewayConfig
 from gateway.faults import fault_fields
 from gateway.flights import Flight, Flights
@@ -27,8 +27,11 @@ from gateway.generation import GenerateRequest, Listener, PreparedImage, Request
 from gateway.grammars import GrammarChecker
 from gateway.images import ImageDecoder
 from gateway.metrics import Metrics
+from gateway.placement import Placement, Worker
+from gateway.recordings import Recordings
 from gateway.recovery import Recovery
 from gateway.tokens import ModelTokens, TokenizerError
+from gateway.tracing import Tracing
 from gateway.worker_client import WorkerLink
 from shared import protocol as wire
 from shared.errors import ErrorCode
@@ -39,23 +42,6 @@ _DEADLINE_GRACE_S: Final = 2.0  # the worker ends a late sequence itself, with i
 log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True)
-class Worker:
-    """One link, and what this gateway has on it."""
-
-    key: int
-    link: WorkerLink
-    flights: Flights
-    lane: Lane
-    model: ServedModel | None = None
-    orphans: list[int] = field(default_factory=list)  # sequences given up here, perhaps still running there
-
-    @property
-    def takes_work(self) -> bool:
-        """Whether it serves and is not on its way out."""
-        return self.link.ready is not None and not (self.link.beat is not None and self.link.beat.draining)
-
-
 class Service:
     """See `gateway.generation.Core` for the part interfaces use."""
 
@@ -64,21 +50,22 @@ class Service:
     ) -> None:
         self.config = config
         self.metrics = metrics or Metrics()
-        self.draining = False
         self.images = ImageDecoder(config)
         self.grammars = GrammarChecker()
         self.gateway_id = f"gw-{secrets.token_hex(6)}"
         self._now = now
         self._admission = Admission(config.max_queue, config.max_wait_s)
+        self._placement = Placement(self._admission, self.metrics.on_refused)
         self._recovery = Recovery(config.retry_wait_s)
         self._catalog = Catalog(config)
-        self._workers: list[Worker] = []
+        self._workers = self._placement.workers
         self._by_link: dict[WorkerLink, Worker] = {}
         self._flights: dict[Flight, None] = {}  # every unlanded flight, oldest first
         self._sequence_ids = count(secrets.randbits(30) << 20)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._timer: asyncio.TimerHandle | None = None
-        self._traces: dict[WorkerLink, asyncio.Future[bytes]] = {}
+        self._recordings = Recordings()
+        self._tracing = Tracing(config.otlp_endpoint, self.gateway_id) if config.otlp_endpoint else None
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
 
@@ -105,9 +92,14 @@ class Service:
             worker.link.open()
         self._tick()
 
+    @property
+    def draining(self) -> bool:
+        """Whether new work is refused, for good."""
+        return self._placement.draining
+
     def begin_drain(self) -> None:
         """Refuse new work from now on; what is in flight goes on."""
-        self.draining = True
+        self._placement.draining = True
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight; False when it takes too long."""
@@ -128,7 +120,7 @@ class Service:
 
     async def stop(self) -> None:
         """End what is left, close the sockets and the picture processes. Idempotent."""
-        self.draining = True
+        self.begin_drain()
         self.end_all(RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down"))
         if self._timer is not None:
             self._timer.cancel()
@@ -137,6 +129,8 @@ class Service:
         await self.images.stop()
         await self.grammars.stop()
         self._context.destroy(linger=0)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.stop)
 
     # ------------------------------------------------------------ what interfaces see
 
@@ -162,28 +156,18 @@ class Service:
         model = self._catalog.find(model_id)
         return max(1, model.longest - model.num_prompt(num_prompt_ids, num_images))
 
-    def encode(self, model_id: str, text: str) -> list[int]:
-        """See `Core.encode`."""
-        return self._catalog.find(model_id).tokens.encode(text)
-
     async def encode_async(self, model_id: str, text: str, *, markup: bool = False) -> list[int]:
-        """As `encode`, off the loop when the text is long; `markup` is for rendered chat templates."""
+        """See `Core.encode_async`."""
         return await self._catalog.find(model_id).encode(text, markup=markup)
 
     def decode(self, model_id: str, token_ids: list[int]) -> str:
         """See `Core.decode`."""
         return self._catalog.find(model_id).tokens.decode(token_ids)
 
-    def render_chat(
-        self, model_id: str, messages: list[dict[str, object]], tools: list[object] | None
-    ) -> str:
-        """See `Core.render_chat`. Runs where it is called; interfaces use `render_chat_async`."""
-        return self._catalog.template(model_id).render(messages, tools)
-
     async def render_chat_async(
         self, model_id: str, messages: list[dict[str, object]], tools: list[object] | None
     ) -> str:
-        """As `render_chat`, off the loop and within a deadline."""
+        """See `Core.render_chat_async`."""
         return await self._catalog.template(model_id).render_async(messages, tools)
 
     async def prepare_image(self, model_id: str, data_url: str, *, param: str) -> PreparedImage:
@@ -199,15 +183,17 @@ class Service:
 
     def check_capacity(self, model_id: str | None, tenant: str = "", num_new: int = 1) -> None:
         """Raises what `submit` would for lack of a place: call it before expensive preparation."""
-        model = self._catalog.find(model_id)
-        widest = max((worker.lane.capacity for worker in self._workers if worker.model is model), default=1)
-        self._place(model, tenant, min(num_new, widest))
+        self._placement.check(self._catalog.find(model_id), tenant, num_new)
+
+    def check_any_capacity(self, tenant: str) -> None:
+        """Raises what every `submit` would just now, whichever model it named: call it before reading a body."""
+        self._placement.check_any(tenant)
 
     def submit(self, request: GenerateRequest, listener: Listener) -> RunningStream:
         """See `Core.submit`."""
         model = self._catalog.find(request.model_id)
         model.check(request)
-        worker = self._place(model, request.tenant, 1)
+        worker = self._placement.place(model, request.tenant, 1)
         now_s = self._now()
         deadline_s = min(request.deadline_s or self.config.request_deadline_s, self.config.request_deadline_s)
         flight = Flight(
@@ -222,20 +208,13 @@ class Service:
         self._flights[flight] = None
         self._idle.clear()
         self.metrics.on_accepted(model.card.model_id)
+        if self._tracing is not None:
+            self._tracing.begin(flight)
         return flight
 
     def readiness(self) -> tuple[bool, str]:
         """Whether new work would be served, and why not."""
-        if self.draining:
-            return False, "shutting down"
-        if any(worker.takes_work for worker in self._workers):
-            return True, "ready"
-        refusals = [worker.link.refusal for worker in self._workers if worker.link.refusal]
-        if refusals:
-            return False, refusals[0]
-        if not self._workers:
-            return False, "no worker is configured (workers)"
-        return False, "no worker is ready"
+        return self._placement.readiness()
 
     @property
     def workers(self) -> list[Worker]:
@@ -257,64 +236,13 @@ class Service:
         worker = next((worker for worker in self._workers if worker.link.ready is not None), None)
         if worker is None:
             raise RequestError(ErrorCode.LOADING, "no worker is ready")
-        if worker.link in self._traces:
-            raise RequestError(ErrorCode.QUEUE_FULL, "a recording is running")
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._traces[worker.link] = future
-        try:
-            worker.link.trace(num_steps)
-            async with asyncio.timeout(timeout_s):
-                return await future
-        except TimeoutError:
-            message = f"the worker ran fewer than {num_steps} steps in {timeout_s:g} s"
-            raise RequestError(ErrorCode.DEADLINE_EXCEEDED, message) from None
-        finally:
-            self._traces.pop(worker.link, None)
+        return await self._recordings.record(worker.link, num_steps, timeout_s)
 
-    # ------------------------------------------------------------ placement
-
-    def _place(self, model: ServedModel, tenant: str, num_new: int) -> Worker:
-        """The ready worker with the most room. Raises `RequestError`."""
-        if self.draining:
-            raise RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
-        ready = [worker for worker in self._workers if worker.model is model and worker.takes_work]
-        if not ready:
-            raise RequestError(ErrorCode.LOADING, "no worker serves this model at the moment")
-        best = min(ready, key=lambda worker: worker.lane.load)
-        try:
-            self._admission.check(best.lane, tenant, num_new)
-        except RequestError as error:
-            self.metrics.on_refused(error.code)
-            raise
-        return best
+    # ------------------------------------------------------------ sending
 
     def _send(self, flight: Flight, worker: Worker) -> None:
         """Put a flight on a worker. Raises `RequestError`, and then it is nowhere."""
-        request = flight.request
-        flight.sequence_id = next(self._sequence_ids)
-        submit = wire.Submit(
-            epoch=worker.link.epoch,
-            sequence_id=flight.sequence_id,
-            request_id=request.request_id,
-            prompt=wire.pack_i32(request.prompt_ids),
-            max_tokens=request.max_tokens,
-            sampling=request.sampling,
-            images=[image.spec for image in request.images],
-            stop_ids=request.stop_ids,
-            task=request.task,
-            max_objects=request.max_objects,
-            tenant=request.tenant,
-            priority=request.priority,
-            deadline_s=max(0.001, flight.deadline_s - self._now()),
-            grammar=request.grammar,
-            ignore_eos=request.ignore_eos,
-        )
-        payloads = [frame for image in request.images for frame in (image.global_crop, image.canvas)]
-        worker.link.submit(submit, payloads)
-        flight.attempts += 1
-        flight.lane_key = worker.key
-        worker.flights.by_id[flight.sequence_id] = flight
-        worker.lane.enter(request.tenant)
+        worker.take(flight, next(self._sequence_ids), max(0.001, flight.deadline_s - self._now()))
 
     # ------------------------------------------------------------ told by flights
 
@@ -337,7 +265,10 @@ class Service:
         if not self._flights:
             self._idle.set()
         assert flight.state.end is not None
-        self.metrics.on_end(flight.state.end, self._now() - flight.started_s)
+        elapsed_s = self._now() - flight.started_s
+        self.metrics.on_end(flight.state.end, elapsed_s)
+        if self._tracing is not None:
+            self._tracing.end(flight, flight.state.end, elapsed_s)
         if self._recovery.on_settled(flight):
             self._resume()
 
@@ -396,9 +327,7 @@ class Service:
 
     def on_trace(self, link: WorkerLink, trace: bytes) -> None:
         """See `WorkerEvents`."""
-        future = self._traces.get(link)
-        if future is not None and not future.done():
-            future.set_result(trace)
+        self._recordings.on_trace(link, trace)
 
     def on_lost(self, link: WorkerLink, error: RequestError) -> None:
         """See `WorkerEvents`: streams that began end here, the others are retried once (see `Recovery`)."""
@@ -433,7 +362,7 @@ class Service:
                 continue
             try:
                 model = self._catalog.find(flight.request.model_id)
-                worker = self._place(model, flight.request.tenant, 1)
+                worker = self._placement.place(model, flight.request.tenant, 1)
                 self._send(flight, worker)
             except RequestError as error:
                 if error.code in (ErrorCode.LOADING, ErrorCode.QUEUE_FULL, ErrorCode.WORKER_LOST):

@@ -165,6 +165,7 @@ class ModelCard(Part, frozen=True):
     owned_by: str = "degas"
     coord_id: int = 5
     size_id: int = 6
+    default_top_k: int = 0  # 0: no limit
 
 
 class Limits(Part, frozen=True):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
+from gateway.api.parameters import Json
 from gateway.generation import (
     Delta,
     End,
@@ -19,9 +20,14 @@ from gateway.generation import (
     TokenInfo,
     Usage,
 )
-from gateway.tokens import ModelTokens
+from shared.errors import FinishReason
 
-Json = dict[str, Any]
+
+class TokenBytes(Protocol):
+    """The part of a tokenizer that log-probabilities need."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for."""
 
 
 class Collected:
@@ -107,19 +113,18 @@ def metrics_object(usage: Usage) -> Json:
     }
 
 
-def chat_logprobs(infos: Sequence[TokenInfo], tokens: ModelTokens) -> Json:
+def chat_logprobs(infos: Sequence[TokenInfo], tokens: TokenBytes) -> Json:
     """The chat form: one entry a token, with its bytes."""
-    return {"content": [_chat_entry(info, tokens) for info in infos], "refusal": None}
+    return {"content": [token_logprobs(info, tokens) for info in infos], "refusal": None}
 
 
-def _chat_entry(info: TokenInfo, tokens: ModelTokens) -> Json:
-    return {
-        **_token_entry(info.token_id, info.logprob, tokens),
-        "top_logprobs": [_token_entry(token_id, logprob, tokens) for token_id, logprob in info.top],
-    }
+def token_logprobs(info: TokenInfo, tokens: TokenBytes) -> Json:
+    """One token and its most likely rivals, as the chat and the responses interfaces say them."""
+    top = [_scored(token_id, logprob, tokens) for token_id, logprob in info.top]
+    return {**_scored(info.token_id, info.logprob, tokens), "top_logprobs": top}
 
 
-def _token_entry(token_id: int, logprob: float, tokens: ModelTokens) -> Json:
+def _scored(token_id: int, logprob: float, tokens: TokenBytes) -> Json:
     raw = tokens.token_bytes(token_id)
     return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}
 
@@ -127,3 +132,8 @@ def _token_entry(token_id: int, logprob: float, tokens: ModelTokens) -> Json:
 def finite(logprob: float) -> float:
     """JSON has no infinities: an impossible token is −9999, as OpenAI says it."""
     return logprob if logprob > -9999.0 else -9999.0
+
+
+def finish_reason(end: End | None) -> str:
+    """OpenAI's name for how a choice ended; a deadline keeps its own."""
+    return "stop" if end is None or end.reason is FinishReason.CANCELLED else end.reason.value

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from gateway.api.answers import Collected, Json, chat_logprobs, usage_object
+from gateway.api.answers import Collected, chat_logprobs, finish_reason, usage_object
+from gateway.api.asking import read_common
+from gateway.api.chunks import ChunkFrame
 from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
     Count,
+    Json,
     SamplingFields,
     choice_count,
     decode_body,
     invalid,
     refuse,
-    samplings,
-    stop_ids,
-    stops,
     token_budget,
 )
 from gateway.api.prompts import Message, compose_chat
-from gateway.api.structured import grammar
-from gateway.errors import error_body
-from gateway.generation import Delta, End, GenerateRequest, RequestError, SpatialObject
+from gateway.generation import Delta, End, GenerateRequest, SpatialObject
 from gateway.service import Service
 from gateway.tokens import ModelTokens
-from shared.errors import FinishReason
 
 _REFUSED: Final = (
     "tools",
@@ -40,7 +36,6 @@ _REFUSED: Final = (
     "chat_template",
     "chat_template_kwargs",
 )
-_FINISH: Final = {FinishReason.CANCELLED: "stop"}
 
 _encode = msgspec.json.encode
 
@@ -81,21 +76,9 @@ class Chat:
         self.asked = asked
         self.stream = bool(body.stream)
         self._tokens = tokens
-        self._id = f"chatcmpl-{request_id}"
-        self._created = int(time.time())
-        self._model = asked[0].model_id
         self._want_logprobs = bool(body.logprobs)
-        options = body.stream_options
-        self._want_usage = self.stream and options is not None and bool(options.include_usage)
-        usage = b',"usage":null' if self._want_usage else b""
-        head = {
-            "id": self._id,
-            "object": "chat.completion.chunk",
-            "created": self._created,
-            "model": self._model,
-        }
-        self._head = b"data: " + _encode(head)[:-1]
-        self._tail = b"]" + usage + b"}\n\n"
+        self._frame = ChunkFrame(f"chatcmpl-{request_id}", "chat.completion.chunk", asked[0].model_id, body)
+        self._head, self._tail = self._frame.head, self._frame.tail
         # The hot path only joins bytes: everything around the text is made once.
         self._before = [
             self._head + b',"choices":[{"index":%d,"delta":{"content":' % i for i in range(len(asked))
@@ -137,43 +120,23 @@ class Chat:
 
     def closing(self, ends: Sequence[End]) -> bytes:
         """Usage, if asked for, and the end mark."""
-        if not self._want_usage:
-            return b"data: [DONE]\n\n"
-        usage = _encode(usage_object(ends))
-        return self._head + b',"choices":[],"usage":' + usage + b"}\n\ndata: [DONE]\n\n"
-
-    def error(self, error: RequestError) -> bytes:
-        """An error in mid-stream."""
-        return b"data: " + error_body(error) + b"\n\n"
+        return self._frame.closing(usage_object(ends))
 
     # ------------------------------------------------------------ the whole answer
 
     def answer(self, choices: Sequence[Collected]) -> Json:
         """The answer of a request that does not stream."""
+        said = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "logprobs": chat_logprobs(choice.infos, self._tokens) if self._want_logprobs else None,
+                "finish_reason": finish_reason(choice.end),
+            }
+            for index, choice in enumerate(choices)
+        ]
         ends = [choice.end for choice in choices if choice.end is not None]
-        return {
-            "id": self._id,
-            "object": "chat.completion",
-            "created": self._created,
-            "model": self._model,
-            "choices": [
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                    "logprobs": chat_logprobs(choice.infos, self._tokens) if self._want_logprobs else None,
-                    "finish_reason": finish_reason(choice.end),
-                }
-                for index, choice in enumerate(choices)
-            ],
-            "usage": usage_object(ends),
-        }
-
-
-def finish_reason(end: End | None) -> str:
-    """OpenAI's name for how a choice ended; a deadline keeps its own."""
-    if end is None:
-        return "stop"
-    return _FINISH.get(end.reason, end.reason.value)
+        return self._frame.whole("chat.completion", said, usage_object(ends))
 
 
 async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -> Chat:
@@ -191,31 +154,16 @@ async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -
     card = core.card(body.model)
     count = choice_count(body, core.config.max_n)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else -1
-    sampled = samplings(body, card, num_logprobs, count)
-    stop = stops(body.stop)
-    core.check_capacity(card.model_id, tenant, count)
-    constraint = await grammar(core, body)
+    asking = await read_common(core, body, card, tenant=tenant, num_logprobs=num_logprobs, count=count)
     prompt = await compose_chat(core, card, body.messages, max_chars=core.config.max_prompt_chars)
     given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     param = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     room = core.room(card.model_id, len(prompt.ids), len(prompt.images))
     max_tokens = token_budget(given, card, room, param, body.min_tokens)
     asked = [
-        GenerateRequest(
-            request_id=request_id if count == 1 else f"{request_id}-{index}",
-            model_id=card.model_id,
-            prompt_ids=prompt.ids,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            images=prompt.images,
-            stop=stop,
-            stop_ids=stop_ids(body, card),
-            tenant=tenant,
-            priority=body.priority or 0,
-            grammar=constraint,
-            ignore_eos=bool(body.ignore_eos),
-            strip_start=prompt.strip_start,
+        asking.request(
+            request_id if count == 1 else f"{request_id}-{choice}", prompt, max_tokens, choice=choice
         )
-        for index, sampling in enumerate(sampled)
+        for choice in range(count)
     ]
     return Chat(request_id, body, asked, core.tokens(card.model_id))

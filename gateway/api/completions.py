@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
 
-from gateway.api.answers import Collected, Json, finite, usage_object
-from gateway.api.chat import finish_reason
+from gateway.api.answers import Collected, finish_reason, finite, usage_object
+from gateway.api.asking import read_common
+from gateway.api.chunks import ChunkFrame
 from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
+    Json,
     SamplingFields,
     choice_count,
     decode_body,
     invalid,
     refuse,
-    samplings,
-    stop_ids,
-    stops,
     token_budget,
 )
-from gateway.api.structured import grammar
-from gateway.errors import error_body
+from gateway.api.prompts import Prompt
 from gateway.generation import Delta, End, GenerateRequest, RequestError, SpatialObject, TokenInfo
 from gateway.service import Service
 from gateway.tokens import ModelTokens
@@ -33,6 +31,7 @@ from shared.protocol import ModelCard
 
 _DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
 _MAX_PROMPTS: Final = 64
+_KIND: Final = "text_completion"
 
 _encode = msgspec.json.encode
 TokenIds = Annotated[list[Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]], Meta(min_length=1)]
@@ -69,12 +68,7 @@ class Completion:
         self._echoes = echoes
         self._offsets = [len(echo) for echo in echoes]
         self._want_logprobs = body.logprobs is not None
-        options = body.stream_options
-        self._want_usage = self.stream and options is not None and bool(options.include_usage)
-        self._id, self._created, self._model = f"cmpl-{request_id}", int(time.time()), asked[0].model_id
-        head = {"id": self._id, "object": "text_completion", "created": self._created, "model": self._model}
-        self._head = b"data: " + _encode(head)[:-1]
-        self._tail = (b'],"usage":null' if self._want_usage else b"]") + b"}\n\n"
+        self._frame = ChunkFrame(f"cmpl-{request_id}", _KIND, asked[0].model_id, body)
 
     # ------------------------------------------------------------ the stream, see `transport.sse.Shape`
 
@@ -98,14 +92,7 @@ class Completion:
 
     def closing(self, ends: Sequence[End]) -> bytes:
         """Usage, if asked for, and the end mark."""
-        if not self._want_usage:
-            return b"data: [DONE]\n\n"
-        usage = _encode(self._usage(ends))
-        return self._head + b',"choices":[],"usage":' + usage + b"}\n\ndata: [DONE]\n\n"
-
-    def error(self, error: RequestError) -> bytes:
-        """An error in mid-stream."""
-        return b"data: " + error_body(error) + b"\n\n"
+        return self._frame.closing(self._usage(ends))
 
     def _chunk(self, index: int, text: str, infos: list[TokenInfo] | None, reason: str | None) -> bytes:
         choice = {
@@ -116,30 +103,26 @@ class Completion:
         }
         if infos:
             self._offsets[index] += sum(len(self._tokens.token_text(info.token_id)) for info in infos)
-        return self._head + b',"choices":[' + _encode(choice) + self._tail
+        return self._frame.head + b',"choices":[' + _encode(choice) + self._frame.tail
 
     # ------------------------------------------------------------ the whole answer
 
     def answer(self, choices: Sequence[Collected]) -> Json:
         """The answer of a request that does not stream."""
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-            "choices": [
-                {
-                    "index": index,
-                    "text": self._echoes[index] + choice.text,
-                    "logprobs": self._logprobs(choice.infos, len(self._echoes[index]))
-                    if self._want_logprobs
-                    else None,
-                    "finish_reason": finish_reason(choice.end),
-                }
-                for index, choice in enumerate(choices)
-            ],
-            "usage": self._usage([choice.end for choice in choices if choice.end is not None]),
-        }
+        said = [
+            {
+                "index": index,
+                "text": self._echoes[index] + choice.text,
+                "logprobs": self._logprobs(choice.infos, len(self._echoes[index]))
+                if self._want_logprobs
+                else None,
+                "finish_reason": finish_reason(choice.end),
+            }
+            for index, choice in enumerate(choices)
+        ]
+        return self._frame.whole(
+            _KIND, said, self._usage([choice.end for choice in choices if choice.end is not None])
+        )
 
     def _usage(self, ends: Sequence[End]) -> Json:
         """As for chat, but several prompts count each."""
@@ -180,36 +163,23 @@ async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -
     card = core.card(body.model)
     count = choice_count(body, core.config.max_n)
     num_logprobs = -1 if body.logprobs is None else body.logprobs
-    sampled = samplings(body, card, num_logprobs, count)
-    stop = stops(body.stop)
     prompts = await _read_prompts(core, card, body.prompt)
-    core.check_capacity(card.model_id, tenant, count * len(prompts))
-    constraint = await grammar(core, body)
+    asking = await read_common(
+        core, body, card, tenant=tenant, num_logprobs=num_logprobs, count=count, num_prompts=len(prompts)
+    )
     given = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     asked, echoes = [], []
     for place, (text, ids) in enumerate(prompts):
         room = core.room(card.model_id, len(ids))
         max_tokens = token_budget(given, card, room, "max_tokens", body.min_tokens)
-        for index, sampling in enumerate(sampled):
+        if body.max_tokens is None:
+            max_tokens = min(max_tokens, room)
+        echo = (text if text is not None else core.decode(card.model_id, ids)) if body.echo else ""
+        for choice in range(count):
             alone = count == 1 and len(prompts) == 1
-            asked.append(
-                GenerateRequest(
-                    request_id=request_id if alone else f"{request_id}-{place * count + index}",
-                    model_id=card.model_id,
-                    prompt_ids=ids,
-                    max_tokens=min(max_tokens, room) if body.max_tokens is None else max_tokens,
-                    sampling=sampling,
-                    stop=stop,
-                    stop_ids=stop_ids(body, card),
-                    tenant=tenant,
-                    priority=body.priority or 0,
-                    grammar=constraint,
-                    ignore_eos=bool(body.ignore_eos),
-                )
-            )
-            echoes.append(
-                (text if text is not None else core.decode(card.model_id, ids)) if body.echo else ""
-            )
+            own_id = request_id if alone else f"{request_id}-{place * count + choice}"
+            asked.append(asking.request(own_id, Prompt(ids), max_tokens, choice=choice))
+            echoes.append(echo)
     return Completion(request_id, body, asked, echoes, core.tokens(card.model_id))
 
 
@@ -231,6 +201,9 @@ async def _read_prompts(core: Service, card: ModelCard, given: Any) -> list[tupl
                 message = f"prompt: at most {core.config.max_prompt_chars} characters are accepted"
                 raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="prompt")
             prompts.append((item, bos + await core.encode_async(card.model_id, item)))
+            await asyncio.sleep(
+                0
+            )  # sixty-four short prompts are one long one: streams have their turn between them
             continue
         try:
             ids = msgspec.convert(item, TokenIds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.api.answers import Json
+from gateway.api.parameters import Json
 from gateway.service import Service
 from shared.protocol import ModelCard
 

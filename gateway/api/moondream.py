@@ -5,22 +5,27 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from gateway.api.answers import Collected, Json, metrics_object
-from gateway.api.parameters import Count, decode_body, refuse, token_budget
+from gateway.api.answers import Collected, metrics_object
+from gateway.api.parameters import (
+    DEFAULT_MAX_OBJECTS,
+    MAX_OBJECTS,
+    TOKENS_PER_OBJECT,
+    Count,
+    Json,
+    decode_body,
+    refuse,
+    token_budget,
+)
 from gateway.api.prompts import task_prompt
-from gateway.errors import error_body
 from gateway.generation import Delta, End, GenerateRequest, PreparedImage, RequestError, SpatialObject
 from gateway.service import Service
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard, Sampling
-
-DEFAULT_MAX_OBJECTS: Final = 50
-_TOKENS_PER_OBJECT: Final = {"detect": 3, "point": 2}
 
 _encode = msgspec.json.encode
 Argument = Annotated[str, Meta(min_length=1, max_length=1 << 16)]
@@ -32,7 +37,7 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     max_tokens: Count | None = None
-    max_objects: Annotated[int, Meta(ge=1, le=150)] | None = None
+    max_objects: Annotated[int, Meta(ge=1, le=MAX_OBJECTS)] | None = None
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
     variant: str | None = None
 
@@ -111,10 +116,6 @@ class Answer:
         """The last chunk said `completed`; there is no end mark."""
         return b""
 
-    def error(self, error: RequestError) -> bytes:
-        """An error in mid-stream."""
-        return b"data: " + error_body(error) + b"\n\n"
-
     # ------------------------------------------------------------ the whole answer
 
     def answer(self, choices: Sequence[Collected]) -> Json:
@@ -186,7 +187,7 @@ async def _prepare_spatial(
     argument = await core.encode_async(card.model_id, " " + body.object.strip())
     ids = task_prompt(card, task, argument)
     image = await core.prepare_image(card.model_id, body.image_url, param="image_url")
-    per_object = _TOKENS_PER_OBJECT[task]
+    per_object = TOKENS_PER_OBJECT[task]
     room = core.room(card.model_id, len(ids), 1)
     num_objects = settings.max_objects or DEFAULT_MAX_OBJECTS
     if settings.max_objects is None:
@@ -229,6 +230,7 @@ def _text_request(
         max_tokens=token_budget(settings.max_tokens, card, room, "settings.max_tokens"),
         sampling=Sampling(
             temperature=card.default_temperature if settings.temperature is None else settings.temperature,
+            top_k=card.default_top_k,
             top_p=card.default_top_p if settings.top_p is None else settings.top_p,
             seed=secrets.randbits(63) if settings.seed is None else settings.seed,
             suppress_ids=list(card.suppress_ids),

@@ -22,6 +22,9 @@ MAX_STOPS: Final = 16
 MAX_STOP_CHARS: Final = 512
 MAX_BIASES: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
+TOKENS_PER_OBJECT: Final = {"detect": 3, "point": 2}
+DEFAULT_MAX_OBJECTS: Final = 50
+MAX_OBJECTS: Final = 150
 _INT64: Final = 1 << 63
 
 Json = dict[str, Any]
@@ -158,7 +161,7 @@ def samplings(fields: SamplingFields, card: ModelCard, num_logprobs: int, count:
     seed = secrets.randbits(63) if fields.seed is None else fields.seed % _INT64
     first = Sampling(
         temperature=temperature,
-        top_k=max(0, fields.top_k or 0),
+        top_k=card.default_top_k if fields.top_k is None else max(0, fields.top_k),
         top_p=card.default_top_p if fields.top_p is None else fields.top_p,
         min_p=fields.min_p or 0.0,
         seed=seed,

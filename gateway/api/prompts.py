@@ -131,14 +131,21 @@ async def _compose_template(core: PromptCore, card: ModelCard, messages: Sequenc
 
 
 def _last_picture(messages: Sequence[Message]) -> tuple[str, str] | None:
-    """The most recent picture's URL and its field's name."""
+    """The most recent picture's URL and its field's name. Raises `RequestError` when its message has another."""
     for index in range(len(messages) - 1, -1, -1):
         content = messages[index].content
-        if isinstance(content, list):
-            for place in range(len(content) - 1, -1, -1):
-                part = content[place]
-                if isinstance(part, ImagePart):
-                    return part.image_url.url, f"messages[{index}].content[{place}].image_url.url"
+        if not isinstance(content, list):
+            continue
+        found = [
+            (part.image_url.url, f"messages[{index}].content[{place}].image_url.url")
+            for place, part in enumerate(content)
+            if isinstance(part, ImagePart)
+        ]
+        if len(found) > 1:
+            message = "one picture a message is supported; an earlier message's is replaced by a later one's"
+            raise RequestError(ErrorCode.UNSUPPORTED, message, param=found[1][1])
+        if found:
+            return found[0]
     return None
 
 

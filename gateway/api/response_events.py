@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from gateway.api.parameters import Json
 from gateway.generation import End, RequestError, Usage
 from shared.errors import ErrorCode, FinishReason
-
-Json = dict[str, Any]
 
 TERMINAL: Final = frozenset({"response.completed", "response.failed", "response.incomplete", "error"})
 

@@ -14,7 +14,8 @@ from typing import Final, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from gateway.api.answers import finite
+from gateway.api.answers import TokenBytes, token_logprobs
+from gateway.api.parameters import Json
 from gateway.api.response_events import (
     Completed,
     Created,
@@ -24,7 +25,6 @@ from gateway.api.response_events import (
     InProgress,
     ItemAdded,
     ItemDone,
-    Json,
     ObjectFound,
     PartAdded,
     PartDone,
@@ -35,7 +35,7 @@ from gateway.api.response_events import (
     usage_object,
 )
 from gateway.errors import retry_after_s
-from gateway.generation import Delta, End, RequestError, RunningStream, SpatialObject, TokenInfo
+from gateway.generation import Delta, End, RequestError, RunningStream, SpatialObject
 from shared.errors import ErrorCode, FinishReason
 
 _encode = msgspec.json.Encoder().encode
@@ -49,13 +49,6 @@ class Sink(Protocol):
 
     def send(self, kind: str, event: bytes) -> None:
         """Take one event: its type, and all of it as JSON."""
-
-
-class TokenBytes(Protocol):
-    """The part of a tokenizer that log-probabilities need."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for."""
 
 
 class Closed(Protocol):
@@ -198,7 +191,7 @@ class ResponseStream:
         self.open()
         if self._first_s == 0.0:
             self._first_s = time.monotonic()
-        logprobs = [self._logprob(info) for info in delta.logprobs] if delta.logprobs else []
+        logprobs = [token_logprobs(info, self._tokens) for info in delta.logprobs] if delta.logprobs else []
         if logprobs:
             self._logprobs.extend(logprobs)
         if delta.text or logprobs:
@@ -333,11 +326,3 @@ class ResponseStream:
 
     def _json_lead(self) -> str:
         return '{"objects":[' if self.opening.task == "detect" else '{"points":['
-
-    def _logprob(self, info: TokenInfo) -> Json:
-        top = [self._scored(token_id, logprob) for token_id, logprob in info.top]
-        return {**self._scored(info.token_id, info.logprob), "top_logprobs": top}
-
-    def _scored(self, token_id: int, logprob: float) -> Json:
-        raw = self._tokens.token_bytes(token_id)
-        return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}

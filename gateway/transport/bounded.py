@@ -87,6 +87,5 @@ class BoundedWriter:
 
     def _stall(self) -> None:
         self.close()
-        if isinstance(self._transport, asyncio.Transport):
-            self._transport.abort()
+        self._transport.abort()
         self._on_stalled()

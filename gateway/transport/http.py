@@ -23,6 +23,10 @@ from gateway.errors import error_body, error_headers, http_status
 from gateway.faults import fault_fields
 from gateway.generation import RequestError
 from gateway.metrics import Metrics
+from gateway.quota import LogQuota
+from gateway.service import Service
+from gateway.tracing import CALLER, caller
+from gateway.transport.refusal import Refusals
 from shared.errors import ErrorCode
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -32,8 +36,8 @@ TENANT: Final = web.RequestKey("tenant", str)
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
-_TRACE_PARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _COMMONPLACE: Final = (429, 503)  # a flood must not also flood the log; metrics count them
+_FAULT_LINES_PER_S: Final = 50
 _DISCARDED_LIMITS: Final = 3
 _DISCARD_S: Final = 1.0
 _EXPOSED: Final = "x-request-id, retry-after, retry-after-ms"
@@ -66,6 +70,8 @@ class Boundary:
         self._metrics = metrics
         self._access = Access(config)
         self._public = frozenset((*config.public, "liveness"))
+        self._refusals = Refusals()
+        self._quota = LogQuota(_FAULT_LINES_PER_S)
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -75,8 +81,11 @@ class Boundary:
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
         request[REQUEST_ID] = request_id
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        if _TRACE_PARENT.fullmatch(request.headers.get("traceparent", "")):
-            structlog.contextvars.bind_contextvars(trace_id=request.headers["traceparent"][3:35])
+        route = route_name(request)
+        came = caller(route, request.headers.get("traceparent"))
+        CALLER.set(came)
+        if came.trace_parent:
+            structlog.contextvars.bind_contextvars(trace_id=came.trace_parent[3:35])
         status = 499
         code: str | None = None
         try:
@@ -85,7 +94,10 @@ class Boundary:
             return response
         except RequestError as error:
             status, code = http_status(error), error.code.value
-            return error_response(error)
+            quick = None
+            if error.code is ErrorCode.QUEUE_FULL:
+                quick = self._refusals.answer(error, request, request_id)
+            return quick or error_response(error)
         except web.HTTPException as error:
             status = error.status
             return error_response(_of_http(error, request), status=status, headers=error.headers)
@@ -98,11 +110,14 @@ class Boundary:
             log.error("handler_failed", **fault_fields(fault))
             return error_response(RequestError(ErrorCode.INTERNAL, "an internal error; the log knows more"))
         finally:
-            route = route_name(request)
             self._metrics.on_response(route, status)
             elapsed_ms = round((time.monotonic() - started_s) * 1000, 1)
-            tell = log.debug if status < 400 or status in _COMMONPLACE else log.info
-            tell("http", route=route, method=request.method, status=status, code=code, elapsed_ms=elapsed_ms)
+            fields = {"route": route, "method": request.method, "status": status, "code": code}
+            if status < 400 or status in _COMMONPLACE:
+                log.debug("http", **fields, elapsed_ms=elapsed_ms)
+            elif (num_left_out := self._quota.take(started_s)) is not None:
+                more = {"num_left_out": num_left_out} if num_left_out else {}
+                log.info("http", **fields, elapsed_ms=elapsed_ms, **more)
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         self._access.check_host(request.headers.get("Host"))
@@ -184,6 +199,22 @@ def _of_http(error: web.HTTPException, request: web.Request) -> RequestError:
     return RequestError(ErrorCode.INVALID_REQUEST if error.status < 500 else ErrorCode.INTERNAL, error.reason)
 
 
+async def admit_body(request: web.Request, service: Service) -> bytes:
+    """The body of a request to generate. Raises `RequestError`, and before reading when the body cannot matter.
+
+    Under a flood nearly everything is refused: a refusal must not cost the reading and parsing of a picture.
+    """
+    if (request.content_length or 0) <= service.config.max_body_bytes:
+        try:
+            service.check_any_capacity(request[TENANT])
+        except RequestError:
+            # A client in the middle of its upload would meet a closed connection instead of this answer.
+            if not request.content.is_eof():
+                await _discard(request, service.config.max_body_bytes, service.config.body_timeout_s)
+            raise
+    return await read_body(request, service.config)
+
+
 async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
     """The whole body, within its bounds of size and time. Raises `RequestError`."""
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
@@ -221,7 +252,7 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
     return b"".join(pieces)
 
 
-async def _discard(request: web.Request, limit: int) -> None:
+async def _discard(request: web.Request, limit: int, timeout_s: float = _DISCARD_S) -> None:
     """Read on for a little: most clients look at an answer only after sending everything.
 
     Whoever announces, or sends, far more than that gets the answer and a closed connection instead.
@@ -230,10 +261,12 @@ async def _discard(request: web.Request, limit: int) -> None:
         return
     size = 0
     try:
-        async with asyncio.timeout(_DISCARD_S):
+        async with asyncio.timeout(timeout_s):
             async for piece in request.content.iter_any():
                 size += len(piece)
                 if size > _DISCARDED_LIMITS * limit:
                     return
-    except TimeoutError:
+    except ConnectionError:
+        raise
+    except Exception:  # too slow, or broken chunking: the answer stays what it was
         pass

@@ -14,11 +14,12 @@ from typing import Final
 import msgspec
 import structlog
 
-from gateway.api import responses
+from gateway.api import response_bodies, responses
 from gateway.api.conversations import Conversations
+from gateway.api.response_bodies import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer
 from gateway.api.response_stream import ResponseStream
-from gateway.api.responses import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer
 from gateway.errors import error_headers, error_object, http_status
+from gateway.faults import fault_fields
 from gateway.generation import End, RequestError, Usage
 from gateway.service import Service
 from gateway.transport.frames import FrameWriter
@@ -109,7 +110,7 @@ class Lanes:
     def on_message(self, data: str) -> None:
         """Act on one client message. What is wrong with it is answered as an error event; the socket stays."""
         try:
-            event = responses.parse_event(data)
+            event = response_bodies.parse_event(data)
             match event:
                 case ResponseCreate():
                     self._on_create(event, len(data))
@@ -120,7 +121,7 @@ class Lanes:
                 case Authenticate():
                     pass  # already authenticated: a second key changes nothing
         except RequestError as error:
-            self._writer.write(error_event(error, responses.lane_of(data)))
+            self._writer.write(error_event(error, response_bodies.lane_of(data)))
 
     def close(self) -> None:
         """The connection is gone: cancel everything at once."""
@@ -169,8 +170,8 @@ class Lanes:
                 self._start(body, prepared)
         except RequestError as error:
             self._refuse(body.stream_id, error)
-        except Exception:
-            log.exception("response_preparation_failed")
+        except Exception as fault:
+            log.error("response_preparation_failed", **fault_fields(fault))
             self._refuse(
                 body.stream_id, RequestError(ErrorCode.INTERNAL, "the request could not be prepared")
             )

@@ -6,14 +6,13 @@ import asyncio
 
 from aiohttp import web
 
-from gateway.api import responses
+from gateway.api import response_bodies, responses
 from gateway.api.conversations import Conversations
 from gateway.api.response_stream import ResponseStream, Sink
-from gateway.generation import End, RequestError
+from gateway.generation import End
 from gateway.service import Service
-from gateway.transport.http import TENANT, json_response, read_body
+from gateway.transport.http import TENANT, admit_body, json_response
 from gateway.transport.sse import EventWriter
-from shared.errors import ErrorCode
 
 
 class EventStreamSink:
@@ -46,9 +45,7 @@ class ResponsesRoute:
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """Handle one request. Raises `RequestError` while the answer can still be an HTTP status."""
         service = self._service
-        if service.draining:
-            raise RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
-        body = responses.parse_body(await read_body(request, service.config))
+        body = response_bodies.parse_body(await admit_body(request, service))
         tenant = request[TENANT]
         previous = responses.recall(body.previous_response_id, tenant, self._conversations)
         prepared = await responses.prepare(service, body, tenant=tenant, previous=previous)
@@ -79,8 +76,8 @@ class ResponsesRoute:
                 raise stream.refusal
             stream.open()
             await writer.open()
-            end = await done
-            return await writer.finish(close=end.error is not None)
+            await done
+            return await writer.finish()
         finally:
             if writer is not None:
                 writer.abandon()

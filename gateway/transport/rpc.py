@@ -27,6 +27,7 @@ from gateway.config import GatewayConfig
 from gateway.errors import grpc_status, retry_after_s
 from gateway.generation import Delta, End, RequestError, RunningStream, SpatialObject, TokenInfo
 from gateway.service import Service
+from gateway.tracing import CALLER, caller
 from gateway.transport.rpc_requests import read_request
 from shared.errors import ErrorCode, FinishReason
 
@@ -160,6 +161,8 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
     ) -> None:
         wake = asyncio.Event()
         tenant, request_id = key
+        given = dict(context.invocation_metadata() or ()).get("traceparent")
+        CALLER.set(caller("Generate", given if isinstance(given, str) else None))
         prepared = await read_request(self._core, request, request_id, tenant)
         for index, generate in enumerate(prepared):
             output = Output(index, wake)

@@ -76,7 +76,6 @@ def _fields(params: pb.SamplingParams) -> SamplingFields:
     """The parameters as the other interfaces spell and check them. Raises `RequestError`."""
     given: dict[str, object] = {
         "min_p": params.min_p,
-        "top_k": params.top_k,
         "frequency_penalty": params.frequency_penalty,
         "presence_penalty": params.presence_penalty,
         "min_tokens": params.min_tokens,
@@ -84,7 +83,7 @@ def _fields(params: pb.SamplingParams) -> SamplingFields:
         "stop": list(params.stop),
         "logit_bias": {str(token_id): bias for token_id, bias in params.logit_bias.items()},
     }
-    for name in ("n", "top_p", "repetition_penalty"):
+    for name in ("n", "top_p", "top_k", "repetition_penalty"):  # 0 is how this schema leaves them out
         if getattr(params, name) != 0:
             given[name] = getattr(params, name)
     for name in ("temperature", "max_tokens", "seed"):

@@ -14,12 +14,12 @@ from typing import Final, Protocol
 from aiohttp import HttpVersion11, web
 
 from gateway.config import GatewayConfig
+from gateway.errors import error_body
 from gateway.generation import (
     Delta,
     End,
     GenerateRequest,
     Listener,
-    RequestError,
     RunningStream,
     SpatialObject,
 )
@@ -94,12 +94,13 @@ class EventWriter:
         if held:
             self._writer.write(self._frame(held))
 
-    async def finish(self, *, close: bool = False) -> web.StreamResponse:
-        """End the body properly, after an error as well; `close` ends the connection too."""
+    async def finish(self) -> web.StreamResponse:
+        """End the body properly, after an error as well: the connection is then good for the next request.
+
+        Closing it there instead would reset whoever sends that request at the same moment.
+        """
         assert self._writer is not None
         self._writer.close()
-        if close:
-            self._response.force_close()
         await self._response.write_eof()
         return self._response
 
@@ -135,9 +136,6 @@ class Shape(Protocol):
 
     def closing(self, ends: Sequence[End]) -> bytes:
         """All choices are over, without an error."""
-
-    def error(self, error: RequestError) -> bytes:
-        """Something failed after the stream began."""
 
 
 class _Choice:
@@ -200,8 +198,8 @@ async def respond(
         if failed is None:
             writer.write(shape.closing(ends))
         else:
-            writer.write(shape.error(failed))
-        return await writer.finish(close=failed is not None)
+            writer.write(b"data: " + error_body(failed) + b"\n\n")
+        return await writer.finish()
     finally:
         writer.abandon()
         for stream in running:

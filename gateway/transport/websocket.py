@@ -15,9 +15,9 @@ import structlog
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from gateway.access import Access, key_of
-from gateway.api import responses
+from gateway.api import response_bodies
 from gateway.api.conversations import Conversations
-from gateway.api.responses import Authenticate
+from gateway.api.response_bodies import Authenticate
 from gateway.config import GatewayConfig
 from gateway.errors import websocket_close
 from gateway.generation import RequestError
@@ -159,7 +159,7 @@ class WebSocketRoute:
                 ErrorCode.UNAUTHORIZED, "an API key is needed: send degas.authenticate first"
             )
             try:
-                event = responses.parse_event(message.data)
+                event = response_bodies.parse_event(message.data)
             except RequestError:
                 event = None
             if isinstance(event, Authenticate):

@@ -318,7 +318,8 @@ def test_a_client_that_does_not_read_is_cut_off_and_the_others_are_not(worker: F
     settings = {"write_buffer_bytes": 8192, "slow_client_s": 0.4}
     with GatewayThread(workers=[worker.endpoint], **settings) as gateway:
         gateway.wait_ready()
-        worker.reply("y" * 1900)
+        # It never ends by itself: only being cut off ends it.
+        worker.script = lambda _: [*map(Token, text_ids("y" * 1900)), Wait(600)]
         host, port = gateway.url.removeprefix("http://").split(":")
         deaf = socket.socket()
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -332,6 +333,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_the_others_are_not(worker: F
         try:
             gateway.wait_for(lambda: gateway.gateway.service.metrics.num_slow_clients == 1)
             gateway.wait_for(lambda: gateway.gateway.service.num_in_flight == 0)
+            worker.wait_cancelled(8)
         finally:
             deaf.close()
         worker.reply("fine")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import signal
 import struct
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +185,6 @@ def test_a_decoder_that_hangs_is_killed_in_time(worker: FakeWorker, data_url: Ca
         assert query(gateway, data_url()).status == 200
 
         def stop() -> None:
-            import signal
-
             for process in list(gateway.gateway.service.images.processes):
                 process.send_signal(signal.SIGSTOP)
 
@@ -201,3 +202,24 @@ def test_memory_is_bounded(worker: FakeWorker) -> None:
         answer = query(gateway, url)
         assert answer.status in (400, 413) and "memory" in answer.error["message"]
         assert query(gateway, url).status == answer.status
+
+
+def test_pictures_that_wait_are_bounded_in_bytes(
+    gateway: GatewayThread, data_url: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is always taken, however large: else none of its size ever would be."""
+    images = gateway.gateway.service.images
+    monkeypatch.setattr("gateway.images._MAX_PENDING_BYTES", 10)
+    url = data_url()
+    assert query(gateway, url).status == 200
+    for process in list(images.processes):
+        os.kill(process.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(query, gateway, url)
+        gateway.wait_for(lambda: images.num_pending == 1)
+        second = query(gateway, url)
+        assert (second.status, second.error["code"]) == (429, "queue_full") and second.headers["retry-after"]
+        for process in list(images.processes):
+            os.kill(process.pid, signal.SIGCONT)
+        assert first.result(20).status == 200
+    gateway.wait_for(lambda: images.num_pending == images.pending_bytes == 0)

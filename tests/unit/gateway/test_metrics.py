@@ -69,6 +69,7 @@ def test_vllm_names_on_request(worker: FakeWorker) -> None:
         link = gateway.gateway.service.workers[0].link
         gateway.wait_for(lambda: link.beat is not None and bool(link.beat.metrics))
         ask(gateway.url, "/v1/query", {"question": "a"})
+        gateway.wait_for(lambda: link.beat is not None and link.beat.num_running == 0)
         told = samples(gateway)
     assert told["vllm:num_requests_running{model_name=fake-vl}"] == 0
     assert told["vllm:kv_cache_usage_perc{model_name=fake-vl}"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -97,3 +98,20 @@ def test_without_a_template_chat_is_refused_in_words() -> None:
         answer = ask(gateway.url, "/v1/chat/completions", {"messages": [{"role": "user", "content": "u"}]})
         assert answer.status == 400 and "/v1/completions" in answer.error["message"]
         assert ask(gateway.url, "/v1/completions", {"prompt": "u"}).status == 200
+
+
+def test_two_pictures_in_one_message_are_refused_and_a_later_one_replaces_an_earlier(
+    gateway: GatewayThread, worker: FakeWorker, data_url: Callable[..., str]
+) -> None:
+    def turn(text: str, *colours: str) -> dict[str, Any]:
+        parts = [{"type": "image_url", "image_url": {"url": data_url(colour=colour)}} for colour in colours]
+        return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+    chat = "/v1/chat/completions"
+    answer = ask(gateway.url, chat, {"messages": [turn("compare", "red", "blue")]})
+    assert (answer.status, answer.error["code"]) == (400, "unsupported")
+    assert answer.error["param"] == "messages[0].content[1].image_url.url"
+    assert ask(gateway.url, chat, {"messages": [turn("a", "red"), turn("b", "blue")]}).status == 200
+    assert ask(gateway.url, chat, {"messages": [turn("b", "blue")]}).status == 200
+    first, second = worker.submits
+    assert first.images[0].digest == second.images[0].digest and first.prompt == second.prompt

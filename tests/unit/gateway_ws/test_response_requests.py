@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.api.responses import CreateBody, ResponseCreate, lane_of, parse_body, parse_event, read_input
+from gateway.api.response_bodies import CreateBody, ResponseCreate, lane_of, parse_body, parse_event
+from gateway.api.responses import read_input
 from gateway.generation import RequestError
 from shared.errors import ErrorCode
 

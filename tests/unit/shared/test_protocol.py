@@ -46,6 +46,14 @@ def test_an_older_peer_may_leave_out_appended_fields() -> None:
     assert wire.decode_from_gateway(short) == wire.Ping(7, 0.0)
 
 
+def test_an_older_workers_card_has_the_defaults_of_what_it_leaves_out() -> None:
+    card = wire.ModelCard("m", "qwen3", 100, 10, 0, [1], default_top_k=20)
+    whole = msgspec.msgpack.decode(msgspec.msgpack.encode(card))
+    assert whole[-1] == 20 and len(whole) == len(wire.ModelCard.__struct_fields__) == 19
+    older = msgspec.msgpack.encode(whole[:-1])
+    assert msgspec.msgpack.decode(older, type=wire.ModelCard).default_top_k == 0
+
+
 def test_a_newer_peers_extra_fields_are_ignored() -> None:
     long = msgspec.msgpack.encode(["Ping", 7, 1.0, "new"])
     assert wire.decode_from_gateway(long) == wire.Ping(7, 1.0)

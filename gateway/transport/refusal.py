@@ -1,0 +1,75 @@
+"""Owns the quick no: a 429 as ready-made bytes, because a flood is mostly refusals. Gateway's loop.
+
+What a refusal says changes a few times a second at most, so all of it but the request's id is built once and
+reused, and it is written past aiohttp's own response, which would spend more on headers than admission
+spends on deciding. The connection stays open: a client told to come back should not have to connect again.
+"""
+
+from __future__ import annotations
+
+import time
+from email.utils import formatdate
+
+from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
+
+from gateway.errors import error_body, error_headers, http_status
+from gateway.generation import RequestError
+
+
+class QuickNo(web.StreamResponse):
+    """An answer that is bytes already. The connection is kept alive."""
+
+    def __init__(self, status: int, data: bytes) -> None:
+        super().__init__(status=status)
+        self._data = data
+
+    @property
+    def keep_alive(self) -> bool:
+        """Always: `Refusals` makes none for clients that ask for another end."""
+        return True
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Write all of it. Raises ConnectionError when the client is gone."""
+        transport = request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client left")
+        transport.write(self._data)
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """There is nothing left to write."""
+
+
+class Refusals:
+    """Ready-made refusals, one kept for as long as it stays true."""
+
+    def __init__(self) -> None:
+        self._said: tuple[str, float, int] = ("", 0.0, 0)
+        self._before = b""  # up to the value of x-request-id
+        self._after = b""
+
+    def answer(self, error: RequestError, request: web.Request, request_id: str) -> QuickNo | None:
+        """The refusal as bytes; None for a client that needs more headers than these (CORS, HTTP/1.0, close)."""
+        if request.version != HttpVersion11 or not request.keep_alive or "Origin" in request.headers:
+            return None
+        said = (error.message, error.retry_after_s, int(time.time()))
+        if said != self._said:
+            self._said = said
+            self._build(error, said[2])
+        return QuickNo(http_status(error), self._before + request_id.encode() + self._after)
+
+    def _build(self, error: RequestError, now_s: int) -> None:
+        body = error_body(error)
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **error_headers(error),
+            "X-Content-Type-Options": "nosniff",
+            "Server": "degas",
+            "Date": formatdate(now_s, usegmt=True),
+        }
+        lines = [f"HTTP/1.1 {http_status(error)} Too Many Requests"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        self._before = "\r\n".join([*lines, "x-request-id: "]).encode()
+        self._after = b"\r\n\r\n" + body

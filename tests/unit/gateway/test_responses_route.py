@@ -1,0 +1,85 @@
+"""`POST /v1/responses` where its answers are no text, and where it must say what the other interfaces say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.fake_worker import FakeWorker
+from tests.gateway_thread import GatewayThread
+from tests.http_client import ask
+
+RESPONSES = "/v1/responses"
+
+
+def about(picture: str, task: str, **fields: Any) -> dict[str, Any]:
+    content = [{"type": "input_image", "image_url": picture}]
+    return {"input": [{"content": content}], "degas": {"task": task, "object": "dot"}, **fields}
+
+
+@pytest.mark.parametrize("task", ["detect", "point"])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"top_logprobs": 2}, "top_logprobs"), ({"include": ["message.output_text.logprobs"]}, "include")],
+)
+def test_coordinates_have_no_logprobs_and_asking_for_them_says_so(
+    gateway: GatewayThread,
+    worker: FakeWorker,
+    data_url: Callable[..., str],
+    task: str,
+    fields: Any,
+    param: str,
+) -> None:
+    answer = ask(gateway.url, RESPONSES, about(data_url(), task, **fields))
+    assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "unsupported", param)
+    assert task in answer.error["message"] and not worker.submits
+
+
+@pytest.mark.parametrize("path", ["/v1/detect", "/v1/point"])
+def test_moondreams_own_routes_name_the_field_too(
+    gateway: GatewayThread, worker: FakeWorker, data_url: Callable[..., str], path: str
+) -> None:
+    answer = ask(gateway.url, path, {"image_url": data_url(), "object": "dot", "logprobs": True})
+    assert answer.status == 400 and answer.error["param"] == "logprobs" and not worker.submits
+
+
+@pytest.mark.parametrize(("given", "sent"), [(None, 151), (7, 7), (1000, 151)])
+def test_a_token_limit_bounds_boxes_as_well(
+    gateway: GatewayThread, worker: FakeWorker, data_url: Callable[..., str], given: int | None, sent: int
+) -> None:
+    worker.reply_objects([(0.5, 0.5, 0.1, 0.1)])
+    fields = {} if given is None else {"max_output_tokens": given}
+    assert ask(gateway.url, RESPONSES, about(data_url(), "detect", **fields)).status == 200
+    assert (worker.submits[-1].max_tokens, worker.submits[-1].max_objects) == (sent, 50)
+
+
+def test_the_same_question_has_the_same_answer_everywhere(
+    gateway: GatewayThread, worker: FakeWorker, data_url: Callable[..., str]
+) -> None:
+    """The space that belongs to the model's template is nobody's to see."""
+    worker.reply(" two dots ")
+    response = ask(gateway.url, RESPONSES, {"input": "how many?"}).json
+    assert response["output"][0]["content"][0]["text"] == "two dots "
+    caption = ask(gateway.url, RESPONSES, about(data_url(), "caption")).json
+    assert caption["output"][0]["content"][0]["text"] == "two dots "
+    chat = {"messages": [{"role": "user", "content": "how many?"}]}
+    answer = ask(gateway.url, "/v1/chat/completions", chat).json
+    assert answer["choices"][0]["message"]["content"] == "two dots "
+    assert worker.submits[0].prompt == worker.submits[-1].prompt
+
+
+def test_fields_that_all_bodies_share_reach_the_worker(gateway: GatewayThread, worker: FakeWorker) -> None:
+    fields = {"ignore_eos": True, "priority": 3, "min_tokens": 4, "seed": 9, "stop": "zz"}
+    for path, body in (
+        (RESPONSES, {"input": "hi", "max_output_tokens": 5}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}),
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 5}),
+    ):
+        assert ask(gateway.url, path, {**body, **fields}).status == 200
+        submit = worker.submits[-1]
+        assert (submit.ignore_eos, submit.priority, submit.stop_ids, submit.max_tokens) == (True, 3, [], 5)
+        assert (submit.sampling.min_tokens, submit.sampling.seed) == (4, 9)
+    answer = ask(gateway.url, RESPONSES, {"input": "hi", "max_output_tokens": 2, "min_tokens": 3})
+    assert (answer.status, answer.error["param"]) == (400, "min_tokens")
