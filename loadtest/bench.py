@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
@@ -15,6 +16,11 @@ app = typer.Typer(
 )
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+TransformersPython = Annotated[
+    str, typer.Option(help="Python of transformers' environment; empty leaves it out.")
+]
+VllmPython = Annotated[str, typer.Option(help="Python of an environment with vLLM's CPU build.")]
+LlamaCppPython = Annotated[str, typer.Option(help="Python with llama-cpp-python[server] and gguf.")]
 
 
 @app.command()
@@ -25,6 +31,7 @@ def loop(
     ] = "b200",
     rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
     seconds: Annotated[float, typer.Option(help="Measured time of each run.")] = 4.0,
+    depth: Annotated[int, typer.Option(help="Steps in flight of the pipelined run, 2 to 4.")] = 2,
     picture: Annotated[
         Path | None, typer.Option(help="Draw both timelines of the last batch size as SVG.")
     ] = None,
@@ -46,7 +53,7 @@ def loop(
             structured, profile, max(int(number) for number in rows.split(",")), seconds, as_json=as_json
         )
         return
-    measured = [measure_row(int(number), profile, seconds) for number in rows.split(",")]
+    measured = [measure_row(int(number), profile, seconds, depth) for number in rows.split(",")]
     done = [row for row, _ in measured]
     if picture is not None:
         row, recordings = measured[-1]
@@ -134,6 +141,110 @@ def ttft(
 
 
 @app.command()
+def flood(
+    profile: Annotated[str, typer.Option(help="Whose step times.")] = "b200",
+    rows: Annotated[int, typer.Option(help="Sequences the worker runs at once.")] = 8,
+    queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
+    seconds: Annotated[float, typer.Option(help="Measured time of each run.")] = 4.0,
+    rounds: Annotated[int, typer.Option(help="Turns each multiple gets.")] = 2,
+    as_json: JsonFlag = False,
+) -> None:
+    """Short requests at 1, 2, 5 and 10 times what can be served: goodput, time to first token, refusals."""
+    from loadtest.flood import FACTORS, flood_table, measure
+
+    done = measure(
+        profile=profile,
+        rows=rows,
+        queue=queue,
+        tokens=tokens,
+        seconds=seconds,
+        rounds=rounds,
+        factors=FACTORS,
+    )
+    if as_json:
+        print(json.dumps([row.to_json() for row in done]))
+    else:
+        Console().print(flood_table(done, f"{rows} rows, queue of {queue}, {tokens} tokens, {profile}"))
+    raise typer.Exit(1 if any(row.keeps_promise is False for row in done) else 0)
+
+
+@app.command()
+def engine(
+    shape: Annotated[str, typer.Option(help="Random Llama: 30m, 0.5b, or tiny for a smoke run.")] = "30m",
+    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens in.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens out.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Turns each engine gets.")] = 5,
+    threads: Annotated[int, typer.Option(help="Compute threads of each engine.")] = 1,
+    cores: Annotated[str, typer.Option(help="Cores the engines may use, comma separated; empty: any.")] = "",
+    transformers_python: TransformersPython = sys.executable,
+    vllm_python: VllmPython = "",
+    llama_cpp_python: LlamaCppPython = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Degas's engine beside transformers, vLLM and llama.cpp: the same weights, a process each, turn about."""
+    from loadtest.engine_bench import Workload, measure
+    from loadtest.peers.catalog import Pythons, engine_peers
+    from loadtest.peers.process import end_on_sigterm
+
+    workload = Workload(
+        shape, whole("--rows", rows), prompt_tokens, new_tokens, rounds, threads, whole("--cores", cores)
+    )
+    peers, left_out = engine_peers(Pythons(transformers_python, vllm_python, llama_cpp_python))
+    end_on_sigterm()
+    try:
+        done = measure(workload, peers, left_out, say=_say)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _print_comparison(done, as_json=as_json)
+
+
+@app.command()
+def serve(
+    shape: Annotated[str, typer.Option(help="Random Llama: 30m, 0.5b, or tiny for a smoke run.")] = "30m",
+    in_flight: Annotated[str, typer.Option(help="Requests at once, comma separated.")] = "1,16,64",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens in.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens out.")] = 16,
+    seconds: Annotated[float, typer.Option(help="New requests are sent for so long in each turn.")] = 8.0,
+    grace: Annotated[float, typer.Option(help="Seconds the last requests of a turn have to end.")] = 20.0,
+    rounds: Annotated[int, typer.Option(help="Turns each server gets.")] = 3,
+    threads: Annotated[int, typer.Option(help="Compute threads of each server.")] = 1,
+    cores: Annotated[str, typer.Option(help="Cores the servers may use, comma separated; empty: any.")] = "",
+    transformers_python: TransformersPython = sys.executable,
+    vllm_python: VllmPython = "",
+    llama_cpp_python: LlamaCppPython = "",
+    llama_server: Annotated[str, typer.Option(help="llama.cpp's own llama-server, where built.")] = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Degas over HTTP beside `transformers serve`, vLLM and llama.cpp: short streamed requests, turn about."""
+    from loadtest.peers.catalog import Pythons
+    from loadtest.peers.process import end_on_sigterm
+    from loadtest.peers.servers import known_servers
+    from loadtest.serve_bench import Load, measure
+
+    load = Load(
+        shape,
+        whole("--in-flight", in_flight),
+        prompt_tokens,
+        new_tokens,
+        seconds,
+        grace,
+        rounds,
+        threads,
+        whole("--cores", cores),
+    )
+    pythons = Pythons(transformers_python, vllm_python, llama_cpp_python)
+    servers, left_out = known_servers(pythons, llama_server)
+    end_on_sigterm()
+    try:
+        done = measure(load, servers, left_out, say=_say)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _print_comparison(done, as_json=as_json)
+
+
+@app.command()
 def decode(
     rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
     new_tokens: Annotated[int, typer.Option(help="Tokens each row decodes.")] = 64,
@@ -175,6 +286,36 @@ def pocket(
 
     result = measure_accuracy(scenes, seed, small=small)
     print(json.dumps(result) if as_json else json.dumps(result, indent=1))
+
+
+class _Comparison(Protocol):
+    left_out: list[str]
+
+    def to_json(self) -> dict[str, Any]: ...
+    def table(self) -> Table: ...
+
+
+def whole(option: str, given: str) -> tuple[int, ...]:
+    """Whole numbers, comma separated. Raises typer.BadParameter naming the option."""
+    try:
+        return tuple(int(number) for number in given.split(",") if number.strip())
+    except ValueError:
+        raise typer.BadParameter(f"{given!r} is not whole numbers such as 1,8", param_hint=option) from None
+
+
+def _say(line: str) -> None:
+    """Progress goes to stderr: stdout is for the table, or for JSON alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_comparison(done: _Comparison, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(done.to_json()))
+        return
+    console = Console()
+    console.print(done.table())
+    for line in done.left_out:
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _structured(shares: str, profile: str, rows: int, seconds: float, *, as_json: bool) -> None:

@@ -7,7 +7,6 @@ flight; through a gateway, clients also just hang up.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from urllib.parse import urlsplit
 
 import zmq
 
-from loadtest.processes import WorkerProbe, serving
+from loadtest.processes import WorkerProbe, gateway_and_worker, serving
 from shared.protocol import (
     PROTOCOL_VERSION,
     Beat,
@@ -87,7 +86,7 @@ class CancelReport:
 def run_cancels(count: int, *, hang_ups: int, seed: int = 0) -> CancelReport:
     """Submit `count` sequences, cancel about half at random moments, hang up on `hang_ups` streams."""
     with serving(FLAGS) as (url, probe):
-        gateway_pid, worker_pid = _children()
+        gateway_pid, worker_pid = gateway_and_worker()
         started_s = time.perf_counter()
         asyncio.run(_hang_up(url, min(32, hang_ups), seed + 1))  # pools and caches reach their size first
         time.sleep(1.0)
@@ -102,17 +101,6 @@ def run_cancels(count: int, *, hang_ups: int, seed: int = 0) -> CancelReport:
                 break
         seconds = time.perf_counter() - started_s
         return CancelReport(count, cancelled, finished, rejected, hang_ups, seconds, before, after)
-
-
-def _children() -> tuple[int, int]:
-    """(gateway, worker) among our own children."""
-    found = {}
-    for task in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        command = Path(f"/proc/{task}/cmdline").read_bytes().split(b"\0")
-        for name in (b"gateway", b"worker"):
-            if name in command:
-                found[name] = int(task)
-    return found[b"gateway"], found[b"worker"]
 
 
 def _baseline(probe: WorkerProbe, worker_pid: int, gateway_pid: int) -> Baseline:

@@ -1,230 +1,49 @@
-"""Owns the decode comparison: the real engine and runner beside transformers' `generate`, same weights. Main thread.
+"""Owns the quick decode comparison: Degas's engine beside transformers' `generate` in one process. Main thread.
 
-Both run in this process on one compute thread, turn about, on a random Llama-shaped checkpoint that both load from
-the same files. Rates count decoding only: tokens after each row's first, over the time since the last row's first.
-Only the ratios of neighbouring runs mean anything on a shared machine; `measure` returns their median. Beside the
-wall clock stands the thread's own CPU time, which other processes disturb far less.
+For work on the engine itself: both sides of `degas bench engine`, without its processes. One compute thread, turn
+about, the same random weights. Rates count decoding only: tokens after each row's first, over the time since the
+last row's first. Only the ratios of neighbouring runs mean anything on a shared machine; `measure` returns their
+median. Beside the wall clock stands the process's CPU time, which other processes disturb far less.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import random
 import tempfile
-import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import torch
 
-from shared.protocol import FromWorker, StepOutputs, Submit, pack_i32, unpack_i32, unpack_i64
-from worker.device.cpu import CpuDevice
-from worker.device.huge_pages import use_huge_pages
-from worker.engine import Command, Engine
-from worker.models.registry import load_model
-from worker.pages import PagePool
-from worker.prefix_cache import PrefixCache
-from worker.scheduler import Scheduler, SchedulerLimits
-from worker.torch_runner import TorchRunner
+from loadtest.comparison import median, median_ratio, rounded, same_share
+from loadtest.peers.catalog import SHAPES
+from loadtest.peers.checkpoint import random_prompts, vocab_size, write_checkpoint
+from loadtest.peers.degas_peer import DegasSide
+from loadtest.peers.side import Run
+from loadtest.peers.transformers_peer import TransformersSide
 
-GATEWAY, EPOCH = b"bench", 1
+OURS, THEIRS = "degas", "transformers"
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a random Llama checkpoint; embeddings are tied."""
+def decode_figures(rounds: list[dict[str, Run]]) -> dict[str, float | None]:
+    """Decode rates of both sides in tokens a second, medians, and the medians of their ratios."""
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    head_dim: int = 64
+    def rate(run: Run) -> float | None:
+        return run.decode_tokens_per_s
 
+    def cpu_rate(run: Run) -> float | None:
+        return run.decode_tokens_per_cpu_s
 
-SHAPES = {
-    # 29.1M parameters: 12 layers of 2.16M and 3.1M embeddings, 58 MB in bf16.
-    "30m": Shape(384, 1536, 12, 6, 2, 8192),
-    # The sizes of Qwen2.5-0.5B: 494M parameters, 988 MB in bf16.
-    "0.5b": Shape(896, 4864, 24, 14, 2, 151936),
-}
-CONTEXT_TOKENS, PAGE_TOKENS = 2048, 16
-
-
-@dataclass(slots=True)
-class Run:
-    """One run's rates by the wall clock and by this thread's CPU time, and the tokens of each row."""
-
-    tokens_per_s: float
-    tokens_per_cpu_s: float
-    tokens: list[list[int]]
-
-
-Stamp = tuple[float, float]
-"""Wall-clock seconds, and CPU seconds of this thread."""
-
-
-def read_clocks() -> Stamp:
-    """Now, by both clocks."""
-    return time.perf_counter(), time.thread_time()
-
-
-def rate(num_tokens: int, start: Stamp, end: Stamp) -> tuple[float, float]:
-    """Tokens a second by both clocks."""
-    return num_tokens / (end[0] - start[0]), num_tokens / (end[1] - start[1])
-
-
-class TokenLog:
-    """Stands in for the I/O thread: keeps every step's message, and when it was handed over."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[Stamp, StepOutputs]] = []
-
-    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
-        """For one gateway. Raises RuntimeError on anything but tokens."""
-        if not isinstance(message, StepOutputs):
-            raise RuntimeError(f"the engine refused a row: {message}")
-        self.steps.append((read_clocks(), message))
-
-    def broadcast(self, message: FromWorker) -> None:
-        """Heartbeats are of no interest here."""
-
-
-class DegasSide:
-    """The engine over a TorchRunner, ticked by the caller as the decode thread would."""
-
-    def __init__(
-        self, folder: Path, dtype: torch.dtype, rows: int, row_tokens: int, prompt_tokens: int, depth: int
-    ) -> None:
-        device = CpuDevice(num_threads=1)
-        with torch.inference_mode():
-            self.model = load_model(folder, device.torch_device, dtype, lambda *_: None)
-        use_huge_pages()
-        num_pages = rows * -(-row_tokens // PAGE_TOKENS) + 2 * rows + 1
-        pool = PagePool(num_pages, PAGE_TOKENS)
-        step_tokens = rows * prompt_tokens + rows
-        limits = SchedulerLimits(
-            max_rows=rows,
-            step_tokens=step_tokens,
-            mixed_tokens=step_tokens,
-            max_sequence_tokens=CONTEXT_TOKENS,
-        )
-        with torch.inference_mode():
-            runner = TorchRunner(
-                self.model,
-                device,
-                num_slots=max(2, depth),
-                num_pages=num_pages,
-                page_tokens=PAGE_TOKENS,
-                max_rows=rows,
-                max_sequence_tokens=CONTEXT_TOKENS,
-                step_tokens=step_tokens,
-            )
-        self._inbox: SimpleQueue[Command] = SimpleQueue()
-        self._log = TokenLog()
-        self.engine = Engine(
-            Scheduler(limits, pool, PrefixCache(pool)),
-            runner,
-            self.model.card,
-            inbox=self._inbox,
-            outbox=self._log,
-            clock=time.perf_counter,
-            epoch=EPOCH,
-            depth=depth,
-        )
-        self._next_id = 0
-
-    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
-        """Decode `new_tokens` for every prompt, greedily."""
-        first_id = self._next_id
-        self._log.steps.clear()
-        for prompt in prompts:
-            submit = Submit(
-                EPOCH,
-                self._next_id,
-                str(self._next_id),
-                pack_i32(prompt),
-                new_tokens,
-                ignore_eos=True,
-            )
-            self._inbox.put((GATEWAY, submit, []))
-            self._next_id += 1
-        while self.engine.tick():
-            pass
-        tokens: list[list[int]] = [[] for _ in prompts]
-        started = (0.0, 0.0)
-        for at, step in self._log.steps:
-            for sequence_id, token_id in zip(
-                unpack_i64(step.sequence_ids), unpack_i32(step.token_ids), strict=True
-            ):
-                row = tokens[sequence_id - first_id]
-                if not row:
-                    started = at
-                row.append(token_id)
-        return Run(*rate(len(prompts) * (new_tokens - 1), started, self._log.steps[-1][0]), tokens)
-
-
-class TransformersSide:
-    """transformers' `generate`: batched, greedy, with the cache that is the quicker here."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        self._model.generation_config.eos_token_id = None  # `min_new_tokens` would forbid it, at a cost
-        self.cache = "dynamic"
-
-    def choose_cache(self, prompts: list[list[int]], new_tokens: int) -> None:
-        """Try both caches, each twice (the first run warms up), and keep the quicker."""
-        rates = {}
-        for cache in ("dynamic", "static"):
-            self.cache = cache
-            self.run(prompts, min(8, new_tokens))
-            rates[cache] = self.run(prompts, new_tokens).tokens_per_cpu_s
-        self.cache = max(rates, key=lambda cache: rates[cache])
-
-    def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
-        """Decode `new_tokens` for every prompt, greedily."""
-        ids = torch.tensor(prompts)
-        stamps: list[Stamp] = []
-
-        def stamp(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-            """A stopping criterion that never stops: called after each step."""
-            stamps.append(read_clocks())
-            return torch.zeros(ids.shape[0], dtype=torch.bool)
-
-        with torch.inference_mode():
-            out = self._model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                min_new_tokens=new_tokens,
-                max_new_tokens=new_tokens,
-                pad_token_id=0,
-                use_cache=True,
-                cache_implementation=None if self.cache == "dynamic" else self.cache,
-                disable_compile=True,
-                stopping_criteria=[stamp],
-            )
-        tokens = out[:, ids.shape[1] :].tolist()
-        return Run(*rate(len(prompts) * (new_tokens - 1), stamps[0], stamps[-1]), tokens)
-
-
-def write_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype) -> int:
-    """Write a random checkpoint of this shape; returns its number of parameters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **asdict(shape), max_position_embeddings=CONTEXT_TOKENS, tie_word_embeddings=True, bos_token_id=1
-    )
-    model = LlamaForCausalLM(config).to(dtype)
-    model.save_pretrained(folder)
-    return sum(weight.numel() for weight in model.parameters())
+    return {
+        "degas_tokens_per_s": median(rate(one[OURS]) for one in rounds),
+        "transformers_tokens_per_s": median(rate(one[THEIRS]) for one in rounds),
+        "degas_tokens_per_cpu_s": median(cpu_rate(one[OURS]) for one in rounds),
+        "transformers_tokens_per_cpu_s": median(cpu_rate(one[THEIRS]) for one in rounds),
+        "ratio": median_ratio(rounds, OURS, THEIRS, rate),
+        "cpu_ratio": median_ratio(rounds, OURS, THEIRS, cpu_rate),
+    }
 
 
 def measure(
@@ -237,35 +56,26 @@ def measure(
     dtype: torch.dtype = torch.bfloat16,
     depth: int = 2,
 ) -> dict[str, Any]:
-    """Decode rates of both sides at `rows` rows, run turn about `repeats` times; medians, and every run."""
+    """Decode rates of both sides at `rows` rows, run turn about `repeats` times; medians, and every ratio."""
     torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(1)
-    vocab_size = SHAPES[shape].vocab_size
+    rng = random.Random(1)
 
     def draw() -> list[list[int]]:
-        ids: list[list[int]] = torch.randint(
-            4, vocab_size, (rows, prompt_tokens), generator=generator
-        ).tolist()
-        return ids
+        return random_prompts(rng, rows, prompt_tokens, vocab_size(shape))
 
     with tempfile.TemporaryDirectory(prefix="degas-bench-") as name:
         folder = Path(name)
-        num_parameters = write_checkpoint(folder, SHAPES[shape], dtype)
+        num_parameters = write_checkpoint(folder, shape, dtype)
         ours = DegasSide(folder, dtype, rows, prompt_tokens + new_tokens, prompt_tokens, depth)
         theirs = TransformersSide(folder, dtype)
     warm = draw()
-    ours.run(warm, new_tokens)
-    theirs.choose_cache(warm, new_tokens)
-    pairs: list[tuple[Run, Run]] = []
-    same = []
+    ours.warm(warm, new_tokens)
+    theirs.warm(warm, new_tokens)
+    rounds: list[dict[str, Run]] = []
     for _ in range(repeats):
         prompts = draw()
-        a, b = ours.run(prompts, new_tokens), theirs.run(prompts, new_tokens)
-        pairs.append((a, b))
-        both = [pair for x, y in zip(a.tokens, b.tokens, strict=True) for pair in zip(x, y, strict=True)]
-        same.append(sum(x == y for x, y in both) / len(both))
-    ratios = [a.tokens_per_s / b.tokens_per_s for a, b in pairs]
-    cpu_ratios = [a.tokens_per_cpu_s / b.tokens_per_cpu_s for a, b in pairs]
+        rounds.append({OURS: ours.run(prompts, new_tokens), THEIRS: theirs.run(prompts, new_tokens)})
+    ratios = [median_ratio([one], OURS, THEIRS, lambda run: run.decode_tokens_per_s) or 0.0 for one in rounds]
     return {
         "shape": shape,
         "parameters": num_parameters,
@@ -273,15 +83,10 @@ def measure(
         "rows": rows,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "degas_tokens_per_s": statistics.median(a.tokens_per_s for a, _ in pairs),
-        "transformers_tokens_per_s": statistics.median(b.tokens_per_s for _, b in pairs),
-        "degas_tokens_per_cpu_s": statistics.median(a.tokens_per_cpu_s for a, _ in pairs),
-        "transformers_tokens_per_cpu_s": statistics.median(b.tokens_per_cpu_s for _, b in pairs),
+        **decode_figures(rounds),
         "transformers_cache": theirs.cache,
-        "ratio": statistics.median(ratios),
-        "cpu_ratio": statistics.median(cpu_ratios),
         "ratios": [round(ratio, 3) for ratio in ratios],
-        "same_tokens": statistics.median(same),
+        "same_tokens": median(same_share(one[OURS].tokens, one[THEIRS].tokens) for one in rounds),
     }
 
 
@@ -308,7 +113,7 @@ def main() -> None:
             dtype=getattr(torch, chosen.dtype),
             depth=chosen.depth,
         )
-        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}))
+        print(json.dumps(rounded(found)))
 
 
 if __name__ == "__main__":

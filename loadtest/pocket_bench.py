@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import statistics
 import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
@@ -20,7 +19,9 @@ import aiohttp
 import msgspec
 import torch
 
-from loadtest.decode_bench import DegasSide, TransformersSide
+from loadtest.decode_bench import OURS, THEIRS, decode_figures
+from loadtest.peers.degas_peer import DegasSide
+from loadtest.peers.transformers_peer import TransformersSide
 from loadtest.processes import serving
 from worker.pocket.answerer import TorchAnswerer
 from worker.pocket.evaluate import UNSEEN_SEED, Answerer, Reply, Request, evaluate, evaluate_small
@@ -66,16 +67,15 @@ def measure_decode(rows: int, new_tokens: int, repeats: int, dtype: torch.dtype)
         theirs = TransformersSide(Path(name), dtype)
     ours = DegasSide(WEIGHTS, dtype, rows, 48 + new_tokens, 48, 2)
     ours.run(draw(), new_tokens)
-    theirs.choose_cache(draw(), new_tokens)
-    pairs = [(ours.run(draw(), new_tokens), theirs.run(draw(), new_tokens)) for _ in range(repeats)]
+    theirs.warm(draw(), new_tokens)
+    rounds = [
+        {OURS: ours.run(draw(), new_tokens), THEIRS: theirs.run(draw(), new_tokens)} for _ in range(repeats)
+    ]
     return {
         "rows": rows,
         "dtype": str(dtype).removeprefix("torch."),
         "text_parameters": num_parameters,
-        "degas_tokens_per_s": statistics.median(a.tokens_per_s for a, _ in pairs),
-        "transformers_tokens_per_s": statistics.median(b.tokens_per_s for _, b in pairs),
-        "ratio": statistics.median(a.tokens_per_s / b.tokens_per_s for a, b in pairs),
-        "cpu_ratio": statistics.median(a.tokens_per_cpu_s / b.tokens_per_cpu_s for a, b in pairs),
+        **decode_figures(rounds),
     }
 
 

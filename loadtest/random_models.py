@@ -37,7 +37,35 @@ _QWEN3 = {
 }
 _SMALL_VISION = {"enc_n_layers": 1, "enc_dim": 32, "enc_ff_dim": 48, "enc_n_heads": 2, "crop_size": 70}
 
+_SMALL_LLAMA = {
+    "model_type": "llama",
+    "head_dim": 64,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
+    # 29.1M parameters: 12 layers of 2.16M and 3.1M embeddings, 58 MB in bf16.
+    "llama-30m": _SMALL_LLAMA
+    | {
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "vocab_size": 8192,
+    },
+    # The sizes of Qwen2.5-0.5B: 494M parameters, 988 MB in bf16.
+    "llama-0.5b": _SMALL_LLAMA
+    | {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "vocab_size": 151936,
+    },
     "moondream2": {"model_type": "moondream1", "config": {}},
     "qwen3-0.6b": _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072},
     "qwen3-1.7b": _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144},
