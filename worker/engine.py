@@ -28,6 +28,7 @@ from shared.protocol import (
     Trace,
     TraceChunk,
 )
+from worker.depth import DepthGovernor
 from worker.grammar import Constraint
 from worker.intake import CompiledSubmit, build_sequence
 from worker.launch_timer import LaunchTimer
@@ -69,6 +70,7 @@ class Engine:
         late_launch: bool = True,
         wait_for_command: Callable[[float], Command | None] | None = None,
         masks: MaskFiller | None = None,
+        governor: DepthGovernor | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -87,6 +89,7 @@ class Engine:
         self._started_s = self._next_beat_s = clock()
         self._trace: tuple[bytes, TraceRecorder] | None = None
         self._timer = LaunchTimer() if late_launch else None
+        self._governor = governor
         self._masks = masks or MaskFiller(lambda ready: inbox.put((ready.seq.gateway, ready, [])))
         self._wait_for_command = wait_for_command or self._wait_on_inbox
         self._drain_until_s = 0.0
@@ -160,7 +163,9 @@ class Engine:
 
     def _depth_now(self) -> int:
         """Steps that may be in flight now. While an arrival could join, two at most: it would wait for a third."""
-        return min(self.depth, 2) if self._timer is not None and self.scheduler.free_rows else self.depth
+        if self._timer is not None and self.scheduler.free_rows:
+            return min(self.depth, 2)
+        return self.depth if self._governor is None else self._governor.depth
 
     def _launch_next(self, depth: int | None = None) -> bool:
         if not self.pipeline.can_launch(depth or self.depth):
@@ -275,6 +280,8 @@ class Engine:
         if step.follows:  # else there was no work before it, and an idle device is no bubble
             metrics.bubble_seconds_total += times.idle_s
             metrics.step_bubble.observe(times.idle_s)
+            if self._governor is not None and self._governor.depth == self._depth_now():
+                self._governor.on_commit(times.busy_s, times.idle_s, len(step.plan.samples), done.num_zombies)
 
     def _record_commit(
         self,

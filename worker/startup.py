@@ -17,6 +17,7 @@ import torch
 from shared.protocol import PROTOCOL_VERSION, Limits, ModelCard, Ready, schema_hash
 from worker.automaton_slots import AutomatonSlots, TableLimits
 from worker.config import ConfigError, WorkerConfig
+from worker.depth import DepthGovernor
 from worker.device.base import Device
 from worker.device.cpu import CpuDevice
 from worker.device.cuda import CudaDevice
@@ -142,6 +143,7 @@ def build_worker(
         clock=time.perf_counter,
         epoch=epoch,
         depth=config.depth,
+        governor=DepthGovernor(config.depth) if config.depth > 2 else None,
         late_launch=config.late_launch,
         on_beat=on_beat,
     )

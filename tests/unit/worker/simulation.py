@@ -29,6 +29,7 @@ from shared.protocol import (
     unpack_i64,
 )
 from worker.automaton_slots import AutomatonSlots, TableLimits
+from worker.depth import DepthGovernor
 from worker.device.profiles import TEST, Profile
 from worker.device.sim import (
     NAN_TOKEN,
@@ -144,6 +145,7 @@ class SimWorker:
         automata: bool = True,
         card: ModelCard = CARD,
         masks: MaskFiller | None = None,
+        governor: DepthGovernor | None = None,
     ) -> None:
         self.clock = clock or VirtualClock()
         self.epoch = epoch
@@ -186,6 +188,7 @@ class SimWorker:
             depth=depth,
             late_launch=late_launch,
             wait_for_command=self._wait_for_command,
+            governor=governor,
             masks=masks or MaskFiller(_never, clock=lambda: 0.0),  # no mask is ever slow
         )
 
