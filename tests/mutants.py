@@ -1,5 +1,5 @@
 """Plants one-line faults in a copy of the worker and the gateway, one at a time, and shows that each is caught:
-those of the loop by the loop's tests, those of the wire and its two ends by the tests of both joined.
+those of the loop and the host's work by the loop's tests, those of the wire and its ends by the tests of all joined.
 
 make mutants                 all of them
 make mutants ARGS='zombie'   those whose name holds the word
@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LOOP = ("tests/unit/worker/test_loop.py", "tests/unit/worker/test_state_machine.py")
+HOST = tuple(f"tests/unit/worker/test_{name}.py" for name in ("staging", "mask_filler", "depth"))
 WIRE = ("tests/unit/wire/test_scenes.py", "tests/unit/wire/test_state_machine.py")
 
 
@@ -117,9 +118,21 @@ WIRE_MUTANTS = [
 ]  # fmt: skip
 
 
+HOST_MUTANTS = [
+    Mutant("show a row's old pages", "worker/staging.py", "            if pages is not shown:\n                num_shown = 0\n", "", HOST),
+    Mutant("forget that padding overwrote a table", "worker/staging.py", "    views.held[start:end] = [NOTHING] * (end - start)\n", "", HOST),
+    Mutant("forget that a sequence moved to another row", "worker/staging.py", "and rows == views.rows and", "and", HOST),
+    Mutant("let a row run on without its mask", "worker/scheduler.py", "or seq.preempted or seq.awaits_mask:", "or seq.preempted:", HOST),
+    Mutant("resume a row whose mask is being built", "worker/scheduler.py", "best.awaits_mask or not", "not", HOST),
+    Mutant("use a mask built ahead twice", "worker/mask_filler.py", "                seq.ready_mask = None\n", "", HOST),
+    Mutant("never pace a slow row", "worker/mask_filler.py", "seq.is_paced = seq.awaits_mask = True", "pass", HOST),
+    Mutant("stay deep whatever it costs", "worker/depth.py", "min(self.loss, key=", "max(self.loss, key=", HOST),
+]  # fmt: skip
+
+
 NO_FAULT = {
     suite: Mutant("no fault at all", "worker/scheduler.py", "class Scheduler:", "class Scheduler:", suite)
-    for suite in (LOOP, WIRE)
+    for suite in (LOOP, WIRE, HOST)
 }
 
 
@@ -146,7 +159,7 @@ def survives(mutant: Mutant, folder: Path) -> tuple[bool, float]:
 def main() -> int:
     """Plant each fault; exit 1 if any survives."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [mutant for mutant in (*MUTANTS, *WIRE_MUTANTS) if word in mutant.name]
+    chosen = [mutant for mutant in (*MUTANTS, *WIRE_MUTANTS, *HOST_MUTANTS) if word in mutant.name]
     for suite in dict.fromkeys(mutant.suite for mutant in chosen):
         with tempfile.TemporaryDirectory() as folder:
             if not survives(NO_FAULT[suite], Path(folder))[0]:

@@ -28,7 +28,9 @@ class WorkerConfig(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(1, ge=1, le=256, description="CPU compute threads; more than one needs idle cores")
     native: bool = Field(True, description="CPU: compile the decode step's operations if there is a compiler")
-    depth: int = Field(2, ge=1, le=4, description="most steps in flight; 1 is blocking mode, beyond 2 by need")
+    depth: int = Field(
+        2, ge=1, le=4, description="most steps in flight; 1 is blocking mode, beyond 2 by need"
+    )
     late_launch: bool = Field(True, description="while a row is free, launch just before the device runs dry")
     max_rows: int = Field(32, ge=1, le=1024, description="sequences decoded together")
     max_waiting: int = Field(256, ge=0)

@@ -15,14 +15,26 @@ WORTH_TRYING = 0.01  # share of the device's time: with less idle at two, there 
 class DepthGovernor:
     """Chooses between two steps in flight and `deepest`."""
 
-    __slots__ = ("_busy_s", "_idle_s", "_num_rows", "_num_steps", "_num_zombies", "_until_trial", "deepest", "depth", "loss")
+    __slots__ = (
+        "_busy_s",
+        "_idle_s",
+        "_num_rows",
+        "_num_steps",
+        "_num_zombies",
+        "_until_trial",
+        "deepest",
+        "depth",
+        "loss",
+    )
 
     def __init__(self, deepest: int) -> None:
         if deepest < 3:
             raise ValueError(f"deepest is {deepest}: there is nothing to choose; a safe value is 3")
         self.deepest = deepest
         self.depth = 2
-        self.loss: dict[int, float] = {}  # by depth, as last measured: idle and zombie shares of the device's time
+        self.loss: dict[
+            int, float
+        ] = {}  # by depth, as last measured: idle and zombie shares of the device's time
         self._until_trial = 0
         self._reset()
 

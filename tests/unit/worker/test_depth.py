@@ -56,12 +56,12 @@ def test_the_loop_obeys_and_feeds_it() -> None:
     deepest = 0
     for _ in range(40):
         sim.tick()
-        deepest = max(deepest, len(sim.engine.pipeline))
+        deepest = max(deepest, sim.engine.metrics.depth)
     assert deepest == 2 and governor._num_steps > 0
     governor.depth = 3
     for _ in range(40):
         sim.tick()
-        deepest = max(deepest, len(sim.engine.pipeline))
+        deepest = max(deepest, sim.engine.metrics.depth)
     assert deepest == 3
     sim.run()
     assert all(stream.finish is not None for stream in streams)

@@ -82,7 +82,15 @@ class HeldJobs(Executor):
         self.jobs: list[Callable[[], Any]] = []
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        self.jobs.append(lambda: fn(*args, **kwargs))
+        """`args` are a sequence and its mask: from here on its constraint is the thread's."""
+        constraint = args[0].constraint
+        constraint.is_lent = True
+
+        def job() -> None:
+            constraint.is_lent = False
+            fn(*args, **kwargs)
+
+        self.jobs.append(job)
         return Future()
 
     def run(self) -> None:
@@ -100,8 +108,10 @@ class SlowConstraint:
         self.take_s = take_s
         self.error = ""
         self.num_masks = 0
+        self.is_lent = False
 
     def fill_mask(self, words: Any) -> None:
+        assert not self.is_lent, "two threads at one matcher"
         self.clock[0] += self.take_s
         self.num_masks += 1
         if self.error:
