@@ -41,6 +41,7 @@ class WorkerConfig(BaseSettings):
     mixed_tokens: int = Field(1024, ge=16, description="the same while rows decode: bounds their gap")
     step_crops: int = Field(26, ge=1, description="image crops encoded in one step; one picture always may")
     warm_up_s: float = Field(120.0, ge=0, description="GPU: time to compile and capture before readiness")
+    mixed_crops: int = Field(13, ge=1, description="the same while rows decode: bounds their gap")
     prefix_cache: bool = True
     device_automata: bool = Field(True, description="regular constraints run on the device, without the host")
     feature_bytes: int = Field(256 << 20, ge=0, description="image features kept for repeated pictures")
@@ -60,6 +61,8 @@ class WorkerConfig(BaseSettings):
                 f"mixed_tokens is {self.mixed_tokens} and max_rows {self.max_rows}: decoding rows would leave "
                 f"prefill no budget; a safe value is {self.max_rows + 512}"
             )
+        if self.step_crops < self.mixed_crops:
+            raise ValueError(f"step_crops is below mixed_crops; a safe value is {self.mixed_crops}")
         if self.step_tokens < self.mixed_tokens:
             raise ValueError(f"step_tokens is below mixed_tokens; a safe value is {self.mixed_tokens}")
         return self

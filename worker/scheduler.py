@@ -27,6 +27,7 @@ class SchedulerLimits:
     step_tokens: int = 1024  # prefill and decode tokens of one step together
     mixed_tokens: int = 1024  # the same, while rows are decoding: bounds their inter-token gap
     step_crops: int = 26  # image crops encoded in one step; one picture is always allowed
+    mixed_crops: int = 13  # the same, while rows are decoding
     max_sequence_tokens: int = 2048
 
 
@@ -153,7 +154,7 @@ class Scheduler:
     ) -> tuple[list[Chunk], list[Sequence]]:
         limits = self.limits
         budget = (limits.mixed_tokens if num_decode else limits.step_tokens) - num_decode
-        crops = limits.step_crops
+        crops = limits.mixed_crops if num_decode else limits.step_crops
         chunks: list[Chunk] = []
         admitted: list[Sequence] = []
 

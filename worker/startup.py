@@ -130,6 +130,7 @@ def build_worker(
         step_tokens=config.step_tokens,
         mixed_tokens=config.mixed_tokens,
         step_crops=config.step_crops,
+        mixed_crops=config.mixed_crops,
         max_sequence_tokens=card.context_tokens,
     )
     automata = AutomatonSlots(TableLimits()) if config.device_automata else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Sampling, Trace
 from tests.unit.worker.simulation import GATEWAY, Simulation, Stream, check_stream, random_prompt
 from worker.device.sim import NAN_TOKEN
+from worker.plan import StepPlan
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -198,3 +200,29 @@ def test_preempted_boxes_resume_with_the_values_of_their_coordinates() -> None:
     assert any(len(stream.tokens) > 6 for stream in streams)
     for stream in streams:
         check_stream(stream)
+
+
+def test_pictures_are_encoded_one_at_a_time_while_others_decode() -> None:
+    """A burst of pictures holds running streams for one picture's crops at most, and an idle device for more."""
+    sim = Simulation(max_rows=8, num_pages=128, step_tokens=64, late_launch=False)
+    sim.scheduler.limits = replace(sim.scheduler.limits, step_crops=6, mixed_crops=2)
+    steps: list[tuple[bool, int]] = []
+    launch = sim.runner.launch_forward
+
+    def record(slot: int, plan: StepPlan) -> None:
+        crops = sum(p.num_crops for c in plan.chunks for p in c.seq.pictures if c.start <= p.position)
+        steps.append((bool(plan.decode), crops))
+        launch(slot, plan)
+
+    sim.runner.launch_forward = record  # type: ignore[method-assign]
+    first = [sim.submit([30], 6, image=bytes([i])) for i in range(3)]
+    sim.run()
+    assert steps[0] == (False, 6), "nobody decodes: three pictures of two crops at once"
+    steps.clear()
+    running = sim.submit([30, 31], 20)
+    while not running.tokens:
+        sim.tick()
+    late = [sim.submit([30], 6, image=bytes([10 + i])) for i in range(4)]
+    sim.run()
+    assert [crops for decodes, crops in steps if crops] == [2, 2, 2, 2]
+    assert all(stream.finish is not None for stream in [*first, running, *late])
