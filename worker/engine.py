@@ -37,7 +37,7 @@ from worker.metrics import WorkerMetrics
 from worker.pipeline import InFlight, Pipeline
 from worker.plan import Refusal, StepPlan
 from worker.reports import Outbox, Reports
-from worker.runner import DeviceTimes, Runner
+from worker.runner import DeviceTimes, OutOfDeviceMemory, Runner
 from worker.scheduler import Scheduler
 from worker.sequence import Sequence
 from worker.trace import HOST, TraceRecorder
@@ -191,7 +191,10 @@ class Engine:
             self._count_sync("depth" if self.depth == 1 else "idle" if not self._had_work else "behind")
         step = pipeline.launch(plan, self._clock(), follows=self._had_work)
         self.metrics.depth = len(pipeline)
-        runner.launch_forward(step.slot, plan)
+        try:
+            runner.launch_forward(step.slot, plan)
+        except OutOfDeviceMemory as error:
+            self._shed(plan, error)
         if not plan.deferred:
             runner.launch_sampling(step.slot, plan, list(range(len(plan.samples))), masked=False)
         else:
@@ -202,6 +205,15 @@ class Engine:
             self._sample_deferred(step)
         runner.launch_copy(step.slot, plan)
         pipeline.on_sampled(step)
+
+    def _shed(self, plan: StepPlan, error: OutOfDeviceMemory) -> None:
+        """The prompts of this step found no memory: they end, and the batch goes on. Their rows are zombies."""
+        log.warning("out_of_memory", chunks=len(plan.chunks), detail=str(error)[:300])
+        for chunk in plan.chunks:
+            if chunk.seq.finish is None:
+                text = "the device has no memory for this prompt now; try again, or with less of it"
+                self.scheduler.fail(chunk.seq, ErrorCode.OUT_OF_MEMORY, text)
+                self._reports.send_finish(chunk.seq)
 
     def _count_sync(self, reason: str) -> None:
         """A step the device was, or could have been, kept waiting for: `depth` (blocking mode), `idle` (no work

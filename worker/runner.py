@@ -21,13 +21,20 @@ class DeviceTimes(NamedTuple):
     copy_s: float  # from sampled to the outputs being on the host
 
 
+class OutOfDeviceMemory(RuntimeError):
+    """The chunks of a step found no memory on the device; its decode rows are queued as ever."""
+
+
 class Runner(Protocol):
     """What the engine needs of whatever runs its steps: `torch_runner.TorchRunner`, or `device.sim.SimRunner`."""
 
     num_slots: int
 
     def launch_forward(self, slot: int, plan: StepPlan) -> None:
-        """Queue uploads and the forward of `plan` on `slot`."""
+        """Queue uploads and the forward of `plan` on `slot`.
+
+        Raises `OutOfDeviceMemory` when only the chunks could not be queued: what their rows sample means nothing.
+        """
 
     def launch_sampling(self, slot: int, plan: StepPlan, picks: list[int], *, masked: bool) -> None:
         """Queue sampling of the samples at `picks`. `masked`: `mask_rows(slot)` holds their masks, by sample."""

@@ -25,7 +25,7 @@ from worker.features import FeatureCache
 from worker.models.contract import DecodeRows, KVCache, Model, PrefillSegment, ProgressReport, StepTokens
 from worker.plan import StepPlan, StepResult
 from worker.rows import RowTables
-from worker.runner import DeviceTimes
+from worker.runner import DeviceTimes, OutOfDeviceMemory
 from worker.slot import Slot
 from worker.staging import (
     SlotShape,
@@ -192,7 +192,10 @@ class TorchRunner:
             if set_aside:  # the graph has read its padding: their places are the ending rows' again
                 slot.sections[:, num_rows:num].copy_(slot.ends[:, : num - num_rows])
             if plan.chunks:
-                self._prefill(slot, plan)
+                try:
+                    self._prefill(slot, plan)
+                except torch.OutOfMemoryError as error:
+                    raise OutOfDeviceMemory(str(error)) from error
 
     @torch.inference_mode()
     def launch_sampling(self, slot_number: int, plan: StepPlan, picks: list[int], *, masked: bool) -> None:

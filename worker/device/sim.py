@@ -16,7 +16,7 @@ from worker.automaton import TokenAutomaton
 from worker.device.profiles import Profile
 from worker.device.timeline import Clock, SimEvent, SimStream, Timeline
 from worker.plan import StepPlan, StepResult
-from worker.runner import DeviceTimes
+from worker.runner import DeviceTimes, OutOfDeviceMemory
 from worker.sequence import Sequence
 from worker.staging import I32, SlotShape, Views, stage_chunks, stage_rows, used_words
 
@@ -24,6 +24,9 @@ U64 = npt.NDArray[np.uint64]
 
 NAN_TOKEN = 11
 """A prompt that holds this id makes its row's logits NaN at the generated index given by the id after it."""
+
+OOM_TOKEN = 12
+"""A chunk that holds this id finds no memory: it is not run, and what its row samples is whatever was there."""
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -148,8 +151,9 @@ class SimRunner:
             stage_chunks(slot.host, plan)
         num_words = used_words(plan, self.shape, len(plan.decode))
         admitted = [(seq.row, _nan_index(seq), _automaton(seq)) for seq in plan.admitted]
+        fits = not any([OOM_TOKEN in c.seq.tokens[c.start : c.start + c.num_tokens] for c in plan.chunks])
         known = _known_marks(plan)
-        spans = [(c.start, c.num_tokens, c.is_last) for c in plan.chunks]
+        spans = [(c.start, c.num_tokens, c.is_last) for c in plan.chunks] if fits else []
         num_rows = len(plan.decode)
 
         def forward() -> None:
@@ -169,6 +173,8 @@ class SimRunner:
         slot.previous_end_s = self.compute.busy_until_s
         start_s, end_s = self.compute.queue(forward, cost_s)
         slot.times = (start_s, end_s)
+        if not fits:
+            raise OutOfDeviceMemory("a chunk holds the token that finds no memory")
 
     def launch_sampling(self, slot_number: int, plan: StepPlan, picks: list[int], *, masked: bool) -> None:
         slot = self.slots[slot_number]

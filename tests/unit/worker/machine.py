@@ -7,8 +7,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Drain, Sampling
-from tests.unit.worker.simulation import GATEWAY, Simulation, Stream, check_stream
-from worker.device.sim import NAN_TOKEN
+from tests.unit.worker.simulation import GATEWAY, Simulation, Stream, check_stream, expected
+from worker.device.sim import NAN_TOKEN, OOM_TOKEN
 
 OTHER = b"gateway-1"
 
@@ -108,6 +108,11 @@ class Loop(RuleBasedStateMachine):
     def submit_poisoned(self, at: int, max_tokens: int) -> Stream:
         return self.sim.submit([30, NAN_TOKEN, at, 21], max_tokens)
 
+    @rule(target=streams, max_tokens=st.integers(1, 9))
+    def submit_too_large(self, max_tokens: int) -> Stream:
+        """The device has no memory for it: it ends with whatever shares its step's prefill."""
+        return self.sim.submit([30, OOM_TOKEN, 21], max_tokens)
+
     @rule(stream=streams)
     def cancel(self, stream: Stream) -> None:
         """Queued, in prefill or in flight: the terminal event is out as soon as the command is read."""
@@ -170,6 +175,9 @@ class Loop(RuleBasedStateMachine):
         for stream in streams.values():
             if stream.rejected is not None:
                 assert not stream.tokens
+                continue
+            if stream.finish is not None and stream.finish.code is ErrorCode.OUT_OF_MEMORY:
+                assert stream.tokens == expected(stream.submit)[0][: len(stream.tokens)]
                 continue
             check_stream(stream)
             if stream.finish is not None and stream.finish.reason is FinishReason.CANCELLED:

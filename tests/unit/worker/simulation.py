@@ -114,8 +114,13 @@ class RecordingOutbox:
             self.beats.append(message)
 
 
-def _never(ready: MaskReady) -> None:
-    raise AssertionError("a mask was built ahead")
+def punctual_masks() -> MaskFiller:
+    """A filler to which no mask is ever slow, however busy the machine."""
+
+    def never(ready: MaskReady) -> None:
+        raise AssertionError("a mask was built ahead")
+
+    return MaskFiller(never, clock=lambda: 0.0)
 
 
 class SimWorker:
@@ -189,7 +194,7 @@ class SimWorker:
             late_launch=late_launch,
             wait_for_command=self._wait_for_command,
             governor=governor,
-            masks=masks or MaskFiller(_never, clock=lambda: 0.0),  # no mask is ever slow
+            masks=masks or punctual_masks(),
         )
 
     def _wait_for_command(self, timeout_s: float) -> Command | None:

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loadtest.random_models import random_model
+from shared.errors import ErrorCode
 from shared.protocol import Sampling, Submit, pack_i32
 from tests.unit.worker.graph_device import GraphDevice, RecordedGraph
 from tests.unit.worker.simulation import EPOCH, GATEWAY, Stream
@@ -19,6 +20,8 @@ from tests.unit.worker.test_torch_runner import GOLDEN, Harness, load, mixture
 from worker.decode_graphs import EAGER_RUNS_BEFORE_CAPTURE, Flavour, GraphCounts, bucket_sizes
 from worker.models.contract import ImageCrops
 from worker.models.moondream import Moondream
+from worker.plan import StepPlan
+from worker.slot import Slot
 from worker.vision_graphs import VisionGraphs, cut_pieces, piece_sizes
 from worker.warm_up import warm_up
 
@@ -125,6 +128,31 @@ def test_a_refused_capture_costs_time_and_no_token(tiny: Moondream) -> None:
     agree(harness.answer(submits), alone(tiny, submits))
     assert sum(graphs.counts.eager_steps_total.values()) > EAGER_RUNS_BEFORE_CAPTURE, "it is not tried again"
     assert graphs.counts.captures_total["failed"] == 9
+
+
+@pytest.mark.slow
+def test_a_prompt_that_finds_no_memory_ends_alone(tiny: Moondream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator refuses one prompt's eager prefill; rows that decode in the same step go on by their graph."""
+    submits = text(3, 12, 300)
+    expected = alone(tiny, submits)
+    harness = Harness(tiny, depth=2, max_rows=4, device=GraphDevice())
+    runner = harness.runner
+    runner.capture_graphs()
+    prefill = runner._prefill
+
+    def refuse_once(slot: Slot, plan: StepPlan) -> None:
+        if plan.decode and any(chunk.seq.sequence_id == 99 for chunk in plan.chunks):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        prefill(slot, plan)
+
+    monkeypatch.setattr(runner, "_prefill", refuse_once)
+    large = (Submit(EPOCH, 99, "99", pack_i32([5] * 40), 9, Sampling(), ignore_eos=True), [])
+    streams = harness.begin(submits)
+    while not all(stream.tokens for stream in streams):
+        harness.engine.tick()
+    shed = harness.answer([large])[0]
+    agree(streams, expected)
+    assert shed.finish is not None and shed.finish.code is ErrorCode.OUT_OF_MEMORY and not shed.tokens
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Sampling, Trace
 from tests.unit.worker.simulation import GATEWAY, Simulation, Stream, check_stream, random_prompt
-from worker.device.sim import NAN_TOKEN
+from worker.device.sim import NAN_TOKEN, OOM_TOKEN
 from worker.plan import StepPlan
 
 
@@ -226,3 +226,19 @@ def test_pictures_are_encoded_one_at_a_time_while_others_decode() -> None:
     sim.run()
     assert [crops for decodes, crops in steps if crops] == [2, 2, 2, 2]
     assert all(stream.finish is not None for stream in [*first, running, *late])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_prompt_that_finds_no_memory_is_shed_and_the_batch_goes_on(depth: int) -> None:
+    sim = Simulation(depth=depth, num_slots=max(2, depth), max_rows=4)
+    running = sim.submit([30, 31], 20)
+    while not running.tokens:
+        sim.tick()
+    shed = sim.submit([30, OOM_TOKEN, 22], 8)
+    sim.run()
+    sim.check_at_rest()
+    assert shed.finish is not None and shed.finish.code is ErrorCode.OUT_OF_MEMORY and not shed.tokens
+    check_stream(running)
+    again = sim.submit([30, 32, 22], 8)
+    sim.run()
+    check_stream(again)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from shared.protocol import ImageInput, Sampling, Submit, pack_i32
 from shared.tiling import canvas_for
-from tests.unit.worker.simulation import EPOCH, GATEWAY, RecordingOutbox, Stream
+from tests.unit.worker.simulation import EPOCH, GATEWAY, RecordingOutbox, Stream, punctual_masks
 from worker.automaton_slots import AutomatonSlots, TableLimits
 from worker.device.base import Device
 from worker.device.cpu import CpuDevice
@@ -100,15 +100,20 @@ class Harness:
             clock=time.perf_counter,
             epoch=EPOCH,
             depth=depth,
+            masks=punctual_masks(),
         )
 
-    def answer(self, submits: list[tuple[Submit, list[bytes]]]) -> list[Stream]:
+    def begin(self, submits: list[tuple[Submit, list[bytes]]]) -> list[Stream]:
         streams = []
         for submit, frames in submits:
             stream = Stream(submit)
             self.outbox.streams[GATEWAY, submit.sequence_id] = stream
             self.inbox.put((GATEWAY, submit, frames))
             streams.append(stream)
+        return streams
+
+    def answer(self, submits: list[tuple[Submit, list[bytes]]]) -> list[Stream]:
+        streams = self.begin(submits)
         while self.engine.tick() or not self.inbox.empty():
             pass
         assert not self.engine.scheduler.has_work
