@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -108,6 +109,8 @@ class Gateway:
     async def _start_grpc(self) -> None:
         if self.config.grpc_port is None:
             return
+        # Our children are new programs, never forks that would go on using gRPC: without this it remarks on each.
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
         try:
             module = importlib.import_module("gateway.transport.rpc")
         except ModuleNotFoundError as error:
