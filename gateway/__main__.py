@@ -7,6 +7,7 @@ left gets `shutting_down`; only then are connections closed, so that nobody sees
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import logging
 import os
@@ -156,6 +157,8 @@ async def serve(config: GatewayConfig, on_listening: Callable[[Gateway], None] |
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
     await gateway.start()
+    gc.collect()
+    gc.freeze()  # what start-up made stays: no later collection walks it while streams wait
     if on_listening is not None:
         on_listening(gateway)
     await asked.wait()

@@ -9,6 +9,7 @@ decode   builds the model and runs the engine; the only thread that touches torc
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -87,6 +88,9 @@ class DecodeThread(threading.Thread):
         )
         card = worker.ready.model
         self._compiler.open(worker.payloads[0], card.vocab_size, card.eos_ids)
+        # What start-up made stays: no collection in the loop need ever walk torch's half a million objects.
+        gc.collect()
+        gc.freeze()
         self._transport.announce(worker.ready, worker.payloads)
         log.info(
             "worker_ready",
