@@ -6,6 +6,7 @@ happens here, while the decode thread is waiting for the device.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
@@ -38,6 +39,11 @@ from worker.engine import Command
 from worker.grammar_compiler import GrammarCompiler
 
 log = structlog.get_logger()
+
+# eventfd_write without letting Python's lock go, as os.eventfd_write would: the I/O thread would take it at once and
+# the decode thread wait for it in the middle of a step. It has it when the decode thread waits for the device.
+_ring = ctypes.PyDLL(None).eventfd_write
+_ring.argtypes = (ctypes.c_int, ctypes.c_uint64)
 
 BURST = 64  # messages taken from the socket before the outbox gets its turn
 SEND_HWM = 10_000  # messages one slow gateway may have queued before its streams see a gap
@@ -106,12 +112,12 @@ class Transport:
     def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
         """Leave a message for one gateway."""
         self._outbox.append((gateway, message, payloads or []))
-        os.eventfd_write(self._bell, 1)
+        _ring(self._bell, 1)
 
     def broadcast(self, message: FromWorker) -> None:
         """Leave a message for every gateway with a lease."""
         self._outbox.append((None, message, []))
-        os.eventfd_write(self._bell, 1)
+        _ring(self._bell, 1)
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Send what is queued and end the thread."""

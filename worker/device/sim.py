@@ -15,7 +15,7 @@ from shared.protocol import ImageSpec, ModelCard
 from worker.automaton import TokenAutomaton
 from worker.device.profiles import Profile
 from worker.device.timeline import Clock, SimEvent, SimStream, Timeline
-from worker.plan import StepPlan, StepResult
+from worker.plan import Chunk, StepPlan, StepResult
 from worker.runner import DeviceTimes, OutOfDeviceMemory
 from worker.sequence import Sequence
 from worker.staging import I32, SlotShape, Views, stage_chunks, stage_rows, used_words
@@ -26,7 +26,7 @@ NAN_TOKEN = 11
 """A prompt that holds this id makes its row's logits NaN at the generated index given by the id after it."""
 
 OOM_TOKEN = 12
-"""A chunk that holds this id finds no memory: it is not run, and what its row samples is whatever was there."""
+"""A chunk whose part of the prompt holds this id finds no memory: it is not run, and what its row samples is whatever was there."""
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -151,7 +151,7 @@ class SimRunner:
             stage_chunks(slot.host, plan)
         num_words = used_words(plan, self.shape, len(plan.decode))
         admitted = [(seq.row, _nan_index(seq), _automaton(seq)) for seq in plan.admitted]
-        fits = not any([OOM_TOKEN in c.seq.tokens[c.start : c.start + c.num_tokens] for c in plan.chunks])
+        fits = not any([_finds_no_memory(chunk) for chunk in plan.chunks])
         known = _known_marks(plan)
         spans = [(c.start, c.num_tokens, c.is_last) for c in plan.chunks] if fits else []
         num_rows = len(plan.decode)
@@ -303,6 +303,11 @@ def _automaton(seq: Sequence) -> TokenAutomaton | None:
 def _ids_of(words: I32) -> list[int]:
     bits: list[int] = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
     return bits
+
+
+def _finds_no_memory(chunk: Chunk) -> bool:
+    end = min(chunk.start + chunk.num_tokens, chunk.seq.num_prompt)  # what it generated does not count
+    return OOM_TOKEN in chunk.seq.tokens[chunk.start : end]
 
 
 def _nan_index(seq: Sequence) -> int | None:
