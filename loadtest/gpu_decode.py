@@ -84,6 +84,11 @@ class ReplayingCpuDevice(CpuDevice):
         self.shares_memory = False
 
 
+def open_device(*, smoke: bool) -> Device:
+    """The GPU; in a smoke run the CPU that stands in for one."""
+    return ReplayingCpuDevice() if smoke else CudaDevice()
+
+
 class Silence:
     """Stands in for the I/O thread: the tokens are of no interest, a refusal is."""
 
@@ -340,13 +345,10 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, interpreted kernels")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    device: Device
+    device = open_device(smoke=chosen.smoke)
     if chosen.smoke:
-        device = ReplayingCpuDevice()
         chosen.shapes, chosen.rows, chosen.context, chosen.steps = "tiny-moondream,tiny-qwen3", "2", 20, 3
         chosen.sampled_rows, chosen.depths, chosen.plain_too = "2", "2", True
-    else:
-        device = CudaDevice()
     with torch.inference_mode():
         bytes_per_s = measure_bandwidth(device.torch_device, 64 << 20 if chosen.smoke else 4 << 30)
         found: list[Figures] = []

@@ -25,14 +25,13 @@ import torch
 from loadtest.gpu_decode import (
     PREFILL_TOKENS,
     WARM_STEPS,
-    ReplayingCpuDevice,
     make_runner,
     measure_bandwidth,
+    open_device,
     run_rows,
 )
 from loadtest.random_models import random_model
 from worker.device.base import Device
-from worker.device.cuda import CudaDevice
 
 
 def run_degas(
@@ -128,12 +127,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny shape on the CPU")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    device: Device
+    device = open_device(smoke=chosen.smoke)
     if chosen.smoke:
-        device = ReplayingCpuDevice()
         chosen.shape, chosen.rows, chosen.context, chosen.steps = "tiny-qwen3", "2", 20, 3
-    else:
-        device = CudaDevice()
     rows = [int(number) for number in chosen.rows.split(",")]
     record: dict[str, Any] = {"shape": chosen.shape, "context": chosen.context, "steps": chosen.steps}
     with tempfile.TemporaryDirectory(prefix="degas-peer-") as name:

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from loadtest.gpu_decode import ReplayingCpuDevice, make_runner, run_rows
+from loadtest.gpu_decode import make_runner, open_device, run_rows
 from loadtest.random_models import random_model
 from worker.device.base import Device
-from worker.device.cuda import CudaDevice
 
 
 def profile(shape: str, device: Device, rows: int, context: int, steps: int, folder: Path) -> None:
@@ -61,13 +60,10 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny shape on the CPU")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    device: Device
+    device = open_device(smoke=chosen.smoke)
     steps = 30
     if chosen.smoke:
-        device = ReplayingCpuDevice()
         chosen.what, chosen.context, steps = ["tiny-moondream:2"], 20, 3
-    else:
-        device = CudaDevice()
     with torch.inference_mode():
         for what in chosen.what:
             shape, rows = what.split(":")

@@ -21,12 +21,11 @@ from pathlib import Path
 
 import torch
 
-from loadtest.gpu_decode import ReplayingCpuDevice
+from loadtest.gpu_decode import open_device
 from loadtest.kernel_bench import measure_products
 from loadtest.random_models import random_model
 from worker.decode_graphs import GraphCounts
 from worker.device.base import Device
-from worker.device.cuda import CudaDevice
 from worker.models.contract import ImageCrops
 from worker.models.moondream import Moondream
 from worker.models.moondream_config import VisionConfig
@@ -131,7 +130,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny encoder on the CPU")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    device: Device = ReplayingCpuDevice() if chosen.smoke else CudaDevice()
+    device = open_device(smoke=chosen.smoke)
     where = device.torch_device
     repeats = 2 if chosen.smoke else chosen.repeats
     dtype = torch.float32 if chosen.smoke else torch.bfloat16

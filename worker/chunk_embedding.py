@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from worker.device.base import to_device
 from worker.features import FeatureCache
 from worker.models.contract import Model
 from worker.plan import Chunk
@@ -51,12 +52,7 @@ class ChunkEmbedding:
                 pairs.append(values)
         if not where:
             return
-        index = self._on_device(torch.tensor(where, dtype=torch.int64))
-        known = self._on_device(torch.tensor(pairs, dtype=torch.float32))
+        index = to_device(torch.tensor(where, dtype=torch.int64), self._model.device)
+        known = to_device(torch.tensor(pairs, dtype=torch.float32), self._model.device)
         spatial = torch.ones(len(where), dtype=torch.bool, device=hidden.device)
         hidden.index_copy_(0, index, self._model.embed_next(ids[index], known, spatial).to(hidden.dtype))
-
-    def _on_device(self, host: Tensor) -> Tensor:
-        """Without holding the host until the stream is through, as a copy from pageable memory does."""
-        device = self._model.device
-        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -40,8 +40,8 @@ class WorkerConfig(BaseSettings):
     step_tokens: int = Field(2048, ge=16, description="tokens of one step")
     mixed_tokens: int = Field(1024, ge=16, description="the same while rows decode: bounds their gap")
     step_crops: int = Field(26, ge=1, description="image crops encoded in one step; one picture always may")
-    warm_up_s: float = Field(120.0, ge=0, description="GPU: time to compile and capture before readiness")
     mixed_crops: int = Field(13, ge=1, description="the same while rows decode: bounds their gap")
+    warm_up_s: float = Field(120.0, ge=0, description="GPU: time to compile and capture before readiness")
     prefix_cache: bool = True
     device_automata: bool = Field(True, description="regular constraints run on the device, without the host")
     feature_bytes: int = Field(256 << 20, ge=0, description="image features kept for repeated pictures")

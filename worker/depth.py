@@ -32,9 +32,8 @@ class DepthGovernor:
             raise ValueError(f"deepest is {deepest}: there is nothing to choose; a safe value is 3")
         self.deepest = deepest
         self.depth = 2
-        self.loss: dict[
-            int, float
-        ] = {}  # by depth, as last measured: idle and zombie shares of the device's time
+        # By depth, as last measured: idle and zombie shares of the device's time.
+        self.loss: dict[int, float] = {}
         self._until_trial = 0
         self._reset()
 

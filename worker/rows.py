@@ -11,6 +11,7 @@ from torch import Tensor
 
 from worker.automaton import TokenAutomaton, TokenTables
 from worker.automaton_slots import TableLimits
+from worker.device.base import to_device
 from worker.sequence import Sequence
 from worker.token_tables import DeviceTables
 
@@ -74,7 +75,9 @@ class RowTables:
         # Whole lists at a time, from pinned memory: an assignment a token is a launch each, and a Python list as an
         # index is uploaded while the host waits.
         if sampling.logit_bias:
-            values = self._on_device(torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32))
+            values = to_device(
+                torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32), self._device
+            )
             bias.index_copy_(0, self._ids(list(sampling.logit_bias)), values)
         if sampling.suppress_ids:
             bias.index_fill_(0, self._ids(sampling.suppress_ids), -torch.inf)
@@ -89,11 +92,7 @@ class RowTables:
             counts.index_add_(0, generated, torch.ones_like(generated, dtype=torch.int16))
 
     def _ids(self, token_ids: list[int]) -> Tensor:
-        return self._on_device(torch.tensor(token_ids, dtype=torch.int64))
-
-    def _on_device(self, host: Tensor) -> Tensor:
-        """Without holding the host until the stream is through."""
-        return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
+        return to_device(torch.tensor(token_ids, dtype=torch.int64), self._device)
 
     def count(self, rows: Tensor, token_ids: Tensor) -> None:
         """Take freshly sampled tokens into the penalty tables. rows (R,) int64, token_ids (R,) int64."""

@@ -206,9 +206,8 @@ def _num_pages(config: WorkerConfig, device: Device, model: Model) -> int:
         free_bytes = min(device.free_bytes(), config.kv_bytes)
     else:
         free_bytes = device.free_bytes()
-        if (
-            encoder is not None
-        ):  # what a batch of crops needs: stream, qkv, MLP and their like, for eager runs too
+        if encoder is not None:
+            # What a batch of crops needs: stream, qkv, MLP and their like, for eager runs too.
             crop_bytes = ENCODER_WIDTHS * encoder.num_tokens * encoder.width * encoder.dtype.itemsize
             free_bytes -= config.step_crops * crop_bytes
     per_sequence = -(-model.card.context_tokens // config.page_tokens)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from worker.automaton import TokenTables
 from worker.automaton_slots import TableLimits
+from worker.device.base import pin
 
 
 class DeviceTables:
@@ -46,16 +47,12 @@ class DeviceTables:
         own = torch.arange(states, dtype=torch.int32).unsqueeze(1)
         moves = torch.where(moves < 0, own, moves) + base
         first = slot * limits.max_masks
-        self._next[base : base + states, :classes].copy_(self._pin(moves), non_blocking=True)
+        self._next[base : base + states, :classes].copy_(pin(moves, self._device), non_blocking=True)
         mask_of = torch.from_numpy(tables.mask_of + first)
-        self._mask_of[base : base + states].copy_(self._pin(mask_of), non_blocking=True)
+        self._mask_of[base : base + states].copy_(pin(mask_of, self._device), non_blocking=True)
         masks = torch.from_numpy(tables.masks)
-        self._masks[first : first + len(masks)].copy_(self._pin(masks), non_blocking=True)
-        self._class_of[slot].copy_(self._pin(torch.from_numpy(tables.class_of)), non_blocking=True)
-
-    def _pin(self, host: Tensor) -> Tensor:
-        """From pageable memory a copy would hold the host until the stream is through."""
-        return host if self._device.type == "cpu" else host.pin_memory()
+        self._masks[first : first + len(masks)].copy_(pin(masks, self._device), non_blocking=True)
+        self._class_of[slot].copy_(pin(torch.from_numpy(tables.class_of), self._device), non_blocking=True)
 
     def place(self, row: int, slot: int, state: int) -> None:
         """Give a row its sequence's state (slot 0: no constraint). Queued on the current stream."""

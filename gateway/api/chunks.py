@@ -20,7 +20,7 @@ class ChunkFrame:
         self._fields: Json = {
             "id": answer_id,
             "object": kind,
-            "created": int(time.time()),
+            "created": int(time.time()),  # the interface's own field: Unix time, decides nothing
             "model": model_id,
         }
         options = body.stream_options

@@ -201,9 +201,8 @@ async def _read_prompts(core: Service, card: ModelCard, given: Any) -> list[tupl
                 message = f"prompt: at most {core.config.max_prompt_chars} characters are accepted"
                 raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="prompt")
             prompts.append((item, bos + await core.encode_async(card.model_id, item)))
-            await asyncio.sleep(
-                0
-            )  # sixty-four short prompts are one long one: streams have their turn between them
+            # Sixty-four short prompts are one long one: streams have their turn between them.
+            await asyncio.sleep(0)
             continue
         try:
             ids = msgspec.convert(item, TokenIds)

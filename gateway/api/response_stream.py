@@ -118,7 +118,7 @@ class ResponseStream:
         self._logprobs: list[Json] = []
         self._num_objects = 0
         self._opened = False
-        self._created_at = int(time.time())
+        self._created_at = int(time.time())  # the interface's own fields: Unix time, decides nothing
         self._started_s = time.monotonic()
         self._first_s = 0.0
 

@@ -53,6 +53,7 @@ class Refusals:
         """The refusal as bytes; None for a client that needs more headers than these (CORS, HTTP/1.0, close)."""
         if request.version != HttpVersion11 or not request.keep_alive or "Origin" in request.headers:
             return None
+        # The wall clock's second is in the Date header; it decides nothing but when to build anew.
         said = (error.message, error.retry_after_s, int(time.time()))
         if said != self._said:
             self._said = said

@@ -9,6 +9,17 @@ from typing import Protocol
 import torch
 
 
+def pin(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor as a copy to `device` should find it: pinned, because from pageable memory the copy would hold
+    the host until the stream is through. torch gives a pinned block out again only once its copies are done."""
+    return host if device.type == "cpu" else host.pin_memory()
+
+
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`, queued on the current stream; the host does not wait."""
+    return pin(host, device).to(device, non_blocking=True)
+
+
 class Event(Protocol):
     """A point in a stream's order."""
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from worker.device.base import to_device
 from worker.kernels.compiled import is_interpreted
 
 BLOCK_QUERIES = 64
@@ -36,10 +37,7 @@ def make_segments(spans: Sequence[tuple[int, int, int, int]], tables: Sequence[T
 
     One small copy to the device, from pinned memory so that the host does not wait for it.
     """
-    device = tables[0].device
-    packed = torch.tensor(spans, dtype=torch.int32)
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
+    packed = to_device(torch.tensor(spans, dtype=torch.int32), tables[0].device)
     if len(tables) == 1:
         stacked = tables[0].unsqueeze(0)
     else:

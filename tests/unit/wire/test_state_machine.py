@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from tests.unit.histories import histories
 from tests.unit.wire.machine import Service
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # about half a minute of processor time, whatever else the machine does
 def test_every_history_keeps_the_promise() -> None:
-    run_state_machine_as_test(
-        Service,
-        settings=settings(
-            max_examples=200,
-            stateful_step_count=100,
-            deadline=None,
-            print_blob=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run_state_machine_as_test(Service, settings=histories())

@@ -1,0 +1,16 @@
+"""How long the state machines of the ordinary tests run: 200 seeds of 100 steps."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+
+
+def histories() -> settings:
+    """On top of the profile in force, which says whether failures are shrunk."""
+    return settings(
+        max_examples=200,
+        stateful_step_count=100,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
