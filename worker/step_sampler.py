@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from worker.models.contract import Model
+from worker.native.operations import operations
 from worker.rows import RowTables
 from worker.sampler import apply_mask, greedy, penalise, stochastic
 from worker.sequence import Sequence
@@ -53,6 +54,7 @@ class StepSampler:
         self._rows = rows
         suppress = model.card.suppress_ids
         self._suppress = torch.tensor(suppress, dtype=torch.int64, device=device)
+        self._native = operations(device)
         self._fused: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._allowed: Tensor | None = None
         if device.type == "cuda":
@@ -106,15 +108,15 @@ class StepSampler:
         self, raw: Tensor, logits: Tensor, words: Tensor | None, draw: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """(ids, bad) with torch's own operations; `draw` None: every row is greedy."""
-        best = raw.max(dim=-1)
-        bad = ~torch.isfinite(best.values)
+        most, best = raw.max(dim=-1) if self._native is None else self._native.largest(raw)
+        bad = ~torch.isfinite(most)
         if len(self._suppress):
             logits = logits.index_fill(1, self._suppress, -torch.inf)
         if words is not None:
             logits = apply_mask(logits, words)
         if draw is not None:
             return stochastic(logits, *draw), bad
-        return (best.indices if logits is raw else greedy(logits)), bad
+        return (best if logits is raw else greedy(logits)), bad
 
     def _adjust(self, slot: Slot, which: Which, logits: Tensor, rows: Tensor) -> Tensor:
         tables, fields = self._rows, slot.fields

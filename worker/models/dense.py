@@ -24,6 +24,7 @@ from worker.models.layers import GatedMlp, PackedLinear, RmsNorm, Take
 from worker.models.rope import pair_order, rotation_table
 from worker.models.weights import Checkpoint, Target
 from worker.native.operations import operations
+from worker.native.stack import GatedLayer, decode_stack
 
 if TYPE_CHECKING:
     from worker.kernels.fused import FusedPlan
@@ -57,6 +58,10 @@ class Dense:
         # Tied weights: on a GPU one tensor serves both; a CPU multiplies by a repacked copy.
         head = self._words if sizes.tied else take("lm_head.weight", sizes.vocab_size, sizes.dim)
         self._lm_head = PackedLinear(head)
+        layers = [block.native_layer() for block in self._blocks]
+        self._stack = decode_stack(
+            layers, device, self.dtype, num_heads=sizes.num_heads, eps=sizes.eps, qk_eps=sizes.eps
+        )
         self._space = GatherSpace()
         self.fuses = fuses(device, sizes.head_dim)
         self._rotations = rotation_table(sizes.rope, sizes.head_dim, sizes.context_tokens, device)
@@ -80,6 +85,8 @@ class Dense:
         rotation = self._rotations.index_select(0, tokens.positions)
         if self.fuses:
             return self._forward_fused(hidden, rotation, tokens, cache)
+        if self._stack is not None and self._stack.takes(tokens, cache, rotation):
+            return self._stack.run(hidden, tokens, cache, rotation)
         plan = AttentionPlan(tokens, cache, self._space, self._native, rotation, hidden.dtype)
         for layer, block in enumerate(self._blocks):
             hidden = block(hidden, plan, layer)
@@ -129,6 +136,29 @@ class _Block:
             )
         hidden = self._out.add(mixed, hidden)
         return self._mlp.add(self._mlp_norm(hidden), hidden)
+
+    def native_layer(self) -> GatedLayer | None:
+        """This layer for a call over all of them; None unless each of its products is compiled."""
+        qkv, out, gate_up, down = (
+            x.native for x in (self._qkv, self._out, self._mlp.gate_up, self._mlp.down)
+        )
+        if (
+            qkv is None
+            or out is None
+            or gate_up is None
+            or down is None
+            or not self._mlp.gate_up.gates_native
+        ):
+            return None
+        return GatedLayer(
+            attention_norm=self._attention_norm.weight.data_ptr(),
+            qkv=qkv,
+            qk_weight=None if self._qk_norm is None else self._qk_norm.weight.data_ptr(),
+            out=out,
+            mlp_norm=self._mlp_norm.weight.data_ptr(),
+            gate_up=gate_up,
+            down=down,
+        )
 
     def _split(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `attention.Split`. All in fp32."""
@@ -196,7 +226,7 @@ def _take_mlp(take: Take, name: str, sizes: DenseConfig) -> GatedMlp:
     def fused(kind: str, *inputs: int) -> Tensor:
         return torch.cat([take(f"{name}.{part}_proj.{kind}", ff_dim, *inputs) for part in ("gate", "up")])
 
-    gate_up = PackedLinear(fused("weight", dim), fused("bias") if sizes.mlp_bias else None)
+    gate_up = PackedLinear(fused("weight", dim), fused("bias") if sizes.mlp_bias else None, gated=True)
     bias = take(f"{name}.down_proj.bias", dim) if sizes.mlp_bias else None
     return GatedMlp(gate_up, PackedLinear(take(f"{name}.down_proj.weight", dim, ff_dim), bias))
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worker.native.operations import LANES, operations
-from worker.native.products import ADD, GELU, PLAIN, Products, products
+from worker.native.products import ADD, GATE, GELU, PLAIN, Products, interleave, products
+from worker.native.stack import Linear
 
 Take = Callable[..., Tensor]
 """`take(name, *shape, dtype=…)`: a checkpoint's tensor by canonical name, of that shape, on the model's device.
@@ -40,12 +41,26 @@ class PackedLinear:
     """`y = x Wᵀ + b` with W in the layout this device multiplies fastest.
 
     Takes `weight` (out, in) and `bias` (out,) or None, on their final device and dtype. Inputs are
-    (..., in) in the same dtype; outputs (..., out). `pack=False` keeps the plain product, for comparison.
+    (..., in) in the same dtype; outputs (..., out). `pack=False` keeps the plain product, for comparison. `gated`:
+    the first half of the outputs gates the second, and `silu_gate` is all that will be asked for.
     """
 
-    __slots__ = ("_bias", "_linear", "_native", "_packed", "_weight", "device", "in_features", "out_features")
+    __slots__ = (
+        "_bias",
+        "_gated",
+        "_linear",
+        "_native",
+        "_operations",
+        "_packed",
+        "_weight",
+        "device",
+        "in_features",
+        "out_features",
+    )
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = True) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = True, gated: bool = False
+    ) -> None:
         self.out_features, self.in_features = weight.shape
         self.device = weight.device
         self._bias = bias
@@ -53,6 +68,11 @@ class PackedLinear:
         if native is not None and not native.can_multiply(weight.dtype, self.in_features, self.out_features):
             native = None
         self._native: Products | None = native
+        self._gated = gated and native is not None and self.out_features % (2 * LANES) == 0
+        can_gate = gated and not self._gated and self.out_features % (2 * LANES) == 0
+        self._operations = operations(weight.device) if can_gate else None
+        if self._gated:
+            weight, bias = interleave(weight), None if bias is None else interleave(bias)
         self._packed = pack and native is None and can_pack(weight.device, weight.dtype)
         if native is not None:
             self._weight = native.pack(weight)
@@ -63,8 +83,22 @@ class PackedLinear:
             self._weight = weight.contiguous()
         self._linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise if self._packed else F.linear
 
+    @property
+    def native(self) -> Linear | None:
+        """Where the packed weights lie, for a call over whole layers; None where they are not packed for that."""
+        if self._native is None:
+            return None
+        bias = None if self._bias is None else self._bias.data_ptr()
+        return Linear(self._weight.data_ptr(), bias, self.in_features, self.out_features)
+
+    @property
+    def gates_native(self) -> bool:
+        """Whether the gate is taken inside the product."""
+        return self._gated
+
     def __call__(self, x: Tensor) -> Tensor:
         """x W^T + b."""
+        assert not self._gated
         if self._native is not None:
             return self._native.multiply(x, self._weight, self._bias, self.out_features, None, PLAIN)
         if self._packed:
@@ -78,6 +112,17 @@ class PackedLinear:
         if self._packed:
             return self._linear(x, self._weight, self._bias, "gelu", [], "tanh")
         return F.gelu(self._linear(x, self._weight, self._bias), approximate="tanh")
+
+    def silu_gate(self, x: Tensor) -> Tensor:
+        """silu(g) · u of the halves g, u (..., out / 2) of x Wᵀ + b."""
+        if self._gated:
+            assert self._native is not None
+            return self._native.multiply(x, self._weight, self._bias, self.out_features, None, GATE)
+        both = self(x)
+        if self._operations is not None:
+            return self._operations.silu_gate(both)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + x Wᵀ + b; `residual` (..., out) is left as it was."""
@@ -94,21 +139,24 @@ class PackedLinear:
 class LayerNorm:
     """Layer normalisation over the last dimension with weight and bias (D,), eps 1e-5 unless told."""
 
-    __slots__ = ("_bias", "_eps", "_shape", "_weight")
+    __slots__ = ("_native", "_shape", "bias", "eps", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> None:
-        self._weight, self._bias, self._eps = weight, bias, eps
+        self.weight, self.bias, self.eps = weight, bias, eps
         self._shape = list(weight.shape)
+        self._native = operations(weight.device) if self._shape[0] % LANES == 0 else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D), same dtype."""
-        return torch.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
+        if self._native is not None:
+            return self._native.layer_norm(x.contiguous(), self.weight, self.bias, self.eps)
+        return torch.layer_norm(x, self._shape, self.weight, self.bias, self.eps)
 
     def fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(x + residual, its norm) in one pass on a GPU; both (N, D)."""
         from worker.kernels.norm import layer_norm  # here, so that no CPU worker imports Triton
 
-        return layer_norm(x, self._weight, self._bias, self._eps, residual)
+        return layer_norm(x, self.weight, self.bias, self.eps, residual)
 
 
 class RmsNorm:
@@ -119,10 +167,10 @@ class RmsNorm:
     16.4 against 18.5 us for 32 (384 wide, bf16), and rounded once instead of twice.
     """
 
-    __slots__ = ("_dim", "_doubled", "_eps", "_native", "_no_bias", "_weight")
+    __slots__ = ("_dim", "_doubled", "_native", "_no_bias", "eps", "weight")
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight, self._eps = weight, eps
+        self.weight, self.eps = weight, eps
         self._dim = weight.shape[0]
         self._native = operations(weight.device) if self._dim % LANES == 0 else None
         self._doubled = torch.cat([weight, weight]) if weight.device.type == "cpu" else None
@@ -131,18 +179,18 @@ class RmsNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D), same dtype; on a CPU a view with gaps."""
         if self._native is not None:
-            return self._native.rms_norm(x.contiguous(), self._weight, self._eps)
+            return self._native.rms_norm(x.contiguous(), self.weight, self.eps)
         if self._doubled is None:
-            return F.rms_norm(x, (self._dim,), self._weight, self._eps)
+            return F.rms_norm(x, (self._dim,), self.weight, self.eps)
         both = torch.cat((x, -x), -1)
-        normed = torch.layer_norm(both, self._doubled.shape, self._doubled, self._no_bias, self._eps)
+        normed = torch.layer_norm(both, self._doubled.shape, self._doubled, self._no_bias, self.eps)
         return normed[..., : self._dim]
 
     def fused(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(x + residual, its norm) in one pass on a GPU; both (N, D)."""
         from worker.kernels.norm import rms_norm
 
-        return rms_norm(x, self._weight, self._eps, residual)
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class Mlp:
@@ -165,21 +213,14 @@ class Mlp:
 class GatedMlp:
     """`down(silu(gate(x)) * up(x))`, gate and up stacked in one product (2F, in)."""
 
-    __slots__ = ("_ff_dim", "_native", "down", "gate_up")
+    __slots__ = ("down", "gate_up")
 
     def __init__(self, gate_up: PackedLinear, down: PackedLinear) -> None:
         self.gate_up, self.down = gate_up, down
-        self._ff_dim = gate_up.out_features // 2
-        self._native = operations(gate_up.device) if self._ff_dim % LANES == 0 else None
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + mlp(x)."""
-        both = self.gate_up(x)
-        if self._native is not None:
-            inner = self._native.silu_gate(both)
-        else:
-            inner = F.silu(both[..., : self._ff_dim]).mul_(both[..., self._ff_dim :])
-        return self.down.add(inner, residual)
+        return self.down.add(self.gate_up.silu_gate(x), residual)
 
     def fused(self, x: Tensor) -> Tensor:
         """mlp(x) with the gate as one kernel on a GPU; the residual sum is left to the next norm."""

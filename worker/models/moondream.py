@@ -19,6 +19,7 @@ from worker.models.moondream_region import RegionModel
 from worker.models.moondream_vision import VisionEncoder
 from worker.models.weights import Checkpoint, Target, read_config
 from worker.native.operations import operations
+from worker.native.stack import ParallelLayer, decode_stack
 
 if TYPE_CHECKING:
     from worker.kernels.fused import FusedPlan
@@ -84,6 +85,8 @@ class Moondream:
         self._blocks = [_TextBlock(take, f"text.blocks.{index}", text) for index in range(text.n_layers)]
         self._post_ln = take_norm(take, "text.post_ln", text.dim)
         self._lm_head = take_linear(take, "text.lm_head", text.dim, text.vocab_size)
+        layers = [block.native_layer() for block in self._blocks]
+        self._stack = decode_stack(layers, device, self.dtype, num_heads=text.n_heads, eps=self._post_ln.eps)
         self._space = GatherSpace()
         self.fuses = fuses(device, text.head_dim)
         # Whether the host may look for rows that need the region model: cheap on a CPU, where it mostly saves the
@@ -122,6 +125,8 @@ class Moondream:
         rotation = self._rope.index_select(0, tokens.positions)
         if self.fuses:
             return self._forward_fused(hidden, rotation, tokens, cache)
+        if self._stack is not None and self._stack.takes(tokens, cache, rotation):
+            return self._stack.run(hidden, tokens, cache, rotation)
         plan = AttentionPlan(tokens, cache, self._space, self._native, rotation, hidden.dtype)
         for layer, block in enumerate(self._blocks):
             hidden = block(hidden, plan, layer)
@@ -176,6 +181,14 @@ class _TextBlock:
         normed = self._ln(hidden)
         mixed = plan.attend_product(layer, self._qkv(normed), self._num_heads, self._split)
         return self._out.add(torch.cat([mixed, self._fc1.gelu(normed)], dim=1), hidden)
+
+    def native_layer(self) -> ParallelLayer | None:
+        """This layer for a call over all of them; None unless each of its products is compiled."""
+        qkv, fc1, out = self._qkv.native, self._fc1.native, self._out.native
+        if qkv is None or fc1 is None or out is None:
+            return None
+        norm, bias = self._ln.weight.data_ptr(), self._ln.bias.data_ptr()
+        return ParallelLayer(norm=norm, norm_bias=bias, qkv=qkv, fc1=fc1, out=out)
 
     def _split(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `attention.Split`. All in fp32."""

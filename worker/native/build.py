@@ -60,7 +60,9 @@ def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
 
 def _key(source: Path, compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=10, check=True).stdout
-    digest = hashlib.sha256(source.read_bytes() + version + _processor().encode())
+    digest = hashlib.sha256(version + _processor().encode())
+    for read in (source, *sorted(source.parent.glob("*.h"))):
+        digest.update(read.read_bytes())
     digest.update(repr((FLAGS, compiler)).encode())
     return digest.hexdigest()[:16]
 

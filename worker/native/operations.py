@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from worker.native.build import compiled
+from worker.native.library import library
 
 LANES = 16
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
@@ -32,13 +31,16 @@ class Operations:
             function.restype = None
             return function
 
-        self._rms_norm = {}
-        self._silu_gate = {}
+        self._rms_norm, self._layer_norm, self._silu_gate = {}, {}, {}
         for dtype, name in _NAMES.items():
             self._rms_norm[dtype] = declare(
                 f"rms_norm_{name}", _COUNT, _COUNT, _POINTER, _POINTER, _REAL, _POINTER
             )
+            self._layer_norm[dtype] = declare(
+                f"layer_norm_{name}", _COUNT, _COUNT, _POINTER, _POINTER, _POINTER, _REAL, _POINTER
+            )
             self._silu_gate[dtype] = declare(f"silu_gate_{name}", _COUNT, _COUNT, _POINTER, _POINTER)
+        self._largest = declare("largest_float32", _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _POINTER)
         self._decode = {}
         for dtypes in (
             (torch.float32, torch.float32),
@@ -105,6 +107,26 @@ class Operations:
         self._rms_norm[x.dtype](x.numel() // dim, dim, x.data_ptr(), weight.data_ptr(), eps, out.data_ptr())
         return out
 
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """(N, D) contiguous → (N, D): `x` less its mean, over its deviation, times weight (D,), plus bias (D,)."""
+        out = torch.empty_like(x)
+        dim = weight.shape[0]
+        self._layer_norm[x.dtype](
+            x.numel() // dim, dim, x.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps, out.data_ptr()
+        )
+        return out
+
+    def largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, V) fp32, rows may be strided → the largest of each row (N,) fp32 and where it first stands (N,) int64.
+
+        NaN, and any place, of a row that holds a NaN.
+        """
+        assert x.dtype == torch.float32 and x.stride(1) == 1
+        rows, count = x.shape
+        values, places = x.new_empty(rows), torch.empty(rows, dtype=torch.int64)
+        self._largest(rows, count, x.data_ptr(), x.stride(0), values.data_ptr(), places.data_ptr())
+        return values, places
+
     def silu_gate(self, both: Tensor) -> Tensor:
         """(N, 2F) contiguous, gate then up → (N, F): silu(gate) · up. F a multiple of 16."""
         rows, width = both.shape
@@ -114,11 +136,11 @@ class Operations:
 
 
 def operations(device: torch.device) -> Operations | None:
-    """The operations, compiled at the first call; None where they cannot be had, or would leave threads idle."""
-    return _load() if device.type == "cpu" and torch.get_num_threads() == 1 else None
+    """The operations; None where they cannot be had (see `library`)."""
+    found = library(device)
+    return None if found is None else _bound(found)
 
 
 @lru_cache(maxsize=1)
-def _load() -> Operations | None:
-    library = compiled(Path(__file__).with_name("decode.cpp"))
-    return None if library is None else Operations(library)
+def _bound(found: CDLL) -> Operations:
+    return Operations(found)

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from ctypes import CDLL, c_int, c_int64, c_void_p
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from worker.native.build import compiled
+from worker.native.library import library
 
-PLAIN, GELU, ADD = range(3)
-"""What becomes of a sum: stored, its GELU (tanh approximation) stored, stored with the residual added."""
+PLAIN, GELU, ADD, GATE = range(4)
+"""What becomes of a sum: stored, its GELU (tanh approximation) stored, stored with the residual added; or a SiLU gate:
+of every 32 outputs the first 16 gate the second, and half as many are stored (see `interleave`)."""
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _INPUTS = {torch.float32: 1, torch.bfloat16: 32}  # a layer's inputs are a multiple of these,
 _OUTPUTS = 16  # and its outputs of this
 _PANEL = 64
+
+
+def interleave(gate_up: Tensor) -> Tensor:
+    """(2F, ...), all gates before what they gate → the order that `GATE` reads. F a multiple of 16."""
+    halves = gate_up.view(2, -1, _OUTPUTS, *gate_up.shape[1:])
+    return halves.transpose(0, 1).reshape(gate_up.shape)
 
 
 class Products:
@@ -53,12 +59,15 @@ class Products:
     def multiply(
         self, x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, residual: Tensor | None, kind: int
     ) -> Tensor:
-        """x (..., in), bias (out,) and residual (..., out) or None, all of one dtype → (..., out)."""
+        """x (..., in), bias (out,) and residual (..., out) or None, all of one dtype → (..., out).
+
+        `kind` GATE takes a weight and a bias that went through `interleave`, and gives (..., out / 2).
+        """
         x = x.contiguous()
         if residual is not None:
             residual = residual.contiguous()
         inputs = x.shape[-1]
-        out = x.new_empty(*x.shape[:-1], outputs)
+        out = x.new_empty(*x.shape[:-1], outputs // 2 if kind == GATE else outputs)
         self._multiply[x.dtype](
             x.numel() // inputs,
             inputs,
@@ -68,18 +77,18 @@ class Products:
             None if bias is None else bias.data_ptr(),
             None if residual is None else residual.data_ptr(),
             out.data_ptr(),
-            outputs,
+            out.shape[-1],
             kind,
         )
         return out
 
 
 def products(device: torch.device) -> Products | None:
-    """The products, compiled at the first call; None where they cannot be had, or would leave threads idle."""
-    return _load() if device.type == "cpu" and torch.get_num_threads() == 1 else None
+    """The products; None where they cannot be had (see `library`)."""
+    found = library(device)
+    return None if found is None else _bound(found)
 
 
 @lru_cache(maxsize=1)
-def _load() -> Products | None:
-    library = compiled(Path(__file__).with_name("product.cpp"))
-    return None if library is None else Products(library)
+def _bound(found: CDLL) -> Products:
+    return Products(found)

@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.unit.models.paged_driver import relative_error
+from loadtest.random_models import random_model
+from tests.unit.models.paged_driver import Driver, Row, relative_error
 from worker.models.attention import AttentionPlan
 from worker.models.contract import DecodeRows, KVCache, StepTokens
+from worker.models.dense import Dense
 from worker.models.layers import PackedLinear
+from worker.models.moondream import Moondream
 from worker.native import build
 from worker.native.operations import Operations, operations
 from worker.native.products import Products, products
@@ -60,6 +63,10 @@ def test_norm_and_gate(native: Operations, dtype: torch.dtype) -> None:
     x[2, 3] = torch.nan
     assert native.rms_norm(x, weight, 1e-5)[2].isnan().all(), "a faulty row must stay visible"
     assert native.rms_norm(x, weight, 1e-5)[:2].isfinite().all()
+    bias = torch.randn(96).to(dtype)
+    want = F.layer_norm(x[:2].float(), (96,), weight.float(), bias.float(), 1e-5)
+    assert relative_error(native.layer_norm(x, weight, bias, 1e-5)[:2], want) < TOLERANCE[dtype]
+    assert native.layer_norm(x, weight, bias, 1e-5)[2].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,6 +87,12 @@ def test_products(multiplying: Products, dtype: torch.dtype, inputs: int, output
         assert torch.equal(linear(x[:count]), found[0][:count]), count
         assert torch.equal(linear.gelu(x[-count:]), found[1][-count:]), count
         assert torch.equal(linear.add(x[:count], residual[:count]), found[2][:count]), count
+    if outputs % 32 == 0:
+        gated = PackedLinear(weight, bias, gated=True)
+        gate, up = plain.chunk(2, dim=-1)
+        got = gated.silu_gate(x)
+        assert relative_error(got, F.silu(gate) * up) < TOLERANCE[dtype]
+        assert torch.equal(gated.silu_gate(x[:33]), got[:33])
     x[3, 1] = torch.nan
     assert linear.gelu(x)[3].isnan().all()
     assert torch.equal(linear(x)[4:], found[0][4:])
@@ -151,6 +164,53 @@ def test_decode_equals_torch(
     for row in range(rows):
         alone, _ = run(native, slice(row, row + 1))
         assert torch.equal(alone[0], got[row]), row
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-qwen3", "tiny-moondream"])
+def test_layers_in_one_call_equal_layers_one_by_one(
+    multiplying: Products, shape: str, dtype: torch.dtype
+) -> None:
+    model = random_model(shape, CPU, dtype).model
+    assert isinstance(model, Dense | Moondream)
+    stack = model._stack
+    if stack is None:
+        pytest.skip("this processor has no native product of this dtype")
+    ids = torch.arange(5, 45)
+
+    @torch.inference_mode()
+    def run(whole: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        model._stack = stack if whole else None
+        driver = Driver(model, kv_dtype=model.kv_dtype)
+        rows = [Row() for _ in range(3)]
+        for number, row in enumerate(rows):  # 1, 14 and 27 tokens of context
+            driver.step([], [(row, model.embed(ids[: 1 + 13 * number]), 0)])
+        found = [
+            driver.step([(row, model.embed(ids[at : at + 1])) for row in rows], padding=step % 2)
+            for step, at in enumerate((3, 9, 30))
+        ]
+        found.append(driver.step([(rows[0], model.embed(ids[:1]))], [(Row(), model.embed(ids), 0)]))
+        return found, driver.cache.keys + driver.cache.values
+
+    (whole, whole_cache), (single, single_cache) = run(True), run(False)
+    for got, want in zip(whole + whole_cache, single + single_cache, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("count", [1, 7, 16, 40, 100])
+def test_the_largest_of_rows(native: Operations, count: int) -> None:
+    torch.manual_seed(4)
+    x = torch.randn(6, 2 * count)[:, :count]  # rows apart
+    x[1] = -torch.inf
+    x[2, count // 2 :] = x[2].max()  # equals: the first counts
+    x[3, -1] = torch.inf
+    x[4, count // 2] = torch.nan
+    values, places = native.largest(x)
+    want = x.max(dim=-1)
+    assert torch.equal(values[:4], want.values[:4]) and values[4].isnan() and values[5] == want.values[5]
+    assert all(x[row, place] == values[row] for row, place in enumerate(places.tolist()) if row != 4)
+    assert places[2] == x[2].tolist().index(float(x[2].max()))
+    assert places[1] == 0
 
 
 def test_what_cannot_be_native_is_not(native: Operations) -> None:

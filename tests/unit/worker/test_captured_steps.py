@@ -32,8 +32,7 @@ Submits = list[tuple[Submit, list[bytes]]]
 def torch_alone() -> Iterator[None]:
     """Models are made without the compiled CPU operations, which no recording of torch's would show."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worker.native.operations._load", lambda: None)
-        patch.setattr("worker.native.products._load", lambda: None)
+        patch.setattr("worker.native.library.load", lambda: None)
         yield
 
 

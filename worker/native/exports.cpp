@@ -1,0 +1,54 @@
+// Owns the names under which Python finds the compiled operations. Every function is called without Python's lock, over
+// memory that the caller keeps alive. Shapes, strides (in elements) and the order of arguments are those of the
+// modules that declare them: products.py, operations.py and stack.py, which check them too.
+
+#include "stack.h"
+
+extern "C" {
+
+#define FOR_DTYPE(NAME, REAL)                                                                                           \
+    int can_multiply_##NAME() { return Weights<REAL>::are_taken(); }                                                    \
+    void pack_##NAME(int64_t outputs, int64_t inputs, const void* weight, void* packed) {                               \
+        Weights<REAL>::pack(outputs, inputs, (const REAL*)weight, (REAL*)packed);                                       \
+    }                                                                                                                   \
+    void multiply_##NAME(int64_t rows, int64_t inputs, int64_t outputs, const void* x, const void* weight,              \
+                         const void* bias, const void* residual, void* out, int64_t out_stride, int kind) {             \
+        const Linear linear{weight, bias, inputs, outputs};                                                             \
+        multiply(linear, rows, (const REAL*)x, (const REAL*)residual, (REAL*)out, out_stride, kind);                    \
+    }                                                                                                                   \
+    void rms_norm_##NAME(int64_t rows, int64_t dim, const void* x, const void* weight, float eps, void* out) {          \
+        rms_norm(rows, dim, (const REAL*)x, (const REAL*)weight, eps, (REAL*)out);                                      \
+    }                                                                                                                   \
+    void layer_norm_##NAME(int64_t rows, int64_t dim, const void* x, const void* weight, const void* bias, float eps,   \
+                           void* out) {                                                                                 \
+        layer_norm(rows, dim, (const REAL*)x, (const REAL*)weight, (const REAL*)bias, eps, (REAL*)out);                 \
+    }                                                                                                                   \
+    void silu_gate_##NAME(int64_t rows, int64_t dim, const void* both, void* out) {                                     \
+        silu_gate(rows, dim, (const REAL*)both, (REAL*)out);                                                            \
+    }                                                                                                                   \
+    int gated_layers_##NAME(const Step* step, const GatedLayer* layers, int64_t count, void* hidden) {                  \
+        return run_layers(*step, layers, count, (REAL*)hidden);                                                         \
+    }                                                                                                                   \
+    int parallel_layers_##NAME(const Step* step, const ParallelLayer* layers, int64_t count, void* hidden) {            \
+        return run_layers(*step, layers, count, (REAL*)hidden);                                                         \
+    }
+FOR_DTYPE(float32, float)
+FOR_DTYPE(bfloat16, bf16)
+
+#define FOR_DTYPES(NAME, REAL, KEPT)                                                                                    \
+    int NAME(int64_t rows, const void* qkv, void* keys, void* values, const int64_t* write_index,                       \
+             const int32_t* tables, int64_t table_stride, const int32_t* lengths, const float* rotation, int rotary,    \
+             const float* weight, float eps, int heads, int kv_heads, int dim, int page_tokens, void* out,              \
+             int64_t out_stride) {                                                                                      \
+        return decode_rows(rows, (const REAL*)qkv, (KEPT*)keys, (KEPT*)values, write_index, tables, table_stride,       \
+                           lengths, rotation, rotary, weight, eps, Shape{heads, kv_heads, dim, page_tokens},            \
+                           (REAL*)out, out_stride);                                                                     \
+    }
+FOR_DTYPES(decode_float32_float32, float, float)
+FOR_DTYPES(decode_bfloat16_float32, bf16, float)
+FOR_DTYPES(decode_bfloat16_bfloat16, bf16, bf16)
+
+void largest_float32(int64_t rows, int64_t count, const float* x, int64_t stride, float* values, int64_t* places) {
+    largest_of_rows(rows, count, x, stride, values, places);
+}
+}

@@ -1,0 +1,121 @@
+// Owns all layers of a decode step in one call: the functions beside this file in the order in which the models call
+// them one by one, over the same numbers and with the same results.
+
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "product.h"
+#include "rows.h"
+
+namespace {
+
+// As worker/native/stack.py lays them out.
+struct Linear {
+    const void *weight, *bias;
+    int64_t inputs, outputs;
+};
+
+// Attention, then a gated MLP, each behind its RMS norm and added to the residual stream.
+struct GatedLayer {
+    const void* attention_norm;
+    Linear qkv;
+    const float* qk_weight;
+    Linear out;
+    const void* mlp_norm;
+    Linear gate_up, down;
+    void *keys, *values;
+};
+
+// One layer norm feeds attention and MLP side by side; a product over both adds them to the residual stream.
+struct ParallelLayer {
+    const void *norm, *norm_bias;
+    Linear qkv, fc1, out;
+    void *keys, *values;
+};
+
+struct Step {
+    int64_t rows, dim;
+    const int64_t* write_index;
+    const int32_t* tables;
+    int64_t table_stride;
+    const int32_t* lengths;
+    const float* rotation;
+    int32_t rotary;
+    float eps, qk_eps;
+    int32_t heads, kv_heads, head_dim, page_tokens, keeps_float;
+};
+
+template <typename Model>
+void multiply(const Linear& linear, int64_t rows, const Model* x, const Model* residual, Model* out, int64_t out_stride,
+              int kind) {
+    const Product<Model> product{linear.inputs, linear.outputs, x,   (const Model*)linear.bias,
+                                 residual,      out,            out_stride, kind};
+    Weights<Model>::multiply(rows, product, (const Model*)linear.weight);
+}
+
+template <typename Model, typename Layer>
+int attend(const Step& step, const Layer& layer, const float* qk_weight, const Model* qkv, Model* out, int64_t stride) {
+    const Shape shape{step.heads, step.kv_heads, step.head_dim, step.page_tokens};
+    const auto decode = [&](auto* keys, auto* values) {
+        return decode_rows(step.rows, qkv, keys, values, step.write_index, step.tables, step.table_stride, step.lengths,
+                           step.rotation, step.rotary, qk_weight, step.qk_eps, shape, out, stride);
+    };
+    if (step.keeps_float) return decode((float*)layer.keys, (float*)layer.values);
+    return decode((bf16*)layer.keys, (bf16*)layer.values);
+}
+
+// Buffers one behind another in memory that is kept from step to step.
+template <typename Model>
+struct Space {
+    Model* take(int64_t count) {
+        Model* at = next;
+        next += count;
+        return at;
+    }
+    explicit Space(int64_t count) {
+        static thread_local std::vector<Model> memory;
+        if ((int64_t)memory.size() < count) memory.resize(count);
+        next = memory.data();
+    }
+    Model* next;
+};
+
+// hidden (rows, dim), changed in place.
+template <typename Model>
+int run_layers(const Step& step, const GatedLayer* layers, int64_t count, Model* hidden) {
+    const int64_t rows = step.rows, dim = step.dim, inner_dim = layers->gate_up.outputs / 2;
+    Space<Model> space(rows * (dim + layers->qkv.outputs + layers->out.inputs + inner_dim));
+    Model *normed = space.take(rows * dim), *qkv = space.take(rows * layers->qkv.outputs);
+    Model *mixed = space.take(rows * layers->out.inputs), *inner = space.take(rows * inner_dim);
+    for (const GatedLayer* layer = layers; layer < layers + count; layer++) {
+        rms_norm(rows, dim, hidden, (const Model*)layer->attention_norm, step.eps, normed);
+        multiply(layer->qkv, rows, normed, (const Model*)nullptr, qkv, layer->qkv.outputs, PLAIN);
+        if (attend(step, *layer, layer->qk_weight, qkv, mixed, layer->out.inputs)) return 1;
+        multiply(layer->out, rows, mixed, hidden, hidden, dim, ADD);
+        rms_norm(rows, dim, hidden, (const Model*)layer->mlp_norm, step.eps, normed);
+        multiply(layer->gate_up, rows, normed, (const Model*)nullptr, inner, inner_dim, GATE);
+        multiply(layer->down, rows, inner, hidden, hidden, dim, ADD);
+    }
+    return 0;
+}
+
+template <typename Model>
+int run_layers(const Step& step, const ParallelLayer* layers, int64_t count, Model* hidden) {
+    const int64_t rows = step.rows, dim = step.dim, both_dim = layers->out.inputs;
+    const int64_t mixed_dim = (int64_t)step.heads * step.head_dim;
+    Space<Model> space(rows * (dim + layers->qkv.outputs + both_dim));
+    Model *normed = space.take(rows * dim), *qkv = space.take(rows * layers->qkv.outputs);
+    Model* both = space.take(rows * both_dim);
+    for (const ParallelLayer* layer = layers; layer < layers + count; layer++) {
+        layer_norm(rows, dim, hidden, (const Model*)layer->norm, (const Model*)layer->norm_bias, step.eps, normed);
+        multiply(layer->qkv, rows, normed, (const Model*)nullptr, qkv, layer->qkv.outputs, PLAIN);
+        if (attend(step, *layer, nullptr, qkv, both, both_dim)) return 1;
+        multiply(layer->fc1, rows, normed, (const Model*)nullptr, both + mixed_dim, both_dim, GELU);
+        multiply(layer->out, rows, both, hidden, hidden, dim, ADD);
+    }
+    return 0;
+}
+
+}  // namespace

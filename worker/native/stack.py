@@ -1,0 +1,161 @@
+"""Owns calling all layers of a decode step at once. Decode thread; the call does not hold Python's lock.
+
+Called one by one, some eighty operations of a few microseconds each cost as much again in Python at one row, and
+take its lock back from the I/O thread after every one. The results are those of the single operations, bit for
+bit: a mixed step, whose prefill chunks need torch, runs those.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.models.contract import KVCache, StepTokens
+from worker.native.library import library
+from worker.native.operations import Operations, operations
+
+
+class Linear(Structure):
+    """A product with packed weights, as stack.h has it."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int64), ("outputs", c_int64))
+
+
+class GatedLayer(Structure):
+    """Attention, then a gated MLP, each behind its RMS norm and added to the residual stream."""
+
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("qkv", Linear),
+        ("qk_weight", c_void_p),
+        ("out", Linear),
+        ("mlp_norm", c_void_p),
+        ("gate_up", Linear),
+        ("down", Linear),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+    )
+
+
+class ParallelLayer(Structure):
+    """One layer norm feeds attention and MLP side by side; a product over both adds them to the residual stream."""
+
+    _fields_ = (
+        ("norm", c_void_p),
+        ("norm_bias", c_void_p),
+        ("qkv", Linear),
+        ("fc1", Linear),
+        ("out", Linear),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+    )
+
+
+class _Step(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("dim", c_int64),
+        ("write_index", c_void_p),
+        ("tables", c_void_p),
+        ("table_stride", c_int64),
+        ("lengths", c_void_p),
+        ("rotation", c_void_p),
+        ("rotary", c_int32),
+        ("eps", c_float),
+        ("qk_eps", c_float),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("page_tokens", c_int32),
+        ("keeps_float", c_int32),
+    )
+
+
+Layer = GatedLayer | ParallelLayer
+_FUNCTIONS = {GatedLayer: "gated_layers", ParallelLayer: "parallel_layers"}
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class DecodeStack:
+    """The layers of one model, called together over one paged memory.
+
+    `layers` point at weights and norms that the model keeps alive, all of `dtype`; where their keys and values lie is
+    filled in here.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        dtype: torch.dtype,
+        *,
+        num_heads: int,
+        eps: float,
+        qk_eps: float = 0.0,
+        native: Operations,
+        call: Callable[..., int],
+    ) -> None:
+        self._layers = (type(layers[0]) * len(layers))(*layers)
+        self._dtype = dtype
+        self._native = native
+        self._call = call
+        self._cache: KVCache | None = None
+        self._step = _Step(heads=num_heads, eps=eps, qk_eps=qk_eps)
+
+    def takes(self, tokens: StepTokens, cache: KVCache, rotation: Tensor) -> bool:
+        """Whether `run` does this step: decode rows alone, over pages that native attention reads."""
+        keys = cache.keys[0]
+        return (
+            tokens.decode is not None
+            and not tokens.prefills
+            and self._native.can_decode(self._dtype, keys.dtype, keys.shape[3], 2 * rotation.shape[-1])
+        )
+
+    def run(self, hidden: Tensor, tokens: StepTokens, cache: KVCache, rotation: Tensor) -> Tensor:
+        """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of the N decode rows.
+
+        rotation (N, 1, R/2) complex64. Call only where `takes`.
+        """
+        rows = tokens.decode
+        assert rows is not None
+        if cache is not self._cache:
+            self._attach(cache)
+        out = hidden.clone(memory_format=torch.contiguous_format)
+        step = self._step
+        step.rows, step.dim = out.shape
+        step.write_index = tokens.write_index.data_ptr()
+        step.tables, step.table_stride = rows.block_tables.data_ptr(), rows.block_tables.stride(0)
+        step.lengths = rows.lengths.data_ptr()
+        step.rotation, step.rotary = rotation.data_ptr(), 2 * rotation.shape[-1]
+        self._call(byref(step), self._layers, len(self._layers), out.data_ptr())
+        return out
+
+    def _attach(self, cache: KVCache) -> None:
+        for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        _, page_tokens, kv_heads, head_dim = cache.keys[0].shape
+        step = self._step
+        step.page_tokens, step.kv_heads, step.head_dim = page_tokens, kv_heads, head_dim
+        step.keeps_float = cache.keys[0].dtype == torch.float32
+        self._cache = cache
+
+
+def decode_stack(
+    layers: Sequence[Layer | None], device: torch.device, dtype: torch.dtype, **settings: Any
+) -> DecodeStack | None:
+    """The layers as one call; None where one of them is None or the device has no compiled operations.
+
+    `settings` are `DecodeStack`'s: num_heads, eps, qk_eps.
+    """
+    native, found = operations(device), library(device)
+    given = [layer for layer in layers if layer is not None]
+    if native is None or found is None or len(given) < len(layers) or dtype not in _NAMES:
+        return None
+    call = getattr(found, f"{_FUNCTIONS[type(given[0])]}_{_NAMES[dtype]}")
+    call.argtypes = (POINTER(_Step), c_void_p, c_int64, c_void_p)
+    call.restype = ctypes.c_int
+    return DecodeStack(given, dtype, native=native, call=call, **settings)
