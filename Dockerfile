@@ -28,6 +28,9 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG TORCH=torch==2.13.0
 RUN pip install --index-url ${TORCH_INDEX} ${TORCH}
 RUN pip install '.[worker]'
+# The CPU's decode operations for every kind of x86-64 processor: the image that runs has no compiler.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ \
+ && if [ "$(uname -m)" = x86_64 ]; then cd / && python -m worker.native.build; fi
 
 FROM python:${PYTHON}-slim-bookworm AS runtime
 RUN groupadd --system --gid 10001 degas \

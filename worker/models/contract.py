@@ -49,9 +49,10 @@ class StepTokens:
     write_index: Tensor  # (N,) int64: page · page_tokens + offset, the cache line each token's K and V go to
     decode: DecodeRows | None = None
     prefills: list[PrefillSegment] = field(default_factory=list)
-    # The segments once more, as they lie on the device, so that kernels need no upload of their own; or None.
-    spans: Tensor | None = None  # (S, 4) int32: first flattened token, tokens, cached context, prefix
-    tables: Tensor | None = None  # (S, P) int32, unused entries anything
+    # The segments as they lie on the device, so that kernels need no upload of their own; or None. A captured forward
+    # has nothing else: its `prefills` is empty, and tokens of no span are padding, whose hidden states are anything.
+    spans: Tensor | None = None  # (S, 5) int32, see `worker.staging.chunk_spans`; entries of zeros are empty
+    tables: Tensor | None = None  # (C, P) int32, unused entries anything
 
 
 @dataclass(slots=True)
@@ -100,6 +101,7 @@ class Model(Protocol):
     device: torch.device
     prefix_tokens: int  # bidirectional prefix of a prompt that carries an image (BOS + image); 0 if none
     weight_bytes: int
+    fuses: bool  # forwards go through a GPU's kernels, which read what a step holds on the device
 
     @property
     def encoder(self) -> CropEncoder | None:

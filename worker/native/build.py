@@ -3,6 +3,10 @@
 Nobody needs a compiler: without one, or with one that fails, the callers' torch path runs. What was compiled is
 kept in a folder that only this user may write to, under a name that changes with the source, the flags, the
 compiler and the processor.
+
+An image, which should hold no compiler and is read-only, is built on another machine than it runs on:
+`python -m worker.native.build` puts a library for each kind of processor beside the source, and the start
+takes the best one that its processor runs.
 """
 
 from __future__ import annotations
@@ -22,8 +26,22 @@ import structlog
 
 COMPILERS = ("c++", "g++", "clang++")
 # gnu++17, not c++17: only then are products and sums contracted to fused ones.
-FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fno-math-errno", "-shared", "-fPIC")
+FLAGS = ("-std=gnu++17", "-O3", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 COMPILE_S = 120.0
+SOURCE = Path(__file__).with_name("exports.cpp")
+
+_V3 = frozenset(("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm"))
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+KINDS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
+    "amx": (
+        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    ),
+    "avx512bf16": (("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    "avx512": (("-march=x86-64-v4",), _V4),
+    "avx2": (("-march=x86-64-v3",), _V3),
+}
+"""Kinds of processors, the best first: the compiler's flags, and what Linux must say that the processor has."""
 
 log = structlog.get_logger("worker.native")
 _allowed = True
@@ -43,7 +61,10 @@ def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
     """
     if not _allowed:
         return None
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    found = prebuilt(source.parent)
+    if found is not None:
+        return found
+    compiler = _compiler()
     if compiler is None or sys.platform == "win32":
         log.info("native_absent", reason="no C++ compiler; decoding uses torch alone")
         return None
@@ -51,11 +72,54 @@ def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
         folder = _private(folder or Path.home() / ".cache" / "degas")
         library = folder / f"{source.stem}-{_key(source, compiler)}.so"
         if not library.exists():
-            _compile(compiler, source, library)
+            log.info("native_compile", source=source.name, note="once; later starts find it in the cache")
+            _compile(compiler, source, library, ("-march=native",))
         return ctypes.CDLL(str(library))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.warning("native_absent", reason=str(error)[-500:])
         return None
+
+
+def build_kinds(folder: Path) -> list[Path]:
+    """Compile for every kind of processor into `folder`. Raises RuntimeError where that cannot be done."""
+    compiler = _compiler()
+    if compiler is None or platform.machine() != "x86_64":
+        raise RuntimeError("libraries for other machines need a C++ compiler on an x86-64 one")
+    made = []
+    for kind, (flags, _) in KINDS.items():
+        library = folder / _name(kind)
+        _compile(compiler, SOURCE, library, flags)
+        made.append(library)
+    return made
+
+
+def prebuilt(folder: Path) -> ctypes.CDLL | None:
+    """The best library that `build_kinds` left in `folder` of this very source and that this processor runs."""
+    for kind, (_, needed) in KINDS.items():
+        library = folder / _name(kind)
+        if library.exists() and needed <= processor_flags():
+            try:
+                return ctypes.CDLL(str(library))
+            except OSError as error:
+                log.warning("native_absent", reason=str(error)[-500:])
+    return None
+
+
+def processor_flags() -> frozenset[str]:
+    """What Linux says that the first processor has; nothing elsewhere."""
+    flags = [line.partition(":")[2].split() for line in _processor().splitlines() if line.startswith("flags")]
+    return frozenset(flags[0] if flags else ())
+
+
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def _name(kind: str) -> str:
+    digest = hashlib.sha256()
+    for read in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))):
+        digest.update(read.read_bytes())
+    return f"{SOURCE.stem}-{kind}-{digest.hexdigest()[:16]}.so"
 
 
 def _key(source: Path, compiler: str) -> str:
@@ -89,13 +153,17 @@ def _private(folder: Path) -> Path:
     return folder
 
 
-def _compile(compiler: str, source: Path, library: Path) -> None:
+def _compile(compiler: str, source: Path, library: Path, flags: tuple[str, ...]) -> None:
     """Raises RuntimeError with the compiler's last words."""
     part = library.with_suffix(f".{os.getpid()}")
-    command = [compiler, *FLAGS, str(source), "-o", str(part)]
-    log.info("native_compile", source=source.name, note="once; later starts find it in the cache")
+    command = [compiler, *FLAGS, *flags, str(source), "-o", str(part)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
     if done.returncode:
         part.unlink(missing_ok=True)
         raise RuntimeError(f"{Path(compiler).name} failed: {done.stderr.strip()[-400:]}")
     part.replace(library)  # at once: another worker may be looking for it
+
+
+if __name__ == "__main__":
+    for made in build_kinds(SOURCE.parent):
+        log.info("native_built", library=str(made))

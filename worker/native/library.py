@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from ctypes import CDLL
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
-from worker.native.build import compiled
+from worker.native.build import SOURCE, compiled
 
 
 def library(device: torch.device) -> CDLL | None:
@@ -19,4 +18,4 @@ def library(device: torch.device) -> CDLL | None:
 @lru_cache(maxsize=1)
 def load() -> CDLL | None:
     """The library, whatever the device."""
-    return compiled(Path(__file__).with_name("exports.cpp"))
+    return compiled(SOURCE)

@@ -99,7 +99,8 @@ class DecodeStack:
         native: Operations,
         call: Callable[..., int],
     ) -> None:
-        self._layers = (type(layers[0]) * len(layers))(*layers)
+        kind: Any = type(layers[0])
+        self._layers = (kind * len(layers))(*layers)
         self._dtype = dtype
         self._native = native
         self._call = call

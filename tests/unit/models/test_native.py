@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -241,3 +242,28 @@ def test_a_folder_others_may_write_to_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     library = build.compiled(source, tmp_path)
     assert library is not None and library.one() == 1
+
+
+@pytest.mark.slow
+def test_an_image_brings_libraries_for_other_processors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if operations(CPU) is None or platform.machine() != "x86_64":
+        pytest.skip("no C++ compiler, or another kind of machine")
+    mine = [kind for kind, (_, needed) in build.KINDS.items() if needed <= build.processor_flags()]
+    if not mine:
+        pytest.skip("a processor without AVX2")
+    assert build.prebuilt(tmp_path) is None
+    monkeypatch.setattr(build, "KINDS", {kind: build.KINDS[kind] for kind in (mine[0], "amx")})
+    made = build.build_kinds(tmp_path)
+    assert len(made) == len(set(made)) == len(build.KINDS)
+    monkeypatch.setattr(build, "COMPILERS", ())
+    found = build.prebuilt(tmp_path)
+    assert found is not None
+    torch.manual_seed(5)
+    x, weight = torch.randn(4, 64), torch.randn(64)
+    assert torch.equal(Operations(found).rms_norm(x, weight, 1e-5), operations(CPU).rms_norm(x, weight, 1e-5))
+    monkeypatch.setattr(build, "processor_flags", frozenset)
+    assert build.prebuilt(tmp_path) is None
+    made[0].rename(tmp_path / "exports-of-another-source.so")
+    assert build.prebuilt(tmp_path) is None
