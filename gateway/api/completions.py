@@ -154,14 +154,15 @@ async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -
     """Check a body and prepare everything that can fail before submitting. Raises `RequestError`."""
     body = decode_body(_decode, data)
     refuse(body, ("suffix",))
-    if body.best_of not in (None, 1):
-        raise RequestError(ErrorCode.UNSUPPORTED, "best_of: only 1 is supported; use n", param="best_of")
     if body.echo and body.logprobs is not None:
         raise RequestError(
             ErrorCode.UNSUPPORTED, "echo: logprobs of the prompt are not computed", param="echo"
         )
     card = core.card(body.model)
     count = choice_count(body, core.config.max_n)
+    if body.best_of not in (None, 1, count):
+        message = f"best_of: at most n, {count}, is supported: every answer made is returned"
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param="best_of")
     num_logprobs = -1 if body.logprobs is None else body.logprobs
     prompts = await _read_prompts(core, card, body.prompt)
     asking = await read_common(

@@ -1,7 +1,8 @@
-"""Owns what `previous_response_id` can continue: a bounded in-memory record of finished turns. Runs on the gateway's loop.
+"""Owns what clients can name by id later: a bounded in-memory record of finished turns. Runs on the gateway's loop.
 
 Nothing here is written to disk or shared between gateways: an id that is gone is answered with
-`previous_response_not_found` and the client resends its input, as the API's contract allows.
+`previous_response_not_found` (an item's with `not_found`) and the client resends its input, as the API's
+contract allows.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from shared.errors import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A finished response and all that led to it: texts by role in order, and the last picture."""
+    """A finished response and all that led to it: texts by role in order, and the last picture.
+
+    `answer` is the response's own text, which is the last message too unless it is empty.
+    """
 
     messages: tuple[tuple[str, str], ...]
     image: PreparedImage | None
+    answer: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -54,7 +59,7 @@ class Conversations:
         """Keep a turn with its answer, unless it failed or was cancelled: such a turn cannot be continued."""
         if end.reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE):
             messages = (*turn.messages, ("assistant", text)) if text else turn.messages
-            self.remember(tenant, response_id, Turn(messages, turn.image))
+            self.remember(tenant, response_id, Turn(messages, turn.image, text))
 
     def recall(self, tenant: str, response_id: str) -> Turn | None:
         """The turn, if this tenant's is still held."""

@@ -46,6 +46,7 @@ class Item(msgspec.Struct):
     type: str = "message"
     role: str = "user"
     content: str | Annotated[list[Part], Meta(max_length=MAX_PARTS)] | None = None
+    id: str | None = None
 
 
 class Format(msgspec.Struct):

@@ -123,6 +123,16 @@ class ObjectFound(Event, tag="degas.object", kw_only=True):
     object: dict[str, float]
 
 
+def item_id(response_id: str) -> str:
+    """What a response's one output message is called."""
+    return "msg_" + response_id.removeprefix("resp_")
+
+
+def response_id_of(message_id: str) -> str:
+    """The response whose output message is called so."""
+    return "resp_" + message_id.removeprefix("msg_")
+
+
 def usage_object(usage: Usage) -> Json:
     """Token counts under the API's names."""
     return {

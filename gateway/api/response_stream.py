@@ -32,6 +32,7 @@ from gateway.api.response_events import (
     TextDone,
     error_object,
     incomplete_details,
+    item_id,
     usage_object,
 )
 from gateway.errors import retry_after_s
@@ -109,7 +110,7 @@ class ResponseStream:
         self._tokens = tokens
         self._on_closed = on_closed
         self._stream_id: str | UnsetType = UNSET if opening.stream_id is None else opening.stream_id
-        self._item_id = "msg_" + opening.response_id.removeprefix("resp_")
+        self._item_id = item_id(opening.response_id)
         place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
         lane = {} if opening.stream_id is None else {"stream_id": opening.stream_id}
         self._delta_middle = b"," + _encode({**lane, **place})[1:-1] + b',"delta":'

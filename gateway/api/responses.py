@@ -20,6 +20,7 @@ from gateway.api.parameters import (
 )
 from gateway.api.prompts import Message, Prompt, compose_chat, task_prompt
 from gateway.api.response_bodies import CreateBody, DegasOptions, Item, Part, TextOptions
+from gateway.api.response_events import response_id_of
 from gateway.api.response_stream import Opening
 from gateway.api.structured import Wanted, schema_grammar
 from gateway.generation import GenerateRequest, RequestError
@@ -45,7 +46,7 @@ _INSTEAD: Final = {"max_tokens": "max_output_tokens", "response_format": "text.f
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a body asks for in words: texts by role in order, and at most one picture."""
+    """What a body asks for in words: texts by role in order, and the most recent picture."""
 
     messages: tuple[tuple[str, str], ...]
     image_url: str | None = None
@@ -72,7 +73,7 @@ def read_input(body: CreateBody, max_chars: int) -> Asked:
 
 def _read_items(items: Sequence[Item]) -> Asked:
     messages: list[tuple[str, str]] = []
-    pictures: list[tuple[str, str]] = []
+    picture: tuple[str | None, str] = (None, "input")
     for index, item in enumerate(items):
         where = f"input[{index}]"
         if item.type != "message":
@@ -82,15 +83,20 @@ def _read_items(items: Sequence[Item]) -> Asked:
             raise invalid(f"one of {', '.join(_ROLES)} is expected", f"{where}.role")
         if isinstance(item.content, str):
             messages.append((item.role, item.content))
-        else:
-            messages.append((item.role, _read_parts(item.content or (), f"{where}.content", pictures)))
-    if len(pictures) > 1:
-        raise RequestError(ErrorCode.UNSUPPORTED, "one picture a request is supported", param=pictures[1][1])
-    return Asked(tuple(messages), *(pictures[0] if pictures else (None, "input")))
+            continue
+        text, found = _read_parts(item.content or (), f"{where}.content")
+        messages.append((item.role, text))
+        if len(found) > 1:
+            message = "one picture a message is supported; an earlier message's is replaced by a later one's"
+            raise RequestError(ErrorCode.UNSUPPORTED, message, param=found[1][1])
+        picture = found[0] if found else picture
+    return Asked(tuple(messages), *picture)
 
 
-def _read_parts(parts: Sequence[Part], where: str, pictures: list[tuple[str, str]]) -> str:
+def _read_parts(parts: Sequence[Part], where: str) -> tuple[str, list[tuple[str, str]]]:
+    """A message's text, and its pictures: each one's URL and its field's name."""
     texts: list[str] = []
+    pictures: list[tuple[str, str]] = []
     for index, part in enumerate(parts):
         param = f"{where}[{index}]"
         if part.type in ("input_text", "output_text", "text"):
@@ -105,7 +111,7 @@ def _read_parts(parts: Sequence[Part], where: str, pictures: list[tuple[str, str
                 f"{param}: content of type {part.type[:40]!r} is not supported; use input_text or input_image"
             )
             raise RequestError(ErrorCode.UNSUPPORTED, message, param=f"{param}.type")
-    return "\n".join(texts)
+    return "\n".join(texts), pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,15 +243,35 @@ def _echo(body: CreateBody, request: GenerateRequest) -> Json:
     }
 
 
-def recall(response_id: str | None, tenant: str, *stores: Conversations) -> Turn | None:
-    """The turn that `previous_response_id` names. Raises `RequestError` when it is not held here any more."""
-    if response_id is None:
+def recall(body: CreateBody, tenant: str, *stores: Conversations) -> Turn | None:
+    """The turn that `previous_response_id` names; earlier answers that `input` names by id take their places in it.
+
+    Raises `RequestError` for what is not held here any more.
+    """
+    items = body.input if isinstance(body.input, list) else []
+    for index, item in enumerate(items):
+        if item.type != "item_reference":
+            continue
+        turn = _held(tenant, response_id_of(item.id or ""), stores)
+        if turn is None:
+            param = f"input[{index}].id"
+            message = f"{param}: this item is not held here any more; send the message itself"
+            raise RequestError(ErrorCode.NOT_FOUND, message, param=param)
+        items[index] = Item(role="assistant", content=turn.answer)
+    if body.previous_response_id is None:
         return None
+    previous = _held(tenant, body.previous_response_id, stores)
+    if previous is None:
+        message = (
+            "this response is not held here any more; send the whole input again without previous_response_id"
+        )
+        raise RequestError(ErrorCode.NOT_FOUND, message, param="previous_response_id")
+    return previous
+
+
+def _held(tenant: str, response_id: str, stores: Sequence[Conversations]) -> Turn | None:
     for store in stores:
         turn = store.recall(tenant, response_id)
         if turn is not None:
             return turn
-    message = (
-        "this response is not held here any more; send the whole input again without previous_response_id"
-    )
-    raise RequestError(ErrorCode.NOT_FOUND, message, param="previous_response_id")
+    return None

@@ -41,7 +41,7 @@ _FAULT_LINES_PER_S: Final = 50
 _DISCARDED_LIMITS: Final = 3
 _DISCARD_S: Final = 1.0
 _EXPOSED: Final = "x-request-id, retry-after, retry-after-ms"
-_ALLOWED_HEADERS: Final = "authorization, content-type, x-moondream-auth, x-request-id, traceparent"
+_ALLOWED_HEADERS: Final = "authorization, *"  # SDKs add headers of their own; `*` does not cover the key's
 
 log = structlog.get_logger(__name__)
 

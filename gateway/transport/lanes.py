@@ -160,9 +160,7 @@ class Lanes:
 
     async def _prepare(self, body: ResponseCreate) -> None:
         try:
-            previous = responses.recall(
-                body.previous_response_id, self._tenant, self._own_turns, self._shared_turns
-            )
+            previous = responses.recall(body, self._tenant, self._own_turns, self._shared_turns)
             prepared = await responses.prepare(
                 self._core, body, tenant=self._tenant, previous=previous, stream_id=body.stream_id
             )

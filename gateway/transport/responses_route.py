@@ -47,7 +47,7 @@ class ResponsesRoute:
         service = self._service
         body = response_bodies.parse_body(await admit_body(request, service))
         tenant = request[TENANT]
-        previous = responses.recall(body.previous_response_id, tenant, self._conversations)
+        previous = responses.recall(body, tenant, self._conversations)
         prepared = await responses.prepare(service, body, tenant=tenant, previous=previous)
         done: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         writer = EventWriter(request, service.config, service.metrics) if body.stream else None

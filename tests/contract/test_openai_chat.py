@@ -225,6 +225,15 @@ def test_completions(client: openai.OpenAI, worker: FakeWorker) -> None:
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
+def test_the_best_of_n_are_all_n(client: openai.OpenAI) -> None:
+    """As LangChain asks for several completions: `best_of` is what OpenAI's default for it would be."""
+    answer = client.completions.create(model="fake-vl", prompt="once", n=2, best_of=2, max_tokens=50)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    with pytest.raises(openai.BadRequestError, match="at most n, 2,") as refused:
+        client.completions.create(model="fake-vl", prompt="once", n=2, best_of=3, max_tokens=50)
+    assert refused.value.param == "best_of"
+
+
 def test_completions_usage_in_a_stream(client: openai.OpenAI, worker: FakeWorker) -> None:
     worker.reply("ab")
     chunks = list(

@@ -60,10 +60,10 @@ def client(gateway: GatewayThread) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def picture_url() -> str:
+def picture_url(colour: tuple[int, int, int] = (200, 30, 30)) -> str:
     """A small picture as a data URL."""
     file = io.BytesIO()
-    Image.new("RGB", (80, 60), (200, 30, 30)).save(file, "PNG")
+    Image.new("RGB", (80, 60), colour).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -154,6 +154,46 @@ def test_a_forgotten_response_cannot_be_continued(client: openai.OpenAI) -> None
         with pytest.raises(openai.NotFoundError) as caught:
             client.responses.create(model="fake-vl", input="two", previous_response_id=response_id)
         assert caught.value.param == "previous_response_id"
+
+
+def conversation(answer_id: str) -> list[dict[str, Any]]:
+    """The second turn's input as the Vercel AI SDK sends it: what was answered is named by its item's id."""
+    first = {"type": "input_text", "text": "How many shapes are there?"}
+    return [
+        {"role": "user", "content": [first, {"type": "input_image", "image_url": picture_url()}]},
+        {"type": "item_reference", "id": answer_id},
+        {"role": "user", "content": [{"type": "input_text", "text": "What color is the circle?"}]},
+    ]
+
+
+def test_an_earlier_answer_may_be_named_by_its_item(client: openai.OpenAI, worker: FakeWorker) -> None:
+    first = client.responses.create(model="fake-vl", input="How many shapes are there?")
+    again: Any = conversation(str(first.output[0].id))
+    assert client.responses.create(model="fake-vl", input=again).status == "completed"
+    assert prompt_text(worker) == "What color is the circle?" and len(worker.submits[-1].images) == 1
+
+
+def test_an_item_that_is_not_held_is_named(client: openai.OpenAI) -> None:
+    unkept = client.responses.create(model="fake-vl", input="one", store=False)
+    for item_id in (str(unkept.output[0].id), "msg_unknown", ""):
+        again: Any = conversation(item_id)
+        with pytest.raises(openai.NotFoundError, match="send the message itself") as caught:
+            client.responses.create(model="fake-vl", input=again)
+        assert caught.value.param == "input[1].id"
+
+
+def test_a_later_messages_picture_replaces_an_earlier_ones(client: openai.OpenAI, worker: FakeWorker) -> None:
+    def asking(*colours: tuple[int, int, int]) -> Any:
+        pictures = [{"type": "input_image", "image_url": picture_url(colour)} for colour in colours]
+        return {"role": "user", "content": [{"type": "input_text", "text": "which?"}, *pictures]}
+
+    red, blue = (200, 30, 30), (30, 30, 200)
+    client.responses.create(model="fake-vl", input=[asking(red), asking(blue)])
+    client.responses.create(model="fake-vl", input=[asking(blue)])
+    assert worker.submits[0].images[0].digest == worker.submits[1].images[0].digest
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(model="fake-vl", input=[asking(red, blue)])
+    assert caught.value.param == "input[0].content[2].image_url"
 
 
 @pytest.mark.parametrize(
@@ -405,6 +445,9 @@ def test_websocket_continues_unstored_turns_on_the_same_connection(
         connection.response.create(model="fake-vl", input=[{"role": "user", "content": content}], store=False)
         first = next(event.response for event in connection if event.type == "response.completed")
         connection.response.create(model="fake-vl", input="two", previous_response_id=first.id, store=False)
+        next(event for event in connection if event.type == "response.completed")
+        named: Any = conversation(str(first.output[0].id))
+        connection.response.create(model="fake-vl", input=named, store=False)
         next(event for event in connection if event.type == "response.completed")
     assert len(worker.submits[-1].images) == 1
     with client.responses.connect() as connection:

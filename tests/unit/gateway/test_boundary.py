@@ -131,6 +131,25 @@ def test_cors_for_configured_origins(worker: FakeWorker) -> None:
         assert "access-control-allow-origin" not in other.headers
 
 
+def test_openais_own_client_in_a_browser_may_send_its_headers(worker: FakeWorker) -> None:
+    """The headers Chromium asks about for `openai` in JavaScript, and the rule it judges the answer by."""
+    wanted = (
+        "authorization,content-type,openai-organization,openai-project,x-stainless-arch,x-stainless-lang,"
+        "x-stainless-os,x-stainless-package-version,x-stainless-retry-count,x-stainless-runtime,"
+        "x-stainless-runtime-version,x-stainless-timeout"
+    )
+    asked = {
+        "Origin": "https://a.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": wanted,
+    }
+    with GatewayThread(workers=[worker.endpoint], api_keys=KEY, cors_origins="https://a.example") as gateway:
+        answer = ask(gateway.url, CHAT, method="OPTIONS", headers=asked)
+    allowed = {name.strip() for name in answer.headers["access-control-allow-headers"].split(",")}
+    refused = set(wanted.split(",")) - allowed
+    assert not refused or ("*" in allowed and "authorization" not in refused)
+
+
 def test_a_request_id_that_is_none_is_replaced(gateway: GatewayThread) -> None:
     answer = ask(gateway.url, "/healthz", headers={"x-request-id": "a b<script>"})
     assert answer.headers["x-request-id"].isalnum()

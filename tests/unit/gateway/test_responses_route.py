@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from gateway.api.conversations import Conversations, Turn
+from gateway.api.response_bodies import parse_body
+from gateway.api.responses import read_input, recall
+from gateway.generation import End, RequestError, Usage
+from shared.errors import ErrorCode, FinishReason
 from tests.fake_worker import FakeWorker
 from tests.gateway_thread import GatewayThread
 from tests.http_client import ask
@@ -83,3 +89,17 @@ def test_fields_that_all_bodies_share_reach_the_worker(gateway: GatewayThread, w
         assert (submit.sampling.min_tokens, submit.sampling.seed) == (4, 9)
     answer = ask(gateway.url, RESPONSES, {"input": "hi", "max_output_tokens": 2, "min_tokens": 3})
     assert (answer.status, answer.error["param"]) == (400, "min_tokens")
+
+
+@pytest.mark.parametrize("answer", ["three", ""])
+def test_an_answer_named_by_its_item_stands_in_its_place(answer: str) -> None:
+    held = Conversations()
+    asked = Turn((("user", "how many?"), ("assistant", "how many what?"), ("user", "dots")), None)
+    held.remember_answer("mine", "resp_1", asked, End(FinishReason.STOP, Usage()), answer)
+    items = [{"content": "dots"}, {"type": "item_reference", "id": "msg_1"}, {"content": "sure?"}]
+    body = parse_body(json.dumps({"input": items}).encode())
+    with pytest.raises(RequestError) as refused:
+        recall(body, "theirs", held)
+    assert (refused.value.code, refused.value.param) == (ErrorCode.NOT_FOUND, "input[1].id")
+    assert recall(body, "mine", Conversations(), held) is None
+    assert read_input(body, 100).messages == (("user", "dots"), ("assistant", answer), ("user", "sure?"))
