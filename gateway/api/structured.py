@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from gateway.api.parameters import Json, ResponseFormat, SamplingFields, invalid
+from gateway.api.schemas import close_objects
 from gateway.service import Service
 from shared.grammars import MAX_CHOICES, MAX_DEPTH, MAX_SOURCE_BYTES
 from shared.protocol import Grammar
@@ -48,9 +49,12 @@ def format_grammar(asked: ResponseFormat | None) -> Wanted | None:
 def schema_grammar(schema: Json, param: str, *, strict: bool | None) -> Wanted:
     """A JSON schema, within bounds of size and depth. Raises `RequestError`.
 
-    Where `strict` is false, keywords that cannot be kept are left out of the constraint instead of refused.
+    Objects that list their properties have no others (see `schemas`). Where `strict` is false, they may, and keywords
+    that cannot be kept are left out of the constraint instead of refused.
     """
     _check_depth(schema, param)
+    if strict is not False:
+        schema = close_objects(schema)
     options = {"x-guidance": {"lenient": True}} if strict is False else {}
     text = msgspec.json.encode({key: value for key, value in schema.items() if key != "x-guidance"} | options)
     if len(text) > MAX_SOURCE_BYTES:
