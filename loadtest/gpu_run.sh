@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything a GPU machine is asked, in one call that ends inside ten minutes. Run from the repository root:
 #
-#   bash loadtest/gpu_run.sh [--smoke] [tests] [decode] [vision] [profile] [peer] [kernels] [serve]
+#   bash loadtest/gpu_run.sh [--smoke] [tests] [decode] [prefill] [vision] [profile] [peer] [kernels] [serve]
 #
 # Without parts: all but serve, in this order, the most wanted first. Results go to $OUT, or to gpu-results/: at most
 # 10 files. A bare machine needs torch with CUDA and Triton; other packages are taken from wheels in .whl/ if that
@@ -17,11 +17,11 @@ parts=()
 for argument in "$@"; do
   case "$argument" in
     --smoke) smoke="--smoke" ;;
-    tests | kernels | decode | vision | profile | peer | serve) parts+=("$argument") ;;
-    *) echo "unknown part '$argument': tests decode vision profile peer kernels serve, or --smoke" >&2; exit 2 ;;
+    tests | kernels | decode | prefill | vision | profile | peer | serve) parts+=("$argument") ;;
+    *) echo "unknown part '$argument': tests decode prefill vision profile peer kernels serve, or --smoke" >&2; exit 2 ;;
   esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(tests decode vision profile peer kernels)
+[ ${#parts[@]} -gt 0 ] || parts=(tests decode prefill vision profile peer kernels)
 
 python="${PYTHON:-python3}"
 if [ -z "${PYTHON:-}" ] && [ -n "$smoke" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
@@ -84,6 +84,7 @@ for part in "${parts[@]}"; do
       run tests 150 6 "$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers "${folders[@]}" ;;
     kernels) run kernels 130 90 "$python" -m loadtest.kernel_bench --out "$out" $smoke ;;
     decode) run decode 200 70 "$python" -m loadtest.gpu_decode --out "$out" $smoke ;;
+    prefill) run prefill 90 20 "$python" -m loadtest.gpu_prefill --out "$out" $smoke ;;
     serve) run serve 200 40 bash -c serve ;;
     profile)
       read -r -a pairs <<<"${PROFILE:-moondream2:1}"
@@ -92,7 +93,7 @@ for part in "${parts[@]}"; do
     peer) run peer 90 6 "$python" -m loadtest.gpu_peer --rows "${PEER_ROWS:-1,32}" --out "$out" $smoke ;;
   esac
 done
-rm -f "$out"/{kernels,decode,vision,peer}.log  # their figures are in the JSON, their tables in the summary
+rm -f "$out"/{kernels,decode,prefill,vision,peer}.log  # their figures are in the JSON, their tables in the summary
 echo; echo "==== summary (all of it in $summary; $((SECONDS - began)) s)"
 cat "$summary"
 exit "$failed"

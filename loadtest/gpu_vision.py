@@ -24,8 +24,8 @@ import torch
 from loadtest.gpu_decode import open_device
 from loadtest.kernel_bench import measure_products
 from loadtest.random_models import random_model
-from worker.decode_graphs import GraphCounts
 from worker.device.base import Device
+from worker.graph_table import GraphCounts
 from worker.models.contract import ImageCrops
 from worker.models.moondream import Moondream
 from worker.models.moondream_config import VisionConfig

@@ -19,9 +19,12 @@ class ChunkEmbedding:
         self._model = model
         self._features = features
 
-    def embed(self, chunks: list[Chunk], ids: Tensor) -> Tensor:
-        """(N,) int64 ids of all chunks, in order → (N, D); ids of image positions are below 0."""
+    def embed(self, chunks: list[Chunk], ids: Tensor, out: Tensor | None = None) -> Tensor:
+        """(N,) int64 ids of all chunks, in order, and of padding → (N, D), in `out` if given; ids of image positions
+        are below 0."""
         hidden = self._model.embed(ids.clamp_min(0))  # image positions are overwritten below
+        if out is not None:
+            hidden = out.copy_(hidden)
         wanted: list[tuple[str, Picture, int, int, int]] = []
         at = 0
         for chunk in chunks:

@@ -29,7 +29,7 @@ class WorkerMetrics:
         self.rejected_total = 0
         self.duplicate_submits_total = 0
         self.sync_steps_total: dict[str, int] = {}  # by reason: Engine._count_sync
-        self.eager_steps_total: dict[str, int] = {}  # without their graph, by flavour (decode_graphs)
+        self.eager_steps_total: dict[str, int] = {}  # without their graph, by kind (graph_table)
         self.captures_total: dict[str, int] = {}  # of graphs: startup, late, failed
         self.depth = 0  # steps in flight after the last launch
         self.step_host = Histogram()

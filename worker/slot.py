@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from worker.device.base import Device, Event
+from worker.plan import StepPlan, StepResult
 from worker.staging import FIELDS, FLOAT_FIELDS, I32, SPAN_FIELDS, SlotShape, Views
 
 OUTPUT_FIELDS = 5
@@ -38,7 +39,7 @@ class Slot:
         self.tables = packed[shape.tables_start : shape.chunks_start].view(rows, pages)
         self.chunks = packed[shape.chunks_start : shape.ends_start].view(3, shape.chunk_tokens)
         self.ends = packed[shape.ends_start : shape.spans_start].view(len(FIELDS), rows)
-        self.spans = packed[shape.spans_start : shape.chunk_tables_start].view(rows, SPAN_FIELDS)
+        self.spans = packed[shape.spans_start : shape.chunk_tables_start].view(-1, SPAN_FIELDS)
         self.chunk_tables = packed[shape.chunk_tables_start :].view(rows, pages)
 
         def pair(*size: int, dtype: torch.dtype = torch.int32) -> tuple[Tensor, Tensor]:
@@ -67,6 +68,38 @@ class Slot:
         self.masks_here: Event = device.event()
         self.previous_end: Event = device.event()  # of the step launched before this slot's
         self.copied: Event | None = None  # None before the slot's first step
+
+    def upload(self, words: int | None = None) -> None:
+        """Queue the copy of the leading `words` of the packed inputs, of all by default, on the current stream."""
+        if not self.on_host:
+            self.packed[:words].copy_(self.pinned[:words], non_blocking=True)
+
+    def upload_picks(self, picks: list[int], *, group: int) -> Tensor:
+        """The sample indexes of one sampling group, (len(picks),) int64 on the device."""
+        num = len(picks)
+        self.host_picks_np[group, :num] = picks
+        if self.on_host:
+            return self.host_picks[group, :num]
+        self.picks[group, :num].copy_(self.host_picks[group, :num], non_blocking=True)
+        return self.picks[group, :num]
+
+    def read(self, plan: StepPlan) -> StepResult:
+        """What the step's outputs say; its copy must have been waited for."""
+        num = len(plan.samples)
+        out = self.host_outputs_np[:num]
+        floats = out.view(np.float32)
+        result = StepResult(out[:, 0].tolist(), out[:, 1].astype(bool).tolist())
+        if any([seq.is_spatial for seq in plan.samples]):
+            result.values = [(x, y) for x, y in floats[:, 2:4].tolist()]
+        wanted = max([seq.sampling.num_logprobs for seq in plan.samples], default=-1)
+        if wanted >= 0:
+            result.logprobs = floats[:, 4].tolist()
+        if wanted > 0:
+            top = self.host_top_np[:num]
+            half = self.shape.max_logprobs
+            result.top_ids = top[:, :half].tolist()
+            result.top_logprobs = top[:, half:].view(np.float32).tolist()
+        return result
 
     @property
     def sampled(self) -> Event:

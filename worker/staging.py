@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from worker.plan import StepPlan
+from worker.plan import Chunk, StepPlan
 from worker.rng import uniforms
 from worker.sequence import Sequence
 
@@ -32,8 +32,26 @@ INT_FIELDS = (
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "uniform", "presence", "frequency", "repetition", "ban_stop")
 FIELDS = INT_FIELDS + FLOAT_FIELDS
 NOTHING: tuple[list[int], int] = ([], 0)
-SPAN_FIELDS = 4
-"""Of a chunk: its first flattened token, its tokens, the cached context before them, the bidirectional prefix."""
+SPAN_TOKENS = 64
+"""Queries that one program of prefill attention takes: a chunk is laid out in spans of so many."""
+SPAN_FIELDS = 5
+"""Of a span: its first flattened token, its queries (0: none), the first one's position, the bidirectional prefix, the
+chunk whose block table it reads."""
+Span = tuple[int, int, int, int, int]
+
+
+def chunk_spans(chunk: int, first: int, num_tokens: int, start: int, prefix: int) -> list[Span]:
+    """The spans of the step's chunk number `chunk`: tokens [first, first + num_tokens), at positions from `start`.
+
+    The last span comes first: it sees the most keys, and short ones then fill the gaps at the end.
+    """
+    offsets = range((num_tokens - 1) // SPAN_TOKENS * SPAN_TOKENS, -1, -SPAN_TOKENS)
+    return [(first + i, min(SPAN_TOKENS, num_tokens - i), start + i, prefix, chunk) for i in offsets]
+
+
+def num_spans(chunks: list[Chunk]) -> int:
+    """Spans of a step's chunks."""
+    return sum([-(-chunk.num_tokens // SPAN_TOKENS) for chunk in chunks])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +81,24 @@ class SlotShape:
         return self.step_tokens + self.max_rows
 
     @property
+    def max_spans(self) -> int:
+        """Spans of one step: each chunk's last may be short."""
+        return self.chunk_tokens // SPAN_TOKENS + self.max_rows
+
+    @property
     def ends_start(self) -> int:
         """Where the fields of rows whose prefill ends stand aside while padding takes their places."""
         return self.chunks_start + 3 * self.chunk_tokens
 
     @property
     def spans_start(self) -> int:
-        """Where the chunks' extents begin."""
+        """Where the chunks' spans begin."""
         return self.ends_start + len(FIELDS) * self.max_rows
 
     @property
     def chunk_tables_start(self) -> int:
         """Where the chunks' block tables begin."""
-        return self.spans_start + SPAN_FIELDS * self.max_rows
+        return self.spans_start + SPAN_FIELDS * self.max_spans
 
     @property
     def num_words(self) -> int:
@@ -119,7 +142,7 @@ class Views:
         self.tables: I32 = buffer[shape.tables_start : shape.chunks_start].reshape(rows, pages)
         self.chunks: I32 = buffer[shape.chunks_start : shape.ends_start].reshape(3, shape.chunk_tokens)
         self.ends: I32 = buffer[shape.ends_start : shape.spans_start].reshape(len(FIELDS), rows)
-        self.spans: I32 = buffer[shape.spans_start : shape.chunk_tables_start].reshape(rows, SPAN_FIELDS)
+        self.spans: I32 = buffer[shape.spans_start : shape.chunk_tables_start].reshape(-1, SPAN_FIELDS)
         self.chunk_tables: I32 = buffer[shape.chunk_tables_start :].reshape(rows, pages)
         # What the buffer shows already.
         self.held = [NOTHING] * rows  # of each decode row: the page list in its table, and how much of it
@@ -215,7 +238,7 @@ def stage_chunks(views: Views, plan: StepPlan, *, alone: bool = False) -> None:
     """Write the prefill chunks' inputs: behind the decode rows, or `alone` as a forward of their own."""
     ids, positions, writes = views.chunks
     page_tokens = views.shape.page_tokens
-    at, sample = 0, len(plan.decode)
+    at, at_span, sample = 0, 0, len(plan.decode)
     flat = 0 if alone else sample
     where = views.ints["sample_index"]
     if flat:
@@ -223,14 +246,22 @@ def stage_chunks(views: Views, plan: StepPlan, *, alone: bool = False) -> None:
     for i, chunk in enumerate(plan.chunks):
         seq, start, num = chunk.seq, chunk.start, chunk.num_tokens
         pages = np.asarray(seq.pages, dtype=np.int32)
-        span = np.arange(start, start + num, dtype=np.int32)
+        own = np.arange(start, start + num, dtype=np.int32)
         ids[at : at + num] = seq.tokens[start : start + num]
-        positions[at : at + num] = span
-        writes[at : at + num] = pages[span // page_tokens] * page_tokens + span % page_tokens
-        views.spans[i] = (flat, num, start, seq.prefix_tokens)
+        positions[at : at + num] = own
+        writes[at : at + num] = pages[own // page_tokens] * page_tokens + own % page_tokens
+        spans = chunk_spans(i, flat, num, start, seq.prefix_tokens)
+        views.spans[at_span : at_span + len(spans)] = spans
         views.chunk_tables[i, : len(pages)] = pages
+        at_span += len(spans)
         at += num
         flat += num
         if chunk.is_last:
             where[sample] = flat - 1
             sample += 1
+
+
+def stage_chunk_padding(views: Views, chunks: list[Chunk], tokens: int, spans: int) -> None:
+    """Fill up the sections of `chunks` to so many tokens and spans: the tokens write to page 0 and nobody reads them."""
+    views.chunks[:, sum([chunk.num_tokens for chunk in chunks]) : tokens] = 0
+    views.spans[num_spans(chunks) : spans] = 0

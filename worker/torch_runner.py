@@ -3,10 +3,11 @@
 The only user of torch beside start-up. Nothing here blocks on the device except `wait`.
 
 Where steps are captured, a step that only decodes is one upload and one replay. In a mixed step the decode rows
-replay their graph as well, and the prefill chunks follow eagerly as a forward of their own: chunks and rows belong to
-different sequences, and pages they share hold what earlier steps wrote, so neither reads what the other writes. The
-weights are read once more than in a joint forward. In return a row's products have the same shapes whoever
-prefills beside it, so that its tokens do not change (I8), and the device is busy while the host launches the rest.
+replay their graph as well, and the prefill chunks follow as a forward of their own, captured too where they are few
+tokens: chunks and rows belong to different sequences, and pages they share hold what earlier steps wrote, so neither
+reads what the other writes. The weights are read once more than in a joint forward. In return a row's products have
+the same shapes whoever prefills beside it, so that its tokens do not change (I8), and the device is busy while the
+host launches the rest.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from worker.automaton_slots import TableLimits
 from worker.chunk_embedding import ChunkEmbedding
-from worker.decode_graphs import DecodeGraphs, Flavour, GraphCounts, bucket_sizes, flavour_of
+from worker.chunk_graphs import ChunkGraphs, chunk_buckets
+from worker.decode_graphs import DecodeGraphs, Flavour, bucket_sizes, flavour_of
 from worker.device.base import Device
 from worker.features import FeatureCache
+from worker.graph_table import GraphCounts
 from worker.models.contract import DecodeRows, KVCache, Model, PrefillSegment, ProgressReport, StepTokens
 from worker.plan import StepPlan, StepResult
 from worker.rows import RowTables
@@ -29,6 +32,7 @@ from worker.runner import DeviceTimes, OutOfDeviceMemory
 from worker.slot import Slot
 from worker.staging import (
     SlotShape,
+    num_spans,
     stage_chunks,
     stage_ends,
     stage_padding,
@@ -47,9 +51,10 @@ _IN_GRAPH = {
 class TorchRunner:
     """Runs steps on a torch device, `cpu` or `cuda`.
 
-    `buckets` are the batch sizes to capture, where steps are captured at all; by default those of
-    `decode_graphs.bucket_sizes`. `automata` False: no constraint will ever live on the device. `step_crops`: the
-    crops of one step as the scheduler bounds them; a batch beyond it is cut into pieces.
+    `buckets` are the batch sizes to capture, where steps are captured at all, and `token_buckets` the numbers of
+    prefill tokens; by default those of `decode_graphs.bucket_sizes` and `chunk_graphs.chunk_buckets`. `automata`
+    False: no constraint will ever live on the device. `step_crops`: the crops of one step as the scheduler bounds
+    them; a batch beyond it is cut into pieces.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class TorchRunner:
         feature_bytes: int = 256 << 20,
         table_limits: TableLimits | None = None,
         buckets: list[int] | None = None,
+        token_buckets: list[int] | None = None,
         automata: bool = True,
         step_crops: int = 26,
     ) -> None:
@@ -92,6 +98,7 @@ class TorchRunner:
         self._decodes_values = any(task in model.card.capabilities for task in ("detect", "point"))
         self.graph_counts = GraphCounts()
         self.graphs: DecodeGraphs | None = None
+        self.chunk_graphs: ChunkGraphs | None = None
         self.vision_graphs: VisionGraphs | None = None
         encoder = model.encoder
         if encoder is not None:
@@ -101,17 +108,23 @@ class TorchRunner:
                 encoder.run = self.vision_graphs.features
         if device.captures:
             self.rows.allocate()
-            self._allocate_logits()
+            with torch.inference_mode():
+                dim = model.embed(torch.zeros(1, dtype=torch.int64, device=device.torch_device)).shape[1]
+            self._allocate_logits(dim)
             flavours = (Flavour.TEXT, Flavour.GATED, *([Flavour.FULL] if automata else []))
             self.graphs = DecodeGraphs(
                 device, buckets or bucket_sizes(max_rows), flavours, self._decode_body, self.graph_counts
             )
+            if token_buckets is None:
+                token_buckets = chunk_buckets(shape.chunk_tokens, model.prefix_tokens, model.weight_bytes)
+            if model.fuses and token_buckets:
+                self.chunk_graphs = ChunkGraphs(
+                    device, model, self.cache, token_buckets, dim, self.graph_counts
+                )
         self._last_sampled = device.compute.record()
 
-    def _allocate_logits(self) -> None:
+    def _allocate_logits(self, dim: int) -> None:
         device, vocab_size = self.device.torch_device, self.model.card.vocab_size
-        with torch.inference_mode():
-            dim = self.model.embed(torch.zeros(1, dtype=torch.int64, device=device)).shape[1]
         # Every row begins at a round address: Triton compiles another variant for one that does not.
         width = -(-vocab_size // 16) * 16
         for slot in self.slots:
@@ -121,20 +134,19 @@ class TorchRunner:
     # ------------------------------------------------------------------ start-up
 
     def capture_graphs(self, report: ProgressReport | None = None) -> int:
-        """Capture every decode graph of every slot; returns how many. A no-op where nothing is captured."""
-        if self.graphs is None:
-            return 0
-        keys = self.graph_keys()
+        """Capture every decode and chunk graph of every slot; returns how many. A no-op where nothing is captured."""
+        captures = [partial(self.capture_graph, *key) for key in self.graph_keys()]
+        captures += [partial(self.capture_chunk_graph, *key) for key in self.chunk_graph_keys()]
         captured = 0
-        for done, (slot_number, bucket, flavour) in enumerate(keys, 1):
-            captured += self.capture_graph(slot_number, bucket, flavour)
+        for done, capture in enumerate(captures, 1):
+            captured += capture()
             if report is not None:
-                report("capture graphs", done, len(keys))
+                report("capture graphs", done, len(captures))
         self.device.synchronize()
         return captured
 
     def graph_keys(self) -> list[tuple[int, int, Flavour]]:
-        """Every graph there may be, the largest bucket first: the memory they share is then grown once."""
+        """Every decode graph there may be, the largest bucket first: the memory they share is then grown once."""
         graphs = self.graphs
         if graphs is None:
             return []
@@ -152,9 +164,22 @@ class TorchRunner:
         slot = self.slots[slot_number]
         stage_padding(slot.host, 0, bucket)
         with self.device.compute.use():
-            if not slot.on_host:
-                slot.packed.copy_(slot.pinned)
+            slot.upload()
             return self.graphs.capture(slot, bucket, flavour)
+
+    def chunk_graph_keys(self) -> list[tuple[int, int]]:
+        """Every chunk graph there may be, the largest bucket first."""
+        graphs = self.chunk_graphs
+        if graphs is None:
+            return []
+        return [(slot.number, bucket) for bucket in reversed(graphs.buckets) for slot in self.slots]
+
+    @torch.inference_mode()
+    def capture_chunk_graph(self, slot_number: int, bucket: int) -> bool:
+        """Capture one chunk graph of a slot that no step is using; False if the device refused."""
+        assert self.chunk_graphs is not None
+        with self.device.compute.use():
+            return self.chunk_graphs.capture(self.slots[slot_number], bucket)
 
     # ------------------------------------------------------------------ a step
 
@@ -164,8 +189,11 @@ class TorchRunner:
         num_rows, num = len(plan.decode), len(plan.samples)
         padded = graphs.bucket(num_rows) if graphs is not None and num_rows else num_rows
         stage_rows(slot.host, plan)
+        token_bucket = 0
         if plan.chunks:
             stage_chunks(slot.host, plan, alone=graphs is not None)
+            if self.chunk_graphs is not None:
+                token_bucket = self.chunk_graphs.pad(slot, plan.chunks)
         set_aside = padded > num_rows and num > num_rows
         if set_aside:
             stage_ends(slot.host, num_rows, num)
@@ -175,9 +203,7 @@ class TorchRunner:
         with self.device.compute.use():
             slot.previous_end = self._last_sampled
             self.device.compute.record(slot.started)
-            if not slot.on_host:
-                words = used_words(plan, slot.shape, padded)
-                slot.packed[:words].copy_(slot.pinned[:words], non_blocking=True)
+            slot.upload(used_words(plan, slot.shape, padded))
             for table_slot, tables in plan.tables:
                 self.rows.upload(table_slot, tables)
             for seq in plan.admitted:
@@ -193,7 +219,7 @@ class TorchRunner:
                 slot.sections[:, num_rows:num].copy_(slot.ends[:, : num - num_rows])
             if plan.chunks:
                 try:
-                    self._prefill(slot, plan)
+                    self._prefill(slot, plan, token_bucket)
                 except torch.OutOfMemoryError as error:
                     raise OutOfDeviceMemory(str(error)) from error
 
@@ -209,7 +235,7 @@ class TorchRunner:
             if len(picks) == picks[-1] + 1 - picks[0]:
                 which = slice(picks[0], picks[-1] + 1)
             else:
-                which = self._upload_picks(slot, picks, group=int(masked))
+                which = slot.upload_picks(picks, group=int(masked))
             words: Tensor | None = None
             if masked:
                 num = len(plan.samples)
@@ -248,21 +274,7 @@ class TorchRunner:
         slot = self.slots[slot_number]
         assert slot.copied is not None
         slot.copied.synchronize()
-        num = len(plan.samples)
-        out = slot.host_outputs_np[:num]
-        floats = out.view(np.float32)
-        result = StepResult(out[:, 0].tolist(), out[:, 1].astype(bool).tolist())
-        if any([seq.is_spatial for seq in plan.samples]):
-            result.values = [(x, y) for x, y in floats[:, 2:4].tolist()]
-        wanted = max([seq.sampling.num_logprobs for seq in plan.samples], default=-1)
-        if wanted >= 0:
-            result.logprobs = floats[:, 4].tolist()
-        if wanted > 0:
-            top = slot.host_top_np[:num]
-            half = slot.shape.max_logprobs
-            result.top_ids = top[:, :half].tolist()
-            result.top_logprobs = top[:, half:].view(np.float32).tolist()
-        return result
+        return slot.read(plan)
 
     def device_times(self, slot_number: int) -> DeviceTimes:
         slot = self.slots[slot_number]
@@ -272,14 +284,6 @@ class TorchRunner:
             slot.previous_end.elapsed_s(slot.started),
             slot.sampled.elapsed_s(slot.copied),
         )
-
-    def _upload_picks(self, slot: Slot, picks: list[int], *, group: int) -> Tensor:
-        num = len(picks)
-        slot.host_picks_np[group, :num] = picks
-        if slot.on_host:
-            return slot.host_picks[group, :num]
-        slot.picks[group, :num].copy_(slot.host_picks[group, :num], non_blocking=True)
-        return slot.picks[group, :num]
 
     # ------------------------------------------------------------------ forward
 
@@ -323,14 +327,21 @@ class TorchRunner:
             table = slot.chunk_tables[i, : len(chunk.seq.pages)]
             prefix = chunk.seq.prefix_tokens
             tokens.prefills.append(PrefillSegment(chunk.num_tokens, chunk.start, prefix, table))
-        num = len(plan.chunks)
-        tokens.spans, tokens.tables = slot.spans[:num], slot.chunk_tables[:num]
+        tokens.spans, tokens.tables = slot.spans[: num_spans(plan.chunks)], slot.chunk_tables
         return self.embedding.embed(plan.chunks, ids), tokens
 
-    def _prefill(self, slot: Slot, plan: StepPlan) -> None:
-        """The chunks as a forward of their own; logits of rows whose prefill ends go behind the decode rows'."""
-        hidden, tokens = self._chunk_tokens(slot, plan)
-        hidden = self.model.forward(hidden, tokens, self.cache)
+    def _prefill(self, slot: Slot, plan: StepPlan, bucket: int) -> None:
+        """The chunks as a forward of their own, by the graph of their bucket or, if that is 0, eagerly as they are;
+        logits of rows whose prefill ends go behind the decode rows'."""
+        if bucket:
+            graphs = self.chunk_graphs
+            assert graphs is not None
+            self.embedding.embed(plan.chunks, slot.chunks[0, :bucket].long(), graphs.inputs[:bucket])
+            graphs.run(slot, bucket)
+            hidden = graphs.outputs
+        else:
+            hidden, tokens = self._chunk_tokens(slot, plan)
+            hidden = self.model.forward(hidden, tokens, self.cache)
         ends = slice(len(plan.decode), len(plan.samples))
         if ends.start == ends.stop:
             return

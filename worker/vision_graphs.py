@@ -13,8 +13,8 @@ import structlog
 import torch
 from torch import Tensor
 
-from worker.decode_graphs import GraphCounts
 from worker.device.base import CaptureFailed, Device, Graph
+from worker.graph_table import GraphCounts
 from worker.models.contract import CropEncoder
 
 log = structlog.get_logger()

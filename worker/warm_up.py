@@ -15,8 +15,9 @@ from functools import partial
 import structlog
 import torch
 
+from worker.decode_graphs import Flavour
 from worker.models.contract import PrefillSegment, ProgressReport, StepTokens
-from worker.staging import stage_padding
+from worker.staging import chunk_spans, stage_padding
 from worker.step_sampler import Wants
 from worker.torch_runner import TorchRunner
 
@@ -76,11 +77,26 @@ def _tasks(runner: TorchRunner) -> list[Task]:
             (1, encoder.crop_size, encoder.crop_size, 3), dtype=torch.uint8, device=runner.device.torch_device
         )
         tasks.append(("vision encoder", partial(_encode, runner, crops)))
-    tasks += [(f"graph {key}", partial(runner.capture_graph, *key)) for key in runner.graph_keys()]
+    tasks += _graphs(runner)
     if runner.vision_graphs is not None:
         vision = runner.vision_graphs
         tasks += [(f"vision graph {size}", partial(_vision, runner, size)) for size in vision.sizes]
     return tasks
+
+
+def _graphs(runner: TorchRunner) -> list[Task]:
+    """In order of use: every stream decodes, nearly all of them by the text graphs, and every prompt is prefilled."""
+    keys = runner.graph_keys()
+    text: list[Task] = [
+        (f"graph {key}", partial(runner.capture_graph, *key)) for key in keys if key[2] is Flavour.TEXT
+    ]
+    chunks: list[Task] = [
+        (f"chunk graph {key}", partial(runner.capture_chunk_graph, *key)) for key in runner.chunk_graph_keys()
+    ]
+    others: list[Task] = [
+        (f"graph {key}", partial(runner.capture_graph, *key)) for key in keys if key[2] is not Flavour.TEXT
+    ]
+    return text + chunks + others
 
 
 def _prefill_sizes(most: int, prefix: int) -> list[tuple[int, bool]]:
@@ -115,7 +131,8 @@ def _prefill(runner: TorchRunner, num_tokens: int, prefix: int) -> None:
         table = torch.zeros(-(-num_tokens // runner.page_tokens), dtype=torch.int32, device=where)
         tokens = StepTokens(positions, positions % runner.page_tokens)
         tokens.prefills.append(PrefillSegment(num_tokens, 0, prefix, table))
-        tokens.spans = torch.tensor([[0, num_tokens, 0, prefix]], dtype=torch.int32, device=where)
+        spans = chunk_spans(0, 0, num_tokens, 0, prefix)
+        tokens.spans = torch.tensor(spans, dtype=torch.int32, device=where)
         tokens.tables = table.unsqueeze(0)
         hidden = runner.model.forward(runner.model.embed(torch.zeros_like(positions)), tokens, runner.cache)
         runner.model.logits(hidden[torch.zeros(1, dtype=torch.int64, device=where)])

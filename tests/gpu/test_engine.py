@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from loadtest.random_models import random_model
 from shared.protocol import (
     Cancel,
     FromWorker,
+    ImageInput,
     Sampling,
     StepOutputs,
     Submit,
@@ -23,14 +25,17 @@ from shared.protocol import (
     unpack_i32,
     unpack_i64,
 )
+from worker.chunk_graphs import ChunkGraphs
 from worker.device.cuda import CudaDevice
 from worker.engine import Command, Engine
 from worker.models.contract import Model
 from worker.models.dense import Dense
 from worker.models.moondream import Moondream
 from worker.pages import PagePool
+from worker.plan import Chunk
 from worker.prefix_cache import PrefixCache
 from worker.scheduler import Scheduler, SchedulerLimits
+from worker.slot import Slot
 from worker.torch_runner import TorchRunner
 from worker.warm_up import warm_up
 
@@ -112,8 +117,9 @@ def run(
     *,
     rows: int = MAX_ROWS,
     cancels: dict[int, int] | None = None,
+    frames: dict[int, list[bytes]] | None = None,
 ) -> Tokens:
-    """Everything at once; `cancels`: sequence ids by the tick at which they are cancelled."""
+    """Everything at once; `cancels`: sequence ids by the tick at which they are cancelled; `frames`: pixels by id."""
     pool = PagePool(400, PAGE_TOKENS)
     limits = SchedulerLimits(
         max_rows=rows,
@@ -134,7 +140,7 @@ def run(
         depth=depth,
     )
     for submit in submits:
-        inbox.put((GATEWAY, submit, []))
+        inbox.put((GATEWAY, submit, (frames or {}).get(submit.sequence_id, [])))
     tick = 0
     while engine.tick():
         tick += 1
@@ -164,14 +170,13 @@ def test_batched_equals_alone(runner: TorchRunner) -> None:
 @contextmanager
 def eager(runner: TorchRunner) -> Iterator[None]:
     """Run the bodies of the graphs, not the graphs, for a while."""
-    graphs = runner.graphs
-    assert graphs is not None
-    graphs.enabled = False
+    assert runner.graphs is not None and runner.chunk_graphs is not None
+    runner.graphs.enabled = runner.chunk_graphs.enabled = False
     try:
         yield
     finally:
         runner.device.synchronize()
-        graphs.enabled = True
+        runner.graphs.enabled = runner.chunk_graphs.enabled = True
 
 
 def test_graphs_equal_eager(runner: TorchRunner) -> None:
@@ -180,6 +185,44 @@ def test_graphs_equal_eager(runner: TorchRunner) -> None:
     captured = run(runner, submits, 1).tokens  # blocking: which rows meet in a step does not hang on timing
     with eager(runner):
         assert run(runner, submits, 1).tokens == captured
+
+
+def test_captured_chunks_equal_eager_ones(runner: TorchRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and pictures, new and cached, several a step and beside decode rows, over poisoned KV memory."""
+    submits = requests(runner, 16, 13)
+    submits += [msgspec.structs.replace(one, sequence_id=100 + i) for i, one in enumerate(submits[:4])]
+    frames: dict[int, list[bytes]] = {}
+    if runner.model.encoder is not None:
+        pixels = random.Random(1).randbytes(70 * 70 * 3)
+        for number in (1, 5, 9):
+            image = ImageInput(1, 1, 1, 70, 70, hashlib.sha256(pixels).digest())
+            submits[number] = msgspec.structs.replace(submits[number], images=[image])
+            frames[submits[number].sequence_id] = [pixels, pixels]
+    buckets: list[int] = []
+    pad = ChunkGraphs.pad
+
+    def watched(self: ChunkGraphs, slot: Slot, chunks: list[Chunk]) -> int:
+        buckets.append(pad(self, slot, chunks))
+        return buckets[-1]
+
+    monkeypatch.setattr(ChunkGraphs, "pad", watched)
+    with torch.inference_mode():
+        for memory in (*runner.cache.keys, *runner.cache.values):
+            memory.fill_(float("nan"))
+    try:
+        missed = dict(runner.graph_counts.eager_steps_total)
+        captured = run(runner, submits, 1, frames=frames).tokens
+        assert runner.graph_counts.eager_steps_total == missed and any(buckets)
+        assert len(captured) == len(submits)
+        with eager(runner):
+            assert run(runner, submits, 1, frames=frames).tokens == captured
+        assert runner.graph_counts.eager_steps_total["chunk"] > missed.get("chunk", 0)
+        for memory in (*runner.cache.keys, *runner.cache.values):
+            assert bool(memory[0, 0].isfinite().all()), "what padding wrote"
+    finally:
+        with torch.inference_mode():
+            for memory in (*runner.cache.keys, *runner.cache.values):
+                memory.nan_to_num_(0.0)
 
 
 def test_rows_that_need_eager_sampling_beside_rows_that_do_not(runner: TorchRunner) -> None:

@@ -64,7 +64,7 @@ def test_decode(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 64), (16, 8, 128)])
 def test_prefill(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    from worker.kernels.prefill_attention import make_segments, prefill_attention
+    from worker.kernels.prefill_attention import Segments, make_segments, prefill_attention
 
     chunks = [(745, 0, 730), (32, 730, 730), (1, 99, 0), (129, 500, 0)]
     keys = torch.full((200, 16, kv_heads, head_dim), NAN, dtype=dtype, device=device)
@@ -88,8 +88,15 @@ def test_prefill(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, d
         tables.append(table)
         flat += num
     out = torch.full((flat, heads * head_dim), NAN, dtype=dtype, device=device)
-    prefill_attention(query, keys, values, make_segments(spans, tables), out)
+    segments = make_segments(spans, tables)
+    prefill_attention(query, keys, values, segments, out)
     assert out[:3].isnan().all()
+    empty = torch.zeros(20, segments.spans.shape[1], dtype=torch.int32, device=device)
+    padded = torch.full_like(out, NAN)
+    prefill_attention(
+        query, keys, values, Segments(torch.cat([segments.spans, empty]), segments.tables), padded
+    )
+    assert padded[:3].isnan().all() and torch.equal(padded[3:], out[3:]), "empty spans change nothing"
     for (start, num, *_), want in zip(spans, expected, strict=True):
         assert error(out[start : start + num], want) < LIMIT[dtype]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from loadtest.random_models import random_model
-from worker.decode_graphs import GraphCounts
 from worker.device.cuda import CudaDevice
+from worker.graph_table import GraphCounts
 from worker.models.contract import ImageCrops
 from worker.models.moondream import Moondream
 from worker.vision_graphs import VisionGraphs

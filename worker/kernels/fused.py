@@ -16,7 +16,8 @@ from worker.models.contract import KVCache, StepTokens
 
 
 class FusedPlan:
-    """What all layers of one forward share. Nothing here reads the device; decode-only plans can be captured.
+    """What all layers of one forward share. Nothing here reads the device: a plan whose chunks are described there
+    alone can be captured, as one of decode rows can.
 
     `rotation` is (N, 1, R/2) complex64, a rotation a token. Raises ValueError when a chunk ends inside a
     bidirectional prefix that it also begins in.
@@ -38,12 +39,10 @@ class FusedPlan:
                 )
             spans.append((start, chunk.num_tokens, chunk.num_context, prefix))
             start += chunk.num_tokens
-        if spans:
-            if tokens.spans is not None and tokens.tables is not None:
-                most = max(chunk.num_tokens for chunk in tokens.prefills)
-                self._segments = Segments(tokens.spans, tokens.tables, most)
-            else:
-                self._segments = make_segments(spans, [chunk.block_table for chunk in tokens.prefills])
+        if tokens.spans is not None and tokens.tables is not None:
+            self._segments = Segments(tokens.spans, tokens.tables)
+        elif spans:
+            self._segments = make_segments(spans, [chunk.block_table for chunk in tokens.prefills])
 
     def attend(
         self,

@@ -3,6 +3,11 @@
 FlashAttention-2 (Dao 2023): a block of queries walks over the keys with a running softmax. A chunk's own keys
 are read from its pages as well: they were written just before, and one path serves cached context, prefix-cache
 hits and first chunks alike. A query sees keys up to itself, and the whole bidirectional prefix if it lies in it.
+
+The grid is a flat list of spans, up to 64 queries of a chunk each, by heads. What a span is lies on the device, so a
+captured graph serves any chunks that fit into its list. A grid of blocks by heads by chunks would have to be as large
+as one chunk of all tokens times the most chunks: for 768 tokens in up to 16 chunks 192 programs a head, of which at
+most 27 have work, against 28 in the list.
 """
 
 from __future__ import annotations
@@ -17,19 +22,18 @@ from torch import Tensor
 
 from worker.device.base import to_device
 from worker.kernels.compiled import is_interpreted
+from worker.staging import SPAN_FIELDS, SPAN_TOKENS, chunk_spans
 
-BLOCK_QUERIES = 64
 BLOCK_KEYS = 64
-SEGMENT_FIELDS = 4
+_SPAN_STRIDE = tl.constexpr(SPAN_FIELDS)  # in the form in which a kernel may read it
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
     """The prefill chunks of a step, uploaded once and used by every layer."""
 
-    spans: Tensor  # (S, 4) int32: first flattened token, new tokens, cached context, prefix tokens
-    tables: Tensor  # (S, P) int32, rows may be strided; entries beyond a chunk's pages are not read
-    max_queries: int
+    spans: Tensor  # (S, 5) int32 contiguous, see `worker.staging.chunk_spans`; entries of zeros are empty
+    tables: Tensor  # (C, P) int32, rows may be strided; entries beyond a chunk's pages are not read
 
 
 def make_segments(spans: Sequence[tuple[int, int, int, int]], tables: Sequence[Tensor]) -> Segments:
@@ -37,12 +41,13 @@ def make_segments(spans: Sequence[tuple[int, int, int, int]], tables: Sequence[T
 
     One small copy to the device, from pinned memory so that the host does not wait for it.
     """
-    packed = to_device(torch.tensor(spans, dtype=torch.int32), tables[0].device)
+    cut = [span for number, chunk in enumerate(spans) for span in chunk_spans(number, *chunk)]
+    packed = to_device(torch.tensor(cut, dtype=torch.int32), tables[0].device)
     if len(tables) == 1:
         stacked = tables[0].unsqueeze(0)
     else:
         stacked = torch.nn.utils.rnn.pad_sequence(list(tables), batch_first=True)
-    return Segments(packed, stacked, max(span[1] for span in spans))
+    return Segments(packed, stacked)
 
 
 # Whether these happen to be multiples of 16 differs from step to step; a variant for each would be compiled while
@@ -67,28 +72,27 @@ def _attend_chunk(
     BLOCK_K: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    segment = tl.program_id(2)
-    first = tl.load(spans_ptr + segment * 4)
-    num_queries = tl.load(spans_ptr + segment * 4 + 1)
-    context = tl.load(spans_ptr + segment * 4 + 2)
-    prefix = tl.load(spans_ptr + segment * 4 + 3)
-    # Last blocks first: they see the most keys, and the short ones then fill the gaps at the end.
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    if block * BLOCK_Q >= num_queries:
+    # Heads vary fastest: spans with work stand before empty ones, and so do their programs.
+    head = tl.program_id(0)
+    span = spans_ptr + tl.program_id(1) * _SPAN_STRIDE
+    num_queries = tl.load(span + 1)
+    if num_queries == 0:
         return
-    head = tl.program_id(1)
+    first = tl.load(span)
+    start = tl.load(span + 2)
+    prefix = tl.load(span + 3)
+    table_ptr = tables_ptr + tl.load(span + 4) * table_stride
     kv_head = head // GROUP
     dims = tl.arange(0, HEAD_DIM)
-    rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    rows = tl.arange(0, BLOCK_Q)
     exists = rows < num_queries
     flat = (first + rows).to(tl.int64)
     query_at = flat[:, None] * query_stride + head * HEAD_DIM + dims[None, :]
     query = tl.load(query_ptr + query_at, mask=exists[:, None], other=0.0)
     if WIDEN:
         query = query.to(tl.float32)
-    num_keys = context + num_queries
-    position = context + rows
-    last_seen = tl.minimum(tl.where(position < prefix, prefix - 1, position), num_keys - 1)
+    position = start + rows
+    last_seen = tl.where(position < prefix, prefix - 1, position)
     stop = tl.max(tl.where(exists, last_seen, 0), 0) + 1
 
     best = tl.full([BLOCK_Q], -1e30, tl.float32)
@@ -97,7 +101,7 @@ def _attend_chunk(
     for at in range(0, stop, BLOCK_K):
         tokens = at + tl.arange(0, BLOCK_K)
         inside = tokens < stop
-        pages = tl.load(tables_ptr + segment * table_stride + tokens // PAGE_TOKENS, mask=inside, other=0)
+        pages = tl.load(table_ptr + tokens // PAGE_TOKENS, mask=inside, other=0)
         lines = pages.to(tl.int64) * PAGE_TOKENS + tokens % PAGE_TOKENS
         cache_at = (lines * KV_HEADS + kv_head)[:, None] * HEAD_DIM + dims[None, :]
         key = tl.load(keys_ptr + cache_at, mask=inside[:, None], other=0.0)
@@ -123,16 +127,17 @@ def prefill_attention(query: Tensor, keys: Tensor, values: Tensor, segments: Seg
     """Attention of the chunks' queries over their pages, which hold the chunks' own keys already; returns `out`.
 
     query (N, H, D) and out (N, H·D): all flattened tokens of the step, rows may be strided; rows outside every
-    chunk are neither read nor written. keys, values (num_pages, page_tokens, KH, D) contiguous. D a power of two,
-    at least 16. The reference is `worker.models.attention.AttentionPlan`.
+    span are neither read nor written. A chunk that begins inside its prefix holds the rest of it. keys, values
+    (num_pages, page_tokens, KH, D) contiguous. D a power of two, at least 16. The reference is
+    `worker.models.attention.AttentionPlan`.
     """
     _, num_heads, head_dim = query.shape
     page_tokens, kv_heads = keys.shape[1:3]
     assert query.stride(2) == 1 and query.stride(1) == head_dim and out.stride(1) == 1
     assert keys.is_contiguous() and values.is_contiguous() and segments.tables.stride(1) == 1
     assert head_dim & (head_dim - 1) == 0 and num_heads % kv_heads == 0
-    blocks = triton.cdiv(segments.max_queries, BLOCK_QUERIES)
-    _attend_chunk[(blocks, num_heads, len(segments.spans))](
+    assert segments.spans.is_contiguous() and segments.spans.shape[1] == SPAN_FIELDS
+    _attend_chunk[(num_heads, len(segments.spans))](
         query,
         keys,
         values,
@@ -147,7 +152,7 @@ def prefill_attention(query: Tensor, keys: Tensor, values: Tensor, segments: Seg
         GROUP=num_heads // kv_heads,
         HEAD_DIM=head_dim,
         PAGE_TOKENS=page_tokens,
-        BLOCK_Q=BLOCK_QUERIES,
+        BLOCK_Q=SPAN_TOKENS,
         BLOCK_K=BLOCK_KEYS,
         WIDEN=is_interpreted() or query.dtype == torch.float32 or keys.dtype != query.dtype,
         num_warps=4,

@@ -5,21 +5,28 @@ tensors, and nothing else: what Python decided while recording stays decided, an
 goes unnoticed, as on a GPU. As there, recording does not change memory (what it wrote is put back); memory that
 operations allocate while recording belongs to the graph, and is poisoned whenever the graph is not running, for
 the next graph of the shared pool may hold it; and an operation that would make the host wait fails the capture.
+
+Triton kernels that run in its interpreter are recorded as they are launched. Allocating is no work of the device and
+replays as nothing, so what no operation has written since is still poisoned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from worker.device.base import CaptureFailed, Event, Graph
 from worker.device.cpu import CpuDevice
 
+ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "equal", "_pin_memory")
 
 
@@ -63,6 +70,9 @@ class _Recorder(TorchDispatchMode):
             if isinstance(leaf, Tensor) and storage(leaf) not in given:
                 self.own[storage(leaf)] = leaf
                 made.append((place, leaf))
+        if name in ALLOCATES:
+            poison(result)
+            return result
         is_view = not made and not any(a.alias_info and a.alias_info.is_write for a in func._schema.arguments)
         if not is_view:
             self.operations.append((func, args, kwargs, made))
@@ -72,12 +82,41 @@ class _Recorder(TorchDispatchMode):
         for place, argument in enumerate(func._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            for tensor in tree_leaves(value):
-                if not isinstance(tensor, Tensor) or storage(tensor) in self.own:
-                    continue
-                whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-                self.before.setdefault(storage(tensor), (whole, whole.clone()))
+            self._keep(args[place] if place < len(args) else kwargs.get(argument.name))
+
+    def _keep(self, value: Any) -> None:
+        for tensor in tree_leaves(value):
+            if (
+                not isinstance(tensor, Tensor)
+                or storage(tensor) in self.own
+                or storage(tensor) in self.before
+            ):
+                continue
+            whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+            self.before[storage(tensor)] = (whole, whole.clone())
+
+    @contextmanager
+    def launches(self) -> Iterator[None]:
+        """Within it launches of interpreted kernels, of which no dispatch mode is told, are recorded as well. Which
+        of its arguments a kernel writes is not known, so all are put back."""
+        interpreter = sys.modules.get("triton.runtime.interpreter")
+        if interpreter is None:
+            yield
+            return
+        executor = interpreter.GridExecutor
+        launch = executor.__call__
+
+        def record(grid: Any, *args: Any, **kwargs: Any) -> None:
+            with _disable_current_modes():
+                self._keep((args, kwargs))
+                launch(grid, *args, **kwargs)
+            self.operations.append((partial(launch, grid), args, kwargs, []))
+
+        executor.__call__ = record
+        try:
+            yield
+        finally:
+            executor.__call__ = launch
 
 
 class RecordedGraph:
@@ -89,7 +128,7 @@ class RecordedGraph:
         self._replayed = replayed
         recorder = _Recorder()
         try:
-            with recorder:
+            with recorder.launches(), recorder:
                 body()
         except RuntimeError as error:
             raise CaptureFailed(str(error)) from error

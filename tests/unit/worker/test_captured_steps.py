@@ -17,7 +17,8 @@ from shared.protocol import Sampling, Submit, pack_i32
 from tests.unit.worker.graph_device import GraphDevice, RecordedGraph
 from tests.unit.worker.simulation import EPOCH, GATEWAY, Stream
 from tests.unit.worker.test_torch_runner import GOLDEN, Harness, load, mixture
-from worker.decode_graphs import EAGER_RUNS_BEFORE_CAPTURE, Flavour, GraphCounts, bucket_sizes
+from worker.decode_graphs import Flavour, bucket_sizes
+from worker.graph_table import EAGER_RUNS_BEFORE_CAPTURE, GraphCounts
 from worker.models.contract import ImageCrops
 from worker.models.moondream import Moondream
 from worker.plan import StepPlan
@@ -139,10 +140,10 @@ def test_a_prompt_that_finds_no_memory_ends_alone(tiny: Moondream, monkeypatch: 
     runner.capture_graphs()
     prefill = runner._prefill
 
-    def refuse_once(slot: Slot, plan: StepPlan) -> None:
+    def refuse_once(slot: Slot, plan: StepPlan, bucket: int) -> None:
         if plan.decode and any(chunk.seq.sequence_id == 99 for chunk in plan.chunks):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        prefill(slot, plan)
+        prefill(slot, plan, bucket)
 
     monkeypatch.setattr(runner, "_prefill", refuse_once)
     large = (Submit(EPOCH, 99, "99", pack_i32([5] * 40), 9, Sampling(), ignore_eos=True), [])
