@@ -12,7 +12,7 @@ from torch import Tensor
 from worker.kernels.paged_decode_attention import paged_decode_attention
 from worker.kernels.prefill_attention import Segments, make_segments, prefill_attention
 from worker.kernels.rotary_kv_write import rotary_kv_write
-from worker.models.contract import KVCache, StepTokens
+from worker.models.contract import KVCache, StepTokens, check_prefix
 
 
 class FusedPlan:
@@ -32,12 +32,8 @@ class FusedPlan:
         spans = []
         start = 0 if tokens.decode is None else tokens.decode.num_rows
         for chunk in tokens.prefills:
-            prefix = chunk.prefix_tokens
-            if chunk.num_context < prefix and chunk.num_context + chunk.num_tokens < prefix:
-                raise ValueError(
-                    f"a chunk of {chunk.num_tokens} after {chunk.num_context} cuts a prefix of {prefix} tokens"
-                )
-            spans.append((start, chunk.num_tokens, chunk.num_context, prefix))
+            check_prefix(chunk)
+            spans.append((start, chunk.num_tokens, chunk.num_context, chunk.prefix_tokens))
             start += chunk.num_tokens
         if tokens.spans is not None and tokens.tables is not None:
             self._segments = Segments(tokens.spans, tokens.tables)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worker.models.contract import DecodeRows, KVCache, PrefillSegment, StepTokens
+from worker.models.contract import DecodeRows, KVCache, PrefillSegment, StepTokens, check_prefix
 from worker.native.operations import Operations
+from worker.native.token_rows import TokenRows, token_rows
 
 
 @dataclass(slots=True)
@@ -86,9 +87,10 @@ Split = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 class AttentionPlan:
     """What every layer of one forward needs to attend; build it once, call `attend` or `attend_product` once a layer.
 
-    With `native` operations and the step's `rotation` (N, 1, R/2) complex64, `attend_product` has them do all of
-    a decode row's work behind a product of `dtype`, pages read where they lie. Raises ValueError when a chunk ends inside a prefix that it also begins in: positions of a bidirectional
-    prefix need all of it, cached or in the same chunk.
+    With `native` operations and the step's `rotation` (N, 1, R/2) complex64, `attend_product` has them do all of the
+    work behind a product of `dtype` for those tokens that they take (see `token_rows`), pages read where they lie.
+    Raises ValueError when a chunk ends inside a prefix that it also begins in: positions of a bidirectional prefix
+    need all of it, cached or in the same chunk.
     """
 
     def __init__(
@@ -107,30 +109,32 @@ class AttentionPlan:
         self._dtype = cache.keys[0].dtype
         self._rotation = rotation
         self._native: Operations | None = None
-        self._num_native = 0
+        self._native_rows: TokenRows | None = None
+        decode, prefills = tokens.decode, tokens.prefills
         if (
             native is not None
             and rotation is not None
-            and tokens.decode is not None
             and native.can_decode(dtype, self._dtype, cache.keys[0].shape[3], 2 * rotation.shape[-1])
         ):
-            self._native, self._num_native = native, tokens.decode.num_rows
-            self._native_write_index = tokens.write_index[: self._num_native]
-            self._write_index = tokens.write_index[self._num_native :]
+            self._native_rows = rows = token_rows(tokens)
+            if rows is not None:
+                self._native = native
+                self._native_write_index = tokens.write_index[: rows.num]
+                self._write_index = tokens.write_index[rows.num :]
+                decode, prefills = None, prefills if len(self._write_index) else []
         # Without matrix registers a bf16 product with one query row a head is slow: 2.6 times fp32 with casts.
         self._widen = (
             self._dtype != torch.float32 and cache.keys[0].device.type == "cpu" and not multiplies_bf16()
         )
         self._mask_dtype = torch.float32 if self._widen else self._dtype
-        self._decode = tokens.decode
         self._num_decode = 0
         self._decode_pages: Tensor | None = None
         self._decode_mask: Tensor | None = None
-        if tokens.decode is not None and self._native is None:
-            self._plan_decode(tokens.decode)
+        if decode is not None:
+            self._plan_decode(decode)
         start = self._num_decode
         self._segments: list[_Segment] = []
-        for prefill in tokens.prefills:
+        for prefill in prefills:
             self._segments.append(self._plan_segment(prefill, start))
             start += prefill.num_tokens
 
@@ -147,10 +151,9 @@ class AttentionPlan:
         self._decode_mask = mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
 
     def _plan_segment(self, prefill: PrefillSegment, start: int) -> _Segment:
+        check_prefix(prefill)
         queries, context, prefix = prefill.num_tokens, prefill.num_context, prefill.prefix_tokens
         num_keys = context + queries
-        if context < prefix and num_keys < prefix:
-            raise ValueError(f"a chunk of {queries} after {context} cuts a prefix of {prefix} tokens")
         pages: Tensor | None = None
         if context:
             pages = prefill.block_table[: -(-num_keys // self._cache.page_tokens)]
@@ -186,9 +189,10 @@ class AttentionPlan:
         `split` does besides rotating: RMS norm of each head of q and k by weights (H + KH, D) fp32.
         """
         assert self._rotation is not None
-        num = self._num_native
-        if self._native is None or self._decode is None:
+        rows = self._native_rows
+        if self._native is None or rows is None:
             return self._attend_split(layer, split(qkv, self._rotation)).to(qkv.dtype)
+        num = rows.num
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         out = qkv.new_empty(num, num_heads * keys.shape[3])
         self._native.decode(
@@ -196,8 +200,7 @@ class AttentionPlan:
             keys,
             values,
             self._native_write_index,
-            self._decode.block_tables,
-            self._decode.lengths,
+            rows,
             self._rotation,
             num_heads,
             out,

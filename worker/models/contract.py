@@ -41,6 +41,15 @@ class PrefillSegment:
     block_table: Tensor  # (P,) int32
 
 
+def check_prefix(chunk: PrefillSegment) -> None:
+    """Raise ValueError when the chunk ends inside a prefix that it also begins in: its rows need all of that."""
+    num_keys = chunk.num_context + chunk.num_tokens
+    if chunk.num_context < chunk.prefix_tokens and num_keys < chunk.prefix_tokens:
+        raise ValueError(
+            f"a chunk of {chunk.num_tokens} after {chunk.num_context} cuts a prefix of {chunk.prefix_tokens} tokens"
+        )
+
+
 @dataclass(slots=True)
 class StepTokens:
     """Where the N flattened tokens of a step stand."""

@@ -24,7 +24,7 @@ from worker.models.layers import GatedMlp, PackedLinear, RmsNorm, Take
 from worker.models.rope import pair_order, rotation_table
 from worker.models.weights import Checkpoint, Target
 from worker.native.operations import operations
-from worker.native.stack import GatedLayer, decode_stack
+from worker.native.stack import GatedLayer, layer_stack
 
 if TYPE_CHECKING:
     from worker.kernels.fused import FusedPlan
@@ -59,7 +59,7 @@ class Dense:
         head = self._words if sizes.tied else take("lm_head.weight", sizes.vocab_size, sizes.dim)
         self._lm_head = PackedLinear(head)
         layers = [block.native_layer() for block in self._blocks]
-        self._stack = decode_stack(
+        self._stack = layer_stack(
             layers, device, self.dtype, num_heads=sizes.num_heads, eps=sizes.eps, qk_eps=sizes.eps
         )
         self._space = GatherSpace()
@@ -85,8 +85,10 @@ class Dense:
         rotation = self._rotations.index_select(0, tokens.positions)
         if self.fuses:
             return self._forward_fused(hidden, rotation, tokens, cache)
-        if self._stack is not None and self._stack.takes(tokens, cache, rotation):
-            return self._stack.run(hidden, tokens, cache, rotation)
+        if self._stack is not None:
+            done = self._stack.run(hidden, tokens, cache, rotation)
+            if done is not None:
+                return done
         plan = AttentionPlan(tokens, cache, self._space, self._native, rotation, hidden.dtype)
         for layer, block in enumerate(self._blocks):
             hidden = block(hidden, plan, layer)

@@ -19,7 +19,7 @@ from worker.models.moondream_region import RegionModel
 from worker.models.moondream_vision import VisionEncoder
 from worker.models.weights import Checkpoint, Target, read_config
 from worker.native.operations import operations
-from worker.native.stack import ParallelLayer, decode_stack
+from worker.native.stack import ParallelLayer, layer_stack
 
 if TYPE_CHECKING:
     from worker.kernels.fused import FusedPlan
@@ -86,7 +86,7 @@ class Moondream:
         self._post_ln = take_norm(take, "text.post_ln", text.dim)
         self._lm_head = take_linear(take, "text.lm_head", text.dim, text.vocab_size)
         layers = [block.native_layer() for block in self._blocks]
-        self._stack = decode_stack(layers, device, self.dtype, num_heads=text.n_heads, eps=self._post_ln.eps)
+        self._stack = layer_stack(layers, device, self.dtype, num_heads=text.n_heads, eps=self._post_ln.eps)
         self._space = GatherSpace()
         self.fuses = fuses(device, text.head_dim)
         # Whether the host may look for rows that need the region model: cheap on a CPU, where it mostly saves the
@@ -125,8 +125,10 @@ class Moondream:
         rotation = self._rope.index_select(0, tokens.positions)
         if self.fuses:
             return self._forward_fused(hidden, rotation, tokens, cache)
-        if self._stack is not None and self._stack.takes(tokens, cache, rotation):
-            return self._stack.run(hidden, tokens, cache, rotation)
+        if self._stack is not None:
+            done = self._stack.run(hidden, tokens, cache, rotation)
+            if done is not None:
+                return done
         plan = AttentionPlan(tokens, cache, self._space, self._native, rotation, hidden.dtype)
         for layer, block in enumerate(self._blocks):
             hidden = block(hidden, plan, layer)

@@ -1,5 +1,5 @@
-// Owns what stands between a CPU's products in a layer: rotation, KV write and paged attention of the new tokens. A
-// row's result depends on nothing but the row, so a batched sequence equals itself run alone bit for bit.
+// Owns what stands between a CPU's products in a layer: rotation, KV write and paged attention of new tokens, a row
+// each. A row's result depends on nothing but the row, so a batched sequence equals itself run alone bit for bit.
 
 #pragma once
 
@@ -172,70 +172,120 @@ void softmax(float* scores, int64_t length, int64_t width) {
     for (int64_t i = 0; i < width; i += LANES) store(scores + i, load(scores + i) * inverse);
 }
 
-// `after` is fetched last: the first of the keys that the next row begins with.
+// Consecutive rows of one sequence: they see the same pages.
+struct Run {
+    int64_t rows;
+    const int32_t* table;
+};
+
+constexpr int64_t BLOCK_ROWS = 8;  // of one run, which share each key that is loaded
+
+// `count` rows of one run; row r sees the first lengths[r] positions. query and out are (kv_heads, count, group, dim).
+// What a row does not see has a weight of 0, so that it does not matter who stands in the block with it. `after` is
+// fetched last: the first of the keys that the next block begins with.
 template <int VECTORS, typename Kept>
-void attend_row(float* query, const Kept* keys, const Kept* values, const Kept* after, const int32_t* table,
-                int64_t length, Shape shape, float* out, float* scores, int64_t width) {
-    const int group = shape.heads / shape.kv_heads, stride = shape.kv_heads * shape.dim;
+void attend_block(float* query, const Kept* keys, const Kept* values, const Kept* after, const int32_t* table,
+                  int64_t count, const int32_t* lengths, Shape shape, float* out, float* scores, int64_t width) {
+    const int group = shape.heads / shape.kv_heads, stride = shape.kv_heads * shape.dim, together = count * group;
     const int64_t page_size = (int64_t)shape.page_tokens * stride;
     const float scale = 1.0f / std::sqrt((float)shape.dim);
-    arrange<VECTORS, Kept>(query, shape.heads);
+    int64_t longest = 0;
+    for (int64_t row = 0; row < count; row++) longest = lengths[row] > longest ? lengths[row] : longest;
+    arrange<VECTORS, Kept>(query, count * shape.heads);
     for (bool scoring : {true, false}) {
         const Kept *kept = scoring ? keys : values, *last_ahead = scoring ? values + table[0] * page_size : after;
-        for (int64_t at = 0, page = 0; at < length; at += shape.page_tokens, page++) {
-            const bool is_last = at + shape.page_tokens >= length;
-            const int count = is_last ? length - at : shape.page_tokens;
+        for (int64_t at = 0, page = 0; at < longest; at += shape.page_tokens, page++) {
+            const bool is_last = at + shape.page_tokens >= longest;
+            const int tokens = is_last ? longest - at : shape.page_tokens;
             const Kept* here = kept + table[page] * page_size;
             const Kept* ahead = is_last ? last_ahead : kept + table[page + 1] * page_size;
             for (int head = 0; head < shape.kv_heads; head++)
-                Pages<VECTORS, Kept>::group(scoring, group, (scoring ? query : out) + head * group * shape.dim,
-                                            here + head * shape.dim, ahead + head * shape.dim, count, stride,
-                                            scores + head * group * width + at, width, scale);
+                Pages<VECTORS, Kept>::group(scoring, together, (scoring ? query : out) + head * together * shape.dim,
+                                            here + head * shape.dim, ahead + head * shape.dim, tokens, stride,
+                                            scores + head * together * width + at, width, scale);
         }
         if (scoring)
-            for (int head = 0; head < shape.heads; head++) softmax(scores + head * width, length, width);
+            for (int64_t i = 0; i < count * shape.heads; i++)
+                softmax(scores + i * width, lengths[i % together / group], width);
     }
-    restore<VECTORS, Kept>(out, shape.heads);
+    restore<VECTORS, Kept>(out, count * shape.heads);
 }
 
 template <typename Kept>
 bool attend_any(float* query, const Kept* keys, const Kept* values, const Kept* after, const int32_t* table,
-                int64_t length, Shape shape, float* out, float* scores, int64_t width) {
+                int64_t count, const int32_t* lengths, Shape shape, float* out, float* scores, int64_t width) {
     switch (shape.dim / LANES) {
-#define DIM(VECTORS) \
-    case VECTORS:    \
-        return attend_row<VECTORS>(query, keys, values, after, table, length, shape, out, scores, width), true;
+#define DIM(VECTORS)                                                                                             \
+    case VECTORS:                                                                                                \
+        return attend_block<VECTORS>(query, keys, values, after, table, count, lengths, shape, out, scores, width), \
+               true;
         DIM(1) DIM(2) DIM(4) DIM(5) DIM(6) DIM(8)  // heads of 16, 32, 64, 80, 96 and 128
 #undef DIM
     }
     return false;
 }
 
+// Rows of (heads, dim) as (kv_heads, rows, group, dim), or back.
+inline void regroup(const float* from, float* to, int64_t count, Shape shape, bool back) {
+    const int64_t size = (int64_t)(shape.heads / shape.kv_heads) * shape.dim;
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t head = 0; head < shape.kv_heads; head++) {
+            const int64_t by_row = (row * shape.kv_heads + head) * size, by_head = (head * count + row) * size;
+            std::memcpy(to + (back ? by_row : by_head), from + (back ? by_head : by_row), size * sizeof(float));
+        }
+}
+
+// `runs` null: each row is one, with a line of `tables`.
 template <typename Model, typename Kept>
-int decode_rows(int64_t rows, const Model* qkv, Kept* keys, Kept* values, const int64_t* write_index,
+int decode_rows(int64_t rows, const Model* qkv, Kept* keys, Kept* values, const int64_t* write_index, const Run* runs,
                 const int32_t* tables, int64_t table_stride, const int32_t* lengths, const float* rotation, int rotary,
                 const float* weight, float eps, Shape shape, Model* out, int64_t out_stride) {
     const int kept_width = shape.kv_heads * shape.dim, query_width = shape.heads * shape.dim;
-    const int product_width = query_width + 2 * kept_width;
-    const int64_t page_size = (int64_t)shape.page_tokens * kept_width;
+    const int64_t page_size = (int64_t)shape.page_tokens * kept_width, product_width = query_width + 2 * kept_width;
+    int64_t longest = 0;
+    for (int64_t row = 0; row < rows; row++) longest = lengths[row] > longest ? lengths[row] : longest;
+    // Scores are written sixteen at a time, so a head's may run over by as many.
+    const int64_t most_width = (longest + 2 * LANES - 1) / LANES * LANES;
     static thread_local std::vector<float> space;
+    const size_t needed = rows * query_width + kept_width + BLOCK_ROWS * (2 * query_width + shape.heads * most_width);
+    if (space.size() < needed) space.resize(needed + needed / 2);
+    float *queries = space.data(), *kept = queries + rows * query_width, *grouped = kept + kept_width;
+    float *mixed = grouped + BLOCK_ROWS * query_width, *scores = mixed + BLOCK_ROWS * query_width;
+
+    // All keys and values first: a row of a bidirectional prefix sees those of rows behind it.
     for (int64_t row = 0; row < rows; row++) {
-        // Scores are written sixteen at a time, so a head's may run over by as many.
-        const int64_t length = lengths[row], width = (length + 2 * LANES - 1) / LANES * LANES;
-        const size_t needed = product_width + query_width + shape.heads * width;
-        if (space.size() < needed) space.resize(2 * needed);
-        float *heads = space.data(), *mixed = heads + product_width, *scores = mixed + query_width;
         const Model* own = qkv + row * product_width;
-        rotate_heads(own, heads, shape.heads + shape.kv_heads, shape.dim, rotary, rotation + row * rotary, weight, eps);
-        rotate_heads(own + query_width + kept_width, heads + query_width + kept_width, shape.kv_heads, shape.dim, 0,
-                     rotation, (const float*)nullptr, 0.0f);
-        put(heads + query_width, keys + write_index[row] * kept_width, kept_width);
-        put(heads + query_width + kept_width, values + write_index[row] * kept_width, kept_width);
-        std::memset(mixed, 0, query_width * sizeof(float));
-        const int32_t* table = tables + row * table_stride;
-        const Kept *kept = keys, *after = kept + (row + 1 < rows ? table[table_stride] : table[0]) * page_size;
-        if (!attend_any(heads, kept, (const Kept*)values, after, table, length, shape, mixed, scores, width)) return 1;
-        put(mixed, out + row * out_stride, query_width);
+        const float *turn = rotation + row * rotary, *key_weight = weight ? weight + query_width : nullptr;
+        rotate_heads(own, queries + row * query_width, shape.heads, shape.dim, rotary, turn, weight, eps);
+        rotate_heads(own + query_width, kept, shape.kv_heads, shape.dim, rotary, turn, key_weight, eps);
+        put(kept, keys + write_index[row] * kept_width, kept_width);
+        rotate_heads(own + query_width + kept_width, kept, shape.kv_heads, shape.dim, 0, turn, (const float*)nullptr, 0.0f);
+        put(kept, values + write_index[row] * kept_width, kept_width);
+    }
+
+    Run run{0, nullptr};
+    int64_t left = 0;  // of the run
+    for (int64_t row = 0, count; row < rows; row += count) {
+        if (!left) {
+            run = runs ? *runs++ : Run{1, tables + row * table_stride};
+            left = run.rows;
+        }
+        count = left < BLOCK_ROWS ? left : BLOCK_ROWS;
+        left -= count;
+        int64_t width = 0;
+        for (int64_t i = 0; i < count; i++) width = lengths[row + i] > width ? lengths[row + i] : width;
+        width = (width + 2 * LANES - 1) / LANES * LANES;
+        float* query = queries + row * query_width;
+        if (count > 1) regroup(query, grouped, count, shape, false);
+        const bool is_end = row + count == rows;
+        const int32_t* next = left || is_end ? run.table : runs ? runs->table : run.table + table_stride;
+        std::memset(mixed, 0, count * query_width * sizeof(float));
+        if (!attend_any<Kept>(count > 1 ? grouped : query, keys, values, keys + next[0] * page_size, run.table, count,
+                              lengths + row, shape, mixed, scores, width))
+            return 1;
+        if (count > 1) regroup(mixed, grouped, count, shape, true);
+        for (int64_t i = 0; i < count; i++)
+            put((count > 1 ? grouped : mixed) + i * query_width, out + (row + i) * out_stride, query_width);
     }
     return 0;
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from worker.native.library import library
+from worker.native.token_rows import TokenRows
 
 LANES = 16
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
@@ -49,7 +50,7 @@ class Operations:
         ):
             self._decode[dtypes] = declare(
                 f"decode_{_NAMES[dtypes[0]]}_{_NAMES[dtypes[1]]}",
-                *(_COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _POINTER),
+                *(_COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _POINTER),
                 *(_POINTER, _SIZE, _POINTER, _REAL, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _COUNT),
             )
 
@@ -63,8 +64,7 @@ class Operations:
         keys: Tensor,
         values: Tensor,
         write_index: Tensor,
-        tables: Tensor,
-        lengths: Tensor,
+        rows: TokenRows,
         rotation: Tensor,
         num_heads: int,
         out: Tensor,
@@ -74,9 +74,8 @@ class Operations:
         """One new token a row: normalise q and k heads if `qk_weight` is given, rotate them, write K and V, attend.
 
         qkv (B, (H + 2·KH)·D), the two of a rotated pair side by side; `keys` and `values` (pages, page_tokens,
-        KH, D); write_index (B,) int64; tables (B, P) int32; lengths (B,) int32, the new token counted; rotation
-        (B, 1, R/2) complex64; qk_weight (H + KH, D) fp32; out (B, H·D) of qkv's dtype. What is not finite
-        becomes 0 before it is kept.
+        KH, D); write_index (B,) int64; rotation (B, 1, R/2) complex64; qk_weight (H + KH, D) fp32; out (B, H·D) of
+        qkv's dtype. What is not finite becomes 0 before it is kept.
         """
         _, page_tokens, kv_heads, head_dim = keys.shape
         self._decode[qkv.dtype, keys.dtype](
@@ -85,9 +84,8 @@ class Operations:
             keys.data_ptr(),
             values.data_ptr(),
             write_index.data_ptr(),
-            tables.data_ptr(),
-            tables.stride(0),
-            lengths.data_ptr(),
+            *where(rows),
+            rows.lengths.data_ptr(),
             rotation.data_ptr(),
             2 * rotation.shape[-1],
             None if qk_weight is None else qk_weight.data_ptr(),
@@ -133,6 +131,14 @@ class Operations:
         out = both.new_empty(rows, width // 2)
         self._silu_gate[both.dtype](rows, width // 2, both.data_ptr(), out.data_ptr())
         return out
+
+
+def where(rows: TokenRows) -> tuple[int | None, int | None, int]:
+    """Addresses of the runs, or of the block tables and a line's elements."""
+    if rows.runs is not None:
+        return rows.runs.data_ptr(), None, 0
+    assert rows.tables is not None
+    return None, rows.tables.data_ptr(), rows.tables.stride(0)
 
 
 def operations(device: torch.device) -> Operations | None:

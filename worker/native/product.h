@@ -27,6 +27,7 @@ struct Product {
     Real* out;
     int64_t out_stride;
     int kind;
+    const Real* after;  // packed weights that will be wanted next, or null
 };
 
 // `vectors` neighbouring sums of one row, to columns from `column` on.
@@ -114,10 +115,12 @@ void multiply_panels(int64_t rows, const Product<Real>& product, const Real* pac
         const int64_t end = begin + MOST_ROWS < rows ? begin + MOST_ROWS : rows;
         const Real* weight = packed;
         for (int64_t column = 0; column < product.outputs; column += PANEL) {
-            const Real *next = weight + PANEL * product.inputs, *ahead = next;
+            const Real* next = weight + PANEL * product.inputs;
+            const Real* first_ahead = column + PANEL < product.outputs || !product.after ? next : product.after;
+            const Real* ahead = first_ahead;
 #define ROWS(COUNT)                                         \
     panel_rows<COUNT>(product, row, weight, column, ahead); \
-    if (ahead < next + 3 * LANES * product.inputs) ahead += LANES * product.inputs
+    if (ahead < first_ahead + 3 * LANES * product.inputs) ahead += LANES * product.inputs
             int64_t row = begin;
             for (; row + 6 <= end; row += 6) {
                 ROWS(6);

@@ -38,6 +38,7 @@ struct ParallelLayer {
 struct Step {
     int64_t rows, dim;
     const int64_t* write_index;
+    const Run* runs;
     const int32_t* tables;
     int64_t table_stride;
     const int32_t* lengths;
@@ -49,9 +50,10 @@ struct Step {
 
 template <typename Model>
 void multiply(const Linear& linear, int64_t rows, const Model* x, const Model* residual, Model* out, int64_t out_stride,
-              int kind) {
-    const Product<Model> product{linear.inputs, linear.outputs, x,   (const Model*)linear.bias,
-                                 residual,      out,            out_stride, kind};
+              int kind, const Linear* after = nullptr) {
+    const Product<Model> product{linear.inputs, linear.outputs, x,    (const Model*)linear.bias,
+                                 residual,      out,            out_stride, kind,
+                                 after ? (const Model*)after->weight : nullptr};
     Weights<Model>::multiply(rows, product, (const Model*)linear.weight);
 }
 
@@ -59,8 +61,8 @@ template <typename Model, typename Layer>
 int attend(const Step& step, const Layer& layer, const float* qk_weight, const Model* qkv, Model* out, int64_t stride) {
     const Shape shape{step.heads, step.kv_heads, step.head_dim, step.page_tokens};
     const auto decode = [&](auto* keys, auto* values) {
-        return decode_rows(step.rows, qkv, keys, values, step.write_index, step.tables, step.table_stride, step.lengths,
-                           step.rotation, step.rotary, qk_weight, step.qk_eps, shape, out, stride);
+        return decode_rows(step.rows, qkv, keys, values, step.write_index, step.runs, step.tables,
+                           step.table_stride, step.lengths, step.rotation, step.rotary, qk_weight, step.qk_eps, shape, out, stride);
     };
     if (step.keeps_float) return decode((float*)layer.keys, (float*)layer.values);
     return decode((bf16*)layer.keys, (bf16*)layer.values);
@@ -91,12 +93,12 @@ int run_layers(const Step& step, const GatedLayer* layers, int64_t count, Model*
     Model *mixed = space.take(rows * layers->out.inputs), *inner = space.take(rows * inner_dim);
     for (const GatedLayer* layer = layers; layer < layers + count; layer++) {
         rms_norm(rows, dim, hidden, (const Model*)layer->attention_norm, step.eps, normed);
-        multiply(layer->qkv, rows, normed, (const Model*)nullptr, qkv, layer->qkv.outputs, PLAIN);
+        multiply(layer->qkv, rows, normed, (const Model*)nullptr, qkv, layer->qkv.outputs, PLAIN, &layer->out);
         if (attend(step, *layer, layer->qk_weight, qkv, mixed, layer->out.inputs)) return 1;
-        multiply(layer->out, rows, mixed, hidden, hidden, dim, ADD);
+        multiply(layer->out, rows, mixed, hidden, hidden, dim, ADD, &layer->gate_up);
         rms_norm(rows, dim, hidden, (const Model*)layer->mlp_norm, step.eps, normed);
-        multiply(layer->gate_up, rows, normed, (const Model*)nullptr, inner, inner_dim, GATE);
-        multiply(layer->down, rows, inner, hidden, hidden, dim, ADD);
+        multiply(layer->gate_up, rows, normed, (const Model*)nullptr, inner, inner_dim, GATE, &layer->down);
+        multiply(layer->down, rows, inner, hidden, hidden, dim, ADD, layer + 1 < layers + count ? &layer[1].qkv : nullptr);
     }
     return 0;
 }
@@ -110,10 +112,10 @@ int run_layers(const Step& step, const ParallelLayer* layers, int64_t count, Mod
     Model* both = space.take(rows * both_dim);
     for (const ParallelLayer* layer = layers; layer < layers + count; layer++) {
         layer_norm(rows, dim, hidden, (const Model*)layer->norm, (const Model*)layer->norm_bias, step.eps, normed);
-        multiply(layer->qkv, rows, normed, (const Model*)nullptr, qkv, layer->qkv.outputs, PLAIN);
+        multiply(layer->qkv, rows, normed, (const Model*)nullptr, qkv, layer->qkv.outputs, PLAIN, &layer->fc1);
         if (attend(step, *layer, nullptr, qkv, both, both_dim)) return 1;
-        multiply(layer->fc1, rows, normed, (const Model*)nullptr, both + mixed_dim, both_dim, GELU);
-        multiply(layer->out, rows, both, hidden, hidden, dim, ADD);
+        multiply(layer->fc1, rows, normed, (const Model*)nullptr, both + mixed_dim, both_dim, GELU, &layer->out);
+        multiply(layer->out, rows, both, hidden, hidden, dim, ADD, layer + 1 < layers + count ? &layer[1].qkv : nullptr);
     }
     return 0;
 }

@@ -1,8 +1,8 @@
-"""Owns calling all layers of a decode step at once. Decode thread; the call does not hold Python's lock.
+"""Owns calling all layers of a step at once. Decode thread; the call does not hold Python's lock.
 
 Called one by one, some eighty operations of a few microseconds each cost as much again in Python at one row, and
 take its lock back from the I/O thread after every one. The results are those of the single operations, bit for
-bit: a mixed step, whose prefill chunks need torch, runs those.
+bit: a step with a long prefill chunk, which needs torch, runs those.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from worker.models.contract import KVCache, StepTokens
 from worker.native.library import library
-from worker.native.operations import Operations, operations
+from worker.native.operations import Operations, operations, where
+from worker.native.token_rows import token_rows
 
 
 class Linear(Structure):
@@ -61,6 +62,7 @@ class _Step(Structure):
         ("rows", c_int64),
         ("dim", c_int64),
         ("write_index", c_void_p),
+        ("runs", c_void_p),
         ("tables", c_void_p),
         ("table_stride", c_int64),
         ("lengths", c_void_p),
@@ -81,7 +83,7 @@ _FUNCTIONS = {GatedLayer: "gated_layers", ParallelLayer: "parallel_layers"}
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-class DecodeStack:
+class LayerStack:
     """The layers of one model, called together over one paged memory.
 
     `layers` point at weights and norms that the model keeps alive, all of `dtype`; where their keys and values lie is
@@ -107,29 +109,25 @@ class DecodeStack:
         self._cache: KVCache | None = None
         self._step = _Step(heads=num_heads, eps=eps, qk_eps=qk_eps)
 
-    def takes(self, tokens: StepTokens, cache: KVCache, rotation: Tensor) -> bool:
-        """Whether `run` does this step: decode rows alone, over pages that native attention reads."""
-        keys = cache.keys[0]
-        return (
-            tokens.decode is not None
-            and not tokens.prefills
-            and self._native.can_decode(self._dtype, keys.dtype, keys.shape[3], 2 * rotation.shape[-1])
-        )
+    def run(self, hidden: Tensor, tokens: StepTokens, cache: KVCache, rotation: Tensor) -> Tensor | None:
+        """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of the N tokens.
 
-    def run(self, hidden: Tensor, tokens: StepTokens, cache: KVCache, rotation: Tensor) -> Tensor:
-        """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of the N decode rows.
-
-        rotation (N, 1, R/2) complex64. Call only where `takes`.
+        rotation (N, 1, R/2) complex64. None, and nothing done, for a step with a long chunk, or with pages that
+        compiled attention does not read.
         """
-        rows = tokens.decode
-        assert rows is not None
+        keys = cache.keys[0]
+        if not self._native.can_decode(self._dtype, keys.dtype, keys.shape[3], 2 * rotation.shape[-1]):
+            return None
+        rows = token_rows(tokens)
+        if rows is None or rows.num < len(hidden):
+            return None
         if cache is not self._cache:
             self._attach(cache)
         out = hidden.clone(memory_format=torch.contiguous_format)
         step = self._step
         step.rows, step.dim = out.shape
         step.write_index = tokens.write_index.data_ptr()
-        step.tables, step.table_stride = rows.block_tables.data_ptr(), rows.block_tables.stride(0)
+        step.runs, step.tables, step.table_stride = where(rows)
         step.lengths = rows.lengths.data_ptr()
         step.rotation, step.rotary = rotation.data_ptr(), 2 * rotation.shape[-1]
         self._call(byref(step), self._layers, len(self._layers), out.data_ptr())
@@ -145,12 +143,12 @@ class DecodeStack:
         self._cache = cache
 
 
-def decode_stack(
+def layer_stack(
     layers: Sequence[Layer | None], device: torch.device, dtype: torch.dtype, **settings: Any
-) -> DecodeStack | None:
+) -> LayerStack | None:
     """The layers as one call; None where one of them is None or the device has no compiled operations.
 
-    `settings` are `DecodeStack`'s: num_heads, eps, qk_eps.
+    `settings` are `LayerStack`'s: num_heads, eps, qk_eps.
     """
     native, found = operations(device), library(device)
     given = [layer for layer in layers if layer is not None]
@@ -159,4 +157,4 @@ def decode_stack(
     call = getattr(found, f"{_FUNCTIONS[type(given[0])]}_{_NAMES[dtype]}")
     call.argtypes = (POINTER(_Step), c_void_p, c_int64, c_void_p)
     call.restype = ctypes.c_int
-    return DecodeStack(given, dtype, native=native, call=call, **settings)
+    return LayerStack(given, dtype, native=native, call=call, **settings)

@@ -198,6 +198,37 @@ def test_layers_in_one_call_equal_layers_one_by_one(
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-qwen3", "tiny-moondream"])
+def test_chunks_as_rows_equal_chunks_by_torch(
+    native: Operations, shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(shape, CPU, dtype).model
+    ids = torch.arange(5, 105)
+    prefix = 30 if shape == "tiny-moondream" else 0
+
+    @torch.inference_mode()
+    def run(most_keys: int) -> list[torch.Tensor]:
+        monkeypatch.setattr("worker.native.token_rows.MOST_KEYS", most_keys)
+        monkeypatch.setattr("worker.native.token_rows.FEW_QUERIES", 0)
+        driver = Driver(model, kv_dtype=model.kv_dtype)
+        rows = [Row() for _ in range(4)]
+        found = [
+            driver.step([], [(rows[0], model.embed(ids[:37]), prefix), (rows[1], model.embed(ids[:5]), 0)])
+        ]
+        chunks = [(rows[1], model.embed(ids[5:24]), 0), (rows[2], model.embed(ids[9:10]), 0)]
+        found.append(driver.step([(rows[0], model.embed(ids[40:41]))], chunks, padding=1))
+        found.append(driver.step([], [(rows[3], model.embed(ids), prefix)]))
+        return found
+
+    everything, nothing = run(1000), run(0)
+    for got, want in zip(everything, nothing, strict=True):
+        assert relative_error(got, want.float()) < 5 * TOLERANCE[dtype]
+    some = run(40)  # of the chunks only the last is long
+    assert torch.equal(some[0], everything[0]) and torch.equal(some[1], everything[1])
+    assert torch.equal(some[2], nothing[2])
+
+
 @pytest.mark.parametrize("count", [1, 7, 16, 40, 100])
 def test_the_largest_of_rows(native: Operations, count: int) -> None:
     torch.manual_seed(4)
