@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
 from rich.console import Console
@@ -249,18 +249,21 @@ def decode(
     rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
     new_tokens: Annotated[int, typer.Option(help="Tokens each row decodes.")] = 64,
     repeats: Annotated[int, typer.Option(help="Turns each side gets.")] = 5,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of both sides.")] = "float32",
     as_json: JsonFlag = False,
 ) -> None:
-    """The embedded model's decode speed on this CPU beside transformers' generate at equal shape (fp32)."""
+    """The embedded model's decode speed on this CPU beside transformers' generate at equal shape."""
     import torch
 
     from loadtest.pocket_bench import measure_decode
 
-    done = [measure_decode(int(number), new_tokens, repeats, torch.float32) for number in rows.split(",")]
+    done = [
+        measure_decode(int(number), new_tokens, repeats, getattr(torch, dtype)) for number in rows.split(",")
+    ]
     if as_json:
         print(json.dumps(done))
         return
-    table = Table(title="decode tokens/s, one compute thread, fp32")
+    table = Table(title=f"decode tokens/s, one compute thread, {dtype}")
     for name in ("rows", "degas", "transformers", "ratio", "ratio by CPU time"):
         table.add_column(name, justify="right")
     for row in done:

@@ -29,6 +29,7 @@ from worker.engine import Command, Engine
 from worker.models.contract import Model
 from worker.models.registry import load_model
 from worker.native.build import forbid
+from worker.native.products import products
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
 from worker.reports import Outbox
@@ -186,7 +187,11 @@ def _dtype(config: WorkerConfig, device: Device) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
     if device.torch_device.type == "cuda":
         return torch.bfloat16
-    # On a CPU a model that fits the caches gains little from bf16, and in fp32 batches agree to the last token.
+    compiled = products(device.torch_device)
+    if compiled is not None and compiled.multiplies(torch.bfloat16):
+        return torch.bfloat16
+    # By torch's operations a model that fits the caches gains little from bf16, and in fp32 batches agree to the
+    # last token.
     weight_bytes = sum(path.stat().st_size for path in config.model_folder.glob("*.safetensors"))
     return torch.float32 if weight_bytes < SMALL_WEIGHTS_BYTES else torch.bfloat16
 

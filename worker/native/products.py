@@ -44,9 +44,13 @@ class Products:
             pack.restype = multiply.restype = None
             self._pack[dtype], self._multiply[dtype] = pack, multiply
 
+    def multiplies(self, dtype: torch.dtype) -> bool:
+        """Whether there are products of `dtype` at all."""
+        return dtype in self._pack
+
     def can_multiply(self, dtype: torch.dtype, inputs: int, outputs: int) -> bool:
         """Whether `pack` takes a weight (outputs, inputs) of `dtype`."""
-        return dtype in self._pack and inputs % _INPUTS[dtype] == 0 and outputs % _OUTPUTS == 0
+        return self.multiplies(dtype) and inputs % _INPUTS[dtype] == 0 and outputs % _OUTPUTS == 0
 
     def pack(self, weight: Tensor) -> Tensor:
         """weight (out, in) → its elements in the order `multiply` reads them, one dimension."""
