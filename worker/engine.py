@@ -23,7 +23,6 @@ from shared.protocol import (
     Fatal,
     FromGateway,
     ModelCard,
-    Rejected,
     Submit,
     Trace,
     TraceChunk,
@@ -279,19 +278,9 @@ class Engine:
                 self._masks.build_ahead(seq, self.runner.mask_rows(step.slot).shape[1])
         if self._trace is not None:
             self._record_commit(*self._trace, step, before_s, now_s, times)
-        metrics = self.metrics
-        metrics.steps_total += 1
-        metrics.step_rows_total += len(step.plan.samples)
-        metrics.generation_tokens_total += len(done.token_ids)
-        metrics.prefill_tokens_total += sum([chunk.num_tokens for chunk in step.plan.chunks])
-        metrics.zombie_rows_total += done.num_zombies
-        metrics.device_busy_seconds_total += times.busy_s
-        metrics.copy_seconds_total += times.copy_s
-        metrics.wait_seconds_total += now_s - before_s
-        metrics.step_wait.observe(now_s - before_s)
+        self.metrics.on_commit(step.plan, len(done.token_ids), done.num_zombies, times, now_s - before_s)
         if step.follows:  # else there was no work before it, and an idle device is no bubble
-            metrics.bubble_seconds_total += times.idle_s
-            metrics.step_bubble.observe(times.idle_s)
+            self.metrics.on_bubble(times.idle_s)
             if self._governor is not None and self._governor.depth == self._depth_now():
                 self._governor.on_commit(times.busy_s, times.idle_s, len(step.plan.samples), done.num_zombies)
 
@@ -358,16 +347,7 @@ class Engine:
             seq = build_sequence(gateway, message, frames, self.card, now_s, compiled)
             self.scheduler.submit(seq)
         except Refusal as refusal:
-            self.metrics.rejected_total += 1
-            rejected = Rejected(
-                self._epoch,
-                message.sequence_id,
-                refusal.code,
-                refusal.message,
-                refusal.param,
-                self._reports.retry_after_s(len(self.scheduler.waiting)),
-            )
-            self._outbox.send(gateway, rejected)
+            self._reports.send_refusal(gateway, message.sequence_id, refusal, len(self.scheduler.waiting))
 
     def drain(self, deadline_s: float) -> None:
         """Refuse new sequences, end running ones by `deadline_s` from now at the latest, then stop."""

@@ -7,6 +7,8 @@ only grows; the rest are gauges.
 from __future__ import annotations
 
 from shared.histogram import Histogram
+from worker.plan import StepPlan
+from worker.runner import DeviceTimes
 
 
 class WorkerMetrics:
@@ -38,6 +40,25 @@ class WorkerMetrics:
         self.queue_time = Histogram()
         self.prefill_time = Histogram()
         self.decode_time = Histogram()
+
+    def on_commit(
+        self, plan: StepPlan, num_tokens: int, num_zombies: int, times: DeviceTimes, wait_s: float
+    ) -> None:
+        """A step was committed, for which the decode thread waited so long; `num_tokens` were accepted."""
+        self.steps_total += 1
+        self.step_rows_total += len(plan.samples)
+        self.generation_tokens_total += num_tokens
+        self.prefill_tokens_total += sum([chunk.num_tokens for chunk in plan.chunks])
+        self.zombie_rows_total += num_zombies
+        self.device_busy_seconds_total += times.busy_s
+        self.copy_seconds_total += times.copy_s
+        self.wait_seconds_total += wait_s
+        self.step_wait.observe(wait_s)
+
+    def on_bubble(self, idle_s: float) -> None:
+        """The device had nothing to run for so long before a step, though there was work."""
+        self.bubble_seconds_total += idle_s
+        self.step_bubble.observe(idle_s)
 
     def export(self) -> dict[str, float]:
         """Counters and gauges by name; labelled ones as `name|label`."""

@@ -9,6 +9,7 @@ from shared.protocol import (
     Beat,
     Finish,
     FromWorker,
+    Rejected,
     StepOutputs,
     Timing,
     TokenLogprobs,
@@ -17,7 +18,7 @@ from shared.protocol import (
     pack_i64,
 )
 from worker.metrics import WorkerMetrics
-from worker.plan import Committed, StepPlan, StepResult
+from worker.plan import Committed, Refusal, StepPlan, StepResult
 from worker.scheduler import Scheduler
 from worker.sequence import Sequence
 
@@ -72,6 +73,13 @@ class Reports:
         """A terminal event outside of any step: cancelled, expired, failed."""
         message = StepOutputs(self._epoch, 0, b"", b"", b"", [self._finish_event(seq)])
         self._outbox.send(seq.gateway, message)
+
+    def send_refusal(self, gateway: bytes, sequence_id: int, refusal: Refusal, num_waiting: int) -> None:
+        """A request was not taken; nothing follows for it."""
+        self.metrics.rejected_total += 1
+        again_s = self.retry_after_s(num_waiting)
+        rejected = Rejected(self._epoch, sequence_id, refusal.code, refusal.message, refusal.param, again_s)
+        self._outbox.send(gateway, rejected)
 
     def _finish_event(self, seq: Sequence) -> Finish:
         self.count_finish(seq)

