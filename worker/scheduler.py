@@ -82,7 +82,9 @@ class Scheduler:
         # Rows and queue together, as a gateway counts: a row whose sequence has ended is free for it at once, here
         # only when nothing in flight holds it.
         if len(self.sequences) >= limits.max_rows + limits.max_waiting:
-            raise Refusal(ErrorCode.QUEUE_FULL, f"{len(self.sequences)} sequences are running or waiting already")
+            raise Refusal(
+                ErrorCode.QUEUE_FULL, f"{len(self.sequences)} sequences are running or waiting already"
+            )
         key = (seq.gateway, seq.sequence_id)
         assert key not in self.sequences, "the engine drops duplicates"
         self.sequences[key] = seq
