@@ -40,6 +40,7 @@ def short(
     seed: Annotated[int, typer.Option(help="Equal seeds send equal requests at equal times.")] = 0,
     pictures: Annotated[int, typer.Option(help="How many different pictures are asked about.")] = 8,
     picture_px: Annotated[int, typer.Option(help="Side of a picture in pixels.")] = 128,
+    picture_height_px: Annotated[int, typer.Option(help="Cut pictures to this height. 0: squares.")] = 0,
     min_tokens: Annotated[int, typer.Option(help="Smallest output limit of a request.")] = 3,
     max_tokens: Annotated[int, typer.Option(help="Largest output limit of a request.")] = 16,
     connections: Annotated[int, typer.Option(help="WebSocket connections that the lanes share.")] = 4,
@@ -61,7 +62,7 @@ def short(
     """Many short image questions, streamed: time to first token, gaps, totals, goodput and errors."""
     scenario = Scenario(
         url=url, transport=transport, rate=rate, seconds=seconds, max_requests=max_requests, in_flight=in_flight,
-        seed=seed, pictures=pictures, picture_px=picture_px, min_tokens=min_tokens, max_tokens=max_tokens,
+        seed=seed, pictures=pictures, picture_px=picture_px, picture_height_px=picture_height_px, min_tokens=min_tokens, max_tokens=max_tokens,
         connections=connections, warmup_requests=WARMUP_REQUESTS if warmup else 0, request_timeout_s=timeout,
         model=model, api_key=api_key, slo=Slo(slo_ttft_ms, slo_gap_ms, slo_total_ms), i_own_this_host=i_own_this_host,
     )  # fmt: skip

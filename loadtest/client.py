@@ -88,7 +88,12 @@ async def run(
     or dies is a result, not an exception.
     """
     scenario.check()
-    pictures = draw_pictures(scenario.pictures, scenario.seed, size_px=scenario.picture_px)
+    pictures = draw_pictures(
+        scenario.pictures,
+        scenario.seed,
+        size_px=scenario.picture_px,
+        height_px=scenario.picture_height_px,
+    )
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
     headers = {"Content-Type": "application/json", **sse.key_headers(scenario.api_key)}

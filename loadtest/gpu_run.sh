@@ -55,10 +55,12 @@ run() {
   [ "$status" -eq 0 ] || failed=1
 }
 
+# Every picture is new to the server: nothing is kept of those that come again. 700 by 500 pixels are 7 crops.
 serve() {
-  local model=pocket port=18080 seconds=3 side=128 server
+  local model=pocket port=18080 seconds=3 side=128 height=91 server
+  export DEGAS_WORKER_PREFIX_CACHE=false DEGAS_WORKER_FEATURE_BYTES=0
   if [ -z "$smoke" ]; then
-    seconds=20 side=756 model="$(mktemp -d)/moondream2"
+    seconds=20 side=700 height=500 model="$(mktemp -d)/moondream2"
     "$python" -m loadtest.random_models moondream2 "$model" || return 1
   fi
   "$python" -m degas serve --model "$model" --port "$port" --grpc-port -1 --max-rows 64 &
@@ -66,7 +68,8 @@ serve() {
   local status=0
   for tokens in 3 30; do
     "$python" -m degas loadtest short --url "http://127.0.0.1:$port" --warmup --in-flight 64 \
-      --seconds "$seconds" --min-tokens "$tokens" --max-tokens "$tokens" --picture-px "$side" \
+      --seconds "$seconds" --min-tokens "$tokens" --max-tokens "$tokens" --pictures 64 \
+      --picture-px "$side" --picture-height-px "$height" \
       --json "$out/serve-$tokens.json" || { status=1; break; }
   done
   kill "$server"; wait "$server"

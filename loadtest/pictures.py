@@ -34,8 +34,11 @@ class Picture:
     questions: tuple[str, ...]
 
 
-def draw_picture(seed: int, *, size_px: int = 128) -> Picture:
-    """Draw one to four shapes, one to a quarter so that none hides another. Equal seeds give equal bytes."""
+def draw_picture(seed: int, *, size_px: int = 128, height_px: int = 0) -> Picture:
+    """Draw one to four shapes, one to a quarter so that none hides another. Equal seeds give equal bytes.
+
+    `height_px` 0: a square; else what is below that is cut off.
+    """
     rng = random.Random(seed)
     image = Image.new("RGB", (size_px, size_px), rng.choice(BACKGROUNDS))
     draw = ImageDraw.Draw(image)
@@ -48,6 +51,8 @@ def draw_picture(seed: int, *, size_px: int = 128) -> Picture:
         y = (quarter // 2) * half + rng.randint(radius, half - radius)
         _draw_shape(draw, shape, x, y, radius, COLOURS[colour])
         named.append(f"{colour} {shape}")
+    if height_px:
+        image = image.crop((0, 0, size_px, height_px))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     data = buffer.getvalue()
@@ -58,9 +63,10 @@ def draw_picture(seed: int, *, size_px: int = 128) -> Picture:
     )
 
 
-def draw_pictures(count: int, seed: int, *, size_px: int = 128) -> list[Picture]:
+def draw_pictures(count: int, seed: int, *, size_px: int = 128, height_px: int = 0) -> list[Picture]:
     """`count` different pictures."""
-    return [draw_picture(seed * 1_000_003 + index, size_px=size_px) for index in range(count)]
+    seeds = range(seed * 1_000_003, seed * 1_000_003 + count)
+    return [draw_picture(own, size_px=size_px, height_px=height_px) for own in seeds]
 
 
 def _draw_shape(

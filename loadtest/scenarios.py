@@ -48,6 +48,7 @@ class Scenario:
     seed: int = 0
     pictures: int = 8
     picture_px: int = 128
+    picture_height_px: int = 0  # 0: as the width
     min_tokens: int = 3
     max_tokens: int = 16
     connections: int = 4  # WebSocket connections that the lanes share
@@ -75,6 +76,8 @@ class Scenario:
             _check_between("--rate", self.rate, 0.01, MAX_RATE)
         _check_between("--pictures", self.pictures, 1, 1024)
         _check_between("--picture-px", self.picture_px, 32, 1024)
+        if self.picture_height_px:
+            _check_between("--picture-height-px", self.picture_height_px, 32, self.picture_px)
         _check_between("--connections", self.connections, 1, 256)
         _check_between("--min-tokens", self.min_tokens, 1, 4096)
         _check_between("--max-tokens", self.max_tokens, self.min_tokens, 4096)
