@@ -64,7 +64,7 @@ def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
     found = prebuilt(source.parent)
     if found is not None:
         return found
-    compiler = _compiler()
+    compiler = find_compiler()
     if compiler is None or sys.platform == "win32":
         log.info("native_absent", reason="no C++ compiler; decoding uses torch alone")
         return None
@@ -82,7 +82,7 @@ def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
 
 def build_kinds(folder: Path) -> list[Path]:
     """Compile for every kind of processor into `folder`. Raises RuntimeError where that cannot be done."""
-    compiler = _compiler()
+    compiler = find_compiler()
     if compiler is None or platform.machine() != "x86_64":
         raise RuntimeError("libraries for other machines need a C++ compiler on an x86-64 one")
     made = []
@@ -111,7 +111,8 @@ def processor_flags() -> frozenset[str]:
     return frozenset(flags[0] if flags else ())
 
 
-def _compiler() -> str | None:
+def find_compiler() -> str | None:
+    """The C++ compiler that would be used, if there is one."""
     return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
