@@ -30,10 +30,11 @@ from worker.device.base import Device
 from worker.device.cpu import CpuDevice
 from worker.device.cuda import CudaDevice
 from worker.engine import Command, Engine
+from worker.limits import SchedulerLimits
 from worker.pages import PagePool
 from worker.plan import StepPlan, StepResult
 from worker.runner import DeviceTimes
-from worker.scheduler import Scheduler, SchedulerLimits
+from worker.scheduler import Scheduler
 from worker.torch_runner import TorchRunner
 
 GATEWAY, EPOCH, PAGE_TOKENS = b"bench", 1, 16

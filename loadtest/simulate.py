@@ -24,9 +24,10 @@ from worker.device.profiles import GPUS, LAUNCH_S, SHAPES, ModelShape, Profile, 
 from worker.device.sim import SimRunner, fake_card
 from worker.device.timeline import VirtualClock
 from worker.engine import Command, Engine
+from worker.limits import SchedulerLimits
 from worker.pages import PagePool
 from worker.plan import StepPlan, StepResult
-from worker.scheduler import Scheduler, SchedulerLimits
+from worker.scheduler import Scheduler
 
 WARM_UP_STEPS = 50
 MEASURED_TOKENS = 4000  # per row

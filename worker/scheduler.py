@@ -6,29 +6,15 @@ reads a clock and never touches a device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from shared.errors import ErrorCode, FinishReason
 from worker.automaton import TokenAutomaton, TokenTables
 from worker.automaton_slots import AutomatonSlots
+from worker.limits import SchedulerLimits
 from worker.pages import PagePool
 from worker.plan import Chunk, Committed, Refusal, StepPlan, StepResult
 from worker.prefix_cache import PrefixCache
 from worker.sequence import Phase, Sequence
 from worker.waiting import WaitingQueue
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """Bounds of one worker."""
-
-    max_rows: int = 32
-    max_waiting: int = 256
-    step_tokens: int = 1024  # prefill and decode tokens of one step together
-    mixed_tokens: int = 1024  # the same, while rows are decoding: bounds their inter-token gap
-    step_crops: int = 26  # image crops encoded in one step; one picture is always allowed
-    mixed_crops: int = 13  # the same, while rows are decoding
-    max_sequence_tokens: int = 2048
 
 
 class Scheduler:
@@ -57,28 +43,8 @@ class Scheduler:
 
     def submit(self, seq: Sequence) -> None:
         """Queue a new sequence. Raises `Refusal` when it can never fit, or the queue is full."""
-        limits, total = self.limits, self.pages.total * self.pages.page_tokens
-        most = min(limits.max_sequence_tokens, total)
-        if seq.num_prompt + 1 > most:
-            raise Refusal(
-                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the prompt has {seq.num_prompt} tokens; at most {most - 1} fit (context "
-                f"{limits.max_sequence_tokens}, KV memory {total} tokens)",
-                "prompt",
-            )
-        if seq.num_prompt + seq.max_tokens > most:
-            raise Refusal(
-                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the prompt's {seq.num_prompt} tokens and max_tokens {seq.max_tokens} exceed {most}; "
-                f"max_tokens up to {most - seq.num_prompt} fits",
-                "max_tokens",
-            )
-        if seq.prefix_tokens > limits.step_tokens:
-            raise Refusal(
-                ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the picture's {seq.prefix_tokens} prefix tokens exceed the step budget of {limits.step_tokens}",
-                "image",
-            )
+        limits = self.limits
+        limits.check(seq, self.pages.total * self.pages.page_tokens)
         # Rows and queue together, as a gateway counts: a row whose sequence has ended is free for it at once, here
         # only when nothing in flight holds it.
         if len(self.sequences) >= limits.max_rows + limits.max_waiting:

@@ -26,6 +26,7 @@ from worker.device.profiles import PROFILES
 from worker.device.sim import SimRunner, fake_card
 from worker.device.timeline import RealClock
 from worker.engine import Command, Engine
+from worker.limits import SchedulerLimits
 from worker.models.contract import Model
 from worker.models.registry import load_model
 from worker.native.build import forbid
@@ -34,7 +35,7 @@ from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
 from worker.reports import Outbox
 from worker.runner import Runner
-from worker.scheduler import Scheduler, SchedulerLimits
+from worker.scheduler import Scheduler
 from worker.sim_tokenizer import SIM_TOKENIZER, VOCAB_SIZE
 from worker.torch_runner import TorchRunner
 from worker.warm_up import warm_up

@@ -13,10 +13,11 @@ from shared.protocol import FromWorker, StepOutputs, Submit, pack_i32, unpack_i3
 from worker.device.cpu import CpuDevice
 from worker.device.huge_pages import use_huge_pages
 from worker.engine import Command, Engine
+from worker.limits import SchedulerLimits
 from worker.models.registry import load_model
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
-from worker.scheduler import Scheduler, SchedulerLimits
+from worker.scheduler import Scheduler
 from worker.torch_runner import TorchRunner
 
 GATEWAY, EPOCH = b"bench", 1

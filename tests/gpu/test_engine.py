@@ -28,13 +28,14 @@ from shared.protocol import (
 from worker.chunk_graphs import ChunkGraphs
 from worker.device.cuda import CudaDevice
 from worker.engine import Command, Engine
+from worker.limits import SchedulerLimits
 from worker.models.contract import Model
 from worker.models.dense import Dense
 from worker.models.moondream import Moondream
 from worker.pages import PagePool
 from worker.plan import Chunk
 from worker.prefix_cache import PrefixCache
-from worker.scheduler import Scheduler, SchedulerLimits
+from worker.scheduler import Scheduler
 from worker.slot import Slot
 from worker.torch_runner import TorchRunner
 from worker.warm_up import warm_up

@@ -45,12 +45,13 @@ from worker.device.timeline import Clock, VirtualClock
 from worker.engine import Command, Engine
 from worker.grammar import Constraint, SpatialGrammar
 from worker.intake import CompiledSubmit
+from worker.limits import SchedulerLimits
 from worker.mask_filler import MaskFiller, MaskReady
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
 from worker.reports import Outbox
 from worker.rng import uniform
-from worker.scheduler import Scheduler, SchedulerLimits
+from worker.scheduler import Scheduler
 
 GATEWAY = b"gateway-0"
 EPOCH = 7

@@ -21,11 +21,12 @@ from worker.automaton_slots import AutomatonSlots, TableLimits
 from worker.device.base import Device
 from worker.device.cpu import CpuDevice
 from worker.engine import Command, Engine
+from worker.limits import SchedulerLimits
 from worker.models.contract import Model
 from worker.models.registry import load_model
 from worker.pages import PagePool
 from worker.prefix_cache import PrefixCache
-from worker.scheduler import Scheduler, SchedulerLimits
+from worker.scheduler import Scheduler
 from worker.torch_runner import TorchRunner
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden_moondream"
