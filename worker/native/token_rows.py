@@ -1,8 +1,8 @@
 """Owns which tokens of a step the compiled attention takes, each as a row of its own, and what each may see. Decode thread.
 
 A row of decode sees all tokens of its sequence; so does a token of a prompt see those up to itself, or the whole of a
-bidirectional prefix: always a leading part. Torch's attention is a dozen operations a chunk and layer, between which
-all other layers' work would have to come back to Python; short prompts are most of what is served.
+bidirectional prefix: always a leading part. Torch's attention is a dozen operations a chunk in every layer, and keeps a
+step from being one call; short prompts are most of what is served.
 """
 
 from __future__ import annotations
