@@ -77,7 +77,7 @@ def _operations() -> Finding:
         )
     from worker.native.build import SOURCE, find_compiler, prebuilt
 
-    if prebuilt(SOURCE.parent) is not None:
+    if prebuilt(SOURCE) is not None:
         return Finding("operations", "compiled ones for this processor are installed")
     compiler = find_compiler()
     if compiler is not None:

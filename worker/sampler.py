@@ -10,11 +10,6 @@ import torch
 from torch import Tensor
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """(R, V) fp32 → (R,) int64, the most likely ids. `max` because `argmax` is several times slower on CPU."""
-    return logits.max(dim=-1).indices
-
-
 def stochastic(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniforms: Tensor
 ) -> Tensor:

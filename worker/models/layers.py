@@ -68,8 +68,8 @@ class PackedLinear:
         if native is not None and not native.can_multiply(weight.dtype, self.in_features, self.out_features):
             native = None
         self._native: Products | None = native
-        self._gated = gated and native is not None and self.out_features % (2 * LANES) == 0
-        can_gate = gated and not self._gated and self.out_features % (2 * LANES) == 0
+        can_gate = gated and self.out_features % (2 * LANES) == 0
+        self._gated = can_gate and native is not None
         self._operations = operations(weight.device) if can_gate else None
         if self._gated:
             weight, bias = interleave(weight), None if bias is None else interleave(bias)

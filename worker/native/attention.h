@@ -64,27 +64,16 @@ inline void load_head(const bf16* at, Floats* x) {
     if (VECTORS % 2) x[VECTORS - 1] = load(at + (VECTORS - 1) * LANES);
 }
 
-// Heads of floats into that order, and out of it.
+// Heads of floats into that order, or out of it.
 template <int VECTORS, typename Kept>
-void arrange(float* row, int heads) {
+void reorder(float* row, int heads, bool back) {
     if (sizeof(Kept) == sizeof(float)) return;
     for (int head = 0; head < heads; head++, row += VECTORS * LANES)
         for (int i = 0; i + 1 < VECTORS; i += 2) {
-            const Floats x = load(row + i * LANES), y = load(row + (i + 1) * LANES);
-            store(row + i * LANES, evens(x, y));
-            store(row + (i + 1) * LANES, odds(x, y));
-        }
-}
-
-template <int VECTORS, typename Kept>
-void restore(float* row, int heads) {
-    if (sizeof(Kept) == sizeof(float)) return;
-    for (int head = 0; head < heads; head++, row += VECTORS * LANES)
-        for (int i = 0; i + 1 < VECTORS; i += 2) {
-            const Floats x = load(row + i * LANES), y = load(row + (i + 1) * LANES);
-            store(row + i * LANES, __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
-            store(row + (i + 1) * LANES,
-                  __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+            float *first = row + i * LANES, *second = first + LANES;
+            const Floats x = load(first), y = load(second);
+            store(first, back ? lower_pairs(x, y) : evens(x, y));
+            store(second, back ? upper_pairs(x, y) : odds(x, y));
         }
 }
 
@@ -191,7 +180,7 @@ void attend_block(float* query, const Kept* keys, const Kept* values, const Kept
     const float scale = 1.0f / std::sqrt((float)shape.dim);
     int64_t longest = 0;
     for (int64_t row = 0; row < count; row++) longest = lengths[row] > longest ? lengths[row] : longest;
-    arrange<VECTORS, Kept>(query, count * shape.heads);
+    reorder<VECTORS, Kept>(query, count * shape.heads, false);
     for (bool scoring : {true, false}) {
         const Kept *kept = scoring ? keys : values, *last_ahead = scoring ? values + table[0] * page_size : after;
         for (int64_t at = 0, page = 0; at < longest; at += shape.page_tokens, page++) {
@@ -208,7 +197,7 @@ void attend_block(float* query, const Kept* keys, const Kept* values, const Kept
             for (int64_t i = 0; i < count * shape.heads; i++)
                 softmax(scores + i * width, lengths[i % together / group], width);
     }
-    restore<VECTORS, Kept>(out, count * shape.heads);
+    reorder<VECTORS, Kept>(out, count * shape.heads, true);
 }
 
 template <typename Kept>

@@ -56,12 +56,12 @@ def forbid() -> None:
 def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
     """The library built of `source`; None where that is not to be had, with the reason in the log.
 
-    `folder` keeps libraries from start to start; None for the user's cache. Compiling takes 2 to 3 seconds of
+    `folder` keeps libraries from start to start; None for the user's cache. Compiling takes some 5 seconds of
     processor time, finding it again a millisecond.
     """
     if not _allowed:
         return None
-    found = prebuilt(source.parent)
+    found = prebuilt(source)
     if found is not None:
         return found
     compiler = find_compiler()
@@ -70,7 +70,7 @@ def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
         return None
     try:
         folder = _private(folder or Path.home() / ".cache" / "degas")
-        library = folder / f"{source.stem}-{_key(source, compiler)}.so"
+        library = folder / _name(source, _key(compiler))
         if not library.exists():
             log.info("native_compile", source=source.name, note="once; later starts find it in the cache")
             _compile(compiler, source, library, ("-march=native",))
@@ -87,17 +87,19 @@ def build_kinds(folder: Path) -> list[Path]:
         raise RuntimeError("libraries for other machines need a C++ compiler on an x86-64 one")
     made = []
     for kind, (flags, _) in KINDS.items():
-        library = folder / _name(kind)
+        library = folder / _name(SOURCE, kind)
         _compile(compiler, SOURCE, library, flags)
         made.append(library)
     return made
 
 
-def prebuilt(folder: Path) -> ctypes.CDLL | None:
-    """The best library that `build_kinds` left in `folder` of this very source and that this processor runs."""
+def prebuilt(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
+    """The best library of this very source that `build_kinds` left in `folder`, by default beside it, and that this
+    processor runs."""
+    flags = processor_flags()
     for kind, (_, needed) in KINDS.items():
-        library = folder / _name(kind)
-        if library.exists() and needed <= processor_flags():
+        library = (folder or source.parent) / _name(source, kind)
+        if needed <= flags and library.exists():
             try:
                 return ctypes.CDLL(str(library))
             except OSError as error:
@@ -116,20 +118,18 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
-def _name(kind: str) -> str:
-    digest = hashlib.sha256()
-    for read in (SOURCE, *sorted(SOURCE.parent.glob("*.h"))):
-        digest.update(read.read_bytes())
-    return f"{SOURCE.stem}-{kind}-{digest.hexdigest()[:16]}.so"
-
-
-def _key(source: Path, compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=10, check=True).stdout
-    digest = hashlib.sha256(version + _processor().encode())
+def _name(source: Path, made_for: str) -> str:
+    """Another for every change of the source, its headers or the flags."""
+    digest = hashlib.sha256(repr(FLAGS).encode())
     for read in (source, *sorted(source.parent.glob("*.h"))):
         digest.update(read.read_bytes())
-    digest.update(repr((FLAGS, compiler)).encode())
-    return digest.hexdigest()[:16]
+    return f"{source.stem}-{made_for}-{digest.hexdigest()[:16]}.so"
+
+
+def _key(compiler: str) -> str:
+    """This very machine, with this compiler."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=10, check=True).stdout
+    return hashlib.sha256(version + compiler.encode() + _processor().encode()).hexdigest()[:16]
 
 
 def _processor() -> str:

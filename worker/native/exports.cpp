@@ -37,9 +37,9 @@ FOR_DTYPE(bfloat16, bf16)
 
 #define FOR_DTYPES(NAME, REAL, KEPT)                                                                                    \
     int NAME(int64_t rows, const void* qkv, void* keys, void* values, const int64_t* write_index,                       \
-             const Run* runs, const int32_t* tables, int64_t table_stride, const int32_t* lengths, const float* rotation, int rotary,    \
-             const float* weight, float eps, int heads, int kv_heads, int dim, int page_tokens, void* out,              \
-             int64_t out_stride) {                                                                                      \
+             const Run* runs, const int32_t* tables, int64_t table_stride, const int32_t* lengths,                      \
+             const float* rotation, int rotary, const float* weight, float eps, int heads, int kv_heads, int dim,       \
+             int page_tokens, void* out, int64_t out_stride) {                                                          \
         return decode_rows(rows, (const REAL*)qkv, (KEPT*)keys, (KEPT*)values, write_index, runs, tables, table_stride, \
                            lengths, rotation, rotary, weight, eps, Shape{heads, kv_heads, dim, page_tokens},            \
                            (REAL*)out, out_stride);                                                                     \

@@ -7,18 +7,16 @@ gathering of every page before attention may look at it.
 from __future__ import annotations
 
 from ctypes import CDLL, c_float, c_int, c_int64, c_void_p
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from worker.native.library import library
+from worker.native.library import NAMES, bind
 from worker.native.token_rows import TokenRows
 
 LANES = 16
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTER, _COUNT, _SIZE, _REAL = c_void_p, c_int64, c_int, c_float
 
 
@@ -33,7 +31,7 @@ class Operations:
             return function
 
         self._rms_norm, self._layer_norm, self._silu_gate = {}, {}, {}
-        for dtype, name in _NAMES.items():
+        for dtype, name in NAMES.items():
             self._rms_norm[dtype] = declare(
                 f"rms_norm_{name}", _COUNT, _COUNT, _POINTER, _POINTER, _REAL, _POINTER
             )
@@ -49,7 +47,7 @@ class Operations:
             (torch.bfloat16, torch.bfloat16),
         ):
             self._decode[dtypes] = declare(
-                f"decode_{_NAMES[dtypes[0]]}_{_NAMES[dtypes[1]]}",
+                f"decode_{NAMES[dtypes[0]]}_{NAMES[dtypes[1]]}",
                 *(_COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _POINTER),
                 *(_POINTER, _SIZE, _POINTER, _REAL, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _COUNT),
             )
@@ -142,11 +140,5 @@ def where(rows: TokenRows) -> tuple[int | None, int | None, int]:
 
 
 def operations(device: torch.device) -> Operations | None:
-    """The operations; None where they cannot be had (see `library`)."""
-    found = library(device)
-    return None if found is None else _bound(found)
-
-
-@lru_cache(maxsize=1)
-def _bound(found: CDLL) -> Operations:
-    return Operations(found)
+    """The operations; None where they cannot be had (see `library.py`)."""
+    return bind(Operations, device)

@@ -49,8 +49,7 @@ inline void finish(const Product<Real>& product, int64_t row, int64_t column, Fl
         } else if (v % 2 == 0) {
             sums[v] = x;
         } else {
-            const Floats gate = sums[v - 1];
-            store(out + (at - LANES) / 2, gate / (exponential(-gate) + 1.0f) * x);
+            store(out + (at - LANES) / 2, silu(sums[v - 1]) * x);
         }
     }
 }

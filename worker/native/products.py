@@ -7,18 +7,16 @@ them is to run. Besides, its bf16 products on matrix registers round a row other
 from __future__ import annotations
 
 from ctypes import CDLL, c_int, c_int64, c_void_p
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from worker.native.library import library
+from worker.native.library import NAMES, bind
 
 PLAIN, GELU, ADD, GATE = range(4)
 """What becomes of a sum: stored, its GELU (tanh approximation) stored, stored with the residual added; or a SiLU gate:
 of every 32 outputs the first 16 gate the second, and half as many are stored (see `interleave`)."""
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _INPUTS = {torch.float32: 1, torch.bfloat16: 32}  # a layer's inputs are a multiple of these,
 _OUTPUTS = 16  # and its outputs of this
 _PANEL = 64
@@ -35,7 +33,7 @@ class Products:
 
     def __init__(self, library: CDLL) -> None:
         self._pack, self._multiply = {}, {}
-        for dtype, name in _NAMES.items():
+        for dtype, name in NAMES.items():
             if not getattr(library, f"can_multiply_{name}")():
                 continue
             pack, multiply = getattr(library, f"pack_{name}"), getattr(library, f"multiply_{name}")
@@ -88,11 +86,5 @@ class Products:
 
 
 def products(device: torch.device) -> Products | None:
-    """The products; None where they cannot be had (see `library`)."""
-    found = library(device)
-    return None if found is None else _bound(found)
-
-
-@lru_cache(maxsize=1)
-def _bound(found: CDLL) -> Products:
-    return Products(found)
+    """The products; None where they cannot be had (see `library.py`)."""
+    return bind(Products, device)

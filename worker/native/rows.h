@@ -21,10 +21,7 @@ void rms_norm(int64_t rows, int64_t dim, const Model* x, const Model* weight, fl
 template <typename Model>
 void silu_gate(int64_t rows, int64_t dim, const Model* both, Model* out) {
     for (int64_t row = 0; row < rows; row++, both += 2 * dim, out += dim)
-        for (int64_t i = 0; i < dim; i += LANES) {
-            const Floats gate = load(both + i);
-            store(out + i, gate / (exponential(-gate) + 1.0f) * load(both + dim + i));
-        }
+        for (int64_t i = 0; i < dim; i += LANES) store(out + i, silu(load(both + i)) * load(both + dim + i));
 }
 
 template <typename Model>

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from worker.models.contract import KVCache, StepTokens
-from worker.native.library import library
+from worker.native.library import NAMES, library
 from worker.native.operations import Operations, operations, where
 from worker.native.token_rows import token_rows
 
@@ -80,7 +80,6 @@ class _Step(Structure):
 
 Layer = GatedLayer | ParallelLayer
 _FUNCTIONS = {GatedLayer: "gated_layers", ParallelLayer: "parallel_layers"}
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 class LayerStack:
@@ -130,7 +129,8 @@ class LayerStack:
         step.runs, step.tables, step.table_stride = where(rows)
         step.lengths = rows.lengths.data_ptr()
         step.rotation, step.rotary = rotation.data_ptr(), 2 * rotation.shape[-1]
-        self._call(byref(step), self._layers, len(self._layers), out.data_ptr())
+        failed = self._call(byref(step), self._layers, len(self._layers), out.data_ptr())
+        assert not failed, "can_decode was asked"
         return out
 
     def _attach(self, cache: KVCache) -> None:
@@ -152,9 +152,9 @@ def layer_stack(
     """
     native, found = operations(device), library(device)
     given = [layer for layer in layers if layer is not None]
-    if native is None or found is None or len(given) < len(layers) or dtype not in _NAMES:
+    if native is None or found is None or len(given) < len(layers) or dtype not in NAMES:
         return None
-    call = getattr(found, f"{_FUNCTIONS[type(given[0])]}_{_NAMES[dtype]}")
+    call = getattr(found, f"{_FUNCTIONS[type(given[0])]}_{NAMES[dtype]}")
     call.argtypes = (POINTER(_Step), c_void_p, c_int64, c_void_p)
     call.restype = ctypes.c_int
     return LayerStack(given, dtype, native=native, call=call, **settings)

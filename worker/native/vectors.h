@@ -66,6 +66,15 @@ inline Floats odds(Floats x, Floats y) {
     return __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
+// The other way about: x's and y's places in turn, of their first eight and of their last.
+inline Floats lower_pairs(Floats x, Floats y) {
+    return __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+
+inline Floats upper_pairs(Floats x, Floats y) {
+    return __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
 // Sums of neighbours: x's eight, then y's.
 inline Floats halve(Floats x, Floats y) { return evens(x, y) + odds(x, y); }
 
@@ -105,5 +114,7 @@ inline Floats exponential(Floats x) {
     p = p * (r * r) + r + 1.0f;
     return p * (Floats)((whole + 127) << 23);
 }
+
+inline Floats silu(Floats x) { return x / (exponential(-x) + 1.0f); }
 
 }  // namespace

@@ -17,7 +17,7 @@ def test_a_machine_without_a_compiler_serves_and_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
-    monkeypatch.setattr(build, "prebuilt", lambda folder: None)
+    monkeypatch.setattr(build, "prebuilt", lambda source: None)
     assert examine() == 0
     told = capsys.readouterr().out
     assert "no C++ compiler" in told and "install g++" in told

@@ -284,17 +284,17 @@ def test_an_image_brings_libraries_for_other_processors(
     mine = [kind for kind, (_, needed) in build.KINDS.items() if needed <= build.processor_flags()]
     if not mine:
         pytest.skip("a processor without AVX2")
-    assert build.prebuilt(tmp_path) is None
+    assert build.prebuilt(build.SOURCE, tmp_path) is None
     monkeypatch.setattr(build, "KINDS", {kind: build.KINDS[kind] for kind in (mine[0], "amx")})
     made = build.build_kinds(tmp_path)
     assert len(made) == len(set(made)) == len(build.KINDS)
     monkeypatch.setattr(build, "COMPILERS", ())
-    found = build.prebuilt(tmp_path)
+    found = build.prebuilt(build.SOURCE, tmp_path)
     assert found is not None
     torch.manual_seed(5)
     x, weight = torch.randn(4, 64), torch.randn(64)
     assert torch.equal(Operations(found).rms_norm(x, weight, 1e-5), operations(CPU).rms_norm(x, weight, 1e-5))
     monkeypatch.setattr(build, "processor_flags", frozenset)
-    assert build.prebuilt(tmp_path) is None
+    assert build.prebuilt(build.SOURCE, tmp_path) is None
     made[0].rename(tmp_path / "exports-of-another-source.so")
-    assert build.prebuilt(tmp_path) is None
+    assert build.prebuilt(build.SOURCE, tmp_path) is None
