@@ -28,7 +28,7 @@ check: $(VENV)/.dev  ## format, lint, types, import contracts
 setup: $(VENV)/.dev  ## everything that development needs
 
 pocket: $(VENV)/.dev  ## train the embedded model again, from nothing
-	@$(BIN)/python -m worker.pocket.train $(ARGS)
+	@$(BIN)/python -m pocket.train $(ARGS)
 
 mutants: $(VENV)/.dev  ## plant faults in the loop, one at a time, and show that the tests catch each
 	@$(BIN)/python -m tests.mutants $(ARGS)

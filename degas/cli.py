@@ -84,9 +84,9 @@ def keys(context: typer.Context) -> None:
 def main() -> None:
     """Entry point of the console script."""
     try:
-        from loadtest.bench import app as bench
+        from loadtest.bench.cli import app as bench
+        from loadtest.bench.simulate import command as simulate
         from loadtest.cli import app as loadtest
-        from loadtest.simulate import command as simulate
 
         app.add_typer(loadtest, name="loadtest")
         app.add_typer(bench, name="bench")

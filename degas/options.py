@@ -1,4 +1,4 @@
-"""Owns what `degas serve` is told, and turns it into the children's commands and environments. Pure but for ports."""
+"""Owns what `degas serve` is told, and turns it into the children's commands and environments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the decision whether, and how soon, a dead child is started again. Pure: no clock, no processes."""
+"""Owns the decision whether, and how soon, a dead child is started again. The time comes in."""
 
 from __future__ import annotations
 

@@ -22,10 +22,10 @@ from aiohttp import web
 
 from gateway.app import create_app
 from gateway.config import ConfigError, GatewayConfig, load
+from gateway.core.service import Service
+from gateway.decisions.quota import LogQuota
 from gateway.faults import fault_fields
 from gateway.generation import RequestError
-from gateway.quota import LogQuota
-from gateway.service import Service
 from shared.errors import ErrorCode
 from shared.logs import configure_logs
 

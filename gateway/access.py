@@ -1,4 +1,4 @@
-"""Owns who may call: keys, `Host` names and origins. Pure; used by every transport on the gateway's loop."""
+"""Owns who may call: keys, `Host` names and origins. Used by every transport on the gateway's loop."""
 
 from __future__ import annotations
 

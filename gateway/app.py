@@ -13,8 +13,9 @@ from gateway.api import chat, completions, models, moondream
 from gateway.api.answers import Collected, collect
 from gateway.api.parameters import Json
 from gateway.config import GatewayConfig
+from gateway.core.service import Service
 from gateway.generation import GenerateRequest, RequestError
-from gateway.service import Service
+from gateway.scrape import Scrape
 from gateway.transport import sse
 from gateway.transport.http import REQUEST_ID, TENANT, Boundary, Handler, admit_body, json_response, public
 from shared.errors import ErrorCode
@@ -135,9 +136,11 @@ def _ready(service: Service) -> Handler:
 
 
 def _metrics(service: Service) -> Handler:
+    scrape = Scrape(service)
+
     @public("metrics")
     async def handle(request: web.Request) -> web.StreamResponse:
-        body = service.metrics.render()
+        body = scrape.render()
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     return handle

@@ -1,4 +1,4 @@
-"""Owns the one table from `ErrorCode` to HTTP status, WebSocket close code and gRPC status. Pure."""
+"""Owns the one table from `ErrorCode` to HTTP status, WebSocket close code and gRPC status."""
 
 from __future__ import annotations
 

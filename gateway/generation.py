@@ -1,6 +1,6 @@
 """Owns the seam between interfaces (api, transport) and the streaming core: what is asked, what comes back.
 
-Pure data and protocols; everything here runs on the gateway's loop. The core calls a `Listener` directly
+Data and protocols; everything here runs on the gateway's loop. The core calls a `Listener` directly
 from the ZeroMQ drain, so a listener writes straight to its transport and never blocks or awaits: a queue
 and a task per stream would double the cost of a token.
 """
@@ -146,7 +146,7 @@ class RunningStream(Protocol):
 
 
 class Core(Protocol):
-    """The streaming core as interfaces see it (implemented by `gateway.service.Service`)."""
+    """The streaming core as interfaces see it (implemented by `gateway.core.service.Service`)."""
 
     def card(self, model_id: str | None) -> ModelCard:
         """The model's card; None is the default model. Raises `RequestError` MODEL_NOT_FOUND or LOADING."""

@@ -1,4 +1,4 @@
-"""Owns plot frames: scales, ticks and the SVG around a plot's marks. Pure: numbers in, SVG text out.
+"""Owns plot frames: scales, ticks and the SVG around a plot's marks. Numbers in, SVG text out.
 
 Colours are CSS variables of the page, so that one drawing serves light and dark.
 """

@@ -1,4 +1,4 @@
-"""Owns the timing of one request and the adding up of all of them. Pure: times come in as seconds; one task.
+"""Owns the timing of one request and the adding up of all of them. Times come in as seconds; one task.
 
 A request's latencies count from when it was *due*, not from when it was sent: if the server, or this client,
 falls behind, waiting requests show it (no coordinated omission). How late the client itself was is recorded

@@ -1,4 +1,4 @@
-"""Owns what interleaved rounds of several engines add up to: medians, and medians of the ratios within a round. Pure.
+"""Owns what interleaved rounds of several engines add up to: medians, and medians of the ratios within a round.
 
 A shared machine drifts by more than engines differ, so a ratio is only ever taken between runs of the same round.
 """

@@ -1,4 +1,4 @@
-"""Owns a load test's HTML page: one file, nothing fetched, light and dark. Pure: a result in, text out."""
+"""Owns a load test's HTML page: one file, nothing fetched, light and dark. A result in, text out."""
 
 from __future__ import annotations
 

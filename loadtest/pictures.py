@@ -1,4 +1,4 @@
-"""Owns the small pictures the load test asks about. Pure but for Pillow; runs once, before any measurement.
+"""Owns the small pictures the load test asks about. Runs once, before any measurement.
 
 Drawn here and not borrowed from the worker's training scenes: the load test imports nothing of the server.
 """

@@ -1,4 +1,4 @@
-"""Owns the four plots of a load test's page. Pure: a result in, SVG text out."""
+"""Owns the four plots of a load test's page. A result in, SVG text out."""
 
 from __future__ import annotations
 

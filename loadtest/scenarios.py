@@ -1,4 +1,4 @@
-"""Owns what a load test asks for and when: the scenario, its bounds and its seeded plan. Pure; no clock, no sockets."""
+"""Owns what a load test asks for and when: the scenario, its bounds and its seeded plan. No clock, no sockets."""
 
 from __future__ import annotations
 

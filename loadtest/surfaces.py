@@ -1,4 +1,4 @@
-"""Owns what each interface's requests and stream events look like on the wire. Pure: bytes in, facts out.
+"""Owns what each interface's requests and stream events look like on the wire. Bytes in, facts out.
 
 Only the fields that a measurement needs are decoded, with typed decoders, so that reading a token costs the
 client a microsecond and not a dictionary.

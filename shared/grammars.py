@@ -1,4 +1,4 @@
-"""Owns how a `Grammar` of the protocol is spelled for llguidance, and the bounds on its size. Pure; any process.
+"""Owns how a `Grammar` of the protocol is spelled for llguidance, and the bounds on its size. Any process.
 
 The gateway checks a grammar and the worker compiles it: both read this one spelling, so what was checked is
 what runs.

@@ -1,4 +1,4 @@
-"""Owns every gateway⇄worker message, the protocol's version and its codec. Pure; imported by every process.
+"""Owns every gateway⇄worker message, the protocol's version and its codec. Imported by every process.
 
 Messages are frozen, tagged, `array_like` msgspec structs: fields are appended with defaults, never
 reordered or removed. A frame list on the wire is `[message, payload, payload, …]`: large payloads (pixels,
@@ -272,7 +272,7 @@ class Fatal(Message, frozen=True):
 class Beat(Message, frozen=True):
     """Progress heartbeat, sent by the decode thread itself: a loop that hangs falls silent.
 
-    `metrics` holds cumulative counters and gauges by name without prefix (`worker.metrics` lists them);
+    `metrics` holds cumulative counters and gauges by name without prefix (`worker.loop.metrics` lists them);
     `histograms` cumulative bucket counts in the order of `HISTOGRAM_BUCKETS_S`, then the sum.
     """
 

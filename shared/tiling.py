@@ -1,4 +1,4 @@
-"""Owns how a picture is split into overlapping crops: tile counts and canvas size. Pure; any thread.
+"""Owns how a picture is split into overlapping crops: tile counts and canvas size. Any thread.
 
 Both sides of the wire use it: the gateway to resize a picture to its canvas, the worker to cut the canvas
 again and to check what it was sent. Lengths are pixels unless a name says patches.

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LOOP = ("tests/unit/worker/test_loop.py", "tests/unit/worker/test_state_machine.py")
-HOST = tuple(f"tests/unit/worker/test_{name}.py" for name in ("staging", "mask_filler", "depth"))
+LOOP = ("tests/unit/worker/loop/test_loop.py", "tests/unit/worker/loop/test_state_machine.py")
+HOST = tuple(
+    f"tests/unit/worker/{name}.py" for name in ("step/test_staging", "loop/test_masks", "schedule/test_depth")
+)
 WIRE = ("tests/unit/wire/test_scenes.py", "tests/unit/wire/test_state_machine.py")
 
 
@@ -35,103 +37,105 @@ class Mutant:
 MUTANTS = [
     Mutant(
         "free pages while a row is in flight",
-        "worker/scheduler.py",
+        "worker/schedule/scheduler.py",
         "if seq.inflight_refs or seq.phase is not Phase.RUNNING:",
         "if seq.phase is not Phase.RUNNING:",
     ),
     Mutant(
         "forget to count a decode row's reference",
-        "worker/scheduler.py",
+        "worker/schedule/scheduler.py",
         "            seq.num_sampled += 1\n            seq.inflight_refs += 1",
         "            seq.num_sampled += 1",
     ),
     Mutant(
         "reuse a slot before its commit",
-        "worker/pipeline.py",
+        "worker/schedule/pipeline.py",
         "step = InFlight(self._free.popleft(), plan",
         "step = InFlight(0, plan",
     ),
     Mutant(
         "launch one token past max_tokens",
-        "worker/scheduler.py",
+        "worker/schedule/scheduler.py",
         "elif seq.num_sampled < seq.max_tokens:",
         "elif seq.num_sampled <= seq.max_tokens:",
     ),
-    Mutant("commit the newest step first", "worker/pipeline.py", "return self._in_flight[0] if", "return self._in_flight[-1] if"),
-    Mutant("advance a grammar twice", "worker/scheduler.py", "constraint.advance(token_id)", "constraint.advance(token_id); constraint.advance(token_id)"),
+    Mutant("commit the newest step first", "worker/schedule/pipeline.py", "return self._in_flight[0] if", "return self._in_flight[-1] if"),
+    Mutant("advance a grammar twice", "worker/schedule/scheduler.py", "constraint.advance(token_id)", "constraint.advance(token_id); constraint.advance(token_id)"),
     Mutant(
         "forget cancel during prefill",
-        "worker/scheduler.py",
+        "worker/schedule/scheduler.py",
         "        if seq is None or seq.finish is not None:\n            return None",
         "        if seq is None or seq.finish is not None or seq.in_prefill:\n            return None",
     ),
     Mutant(
         "take a zombie's token",
-        "worker/scheduler.py",
+        "worker/schedule/scheduler.py",
         "            if seq.finish is not None:\n                out.num_zombies += 1",
         "            if False:\n                out.num_zombies += 1",
     ),
-    Mutant("off by one in the token index", "worker/scheduler.py", " indexes.append(index)", " indexes.append(index + 1)"),
-    Mutant("off by one in the write position", "worker/staging.py", "seq.pages[p // page_tokens] * page_tokens + p % page_tokens", "seq.pages[p // page_tokens] * page_tokens + (p + 1) % page_tokens"),
-    Mutant("skip a page boundary", "worker/scheduler.py", "or self._grow(seq, seq.num_computed + 1):", "or True:"),
-    Mutant("key the prefix cache without its tenant", "worker/prefix_cache.py", '"little") + seq.tenant.encode())', '"little"))'),
-    Mutant("key the prefix without its picture", "worker/prefix_cache.py", "                digest.update(picture.digest)\n    return", "                pass\n    return"),
-    Mutant("remember pages of generated coordinates by id", "worker/prefix_cache.py", "if seq.is_spatial:", "if False:"),
-    Mutant("split the bidirectional prefix", "worker/scheduler.py", "if start + num < seq.prefix_tokens:", "if False:"),
-    Mutant("sample constrained rows before their predecessor commits", "worker/engine.py", "while (oldest := self.pipeline.oldest) is not step:", "while False:"),
-    Mutant("a NaN row's token is taken", "worker/scheduler.py", "            if bad[i]:", "            if False:"),
-    Mutant("lose a preempted sequence's values", "worker/device/sim.py", "for index, value in seq.values.items():", "for index, value in ():"),
-    Mutant("forget a row on release", "worker/scheduler.py", "self.free_rows.append(seq.row)", "pass"),
-    Mutant("draw by row, not by sequence", "worker/staging.py", "uniforms([s.seed for s in settings]", "uniforms([s.seed + 1 for s in settings]"),
-    Mutant("evict a page that is held", "worker/prefix_cache.py", "            self._idle.pop(page, None)\n", ""),
-    Mutant("copy outputs before sampling", "worker/device/sim.py", "self.copy.wait(self.compute.record())", "pass"),
-    Mutant("two terminal events on cancel", "worker/engine.py", "                if seq is not None:\n                    self._reports.send_finish(seq)", "                if seq is not None:\n                    self._reports.send_finish(seq)\n                    self._reports.send_finish(seq)"),
+    Mutant("off by one in the token index", "worker/schedule/scheduler.py", " indexes.append(index)", " indexes.append(index + 1)"),
+    Mutant("off by one in the write position", "worker/step/staging.py", "seq.pages[p // page_tokens] * page_tokens + p % page_tokens", "seq.pages[p // page_tokens] * page_tokens + (p + 1) % page_tokens"),
+    Mutant("skip a page boundary", "worker/schedule/scheduler.py", "or self._grow(seq, seq.num_computed + 1):", "or True:"),
+    Mutant("key the prefix cache without its tenant", "worker/schedule/prefix_cache.py", '"little") + seq.tenant.encode())', '"little"))'),
+    Mutant("key the prefix without its picture", "worker/schedule/prefix_cache.py", "                digest.update(picture.digest)\n    return", "                pass\n    return"),
+    Mutant("remember pages of generated coordinates by id", "worker/schedule/prefix_cache.py", "if seq.is_spatial:", "if False:"),
+    Mutant("split the bidirectional prefix", "worker/schedule/scheduler.py", "if start + num < seq.prefix_tokens:", "if False:"),
+    Mutant("sample constrained rows before their predecessor commits", "worker/loop/engine.py", "while (oldest := self.pipeline.oldest) is not step:", "while False:"),
+    Mutant("a NaN row's token is taken", "worker/schedule/scheduler.py", "            if bad[i]:", "            if False:"),
+    Mutant("lose a preempted sequence's values", "worker/sim/runner.py", "for index, value in seq.values.items():", "for index, value in ():"),
+    Mutant("forget a row on release", "worker/schedule/scheduler.py", "self.free_rows.append(seq.row)", "pass"),
+    Mutant("draw by row, not by sequence", "worker/step/staging.py", "uniforms([s.seed for s in settings]", "uniforms([s.seed + 1 for s in settings]"),
+    Mutant("evict a page that is held", "worker/schedule/prefix_cache.py", "            self._idle.pop(page, None)\n", ""),
+    Mutant("copy outputs before sampling", "worker/sim/runner.py", "self.copy.wait(self.compute.record())", "pass"),
+    Mutant("two terminal events on cancel", "worker/loop/engine.py", "                if seq is not None:\n                    self._reports.send_finish(seq)", "                if seq is not None:\n                    self._reports.send_finish(seq)\n                    self._reports.send_finish(seq)"),
 ]  # fmt: skip
 
 
 WIRE_MUTANTS = [
-    Mutant("take tokens of a dead epoch", "gateway/worker_client.py", "        if isinstance(message, wire.StepOutputs):\n            if message.epoch != self.epoch:", "        if isinstance(message, wire.StepOutputs):\n            if False:", WIRE),
-    Mutant("believe a dead epoch's last word", "gateway/worker_client.py", "if self.ready is None or fatal.epoch != self.epoch:", "if self.ready is None:", WIRE),
-    Mutant("a new epoch loses nothing of the old", "gateway/worker_client.py", "        if self.ready is not None:\n            self._lose(", "        if self.ready is not None:\n            log.info(", WIRE),
-    Mutant("never notice silence", "gateway/worker_client.py", "elif now_s - self._progress_s >= self._progress_timeout_s:", "elif False:", WIRE),
-    Mutant("forget what a dead worker had said", "gateway/worker_client.py", "            self._drain_all()\n", "", WIRE),
-    Mutant("a send eats the edge", "gateway/worker_client.py", "            self._drain_scheduled = True\n            self._loop.call_soon(self._drain)\n\n    def _has", "            pass\n\n    def _has", WIRE),
-    Mutant("pass over a gap", "gateway/stream.py", "if index != self.next_index:", "if index < self.next_index:", WIRE),
-    Mutant("take a repeated token", "gateway/stream.py", "if index != self.next_index:", "if index > self.next_index:", WIRE),
-    Mutant("off by one in what a finish must have counted", "gateway/stream.py", "num_unsent = 1 if", "num_unsent = 2 if", WIRE),
-    Mutant("forget to retry", "gateway/service.py", "not self.draining and self._recovery.take(flight, now_s):", "not self.draining and False:", WIRE),
-    Mutant("retry twice", "gateway/recovery.py", "MAX_ATTEMPTS = 2", "MAX_ATTEMPTS = 3", WIRE),
-    Mutant("retry what had begun", "gateway/service.py", "if flight.state.next_index == 0 and not self.draining and self", "if not self.draining and self", WIRE),
-    Mutant("retry all at once", "gateway/recovery.py", "if self._on_probation is not None or not self._file:", "if not self._file:", WIRE),
-    Mutant("leak a flight on a crash", "gateway/service.py", "        for flight in lost:\n            self._take_off(flight)\n", "        for flight in lost:\n", WIRE),
-    Mutant("leave orphans running", "gateway/service.py", "            link.cancel(orphans)\n", "            pass\n", WIRE),
-    Mutant("a place in the lane leaks", "gateway/service.py", "            worker.lane.leave(flight.request.tenant, self._now())\n", "            pass\n", WIRE),
-    Mutant("two terminal events for a client that cancels", "gateway/flights.py", "        if self.state.end is None:\n            self._events.stop_sequence(self)\n", "        if True:\n            self._events.stop_sequence(self)\n", WIRE),
-    Mutant("never tell the worker of a cancel", "gateway/flights.py", "            self._events.stop_sequence(self)\n            self.state.cancel()", "            self.state.cancel()", WIRE),
-    Mutant("a listener's fault escapes", "gateway/flights.py", "            except Exception as fault:\n                self._on_listener_fault(flight, fault)\n                return", "            except ConnectionError as fault:\n                self._on_listener_fault(flight, fault)\n                return", WIRE),
+    Mutant("take tokens of a dead epoch", "gateway/core/worker_link.py", "        if isinstance(message, wire.StepOutputs):\n            if message.epoch != self.epoch:", "        if isinstance(message, wire.StepOutputs):\n            if False:", WIRE),
+    Mutant("believe a dead epoch's last word", "gateway/core/worker_link.py", "if self.ready is None or fatal.epoch != self.epoch:", "if self.ready is None:", WIRE),
+    Mutant("a new epoch loses nothing of the old", "gateway/core/worker_link.py", "        if self.ready is not None:\n            self._lose(", "        if self.ready is not None:\n            log.info(", WIRE),
+    Mutant("never notice silence", "gateway/core/worker_link.py", "elif now_s - self._progress_s >= self._progress_timeout_s:", "elif False:", WIRE),
+    Mutant("forget what a dead worker had said", "gateway/core/worker_link.py", "            self._drain_all()\n", "", WIRE),
+    Mutant("a send eats the edge", "gateway/core/worker_link.py", "            self._drain_scheduled = True\n            self._loop.call_soon(self._drain)\n\n    def _has", "            pass\n\n    def _has", WIRE),
+    Mutant("pass over a gap", "gateway/decisions/stream.py", "if index != self.next_index:", "if index < self.next_index:", WIRE),
+    Mutant("take a repeated token", "gateway/decisions/stream.py", "if index != self.next_index:", "if index > self.next_index:", WIRE),
+    Mutant("off by one in what a finish must have counted", "gateway/decisions/stream.py", "num_unsent = 1 if", "num_unsent = 2 if", WIRE),
+    Mutant("forget to retry", "gateway/core/service.py", "not self.draining and self._recovery.take(flight, now_s):", "not self.draining and False:", WIRE),
+    Mutant("retry twice", "gateway/decisions/recovery.py", "MAX_ATTEMPTS = 2", "MAX_ATTEMPTS = 3", WIRE),
+    Mutant("retry what had begun", "gateway/core/service.py", "if flight.state.next_index == 0 and not self.draining and self", "if not self.draining and self", WIRE),
+    Mutant("retry all at once", "gateway/decisions/recovery.py", "if self._on_probation is not None or not self._file:", "if not self._file:", WIRE),
+    Mutant("leak a flight on a crash", "gateway/core/service.py", "        for flight in lost:\n            self._take_off(flight)\n", "        for flight in lost:\n", WIRE),
+    Mutant("leave orphans running", "gateway/core/service.py", "            link.cancel(orphans)\n", "            pass\n", WIRE),
+    Mutant("a place in the lane leaks", "gateway/core/service.py", "            worker.lane.leave(flight.request.tenant, self._now())\n", "            pass\n", WIRE),
+    Mutant("two terminal events for a client that cancels", "gateway/core/flights.py", "        if self.state.end is None:\n            self._events.stop_sequence(self)\n", "        if True:\n            self._events.stop_sequence(self)\n", WIRE),
+    Mutant("never tell the worker of a cancel", "gateway/core/flights.py", "            self._events.stop_sequence(self)\n            self.state.cancel()", "            self.state.cancel()", WIRE),
+    Mutant("a listener's fault escapes", "gateway/core/flights.py", "            except Exception as fault:\n                self._on_listener_fault(flight, fault)\n                return", "            except ConnectionError as fault:\n                self._on_listener_fault(flight, fault)\n                return", WIRE),
     Mutant("never cut off a client that stalls", "gateway/transport/bounded.py", "elif now_s - self._progress_s >= self._stall_s:", "elif False:", WIRE),
     Mutant("no bound on what a client leaves unread", "gateway/transport/bounded.py", "if unread > self._limit_bytes:", "if False:", WIRE),
-    Mutant("take a request for a dead epoch", "worker/engine.py", "if message.epoch != self._epoch:", "if False:", WIRE),
-    Mutant("a lease that ran out goes untold", "worker/transport.py", "            self._inbox.put((gateway, None, []))", "            pass", WIRE),
-    Mutant("a gateway's messages do not renew its lease", "worker/transport.py", "        lease.until_s = self._now() + lease.lease_s\n", "        pass\n", WIRE),
-    Mutant("malformed frames go uncounted", "gateway/service.py", "            link.note(\"malformed\")\n", "            pass\n", WIRE),
+    Mutant("take a request for a dead epoch", "worker/loop/engine.py", "if message.epoch != self._epoch:", "if False:", WIRE),
+    Mutant("a lease that ran out goes untold", "worker/wire/transport.py", "            self._inbox.put((gateway, None, []))", "            pass", WIRE),
+    Mutant("a gateway's messages do not renew its lease", "worker/wire/transport.py", "        lease.until_s = self._now() + lease.lease_s\n", "        pass\n", WIRE),
+    Mutant("malformed frames go uncounted", "gateway/core/service.py", "            link.note(\"malformed\")\n", "            pass\n", WIRE),
 ]  # fmt: skip
 
 
 HOST_MUTANTS = [
-    Mutant("show a row's old pages", "worker/staging.py", "            if pages is not shown:\n                num_shown = 0\n", "", HOST),
-    Mutant("forget that padding overwrote a table", "worker/staging.py", "    views.held[start:end] = [NOTHING] * (end - start)\n", "", HOST),
-    Mutant("forget that a sequence moved to another row", "worker/staging.py", "and rows == views.rows and", "and", HOST),
-    Mutant("let a row run on without its mask", "worker/scheduler.py", "or seq.preempted or seq.awaits_mask:", "or seq.preempted:", HOST),
-    Mutant("resume a row whose mask is being built", "worker/scheduler.py", "best.awaits_mask or not", "not", HOST),
-    Mutant("use a mask built ahead twice", "worker/mask_filler.py", "                seq.ready_mask = None\n", "", HOST),
-    Mutant("never pace a slow row", "worker/mask_filler.py", "seq.is_paced = seq.awaits_mask = True", "pass", HOST),
-    Mutant("stay deep whatever it costs", "worker/depth.py", "min(self.loss, key=", "max(self.loss, key=", HOST),
+    Mutant("show a row's old pages", "worker/step/staging.py", "            if pages is not shown:\n                num_shown = 0\n", "", HOST),
+    Mutant("forget that padding overwrote a table", "worker/step/staging.py", "    views.held[start:end] = [NOTHING] * (end - start)\n", "", HOST),
+    Mutant("forget that a sequence moved to another row", "worker/step/staging.py", "and rows == views.rows and", "and", HOST),
+    Mutant("let a row run on without its mask", "worker/schedule/scheduler.py", "or seq.preempted or seq.awaits_mask:", "or seq.preempted:", HOST),
+    Mutant("resume a row whose mask is being built", "worker/schedule/scheduler.py", "best.awaits_mask or not", "not", HOST),
+    Mutant("use a mask built ahead twice", "worker/loop/masks.py", "                seq.ready_mask = None\n", "", HOST),
+    Mutant("never pace a slow row", "worker/loop/masks.py", "seq.is_paced = seq.awaits_mask = True", "pass", HOST),
+    Mutant("stay deep whatever it costs", "worker/schedule/depth.py", "min(self.loss, key=", "max(self.loss, key=", HOST),
 ]  # fmt: skip
 
 
 NO_FAULT = {
-    suite: Mutant("no fault at all", "worker/scheduler.py", "class Scheduler:", "class Scheduler:", suite)
+    suite: Mutant(
+        "no fault at all", "worker/schedule/scheduler.py", "class Scheduler:", "class Scheduler:", suite
+    )
     for suite in (LOOP, WIRE, HOST)
 }
 

@@ -24,9 +24,9 @@ from shared.errors import ErrorCode
 from shared.logs import configure_logs
 from shared.protocol import Drain, Fatal
 from worker.config import ConfigError, WorkerConfig, load
-from worker.engine import Command
-from worker.grammar_compiler import GrammarCompiler
-from worker.transport import Transport
+from worker.loop.engine import Command
+from worker.wire.compiler import GrammarCompiler
+from worker.wire.transport import Transport
 
 log = structlog.get_logger()
 
@@ -61,7 +61,7 @@ class DecodeThread(threading.Thread):
             sys.stderr.write(f"degas worker: {error}\n")
             self.exit_code = 2
         except Exception as error:
-            from worker.models.weights import (
+            from worker.formats.source import (
                 CheckpointError,
             )  # here, so that a bad flag answers before torch loads
 
@@ -116,7 +116,7 @@ def serve(config: WorkerConfig) -> int:
     epoch = (time.time_ns() // 1000) & ((1 << 53) - 1)
     secure = None
     if config.curve_key_dir is not None:
-        from worker.keys import secure_with
+        from worker.wire.keys import secure_with
 
         secure = secure_with(config.curve_key_dir)
     transport = Transport(config.endpoint, inbox, secure=secure)

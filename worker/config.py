@@ -71,7 +71,7 @@ class WorkerConfig(BaseSettings):
     def model_folder(self) -> Path:
         """Where the checkpoint lies."""
         if self.model == POCKET:
-            return Path(str(files("worker.pocket") / "weights"))
+            return Path(str(files("worker") / "pocket" / "weights"))
         return Path(self.model)
 
 

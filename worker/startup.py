@@ -15,30 +15,32 @@ import structlog
 import torch
 
 from shared.protocol import PROTOCOL_VERSION, Limits, ModelCard, Ready, schema_hash
-from worker.automaton_slots import AutomatonSlots, TableLimits
 from worker.config import ConfigError, WorkerConfig
-from worker.depth import DepthGovernor
-from worker.device.base import Device
+from worker.device.contract import Device
 from worker.device.cpu import CpuDevice
 from worker.device.cuda import CudaDevice
 from worker.device.huge_pages import use_huge_pages
-from worker.device.profiles import PROFILES
-from worker.device.sim import SimRunner, fake_card
-from worker.device.timeline import RealClock
-from worker.engine import Command, Engine
-from worker.limits import SchedulerLimits
+from worker.formats.folder import open_source
+from worker.formats.source import Source
+from worker.loop.engine import Command, Engine
+from worker.loop.reports import Outbox
 from worker.models.contract import Model
 from worker.models.registry import load_model
 from worker.native.build import forbid
 from worker.native.products import products
-from worker.pages import PagePool
-from worker.prefix_cache import PrefixCache
-from worker.reports import Outbox
-from worker.runner import Runner
-from worker.scheduler import Scheduler
-from worker.sim_tokenizer import SIM_TOKENIZER, VOCAB_SIZE
-from worker.torch_runner import TorchRunner
-from worker.warm_up import warm_up
+from worker.schedule.automaton_slots import AutomatonSlots, TableLimits
+from worker.schedule.depth import DepthGovernor
+from worker.schedule.limits import SchedulerLimits
+from worker.schedule.pages import PagePool
+from worker.schedule.prefix_cache import PrefixCache
+from worker.schedule.scheduler import Scheduler
+from worker.sim.profiles import PROFILES
+from worker.sim.runner import SimRunner, fake_card
+from worker.sim.timeline import RealClock
+from worker.sim.tokenizer import SIM_TOKENIZER, VOCAB_SIZE
+from worker.step.contract import Runner
+from worker.step.torch_runner import TorchRunner
+from worker.step.warm_up import warm_up
 
 log = structlog.get_logger()
 
@@ -96,7 +98,7 @@ def build_worker(
     on_beat: Callable[[int], None] | None = None,
 ) -> Worker:
     """Build everything on the calling thread, which becomes the decode thread. Raises `ConfigError` or
-    `worker.models.weights.CheckpointError` with what to do about it."""
+    `worker.formats.source.CheckpointError` with what to do about it."""
     runner: Runner
     if config.device == "sim" or config.model == "sim":
         card, payloads, num_pages = (
@@ -110,12 +112,14 @@ def build_worker(
         with startup.phase("device"):
             device = _open_device(config)
         with startup.phase("load weights"):
-            dtype = _dtype(config, device)
+            source = open_source(config.model_folder)
+            tokenizer, template = source.tokenizer(), source.chat_template()
+            dtype = _dtype(config, device, source)
             with torch.inference_mode():
-                model = load_model(config.model_folder, device.torch_device, dtype, startup.progress)
+                model = load_model(source, device.torch_device, dtype, startup.progress)
         if device.torch_device.type == "cpu":
             log.info("huge_pages", moved_bytes=use_huge_pages())
-        payloads = _payloads(config)
+        payloads = [tokenizer, template.encode()]
         num_pages = config.num_pages or _num_pages(config, device, model)
         card = _fit_context(model.card, (num_pages - 1) * config.page_tokens)
         with startup.phase("allocate"):
@@ -183,7 +187,7 @@ def _open_device(config: WorkerConfig) -> Device:
     return CpuDevice(num_threads=config.threads)
 
 
-def _dtype(config: WorkerConfig, device: Device) -> torch.dtype:
+def _dtype(config: WorkerConfig, device: Device, source: Source) -> torch.dtype:
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
     if device.torch_device.type == "cuda":
@@ -193,8 +197,7 @@ def _dtype(config: WorkerConfig, device: Device) -> torch.dtype:
         return torch.bfloat16
     # By torch's operations a model that fits the caches gains little from bf16, and in fp32 batches agree to the
     # last token.
-    weight_bytes = sum(path.stat().st_size for path in config.model_folder.glob("*.safetensors"))
-    return torch.float32 if weight_bytes < SMALL_WEIGHTS_BYTES else torch.bfloat16
+    return torch.float32 if source.num_bytes < SMALL_WEIGHTS_BYTES else torch.bfloat16
 
 
 def _num_pages(config: WorkerConfig, device: Device, model: Model) -> int:
@@ -273,20 +276,3 @@ def _sim_runner(config: WorkerConfig, card: ModelCard, num_pages: int) -> SimRun
         step_tokens=config.step_tokens,
         exact=False,
     )
-
-
-def _payloads(config: WorkerConfig) -> list[bytes]:
-    folder = config.model_folder
-    tokenizer = folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise ConfigError(f"{folder} has no tokenizer.json, which the gateway needs to speak text")
-    template = b""
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        path = folder / name
-        if path.is_file():
-            template = path.read_bytes()
-            if name.endswith(".json"):
-                found = json.loads(template).get("chat_template")
-                template = found.encode() if isinstance(found, str) else b""
-            break
-    return [tokenizer.read_bytes(), template]

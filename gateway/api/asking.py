@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from gateway.api.parameters import SamplingFields, samplings, stop_ids, stops
 from gateway.api.prompts import Prompt
 from gateway.api.structured import Wanted, grammar
+from gateway.core.service import Service
 from gateway.generation import GenerateRequest
-from gateway.service import Service
 from shared.protocol import Grammar, ModelCard, Sampling
 
 

@@ -23,9 +23,9 @@ from gateway.api.parameters import (
     token_budget,
 )
 from gateway.api.prompts import Message, compose_chat
+from gateway.core.service import Service
+from gateway.core.tokens import ModelTokens
 from gateway.generation import Delta, End, GenerateRequest, SpatialObject
-from gateway.service import Service
-from gateway.tokens import ModelTokens
 
 _REFUSED: Final = (
     "tools",

@@ -1,4 +1,4 @@
-"""Owns what is the same around every chunk of an OpenAI answer: its head, its usage, its end mark. Pure; gateway's loop."""
+"""Owns what is the same around every chunk of an OpenAI answer: its head, its usage, its end mark. Gateway's loop."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ from gateway.api.parameters import (
     token_budget,
 )
 from gateway.api.prompts import Prompt
+from gateway.core.service import Service
+from gateway.core.tokens import ModelTokens
 from gateway.generation import Delta, End, GenerateRequest, RequestError, SpatialObject, TokenInfo
-from gateway.service import Service
-from gateway.tokens import ModelTokens
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard
 

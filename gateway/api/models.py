@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.api.parameters import Json
-from gateway.service import Service
+from gateway.core.service import Service
 from shared.protocol import ModelCard
 
 

@@ -22,8 +22,8 @@ from gateway.api.parameters import (
     token_budget,
 )
 from gateway.api.prompts import task_prompt
+from gateway.core.service import Service
 from gateway.generation import Delta, End, GenerateRequest, PreparedImage, RequestError, SpatialObject
-from gateway.service import Service
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard, Sampling
 

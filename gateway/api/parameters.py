@@ -1,4 +1,4 @@
-"""Owns the fields that OpenAI's generation endpoints share: their bounds, checks and meaning. Pure.
+"""Owns the fields that OpenAI's generation endpoints share: their bounds, checks and meaning.
 
 A field is used, or accepted because leaving it out changes nothing, or refused by name. Nothing that changes
 the answer is ignored silently.

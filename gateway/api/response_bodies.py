@@ -1,4 +1,4 @@
-"""Owns what a Responses client may send: bodies and WebSocket messages, their fields and bounds. Pure.
+"""Owns what a Responses client may send: bodies and WebSocket messages, their fields and bounds.
 
 The same body serves `POST /v1/responses` and `response.create` on the WebSocket. The extension field `degas`
 selects Moondream's tasks: `{"task": "detect", "object": "red circle"}`.

@@ -1,4 +1,4 @@
-"""Owns the events of the Responses API as they look on the wire. Pure data; runs on the gateway's loop."""
+"""Owns the events of the Responses API as they look on the wire. Runs on the gateway's loop."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from gateway.api.response_bodies import CreateBody, DegasOptions, Item, Part, Te
 from gateway.api.response_events import response_id_of
 from gateway.api.response_stream import Opening
 from gateway.api.structured import Wanted, schema_grammar
+from gateway.core.service import Service
 from gateway.generation import GenerateRequest, RequestError
-from gateway.service import Service
 from shared.errors import ErrorCode
 from shared.protocol import Grammar, ModelCard
 

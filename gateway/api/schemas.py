@@ -1,4 +1,4 @@
-"""Owns what a JSON schema is taken to mean where JSON Schema leaves it open. Pure; gateway's loop.
+"""Owns what a JSON schema is taken to mean where JSON Schema leaves it open. Gateway's loop.
 
 An object whose schema lists its properties and says nothing about others may have any others, and a small model
 adds some until its tokens run out. Such objects are closed: whatever the closed schema allows, the open one

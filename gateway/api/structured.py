@@ -8,7 +8,7 @@ import msgspec
 
 from gateway.api.parameters import Json, ResponseFormat, SamplingFields, invalid
 from gateway.api.schemas import close_objects
-from gateway.service import Service
+from gateway.core.service import Service
 from shared.grammars import MAX_CHOICES, MAX_DEPTH, MAX_SOURCE_BYTES
 from shared.protocol import Grammar
 

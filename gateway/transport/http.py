@@ -19,13 +19,13 @@ from aiohttp import web
 
 from gateway.access import Access
 from gateway.config import GatewayConfig
+from gateway.core.metrics import Metrics
+from gateway.core.service import Service
+from gateway.core.tracing import CALLER, caller
+from gateway.decisions.quota import LogQuota
 from gateway.errors import error_body, error_headers, http_status
 from gateway.faults import fault_fields
 from gateway.generation import RequestError
-from gateway.metrics import Metrics
-from gateway.quota import LogQuota
-from gateway.service import Service
-from gateway.tracing import CALLER, caller
 from gateway.transport.refusal import Refusals
 from shared.errors import ErrorCode
 

@@ -18,10 +18,10 @@ from gateway.api import response_bodies, responses
 from gateway.api.conversations import Conversations
 from gateway.api.response_bodies import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer
 from gateway.api.response_stream import ResponseStream
+from gateway.core.service import Service
 from gateway.errors import error_headers, error_object, http_status
 from gateway.faults import fault_fields
 from gateway.generation import End, RequestError, Usage
-from gateway.service import Service
 from gateway.transport.frames import FrameWriter
 from shared.errors import ErrorCode, FinishReason
 

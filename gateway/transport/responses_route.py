@@ -9,8 +9,8 @@ from aiohttp import web
 from gateway.api import response_bodies, responses
 from gateway.api.conversations import Conversations
 from gateway.api.response_stream import ResponseStream, Sink
+from gateway.core.service import Service
 from gateway.generation import End
-from gateway.service import Service
 from gateway.transport.http import TENANT, admit_body, json_response
 from gateway.transport.sse import EventWriter
 

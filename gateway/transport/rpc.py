@@ -24,10 +24,10 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
 from gateway.access import Access, key_of
 from gateway.config import GatewayConfig
+from gateway.core.service import Service
+from gateway.core.tracing import CALLER, caller
 from gateway.errors import grpc_status, retry_after_s
 from gateway.generation import Delta, End, RequestError, RunningStream, SpatialObject, TokenInfo
-from gateway.service import Service
-from gateway.tracing import CALLER, caller
 from gateway.transport.rpc_requests import read_request
 from shared.errors import ErrorCode, FinishReason
 

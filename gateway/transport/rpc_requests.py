@@ -25,8 +25,8 @@ from gateway.api.parameters import (
     token_budget,
 )
 from gateway.api.prompts import task_prompt
+from gateway.core.service import Service
 from gateway.generation import GenerateRequest, PreparedImage, RequestError
-from gateway.service import Service
 from shared.errors import ErrorCode
 from shared.protocol import Grammar, ModelCard
 

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 from aiohttp import HttpVersion11, web
 
 from gateway.config import GatewayConfig
+from gateway.core.metrics import Metrics
 from gateway.errors import error_body
 from gateway.generation import (
     Delta,
@@ -23,7 +24,6 @@ from gateway.generation import (
     RunningStream,
     SpatialObject,
 )
-from gateway.metrics import Metrics
 from gateway.transport.bounded import BoundedWriter
 
 _COMMIT_S: Final = 0.5  # without any event for so long, the headers go out alone

@@ -19,9 +19,9 @@ from gateway.api import response_bodies
 from gateway.api.conversations import Conversations
 from gateway.api.response_bodies import Authenticate
 from gateway.config import GatewayConfig
+from gateway.core.service import Service
 from gateway.errors import websocket_close
 from gateway.generation import RequestError
-from gateway.service import Service
 from gateway.transport.frames import FrameWriter
 from gateway.transport.http import authenticates_itself
 from gateway.transport.lanes import Lanes, error_event

@@ -1,4 +1,4 @@
-"""Owns which engines there are to compare with: how each is started, and what to say where it is missing. Pure."""
+"""Owns which engines there are to compare with: how each is started, and what to say where it is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VLLM: Final = "vllm"
 LLAMA_CPP: Final = "llama.cpp"
 
 SHAPES: Final = {"30m": "llama-30m", "0.5b": "llama-0.5b", "tiny": "tiny-llama"}
-"""What `--shape` takes, and what `loadtest.random_models` calls it."""
+"""What `--shape` takes, and what `loadtest.gpu.random_models` calls it."""
 CONTEXT_TOKENS: Final = 2048
 MODEL_ID: Final = "bench"
 

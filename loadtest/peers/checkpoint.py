@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from loadtest.gpu.random_models import SHAPES as RANDOM_SHAPES
+from loadtest.gpu.random_models import random_model
 from loadtest.peers.catalog import CONTEXT_TOKENS, MODEL_ID, SHAPES
-from loadtest.random_models import SHAPES as RANDOM_SHAPES
-from loadtest.random_models import random_model
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 

@@ -12,13 +12,14 @@ from loadtest.peers.side import Run, Spec, Stamp, read_clocks, serve, timed_run
 from shared.protocol import FromWorker, StepOutputs, Submit, pack_i32, unpack_i32, unpack_i64
 from worker.device.cpu import CpuDevice
 from worker.device.huge_pages import use_huge_pages
-from worker.engine import Command, Engine
-from worker.limits import SchedulerLimits
+from worker.formats.folder import open_source
+from worker.loop.engine import Command, Engine
 from worker.models.registry import load_model
-from worker.pages import PagePool
-from worker.prefix_cache import PrefixCache
-from worker.scheduler import Scheduler
-from worker.torch_runner import TorchRunner
+from worker.schedule.limits import SchedulerLimits
+from worker.schedule.pages import PagePool
+from worker.schedule.prefix_cache import PrefixCache
+from worker.schedule.scheduler import Scheduler
+from worker.step.torch_runner import TorchRunner
 
 GATEWAY, EPOCH = b"bench", 1
 CONTEXT_TOKENS, PAGE_TOKENS = 2048, 16
@@ -57,7 +58,7 @@ class DegasSide:
     ) -> None:
         device = CpuDevice(num_threads=threads)
         with torch.inference_mode():
-            self.model = load_model(folder, device.torch_device, dtype, lambda *_: None)
+            self.model = load_model(open_source(folder), device.torch_device, dtype, lambda *_: None)
         use_huge_pages()
         num_pages = rows * -(-row_tokens // PAGE_TOKENS) + 2 * rows + 1
         pool = PagePool(num_pages, PAGE_TOKENS)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.config import ConfigError
-from gateway.tracing import caller
+from gateway.core.tracing import caller
 from shared.errors import ErrorCode, FinishReason
 from tests.fake_worker import End, FakeWorker, Token
 from tests.gateway_thread import GatewayThread

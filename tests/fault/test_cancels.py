@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.cancels import run_cancels
+from loadtest.bench.cancels import run_cancels
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import torch
 
-from loadtest.random_models import random_model
+from loadtest.gpu.random_models import random_model
 from shared.protocol import (
     Cancel,
     FromWorker,
@@ -25,20 +25,20 @@ from shared.protocol import (
     unpack_i32,
     unpack_i64,
 )
-from worker.chunk_graphs import ChunkGraphs
 from worker.device.cuda import CudaDevice
-from worker.engine import Command, Engine
-from worker.limits import SchedulerLimits
+from worker.loop.engine import Command, Engine
 from worker.models.contract import Model
 from worker.models.dense import Dense
 from worker.models.moondream import Moondream
-from worker.pages import PagePool
-from worker.plan import Chunk
-from worker.prefix_cache import PrefixCache
-from worker.scheduler import Scheduler
-from worker.slot import Slot
-from worker.torch_runner import TorchRunner
-from worker.warm_up import warm_up
+from worker.schedule.limits import SchedulerLimits
+from worker.schedule.pages import PagePool
+from worker.schedule.plan import Chunk
+from worker.schedule.prefix_cache import PrefixCache
+from worker.schedule.scheduler import Scheduler
+from worker.step.chunk_graphs import ChunkGraphs
+from worker.step.slot import Slot
+from worker.step.torch_runner import TorchRunner
+from worker.step.warm_up import warm_up
 
 GATEWAY, EPOCH, PAGE_TOKENS, MAX_ROWS = b"test", 1, 16, 8
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worker.sampler import apply_mask, stochastic
+from worker.step.sampler import apply_mask, stochastic
 
 NAN = float("nan")
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

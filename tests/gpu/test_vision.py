@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from loadtest.random_models import random_model
+from loadtest.gpu.random_models import random_model
 from worker.device.cuda import CudaDevice
-from worker.graph_table import GraphCounts
-from worker.models.contract import ImageCrops
+from worker.forward import ImageCrops
 from worker.models.moondream import Moondream
-from worker.vision_graphs import VisionGraphs
+from worker.step.graph_table import GraphCounts
+from worker.step.vision_graphs import VisionGraphs
 
 
 def picture(model: Moondream, tiles_h: int, tiles_w: int) -> ImageCrops:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loadtest.processes import WorkerProbe, free_port, wait_ready
+from loadtest.bench.processes import WorkerProbe, free_port, wait_ready
 
 
 @dataclass

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from loadtest import engine_bench, serve_bench
+from loadtest.peers import engine_bench, serve_bench
 from loadtest.peers.catalog import Pythons, engine_peers
 from loadtest.peers.servers import known_servers
 

@@ -7,8 +7,8 @@ import os
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from loadtest.cancels import run_cancels
-from tests.unit.worker.machine import Loop
+from loadtest.bench.cancels import run_cancels
+from tests.unit.worker.loop.machine import Loop
 
 
 def test_the_loop_through_many_long_histories() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from worker.device.base import Event, Graph, Stream
+from worker.device.contract import Event, Graph, Stream
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEEP_BYTES = 1 << 30

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from worker.device.base import CaptureFailed, Event, Graph, Stream
+from worker.device.contract import CaptureFailed, Event, Graph, Stream
 
 WARM_UP_RUNS = 2  # the second meets the caches of the first: allocator blocks, cuBLAS workspaces
 

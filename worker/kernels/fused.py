@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from worker.forward import KVCache, StepTokens, check_prefix
 from worker.kernels.paged_decode_attention import paged_decode_attention
 from worker.kernels.prefill_attention import Segments, make_segments, prefill_attention
 from worker.kernels.rotary_kv_write import rotary_kv_write
-from worker.models.contract import KVCache, StepTokens, check_prefix
 
 
 class FusedPlan:

@@ -25,7 +25,7 @@ def mask_logits(logits: Tensor, words: Tensor) -> Tensor:
     """Set ids whose bit is 0 to -inf, in place; returns `logits`.
 
     logits (R, V) fp32, rows may be strided; words (R, ceil(V/32)) int32, id i at bit i % 32 of word i // 32. The
-    reference is `worker.sampler.apply_mask`.
+    reference is `worker.step.sampler.apply_mask`.
     """
     rows, vocab = logits.shape
     assert words.dtype == torch.int32 and words.shape == (rows, (vocab + 31) // 32)

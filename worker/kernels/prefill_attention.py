@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from worker.device.base import to_device
+from worker.device.contract import to_device
+from worker.forward import SPAN_FIELDS, SPAN_TOKENS, chunk_spans
 from worker.kernels.compiled import is_interpreted
-from worker.staging import SPAN_FIELDS, SPAN_TOKENS, chunk_spans
 
 BLOCK_KEYS = 64
 _SPAN_STRIDE = tl.constexpr(SPAN_FIELDS)  # in the form in which a kernel may read it
@@ -32,7 +32,9 @@ _SPAN_STRIDE = tl.constexpr(SPAN_FIELDS)  # in the form in which a kernel may re
 class Segments:
     """The prefill chunks of a step, uploaded once and used by every layer."""
 
-    spans: Tensor  # (S, 5) int32 contiguous, see `worker.staging.chunk_spans`; entries of zeros are empty
+    spans: (
+        Tensor  # (S, 5) int32 contiguous, see `worker.step.staging.chunk_spans`; entries of zeros are empty
+    )
     tables: Tensor  # (C, P) int32, rows may be strided; entries beyond a chunk's pages are not read
 
 

@@ -1,6 +1,6 @@
 """Owns the choice of the next token from logits in one kernel: masks, temperature, filters, draw. Decode thread.
 
-The definition is `worker.sampler.stochastic`'s: ids in order of falling logit (ties: lowest id first), cut by
+The definition is `worker.step.sampler.stochastic`'s: ids in order of falling logit (ties: lowest id first), cut by
 top-k, top-p and min-p in turn, and drawn by inverse CDF *in that order*. So a seed gives the same token as on a
 CPU, up to sums that round differently. But nothing is sorted. In that order, "the first token with more than
 `t` before it" is found by its value v: the smallest with measure(x > v) below the bound. Each search halves the
@@ -332,7 +332,7 @@ def sample(
     int32, 0 for no limit. words (R, ceil(V/32)) int32: a row's allowed ids, bit by bit; allowed (ceil(V/32),)
     int32: the same for all rows (suppressed ids). `bad`: the raw logits hold a NaN or have no finite maximum; the
     row's id then means nothing. A row whose mask allows nothing gets id 0. The reference is
-    `worker.sampler.apply_mask`, then `stochastic`.
+    `worker.step.sampler.apply_mask`, then `stochastic`.
     """
     rows, vocab = logits.shape
     assert logits.stride(1) == 1

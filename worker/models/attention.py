@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worker.models.contract import DecodeRows, KVCache, PrefillSegment, StepTokens, check_prefix
+from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens, check_prefix
 from worker.native.operations import Operations
 from worker.native.token_rows import TokenRows, token_rows
 

@@ -1,86 +1,16 @@
-"""Owns the seam between the step runner and a model family: what a forward is given. Decode thread.
-
-A forward runs over the *flattened* tokens of one step: first one token for each of `decode.num_rows` decode
-rows, then the chunks of the prefill segments, in order. N is their sum. All tensors live on the model's device.
-
-KV memory of a layer is two tensors `(num_pages, page_tokens, kv_heads, head_dim)`; token t of a sequence
-lives in page `block_table[t // page_tokens]` at offset `t % page_tokens`. Page 0 belongs to no sequence:
-padding rows write there and nobody reads it.
-"""
+"""Owns the seam between the step runner and a model family. Decode thread."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shared.protocol import ModelCard
-
-
-@dataclass(slots=True)
-class DecodeRows:
-    """The decode rows of a step: one new token each. Shapes may be padded up to a captured bucket."""
-
-    num_rows: int
-    block_tables: Tensor  # (B, P) int32: P ≥ pages of the longest row; unused entries are 0
-    lengths: Tensor  # (B,) int32: tokens in the cache including the new one; 1 for padding rows
-    max_tokens: int  # host bound on `lengths`: attention reads at most this many positions
-
-
-@dataclass(slots=True)
-class PrefillSegment:
-    """A chunk of one sequence's prompt: `num_tokens` new positions after `num_context` cached ones."""
-
-    num_tokens: int
-    num_context: int
-    prefix_tokens: int  # positions < prefix_tokens attend to each other both ways (image prefix); 0: causal
-    block_table: Tensor  # (P,) int32
-
-
-def check_prefix(chunk: PrefillSegment) -> None:
-    """Raise ValueError when the chunk ends inside a prefix that it also begins in: its rows need all of that."""
-    num_keys = chunk.num_context + chunk.num_tokens
-    if chunk.num_context < chunk.prefix_tokens and num_keys < chunk.prefix_tokens:
-        raise ValueError(
-            f"a chunk of {chunk.num_tokens} after {chunk.num_context} cuts a prefix of {chunk.prefix_tokens} tokens"
-        )
-
-
-@dataclass(slots=True)
-class StepTokens:
-    """Where the N flattened tokens of a step stand."""
-
-    positions: Tensor  # (N,) int64
-    write_index: Tensor  # (N,) int64: page · page_tokens + offset, the cache line each token's K and V go to
-    decode: DecodeRows | None = None
-    prefills: list[PrefillSegment] = field(default_factory=list)
-    # The segments as they lie on the device, so that kernels need no upload of their own; or None. A captured forward
-    # has nothing else: its `prefills` is empty, and tokens of no span are padding, whose hidden states are anything.
-    spans: Tensor | None = None  # (S, 5) int32, see `worker.staging.chunk_spans`; entries of zeros are empty
-    tables: Tensor | None = None  # (C, P) int32, unused entries anything
-
-
-@dataclass(slots=True)
-class KVCache:
-    """The paged memory of all layers; `keys[l]`, `values[l]`: (num_pages, page_tokens, kv_heads, head_dim)."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    page_tokens: int
-
-
-@dataclass(slots=True)
-class ImageCrops:
-    """One picture on the device: `global_crop` (S, S, 3) uint8, `canvas` (H, W, 3) uint8, cut into tiles."""
-
-    global_crop: Tensor
-    canvas: Tensor
-    tiles_h: int
-    tiles_w: int
+from worker.formats.source import ProgressReport, Source
+from worker.forward import ImageCrops, KVCache, StepTokens
 
 
 class CropEncoder(Protocol):
@@ -148,14 +78,8 @@ class Model(Protocol):
 
 
 class Load(Protocol):
-    """A family's loader: builds the model from a checkpoint folder."""
+    """A family's loader: builds the model from what lies on disk. Raises CheckpointError."""
 
     def __call__(
-        self, folder: Path, device: torch.device, dtype: torch.dtype, report: ProgressReport
+        self, source: Source, device: torch.device, dtype: torch.dtype, report: ProgressReport
     ) -> Model: ...
-
-
-class ProgressReport(Protocol):
-    """Told how far a long start-up phase is; prints a bar where a person watches."""
-
-    def __call__(self, phase: str, done: float, total: float) -> None: ...

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
+from worker.formats.source import ProgressReport, Source, Target
+from worker.forward import ImageCrops, KVCache, StepTokens
 from worker.models.attention import AttentionPlan, GatherSpace, fastest_kv_dtype, fuses
-from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
 from worker.models.dense_config import DenseConfig
 from worker.models.layers import GatedMlp, PackedLinear, RmsNorm, Take
 from worker.models.rope import pair_order, rotation_table
-from worker.models.weights import Checkpoint, Target
 from worker.native.operations import operations
 from worker.native.stack import GatedLayer, layer_stack
 
@@ -234,15 +233,15 @@ def _take_mlp(take: Take, name: str, sizes: DenseConfig) -> GatedMlp:
 
 
 def load_dense(
-    folder: Path,
+    source: Source,
     sizes: DenseConfig,
     card: ModelCard,
     device: torch.device,
     dtype: torch.dtype,
     report: ProgressReport,
 ) -> Dense:
-    """Build the model from the folder's safetensors. Raises CheckpointError unless they hold exactly this model."""
-    checkpoint = Checkpoint(folder, report, lambda stored: _canonical_name(stored, sizes.tied))
+    """Build the model. Raises CheckpointError unless exactly this model is there."""
+    checkpoint = source.open(report, lambda stored: _canonical_name(stored, sizes.tied))
     if sizes.tied is None:
         sizes = replace(sizes, tied="lm_head.weight" not in checkpoint)
     weight_bytes = 0

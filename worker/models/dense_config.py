@@ -1,4 +1,4 @@
-"""Owns what a Hugging Face folder says of a dense decoder: sizes, special ids, defaults, and the card. Pure; decode thread.
+"""Owns what a Hugging Face folder says of a dense decoder: sizes, special ids, defaults, and the card. Decode thread.
 
 A setting that would change the computation and is not built here is refused by name; settings that only concern
 training are ignored.
@@ -6,14 +6,13 @@ training are ignored.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shared.protocol import ModelCard
+from worker.formats.source import CheckpointError, Source
 from worker.models.rope import RopeConfig, parse_rope
-from worker.models.weights import CheckpointError
 
 # What is promised to clients unless the folder asks for another bound: block tables and rotary tables of every
 # slot are as wide as this, and these models name contexts of 40,000 tokens and more that few requests reach.
@@ -51,13 +50,12 @@ class DenseConfig:
 
 
 def parse_config(
-    config: dict[str, Any], folder: Path, *, model_type: str, qk_norm: bool, head_dim: int | None = None
+    config: dict[str, Any], file: Path, *, model_type: str, qk_norm: bool, head_dim: int | None = None
 ) -> DenseConfig:
-    """Read the sizes out of a config.json. `head_dim` is the family's own default, None for dim / heads.
+    """Read the sizes out of a config.json, which errors name as `file`. `head_dim` is the family's own default, None for dim / heads.
 
     Raises CheckpointError naming the first setting that is missing, impossible or not supported.
     """
-    file = folder / "config.json"
     _refuse_unsupported(config, file, model_type)
 
     def size(name: str, default: int | None = None) -> int:
@@ -143,44 +141,29 @@ def _described_context(config: dict[str, Any], file: Path) -> int:
     return value
 
 
-def make_card(sizes: DenseConfig, raw: dict[str, Any], folder: Path, family: str) -> ModelCard:
+def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
     """What gateways are told. Ids and sampling defaults come from generation_config.json, else config.json.
 
-    Raises CheckpointError on ids outside the vocabulary and on a generation_config.json that cannot be read.
+    Raises CheckpointError on ids outside the vocabulary.
     """
-    file = folder / "config.json"
-    generation = _read_generation(folder)
+    raw, generation, file = source.config, source.generation, source.settings_file
     described = _described(raw, file)
-    resolved = folder.resolve()
     bos_ids = _ids("bos_token_id", generation, raw, sizes.vocab_size, file)
-    temperature, top_p, top_k = _sampling(generation, folder)
+    temperature, top_p, top_k = _sampling(generation, source.path / "generation_config.json")
     return ModelCard(
-        model_id=str(described.get("model_id") or resolved.name),
+        model_id=str(described.get("model_id") or source.model_id),
         family=family,
         context_tokens=sizes.context_tokens,
         vocab_size=sizes.vocab_size,
         bos_id=bos_ids[0] if bos_ids else None,
         eos_ids=_ids("eos_token_id", generation, raw, sizes.vocab_size, file),
-        created=int(file.stat().st_mtime),
+        created=source.created,
         capabilities=["chat", "completions"],
         default_temperature=temperature,
         default_top_p=top_p,
         description=str(described.get("description") or ""),
         default_top_k=top_k,
     )
-
-
-def _read_generation(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"not readable as JSON: {error}", file=path) from error
-    if not isinstance(found, dict):
-        raise CheckpointError("not a JSON object", file=path)
-    return found
 
 
 def _ids(
@@ -199,7 +182,7 @@ def _ids(
     return list(dict.fromkeys(ids))
 
 
-def _sampling(generation: dict[str, Any], folder: Path) -> tuple[float, float, int]:
+def _sampling(generation: dict[str, Any], file: Path) -> tuple[float, float, int]:
     """The defaults (temperature, top_p, top_k; 0 is no limit): greedy unless the folder asks for sampling."""
     sampled = generation.get("do_sample")
     temperature = generation.get("temperature")
@@ -212,11 +195,9 @@ def _sampling(generation: dict[str, Any], folder: Path) -> tuple[float, float, i
         top_p = 1.0
     for name, value, high in (("temperature", temperature, 100.0), ("top_p", top_p, 1.0)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
-            file = folder / "generation_config.json"
             raise CheckpointError(f"{name!r} is {value!r}; it lies in 0 … {high:g}", file=file)
     top_k = 0 if generation.get("top_k") is None else generation["top_k"]
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k < 1 << 31:
-        file = folder / "generation_config.json"
         raise CheckpointError(
             f"'top_k' is {top_k!r}; it is a whole number of at least 0, 0 for no limit", file=file
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
+from worker.formats.source import ProgressReport, Source, Target
+from worker.forward import ImageCrops, KVCache, StepTokens
 from worker.models.attention import AttentionPlan, GatherSpace, fastest_kv_dtype, fuses
-from worker.models.contract import ImageCrops, KVCache, ProgressReport, StepTokens
 from worker.models.layers import PackedLinear, Take, take_linear, take_norm
 from worker.models.moondream_config import MoondreamConfig, TextConfig, make_card, parse_config
 from worker.models.moondream_region import RegionModel
 from worker.models.moondream_vision import VisionEncoder
-from worker.models.weights import Checkpoint, Target, read_config
 from worker.native.operations import operations
 from worker.native.stack import ParallelLayer, layer_stack
 
@@ -240,14 +239,10 @@ def _rope_table(num_dims: int, max_context: int, device: torch.device) -> Tensor
     return torch.polar(torch.ones_like(angles), angles).unsqueeze(1).to(device)
 
 
-def load(folder: Path, device: torch.device, dtype: torch.dtype, report: ProgressReport) -> Moondream:
-    """Build the model from a checkpoint folder, in either layout of names.
-
-    Raises CheckpointError on a folder that does not hold exactly this model.
-    """
-    raw = read_config(folder)
-    config = parse_config(raw, folder)
-    checkpoint = Checkpoint(folder, report, canonical_name)
+def load(source: Source, device: torch.device, dtype: torch.dtype, report: ProgressReport) -> Moondream:
+    """Build the model, from either layout of names. Raises CheckpointError unless exactly this model is there."""
+    config = parse_config(source.config, source.settings_file)
+    checkpoint = source.open(report, canonical_name)
     weight_bytes = 0
 
     def take(name: str, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -256,7 +251,7 @@ def load(folder: Path, device: torch.device, dtype: torch.dtype, report: Progres
         weight_bytes += tensor.nbytes
         return tensor
 
-    model = Moondream(config, make_card(config, raw, folder), take, device)
+    model = Moondream(config, make_card(config, source), take, device)
     checkpoint.finish()
     model.weight_bytes = weight_bytes
     return model

@@ -1,4 +1,4 @@
-"""Owns what config.json says of a Moondream 2 checkpoint, and the model card made of it. Pure; decode thread.
+"""Owns what config.json says of a Moondream 2 checkpoint, and the model card made of it. Decode thread.
 
 A released config.json names only what differs from the sizes below, often nothing.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shared.protocol import ImageSpec, ModelCard
-from worker.models.weights import CheckpointError
+from worker.formats.source import CheckpointError, Source
 
 _Section = TypeVar("_Section")
 
@@ -123,12 +123,11 @@ class MoondreamConfig:
         return 1 + self.vision.num_tokens
 
 
-def parse_config(config: dict[str, Any], folder: Path) -> MoondreamConfig:
-    """Read the sizes out of a config.json.
+def parse_config(config: dict[str, Any], file: Path) -> MoondreamConfig:
+    """Read the sizes out of a config.json, which errors name as `file`.
 
     Raises CheckpointError on unknown keys (a model this code would run wrongly) and on impossible sizes.
     """
-    file = folder / "config.json"
     sections = config.get("config", {})
     if not isinstance(sections, dict):
         raise CheckpointError("'config' is not an object", file=file)
@@ -194,17 +193,15 @@ def _check(config: MoondreamConfig, file: Path) -> None:
             raise CheckpointError(problem, file=file)
 
 
-def make_card(config: MoondreamConfig, raw: dict[str, Any], folder: Path) -> ModelCard:
-    """What gateways are told. `raw` is the whole config.json: its optional `degas` object names the model.
+def make_card(config: MoondreamConfig, source: Source) -> ModelCard:
+    """What gateways are told. The optional `degas` object of config.json names the model.
 
     Raises CheckpointError when a template is not a list of ids.
     """
-    file = folder / "config.json"
-    described = raw.get("degas") or {}
+    file = source.settings_file
+    described = source.config.get("degas") or {}
     if not isinstance(described, dict):
         raise CheckpointError("'degas' is not an object", file=file)
-    resolved = folder.resolve()
-    name = resolved.parent.name if resolved.name == "weights" else resolved.name
     vision, ids = config.vision, config.tokenizer
     templates = _flatten_templates(ids, file)
     tasks = {
@@ -215,13 +212,13 @@ def make_card(config: MoondreamConfig, raw: dict[str, Any], folder: Path) -> Mod
     }
     capabilities = [task for task, key in tasks.items() if key in templates]
     return ModelCard(
-        model_id=str(described.get("model_id") or name),
+        model_id=str(described.get("model_id") or source.model_id),
         family="moondream",
         context_tokens=config.text.max_context,
         vocab_size=config.text.vocab_size,
         bos_id=ids.bos_id,
         eos_ids=[ids.eos_id],
-        created=int(file.stat().st_mtime),
+        created=source.created,
         image=ImageSpec(
             crop_size=vision.crop_size,
             patch_size=vision.enc_patch_size,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worker.models.contract import ImageCrops
+from worker.forward import ImageCrops
 from worker.models.layers import Take, take_linear, take_mlp, take_norm
 from worker.models.moondream_config import VisionConfig
 from worker.models.tiling import cut_crops, stitch_rows
@@ -18,7 +18,7 @@ class VisionEncoder:
     """Pictures → input embeddings of the language model; implements `contract.CropEncoder`.
 
     `fuses`: norms with their residual sums and activations are a GPU's kernels (`worker.kernels`). `run` is what
-    encodes a batch of crops: `features`, or captured graphs of it (`worker.vision_graphs`).
+    encodes a batch of crops: `features`, or captured graphs of it (`worker.step.vision_graphs`).
     """
 
     def __init__(self, config: VisionConfig, take: Take) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from worker.formats.source import CheckpointError, ProgressReport, Source
 from worker.models import llama, moondream, qwen3
-from worker.models.contract import Load, Model, ProgressReport
-from worker.models.weights import CheckpointError, read_config
+from worker.models.contract import Load, Model
 
 # Both the architectures' class names and the `model_type`s that released checkpoints carry.
 FAMILIES: dict[str, Load] = {
@@ -19,13 +17,13 @@ FAMILIES: dict[str, Load] = {
 }
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype, report: ProgressReport) -> Model:
-    """Load the checkpoint in `folder` onto `device` in `dtype`; `report` is told of progress.
+def load_model(source: Source, device: torch.device, dtype: torch.dtype, report: ProgressReport) -> Model:
+    """Load the model of `source` onto `device` in `dtype`; `report` is told of progress.
 
     Code that a checkpoint brings along (`auto_map`) is never run: a known architecture does not need it, an
     unknown one is refused. Raises CheckpointError.
     """
-    config = read_config(folder)
+    config = source.config
     architectures = config.get("architectures")
     names = [str(name) for name in architectures] if isinstance(architectures, list) else []
     model_type = config.get("model_type")
@@ -34,8 +32,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype, report: P
     for name in names:
         load = FAMILIES.get(name)
         if load is not None:
-            return load(folder, device, dtype, report)
+            return load(source, device, dtype, report)
     problem = f"unknown architecture {', '.join(names) or '(none named)'}; known are {', '.join(FAMILIES)}"
     if "auto_map" in config:
         problem += "; the code that this checkpoint brings is never run"
-    raise CheckpointError(problem, file=folder / "config.json")
+    raise CheckpointError(problem, file=source.settings_file)

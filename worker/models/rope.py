@@ -1,4 +1,4 @@
-"""Owns rotary position tables: what config.json says of them, and the rotations made of it. Pure; decode thread."""
+"""Owns rotary position tables: what config.json says of them, and the rotations made of it. Decode thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.models.weights import CheckpointError
+from worker.formats.source import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)

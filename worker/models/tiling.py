@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from worker.models.contract import ImageCrops
+from worker.forward import ImageCrops
 
 
 def cut_crops(image: ImageCrops, crop_size: int, margin: int) -> Tensor:

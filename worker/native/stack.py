@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.models.contract import KVCache, StepTokens
+from worker.forward import KVCache, StepTokens
 from worker.native.library import NAMES, library
 from worker.native.operations import Operations, operations, where
 from worker.native.token_rows import token_rows

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.models.contract import PrefillSegment, StepTokens, check_prefix
+from worker.forward import PrefillSegment, StepTokens, check_prefix
 
 MOST_KEYS = 512
 """Of a whole chunk's attention, unless queries are few. Measured without matrix registers: a whole forward was 1.15 to

@@ -10,8 +10,8 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from degas.keys import KeysError, main, make_keys
-from gateway.worker_client import use_curve
-from worker.keys import secure_with
+from gateway.core.worker_link import use_curve
+from worker.wire.keys import secure_with
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -7,8 +7,8 @@ from typing import cast
 
 import pytest
 
-from loadtest.flood import _row, measure
-from loadtest.flood_client import Connection, Phase, Request
+from loadtest.bench.flood import _row, measure
+from loadtest.bench.flood_client import Connection, Phase, Request
 
 STREAM = (
     b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",

@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from worker.pocket.network import MASKED, Network, NetworkConfig, size_value
-from worker.pocket.objective import attention_mask
-from worker.pocket.tiling import choose_tiling, cut_crops
+from pocket.network import MASKED, Network, NetworkConfig, size_value
+from pocket.objective import attention_mask
+from pocket.tiling import choose_tiling, cut_crops
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden_moondream"
 TOLERANCE = 1e-4

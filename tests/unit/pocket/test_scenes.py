@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from worker.pocket.network import VisionConfig
-from worker.pocket.questions import KINDS, Questioner, matching, place_of
-from worker.pocket.scenes import MAX_THINGS, Thing, draw_scene, scene_rng
-from worker.pocket.tiling import cut_crops, picture_tiling
+from pocket.network import VisionConfig
+from pocket.questions import KINDS, Questioner, matching, place_of
+from pocket.scenes import MAX_THINGS, Thing, draw_scene, scene_rng
+from pocket.tiling import cut_crops, picture_tiling
 
 VISION = VisionConfig(crop_size=98, overlap_margin=1, max_crops=6)
 

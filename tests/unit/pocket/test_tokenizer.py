@@ -2,8 +2,8 @@
 
 import pytest
 
-from worker.pocket.tokenizer import TOKENIZER_CONFIG, VOCAB_SIZE, load_tokenizer
-from worker.pocket.train import WEIGHTS_FOLDER
+from pocket.tokenizer import TOKENIZER_CONFIG, VOCAB_SIZE, load_tokenizer
+from pocket.train import WEIGHTS_FOLDER
 
 TOKENIZER = load_tokenizer(WEIGHTS_FOLDER / "tokenizer.json")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from worker.pocket.batches import BatchPlan, coord_bin, draw_batch, size_bin
-from worker.pocket.evaluate import count_points_inside, match_boxes, overlap
-from worker.pocket.network import (
+from pocket.batches import BatchPlan, coord_bin, draw_batch, size_bin
+from pocket.evaluate import count_points_inside, match_boxes, overlap
+from pocket.network import (
     NetworkConfig,
     RegionConfig,
     TextConfig,
@@ -16,10 +16,10 @@ from worker.pocket.network import (
     size_value,
     stitch_weights,
 )
-from worker.pocket.objective import blurred_loss
-from worker.pocket.optimizer import orthogonalise
-from worker.pocket.tokenizer import TOKENIZER_CONFIG, VOCAB_SIZE, load_tokenizer
-from worker.pocket.train import WEIGHTS_FOLDER, run
+from pocket.objective import blurred_loss
+from pocket.optimizer import orthogonalise
+from pocket.tokenizer import TOKENIZER_CONFIG, VOCAB_SIZE, load_tokenizer
+from pocket.train import WEIGHTS_FOLDER, run
 
 TINY = NetworkConfig(
     text=TextConfig(dim=64, ff_dim=64, n_layers=1, vocab_size=VOCAB_SIZE, max_context=256, n_heads=1, n_kv_heads=1),

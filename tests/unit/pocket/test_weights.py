@@ -5,10 +5,10 @@ import json
 import pytest
 from safetensors import safe_open
 
-from worker.pocket.answerer import TorchAnswerer
-from worker.pocket.evaluate import evaluate
-from worker.pocket.network import Network, NetworkConfig
-from worker.pocket.train import POCKET, WEIGHTS_FOLDER
+from pocket.answerer import TorchAnswerer
+from pocket.evaluate import evaluate
+from pocket.network import Network, NetworkConfig
+from pocket.train import POCKET, WEIGHTS_FOLDER
 
 
 def test_layout_is_the_released_one():

@@ -12,8 +12,8 @@ from gateway.generation import Delta, End, GenerateRequest, RunningStream, Spati
 from gateway.transport.bounded import BoundedWriter
 from shared.errors import ErrorCode, FinishReason
 from tests.unit.wire.virtual_loop import VirtualLoop
-from tests.unit.worker.simulation import Answer
-from worker.sim_tokenizer import FIRST_BYTE_ID
+from tests.unit.worker.loop.simulation import Answer
+from worker.sim.tokenizer import FIRST_BYTE_ID
 
 EVENT_BYTES = 512  # every event is padded to it, so that a few of them fill a buffer
 BUFFER_BYTES = 4096

@@ -15,9 +15,9 @@ from shared.errors import ErrorCode, FinishReason
 from tests.unit.wire.client import Client, Habits
 from tests.unit.wire.fake_zmq import Frames
 from tests.unit.wire.world import KILL_TOKEN, Node, World
-from tests.unit.worker.simulation import CARD
-from worker.device.sim import NAN_TOKEN
-from worker.sim_tokenizer import SIM_TOKENIZER
+from tests.unit.worker.loop.simulation import CARD
+from worker.sim.runner import NAN_TOKEN
+from worker.sim.tokenizer import SIM_TOKENIZER
 
 GARBAGE: dict[str, bytes] = {
     "empty": b"",

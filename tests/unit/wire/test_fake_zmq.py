@@ -13,7 +13,7 @@ import zmq
 
 from tests.unit.wire.fake_zmq import Context, Router, Wire
 from tests.unit.wire.virtual_loop import VirtualLoop
-from worker.device.timeline import VirtualClock
+from worker.sim.timeline import VirtualClock
 
 PATIENCE_S = 5.0
 

@@ -12,7 +12,7 @@ from shared.errors import ErrorCode, FinishReason
 from tests.unit.wire.client import Client
 from tests.unit.wire.fake_zmq import Frames
 from tests.unit.wire.world import KILL_TOKEN, World
-from tests.unit.worker.simulation import oracle
+from tests.unit.worker.loop.simulation import oracle
 
 
 def error_of(client: Client) -> ErrorCode | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any, Protocol
 
-from worker.device.timeline import VirtualClock
+from worker.sim.timeline import VirtualClock
 
 
 class Readable(Protocol):

@@ -10,21 +10,21 @@ from queue import SimpleQueue
 from typing import Any
 
 from gateway.config import GatewayConfig
-from gateway.flights import Flight
+from gateway.core.flights import Flight
+from gateway.core.service import Service
+from gateway.core.worker_link import WorkerLink
 from gateway.generation import GenerateRequest, RequestError
-from gateway.service import Service
-from gateway.worker_client import WorkerLink
 from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
 from tests.unit.wire.client import STALL_S, Client, Habits
 from tests.unit.wire.fake_zmq import Context, Frames, Router, Wire
 from tests.unit.wire.virtual_loop import VirtualLoop
-from tests.unit.worker.simulation import CARD, SimWorker, oracle
-from worker.device.timeline import VirtualClock
-from worker.engine import Command
-from worker.plan import StepPlan
-from worker.sim_tokenizer import SIM_TOKENIZER
-from worker.transport import Transport
+from tests.unit.worker.loop.simulation import CARD, SimWorker, oracle
+from worker.loop.engine import Command
+from worker.schedule.plan import StepPlan
+from worker.sim.timeline import VirtualClock
+from worker.sim.tokenizer import SIM_TOKENIZER
+from worker.wire.transport import Transport
 
 KILL_TOKEN = 12
 """A prompt that holds this id kills the worker that runs it, without a word."""

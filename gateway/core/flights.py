@@ -1,0 +1,229 @@
+"""Owns the requests in flight on one worker: from its step frames to each listener. Runs on the gateway's loop.
+
+This is the hot path: one frame carries one token for every row, and each token goes through its
+`StreamState` straight into its listener's transport. One stream's fault (a listener that raises, a gap)
+ends that stream and no other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+
+from gateway.decisions.stream import Discontinuity, StreamState
+from gateway.faults import fault_fields
+from gateway.generation import Delta, GenerateRequest, Listener, RequestError
+from shared import protocol as wire
+from shared.errors import ErrorCode
+
+log = structlog.get_logger(__name__)
+
+
+class FlightEvents(Protocol):
+    """What the owner of all flights is told, for placement and metrics."""
+
+    def on_started(self, flight: Flight) -> None:
+        """The first token is here."""
+
+    def on_token_gap(self, gap_s: float) -> None:
+        """Time between two tokens of one stream."""
+
+    def on_landed(self, flight: Flight) -> None:
+        """The flight is over and off every map; its listener is told next."""
+
+    def stop_sequence(self, flight: Flight) -> None:
+        """The worker should stop it: its outcome is settled here."""
+
+
+class Flight:
+    """One accepted request on its way. Also the `RunningStream` handle its interface holds."""
+
+    __slots__ = (
+        "_events",
+        "attempts",
+        "deadline_s",
+        "lane_key",
+        "listener",
+        "request",
+        "request_id",
+        "sequence_id",
+        "started_s",
+        "state",
+    )
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        listener: Listener,
+        state: StreamState,
+        events: FlightEvents,
+        *,
+        started_s: float,
+        deadline_s: float,
+    ) -> None:
+        self.request = request
+        self.request_id = request.request_id
+        self.listener = listener
+        self.state = state
+        self.started_s = started_s
+        self.deadline_s = deadline_s
+        self.sequence_id = 0
+        self.lane_key: int | None = None  # the worker holding it; None while it waits for one
+        self.attempts = 0
+        self._events = events
+
+    @property
+    def landed(self) -> bool:
+        """Whether its one terminal event is out."""
+        return self.state.end is not None
+
+    def cancel(self) -> None:
+        """See `RunningStream.cancel`."""
+        if self.state.end is None:
+            self._events.stop_sequence(self)
+            self.state.cancel()
+            self.land()
+
+    def fail(self, error: RequestError) -> None:
+        """End it with an error, unless it has ended."""
+        if self.state.end is None:
+            self.state.fail(error)
+            self.land()
+
+    def land(self) -> None:
+        """Take it off the maps and tell its listener; `state.end` is set. Called once."""
+        assert self.state.end is not None
+        self._events.on_landed(self)
+        try:
+            self.listener.on_end(self.state.end)
+        except ConnectionError:
+            pass  # the client left first
+        except Exception as fault:
+            log.error("listener_failed", request_id=self.request_id, **fault_fields(fault))
+
+
+class Flights:
+    """The flights on one worker, by sequence id."""
+
+    def __init__(
+        self,
+        events: FlightEvents,
+        note: Callable[[str], None],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._events = events
+        self._note = note
+        self._now = now
+        self.by_id: dict[int, Flight] = {}
+
+    def on_outputs(self, outputs: wire.StepOutputs) -> None:
+        """Deliver one step. Raises ValueError for a frame whose arrays do not fit together."""
+        ids = wire.unpack_i64(outputs.sequence_ids)
+        first = wire.unpack_i32(outputs.first_index)
+        token_ids = wire.unpack_i32(outputs.token_ids)
+        if not len(ids) == len(first) == len(token_ids):
+            raise ValueError(f"{len(ids)} ids, {len(first)} indexes and {len(token_ids)} tokens in one frame")
+        values = {item.sequence_id: item.values for item in outputs.values} if outputs.values else None
+        logprobs = {item.sequence_id: item for item in outputs.logprobs} if outputs.logprobs else None
+        now_s = self._now()
+        by_id = self.by_id
+        for sequence_id, index, token_id in zip(ids, first, token_ids, strict=True):
+            flight = by_id.get(sequence_id)
+            if flight is None:
+                continue  # cancelled here, and the cancel crossed this frame on the wire
+            self._on_token(
+                flight,
+                index,
+                token_id,
+                now_s,
+                None if values is None else values.get(sequence_id),
+                None if logprobs is None else logprobs.get(sequence_id),
+            )
+        for finish in outputs.finishes:
+            flight = by_id.get(finish.sequence_id)
+            if flight is not None:
+                self._on_finish(flight, finish)
+
+    def on_rejected(self, rejected: wire.Rejected) -> None:
+        """End one flight with the worker's refusal."""
+        flight = self.by_id.get(rejected.sequence_id)
+        if flight is not None:
+            message = rejected.message or f"the worker refused this request: {rejected.code.value}"
+            param = rejected.param or None
+            wait_s = rejected.retry_after_s
+            flight.fail(RequestError(rejected.code, message, param=param, retry_after_s=wait_s))
+
+    def _on_token(
+        self,
+        flight: Flight,
+        index: int,
+        token_id: int,
+        now_s: float,
+        values: list[float] | None,
+        logprobs: wire.TokenLogprobs | None,
+    ) -> None:
+        state = flight.state
+        last_s = state.last_s
+        try:
+            event = state.on_token(index, token_id, now_s, values, logprobs)
+        except Discontinuity as fault:
+            if not fault.is_gap:
+                self._note("duplicate_token")
+                return
+            self._note("token_gap")
+            self._events.stop_sequence(flight)
+            flight.fail(RequestError(ErrorCode.STREAM_GAP, "generated tokens were lost on the way"))
+            return
+        if index == 0:
+            self._events.on_started(flight)
+        else:
+            self._events.on_token_gap(now_s - last_s)
+        if event is not None:
+            try:
+                if isinstance(event, Delta):
+                    flight.listener.on_delta(event)
+                else:
+                    flight.listener.on_object(event)
+            except Exception as fault:
+                self._on_listener_fault(flight, fault)
+                return
+        if state.end is not None:
+            self._settle(flight)
+
+    def _on_finish(self, flight: Flight, finish: wire.Finish) -> None:
+        state = flight.state
+        delta = state.on_finish(finish)
+        if delta is not None:
+            try:
+                flight.listener.on_delta(delta)
+            except Exception as fault:
+                if not isinstance(fault, ConnectionError):
+                    log.error("listener_failed", request_id=flight.request_id, **fault_fields(fault))
+        error = state.end.error if state.end is not None else None
+        if error is not None and error.code is ErrorCode.STREAM_GAP:
+            self._note("token_gap")
+        self._land(flight)
+
+    def _on_listener_fault(self, flight: Flight, fault: Exception) -> None:
+        """A transport that raises has lost its client, or has a bug; either way only its stream ends."""
+        if not isinstance(fault, ConnectionError):
+            self._note("listener_failed")
+            log.error("listener_failed", request_id=flight.request_id, **fault_fields(fault))
+        if flight.landed:
+            self._settle(flight)
+        else:
+            flight.cancel()
+
+    def _settle(self, flight: Flight) -> None:
+        """Its outcome is settled before the worker's own end: a stop string. The worker need not go on."""
+        if flight.sequence_id in self.by_id:
+            self._events.stop_sequence(flight)
+            flight.land()
+
+    def _land(self, flight: Flight) -> None:
+        """Land a flight whose state has ended, unless its listener cancelled it meanwhile."""
+        if flight.sequence_id in self.by_id:
+            flight.land()

@@ -1,0 +1,124 @@
+"""Owns which worker takes a request: who serves what, who has room, and what is said when nobody has. Gateway's loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gateway.core.catalog import ServedModel
+from gateway.core.flights import Flight, Flights
+from gateway.core.worker_link import WorkerLink
+from gateway.decisions.admission import Admission, Lane
+from gateway.generation import RequestError
+from shared import protocol as wire
+from shared.errors import ErrorCode
+
+
+@dataclass(slots=True)
+class Worker:
+    """One link, and what this gateway has on it."""
+
+    key: int
+    link: WorkerLink
+    flights: Flights
+    lane: Lane
+    model: ServedModel | None = None
+    orphans: list[int] = field(default_factory=list)  # sequences given up here, perhaps still running there
+
+    @property
+    def takes_work(self) -> bool:
+        """Whether it serves and is not on its way out."""
+        return self.link.ready is not None and not (self.link.beat is not None and self.link.beat.draining)
+
+    def take(self, flight: Flight, sequence_id: int, deadline_s: float) -> None:
+        """Send it a flight, to be done within `deadline_s`. Raises `RequestError`, and then it is nowhere."""
+        request = flight.request
+        flight.sequence_id = sequence_id
+        submit = wire.Submit(
+            epoch=self.link.epoch,
+            sequence_id=sequence_id,
+            request_id=request.request_id,
+            prompt=wire.pack_i32(request.prompt_ids),
+            max_tokens=request.max_tokens,
+            sampling=request.sampling,
+            images=[image.spec for image in request.images],
+            stop_ids=request.stop_ids,
+            task=request.task,
+            max_objects=request.max_objects,
+            tenant=request.tenant,
+            priority=request.priority,
+            deadline_s=deadline_s,
+            grammar=request.grammar,
+            ignore_eos=request.ignore_eos,
+        )
+        payloads = [frame for image in request.images for frame in (image.global_crop, image.canvas)]
+        self.link.submit(submit, payloads)
+        flight.attempts += 1
+        flight.lane_key = self.key
+        self.flights.by_id[sequence_id] = flight
+        self.lane.enter(request.tenant)
+
+
+class Placement:
+    """All configured workers. `on_refused` is told of every refusal for lack of a place."""
+
+    def __init__(self, admission: Admission, on_refused: Callable[[ErrorCode], None]) -> None:
+        self.workers: list[Worker] = []
+        self.draining = False
+        self._admission = admission
+        self._on_refused = on_refused
+
+    def place(self, model: ServedModel, tenant: str, num_new: int) -> Worker:
+        """The ready worker with the most room. Raises `RequestError`."""
+        self._check_open()
+        ready = [worker for worker in self.workers if worker.model is model and worker.takes_work]
+        if not ready:
+            raise RequestError(ErrorCode.LOADING, "no worker serves this model at the moment")
+        best = min(ready, key=lambda worker: worker.lane.load)
+        refusal = self._refusal(best, tenant, num_new)
+        if refusal is not None:
+            self._on_refused(refusal.code)
+            raise refusal
+        return best
+
+    def check(self, model: ServedModel, tenant: str, num_new: int) -> None:
+        """Raises what `place` would; more than the widest lane's `num_new` counts as that."""
+        widest = max((worker.lane.capacity for worker in self.workers if worker.model is model), default=1)
+        self.place(model, tenant, min(num_new, widest))
+
+    def check_any(self, tenant: str) -> None:
+        """Raises what every `place` would just now, whichever model it was for."""
+        self._check_open()
+        refusal: RequestError | None = None
+        for worker in self.workers:
+            if worker.takes_work:
+                refusal = self._refusal(worker, tenant, 1)
+                if refusal is None:
+                    return
+        if refusal is not None:
+            self._on_refused(refusal.code)
+            raise refusal
+
+    def readiness(self) -> tuple[bool, str]:
+        """Whether new work would be served, and why not."""
+        if self.draining:
+            return False, "shutting down"
+        if any(worker.takes_work for worker in self.workers):
+            return True, "ready"
+        refusals = [worker.link.refusal for worker in self.workers if worker.link.refusal]
+        if refusals:
+            return False, refusals[0]
+        if not self.workers:
+            return False, "no worker is configured (workers)"
+        return False, "no worker is ready"
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
+
+    def _refusal(self, worker: Worker, tenant: str, num_new: int) -> RequestError | None:
+        try:
+            self._admission.check(worker.lane, tenant, num_new)
+        except RequestError as error:
+            return error
+        return None

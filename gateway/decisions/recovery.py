@@ -1,0 +1,86 @@
+"""Owns requests whose worker died before their first token: one retry each, one at a time. Pure; gateway's loop.
+
+A request that kills the worker takes innocent ones with it. Retrying all together would let it do so again,
+so the survivors are retried in single file: the next one goes only when the one before has shown a token or
+ended. Whoever is alone on probation when a worker dies again did it, and is quarantined; those still in the file
+lose nothing. One that has shown a token cannot be sent again (its client has read it) and ends with its worker.
+Requests that arrive meanwhile are not held up: they are not suspects.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+MAX_ATTEMPTS = 2
+
+
+class Retryable(Protocol):
+    """What is decided about: a request that was sent to a worker `attempts` times."""
+
+    @property
+    def attempts(self) -> int: ...
+
+
+F = TypeVar("F", bound=Retryable)
+
+
+@dataclass(slots=True)
+class _Waiting(Generic[F]):
+    flight: F
+    until_s: float
+
+
+class Recovery(Generic[F]):
+    """The file of suspects, and the one on probation."""
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
+        self._file: deque[_Waiting[F]] = deque()
+        self._on_probation: F | None = None
+        self._probation_until_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def take(self, flight: F, now_s: float) -> bool:
+        """Accept a flight that lost its worker before its first token. False: it had its retry already."""
+        if flight is self._on_probation:
+            self._on_probation = None
+        if flight.attempts >= MAX_ATTEMPTS:
+            return False
+        self._file.append(_Waiting(flight, now_s + self._wait_s))
+        return True
+
+    def next(self) -> F | None:
+        """The flight to send now, which is then on probation; None while one is, or when nobody waits."""
+        if self._on_probation is not None or not self._file:
+            return None
+        first = self._file.popleft()
+        self._on_probation, self._probation_until_s = first.flight, first.until_s
+        return first.flight
+
+    def put_back(self, flight: F) -> None:
+        """It could not be sent (no worker has room): first again next time, its patience running on."""
+        assert flight is self._on_probation
+        self._on_probation = None
+        self._file.appendleft(_Waiting(flight, self._probation_until_s))
+
+    def on_settled(self, flight: F) -> bool:
+        """It showed a token, or ended. True when that frees the place on probation."""
+        if flight is self._on_probation:
+            self._on_probation = None
+            return True
+        for item in self._file:
+            if item.flight is flight:
+                self._file.remove(item)
+                break
+        return False
+
+    def expired(self, now_s: float) -> list[F]:
+        """Those who waited for a worker in vain; they leave the file."""
+        late = [item for item in self._file if item.until_s <= now_s]
+        for item in late:
+            self._file.remove(item)
+        return [item.flight for item in late]

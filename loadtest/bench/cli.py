@@ -1,0 +1,343 @@
+"""Owns `degas bench …`: what can be measured on this machine, each as a command. Runs in the main thread."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True, help="Measure parts of Degas; every figure in the docs has its command here."
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+TransformersPython = Annotated[
+    str, typer.Option(help="Python of transformers' environment; empty leaves it out.")
+]
+VllmPython = Annotated[str, typer.Option(help="Python of an environment with vLLM's CPU build.")]
+LlamaCppPython = Annotated[str, typer.Option(help="Python with llama-cpp-python[server] and gguf.")]
+
+
+@app.command()
+def loop(
+    device: Annotated[str, typer.Option(help="Only 'sim' for now: steps held for a GPU's time.")] = "sim",
+    profile: Annotated[
+        str, typer.Option(help="Whose step times: rtx3090, a100, h100, h200, b200, small.")
+    ] = "b200",
+    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
+    seconds: Annotated[float, typer.Option(help="Measured time of each run.")] = 4.0,
+    depth: Annotated[int, typer.Option(help="Steps in flight of the pipelined run, 2 to 4.")] = 2,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw both timelines of the last batch size as SVG.")
+    ] = None,
+    structured: Annotated[
+        str,
+        typer.Option(help="Instead: throughput with these per cent of requests constrained (0,20,80,100)."),
+    ] = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Blocking against pipelined decoding: step time, host time, bubble and gain, beside the published rows."""
+    from loadtest.bench.loop import measure_row
+    from loadtest.bench.published import PHOTON
+    from loadtest.bench.timeline import draw
+
+    if device != "sim":
+        raise typer.BadParameter("only the simulated device has fixed step times", param_hint="--device")
+    if structured:
+        _structured(
+            structured, profile, max(int(number) for number in rows.split(",")), seconds, as_json=as_json
+        )
+        return
+    measured = [measure_row(int(number), profile, seconds, depth) for number in rows.split(",")]
+    done = [row for row, _ in measured]
+    if picture is not None:
+        row, recordings = measured[-1]
+        gpu = f"{profile.upper()} step times held in real time, {row.rows} streams to real clients"
+        picture.write_text(draw(recordings, f"{gpu}: degas bench loop --profile {profile} --rows {row.rows}"))
+    if as_json:
+        print(json.dumps([row.to_json() for row in done]))
+        return
+    table = Table(title=f"decode step, milliseconds ({profile}, simulated device in real time, SSE clients)")
+    for name in (
+        "rows",
+        "forward",
+        "sample",
+        "blocking",
+        "pipelined",
+        "host µs",
+        "bubble",
+        "busy",
+        "gain",
+        "events/s",
+    ):
+        table.add_column(name, justify="right")
+    table.add_column("published (pipelined / blocking / gain)", justify="right", style="dim")
+    for row in done:
+        known = PHOTON.get((profile, row.rows))
+        table.add_row(
+            str(row.rows),
+            f"{row.forward_ms:.2f}",
+            f"{row.sample_ms:.2f}",
+            f"{row.blocking_ms:.3f}",
+            f"{row.pipelined_ms:.3f}",
+            f"{row.host_us:.0f}",
+            f"{row.bubble_ms:.3f}",
+            f"{row.busy_pct:.1f}%",
+            f"{row.gain_pct:.1f}%",
+            f"{row.tokens_per_s:.0f}",
+            f"{known.pipelined_ms} / {known.blocking_ms} / {known.gain_pct}%" if known else "",
+        )
+    Console().print(table)
+
+
+@app.command()
+def cancels(
+    count: Annotated[
+        int, typer.Option(help="Sequences submitted over the wire; about half are cancelled.")
+    ] = 100_000,
+    hang_ups: Annotated[int, typer.Option(help="HTTP streams whose client just leaves.")] = 1000,
+    as_json: JsonFlag = False,
+) -> None:
+    """Random cancels against a real worker: is every page, row, thread and descriptor back where it was?"""
+    from loadtest.bench.cancels import run_cancels
+
+    report = run_cancels(count, hang_ups=hang_ups)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        for name, value in report.to_json().items():
+            print(f"{name:<12} {value}")
+    raise typer.Exit(0 if report.is_clean else 1)
+
+
+@app.command()
+def ttft(
+    profile: Annotated[str, typer.Option(help="Whose step times.")] = "b200",
+    rows: Annotated[int, typer.Option(help="Background streams.")] = 16,
+    probes: Annotated[int, typer.Option(help="Requests timed in each round.")] = 60,
+    rounds: Annotated[int, typer.Option(help="Turns each mode gets.")] = 3,
+    as_json: JsonFlag = False,
+) -> None:
+    """Time to first token under load: blocking, pipelined, and pipelined with late launch, turn about."""
+    from loadtest.bench.first_token import measure
+
+    done = measure(profile, rows, probes, rounds)
+    if as_json:
+        print(json.dumps([mode.to_json() for mode in done]))
+        return
+    table = Table(
+        title=f"time to first token behind {rows} streams ({profile}, simulated device in real time)"
+    )
+    for name in ("mode", "p50 ms", "p90 ms", "step ms"):
+        table.add_column(name, justify="right")
+    for mode in done:
+        table.add_row(mode.mode, f"{mode.p50_ms:.2f}", f"{mode.p90_ms:.2f}", f"{mode.step_ms:.3f}")
+    Console().print(table)
+
+
+@app.command()
+def flood(
+    profile: Annotated[str, typer.Option(help="Whose step times.")] = "b200",
+    rows: Annotated[int, typer.Option(help="Sequences the worker runs at once.")] = 8,
+    queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
+    seconds: Annotated[float, typer.Option(help="Measured time of each run.")] = 4.0,
+    rounds: Annotated[int, typer.Option(help="Turns each multiple gets.")] = 2,
+    as_json: JsonFlag = False,
+) -> None:
+    """Short requests at 1, 2, 5 and 10 times what can be served: goodput, time to first token, refusals."""
+    from loadtest.bench.flood import FACTORS, flood_table, measure
+
+    done = measure(
+        profile=profile,
+        rows=rows,
+        queue=queue,
+        tokens=tokens,
+        seconds=seconds,
+        rounds=rounds,
+        factors=FACTORS,
+    )
+    if as_json:
+        print(json.dumps([row.to_json() for row in done]))
+    else:
+        Console().print(flood_table(done, f"{rows} rows, queue of {queue}, {tokens} tokens, {profile}"))
+    raise typer.Exit(1 if any(row.keeps_promise is False for row in done) else 0)
+
+
+@app.command()
+def engine(
+    shape: Annotated[str, typer.Option(help="Random Llama: 30m, 0.5b, or tiny for a smoke run.")] = "30m",
+    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens in.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens out.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Turns each engine gets.")] = 5,
+    threads: Annotated[int, typer.Option(help="Compute threads of each engine.")] = 1,
+    cores: Annotated[str, typer.Option(help="Cores the engines may use, comma separated; empty: any.")] = "",
+    transformers_python: TransformersPython = sys.executable,
+    vllm_python: VllmPython = "",
+    llama_cpp_python: LlamaCppPython = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Degas's engine beside transformers, vLLM and llama.cpp: the same weights, a process each, turn about."""
+    from loadtest.peers.catalog import Pythons, engine_peers
+    from loadtest.peers.engine_bench import Workload, measure
+    from loadtest.peers.process import end_on_sigterm
+
+    workload = Workload(
+        shape, whole("--rows", rows), prompt_tokens, new_tokens, rounds, threads, whole("--cores", cores)
+    )
+    peers, left_out = engine_peers(Pythons(transformers_python, vllm_python, llama_cpp_python))
+    end_on_sigterm()
+    try:
+        done = measure(workload, peers, left_out, say=_say)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _print_comparison(done, as_json=as_json)
+
+
+@app.command()
+def serve(
+    shape: Annotated[str, typer.Option(help="Random Llama: 30m, 0.5b, or tiny for a smoke run.")] = "30m",
+    in_flight: Annotated[str, typer.Option(help="Requests at once, comma separated.")] = "1,16,64",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens in.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens out.")] = 16,
+    seconds: Annotated[float, typer.Option(help="New requests are sent for so long in each turn.")] = 8.0,
+    grace: Annotated[float, typer.Option(help="Seconds the last requests of a turn have to end.")] = 20.0,
+    rounds: Annotated[int, typer.Option(help="Turns each server gets.")] = 3,
+    threads: Annotated[int, typer.Option(help="Compute threads of each server.")] = 1,
+    cores: Annotated[str, typer.Option(help="Cores the servers may use, comma separated; empty: any.")] = "",
+    transformers_python: TransformersPython = sys.executable,
+    vllm_python: VllmPython = "",
+    llama_cpp_python: LlamaCppPython = "",
+    llama_server: Annotated[str, typer.Option(help="llama.cpp's own llama-server, where built.")] = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Degas over HTTP beside `transformers serve`, vLLM and llama.cpp: short streamed requests, turn about."""
+    from loadtest.peers.catalog import Pythons
+    from loadtest.peers.process import end_on_sigterm
+    from loadtest.peers.serve_bench import Load, measure
+    from loadtest.peers.servers import known_servers
+
+    load = Load(
+        shape,
+        whole("--in-flight", in_flight),
+        prompt_tokens,
+        new_tokens,
+        seconds,
+        grace,
+        rounds,
+        threads,
+        whole("--cores", cores),
+    )
+    pythons = Pythons(transformers_python, vllm_python, llama_cpp_python)
+    servers, left_out = known_servers(pythons, llama_server)
+    end_on_sigterm()
+    try:
+        done = measure(load, servers, left_out, say=_say)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _print_comparison(done, as_json=as_json)
+
+
+@app.command()
+def decode(
+    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
+    new_tokens: Annotated[int, typer.Option(help="Tokens each row decodes.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Turns each side gets.")] = 5,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of both sides.")] = "float32",
+    as_json: JsonFlag = False,
+) -> None:
+    """The embedded model's decode speed on this CPU beside transformers' generate at equal shape."""
+    import torch
+
+    from loadtest.bench.pocket import measure_decode
+
+    done = [
+        measure_decode(int(number), new_tokens, repeats, getattr(torch, dtype)) for number in rows.split(",")
+    ]
+    if as_json:
+        print(json.dumps(done))
+        return
+    table = Table(title=f"decode tokens/s, one compute thread, {dtype}")
+    for name in ("rows", "degas", "transformers", "ratio", "ratio by CPU time"):
+        table.add_column(name, justify="right")
+    for row in done:
+        table.add_row(
+            str(row["rows"]),
+            f"{row['degas_tokens_per_s']:.0f}",
+            f"{row['transformers_tokens_per_s']:.0f}",
+            f"{row['ratio']:.2f}×",
+            f"{row['cpu_ratio']:.2f}×",
+        )
+    Console().print(table)
+
+
+@app.command()
+def pocket(
+    scenes: Annotated[int, typer.Option(help="Held-out scenes; about 13 questions each.")] = 300,
+    seed: Annotated[int | None, typer.Option(help="Another unseen seed.")] = None,
+    small: Annotated[bool, typer.Option(help="Also small things, with many crops and with one.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Accuracy of the embedded model on scenes it has never seen, through a real gateway and worker."""
+    from loadtest.bench.pocket import measure_accuracy
+
+    result = measure_accuracy(scenes, seed, small=small)
+    print(json.dumps(result) if as_json else json.dumps(result, indent=1))
+
+
+class _Comparison(Protocol):
+    left_out: list[str]
+
+    def to_json(self) -> dict[str, Any]: ...
+    def table(self) -> Table: ...
+
+
+def whole(option: str, given: str) -> tuple[int, ...]:
+    """Whole numbers, comma separated. Raises typer.BadParameter naming the option."""
+    try:
+        return tuple(int(number) for number in given.split(",") if number.strip())
+    except ValueError:
+        raise typer.BadParameter(f"{given!r} is not whole numbers such as 1,8", param_hint=option) from None
+
+
+def _say(line: str) -> None:
+    """Progress goes to stderr: stdout is for the table, or for JSON alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_comparison(done: _Comparison, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(done.to_json()))
+        return
+    console = Console()
+    console.print(done.table())
+    for line in done.left_out:
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _structured(shares: str, profile: str, rows: int, seconds: float, *, as_json: bool) -> None:
+    """Throughput as the share of constrained requests grows: automata on the device, and masks by the host."""
+    from loadtest.bench.structured import measure
+
+    done = measure([int(share) for share in shares.split(",")], profile, rows, seconds, rounds=2)
+    if as_json:
+        print(json.dumps([share.to_json() for share in done]))
+        return
+    table = Table(title=f"throughput with constrained requests, {rows} streams ({profile}, simulated device)")
+    for name in ("structured", "enforced by", "tokens/s", "relative", "zombie rows"):
+        table.add_column(name, justify="right")
+    for share in done:
+        table.add_row(
+            f"{share.structured_pct}%",
+            share.where,
+            f"{share.tokens_per_s:.0f}",
+            f"{share.relative:.3f}×",
+            f"{share.zombie_pct:.1f}%",
+        )
+    Console().print(table)

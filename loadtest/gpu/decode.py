@@ -1,0 +1,383 @@
+"""Owns the decode figures of a GPU: random models of true shapes through the real engine and runner. Main thread.
+
+    python -m loadtest.gpu.decode --shapes moondream2,qwen3-0.6b --rows 1,8,32,64,128 --out FOLDER
+
+Every row has a prompt of `--context` tokens, prefilled as a served request's would be; then all decode. A figure
+is the median over steps in which all rows decoded and nothing else ran. Beside each stands its floor: bytes of
+weights and KV that a step must read, over a copy bandwidth measured in the same run. Depth 1 is the plain
+blocking loop; depth 2 the pipeline. `--smoke` proves on a CPU that the script runs; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from loadtest.gpu.random_models import RandomModel, random_model
+from shared.protocol import FromWorker, Sampling, StepOutputs, Submit, pack_i32
+from worker.device.contract import Device
+from worker.device.cpu import CpuDevice
+from worker.device.cuda import CudaDevice
+from worker.loop.engine import Command, Engine
+from worker.schedule.limits import SchedulerLimits
+from worker.schedule.pages import PagePool
+from worker.schedule.plan import StepPlan, StepResult
+from worker.schedule.scheduler import Scheduler
+from worker.step.contract import DeviceTimes
+from worker.step.torch_runner import TorchRunner
+
+GATEWAY, EPOCH, PAGE_TOKENS = b"bench", 1, 16
+PREFILL_TOKENS = 4096
+WARM_STEPS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """One committed step as its device events and the host's clock saw it."""
+
+    committed_s: float
+    busy_s: float
+    idle_s: float
+    num_rows: int
+    is_decode: bool
+
+
+class TimedRunner(TorchRunner):
+    """A TorchRunner that keeps the times of every committed step."""
+
+    def __init__(self, *positional: Any, **named: Any) -> None:
+        super().__init__(*positional, **named)
+        self.times: list[StepTime] = []
+        self._plan: StepPlan | None = None
+
+    def wait(self, slot_number: int, plan: StepPlan) -> StepResult:
+        """As the runner's own."""
+        self._plan = plan
+        return super().wait(slot_number, plan)
+
+    def device_times(self, slot_number: int) -> DeviceTimes:
+        """As the runner's own; called once a commit."""
+        measured = super().device_times(slot_number)
+        busy_s, idle_s = measured.busy_s, measured.idle_s
+        plan = self._plan
+        assert plan is not None
+        self.times.append(StepTime(time.perf_counter(), busy_s, idle_s, len(plan.decode), not plan.chunks))
+        return measured
+
+
+class ReplayingCpuDevice(CpuDevice):
+    """A CPU that claims to capture, so that a smoke run takes the path of captured graphs, padding and all."""
+
+    def __init__(self) -> None:
+        # With one thread weights would be laid out for the CPU's own operations, which no kernel reads.
+        super().__init__(num_threads=2)
+        self.captures = True
+        self.shares_memory = False
+
+
+def open_device(*, smoke: bool) -> Device:
+    """The GPU; in a smoke run the CPU that stands in for one."""
+    return ReplayingCpuDevice() if smoke else CudaDevice()
+
+
+class Silence:
+    """Stands in for the I/O thread: the tokens are of no interest, a refusal is."""
+
+    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
+        """For one gateway. Raises RuntimeError on a refusal or a row that ended in an error."""
+        if not isinstance(message, StepOutputs):
+            raise RuntimeError(f"the engine refused a row: {message}")
+        for finish in message.finishes:
+            if str(finish.reason) == "error":
+                raise RuntimeError(f"a row ended in an error: {finish}")
+
+    def broadcast(self, message: FromWorker) -> None:
+        """Heartbeats are of no interest here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Medians of one run. Times in ms unless the name says otherwise."""
+
+    shape: str
+    path: str
+    rows: int
+    depth: int
+    sampled: bool
+    context: int
+    steps: int
+    step_ms: float  # from commit to commit
+    p99_ms: float
+    busy_ms: float  # forward and sampling on the device
+    idle_ms: float  # device idle before a step
+    idle_share: float
+    host_us: float  # the loop's own work a step, waiting excluded
+    floor_ms: float
+    first_token_ms: float  # of the whole burst: until the last row decodes
+
+
+def measure_bandwidth(device: torch.device, num_bytes: int) -> float:
+    """Bytes a second of a large copy on the device, read and written bytes both counted; median of 9."""
+    source = torch.empty(num_bytes // 4, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    rates: list[float] = []
+    for _ in range(12):
+        started_s = time.perf_counter()
+        if device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            target.copy_(source)
+            stop.record()
+            stop.synchronize()
+            seconds = start.elapsed_time(stop) / 1e3
+        else:
+            target.copy_(source)
+            seconds = time.perf_counter() - started_s
+        rates.append(2 * source.nbytes / seconds)
+    return statistics.median(rates[3:])
+
+
+def run_rows(
+    runner: TimedRunner,
+    made: RandomModel,
+    rows: int,
+    depth: int,
+    *,
+    context: int,
+    steps: int,
+    bytes_per_s: float,
+    sampled: bool,
+    shape: str,
+    path: str,
+    on_steady: Callable[[], object] | None = None,
+) -> Figures:
+    """Decode `steps` tokens on each of `rows` rows behind `context` cached ones; the runner's graphs stay.
+    `on_steady` is called when the first timed step is about to be launched."""
+    model = made.model
+    pool = PagePool(runner.cache.keys[0].shape[0], PAGE_TOKENS)
+    limits = SchedulerLimits(
+        max_rows=rows,
+        step_tokens=PREFILL_TOKENS,
+        mixed_tokens=PREFILL_TOKENS,
+        max_sequence_tokens=model.card.context_tokens,
+    )
+    inbox: SimpleQueue[Command] = SimpleQueue()
+    engine = Engine(
+        Scheduler(limits, pool),
+        runner,
+        model.card,
+        inbox=inbox,
+        outbox=Silence(),
+        clock=time.perf_counter,
+        epoch=EPOCH,
+        depth=depth,
+    )
+    generator = torch.Generator().manual_seed(rows)
+    sampling = Sampling(temperature=0.7, top_p=0.9, seed=1) if sampled else Sampling()
+    warm = WARM_STEPS if steps > WARM_STEPS else 1
+    # Rows join as their prompts are prefilled: the first needs tokens until the last has arrived.
+    spare = -(-rows * context // (PREFILL_TOKENS - rows)) + warm + 3
+    for sequence_id in range(rows):
+        prompt = torch.randint(8, model.card.vocab_size, (context,), generator=generator).tolist()
+        submit = Submit(
+            EPOCH,
+            sequence_id,
+            str(sequence_id),
+            pack_i32(prompt),
+            steps + spare,
+            sampling=sampling,
+            ignore_eos=True,
+        )
+        inbox.put((GATEWAY, submit, []))
+    runner.times.clear()
+    begun_s = time.perf_counter()
+    host_before_s, full_s = 0.0, 0.0
+    timed_from = launched = 0
+    while engine.tick():
+        if not full_s and runner.times and runner.times[-1].is_decode and runner.times[-1].num_rows == rows:
+            full_s = time.perf_counter()
+            timed_from = len(runner.times) + warm
+        if full_s and not host_before_s and len(runner.times) >= timed_from:
+            host_before_s, launched = engine.metrics.host_seconds_total, engine.metrics.steps_total
+            if on_steady is not None:
+                on_steady()
+        if host_before_s and len(runner.times) >= timed_from + steps:
+            break
+    host_s = engine.metrics.host_seconds_total - host_before_s
+    num_host = engine.metrics.steps_total - launched
+    while engine.tick():  # the rest of the tokens: the runner must end empty
+        pass
+    times = runner.times[timed_from : timed_from + steps]
+    assert all(t.is_decode and t.num_rows == rows for t in times), "steps with other work were timed"
+    gaps = [b.committed_s - a.committed_s for a, b in itertools.pairwise(times)]
+    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.kv_dtype.itemsize
+    floor_s = (made.decode_bytes + kv_bytes * rows * (context + steps // 2)) / bytes_per_s
+    busy_s, idle_s = sum(t.busy_s for t in times), sum(t.idle_s for t in times)
+    return Figures(
+        shape,
+        path,
+        rows,
+        depth,
+        sampled,
+        context,
+        len(times),
+        statistics.median(gaps) * 1e3,
+        sorted(gaps)[int(0.99 * (len(gaps) - 1))] * 1e3,
+        statistics.median(t.busy_s for t in times) * 1e3,
+        statistics.median(t.idle_s for t in times) * 1e3,
+        idle_s / (busy_s + idle_s) if busy_s + idle_s else 0.0,
+        host_s / max(1, num_host) * 1e6,
+        floor_s * 1e3,
+        (full_s - begun_s) * 1e3,
+    )
+
+
+def make_runner(
+    made: RandomModel, device: Device, row_counts: Iterable[int], depth: int, row_tokens: int
+) -> tuple[TimedRunner, float]:
+    """A runner with graphs for these batch sizes, and the seconds their capture took."""
+    most = max(row_counts)
+    longest = made.model.card.context_tokens  # what captured attention spans
+    if device.torch_device.type == "cpu":
+        longest = min(longest, row_tokens + PAGE_TOKENS)  # or the interpreter would take seconds a step
+    runner = TimedRunner(
+        made.model,
+        device,
+        num_slots=max(2, depth),
+        num_pages=most * (-(-row_tokens // PAGE_TOKENS) + 1) + 1,
+        page_tokens=PAGE_TOKENS,
+        max_rows=most,
+        max_sequence_tokens=longest,
+        step_tokens=PREFILL_TOKENS,
+        buckets=sorted(row_counts),
+        token_buckets=[],  # prompts are prefilled thousands of tokens a step
+        automata=False,
+        step_crops=1,  # no pictures here: the vision encoder has a benchmark of its own
+    )
+    started_s = time.perf_counter()
+    runner.capture_graphs()
+    return runner, time.perf_counter() - started_s
+
+
+def run_shape(
+    shape: str,
+    device: Device,
+    *,
+    row_counts: list[int],
+    depths: list[int],
+    context: int,
+    steps: int,
+    bytes_per_s: float,
+    plain_too: bool,
+    sampled_rows: set[int],
+) -> list[Figures]:
+    """All figures of one shape; the model and its memory are gone afterwards."""
+    found = []
+    dtype = torch.bfloat16 if device.torch_device.type == "cuda" else torch.float32
+    made = random_model(shape, device.torch_device, dtype)
+    most = max(row_counts)
+    spare = -(-most * context // (PREFILL_TOKENS - most)) + WARM_STEPS + 3
+    for path in ["fused", "plain"] if plain_too else ["fused"]:
+        made.model.fuses = path == "fused" and (made.model.fuses or device.torch_device.type == "cpu")
+        runner, capture_s = make_runner(made, device, row_counts, max(depths), context + steps + spare)
+        print(f"{shape} {path}: graphs captured in {capture_s:.1f} s", flush=True)
+        for rows in row_counts:
+            for sampled in [False, True] if rows in sampled_rows else [False]:
+                for depth in depths:
+                    figures = run_rows(
+                        runner,
+                        made,
+                        rows,
+                        depth,
+                        context=context,
+                        steps=steps,
+                        bytes_per_s=bytes_per_s,
+                        sampled=sampled,
+                        shape=shape,
+                        path=path,
+                    )
+                    print(to_line(figures), flush=True)
+                    found.append(figures)
+        made.model.fuses = True
+        del runner
+        gc.collect()
+        if device.torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+HEADING = "shape         path  rows depth pick   step ms  p99 ms  busy ms  idle ms  idle %  host µs  floor ms  ×floor"
+
+
+def to_line(f: Figures) -> str:
+    """One line of the table under `HEADING`."""
+    pick = "draw" if f.sampled else "best"
+    ratio = f.step_ms / f.floor_ms
+    return (
+        f"{f.shape:13} {f.path:5} {f.rows:4} {f.depth:5} {pick:4} {f.step_ms:9.3f} {f.p99_ms:7.3f} {f.busy_ms:8.3f} "
+        f"{f.idle_ms:8.4f} {100 * f.idle_share:7.2f} {f.host_us:8.0f} {f.floor_ms:9.3f} {ratio:7.2f}"
+    )
+
+
+def main() -> None:
+    """Measure, print the table, write `decode.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", default="moondream2,qwen3-0.6b,llama-3.2-1b")
+    parser.add_argument("--rows", default="1,8,32,64,128")
+    parser.add_argument("--depths", default="1,2")
+    parser.add_argument("--context", type=int, default=850)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--plain-too", action="store_true", help="also the torch path without kernels")
+    parser.add_argument(
+        "--sampled-rows", default="1,32", help="row counts also run with temperature and top-p"
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, interpreted kernels")
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    device = open_device(smoke=chosen.smoke)
+    if chosen.smoke:
+        chosen.shapes, chosen.rows, chosen.context, chosen.steps = "tiny-moondream,tiny-qwen3", "2", 20, 3
+        chosen.sampled_rows, chosen.depths, chosen.plain_too = "2", "2", True
+    with torch.inference_mode():
+        bytes_per_s = measure_bandwidth(device.torch_device, 64 << 20 if chosen.smoke else 4 << 30)
+        found: list[Figures] = []
+        for shape in chosen.shapes.split(","):
+            found += run_shape(
+                shape,
+                device,
+                row_counts=[int(n) for n in chosen.rows.split(",")],
+                depths=[int(n) for n in chosen.depths.split(",")],
+                context=chosen.context,
+                steps=chosen.steps,
+                bytes_per_s=bytes_per_s,
+                plain_too=chosen.plain_too,
+                sampled_rows={int(n) for n in chosen.sampled_rows.split(",") if n},
+            )
+            # After every shape: a run that is cut off keeps what it has.
+            record = {
+                "device": torch.cuda.get_device_name() if not chosen.smoke else "cpu (smoke)",
+                "torch": torch.__version__,
+                "copy_bytes_per_s": bytes_per_s,
+                "figures": [asdict(figures) for figures in found],
+            }
+            (chosen.out / "decode.json").write_text(json.dumps(record, indent=1))
+    print(f"\ncopy bandwidth {bytes_per_s / 1e12:.2f} TB/s\n{HEADING}")
+    print("\n".join(to_line(figures) for figures in found))
+
+
+if __name__ == "__main__":
+    main()

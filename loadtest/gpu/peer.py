@@ -1,0 +1,165 @@
+"""Owns the comparison on a GPU with transformers' continuous batching: same weights, same prompts, same run. Main thread.
+
+    python -m loadtest.gpu.peer --shape qwen3-0.6b --rows 1,32 --out FOLDER
+
+Degas first (its engine and runner, depth 2), then transformers' `generate_batch` on the checkpoint that the same
+random weights were written to, greedy, with warm-up and graphs as it chooses. Rates count decoding only: a row's
+tokens after its first, from the moment the last row has its first to the end, where every row is still decoding.
+If this transformers has no continuous batching, or cannot run it here, that is printed and is no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import inspect
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loadtest.gpu.decode import (
+    PREFILL_TOKENS,
+    WARM_STEPS,
+    make_runner,
+    measure_bandwidth,
+    open_device,
+    run_rows,
+)
+from loadtest.gpu.random_models import random_model
+from worker.device.contract import Device
+
+
+def run_degas(
+    device: Device, shape: str, rows: list[int], context: int, steps: int, folder: Path
+) -> dict[int, float]:
+    """Tokens a second by row count; the weights are left in `folder` as a checkpoint."""
+    dtype = torch.bfloat16 if device.torch_device.type == "cuda" else torch.float32
+    bytes_per_s = measure_bandwidth(device.torch_device, 64 << 20)
+    made = random_model(shape, device.torch_device, dtype, folder=folder)
+    spare = -(-max(rows) * context // (PREFILL_TOKENS - max(rows))) + WARM_STEPS + 3
+    runner, _ = make_runner(made, device, rows, 2, context + steps + spare)
+    found: dict[int, float] = {}
+    for count in rows:
+        figures = run_rows(
+            runner,
+            made,
+            count,
+            2,
+            context=context,
+            steps=steps,
+            bytes_per_s=bytes_per_s,
+            sampled=False,
+            shape=shape,
+            path="fused",
+        )
+        found[count] = count / figures.step_ms * 1e3
+    return found
+
+
+class ContinuousBatching:
+    """transformers' own, through `generate_batch`. Raises RuntimeError when there is none or it fails."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        import transformers
+
+        self.version = str(transformers.__version__)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        load: Any = transformers.AutoModelForCausalLM
+        self._model: Any = (
+            load.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+        )
+        if not hasattr(self._model, "generate_batch"):
+            raise RuntimeError(f"transformers {self.version} has no generate_batch")
+        self._takes = inspect.signature(self._model.generate_batch).parameters
+        self._settings: Any = transformers.GenerationConfig
+        config: Any = getattr(transformers, "ContinuousBatchingConfig", None)
+        # On a GPU as it chooses; on a CPU it would take all memory there is for its cache.
+        self._config = config(num_blocks=8, max_batch_tokens=64) if config and device.type == "cpu" else None
+        if config is None and device.type == "cpu":
+            raise RuntimeError("a smoke run needs ContinuousBatchingConfig, to bound its memory")
+
+    def run(self, prompts: list[list[int]], new_tokens: int) -> float:
+        """Tokens a second of all rows together."""
+        settings = self._settings(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        wanted: dict[str, Any] = {
+            "record_timestamps": True,
+            "progress_bar": False,
+            "max_new_tokens": new_tokens,
+        }
+        given = {name: value for name, value in wanted.items() if name in self._takes}
+        if self._config is not None:
+            given["continuous_batching_config"] = self._config
+        started_s = time.perf_counter()
+        results = list(self._model.generate_batch(prompts, generation_config=settings, **given).values())
+        total_s = time.perf_counter() - started_s
+        errors = [result.error for result in results if getattr(result, "error", None)]
+        if errors or len(results) < len(prompts):
+            raise RuntimeError(
+                f"{len(results)} of {len(prompts)} requests ended, {len(errors)} in errors: {errors[:1]}"
+            )
+        stamps = [getattr(result, "timestamps", None) or [] for result in results]
+        if all(len(row) > 1 for row in stamps):
+            from_s = max(row[0] for row in stamps)
+            to_s = min(row[-1] for row in stamps)  # from here on fewer rows decode
+            counted = sum(sum(from_s < at <= to_s for at in row) for row in stamps)
+            if counted > len(prompts) and to_s > from_s:
+                return float(counted / (to_s - from_s))
+        print("  no timestamps: the rate holds prefill and start-up too")
+        return float(sum(len(result.generated_tokens) for result in results) / total_s)
+
+
+def main() -> None:
+    """Measure both, print the ratios, write `peer.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="qwen3-0.6b")
+    parser.add_argument("--rows", default="1,32")
+    parser.add_argument("--context", type=int, default=850)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--smoke", action="store_true", help="a tiny shape on the CPU")
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    device = open_device(smoke=chosen.smoke)
+    if chosen.smoke:
+        chosen.shape, chosen.rows, chosen.context, chosen.steps = "tiny-qwen3", "2", 20, 3
+    rows = [int(number) for number in chosen.rows.split(",")]
+    record: dict[str, Any] = {"shape": chosen.shape, "context": chosen.context, "steps": chosen.steps}
+    with tempfile.TemporaryDirectory(prefix="degas-peer-") as name:
+        with torch.inference_mode():
+            degas = run_degas(device, chosen.shape, rows, chosen.context, chosen.steps, Path(name))
+        record["degas_tokens_per_s"] = degas
+        print("Degas tokens/s:", {count: round(rate) for count, rate in degas.items()}, flush=True)
+        gc.collect()
+        if device.torch_device.type == "cuda":
+            torch.cuda.empty_cache()
+        theirs: dict[int, float] = {}
+        try:
+            peer = ContinuousBatching(Path(name), device.torch_device)
+            record["transformers"] = peer.version
+            generator = torch.Generator().manual_seed(1)
+            for count in rows:
+                prompts = torch.randint(8, 290, (count, chosen.context), generator=generator).tolist()
+                peer.run(prompts, min(8, chosen.steps))  # the first run compiles and captures
+                theirs[count] = peer.run(prompts, chosen.steps)
+                print(
+                    f"{chosen.shape}, {count} rows: Degas {degas[count]:.0f} tokens/s, transformers {peer.version} "
+                    f"{theirs[count]:.0f}, ratio {degas[count] / theirs[count]:.2f}",
+                    flush=True,
+                )
+        except Exception as error:  # another version's API, a missing package: the rest of the run goes on
+            record["unavailable"] = f"{type(error).__name__}: {str(error)[:500]}"
+            print(f"transformers' continuous batching does not run here: {record['unavailable']}")
+        record["transformers_tokens_per_s"] = theirs
+    (chosen.out / "peer.json").write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

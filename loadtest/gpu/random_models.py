@@ -1,0 +1,235 @@
+"""Owns models of true shapes with random weights, made on the device without a file. Whichever thread calls.
+
+Speed does not depend on what the weights say, only on how many there are; so a machine that can reach nothing
+can measure real shapes. Shapes are those of the published config.json files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from worker.formats.folder import Folder
+from worker.models.dense import Dense
+from worker.models.dense_config import make_card as make_dense_card
+from worker.models.dense_config import parse_config as parse_dense
+from worker.models.moondream import Moondream
+from worker.models.moondream_config import make_card, parse_config
+
+_QWEN3 = {
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 28,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+_SMALL_VISION = {"enc_n_layers": 1, "enc_dim": 32, "enc_ff_dim": 48, "enc_n_heads": 2, "crop_size": 70}
+
+_SMALL_LLAMA = {
+    "model_type": "llama",
+    "head_dim": 64,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # 29.1M parameters: 12 layers of 2.16M and 3.1M embeddings, 58 MB in bf16.
+    "llama-30m": _SMALL_LLAMA
+    | {
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "vocab_size": 8192,
+    },
+    # The sizes of Qwen2.5-0.5B: 494M parameters, 988 MB in bf16.
+    "llama-0.5b": _SMALL_LLAMA
+    | {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "vocab_size": 151936,
+    },
+    "moondream2": {"model_type": "moondream1", "config": {}},
+    "qwen3-0.6b": _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072},
+    "qwen3-1.7b": _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144},
+    "llama-3.2-1b": {
+        "model_type": "llama",
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 16,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 5e5,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    # For smoke runs and tests, never for figures.
+    "tiny-moondream": {
+        "model_type": "moondream1",
+        "config": {
+            "text": {
+                "dim": 64,
+                "ff_dim": 96,
+                "n_layers": 2,
+                "n_heads": 2,
+                "n_kv_heads": 2,
+                "vocab_size": 300,
+                "max_context": 512,
+            },
+            "vision": _SMALL_VISION | {"proj_out_dim": 64, "proj_inner_dim": 48, "overlap_margin": 1},
+            "region": {
+                "dim": 64,
+                "coord_feat_dim": 16,
+                "coord_out_dim": 64,
+                "size_feat_dim": 24,
+                "size_out_dim": 128,
+            },
+        },
+    },
+    "tiny-qwen3": _QWEN3
+    | {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 300,
+    },
+    "tiny-llama": {
+        "model_type": "llama",
+        "head_dim": 16,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "vocab_size": 300,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RandomModel:
+    """A model, and how many bytes of its weights one decode step must read whatever the batch."""
+
+    model: Moondream | Dense
+    decode_bytes: int
+
+
+def random_model(
+    shape: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    context_tokens: int = 2048,
+    folder: Path | None = None,
+    seed: int = 0,
+) -> RandomModel:
+    """A model of `SHAPES[shape]`: weights of deviation 0.02, norms of ones, biases of zeros.
+
+    With a `folder` it is also left there as a checkpoint that `degas serve --model` loads, with a tokenizer of
+    made-up words.
+    """
+    raw = dict(SHAPES[shape])
+    generator = torch.Generator(device).manual_seed(seed)
+    taken: dict[str, Tensor] = {}
+    all_bytes = decode_bytes = 0
+
+    def take(name: str, *size: int, dtype: torch.dtype = dtype) -> Tensor:
+        nonlocal all_bytes, decode_bytes
+        if name.endswith("bias"):
+            tensor = torch.zeros(size, dtype=dtype, device=device)
+        elif name.endswith("weight") and len(size) == 1:
+            tensor = torch.ones(size, dtype=dtype, device=device)
+        else:
+            tensor = torch.empty(size, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
+        all_bytes += tensor.nbytes
+        # Of embeddings a step reads a row; of a tied table all of it, as the head.
+        if name.startswith(
+            ("text.blocks", "text.lm_head", "text.post_ln", "model.layers", "model.norm", "lm_head")
+        ) or (name == "model.embed_tokens.weight" and raw.get("tie_word_embeddings")):
+            decode_bytes += tensor.nbytes
+        if folder is not None:
+            taken[name] = tensor.to("cpu", copy=True)
+        return tensor
+
+    with tempfile.TemporaryDirectory(prefix="degas-shape-") as name:
+        home = folder or Path(name)
+        home.mkdir(parents=True, exist_ok=True)
+        model: Moondream | Dense
+        described: dict[str, Any] = {"model_id": shape}
+        if raw["model_type"] == "moondream1":
+            raw |= {"architectures": ["HfMoondream"], "degas": described}
+            (home / "config.json").write_text(json.dumps(raw))
+            source = Folder(home)
+            config = parse_config(raw, source.settings_file)
+            model = Moondream(config, make_card(config, source), take, device)
+        else:
+            kind = str(raw["model_type"])
+            named = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[kind]
+            raw |= {"architectures": [named], "degas": described | {"context_tokens": context_tokens}}
+            (home / "config.json").write_text(json.dumps(raw))
+            source = Folder(home)
+            sizes = parse_dense(raw, source.settings_file, model_type=kind, qk_norm=kind == "qwen3")
+            model = Dense(sizes, make_dense_card(sizes, source, kind), take, device)
+        if folder is not None:
+            save_file(taken, folder / "model.safetensors")
+            (folder / "tokenizer.json").write_text(json.dumps(_words(model.card.vocab_size)))
+    model.weight_bytes = all_bytes
+    return RandomModel(model, decode_bytes)
+
+
+def _words(vocab_size: int) -> dict[str, Any]:
+    """A tokenizer.json whose id n is the word "wn"; any other word is id 1."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(vocab_size)}, "unk_token": "w1"},
+    }
+
+
+def main() -> None:
+    """`python -m loadtest.gpu.random_models SHAPE FOLDER`: leave a random checkpoint of that shape in the folder."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    chosen = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.inference_mode():
+        made = random_model(chosen.shape, device, getattr(torch, chosen.dtype), folder=chosen.folder)
+    print(f"{chosen.shape}: {made.model.weight_bytes >> 20} MiB of weights in {chosen.folder}")
+
+
+if __name__ == "__main__":
+    main()

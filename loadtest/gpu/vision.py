@@ -1,0 +1,180 @@
+"""Owns the vision encoder's figures on a GPU: milliseconds by number of crops, eager against captured. Main thread.
+
+    python -m loadtest.gpu.vision --out FOLDER
+
+A random encoder of the released Moondream's sizes. For each number of crops the encoder runs eagerly with torch's own
+operations, eagerly with the kernels, and as a captured graph, turn about; then whole pictures, from their uint8 frames on
+the device to input embeddings. Medians over repeats, each between two events, so that a device waiting for the host
+shows. The floor is operations over the rate of a large product measured in the same run. `--smoke` proves on a
+CPU that the script runs; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from loadtest.gpu.decode import open_device
+from loadtest.gpu.kernels import measure_products
+from loadtest.gpu.random_models import random_model
+from worker.device.contract import Device
+from worker.forward import ImageCrops
+from worker.models.moondream import Moondream
+from worker.models.moondream_config import VisionConfig
+from worker.step.graph_table import GraphCounts
+from worker.step.vision_graphs import VisionGraphs
+
+COUNTS = (1, 2, 4, 7, 13, 26)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One number of crops, or one set of pictures. Milliseconds of a batch; host: until it was queued."""
+
+    what: str
+    crops: int
+    plain_ms: float
+    fused_ms: float
+    captured_ms: float
+    fused_host_ms: float
+    captured_host_ms: float
+    floor_ms: float
+
+
+def flops_of(config: VisionConfig) -> float:
+    """Operations of one crop: products and attention of the encoder."""
+    tokens, dim = config.num_tokens, config.enc_dim
+    layer = 2 * tokens * dim * (4 * dim + 2 * config.enc_ff_dim) + 4 * tokens * tokens * dim
+    return float(config.enc_n_layers * layer + 2 * tokens * 3 * config.enc_patch_size**2 * dim)
+
+
+def time_ms(device: Device, work: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median milliseconds on the device from the first operation to the last, and of the host to queue them."""
+    times: list[float] = []
+    host: list[float] = []
+    for _ in range(repeats):
+        device.synchronize()
+        started = device.compute.record()
+        started_s = time.perf_counter()
+        work()
+        host.append((time.perf_counter() - started_s) * 1e3)
+        ended = device.compute.record()
+        ended.synchronize()
+        times.append(started.elapsed_s(ended) * 1e3)
+    return statistics.median(times[1:] or times), statistics.median(host[1:] or host)
+
+
+def measure(
+    device: Device, model: Moondream, what: str, crops: int, work: Callable[[], object], graphs: VisionGraphs,
+    repeats: int, floor_ms: float,
+) -> Line:  # fmt: skip
+    """The three ways, twice each in turn; the better of the two."""
+    vision, can_fuse = model.vision, model.vision.fuses
+    best: dict[str, tuple[float, float]] = {}
+    for _ in range(2):
+        for way in ("plain", "fused", "captured"):
+            vision.fuses = can_fuse and way != "plain"
+            vision.run = graphs.features if way == "captured" else vision.features
+            best[way] = min(best.get(way, (1e9, 1e9)), time_ms(device, work, repeats))
+    return Line(
+        what,
+        crops,
+        best["plain"][0],
+        best["fused"][0],
+        best["captured"][0],
+        best["fused"][1],
+        best["captured"][1],
+        floor_ms,
+    )
+
+
+def picture(model: Moondream, tiles_h: int, tiles_w: int) -> ImageCrops:
+    """A picture of noise."""
+    config = model.config.vision
+    side, margin = config.crop_size, 2 * config.overlap_margin * config.enc_patch_size
+
+    def pixels(height: int, width: int) -> torch.Tensor:
+        return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, device=model.device)
+
+    window = side - margin
+    canvas = pixels(tiles_h * window + margin, tiles_w * window + margin)
+    return ImageCrops(pixels(side, side), canvas, tiles_h, tiles_w)
+
+
+HEADING = f"{'what':28} crops  plain ms  fused ms  graph ms  host ms: fused  graph  floor ms  ×floor"
+
+
+def to_line(line: Line) -> str:
+    """One line of the table under `HEADING`."""
+    return (
+        f"{line.what:28} {line.crops:5} {line.plain_ms:9.3f} {line.fused_ms:9.3f} {line.captured_ms:9.3f} "
+        f"{line.fused_host_ms:14.3f} {line.captured_host_ms:6.3f} {line.floor_ms:9.3f} "
+        f"{line.captured_ms / line.floor_ms:7.2f}"
+    )
+
+
+def main() -> None:
+    """Measure, print the table, write `vision.json`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--smoke", action="store_true", help="a tiny encoder on the CPU")
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    device = open_device(smoke=chosen.smoke)
+    where = device.torch_device
+    repeats = 2 if chosen.smoke else chosen.repeats
+    dtype = torch.float32 if chosen.smoke else torch.bfloat16
+    with torch.inference_mode(), device.compute.use():
+        flops_per_s = 1e12 if chosen.smoke else measure_products(where, 8192)
+        made = random_model("tiny-moondream" if chosen.smoke else "moondream2", where, dtype)
+        model = made.model
+        assert isinstance(model, Moondream)
+        config = model.config.vision
+        graphs = VisionGraphs(device, model.vision, COUNTS[-1], GraphCounts())
+        started_s = time.perf_counter()
+        captured = sum([graphs.capture(size) for size in graphs.sizes])
+        capture_s = time.perf_counter() - started_s
+        held = torch.cuda.max_memory_allocated() >> 20 if where.type == "cuda" else 0
+        print(f"{captured} of {len(graphs.sizes)} graphs in {capture_s:.1f} s, at most {held} MiB allocated")
+        floor_ms = flops_of(config) / flops_per_s * 1e3
+        lines: list[Line] = []
+        for count in COUNTS:
+            side = config.crop_size
+            crops = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, device=where)
+            name = f"{count} crops"
+            work = lambda crops=crops: model.vision.run(crops)  # noqa: E731
+            lines.append(measure(device, model, name, count, work, graphs, repeats, count * floor_ms))
+            print(to_line(lines[-1]), flush=True)
+        for number, tiles_h, tiles_w in [(1, 1, 1), (1, 2, 2), (1, 3, 4), (8, 1, 1), (4, 2, 2), (2, 3, 4)]:
+            pictures = [picture(model, tiles_h, tiles_w) for _ in range(number)]
+            count = number * (1 + tiles_h * tiles_w if tiles_h * tiles_w > 1 else 1)
+            name = f"{number} pictures of {tiles_h}×{tiles_w} tiles"
+            encode = lambda pictures=pictures: model.encode_images(pictures)  # noqa: E731
+            lines.append(measure(device, model, name, count, encode, graphs, repeats, count * floor_ms))
+            print(to_line(lines[-1]), flush=True)
+    record = {
+        "device": torch.cuda.get_device_name() if where.type == "cuda" else "cpu (smoke)",
+        "torch": torch.__version__,
+        "product_flops_per_s": flops_per_s,
+        "graphs": captured,
+        "capture_s": capture_s,
+        "max_allocated_mib": held,
+        "figures": [asdict(line) for line in lines],
+    }
+    (chosen.out / "vision.json").write_text(json.dumps(record, indent=1))
+    print(f"\nproduct {flops_per_s / 1e12:.0f} TFLOP/s\n{HEADING}")
+    print("\n".join(to_line(line) for line in lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,416 @@
+"""Owns what is asked about a scene and the one right answer to it; runs in the drawing process.
+
+Answers are canonical: one string per question and scene. Where a scene leaves two answers about as right (a
+thing on the border between "left" and "center"), the question is not asked.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from numpy.random import Generator
+
+from pocket.scenes import COLOR_NAMES, SHAPES, Scene, Thing
+
+Task = Literal["query", "caption", "detect", "point"]
+
+NO_PICTURE_ANSWER = "please add a picture"
+_WORDS = ("no", "one", "two", "three", "four", "five", "six")
+_BORDER = 0.03  # a centre this close to a third of the picture is in neither of two places
+_ORDER_GAP = 0.025  # centres closer than this have no left-to-right order
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question: `text` is the question, the caption's length, or the object to find."""
+
+    task: Task
+    kind: str
+    text: str
+    answer: str = ""
+    targets: tuple[Thing, ...] = ()
+    settled: bool = True  # False: listed in an order that is a matter of taste; trained on, not scored
+
+
+def plural(shape: str) -> str:
+    """The plural of a shape's name or of a word for any shape."""
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def matching(things: Sequence[Thing], color: str | None, shape: str | None) -> tuple[Thing, ...]:
+    """The things of this colour and shape, left to right; None matches any."""
+    return tuple(t for t in things if color in (None, t.color) and shape in (None, t.shape))
+
+
+def place_of(thing: Thing) -> str | None:
+    """Which ninth of the picture a thing's centre lies in, or None near a border."""
+    if any(abs(v - third) < _BORDER for v in (thing.x, thing.y) for third in (1 / 3, 2 / 3)):
+        return None
+    across = "left" if thing.x < 1 / 3 else "right" if thing.x > 2 / 3 else ""
+    down = "top" if thing.y < 1 / 3 else "bottom" if thing.y > 2 / 3 else ""
+    return f"{down} {across}".strip() or "center"
+
+
+def _is_ordered(things: Sequence[Thing]) -> bool:
+    return all(b.x - a.x >= _ORDER_GAP for a, b in pairwise(things))
+
+
+def _join(parts: Sequence[str]) -> str:
+    if len(parts) < 2:
+        return "".join(parts)
+    return ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _an(name: str) -> str:
+    return ("an " if name[0] in "aeiou" else "a ") + name
+
+
+def _listing(things: Sequence[Thing]) -> str:
+    return _join([_an(t.name) for t in things]) if things else "nothing"
+
+
+def caption(scene: Scene, length: str) -> Ask:
+    """The caption of a scene: "short", "normal" or "long"."""
+    things = scene.things
+    settled = _is_ordered(things)
+    if length == "short":
+        text = _listing(things) if things else "an empty picture"
+        return Ask("caption", "caption short", length, text[0].upper() + text[1:] + ".", settled=settled)
+    if not things:
+        text = (
+            "The picture is empty."
+            if length == "normal"
+            else "The picture is empty. There are no shapes in it."
+        )
+        return Ask("caption", f"caption {length}", length, text)
+    places = [place_of(t) for t in things]
+    settled = settled and None not in places
+    located = _join([f"{_an(t.name)} at the {_nearest(t)}" for t in things])
+    if length == "normal":
+        return Ask(
+            "caption", "caption normal", length, located[0].upper() + located[1:] + ".", settled=settled
+        )
+    noun = "shape" if len(things) == 1 else "shapes"
+    text = f"The picture shows {_WORDS[len(things)]} {noun}: {located}."
+    return Ask("caption", "caption long", length, text, settled=settled)
+
+
+def _nearest(thing: Thing) -> str:
+    across = "left" if thing.x < 1 / 3 else "right" if thing.x > 2 / 3 else ""
+    down = "top" if thing.y < 1 / 3 else "bottom" if thing.y > 2 / 3 else ""
+    return f"{down} {across}".strip() or "center"
+
+
+class Questioner:
+    """Draws questions about one scene."""
+
+    def __init__(self, scene: Scene, rng: Generator) -> None:
+        self.scene = scene
+        self.things = scene.things
+        self.rng = rng
+
+    def draw(self, kind: str) -> Ask | None:
+        """A question of this kind, or None where the scene does not allow it."""
+        return _KINDS[kind](self)
+
+    def pick(self, *options: str) -> str:
+        """One of the options."""
+        return options[int(self.rng.integers(len(options)))]
+
+    def _thing(self) -> Thing | None:
+        return self.things[int(self.rng.integers(len(self.things)))] if self.things else None
+
+    def _target(self, present: float) -> tuple[str | None, str | None]:
+        """A colour and a shape to ask about, at least one of them; in the scene with probability `present`."""
+        thing = self._thing()
+        if thing is None or self.rng.random() >= present:
+            color: str | None = self.pick(*COLOR_NAMES)
+            shape: str | None = self.pick(*SHAPES)
+            if thing is not None and self.rng.random() < 0.6:  # near miss: one half is right
+                color, shape = (thing.color, shape) if self.rng.random() < 0.5 else (color, thing.shape)
+        else:
+            color, shape = thing.color, thing.shape
+        form = self.rng.random()
+        if form < 0.45:
+            return color, shape
+        return (color, None) if form < 0.7 else (None, shape)
+
+    def _noun(self) -> str:
+        return self.pick("object", "shape", "thing")
+
+    def _name(self, color: str | None, shape: str | None, many: bool = False) -> str:
+        noun = shape or self._noun()
+        noun = plural(noun) if many else noun
+        return f"{color} {noun}" if color else noun
+
+    def _voice(self, text: str) -> str:
+        """The question in one of the ways people type."""
+        text = text.replace("color", "colour") if self.rng.random() < 0.25 else text
+        text = text.replace("picture", self.pick("picture", "image", "scene"))
+        how = self.rng.random()
+        if how < 0.5:
+            text = text[0].upper() + text[1:]
+        elif how < 0.55:
+            text = text.upper()
+        if self.rng.random() < 0.65:
+            text += "?" if text.split()[0].lower() not in ("count", "name", "list", "describe") else "."
+        return text
+
+    def _query(self, kind: str, text: str, answer: str, settled: bool = True) -> Ask:
+        return Ask("query", kind, self._voice(text), answer, settled=settled)
+
+    def what(self) -> Ask:
+        text = self.pick(
+            "what is in the picture", "what do you see", "what is this", "what is there", "describe the picture",
+            "what objects are in the picture", "what shapes are there", "list the objects", "what's in this picture",
+        )  # fmt: skip
+        return self._query("what", text, _listing(self.things), settled=_is_ordered(self.things))
+
+    def color(self) -> Ask | None:
+        shape = self.pick(*SHAPES)
+        thing = self._thing()
+        if thing is not None and self.rng.random() < 0.9:
+            shape = thing.shape
+        found = matching(self.things, None, shape)
+        text = self.pick(
+            f"what color is the {shape}", f"which color is the {shape}", f"what is the color of the {shape}",
+            f"what color is the {shape} in the picture", f"the {shape} is what color", f"color of the {shape}",
+            f"which color does the {shape} have", f"what color does the {shape} have",
+        )  # fmt: skip
+        if not found:
+            return self._query("color", text, f"there is no {shape}")
+        colors = list(dict.fromkeys(t.color for t in found))
+        if len(colors) > 2:
+            return None
+        if len(found) > 1 and self.rng.random() < 0.7:
+            text = self.pick(
+                f"what color are the {plural(shape)}", f"which colors do the {plural(shape)} have"
+            )
+        return self._query("color", text, _join(colors), settled=len(colors) == 1 or _is_ordered(found))
+
+    def shape(self) -> Ask | None:
+        color = self.pick(*COLOR_NAMES)
+        thing = self._thing()
+        if thing is not None and self.rng.random() < 0.9:
+            color = thing.color
+        found = matching(self.things, color, None)
+        noun = self.pick("object", "thing", "one", "shape")
+        text = self.pick(
+            f"what shape is the {color} {noun}", f"which shape is the {color} {noun}",
+            f"what shape is {color}", f"what is the shape of the {color} {noun}", f"what is the {color} {noun}",
+            f"which shape does the {color} {noun} have", f"shape of the {color} {noun}", f"what is {color}",
+        )  # fmt: skip
+        if not found:
+            return self._query("shape", text, f"there is no {color} object")
+        shapes = list(dict.fromkeys(t.shape for t in found))
+        if len(shapes) > 2:
+            return None
+        return self._query("shape", text, _join(shapes), settled=len(shapes) == 1 or _is_ordered(found))
+
+    def count(self) -> Ask:
+        if self.rng.random() < 0.3:
+            color, shape = None, None
+        else:
+            color, shape = self._target(0.85)
+        if color is None and shape is None:
+            names = self.pick("objects", "shapes", "things")
+        else:
+            names = self._name(color, shape, many=True)
+        text = self.pick(
+            f"how many {names} are there", f"how many {names} are in the picture", f"how many {names}",
+            f"how many {names} do you see", f"count the {names}", f"what is the number of {names}",
+            f"how many {names} can you see", f"how many {names} does the picture show",
+        )  # fmt: skip
+        kind = "count all" if color is None and shape is None else "count"
+        return self._query(kind, text, str(len(matching(self.things, color, shape))))
+
+    def where(self) -> Ask | None:
+        color, shape = self._target(0.95)
+        found = matching(self.things, color, shape)
+        name = self._name(color, shape)
+        text = self.pick(
+            f"where is the {name}", f"where is the {name} in the picture", f"where can you see the {name}",
+            f"in which part of the picture is the {name}", f"where's the {name}", f"what is the position of the {name}",
+        )  # fmt: skip
+        if not found:
+            return self._query(
+                "where", text, f"there is no {color + ' ' if color else ''}{shape or 'object'}"
+            )
+        places = [place_of(t) for t in found]
+        if len(found) > 2 or None in places:
+            return None
+        if len(found) == 2:
+            text = self.pick(f"where are the {self._name(color, shape, many=True)}", text)
+        names = list(dict.fromkeys(p for p in places if p))
+        return self._query("where", text, _join(names), settled=_is_ordered(found))
+
+    def exists(self) -> Ask:
+        color, shape = self._target(0.5)
+        name = self._name(color, shape)
+        many = self._name(color, shape, many=True)
+        text = self.pick(
+            f"is there {_an(name)}", f"is there {_an(name)} in the picture", f"do you see {_an(name)}",
+            f"are there any {many}", f"is {_an(name)} in the picture", f"can you see {_an(name)}",
+            f"does the picture show {_an(name)}", f"are there {many} in the picture",
+        )  # fmt: skip
+        return self._query("exists", text, "yes" if matching(self.things, color, shape) else "no")
+
+    def _unique(self) -> list[tuple[str, Thing]]:
+        """Things with a name that only they bear."""
+        named = []
+        for thing in self.things:
+            options = [
+                name
+                for name, color, shape in (
+                    (thing.name, thing.color, thing.shape),
+                    (thing.shape, None, thing.shape),
+                    (f"{thing.color} {self._noun()}", thing.color, None),
+                )
+                if len(matching(self.things, color, shape)) == 1
+            ]
+            if options:
+                named.append((self.pick(*options), thing))
+        return named
+
+    def side(self) -> Ask | None:
+        named = self._unique()
+        if len(named) < 2:
+            return None
+        first, second = (named[int(i)] for i in self.rng.permutation(len(named))[:2])
+        across = bool(self.rng.random() < 0.6)
+        gap = second[1].x - first[1].x if across else second[1].y - first[1].y
+        if abs(gap) < 0.06:
+            return None
+        before = bool(self.rng.random() < 0.5)
+        words: tuple[str, ...]
+        if across:
+            words = ("left of", "to the left of") if before else ("right of", "to the right of")
+        else:
+            words = ("above", "higher than") if before else ("below", "under", "lower than")
+        text = f"is the {first[0]} {self.pick(*words)} the {second[0]}"
+        return self._query("side", text, "yes" if (gap > 0) == before else "no")
+
+    def beside(self) -> Ask | None:
+        named = self._unique()
+        if len(self.things) < 2 or not named:
+            return None
+        name, thing = named[int(self.rng.integers(len(named)))]
+        across, before = bool(self.rng.random() < 0.6), bool(self.rng.random() < 0.5)
+        found = []
+        for other in self.things:
+            gap = (other.x - thing.x if across else other.y - thing.y) * (-1 if before else 1)
+            if other is thing:
+                continue
+            if abs(gap) < 0.06:
+                return None
+            if gap > 0:
+                found.append(other)
+        if len(found) > 2:
+            return None
+        words = ("left of", "right of") if across else ("above", "below")
+        word = words[0] if before else words[1]
+        text = f"what is {'to the ' if across and self.rng.random() < 0.5 else ''}{word} the {name}"
+        return self._query("beside", text, _listing(found), settled=_is_ordered(found))
+
+    def extreme(self) -> Ask | None:
+        if len(self.things) < 2:
+            return None
+        noun = self._noun()
+        kind = self.rng.random()
+        if kind < 0.5:
+            by_size = sorted(self.things, key=lambda t: t.width * t.height)
+            if self.rng.random() < 0.5:
+                thing, rival, word = by_size[-1], by_size[-2], self.pick("largest", "biggest")
+                clear = thing.width * thing.height > 1.5 * rival.width * rival.height
+            else:
+                thing, rival, word = by_size[0], by_size[1], "smallest"
+                clear = rival.width * rival.height > 1.5 * thing.width * thing.height
+        else:
+            side = self.pick("left", "right", "top", "bottom")
+            order = sorted(self.things, key=lambda t: t.x if side in ("left", "right") else t.y)
+            if side in ("right", "bottom"):
+                order.reverse()
+            thing, rival = order[0], order[1]
+            gap = thing.x - rival.x if side in ("left", "right") else thing.y - rival.y
+            clear = abs(gap) > 0.05
+            word = (
+                side + "most" if side in ("left", "right") else {"top": "highest", "bottom": "lowest"}[side]
+            )
+        if not clear:
+            return None
+        text = self.pick(
+            f"what is the {word} {noun}",
+            f"which {noun} is the {word}",
+            f"what is the {word} {noun} in the picture",
+        )
+        return self._query("extreme", text, _an(thing.name))
+
+    def at(self) -> Ask | None:
+        places = [place_of(t) for t in self.things]
+        if None in places:
+            return None
+        place = self.pick(
+            "top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"
+        )
+        if self.things and self.rng.random() < 0.75:
+            place = str(places[int(self.rng.integers(len(places)))])
+        found = [t for t, p in zip(self.things, places, strict=True) if p == place]
+        if len(found) > 2:
+            return None
+        text = self.pick(
+            f"what is at the {place}", f"what is in the {place}", f"what is at the {place} of the picture",
+            f"what do you see at the {place}",
+        )  # fmt: skip
+        return self._query("at", text, _listing(found), settled=_is_ordered(found))
+
+    def _find(self, task: Task) -> Ask:
+        if self.rng.random() < 0.2:
+            color, shape = None, None
+        else:
+            color, shape = self._target(0.88)
+        text = self._name(color, shape, many=bool(self.rng.random() < 0.3))
+        if self.rng.random() < 0.12:
+            text = "the " + text
+        elif self.rng.random() < 0.06:
+            text = "all " + text
+        how = self.rng.random()
+        text = text[0].upper() + text[1:] if how < 0.12 else text.upper() if how < 0.14 else text
+        found = matching(self.things, color, shape)
+        return Ask(task, task, text, targets=found, settled=_is_ordered(found))
+
+    def detect(self) -> Ask:
+        return self._find("detect")
+
+    def point(self) -> Ask:
+        return self._find("point")
+
+    def caption_short(self) -> Ask:
+        return caption(self.scene, "short")
+
+    def caption_normal(self) -> Ask:
+        return caption(self.scene, "normal")
+
+    def caption_long(self) -> Ask:
+        return caption(self.scene, "long")
+
+
+_KINDS: dict[str, Callable[[Questioner], Ask | None]] = {
+    "what": Questioner.what,
+    "color": Questioner.color,
+    "shape": Questioner.shape,
+    "count": Questioner.count,
+    "where": Questioner.where,
+    "exists": Questioner.exists,
+    "side": Questioner.side,
+    "beside": Questioner.beside,
+    "extreme": Questioner.extreme,
+    "at": Questioner.at,
+    "detect": Questioner.detect,
+    "point": Questioner.point,
+    "caption short": Questioner.caption_short,
+    "caption normal": Questioner.caption_normal,
+    "caption long": Questioner.caption_long,
+}
+QUERY_KINDS = tuple(_KINDS)[:10]
+KINDS = tuple(_KINDS)

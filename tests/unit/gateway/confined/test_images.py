@@ -1,0 +1,225 @@
+"""Pictures: what is accepted, what is refused and how, and that tiles agree with the reference."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import struct
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from gateway.confined.image_process import Answer, Job, Refused, prepare
+from shared.protocol import ImageSpec
+from tests.fake_worker import FakeWorker
+from tests.gateway_thread import GatewayThread
+from tests.http_client import Answer as HttpAnswer
+from tests.http_client import ask
+
+MOONDREAM = ImageSpec(crop_size=378, patch_size=14, margin_patches=4, max_crops=12, num_tokens=729)
+SMALL = ImageSpec(crop_size=56, patch_size=7, margin_patches=1, max_crops=4, num_tokens=64)
+
+
+def job(spec: ImageSpec = SMALL) -> Job:
+    return Job(spec, max_pixels=64_000_000, min_side=4)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **fields: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **fields)
+    return file.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_crop_and_canvas_are_plain_lanczos() -> None:
+    image = Image.effect_mandelbrot((300, 200), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    answer, crop, canvas = prepare(encoded(image), job())
+    assert crop == image.resize((56, 56), Image.Resampling.LANCZOS).tobytes()
+    size = (answer.canvas_width, answer.canvas_height)
+    assert canvas == image.resize(size, Image.Resampling.LANCZOS).tobytes()
+    assert answer.tiles_h * 42 + 14 == answer.canvas_height
+    again = prepare(encoded(image, "BMP"), job())[0]
+    assert again.digest == answer.digest, "the digest is of the pixels, not of the file"
+
+
+def test_tilings_of_the_reference() -> None:
+    file = Path(__file__).parents[3] / "data" / "golden_moondream" / "tilings.json"
+    if not file.is_file():
+        pytest.skip("no reference tilings here")
+    rows = json.loads(file.read_text())
+    for height, width, tiles_h, tiles_w in rows[:20]:
+        answer = prepare(encoded(Image.new("L", (width, height)), "PNG", compress_level=1), job(MOONDREAM))[0]
+        assert (answer.tiles_h, answer.tiles_w) == (tiles_h, tiles_w), (height, width)
+
+
+def test_orientation_is_undone_and_transparency_is_white() -> None:
+    image = Image.new("RGB", (40, 20), "blue")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    answer = prepare(encoded(image, "JPEG", exif=exif), Job(MOONDREAM, 10**6, 4))[0]
+    assert isinstance(answer, Answer)
+    _, crop, _ = prepare(encoded(Image.new("RGBA", (20, 20), (10, 20, 30, 0))), job())
+    assert set(crop) == {255}
+    tall = Image.new("RGB", (600, 200), "blue")
+    turned = prepare(encoded(tall, "JPEG", exif=exif), job(SMALL))[0]
+    assert turned.tiles_h > turned.tiles_w
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "YCbCr"])
+def test_every_common_mode_is_turned_to_rgb(mode: str) -> None:
+    kind = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
+    _, crop, canvas = prepare(encoded(Image.new(mode, (30, 30)), kind), job())
+    assert len(crop) == 56 * 56 * 3 and len(canvas) % 3 == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b"", "no picture"),
+        (b"hello", "no picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no picture"),
+        (b"%PDF-1.4", "no picture"),
+        (encoded(Image.new("RGB", (20, 20)), "TIFF"), "no picture"),
+        (encoded(Image.new("RGB", (20, 20)), "PPM"), "no picture"),
+        (encoded(Image.new("RGB", (64, 64), "red"))[:60], "damaged"),
+        (encoded(Image.new("RGB", (640, 640), "red"), "JPEG")[:900], "damaged"),
+        (encoded(Image.new("RGB", (1, 1))), "at least 4"),
+        (encoded(Image.new("RGB", (3, 300))), "at least 4"),
+        (png_header(50_000, 50_000), "at most"),
+        (png_header(2**31 - 1, 2**31 - 1), "picture"),
+    ],
+)
+def test_what_is_no_good_picture_is_refused_in_words(data: bytes, word: str) -> None:
+    with pytest.raises(Refused, match=word):
+        prepare(data, job())
+
+
+def test_animations_are_refused_without_counting_their_frames() -> None:
+    frames = [Image.new("RGB", (8, 8), (colour, 0, 255 - colour)) for colour in range(200)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    with pytest.raises(Refused, match="single frame"):
+        prepare(data, job())
+    assert prepare(encoded(frames[0], "GIF"), job())[0].tiles_h == 1
+
+
+# ---------------------------------------------------------------- through the gateway and its process
+
+
+def query(gateway: GatewayThread, url: object) -> HttpAnswer:
+    return ask(gateway.url, "/v1/query", {"question": "what?", "image_url": url})
+
+
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
+        ("http://example.com/a.png", "not fetched"),
+        ("https://169.254.169.254/latest", "not fetched"),
+        ("file:///etc/passwd", "not fetched"),
+        ("/etc/passwd", "data URL"),
+        ("", "data URL"),
+        ("data:image/png,abc", "data URL"),
+        ("data:image/png;base64,", "empty"),
+        ("data:image/png;base64,@@@@", "base64"),
+        ("data:image/png;base64,abc", "base64"),
+        ("data:text/html;base64,PGI+", "picture"),
+        ("data:image/png;base64,aGVsbG8=", "no picture"),
+    ],
+)
+def test_only_data_urls_with_pictures(gateway: GatewayThread, url: str, word: str) -> None:
+    answer = query(gateway, url)
+    assert answer.status == 400 and word in answer.error["message"], answer.body
+    assert answer.error["param"] == "image_url"
+
+
+def test_too_large_files_and_pictures_are_413(worker: FakeWorker) -> None:
+    with GatewayThread(workers=[worker.endpoint], max_image_bytes=2000) as gateway:
+        gateway.wait_ready()
+        big = base64.b64encode(b"x" * 3000).decode()
+        assert query(gateway, "data:image/png;base64," + big).status == 413
+        claimed = base64.b64encode(png_header(50_000, 50_000)).decode()
+        answer = query(gateway, "data:image/png;base64," + claimed)
+        assert answer.status == 413 and "50000×50000" in answer.error["message"]
+
+
+def test_a_dead_process_costs_one_request_and_is_replaced(
+    gateway: GatewayThread, data_url: Callable[..., str]
+) -> None:
+    assert query(gateway, data_url()).status == 200
+    assert query(gateway, data_url(kind="JPEG")).status == 200
+
+    def kill() -> None:
+        for transport in list(gateway.gateway.service.images.processes):
+            transport.kill()
+
+    gateway.call(kill)
+    answers = [query(gateway, data_url()).status for _ in range(3)]
+    assert answers[-1] == 200 and answers.count(400) <= 1
+
+
+@pytest.mark.slow
+def test_a_decoder_that_hangs_is_killed_in_time(worker: FakeWorker, data_url: Callable[..., str]) -> None:
+    with GatewayThread(workers=[worker.endpoint], image_timeout_s=2.0) as gateway:
+        gateway.wait_ready()
+        assert query(gateway, data_url()).status == 200
+
+        def stop() -> None:
+            for process in list(gateway.gateway.service.images.processes):
+                process.send_signal(signal.SIGSTOP)
+
+        gateway.call(stop)
+        answer = query(gateway, data_url())
+        assert answer.status == 400 and "within 2 s" in answer.error["message"]
+        assert query(gateway, data_url()).status == 200
+
+
+def test_memory_is_bounded(worker: FakeWorker) -> None:
+    with GatewayThread(workers=[worker.endpoint], image_memory_bytes=256 << 20) as gateway:
+        gateway.wait_ready()
+        flat = encoded(Image.new("RGB", (9000, 7000)), "PNG")
+        url = "data:image/png;base64," + base64.b64encode(flat).decode()
+        answer = query(gateway, url)
+        assert answer.status in (400, 413) and "memory" in answer.error["message"]
+        assert query(gateway, url).status == answer.status
+
+
+def test_pictures_that_wait_are_bounded_in_bytes(
+    gateway: GatewayThread, data_url: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is always taken, however large: else none of its size ever would be."""
+    images = gateway.gateway.service.images
+    monkeypatch.setattr("gateway.confined.images._MAX_PENDING_BYTES", 10)
+    url = data_url()
+    assert query(gateway, url).status == 200
+    for process in list(images.processes):
+        os.kill(process.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(query, gateway, url)
+        gateway.wait_for(lambda: images.num_pending == 1)
+        second = query(gateway, url)
+        assert (second.status, second.error["code"]) == (429, "queue_full") and second.headers["retry-after"]
+        for process in list(images.processes):
+            os.kill(process.pid, signal.SIGCONT)
+        assert first.result(20).status == 200
+    gateway.wait_for(lambda: images.num_pending == images.pending_bytes == 0)

@@ -1,0 +1,344 @@
+"""Captured steps on a device that records and replays as a GPU does: graph = eager = sequential, token for token (I8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from loadtest.gpu.random_models import random_model
+from shared.errors import ErrorCode
+from shared.protocol import Sampling, Submit, pack_i32
+from tests.unit.worker.loop.simulation import EPOCH, GATEWAY, Stream
+from tests.unit.worker.step.graph_device import GraphDevice, RecordedGraph
+from tests.unit.worker.step.test_torch_runner import GOLDEN, Harness, load, mixture
+from worker.forward import ImageCrops
+from worker.models.moondream import Moondream
+from worker.schedule.plan import StepPlan
+from worker.step.decode_graphs import Flavour, bucket_sizes
+from worker.step.graph_table import EAGER_RUNS_BEFORE_CAPTURE, GraphCounts
+from worker.step.slot import Slot
+from worker.step.vision_graphs import VisionGraphs, cut_pieces, piece_sizes
+from worker.step.warm_up import warm_up
+
+Submits = list[tuple[Submit, list[bytes]]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch_alone() -> Iterator[None]:
+    """Models are made without the compiled CPU operations, which no recording of torch's would show."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("worker.native.library.load", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> Moondream:
+    made = load(GOLDEN)
+    assert isinstance(made, Moondream)
+    made.card = msgspec.structs.replace(made.card, context_tokens=832)  # captured attention spans all of it
+    made.looks = False  # as on a GPU
+    return made
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Moondream:
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        made = random_model("tiny-moondream", torch.device("cpu"), torch.float32).model
+    assert isinstance(made, Moondream)
+    made.looks = False
+    return made
+
+
+def alone(model: Moondream, submits: Submits) -> list[Stream]:
+    """Each by itself, eagerly, one step at a time."""
+    return [
+        Harness(model, depth=1, max_rows=1, cache=False, late=False).answer([submit])[0] for submit in submits
+    ]
+
+
+def agree(found: list[Stream], expected: list[Stream]) -> None:
+    for one, other in zip(expected, found, strict=True):
+        assert other.tokens == one.tokens, one.submit.task
+        assert np.allclose(other.values, one.values)
+        assert one.finish is not None and other.finish is not None
+        assert other.finish.reason is one.finish.reason
+
+
+def text(num: int, max_tokens: int, vocab: int, **sampling: Any) -> Submits:
+    """Text rows of different lengths, half of them drawn."""
+    made = []
+    for number in range(num):
+        prompt = [3 + (7 * number + i) % (vocab - 8) for i in range(1 + 9 * number)]
+        settings = Sampling(temperature=0.8 * (number % 2), top_p=0.9, seed=number, **sampling)
+        made.append(
+            (Submit(EPOCH, number, str(number), pack_i32(prompt), max_tokens, settings, ignore_eos=True), [])
+        )
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_captured_equals_sequential(model: Moondream, temperature: float) -> None:
+    """Text, captions, points and boxes together; constraints on the device and by host masks; mixed steps."""
+    submits = mixture(model, seed=3, temperature=temperature)
+    expected = alone(model, submits)
+    for depth, max_rows, automata in ((2, 6, temperature > 0), (3, 3, temperature == 0)):
+        device = GraphDevice()
+        harness = Harness(model, depth=depth, max_rows=max_rows, automata=automata, device=device)
+        runner = harness.runner
+        assert runner.graphs is not None
+        assert runner.capture_graphs() == len(runner.graph_keys()) == len(device.graphs)
+        with torch.inference_mode():
+            assert runner.vision_graphs is not None and runner.vision_graphs.capture(1)
+        agree(harness.answer(submits), expected)
+        assert device.replayed
+        runner.graph_counts.eager_steps_total.pop("vision", None)
+        assert not runner.graphs.counts.eager_steps_total
+
+
+@pytest.mark.slow
+def test_what_start_up_left_out_is_captured_later_without_running_twice(model: Moondream) -> None:
+    submits = mixture(model, seed=5, temperature=0.8)
+    device = GraphDevice()
+    harness = Harness(model, depth=2, max_rows=6, device=device)
+    agree(harness.answer(submits), alone(model, submits))
+    graphs = harness.runner.graphs
+    assert graphs is not None
+    assert set(graphs.counts.captures_total) == {"late"} and device.replayed
+    assert device.num_warm_ups == 0
+    assert sum(graphs.counts.eager_steps_total.values()) >= EAGER_RUNS_BEFORE_CAPTURE
+
+
+@pytest.mark.slow
+def test_a_refused_capture_costs_time_and_no_token(tiny: Moondream) -> None:
+    submits = text(3, 12, 300, logit_bias={})
+    device = GraphDevice(refuses=lambda number: number % 2 == 1)
+    harness = Harness(tiny, depth=2, max_rows=4, device=device)
+    graphs = harness.runner.graphs
+    assert graphs is not None
+    harness.runner.capture_graphs()
+    assert graphs.counts.captures_total == {"failed": 9, "startup": 9}
+    agree(harness.answer(submits), alone(tiny, submits))
+    assert sum(graphs.counts.eager_steps_total.values()) > EAGER_RUNS_BEFORE_CAPTURE, "it is not tried again"
+    assert graphs.counts.captures_total["failed"] == 9
+
+
+@pytest.mark.slow
+def test_a_prompt_that_finds_no_memory_ends_alone(tiny: Moondream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator refuses one prompt's eager prefill; rows that decode in the same step go on by their graph."""
+    submits = text(3, 12, 300)
+    expected = alone(tiny, submits)
+    harness = Harness(tiny, depth=2, max_rows=4, device=GraphDevice())
+    runner = harness.runner
+    runner.capture_graphs()
+    prefill = runner._prefill
+
+    def refuse_once(slot: Slot, plan: StepPlan, bucket: int) -> None:
+        if plan.decode and any(chunk.seq.sequence_id == 99 for chunk in plan.chunks):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        prefill(slot, plan, bucket)
+
+    monkeypatch.setattr(runner, "_prefill", refuse_once)
+    large = (Submit(EPOCH, 99, "99", pack_i32([5] * 40), 9, Sampling(), ignore_eos=True), [])
+    streams = harness.begin(submits)
+    while not all(stream.tokens for stream in streams):
+        harness.engine.tick()
+    shed = harness.answer([large])[0]
+    agree(streams, expected)
+    assert shed.finish is not None and shed.finish.code is ErrorCode.OUT_OF_MEMORY and not shed.tokens
+
+
+@pytest.mark.slow
+def test_a_text_batch_replays_graphs_without_the_region_model(tiny: Moondream) -> None:
+    device = GraphDevice()
+    harness = Harness(tiny, depth=2, max_rows=4, device=device)
+    runner = harness.runner
+    runner.capture_graphs()
+    by_flavour = {
+        flavour: graph for (_, _, flavour), graph in zip(runner.graph_keys(), device.graphs, strict=True)
+    }
+    keys = dict(zip(device.graphs, runner.graph_keys(), strict=True))
+    assert by_flavour[Flavour.TEXT].num_operations < by_flavour[Flavour.FULL].num_operations - 10
+    harness.answer(text(3, 6, 300))
+    assert {keys[graph][2] for graph in device.replayed} == {Flavour.TEXT}
+    device.replayed.clear()
+    harness.answer(text(3, 6, 300, num_logprobs=2))
+    assert {keys[graph][2] for graph in device.replayed} == {Flavour.GATED}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", [{"num_logprobs": 3}, {"frequency_penalty": 1.5}, {"min_tokens": 4}])
+def test_gated_rows_get_what_they_get_alone(tiny: Moondream, sampling: dict[str, Any]) -> None:
+    """Rows that need eager sampling beside rows that do not, joining while others decode."""
+    other = Submit(EPOCH, 9, "9", pack_i32([5, 6, 7] * 20), 9, Sampling(**sampling), ignore_eos=True)
+    submits = [*text(2, 14, 300), (other, [])]
+    device = GraphDevice()
+    harness = Harness(tiny, depth=2, max_rows=4, device=device, mixed_tokens=20)
+    harness.runner.capture_graphs()
+    agree(harness.answer(submits), alone(tiny, submits))
+
+
+@pytest.mark.slow
+def test_padding_writes_to_no_live_page(tiny: Moondream) -> None:
+    device = GraphDevice()
+    harness = Harness(tiny, depth=1, max_rows=4, device=device, cache=False)
+    runner = harness.runner
+    runner.capture_graphs()
+    mark = 12345.0  # not NaN: the torch path multiplies what lies beyond a row's length by 0
+    for memory in (*runner.cache.keys, *runner.cache.values):
+        with torch.inference_mode():
+            memory[1:] = mark
+    harness.answer(text(3, 5, 300))  # three rows in a bucket of four
+    lines = sum(len(prompt) // 4 + 5 - 1 for prompt in (s.prompt for s, _ in text(3, 5, 300)))
+    for memory in (*runner.cache.keys, *runner.cache.values):
+        written = (memory[1:].flatten(0, 1) != mark).all(-1).all(-1)
+        assert int(written.sum()) == lines
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations that are queued outside of replays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def silent_replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Replays under which `Counted` is not told of anything: on a GPU each is one launch."""
+    counted = [0]
+    replay = RecordedGraph.replay
+
+    def quiet(self: RecordedGraph) -> None:
+        from torch.utils._python_dispatch import _disable_current_modes
+
+        counted[0] += 1
+        with _disable_current_modes():
+            replay(self)
+
+    monkeypatch.setattr(RecordedGraph, "replay", quiet)
+    yield counted
+
+
+@pytest.mark.slow
+def test_an_unchanged_batch_is_one_upload_one_replay_one_download(
+    tiny: Moondream, silent_replays: list[int]
+) -> None:
+    device = GraphDevice()
+    harness = Harness(tiny, depth=2, max_rows=4, device=device)
+    harness.runner.capture_graphs()
+    events = device.num_events
+    engine = harness.engine
+    for submit, frames in text(3, 40, 300):
+        harness.outbox.streams[GATEWAY, submit.sequence_id] = Stream(submit)
+        harness.inbox.put((GATEWAY, submit, frames))
+    for _ in range(6):
+        engine.tick()
+    silent_replays[0] = 0
+    steps = engine.metrics.steps_total
+    counted = Counted()
+    with counted:
+        for _ in range(10):
+            engine.tick()
+    assert engine.metrics.steps_total - steps == silent_replays[0] == 10
+    views = {"slice", "select", "view", "detach", "alias"}
+    assert [name for name in counted.names if name not in views] == ["copy_"] * 20
+    assert device.num_events == events, "events are made at start"
+
+
+def test_vision_graphs_equal_the_encoder(tiny: Moondream) -> None:
+    """Pictures of 1, 3 and 5 crops at once, cut into captured pieces and an eager rest."""
+    generator = torch.Generator().manual_seed(1)
+    side, window = 70, 70 - 28
+
+    def picture(tiles_h: int, tiles_w: int) -> ImageCrops:
+        height, width = tiles_h * window + 28, tiles_w * window + 28
+
+        def pixels(*shape: int) -> torch.Tensor:
+            return torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=generator)
+
+        return ImageCrops(pixels(side, side), pixels(height, width), tiles_h, tiles_w)
+
+    pictures = [picture(1, 1), picture(1, 2), picture(2, 2)]
+    with torch.inference_mode():
+        expected = [tiny.encode_images([one])[0] for one in pictures]
+        device = GraphDevice()
+        counts = GraphCounts()
+        graphs = VisionGraphs(device, tiny.vision, 6, counts)
+        tiny.vision.run = graphs.features
+        try:
+            assert graphs.capture(4) and graphs.capture(2)
+            found = tiny.encode_images(pictures)
+            again = tiny.encode_images(pictures[::-1])[::-1]
+        finally:
+            tiny.vision.run = tiny.vision.features
+    assert [graph.num_operations > 10 for graph in device.graphs] == [True, True]
+    assert counts.eager_steps_total == {"vision": 2} and len(device.replayed) == 2 * 2
+    for one, two, three in zip(found, again, expected, strict=True):
+        torch.testing.assert_close(one, three)
+        torch.testing.assert_close(two, three)
+
+
+def test_pieces_cover_every_number_of_crops() -> None:
+    sizes = piece_sizes(13, 26)
+    assert sizes == [26, *range(13, 0, -1)] and piece_sizes(13, 13) == list(range(13, 0, -1))
+    for num in range(1, 80):
+        assert sum(cut_pieces(num, sizes)) == num
+        assert sum(cut_pieces(num, [7, 2])) == num
+    assert cut_pieces(40, sizes) == [26, 13, 1]
+    assert cut_pieces(3, []) == [3]
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 8, 32, 70, 128])
+def test_buckets_hold_every_batch(max_rows: int) -> None:
+    sizes = bucket_sizes(max_rows)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == max_rows
+
+
+def test_a_capture_that_would_wait_is_refused(tiny: Moondream) -> None:
+    """The recording device notices what CUDA would: here the region model's look at the batch."""
+    device = GraphDevice()
+    harness = Harness(tiny, depth=1, max_rows=1, device=device)
+    tiny.looks = True
+    try:
+        harness.runner.capture_graphs()
+    finally:
+        tiny.looks = False
+    graphs = harness.runner.graphs
+    assert graphs is not None and graphs.counts.captures_total == {"startup": 2, "failed": 4}
+
+
+@pytest.mark.slow
+def test_warm_up_leaves_no_trace_and_covers_what_serving_meets(tiny: Moondream) -> None:
+    other = Submit(EPOCH, 9, "9", pack_i32([5, 6, 7] * 20), 9, Sampling(num_logprobs=2), ignore_eos=True)
+    submits = [*text(3, 12, 300), (other, [])]
+    device = GraphDevice()
+    harness = Harness(tiny, depth=2, max_rows=2, device=device)
+    seen: list[tuple[str, float, float]] = []
+    assert warm_up(harness.runner, lambda *told: seen.append(told)) == 0
+    assert [done for _, done, _ in seen] == list(range(1, len(seen) + 1)) and seen[-1][1] == seen[-1][2]
+    agree(harness.answer(submits), alone(tiny, submits))
+    counts = harness.runner.graph_counts
+    assert counts.eager_steps_total == {} and set(counts.captures_total) == {"startup"}
+    assert all(not memory[:-1].any() for memory in (harness.runner.rows.counts, harness.runner.rows.bias))
+
+
+def test_warm_up_ends_when_its_time_is_up(tiny: Moondream) -> None:
+    harness = Harness(tiny, depth=1, max_rows=1, device=GraphDevice())
+    times = iter([0.0, 1.0, 2.0, 3.5, 4.0])
+    seen: list[float] = []
+    left = warm_up(
+        harness.runner, lambda _, done, __: seen.append(done), budget_s=3.0, clock=lambda: next(times)
+    )
+    assert seen == [1, 2, 3] and left > 10

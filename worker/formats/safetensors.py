@@ -1,0 +1,189 @@
+"""Owns reading safetensors: memory-mapped files, checked against what the model expects. Decode thread.
+
+Pickled weights are refused. A tensor that is missing, misshapen or unknown stops the start with its name, never with a
+silently wrong model.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from worker.formats.source import CheckpointError, ProgressReport, Rename, Target
+
+_MAX_HEADER_BYTES = 100 << 20
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where a tensor lies."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+    transposed: bool
+
+
+class Checkpoint:
+    """An open checkpoint. `take` hands out each tensor once; `finish` refuses what nobody took.
+
+    `rename` maps stored names to canonical ones; None drops a tensor that the model computes itself. Raises
+    CheckpointError on anything but whole, consistent safetensors files.
+    """
+
+    def __init__(self, folder: Path, report: ProgressReport, rename: Rename = Target) -> None:
+        self.folder = folder
+        self._report = report
+        self._tensors: dict[str, _Stored] = {}
+        for path in _find_files(folder):
+            for name, (dtype, shape, num_bytes) in _read_header(path).items():
+                target = rename(name)
+                if target is None:
+                    continue
+                if target.name in self._tensors:
+                    raise CheckpointError("stored twice", file=path, tensor=name)
+                stored = _Stored(path, name, shape, dtype, num_bytes, target.transposed)
+                self._tensors[target.name] = stored
+        self._left = set(self._tensors)
+        self._done_bytes = 0
+        self.num_bytes = sum(stored.num_bytes for stored in self._tensors.values())
+        self._files: dict[Path, Any] = {}
+        try:
+            for path in {stored.path for stored in self._tensors.values()}:
+                self._files[path] = safe_open(path, framework="pt", device="cpu")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"not a whole safetensors file: {error}", file=path) from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def take(self, name: str, *shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The tensor of that canonical name, of this shape, as a copy on `device` in `dtype`.
+
+        Raises CheckpointError when it is missing, of another shape, or not floating point.
+        """
+        stored = self._tensors.get(name)
+        if stored is None:
+            raise CheckpointError("missing", file=self.folder, tensor=name, expected=shape)
+        found = stored.shape[::-1] if stored.transposed else stored.shape
+        if found != shape:
+            raise CheckpointError(
+                "not of the shape that config.json asks for",
+                file=stored.path,
+                tensor=stored.name,
+                expected=shape,
+                found=found,
+            )
+        if stored.dtype not in _FLOATS:
+            problem = f"{stored.dtype} weights are not supported, only {', '.join(_FLOATS)}"
+            raise CheckpointError(problem, file=stored.path, tensor=stored.name)
+        try:
+            tensor: Tensor = self._files[stored.path].get_tensor(stored.name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(str(error), file=stored.path, tensor=stored.name) from error
+        if name in self._left:
+            self._left.discard(name)
+            self._done_bytes += stored.num_bytes
+            self._report("weights", self._done_bytes, self.num_bytes)
+        # A copy: the file may be replaced while it is mapped, and a truncated mapping kills the process.
+        tensor = tensor.t() if stored.transposed else tensor
+        return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+
+    def finish(self) -> None:
+        """Let go of the files. Raises CheckpointError naming tensors that were never taken."""
+        self._files.clear()
+        if self._left:
+            names = sorted(self._left)
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            listed = ", ".join(self._tensors[name].name for name in names[:5])
+            path = self._tensors[names[0]].path
+            raise CheckpointError(f"tensors this model does not know: {listed}{more}", file=path)
+
+
+def _find_files(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors files: one, or those that an index names."""
+    index_path = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index_path.is_file():
+        index = _read_json(index_path)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError("no weight_map in this index", file=index_path)
+        return _indexed_files(index_path, weight_map)
+    if single.is_file():
+        return [single]
+    others = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if len(others) == 1:
+        return others
+    if others:
+        raise CheckpointError(f"{len(others)} safetensors files and no index", file=folder)
+    if folder.is_dir() and any(path.suffix in _PICKLES for path in folder.iterdir()):
+        raise CheckpointError(
+            "only pickled weights here; pickles can run code, so convert them to safetensors", file=folder
+        )
+    raise CheckpointError("no model.safetensors in this folder", file=folder)
+
+
+def _indexed_files(index_path: Path, weight_map: dict[str, Any]) -> list[Path]:
+    """The shards of an index, each checked to hold exactly the tensors that the index says."""
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{shard!r} is no safetensors file of this folder", file=index_path)
+        shards.setdefault(shard, set()).add(tensor)
+    paths = []
+    for shard, tensors in sorted(shards.items()):
+        path = index_path.parent / shard
+        difference = sorted(tensors.symmetric_difference(_read_header(path)))
+        if difference:
+            where = "named by the index only" if difference[0] in tensors else "not named by the index"
+            raise CheckpointError(where, file=path, tensor=difference[0])
+        paths.append(path)
+    return paths
+
+
+def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Stored tensors by name: dtype, shape, bytes. Raises CheckpointError on a header that cannot be true."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+                problem = f"header of {header_bytes} bytes in a file of {size}: truncated, or not safetensors"
+                raise CheckpointError(problem, file=path)
+            header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if not 0 <= begin <= end <= size - 8 - header_bytes:
+                problem = f"bytes {begin} to {end} lie outside the file: truncated"
+                raise CheckpointError(problem, file=path, tensor=name)
+            shape = tuple(int(length) for length in entry["shape"])
+            tensors[name] = (str(entry["dtype"]), shape, end - begin)
+        return tensors
+    except FileNotFoundError:
+        raise CheckpointError("no such file", file=path) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"not a safetensors header: {error!r}", file=path) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"no {path.name} in this folder", file=path.parent) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"not readable as JSON: {error}", file=path) from error

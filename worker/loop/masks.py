@@ -1,0 +1,127 @@
+"""Owns when masks of host-constrained rows are built: with their step, or ahead of it for slow ones. Decode thread.
+
+A mask takes microseconds as a rule, but a grammar is a client's text, and some take tens of milliseconds a token:
+every row of the step would wait with them. A sequence whose mask was slow is *paced* from then on. Its next mask
+is built on a thread of this module as soon as its token is committed, and it sits out of steps until the mask is
+there; the others never wait for it. Nothing else changes for it, so its tokens are the same (I8, I10).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from worker.constraints.llg import LlgConstraint, MaskExecutor, fill_in_parallel
+from worker.schedule.sequence import Sequence
+
+I32 = npt.NDArray[np.int32]
+
+SLOW_S = 1e-3  # a row's mask that takes longer makes it paced; below half of it, it no longer is
+MIN_PARALLEL_ROWS = 4  # below, handing rows to threads costs more than it saves
+MAX_THREADS = 8
+
+
+@dataclass(slots=True, eq=False)
+class MaskReady:
+    """The mask of a paced sequence is built, or could not be; comes through the inbox."""
+
+    seq: Sequence
+    mask: I32
+    took_s: float
+    error: str = ""
+
+
+class MaskFiller:
+    """Builds masks; `on_ready` is called on a thread of the filler for each mask built ahead."""
+
+    def __init__(
+        self,
+        on_ready: Callable[[MaskReady], None],
+        *,
+        num_threads: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        threads: Executor | None = None,
+    ) -> None:
+        if num_threads is None:
+            num_threads = min(MAX_THREADS, max(1, (os.cpu_count() or 1) // 2))
+        self._num_threads = num_threads
+        self._on_ready = on_ready
+        self._clock = clock
+        self._threads = threads
+        self._parallel = MaskExecutor(num_threads) if num_threads > 1 else None
+        self._one_by_one = False  # a parallel fill was slow: the next one finds out whose fault it was
+        self.num_paced = 0
+
+    def fill(self, masks: I32, rows: Items[tuple[int, Sequence]]) -> list[tuple[int, str]]:
+        """Write `masks[i]` for each (i, sequence); returns (i, message) of those that failed.
+
+        `masks` is one C-contiguous array of int32 words, a row each.
+        """
+        failed: list[tuple[int, str]] = []
+        quick: list[tuple[int, Sequence]] = []
+        for i, seq in rows:
+            if seq.ready_mask is not None:
+                masks[i] = seq.ready_mask
+                seq.ready_mask = None
+            elif isinstance(seq.constraint, LlgConstraint):
+                quick.append((i, seq))
+            else:
+                self._fill_one(masks, i, seq, failed)
+        if self._parallel is None or self._one_by_one or len(quick) < MIN_PARALLEL_ROWS:
+            self._one_by_one = False
+            for i, seq in quick:
+                self._fill_one(masks, i, seq, failed)
+            return failed
+        started_s = self._clock()
+        failed += fill_in_parallel(self._parallel, masks, [(i, seq.constraint) for i, seq in quick])
+        self._one_by_one = self._clock() - started_s > SLOW_S
+        return failed
+
+    def _fill_one(self, masks: I32, i: int, seq: Sequence, failed: list[tuple[int, str]]) -> None:
+        assert seq.constraint is not None
+        started_s = self._clock()
+        try:
+            seq.constraint.fill_mask(masks[i])
+        except ValueError as error:
+            failed.append((i, str(error)))
+            return
+        if self._clock() - started_s > SLOW_S:
+            seq.is_paced = seq.awaits_mask = True
+            self.num_paced += 1
+
+    def build_ahead(self, seq: Sequence, num_words: int) -> None:
+        """Start on the next mask of a paced sequence: its last token was committed just now."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="masks")
+        self._threads.submit(self._build, seq, np.empty(num_words, np.int32))
+
+    def _build(self, seq: Sequence, mask: I32) -> None:
+        """On a thread. The constraint is nobody else's until `on_ready`: its sequence sits out."""
+        assert seq.constraint is not None
+        started_s = self._clock()
+        error = ""
+        try:
+            seq.constraint.fill_mask(mask)
+        except ValueError as problem:
+            error = str(problem)
+        self._on_ready(MaskReady(seq, mask, self._clock() - started_s, error))
+
+    @staticmethod
+    def accept(ready: MaskReady) -> None:
+        """Let the sequence back into steps. Decode thread."""
+        seq = ready.seq
+        seq.ready_mask = ready.mask
+        seq.awaits_mask = False
+        seq.is_paced = ready.took_s > SLOW_S / 2
+
+    def close(self) -> None:
+        """Drop what has not begun. What has, ends within the grammar's own limits."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)

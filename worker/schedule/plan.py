@@ -1,0 +1,64 @@
+"""Owns what a step is: its plan, what the host read of it, what its commit gave. Plain data; decode thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from worker.constraints.automaton import TokenTables
+from worker.schedule.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """Part of a sequence's prefill: positions [start, start + num_tokens)."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    is_last: bool  # reaches the end of what is known, so its last position is sampled
+
+
+@dataclass(slots=True, eq=False)
+class StepPlan:
+    """One step: decode rows first, then prefill chunks; `samples` names the rows that get a token, in order."""
+
+    step: int
+    decode: list[Sequence]
+    positions: list[int]  # of each decode row's token
+    chunks: list[Chunk]
+    samples: list[Sequence]
+    sample_indexes: list[int]  # index of each sample among its sequence's generated tokens
+    deferred: list[int]  # indexes into `samples` of rows that wait for a mask
+    admitted: list[Sequence]  # sequences that got their row in this plan
+    tables: list[tuple[int, TokenTables]]  # automata to put into slots before the step
+
+    any_adjusted: bool = False  # some sample's logits are biased or penalised
+
+    @property
+    def num_tokens(self) -> int:
+        """Flattened tokens of the forward."""
+        return len(self.decode) + sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the host read from one step, one entry per row of `plan.samples`."""
+
+    token_ids: list[int]
+    bad: list[bool]  # the row's logits held a NaN
+    values: list[tuple[float, float]] | None = None  # decoded coordinates or sizes, where any row is spatial
+    logprobs: list[float] | None = None
+    top_ids: list[list[int]] | None = None
+    top_logprobs: list[list[float]] | None = None
+
+
+@dataclass(slots=True)
+class Committed:
+    """What a commit gave: tokens to send (parallel lists) and the sequences it finished."""
+
+    rows: list[Sequence] = field(default_factory=list)
+    indexes: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    source: list[int] = field(default_factory=list)  # index into the step's samples
+    finished: list[Sequence] = field(default_factory=list)
+    num_zombies: int = 0

@@ -1,0 +1,118 @@
+"""Owns which full KV pages are remembered by content, and which of them to forget first. Pure; decode thread.
+
+A page's key is a hash chain over everything its contents depend on: tenant, the bidirectional prefix as a
+whole, every earlier token, and the digests of pictures. Pages enter only after the step that wrote them was
+committed without fault, so a cancelled or failed row never leaves bad pages behind.
+"""
+
+from __future__ import annotations
+
+from array import array
+from hashlib import blake2b
+
+from worker.schedule.pages import PagePool
+from worker.schedule.sequence import Sequence
+
+
+class PrefixCache:
+    """Content-addressed pages over a `PagePool`, forgotten by least recent use, deepest page first."""
+
+    __slots__ = ("_by_key", "_idle", "_key_of", "_pool", "num_hit_tokens", "num_query_tokens")
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._by_key: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._idle: dict[int, None] = {}  # cached pages nobody holds, least recently used first
+        self.num_query_tokens = 0
+        self.num_hit_tokens = 0
+
+    def match(self, seq: Sequence) -> int:
+        """Hold the longest remembered run of `seq`'s full pages; returns how many positions it covers.
+
+        At least one known position is left to compute: its logits are what the prefill is for.
+        """
+        assert not seq.pages
+        page_tokens = self._pool.page_tokens
+        self.num_query_tokens += len(seq.tokens)
+        for number in range((len(seq.tokens) - 1) // page_tokens):
+            page = self._by_key.get(self._key(seq, number))
+            if page is None:
+                break
+            self._pool.hold(page)
+            self._idle.pop(page, None)
+            seq.pages.append(page)
+        num_tokens = len(seq.pages) * page_tokens
+        self.num_hit_tokens += num_tokens
+        return num_tokens
+
+    def insert(self, seq: Sequence, num_tokens: int) -> None:
+        """Remember the full pages among `seq`'s first `num_tokens` positions, all committed."""
+        if seq.is_spatial:  # generated coordinates are embedded by value, which no token id tells
+            num_tokens = min(num_tokens, seq.num_prompt)
+        for number in range(num_tokens // self._pool.page_tokens):
+            page = seq.pages[number]
+            if page in self._key_of:
+                continue
+            key = self._key(seq, number)
+            if key not in self._by_key:
+                self._by_key[key] = page
+                self._key_of[page] = key
+
+    def release(self, seq: Sequence) -> None:
+        """Drop all of `seq`'s pages; remembered ones stay cached."""
+        for page in reversed(seq.pages):
+            keep = page in self._key_of
+            self._pool.drop(page, keep=keep)
+            if keep and self._pool.count(page) == 0:
+                self._idle[page] = None
+        seq.pages = []  # a new list: slots know a row's table by it (worker.step.staging)
+
+    def forget(self, seq: Sequence) -> None:
+        """Take `seq`'s own pages out of the cache: their contents are not to be trusted."""
+        for page in seq.pages:
+            key = self._key_of.pop(page, None)
+            if key is not None:
+                del self._by_key[key]
+
+    def evict(self, num_pages: int) -> int:
+        """Free up to `num_pages` idle pages, least recently used first. Returns how many it freed."""
+        victims = list(self._idle)[:num_pages]
+        for page in victims:
+            del self._idle[page]
+            del self._by_key[self._key_of.pop(page)]
+            self._pool.evict(page)
+        return len(victims)
+
+    def check(self) -> None:
+        """Raise AssertionError unless the maps agree with each other and with the pool."""
+        assert len(self._by_key) == len(self._key_of)
+        assert all(self._key_of[page] == key for key, page in self._by_key.items())
+        assert len(self._idle) == self._pool.num_cached
+        assert all(page in self._key_of and self._pool.count(page) == 0 for page in self._idle)
+
+    def _key(self, seq: Sequence, number: int) -> bytes:
+        keys = seq.page_keys
+        page_tokens = self._pool.page_tokens
+        while len(keys) <= number:
+            start = len(keys) * page_tokens
+            end = start + page_tokens
+            digest = blake2b(keys[-1] if keys else _root(seq), digest_size=16)
+            digest.update(array("i", seq.tokens[start:end]).tobytes())
+            for picture in seq.pictures:
+                if picture.position < end and start < picture.position + picture.num_tokens:
+                    digest.update(picture.digest)
+            keys.append(digest.digest())
+        return keys[number]
+
+
+def _root(seq: Sequence) -> bytes:
+    """What every page of a sequence depends on: its tenant and its bidirectional prefix."""
+    digest = blake2b(digest_size=16)
+    digest.update(len(seq.tenant.encode()).to_bytes(4, "little") + seq.tenant.encode())
+    if seq.prefix_tokens:
+        digest.update(array("i", seq.tokens[: seq.prefix_tokens]).tobytes())
+        for picture in seq.pictures:
+            if picture.position < seq.prefix_tokens:
+                digest.update(picture.digest)
+    return digest.digest()

@@ -1,0 +1,379 @@
+"""Owns what runs in the next step: admission, chunked prefill, decode rows, pages, preemption. Pure; decode thread.
+
+Takes submissions, cancellations, step results and the time; returns plans and finished sequences. It never
+reads a clock and never touches a device.
+"""
+
+from __future__ import annotations
+
+from shared.errors import ErrorCode, FinishReason
+from worker.constraints.automaton import TokenAutomaton, TokenTables
+from worker.schedule.automaton_slots import AutomatonSlots
+from worker.schedule.limits import SchedulerLimits
+from worker.schedule.pages import PagePool
+from worker.schedule.plan import Chunk, Committed, StepPlan, StepResult
+from worker.schedule.prefix_cache import PrefixCache
+from worker.schedule.refusal import Refusal
+from worker.schedule.sequence import Phase, Sequence
+from worker.schedule.waiting import WaitingQueue
+
+
+class Scheduler:
+    """Sequences waiting and running, and the pages and rows they hold."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        pages: PagePool,
+        cache: PrefixCache | None = None,
+        automata: AutomatonSlots | None = None,
+    ) -> None:
+        self.limits = limits
+        self.automata = automata
+        self.pages = pages
+        self.cache = cache
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # in order of admission; zombies stay until released
+        self.sequences: dict[tuple[bytes, int], Sequence] = {}
+        self.free_rows = list(range(limits.max_rows - 1, -1, -1))
+        self.num_preemptions = 0
+        self._num_deadlines = 0
+        self._step = 0
+
+    # ------------------------------------------------------------------ events
+
+    def submit(self, seq: Sequence) -> None:
+        """Queue a new sequence. Raises `Refusal` when it can never fit, or the queue is full."""
+        limits = self.limits
+        limits.check(seq, self.pages.total * self.pages.page_tokens)
+        # Rows and queue together, as a gateway counts: a row whose sequence has ended is free for it at once, here
+        # only when nothing in flight holds it.
+        if len(self.sequences) >= limits.max_rows + limits.max_waiting:
+            raise Refusal(
+                ErrorCode.QUEUE_FULL, f"{len(self.sequences)} sequences are running or waiting already"
+            )
+        key = (seq.gateway, seq.sequence_id)
+        assert key not in self.sequences, "the engine drops duplicates"
+        self.sequences[key] = seq
+        seq.num_known = len(seq.tokens)
+        self._num_deadlines += seq.deadline_s > 0
+        self.waiting.push(seq)
+
+    def cancel(self, gateway: bytes, sequence_id: int, reason: FinishReason) -> Sequence | None:
+        """Finish a sequence now; its row stays a zombie while in flight. None if it is not live."""
+        seq = self.sequences.get((gateway, sequence_id))
+        if seq is None or seq.finish is not None:
+            return None
+        self._finish(seq, reason)
+        return seq
+
+    def cancel_gateway(self, gateway: bytes) -> list[Sequence]:
+        """Finish everything a gateway submitted: its lease ran out."""
+        keys = [key for key in self.sequences if key[0] == gateway]
+        ended = (self.cancel(gateway, sequence_id, FinishReason.CANCELLED) for _, sequence_id in keys)
+        return [seq for seq in ended if seq is not None]
+
+    def fail(self, seq: Sequence, code: ErrorCode, message: str) -> None:
+        """Finish one live sequence with an error."""
+        seq.error = (code, message)
+        self._finish(seq, FinishReason.ERROR)
+
+    def expire(self, now_s: float) -> list[Sequence]:
+        """Finish every sequence whose deadline has passed."""
+        if not self._num_deadlines:
+            return []
+        late = [s for s in self.sequences.values() if 0 < s.deadline_s <= now_s and s.finish is None]
+        for seq in late:
+            self._finish(seq, FinishReason.DEADLINE)
+        return late
+
+    @property
+    def has_work(self) -> bool:
+        """Some sequence waits, runs, or is still in flight."""
+        return bool(self.running) or len(self.waiting) > 0
+
+    # ------------------------------------------------------------------ planning
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """The next step, or None when nothing can run now. Advances the launched counters of its rows.
+
+        The caller launches every plan it gets: `inflight_refs` counts it from here (I3).
+        """
+        decode: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        stalled: list[Sequence] = []
+        page_tokens = self.pages.page_tokens
+        for seq in self.running:
+            if seq.finish is not None or seq.preempted or seq.awaits_mask:
+                continue
+            if seq.num_computed < seq.num_known:
+                prefilling.append(seq)
+            elif seq.num_sampled < seq.max_tokens:  # I12
+                if seq.num_computed < len(seq.pages) * page_tokens or self._grow(seq, seq.num_computed + 1):
+                    decode.append(seq)
+                else:
+                    stalled.append(seq)
+        if stalled:
+            self._preempt_for(stalled, decode, prefilling)
+        chunks, admitted = self._plan_prefill(prefilling, len(decode), blocked=bool(stalled), now_s=now_s)
+        if not decode and not chunks:
+            return None
+        return self._launch(decode, chunks, admitted)
+
+    def _plan_prefill(
+        self, prefilling: list[Sequence], num_decode: int, *, blocked: bool, now_s: float
+    ) -> tuple[list[Chunk], list[Sequence]]:
+        limits = self.limits
+        budget = (limits.mixed_tokens if num_decode else limits.step_tokens) - num_decode
+        crops = limits.mixed_crops if num_decode else limits.step_crops
+        chunks: list[Chunk] = []
+        admitted: list[Sequence] = []
+
+        def add(seq: Sequence) -> bool:
+            nonlocal budget, crops
+            chunk = self._chunk(seq, budget, first=not chunks)
+            if chunk is None:
+                return False
+            cost = sum(p.num_crops for p in seq.pictures if chunk.start < p.position + p.num_tokens)
+            if chunks and cost > crops:
+                return False
+            crops -= cost
+            budget -= chunk.num_tokens
+            chunks.append(chunk)
+            return True
+
+        for seq in prefilling:
+            if not add(seq):
+                return chunks, admitted
+        # A stalled decode row has first claim on pages: admitting now would only preempt again.
+        while not blocked and self.free_rows and budget > 0:
+            best = self.waiting.peek()
+            if best is None or best.awaits_mask or not self._has_room(best):
+                break
+            if self.cache is not None:
+                best.num_computed = best.cached_tokens = self.cache.match(best)
+            # A prompt's pages are taken whole: half-prefilled sequences never wait for each other's.
+            if not self._grow(best, best.num_known) or not add(best):
+                self._drop_pages(best)
+                break
+            self.waiting.take(best)
+            best.row = self.free_rows.pop()
+            best.phase = Phase.RUNNING
+            if not best.first_planned_s:
+                best.first_planned_s = now_s
+            self.running.append(best)
+            admitted.append(best)
+        return chunks, admitted
+
+    def _chunk(self, seq: Sequence, budget: int, *, first: bool) -> Chunk | None:
+        """The next piece of a prefill within `budget`, or None.
+
+        Cut at page boundaries where it can be, since matrix products then round alike wherever the cut falls
+        (I8). The bidirectional prefix is never cut: as the step's first chunk it may overdraw the budget, or a
+        busy batch would starve it.
+        """
+        start = seq.num_computed
+        left = seq.num_known - start
+        num = min(left, budget)
+        if num < left:
+            page_tokens = self.pages.page_tokens
+            aligned = (start + num) // page_tokens * page_tokens - start
+            num = aligned if aligned > 0 or not first else num
+        if start + num < seq.prefix_tokens:
+            num = seq.prefix_tokens - start if first else 0
+        if num <= 0:
+            return None
+        return Chunk(seq, start, num, start + num == seq.num_known)
+
+    def _launch(self, decode: list[Sequence], chunks: list[Chunk], admitted: list[Sequence]) -> StepPlan:
+        samples: list[Sequence] = list(decode)
+        indexes = [seq.num_sampled for seq in decode]
+        positions = [seq.num_computed for seq in decode]
+        for seq in decode:
+            seq.num_computed += 1
+            seq.num_sampled += 1
+            seq.inflight_refs += 1
+        for chunk in chunks:
+            seq = chunk.seq
+            seq.num_computed += chunk.num_tokens
+            seq.inflight_refs += 1
+            if chunk.is_last:
+                samples.append(seq)
+                indexes.append(seq.num_sampled)
+                seq.num_sampled += 1
+        tables = [table for seq in admitted if (table := self._place_automaton(seq)) is not None]
+        deferred = [i for i, seq in enumerate(samples) if seq.constraint is not None and not seq.table_slot]
+        for i in deferred:
+            samples[i].awaits_mask = samples[i].is_paced
+        self._step += 1
+        adjusted = any([seq.is_adjusted for seq in samples])
+        return StepPlan(
+            self._step,
+            decode,
+            positions,
+            chunks,
+            samples,
+            indexes,
+            deferred,
+            admitted,
+            tables,
+            any_adjusted=adjusted,
+        )
+
+    def _place_automaton(self, seq: Sequence) -> tuple[int, TokenTables] | None:
+        """Find an admitted sequence's automaton a place on the device; returns what must be uploaded for it."""
+        if self.automata is None or not isinstance(seq.constraint, TokenAutomaton):
+            return None
+        placed = self.automata.take(seq.constraint.tables)
+        if placed is None:
+            return None  # no room: the host makes its masks
+        seq.table_slot, is_new = placed
+        return (seq.table_slot, seq.constraint.tables) if is_new else None
+
+    # ------------------------------------------------------------------ commit
+
+    def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> Committed:
+        """Accept a step's outputs in order: advance, finish, release. Every row is counted off once (I3, I6)."""
+        out = Committed()
+        for chunk in plan.chunks:
+            if not chunk.is_last:
+                chunk.seq.inflight_refs -= 1
+                self._settle(chunk.seq)
+        values, token_ids, bad = result.values, result.token_ids, result.bad
+        rows, indexes, ids, source, finished = out.rows, out.indexes, out.token_ids, out.source, out.finished
+        for i, seq in enumerate(plan.samples):
+            seq.inflight_refs -= 1
+            if seq.finish is not None:
+                out.num_zombies += 1
+                self._settle(seq)
+                continue
+            token_id, tokens = token_ids[i], seq.tokens
+            if bad[i]:
+                if self.cache is not None:
+                    self.cache.forget(seq)
+                self.fail(seq, ErrorCode.NUMERICAL_ERROR, "the model produced a NaN for this sequence")
+                finished.append(seq)
+                continue
+            index = len(tokens) - seq.num_prompt
+            if not index:
+                seq.first_token_s = now_s
+                if self.cache is not None:
+                    self.cache.insert(
+                        seq, seq.num_prompt
+                    )  # questions about the same picture may start at once
+            tokens.append(token_id)
+            constraint = seq.constraint
+            if constraint is not None:
+                try:
+                    constraint.advance(token_id)
+                except ValueError as error:
+                    self.fail(seq, ErrorCode.INTERNAL, f"the constraint refused its own token: {error}")
+                    finished.append(seq)
+                    continue
+                if values is not None and seq.is_spatial:
+                    seq.values[index] = values[i]
+            if token_id in seq.stop_ids:
+                self._finish(seq, FinishReason.STOP)
+                finished.append(seq)
+                continue
+            rows.append(seq)
+            indexes.append(index)
+            ids.append(token_id)
+            source.append(i)
+            if constraint is not None and constraint.is_complete():
+                self._finish(seq, FinishReason.STOP)  # only an end could follow: no step is spent on it
+                finished.append(seq)
+            elif index + 1 >= seq.max_tokens:
+                self._finish(seq, FinishReason.LENGTH)
+                finished.append(seq)
+            elif seq.preempted:
+                self._settle(seq)
+        return out
+
+    # ------------------------------------------------------------------ resources
+
+    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+        assert seq.finish is None, "a sequence finishes once"
+        seq.finish = reason
+        self._num_deadlines -= seq.deadline_s > 0
+        del self.sequences[(seq.gateway, seq.sequence_id)]
+        if seq.phase is Phase.WAITING:
+            self.waiting.remove(seq)
+            seq.phase = Phase.FINISHED
+        else:
+            self._settle(seq)
+
+    def _settle(self, seq: Sequence) -> None:
+        """Release rows and pages of a finished or preempted sequence once nothing in flight holds it (I5)."""
+        if seq.inflight_refs or seq.phase is not Phase.RUNNING:
+            return
+        if self.cache is not None and seq.error is None:
+            self.cache.insert(seq, min(seq.num_computed, len(seq.tokens)))
+        if seq.finish is not None:
+            self._release(seq)
+            seq.phase = Phase.FINISHED
+        elif seq.preempted:
+            self._release(seq)
+            seq.preempted = False
+            seq.phase = Phase.WAITING
+            seq.num_known = len(seq.tokens)
+            self.waiting.push_front(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self.free_rows.append(seq.row)
+        seq.row = -1
+        if self.automata is not None and seq.table_slot:
+            self.automata.drop(seq.table_slot)
+            seq.table_slot = 0
+        self._drop_pages(seq)
+
+    def _drop_pages(self, seq: Sequence) -> None:
+        if self.cache is not None:
+            self.cache.release(seq)
+        else:
+            self.pages.drop_all(seq.pages)
+            seq.pages = []  # a new list: slots know a row's table by it (worker.step.staging)
+        seq.num_computed = 0
+
+    def _grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Give `seq` pages for `num_tokens` positions; all or nothing."""
+        need = self.pages.pages_for(num_tokens) - len(seq.pages)
+        if need <= 0:
+            return True
+        if not self._make_room(need):
+            return False
+        for _ in range(need):
+            seq.pages.append(self.pages.take())
+        return True
+
+    def _make_room(self, num_pages: int) -> bool:
+        short = num_pages - self.pages.num_free
+        if short > 0 and self.cache is not None:
+            self.cache.evict(short)
+        return self.pages.num_free >= num_pages
+
+    def _has_room(self, seq: Sequence) -> bool:
+        """Whether all of a waiting sequence's known tokens and one more would fit now."""
+        need = self.pages.pages_for(len(seq.tokens) + 1)
+        return need <= self.pages.num_free + self.pages.num_cached
+
+    def _preempt_for(
+        self, stalled: list[Sequence], decode: list[Sequence], prefilling: list[Sequence]
+    ) -> None:
+        """Take pages back from the youngest running sequence, unless some are about to come back anyway."""
+        if any(s.preempted or (s.finish is not None and s.inflight_refs) for s in self.running):
+            return
+        oldest = stalled[0]
+        for victim in reversed(self.running):
+            if victim is oldest or victim.finish is not None:
+                continue
+            for rows in (stalled, decode, prefilling):
+                if victim in rows:
+                    rows.remove(victim)
+            victim.preempted = True
+            victim.preemptions += 1
+            self.num_preemptions += 1
+            self._settle(victim)  # at once if nothing in flight holds it, else at its last commit
+            break
+        decode.extend(seq for seq in stalled if self._grow(seq, seq.num_computed + 1))

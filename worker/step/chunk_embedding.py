@@ -1,0 +1,61 @@
+"""Owns the input embeddings of prefill chunks: words, image features, coordinates known from before. Decode thread."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from worker.device.contract import to_device
+from worker.models.contract import Model
+from worker.schedule.plan import Chunk
+from worker.schedule.sequence import Picture
+from worker.step.features import FeatureCache
+
+
+class ChunkEmbedding:
+    """Embeds the chunks of a step; pictures are encoded when a chunk first needs one."""
+
+    def __init__(self, model: Model, features: FeatureCache) -> None:
+        self._model = model
+        self._features = features
+
+    def embed(self, chunks: list[Chunk], ids: Tensor, out: Tensor | None = None) -> Tensor:
+        """(N,) int64 ids of all chunks, in order, and of padding → (N, D), in `out` if given; ids of image positions
+        are below 0."""
+        hidden = self._model.embed(ids.clamp_min(0))  # image positions are overwritten below
+        if out is not None:
+            hidden = out.copy_(hidden)
+        wanted: list[tuple[str, Picture, int, int, int]] = []
+        at = 0
+        for chunk in chunks:
+            for picture in chunk.seq.pictures:
+                start = max(picture.position, chunk.start)
+                end = min(picture.position + picture.num_tokens, chunk.start + chunk.num_tokens)
+                if start < end:
+                    to = at + start - chunk.start
+                    wanted.append((chunk.seq.tenant, picture, to, start - picture.position, end - start))
+            if chunk.seq.values and chunk.start + chunk.num_tokens > chunk.seq.num_prompt:
+                self._embed_known_values(chunk, hidden, ids, at)
+            at += chunk.num_tokens
+        if wanted:
+            features = self._features.get((tenant, picture) for tenant, picture, *_ in wanted)
+            for tenant, picture, to, offset, num in wanted:
+                hidden[to : to + num].copy_(features[tenant, picture.digest][offset : offset + num])
+        return hidden
+
+    def _embed_known_values(self, chunk: Chunk, hidden: Tensor, ids: Tensor, at: int) -> None:
+        """A resumed spatial sequence: its generated coordinates are embedded by value again."""
+        seq = chunk.seq
+        where: list[int] = []
+        pairs: list[tuple[float, float]] = []
+        for position in range(max(chunk.start, seq.num_prompt), chunk.start + chunk.num_tokens):
+            values = seq.values.get(position - seq.num_prompt)
+            if values is not None:
+                where.append(at + position - chunk.start)
+                pairs.append(values)
+        if not where:
+            return
+        index = to_device(torch.tensor(where, dtype=torch.int64), self._model.device)
+        known = to_device(torch.tensor(pairs, dtype=torch.float32), self._model.device)
+        spatial = torch.ones(len(where), dtype=torch.bool, device=hidden.device)
+        hidden.index_copy_(0, index, self._model.embed_next(ids[index], known, spatial).to(hidden.dtype))

@@ -1,0 +1,55 @@
+"""Owns the seam between the engine and whatever runs its steps. Decode thread.
+
+The engine calls, per step and in this order: `launch_forward`, `launch_sampling` once or twice (unconstrained
+rows at once; constrained rows when their masks are ready), `launch_copy`, and later `wait`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from worker.schedule.plan import StepPlan, StepResult
+
+
+class DeviceTimes(NamedTuple):
+    """What the device did around one step, in its own seconds."""
+
+    busy_s: float  # from the step's start to its last sampled row
+    idle_s: float  # between the step before it and its start
+    copy_s: float  # from sampled to the outputs being on the host
+
+
+class OutOfDeviceMemory(RuntimeError):
+    """The chunks of a step found no memory on the device; its decode rows are queued as ever."""
+
+
+class Runner(Protocol):
+    """What the engine needs of whatever runs its steps: `torch_runner.TorchRunner`, or `device.sim.SimRunner`."""
+
+    num_slots: int
+
+    def launch_forward(self, slot: int, plan: StepPlan) -> None:
+        """Queue uploads and the forward of `plan` on `slot`.
+
+        Raises `OutOfDeviceMemory` when only the chunks could not be queued: what their rows sample means nothing.
+        """
+
+    def launch_sampling(self, slot: int, plan: StepPlan, picks: list[int], *, masked: bool) -> None:
+        """Queue sampling of the samples at `picks`. `masked`: `mask_rows(slot)` holds their masks, by sample."""
+
+    def launch_copy(self, slot: int, plan: StepPlan) -> None:
+        """Queue the copy of the outputs to the host."""
+
+    def mask_rows(self, slot: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+        """The slot's host mask buffer, (max_rows, words): row i belongs to sample i."""
+
+    def is_done(self, slot: int) -> bool:
+        """Whether the outputs have reached the host."""
+
+    def wait(self, slot: int, plan: StepPlan) -> StepResult:
+        """Block until they have, and read them all (I4). Raises RuntimeError on a device fault."""
+
+    def device_times(self, slot: int) -> DeviceTimes:
+        """The slot's last step, once it was waited for."""

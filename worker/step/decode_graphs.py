@@ -1,0 +1,66 @@
+"""Owns the captured decode steps: which there are, and which one serves a batch. Decode thread.
+
+A graph is captured for a slot (its inputs lie at the slot's addresses), a bucket of rows and a flavour. Flavours:
+
+TEXT   embeds words, runs the forward, samples every row. What greedy and drawn text rows need, and nothing of the
+       region model. One kernel serves greedy and drawn rows, so they share a graph.
+FULL   as TEXT, with the region encoders and decoders, and with masks and states of constraints that live on the
+       device: points, boxes, choices. A batch with one such row replays it whole, which changes no other row's token.
+GATED  runs the forward and keeps the logits: some row needs the host's mask, penalties or logprobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+from worker.device.contract import Device
+from worker.schedule.sequence import Sequence
+from worker.step.graph_table import GraphCounts, GraphTable
+from worker.step.slot import Slot
+
+
+class Flavour(IntEnum):
+    """What a captured step does besides its forward."""
+
+    GATED = 0
+    TEXT = 1
+    FULL = 2
+
+
+def flavour_of(rows: list[Sequence]) -> Flavour:
+    """The cheapest flavour that serves these decode rows."""
+    full = False
+    for seq in rows:
+        if seq.is_adjusted or seq.sampling.num_logprobs >= 0:
+            return Flavour.GATED
+        if seq.constraint is not None and not seq.table_slot:
+            return Flavour.GATED
+        full = full or seq.table_slot > 0 or seq.is_spatial
+    return Flavour.FULL if full else Flavour.TEXT
+
+
+def bucket_sizes(max_rows: int) -> list[int]:
+    """Batch sizes captured as graphs: 1, 2, 4, then every 8 up to 64, then every 32."""
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(96, max_rows + 32, 32)]
+    return [size for size in sizes if size < max_rows] + [max_rows]
+
+
+class DecodeGraphs(GraphTable[Flavour]):
+    """Graphs of all slots. `body(slot, bucket, flavour)` is what they record."""
+
+    def __init__(
+        self,
+        device: Device,
+        buckets: list[int],
+        flavours: tuple[Flavour, ...],
+        body: Callable[[Slot, int, Flavour], None],
+        counts: GraphCounts,
+    ) -> None:
+        super().__init__(device, body, lambda flavour: flavour.name.lower(), counts)
+        self.buckets = buckets
+        self.flavours = flavours
+
+    def bucket(self, num_rows: int) -> int:
+        """The smallest bucket that holds so many rows."""
+        return next(size for size in self.buckets if size >= num_rows)

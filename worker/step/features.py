@@ -1,0 +1,68 @@
+"""Owns image features on the device, kept by content so that a repeated picture is encoded once. Decode thread."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.forward import ImageCrops
+from worker.models.contract import Model
+from worker.schedule.sequence import Picture
+
+
+class FeatureCache:
+    """Least recently used features, bounded in bytes, keyed by tenant and pixels: a shared key would let one
+    tenant learn from timing which pictures another has sent."""
+
+    def __init__(self, model: Model, max_bytes: int) -> None:
+        self._model = model
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._features: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
+
+    def get(self, wanted: Iterable[tuple[str, Picture]]) -> dict[tuple[str, bytes], Tensor]:
+        """Features (num_image_tokens, D) for each (tenant, picture), all misses encoded in one batch."""
+        found: dict[tuple[str, bytes], Tensor] = {}
+        missing: dict[tuple[str, bytes], Picture] = {}
+        for tenant, picture in wanted:
+            key = (tenant, picture.digest)
+            features = self._features.get(key)
+            if features is None:
+                missing[key] = picture
+            else:
+                self._features.move_to_end(key)
+                found[key] = features
+        if missing:
+            crops = [self._upload(picture) for picture in missing.values()]
+            for key, features in zip(missing, self._model.encode_images(crops), strict=True):
+                found[key] = features
+                self._features[key] = features
+                self._num_bytes += features.nbytes
+            while self._num_bytes > self._max_bytes and len(self._features) > 1:
+                _, old = self._features.popitem(last=False)
+                self._num_bytes -= old.nbytes
+        return found
+
+    def _upload(self, picture: Picture) -> ImageCrops:
+        size = self._model.card.image
+        assert size is not None
+        side = size.crop_size
+
+        def pixels(data: bytes, height: int, width: int) -> Tensor:
+            on_host = self._model.device.type == "cpu"
+            # From pageable memory the copy would hold the host until the compute stream is through. torch keeps
+            # pinned blocks, and gives one out again only once the copies that read it are done.
+            host = torch.empty((height, width, 3), dtype=torch.uint8, pin_memory=not on_host)
+            host.numpy()[:] = np.frombuffer(data, np.uint8).reshape(height, width, 3)
+            return host if on_host else host.to(self._model.device, non_blocking=True)
+
+        return ImageCrops(
+            pixels(picture.global_crop, side, side),
+            pixels(picture.canvas, picture.canvas_height, picture.canvas_width),
+            picture.tiles_h,
+            picture.tiles_w,
+        )

@@ -1,0 +1,96 @@
+"""Owns captured graphs by key: which one a step replays, and what runs where it is missing. Decode thread.
+
+Where a graph is missing (not captured in the time start-up had, or refused by the device) the same body runs
+eagerly over the same padded inputs, so that a token does not depend on it. What is asked for often is captured then,
+without running it first: the eager runs were that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Generic, TypeVarTuple
+
+import structlog
+
+from worker.device.contract import CaptureFailed, Device, Graph
+from worker.step.slot import Slot
+
+log = structlog.get_logger()
+
+EAGER_RUNS_BEFORE_CAPTURE = 4  # recording takes about as long as two eager steps
+
+
+@dataclass(slots=True)
+class GraphCounts:
+    """What became of captures, and how often one was missed; of all kinds together. For the metrics."""
+
+    eager_steps_total: dict[str, int] = field(default_factory=dict)  # by flavour, `chunk` and `vision`
+    captures_total: dict[str, int] = field(default_factory=dict)  # startup, late, failed
+
+    def add_eager(self, kind: str) -> None:
+        """A step, or a batch of crops, ran without a graph."""
+        self.eager_steps_total[kind] = self.eager_steps_total.get(kind, 0) + 1
+
+    def add_capture(self, kind: str) -> None:
+        """A capture ended."""
+        self.captures_total[kind] = self.captures_total.get(kind, 0) + 1
+
+
+Rest = TypeVarTuple("Rest")
+
+
+class GraphTable(Generic[*Rest]):
+    """Graphs by slot, bucket and whatever else tells them apart.
+
+    `body(slot, bucket, *rest)` is what they record; `kind_of(*rest)` is what its eager runs are counted under.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        body: Callable[[Slot, int, *Rest], None],
+        kind_of: Callable[[*Rest], str],
+        counts: GraphCounts,
+    ) -> None:
+        self.counts = counts
+        self.enabled = True  # False: everything eager, for comparison
+        self._device = device
+        self._body = body
+        self._kind_of = kind_of
+        self._graphs: dict[tuple[int, int, *Rest], Graph] = {}
+        self._eager_runs: dict[tuple[int, int, *Rest], int] = {}
+
+    def capture(self, slot: Slot, bucket: int, *rest: *Rest) -> bool:
+        """Capture one graph at start-up: the slot's inputs must be padding, for its body runs. False if refused."""
+        return self._capture(slot, bucket, *rest, warm_up=True)
+
+    def run(self, slot: Slot, bucket: int, *rest: *Rest) -> None:
+        """Queue the body's work on the current stream."""
+        key = (slot.number, bucket, *rest)
+        graph = self._graphs.get(key)
+        if graph is None and self.enabled:
+            runs = self._eager_runs.get(key, 0) + 1
+            self._eager_runs[key] = runs
+            if runs == EAGER_RUNS_BEFORE_CAPTURE + 1 and self._capture(slot, bucket, *rest, warm_up=False):
+                graph = self._graphs[key]
+        if graph is not None and self.enabled:
+            graph.replay()
+            return
+        self.counts.add_eager(self._kind_of(*rest))
+        self._body(slot, bucket, *rest)
+
+    def _capture(self, slot: Slot, bucket: int, *rest: *Rest, warm_up: bool) -> bool:
+        kind = "startup" if warm_up else "late"
+        key = (slot.number, bucket, *rest)
+        try:
+            self._graphs[key] = self._device.capture(
+                partial(self._body, slot, bucket, *rest), warm_up=warm_up
+            )
+        except CaptureFailed as error:
+            kind = "failed"
+            self._eager_runs[key] = EAGER_RUNS_BEFORE_CAPTURE + 1  # it is not tried again
+            log.warning("capture_failed", kind=self._kind_of(*rest), bucket=bucket, error=str(error))
+        self.counts.add_capture(kind)
+        return kind != "failed"

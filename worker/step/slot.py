@@ -1,0 +1,118 @@
+"""Owns the memory one step touches: staging, device inputs, outputs, events. Allocated at start; decode thread."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.device.contract import Device, Event
+from worker.forward import SPAN_FIELDS
+from worker.schedule.plan import StepPlan, StepResult
+from worker.step.staging import FIELDS, FLOAT_FIELDS, I32, SlotShape, Views
+
+OUTPUT_FIELDS = 5
+"""Words of one row's outputs: id, bad, then two values and the token's logprob bit for bit as float32."""
+
+
+class Slot:
+    """One ping-pong working set over a torch device: `host` are numpy views, the rest device tensors.
+
+    Where steps are captured, `logits` (max_rows, V) fp32 and `hidden` (max_rows, D) are fixed memory that graphs
+    write and eager sampling reads; elsewhere each forward leaves its own there.
+    """
+
+    def __init__(self, number: int, shape: SlotShape, device: Device) -> None:
+        self.number = number
+        self.shape = shape
+        rows, pages = shape.max_rows, shape.max_pages
+        self.on_host = device.shares_memory  # then the "copy to the device" is no copy at all
+        self.pinned = device.pinned((shape.num_words,), torch.int32)
+        self.packed = self.pinned if self.on_host else self.pinned.to(device.torch_device, copy=True)
+        self.host = Views(self.pinned.numpy(), shape)
+
+        packed = self.packed
+        self.sections = packed[: shape.tables_start].view(len(FIELDS), rows)
+        self.fields = {
+            name: self.sections[i].view(torch.float32) if name in FLOAT_FIELDS else self.sections[i]
+            for i, name in enumerate(FIELDS)
+        }
+        self.tables = packed[shape.tables_start : shape.chunks_start].view(rows, pages)
+        self.chunks = packed[shape.chunks_start : shape.ends_start].view(3, shape.chunk_tokens)
+        self.ends = packed[shape.ends_start : shape.spans_start].view(len(FIELDS), rows)
+        self.spans = packed[shape.spans_start : shape.chunk_tables_start].view(-1, SPAN_FIELDS)
+        self.chunk_tables = packed[shape.chunk_tables_start :].view(rows, pages)
+
+        def pair(*size: int, dtype: torch.dtype = torch.int32) -> tuple[Tensor, Tensor]:
+            return device.pinned(size, dtype), torch.zeros(size, dtype=dtype, device=device.torch_device)
+
+        self.host_outputs, self.outputs = pair(rows, OUTPUT_FIELDS)
+        self.host_top, self.top = pair(rows, 2 * shape.max_logprobs)  # ids, then logprobs bit for bit
+        self.host_masks, self.masks = pair(rows, shape.mask_words)
+        # Sample indexes of each sampling group: rows without a mask, rows with one.
+        self.host_picks, self.picks = pair(2, rows, dtype=torch.int64)
+        self.host_outputs_np: I32 = self.host_outputs.numpy()
+        self.host_top_np: I32 = self.host_top.numpy()
+        self.host_masks_np: I32 = self.host_masks.numpy()
+        self.host_picks_np: np.ndarray[tuple[int, int], np.dtype[np.int64]] = self.host_picks.numpy()
+
+        self.logits: Tensor | None = None
+        self.hidden: Tensor | None = None  # hidden states of the sampled positions
+        self.num_sampled = 0  # leading samples that the step's graph has sampled itself
+
+        self.started: Event = device.event()
+        # The end of a step is read once more when the next one is committed, by which time this slot may be in
+        # flight again: two events in turn.
+        self._sampled = (device.event(), device.event())
+        self._turn = 0
+        self._copied: Event = device.event()
+        self.masks_here: Event = device.event()
+        self.previous_end: Event = device.event()  # of the step launched before this slot's
+        self.copied: Event | None = None  # None before the slot's first step
+
+    def upload(self, words: int | None = None) -> None:
+        """Queue the copy of the leading `words` of the packed inputs, of all by default, on the current stream."""
+        if not self.on_host:
+            self.packed[:words].copy_(self.pinned[:words], non_blocking=True)
+
+    def upload_picks(self, picks: list[int], *, group: int) -> Tensor:
+        """The sample indexes of one sampling group, (len(picks),) int64 on the device."""
+        num = len(picks)
+        self.host_picks_np[group, :num] = picks
+        if self.on_host:
+            return self.host_picks[group, :num]
+        self.picks[group, :num].copy_(self.host_picks[group, :num], non_blocking=True)
+        return self.picks[group, :num]
+
+    def read(self, plan: StepPlan) -> StepResult:
+        """What the step's outputs say; its copy must have been waited for."""
+        num = len(plan.samples)
+        out = self.host_outputs_np[:num]
+        floats = out.view(np.float32)
+        result = StepResult(out[:, 0].tolist(), out[:, 1].astype(bool).tolist())
+        if any([seq.is_spatial for seq in plan.samples]):
+            result.values = [(x, y) for x, y in floats[:, 2:4].tolist()]
+        wanted = max([seq.sampling.num_logprobs for seq in plan.samples], default=-1)
+        if wanted >= 0:
+            result.logprobs = floats[:, 4].tolist()
+        if wanted > 0:
+            top = self.host_top_np[:num]
+            half = self.shape.max_logprobs
+            result.top_ids = top[:, :half].tolist()
+            result.top_logprobs = top[:, half:].view(np.float32).tolist()
+        return result
+
+    @property
+    def sampled(self) -> Event:
+        """The end of the slot's newest step on the compute stream."""
+        return self._sampled[self._turn]
+
+    def next_sampled(self) -> Event:
+        """The event to record at the end of the step now launched."""
+        self._turn ^= 1
+        return self._sampled[self._turn]
+
+    def next_copied(self, *, has_outputs: bool) -> Event:
+        """The event that says the host may read: behind the copy, or right behind a step that samples nothing."""
+        self.copied = self._copied if has_outputs else self.sampled
+        return self.copied

@@ -1,0 +1,253 @@
+"""Owns the layout of a step's packed inputs and how a plan is written into it. numpy only; decode thread.
+
+One int32 buffer holds everything a step needs on the device, so that it travels in one copy; floats ride in
+it bit for bit. Sections stand in the order in which a step needs them: a decode-only step copies a short
+prefix of the buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from worker.forward import SPAN_FIELDS, SPAN_TOKENS, chunk_spans
+from worker.schedule.plan import Chunk, StepPlan
+from worker.schedule.rng import uniforms
+from worker.schedule.sequence import Sequence
+
+I32 = npt.NDArray[np.int32]
+F32 = npt.NDArray[np.float32]
+
+INT_FIELDS = (
+    "rows",  # decode rows, then padding
+    "positions",
+    "lengths",
+    "write_index",
+    "spatial",
+    "sample_rows",  # rows that get a token: decode rows, then rows whose prefill ends
+    "sample_index",  # where each sample's hidden state stands among the flattened tokens
+    "top_k",
+)
+FLOAT_FIELDS = ("temperature", "top_p", "min_p", "uniform", "presence", "frequency", "repetition", "ban_stop")
+FIELDS = INT_FIELDS + FLOAT_FIELDS
+NOTHING: tuple[list[int], int] = ([], 0)
+
+
+def num_spans(chunks: list[Chunk]) -> int:
+    """Spans of a step's chunks."""
+    return sum([-(-chunk.num_tokens // SPAN_TOKENS) for chunk in chunks])
+
+
+@dataclass(frozen=True, slots=True)
+class SlotShape:
+    """Sizes of a slot. `max_pages` bounds one sequence's block table."""
+
+    max_rows: int
+    max_pages: int
+    step_tokens: int
+    page_tokens: int
+    vocab_size: int
+    max_logprobs: int = 20
+
+    @property
+    def tables_start(self) -> int:
+        """Where the decode rows' block tables begin, in int32 words."""
+        return len(FIELDS) * self.max_rows
+
+    @property
+    def chunks_start(self) -> int:
+        """Where the prefill chunks' ids, positions and write indexes begin."""
+        return self.tables_start + self.max_rows * self.max_pages
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Prefill tokens of one step. A prefix that overdraws the mixed budget still fits."""
+        return self.step_tokens + self.max_rows
+
+    @property
+    def max_spans(self) -> int:
+        """Spans of one step: each chunk's last may be short."""
+        return self.chunk_tokens // SPAN_TOKENS + self.max_rows
+
+    @property
+    def ends_start(self) -> int:
+        """Where the fields of rows whose prefill ends stand aside while padding takes their places."""
+        return self.chunks_start + 3 * self.chunk_tokens
+
+    @property
+    def spans_start(self) -> int:
+        """Where the chunks' spans begin."""
+        return self.ends_start + len(FIELDS) * self.max_rows
+
+    @property
+    def chunk_tables_start(self) -> int:
+        """Where the chunks' block tables begin."""
+        return self.spans_start + SPAN_FIELDS * self.max_spans
+
+    @property
+    def num_words(self) -> int:
+        """Size of the packed buffer."""
+        return self.chunk_tables_start + self.max_rows * self.max_pages
+
+    @property
+    def mask_words(self) -> int:
+        """int32 words of one row's bit mask over the vocabulary."""
+        return (self.vocab_size + 31) // 32
+
+
+class Views:
+    """Numpy views of one packed buffer's sections."""
+
+    __slots__ = (
+        "buffer",
+        "chunk_tables",
+        "chunks",
+        "draws",
+        "ends",
+        "floats",
+        "held",
+        "ints",
+        "rows",
+        "samples",
+        "sections",
+        "shape",
+        "spans",
+        "tables",
+    )
+
+    def __init__(self, buffer: I32, shape: SlotShape) -> None:
+        self.buffer = buffer
+        self.shape = shape
+        rows, pages = shape.max_rows, shape.max_pages
+        self.sections: I32 = buffer[: shape.tables_start].reshape(len(FIELDS), rows)
+        sections = self.sections
+        self.ints: dict[str, I32] = {name: sections[i] for i, name in enumerate(FIELDS)}
+        self.floats: dict[str, F32] = {name: self.ints[name].view(np.float32) for name in FLOAT_FIELDS}
+        self.tables: I32 = buffer[shape.tables_start : shape.chunks_start].reshape(rows, pages)
+        self.chunks: I32 = buffer[shape.chunks_start : shape.ends_start].reshape(3, shape.chunk_tokens)
+        self.ends: I32 = buffer[shape.ends_start : shape.spans_start].reshape(len(FIELDS), rows)
+        self.spans: I32 = buffer[shape.spans_start : shape.chunk_tables_start].reshape(-1, SPAN_FIELDS)
+        self.chunk_tables: I32 = buffer[shape.chunk_tables_start :].reshape(rows, pages)
+        # What the buffer shows already.
+        self.held = [NOTHING] * rows  # of each decode row: the page list in its table, and how much of it
+        self.samples: list[Sequence] = []
+        self.rows: list[int] = []  # of `samples`: a resumed sequence may be the same in another row
+        self.draws = False
+
+
+def used_words(plan: StepPlan, shape: SlotShape, padded_rows: int) -> int:
+    """How much of the buffer a step needs on the device."""
+    if plan.chunks:
+        return shape.chunk_tables_start + len(plan.chunks) * shape.max_pages
+    return shape.tables_start + padded_rows * shape.max_pages
+
+
+def stage_rows(views: Views, plan: StepPlan) -> None:
+    """Write the decode rows' inputs and every sample's sampling parameters.
+
+    A slot sees the same rows step after step: what its buffer still says of them is not written again.
+    """
+    ints, tables = views.ints, views.tables
+    page_tokens = views.shape.page_tokens
+    num_rows, num = len(plan.decode), len(plan.samples)
+    rows = [seq.row for seq in plan.samples]
+    is_same = num == num_rows and rows == views.rows and plan.samples == views.samples
+    views.rows, views.samples = rows, plan.samples if num == num_rows else []
+    if num_rows:
+        positions = plan.positions
+        ints["positions"][:num_rows] = positions
+        ints["lengths"][:num_rows] = ints["positions"][:num_rows] + 1
+        ints["write_index"][:num_rows] = [
+            seq.pages[p // page_tokens] * page_tokens + p % page_tokens
+            for seq, p in zip(plan.decode, positions, strict=True)
+        ]
+        held = views.held
+        for i, seq in enumerate(plan.decode):
+            pages, (shown, num_shown) = seq.pages, held[i]
+            num_pages = len(pages)
+            if pages is not shown:
+                num_shown = 0
+            if num_shown != num_pages:
+                tables[i, num_shown:num_pages] = pages[num_shown:]
+                held[i] = (pages, num_pages)
+    if not is_same:
+        ints["rows"][:num_rows] = rows[:num_rows]
+        ints["spatial"][:num_rows] = [seq.is_spatial for seq in plan.decode]
+        ints["sample_rows"][:num] = rows
+    _stage_sampling(views, plan, num, is_same=is_same)
+
+
+def _stage_sampling(views: Views, plan: StepPlan, num: int, *, is_same: bool) -> None:
+    ints, floats = views.ints, views.floats
+    settings = [seq.sampling for seq in plan.samples]
+    if not is_same:
+        views.draws = any([s.temperature > 0 for s in settings])
+        floats["temperature"][:num] = [s.temperature for s in settings]  # read whether or not a row draws
+        if views.draws:
+            floats["top_p"][:num] = [s.top_p for s in settings]
+            floats["min_p"][:num] = [s.min_p for s in settings]
+            ints["top_k"][:num] = [s.top_k for s in settings]
+    if views.draws:
+        floats["uniform"][:num] = uniforms([s.seed for s in settings], plan.sample_indexes)
+    if plan.any_adjusted:
+        floats["presence"][:num] = [s.presence_penalty for s in settings]
+        floats["frequency"][:num] = [s.frequency_penalty for s in settings]
+        floats["repetition"][:num] = [s.repetition_penalty for s in settings]
+        floats["ban_stop"][:num] = [
+            index < s.min_tokens for s, index in zip(settings, plan.sample_indexes, strict=True)
+        ]
+
+
+def stage_padding(views: Views, start: int, end: int) -> None:
+    """Rows [start, end) compute nothing of use: they read one position of page 0 and write there."""
+    ints = views.ints
+    ints["rows"][start:end] = views.shape.max_rows
+    ints["sample_rows"][start:end] = views.shape.max_rows
+    ints["lengths"][start:end] = 1
+    for name in ("positions", "write_index", "spatial", "top_k"):
+        ints[name][start:end] = 0
+    views.floats["temperature"][start:end] = 0
+    views.tables[start:end] = 0
+    views.held[start:end] = [NOTHING] * (end - start)
+    if start < len(views.samples):
+        views.samples = []
+
+
+def stage_ends(views: Views, start: int, end: int) -> None:
+    """Put the fields of samples [start, end) aside, before padding is written over them."""
+    views.ends[:, : end - start] = views.sections[:, start:end]
+
+
+def stage_chunks(views: Views, plan: StepPlan, *, alone: bool = False) -> None:
+    """Write the prefill chunks' inputs: behind the decode rows, or `alone` as a forward of their own."""
+    ids, positions, writes = views.chunks
+    page_tokens = views.shape.page_tokens
+    at, at_span, sample = 0, 0, len(plan.decode)
+    flat = 0 if alone else sample
+    where = views.ints["sample_index"]
+    if flat:
+        where[:flat] = np.arange(flat)
+    for i, chunk in enumerate(plan.chunks):
+        seq, start, num = chunk.seq, chunk.start, chunk.num_tokens
+        pages = np.asarray(seq.pages, dtype=np.int32)
+        own = np.arange(start, start + num, dtype=np.int32)
+        ids[at : at + num] = seq.tokens[start : start + num]
+        positions[at : at + num] = own
+        writes[at : at + num] = pages[own // page_tokens] * page_tokens + own % page_tokens
+        spans = chunk_spans(i, flat, num, start, seq.prefix_tokens)
+        views.spans[at_span : at_span + len(spans)] = spans
+        views.chunk_tables[i, : len(pages)] = pages
+        at_span += len(spans)
+        at += num
+        flat += num
+        if chunk.is_last:
+            where[sample] = flat - 1
+            sample += 1
+
+
+def stage_chunk_padding(views: Views, chunks: list[Chunk], tokens: int, spans: int) -> None:
+    """Fill up the sections of `chunks` to so many tokens and spans: the tokens write to page 0 and nobody reads them."""
+    views.chunks[:, sum([chunk.num_tokens for chunk in chunks]) : tokens] = 0
+    views.spans[num_spans(chunks) : spans] = 0

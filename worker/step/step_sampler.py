@@ -1,0 +1,150 @@
+"""Owns turning one step's logits into tokens: masks, penalties, draw, values, logprobs, results. Decode thread.
+
+Nothing here reads the device, so the same code runs eagerly and inside a captured graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from worker.models.contract import Model
+from worker.native.operations import operations
+from worker.schedule.sequence import Sequence
+from worker.step.rows import RowTables
+from worker.step.sampler import apply_mask, penalise, stochastic
+from worker.step.slot import OUTPUT_FIELDS, Slot
+
+Which = slice | Tensor
+"""Some of a step's samples: a range of them, or (R,) int64 indexes."""
+
+
+class Wants(NamedTuple):
+    """What sampling some rows takes. More than the rows need changes no token, and takes time."""
+
+    random: bool = False
+    adjusted: bool = False  # biases and penalties
+    spatial: bool = False  # values of coordinates and sizes
+    automata: bool = False  # masks and states of constraints that live on the device
+    num_top: int = -1  # logprobs of so many other tokens; -1: not even the token's own
+
+
+def wants_of(sequences: Iterable[Sequence]) -> Wants:
+    """What these rows need together."""
+    random = adjusted = spatial = automata = False
+    num_top = -1
+    for seq in sequences:
+        sampling = seq.sampling
+        random = random or sampling.temperature > 0
+        adjusted = adjusted or seq.is_adjusted
+        spatial = spatial or seq.is_spatial
+        automata = automata or seq.table_slot > 0
+        num_top = max(num_top, sampling.num_logprobs)
+    return Wants(random, adjusted, spatial, automata, num_top)
+
+
+class StepSampler:
+    """Samples rows of a step into the row tables (the next step's inputs) and the slot's outputs."""
+
+    def __init__(self, model: Model, rows: RowTables, device: torch.device) -> None:
+        self._model = model
+        self._rows = rows
+        suppress = model.card.suppress_ids
+        self._suppress = torch.tensor(suppress, dtype=torch.int64, device=device)
+        self._native = operations(device)
+        self._fused: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._allowed: Tensor | None = None
+        if device.type == "cuda":
+            from worker.kernels.sample import allowed_words, sample  # triton is imported only where a GPU is
+
+            self._fused = sample
+            self._allowed = allowed_words(suppress, model.card.vocab_size, device)
+
+    def sample(
+        self, slot: Slot, which: Which, logits: Tensor, hidden: Tensor, words: Tensor | None, wants: Wants
+    ) -> None:
+        """Sample the step's samples `which`. logits (R, V) fp32 and hidden (R, D) are theirs, in order, as are
+        words (R, ceil(V/32)) int32, bits of the ids a row may have, or None."""
+        fields = slot.fields
+        rows = fields["sample_rows"][which].long()
+        raw = logits
+        if wants.adjusted:
+            logits = self._adjust(slot, which, logits, rows)
+        tables = self._rows.automata if wants.automata else None
+        if tables is not None:
+            own = tables.words(rows)
+            words = own if words is None else words & own
+        draw = [fields[name][which] for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
+        if self._fused is not None:
+            ids, bad = self._fused(logits, *draw, words=words, allowed=self._allowed)
+            if logits is not raw:
+                bad = ~torch.isfinite(raw.max(dim=-1).values)
+        else:
+            ids, bad = self._plain(raw, logits, words, draw if wants.random else None)
+        self._rows.last_ids.index_copy_(0, rows, ids)
+        if tables is not None:
+            tables.advance(rows, ids)
+        if wants.adjusted:
+            self._rows.count(rows, ids)
+        if isinstance(which, slice):
+            out = slot.outputs[which]
+        else:
+            out = torch.zeros((len(ids), OUTPUT_FIELDS), dtype=torch.int32, device=ids.device)
+        out[:, 0] = ids
+        out[:, 1] = bad
+        if wants.spatial:
+            values = self._model.decode_values(hidden, ids)
+            self._rows.last_values.index_copy_(0, rows, values)
+            out[:, 2:4] = values.view(torch.int32)
+        if wants.num_top >= 0:
+            self._logprobs(slot, which, raw, ids, out, wants.num_top)
+        if not isinstance(which, slice):
+            slot.outputs.index_copy_(0, which, out)
+
+    def _plain(
+        self, raw: Tensor, logits: Tensor, words: Tensor | None, draw: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """(ids, bad) with torch's own operations; `draw` None: every row is greedy."""
+        most, best = self._largest(raw)
+        bad = ~torch.isfinite(most)
+        if len(self._suppress):
+            logits = logits.index_fill(1, self._suppress, -torch.inf)
+        if words is not None:
+            logits = apply_mask(logits, words)
+        if draw is not None:
+            return stochastic(logits, *draw), bad
+        return (best if logits is raw else self._largest(logits)[1]), bad
+
+    def _largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each row, and where it stands. `max` because `argmax` is several times slower on a CPU."""
+        if self._native is not None:
+            return self._native.largest(logits)
+        most, best = logits.max(dim=-1)
+        return most, best
+
+    def _adjust(self, slot: Slot, which: Which, logits: Tensor, rows: Tensor) -> Tensor:
+        tables, fields = self._rows, slot.fields
+        assert tables.bias is not None and tables.stop_bias is not None
+        assert tables.counts is not None and tables.seen is not None
+        needs = (fields[n][which] for n in ("presence", "frequency", "repetition"))
+        logits = penalise(logits, tables.counts[rows], tables.seen[rows], *needs)
+        logits = logits + tables.bias[rows]
+        banned = fields["ban_stop"][which].unsqueeze(1) > 0
+        return torch.where(banned, logits + tables.stop_bias[rows], logits)
+
+    def _logprobs(
+        self, slot: Slot, which: Which, raw: Tensor, ids: Tensor, out: Tensor, num_top: int
+    ) -> None:
+        logprobs = raw.log_softmax(dim=-1)
+        out[:, 4] = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1).contiguous().view(torch.int32)
+        if not num_top:
+            return
+        half = slot.shape.max_logprobs
+        values, top_ids = logprobs.topk(min(half, logprobs.shape[-1]), dim=-1)
+        top = torch.zeros((len(ids), 2 * half), dtype=torch.int32, device=ids.device)
+        top[:, : top_ids.shape[1]] = top_ids
+        top[:, half : half + values.shape[1]] = values.view(torch.int32)
+        slot.top[which] = top

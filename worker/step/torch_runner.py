@@ -1,0 +1,378 @@
+"""Owns the tensor side of a step on a torch device: stage → forward → sample → copy out. Decode thread.
+
+The only user of torch beside start-up. Nothing here blocks on the device except `wait`.
+
+Where steps are captured, a step that only decodes is one upload and one replay. In a mixed step the decode rows
+replay their graph as well, and the prefill chunks follow as a forward of their own, captured too where they are few
+tokens: chunks and rows belong to different sequences, and pages they share hold what earlier steps wrote, so neither
+reads what the other writes. The weights are read once more than in a joint forward. In return a row's products have
+the same shapes whoever prefills beside it, so that its tokens do not change (I8), and the device is busy while the
+host launches the rest.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.device.contract import Device
+from worker.formats.source import ProgressReport
+from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens
+from worker.models.contract import Model
+from worker.schedule.automaton_slots import TableLimits
+from worker.schedule.plan import StepPlan, StepResult
+from worker.step.chunk_embedding import ChunkEmbedding
+from worker.step.chunk_graphs import ChunkGraphs, chunk_buckets
+from worker.step.contract import DeviceTimes, OutOfDeviceMemory
+from worker.step.decode_graphs import DecodeGraphs, Flavour, bucket_sizes, flavour_of
+from worker.step.features import FeatureCache
+from worker.step.graph_table import GraphCounts
+from worker.step.rows import RowTables
+from worker.step.slot import Slot
+from worker.step.staging import (
+    SlotShape,
+    num_spans,
+    stage_chunks,
+    stage_ends,
+    stage_padding,
+    stage_rows,
+    used_words,
+)
+from worker.step.step_sampler import StepSampler, Wants, Which, wants_of
+from worker.step.vision_graphs import VisionGraphs
+
+_IN_GRAPH = {
+    Flavour.TEXT: Wants(random=True),  # a captured graph serves greedy and drawn rows alike
+    Flavour.FULL: Wants(random=True, automata=True),
+}
+
+
+class TorchRunner:
+    """Runs steps on a torch device, `cpu` or `cuda`.
+
+    `buckets` are the batch sizes to capture, where steps are captured at all, and `token_buckets` the numbers of
+    prefill tokens; by default those of `decode_graphs.bucket_sizes` and `chunk_graphs.chunk_buckets`. `automata`
+    False: no constraint will ever live on the device. `step_crops`: the crops of one step as the scheduler bounds
+    them; a batch beyond it is cut into pieces.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        device: Device,
+        *,
+        num_slots: int,
+        num_pages: int,
+        page_tokens: int,
+        max_rows: int,
+        max_sequence_tokens: int,
+        step_tokens: int,
+        feature_bytes: int = 256 << 20,
+        table_limits: TableLimits | None = None,
+        buckets: list[int] | None = None,
+        token_buckets: list[int] | None = None,
+        automata: bool = True,
+        step_crops: int = 26,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.num_slots = num_slots
+        self.page_tokens = page_tokens
+        self.max_rows = max_rows
+        max_pages = -(-max_sequence_tokens // page_tokens)
+        self._max_tokens = max_pages * page_tokens
+        vocab_size = model.card.vocab_size
+        shape = SlotShape(max_rows, max_pages, step_tokens, page_tokens, vocab_size)
+        self.slots = [Slot(number, shape, device) for number in range(num_slots)]
+        kv_shape = (num_pages, page_tokens, model.num_kv_heads, model.head_dim)
+
+        def memory() -> list[Tensor]:
+            empty = partial(torch.zeros, kv_shape, dtype=model.kv_dtype, device=device.torch_device)
+            return [empty() for _ in range(model.num_layers)]
+
+        self.cache = KVCache(memory(), memory(), page_tokens)
+        self.rows = RowTables(max_rows, vocab_size, device.torch_device, table_limits or TableLimits())
+        self.sampler = StepSampler(model, self.rows, device.torch_device)
+        self.embedding = ChunkEmbedding(model, FeatureCache(model, feature_bytes))
+        self._decodes_values = any(task in model.card.capabilities for task in ("detect", "point"))
+        self.graph_counts = GraphCounts()
+        self.graphs: DecodeGraphs | None = None
+        self.chunk_graphs: ChunkGraphs | None = None
+        self.vision_graphs: VisionGraphs | None = None
+        encoder = model.encoder
+        if encoder is not None:
+            encoder.run = encoder.features
+            if device.captures:
+                self.vision_graphs = VisionGraphs(device, encoder, step_crops, self.graph_counts)
+                encoder.run = self.vision_graphs.features
+        if device.captures:
+            self.rows.allocate()
+            with torch.inference_mode():
+                dim = model.embed(torch.zeros(1, dtype=torch.int64, device=device.torch_device)).shape[1]
+            self._allocate_logits(dim)
+            flavours = (Flavour.TEXT, Flavour.GATED, *([Flavour.FULL] if automata else []))
+            self.graphs = DecodeGraphs(
+                device, buckets or bucket_sizes(max_rows), flavours, self._decode_body, self.graph_counts
+            )
+            if token_buckets is None:
+                token_buckets = chunk_buckets(shape.chunk_tokens, model.prefix_tokens, model.weight_bytes)
+            if model.fuses and token_buckets:
+                self.chunk_graphs = ChunkGraphs(
+                    device, model, self.cache, token_buckets, dim, self.graph_counts
+                )
+        self._last_sampled = device.compute.record()
+
+    def _allocate_logits(self, dim: int) -> None:
+        device, vocab_size = self.device.torch_device, self.model.card.vocab_size
+        # Every row begins at a round address: Triton compiles another variant for one that does not.
+        width = -(-vocab_size // 16) * 16
+        for slot in self.slots:
+            slot.logits = torch.zeros((self.max_rows, width), device=device)[:, :vocab_size]
+            slot.hidden = torch.zeros((self.max_rows, dim), dtype=self.model.dtype, device=device)
+
+    # ------------------------------------------------------------------ start-up
+
+    def capture_graphs(self, report: ProgressReport | None = None) -> int:
+        """Capture every decode and chunk graph of every slot; returns how many. A no-op where nothing is captured."""
+        captures = [partial(self.capture_graph, *key) for key in self.graph_keys()]
+        captures += [partial(self.capture_chunk_graph, *key) for key in self.chunk_graph_keys()]
+        captured = 0
+        for done, capture in enumerate(captures, 1):
+            captured += capture()
+            if report is not None:
+                report("capture graphs", done, len(captures))
+        self.device.synchronize()
+        return captured
+
+    def graph_keys(self) -> list[tuple[int, int, Flavour]]:
+        """Every decode graph there may be, the largest bucket first: the memory they share is then grown once."""
+        graphs = self.graphs
+        if graphs is None:
+            return []
+        return [
+            (slot.number, bucket, flavour)
+            for bucket in reversed(graphs.buckets)
+            for flavour in graphs.flavours
+            for slot in self.slots
+        ]
+
+    @torch.inference_mode()
+    def capture_graph(self, slot_number: int, bucket: int, flavour: Flavour) -> bool:
+        """Capture one decode graph of a slot that no step is using; False if the device refused."""
+        assert self.graphs is not None
+        slot = self.slots[slot_number]
+        stage_padding(slot.host, 0, bucket)
+        with self.device.compute.use():
+            slot.upload()
+            return self.graphs.capture(slot, bucket, flavour)
+
+    def chunk_graph_keys(self) -> list[tuple[int, int]]:
+        """Every chunk graph there may be, the largest bucket first."""
+        graphs = self.chunk_graphs
+        if graphs is None:
+            return []
+        return [(slot.number, bucket) for bucket in reversed(graphs.buckets) for slot in self.slots]
+
+    @torch.inference_mode()
+    def capture_chunk_graph(self, slot_number: int, bucket: int) -> bool:
+        """Capture one chunk graph of a slot that no step is using; False if the device refused."""
+        assert self.chunk_graphs is not None
+        with self.device.compute.use():
+            return self.chunk_graphs.capture(self.slots[slot_number], bucket)
+
+    # ------------------------------------------------------------------ a step
+
+    @torch.inference_mode()
+    def launch_forward(self, slot_number: int, plan: StepPlan) -> None:
+        slot, graphs = self.slots[slot_number], self.graphs
+        num_rows, num = len(plan.decode), len(plan.samples)
+        padded = graphs.bucket(num_rows) if graphs is not None and num_rows else num_rows
+        stage_rows(slot.host, plan)
+        token_bucket = 0
+        if plan.chunks:
+            stage_chunks(slot.host, plan, alone=graphs is not None)
+            if self.chunk_graphs is not None:
+                token_bucket = self.chunk_graphs.pad(slot, plan.chunks)
+        set_aside = padded > num_rows and num > num_rows
+        if set_aside:
+            stage_ends(slot.host, num_rows, num)
+        if padded > num_rows:
+            stage_padding(slot.host, num_rows, padded)
+        slot.num_sampled = 0
+        with self.device.compute.use():
+            slot.previous_end = self._last_sampled
+            self.device.compute.record(slot.started)
+            slot.upload(used_words(plan, slot.shape, padded))
+            for table_slot, tables in plan.tables:
+                self.rows.upload(table_slot, tables)
+            for seq in plan.admitted:
+                self.rows.admit(seq)
+            if graphs is None:
+                self._joint_forward(slot, plan)
+                return
+            if num_rows:
+                flavour = flavour_of(plan.decode)
+                graphs.run(slot, padded, flavour)
+                slot.num_sampled = 0 if flavour is Flavour.GATED else num_rows
+            if set_aside:  # the graph has read its padding: their places are the ending rows' again
+                slot.sections[:, num_rows:num].copy_(slot.ends[:, : num - num_rows])
+            if plan.chunks:
+                try:
+                    self._prefill(slot, plan, token_bucket)
+                except torch.OutOfMemoryError as error:
+                    raise OutOfDeviceMemory(str(error)) from error
+
+    @torch.inference_mode()
+    def launch_sampling(self, slot_number: int, plan: StepPlan, picks: list[int], *, masked: bool) -> None:
+        slot = self.slots[slot_number]
+        if slot.num_sampled:
+            picks = [i for i in picks if i >= slot.num_sampled]  # the graph has sampled the others
+        if not picks:
+            return
+        with self.device.compute.use():
+            which: Which
+            if len(picks) == picks[-1] + 1 - picks[0]:
+                which = slice(picks[0], picks[-1] + 1)
+            else:
+                which = slot.upload_picks(picks, group=int(masked))
+            words: Tensor | None = None
+            if masked:
+                num = len(plan.samples)
+                with self.device.copy.use():
+                    slot.masks[:num].copy_(slot.host_masks[:num], non_blocking=True)
+                    self.device.copy.record(slot.masks_here)
+                self.device.compute.wait(slot.masks_here)
+                words = slot.masks[which]
+            assert slot.logits is not None and slot.hidden is not None
+            wants = wants_of([plan.samples[i] for i in picks])
+            self.sampler.sample(slot, which, slot.logits[which], slot.hidden[which], words, wants)
+
+    @torch.inference_mode()
+    def launch_copy(self, slot_number: int, plan: StepPlan) -> None:
+        slot, copy = self.slots[slot_number], self.device.copy
+        num = len(plan.samples)
+        self._last_sampled = self.device.compute.record(slot.next_sampled())
+        copied = slot.next_copied(has_outputs=num > 0)
+        if num:
+            # Anchored at this step's own event: never behind whatever the compute stream is given next.
+            copy.wait(slot.sampled)
+            with copy.use():
+                slot.host_outputs[:num].copy_(slot.outputs[:num], non_blocking=True)
+                if any([seq.sampling.num_logprobs > 0 for seq in plan.samples]):
+                    slot.host_top[:num].copy_(slot.top[:num], non_blocking=True)
+            copy.record(copied)
+
+    def mask_rows(self, slot: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+        return self.slots[slot].host_masks_np
+
+    def is_done(self, slot: int) -> bool:
+        copied = self.slots[slot].copied
+        return copied is not None and copied.query()
+
+    def wait(self, slot_number: int, plan: StepPlan) -> StepResult:
+        slot = self.slots[slot_number]
+        assert slot.copied is not None
+        slot.copied.synchronize()
+        return slot.read(plan)
+
+    def device_times(self, slot_number: int) -> DeviceTimes:
+        slot = self.slots[slot_number]
+        assert slot.copied is not None
+        return DeviceTimes(
+            slot.started.elapsed_s(slot.sampled),
+            slot.previous_end.elapsed_s(slot.started),
+            slot.sampled.elapsed_s(slot.copied),
+        )
+
+    # ------------------------------------------------------------------ forward
+
+    def _decode_body(self, slot: Slot, num_rows: int, flavour: Flavour) -> None:
+        """A whole decode step over a slot's first `num_rows` rows, padding included. What graphs record."""
+        has_values = self._decodes_values and flavour is not Flavour.TEXT
+        hidden = self.model.forward(
+            self._embed_rows(slot, num_rows, has_values),
+            self._decode_tokens(slot, num_rows, self._max_tokens),
+            self.cache,
+        )
+        logits = self.model.logits(hidden)
+        if flavour is Flavour.GATED:
+            assert slot.logits is not None and slot.hidden is not None
+            slot.logits[:num_rows].copy_(logits)
+            slot.hidden[:num_rows].copy_(hidden)
+            return
+        wants = _IN_GRAPH[flavour]._replace(spatial=has_values)
+        self.sampler.sample(slot, slice(0, num_rows), logits, hidden, None, wants)
+
+    def _embed_rows(self, slot: Slot, num_rows: int, has_values: bool) -> Tensor:
+        rows = slot.fields["rows"][:num_rows].long()
+        if not has_values:
+            return self.model.embed(self.rows.last_ids[rows])
+        spatial = slot.fields["spatial"][:num_rows] > 0
+        return self.model.embed_next(self.rows.last_ids[rows], self.rows.last_values[rows], spatial)
+
+    def _decode_tokens(self, slot: Slot, num_rows: int, max_tokens: int) -> StepTokens:
+        return StepTokens(
+            slot.fields["positions"][:num_rows].long(),
+            slot.fields["write_index"][:num_rows].long(),
+            DecodeRows(num_rows, slot.tables[:num_rows], slot.fields["lengths"][:num_rows], max_tokens),
+        )
+
+    def _chunk_tokens(self, slot: Slot, plan: StepPlan) -> tuple[Tensor, StepTokens]:
+        """Embeddings of the chunks alone, and where they stand."""
+        num_tokens = sum([chunk.num_tokens for chunk in plan.chunks])
+        ids, positions, writes = (section[:num_tokens].long() for section in slot.chunks)
+        tokens = StepTokens(positions, writes)
+        for i, chunk in enumerate(plan.chunks):
+            table = slot.chunk_tables[i, : len(chunk.seq.pages)]
+            prefix = chunk.seq.prefix_tokens
+            tokens.prefills.append(PrefillSegment(chunk.num_tokens, chunk.start, prefix, table))
+        tokens.spans, tokens.tables = slot.spans[: num_spans(plan.chunks)], slot.chunk_tables
+        return self.embedding.embed(plan.chunks, ids), tokens
+
+    def _prefill(self, slot: Slot, plan: StepPlan, bucket: int) -> None:
+        """The chunks as a forward of their own, by the graph of their bucket or, if that is 0, eagerly as they are;
+        logits of rows whose prefill ends go behind the decode rows'."""
+        if bucket:
+            graphs = self.chunk_graphs
+            assert graphs is not None
+            self.embedding.embed(plan.chunks, slot.chunks[0, :bucket].long(), graphs.inputs[:bucket])
+            graphs.run(slot, bucket)
+            hidden = graphs.outputs
+        else:
+            hidden, tokens = self._chunk_tokens(slot, plan)
+            hidden = self.model.forward(hidden, tokens, self.cache)
+        ends = slice(len(plan.decode), len(plan.samples))
+        if ends.start == ends.stop:
+            return
+        hidden = hidden[slot.fields["sample_index"][ends].long()]
+        assert slot.logits is not None and slot.hidden is not None
+        slot.logits[ends].copy_(self.model.logits(hidden))
+        slot.hidden[ends].copy_(hidden)
+
+    def _joint_forward(self, slot: Slot, plan: StepPlan) -> None:
+        """Decode rows and chunks in one forward, eagerly: what is quickest where nothing is captured."""
+        num_rows = len(plan.decode)
+        rows: StepTokens | None = None
+        if num_rows:
+            has_values = any([seq.is_spatial for seq in plan.decode])
+            hidden = self._embed_rows(slot, num_rows, has_values)
+            tokens = rows = self._decode_tokens(slot, num_rows, max(plan.positions) + 1)
+        if plan.chunks:
+            embedded, tokens = self._chunk_tokens(slot, plan)
+            if rows is None:
+                hidden = embedded
+            else:
+                hidden = torch.cat([hidden, embedded])
+                tokens.positions = torch.cat([rows.positions, tokens.positions])
+                tokens.write_index = torch.cat([rows.write_index, tokens.write_index])
+                tokens.decode = rows.decode
+        hidden = self.model.forward(hidden, tokens, self.cache)
+        num = len(plan.samples)
+        if plan.chunks:
+            if not num:
+                return
+            hidden = hidden[slot.fields["sample_index"][:num].long()]
+        slot.logits, slot.hidden = self.model.logits(hidden), hidden

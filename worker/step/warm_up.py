@@ -1,0 +1,169 @@
+"""Owns what runs before a worker says that it is ready: every kernel once, then the graphs. Decode thread, at start.
+
+On a GPU the first run of anything is slow: Triton compiles, CUDA loads modules, cuBLAS chooses and allocates. So
+each kind of work serving will meet runs here over padding, which touches no live row or page. Kernels come before
+graphs: a graph that is missing is captured later at the price of a few eager steps, a kernel that is missing stops
+every stream while it is compiled. What does not fit into the time stays out, and is counted when it is met.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import structlog
+import torch
+
+from worker.formats.source import ProgressReport
+from worker.forward import PrefillSegment, StepTokens, chunk_spans
+from worker.step.decode_graphs import Flavour
+from worker.step.staging import stage_padding
+from worker.step.step_sampler import Wants
+from worker.step.torch_runner import TorchRunner
+
+log = structlog.get_logger()
+
+PHASE = "warm up"
+Task = tuple[str, Callable[[], object]]
+
+
+def warm_up(
+    runner: TorchRunner,
+    report: ProgressReport | None = None,
+    *,
+    budget_s: float = 120.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Run and capture what serving will need; returns how many tasks the time was too short for.
+
+    A no-op where nothing is captured: a CPU has no first time. No task is begun after `budget_s`; one that has
+    begun is finished.
+    """
+    if runner.graphs is None:
+        return 0
+    tasks = _tasks(runner)
+    started_s = clock()
+    done = 0
+    for done, (_, run) in enumerate(tasks, 1):
+        run()
+        if report is not None:
+            report(PHASE, done, len(tasks))
+        if clock() - started_s > budget_s:
+            break
+    runner.device.synchronize()
+    left = len(tasks) - done
+    if left:
+        log.warning(
+            "warm_up_cut_short", left=left, next=tasks[done][0], setting="warm_up_s", budget_s=budget_s
+        )
+    log.info(
+        "warmed_up", tasks=done, seconds=round(clock() - started_s, 2), **runner.graph_counts.captures_total
+    )
+    return left
+
+
+def _tasks(runner: TorchRunner) -> list[Task]:
+    slot = runner.slots[0]
+    context = min(runner.model.card.context_tokens, slot.shape.max_pages * runner.page_tokens)
+    most = min(slot.shape.step_tokens, context)
+    tasks: list[Task] = [
+        (f"prefill {num}", partial(_prefill, runner, num, runner.model.prefix_tokens if last else 0))
+        for num, last in _prefill_sizes(most, runner.model.prefix_tokens)
+    ]
+    tasks += [(f"sampling {wants}", partial(_sampling, runner, wants)) for wants in _samplings(runner)]
+    encoder = runner.model.encoder
+    if encoder is not None:
+        crops = torch.zeros(
+            (1, encoder.crop_size, encoder.crop_size, 3), dtype=torch.uint8, device=runner.device.torch_device
+        )
+        tasks.append(("vision encoder", partial(_encode, runner, crops)))
+    tasks += _graphs(runner)
+    if runner.vision_graphs is not None:
+        vision = runner.vision_graphs
+        tasks += [(f"vision graph {size}", partial(_vision, runner, size)) for size in vision.sizes]
+    return tasks
+
+
+def _graphs(runner: TorchRunner) -> list[Task]:
+    """In order of use: every stream decodes, nearly all of them by the text graphs, and every prompt is prefilled."""
+    keys = runner.graph_keys()
+    text: list[Task] = [
+        (f"graph {key}", partial(runner.capture_graph, *key)) for key in keys if key[2] is Flavour.TEXT
+    ]
+    chunks: list[Task] = [
+        (f"chunk graph {key}", partial(runner.capture_chunk_graph, *key)) for key in runner.chunk_graph_keys()
+    ]
+    others: list[Task] = [
+        (f"graph {key}", partial(runner.capture_graph, *key)) for key in keys if key[2] is not Flavour.TEXT
+    ]
+    return text + chunks + others
+
+
+def _prefill_sizes(most: int, prefix: int) -> list[tuple[int, bool]]:
+    """(tokens, whether they are a picture's prefix): powers of two, for each of which cuBLAS may choose another
+    kernel, up to what a step may hold, and the prefix."""
+    sizes = [(most, False)]
+    size = 1
+    while size < most:
+        sizes.append((size, False))
+        size *= 2
+    if 0 < prefix <= most:
+        sizes.append((prefix, True))
+    return sizes
+
+
+def _samplings(runner: TorchRunner) -> list[Wants]:
+    """Each part of eager sampling at least once."""
+    spatial = "point" in runner.model.card.capabilities or "detect" in runner.model.card.capabilities
+    return [
+        Wants(random=True),
+        Wants(random=True, adjusted=True, num_top=5),
+        Wants(random=True, automata=runner.rows.automata is not None, spatial=spatial),
+    ]
+
+
+@torch.inference_mode()
+def _prefill(runner: TorchRunner, num_tokens: int, prefix: int) -> None:
+    """One chunk whose every token lies in page 0, which belongs to nobody."""
+    where = runner.device.torch_device
+    with runner.device.compute.use():
+        positions = torch.arange(num_tokens, device=where)
+        table = torch.zeros(-(-num_tokens // runner.page_tokens), dtype=torch.int32, device=where)
+        tokens = StepTokens(positions, positions % runner.page_tokens)
+        tokens.prefills.append(PrefillSegment(num_tokens, 0, prefix, table))
+        spans = chunk_spans(0, 0, num_tokens, 0, prefix)
+        tokens.spans = torch.tensor(spans, dtype=torch.int32, device=where)
+        tokens.tables = table.unsqueeze(0)
+        hidden = runner.model.forward(runner.model.embed(torch.zeros_like(positions)), tokens, runner.cache)
+        runner.model.logits(hidden[torch.zeros(1, dtype=torch.int64, device=where)])
+
+
+@torch.inference_mode()
+def _sampling(runner: TorchRunner, wants: Wants) -> None:
+    """The padding row, with and without a host's mask, as a range of the batch and as some rows of it."""
+    slot = runner.slots[0]
+    num = min(3, runner.max_rows)
+    stage_padding(slot.host, 0, num)
+    with runner.device.compute.use():
+        slot.packed.copy_(slot.pinned)
+        index = torch.arange(num, device=runner.device.torch_device)
+        slot.masks[:num].fill_(-1)
+        assert slot.logits is not None and slot.hidden is not None
+        for which in (slice(0, num), index):
+            for words in (None, slot.masks[which]):
+                runner.sampler.sample(slot, which, slot.logits[which], slot.hidden[which], words, wants)
+
+
+@torch.inference_mode()
+def _encode(runner: TorchRunner, crops: torch.Tensor) -> None:
+    assert runner.model.encoder is not None
+    with runner.device.compute.use():
+        runner.model.encoder.features(crops)
+
+
+@torch.inference_mode()
+def _vision(runner: TorchRunner, size: int) -> None:
+    assert runner.vision_graphs is not None
+    with runner.device.compute.use():
+        runner.vision_graphs.capture(size)

@@ -1,0 +1,272 @@
+"""Owns the ROUTER socket and the gateways' leases. The I/O thread: the only one that touches the socket.
+
+The decode thread never waits for this one: it leaves messages in a queue and rings an eventfd. Encoding
+happens here, while the decode thread is waiting for the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import msgspec
+import structlog
+import zmq
+
+from shared.errors import ErrorCode
+from shared.protocol import (
+    MAX_MESSAGE_BYTES,
+    MAX_PAYLOAD_BYTES,
+    PROTOCOL_VERSION,
+    Cancel,
+    Fatal,
+    FromWorker,
+    Hello,
+    Ping,
+    Ready,
+    Submit,
+    decode_from_gateway,
+    encode,
+    schema_hash,
+)
+from worker.loop.engine import Command
+from worker.wire.compiler import GrammarCompiler
+
+log = structlog.get_logger()
+
+# eventfd_write without letting Python's lock go, as os.eventfd_write would: the I/O thread would take it at once and
+# the decode thread wait for it in the middle of a step. It has it when the decode thread waits for the device.
+_ring = ctypes.PyDLL(None).eventfd_write
+_ring.argtypes = (ctypes.c_int, ctypes.c_uint64)
+
+BURST = 64  # messages taken from the socket before the outbox gets its turn
+SEND_HWM = 10_000  # messages one slow gateway may have queued before its streams see a gap
+MIN_LEASE_S, MAX_LEASE_S = 0.5, 60.0
+POLL_MS = 250
+REMARK_INTERVAL_S = 10.0  # one log line about bad frames in so long
+
+
+@dataclass(slots=True)
+class Lease:
+    """One connected gateway."""
+
+    name: str
+    lease_s: float
+    until_s: float
+
+
+class Transport:
+    """Socket on one side, inbox and outbox on the other. `start` binds; `close` ends the thread."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        inbox: SimpleQueue[Command],
+        *,
+        secure: Callable[[zmq.Socket[bytes], zmq.Context[zmq.Socket[bytes]]], Callable[[], None]]
+        | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._endpoint = endpoint
+        self._now = now
+        self._inbox = inbox
+        self._secure = secure
+        self._ready: tuple[Ready, list[bytes]] | None = None
+        self._outbox: deque[tuple[bytes | None, FromWorker, list[bytes]]] = deque()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._leases: dict[bytes, Lease] = {}
+        self._closing = False
+        self._bound = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="worker-io", daemon=True)
+        self.compiler: GrammarCompiler | None = None  # set before `start`; without it grammars are refused
+        self.num_bad_frames = 0
+        self.num_dropped = 0
+        self._last_remark_s = 0.0
+        self._next_expiry_s = 0.0
+
+    # ------------------------------------------------------------------ any thread
+
+    def start(self) -> None:
+        """Bind and serve. Raises what the bind raised."""
+        self._thread.start()
+        self._bound.wait()
+        if self._error is not None:
+            raise self._error
+
+    def announce(self, ready: Ready, payloads: list[bytes]) -> None:
+        """From now on `Hello` is answered with this; until then the gateway keeps asking."""
+        self._ready = (ready, payloads)
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether the worker serves."""
+        return self._ready is not None
+
+    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
+        """Leave a message for one gateway."""
+        self._outbox.append((gateway, message, payloads or []))
+        _ring(self._bell, 1)
+
+    def broadcast(self, message: FromWorker) -> None:
+        """Leave a message for every gateway with a lease."""
+        self._outbox.append((None, message, []))
+        _ring(self._bell, 1)
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Send what is queued and end the thread."""
+        self._closing = True
+        os.eventfd_write(self._bell, 1)
+        self._thread.join(timeout_s)
+
+    # ------------------------------------------------------------------ the I/O thread
+
+    def _run(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        socket = context.socket(zmq.ROUTER)
+        unsecure: Callable[[], None] | None = None
+        try:
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a vanished gateway is an error, not silence
+            socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+            socket.setsockopt(zmq.SNDHWM, SEND_HWM)
+            socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)
+            socket.setsockopt(zmq.LINGER, 500)
+            socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
+            socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
+            if self._secure is not None:
+                unsecure = self._secure(socket, context)
+            socket.bind(self._endpoint)
+        except Exception as error:
+            self._error = error
+            self._bound.set()
+            socket.close(0)
+            context.term()
+            return
+        self._bound.set()
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
+        try:
+            while not self._closing or self._outbox:
+                # What this thread does holds the global lock against the decode thread: nothing for nothing.
+                ready = [source for source, _ in poller.poll(POLL_MS)]
+                if self._bell in ready:
+                    os.eventfd_read(self._bell)
+                self._turn(socket, has_messages=socket in ready)
+        finally:
+            socket.close()
+            if unsecure is not None:
+                unsecure()
+            context.term()
+            os.close(self._bell)
+
+    def _turn(self, socket: zmq.Socket[bytes], *, has_messages: bool = True) -> None:
+        """What is to be sent, then a burst of what has come, then the leases."""
+        self._flush(socket)
+        if has_messages:
+            for _ in range(BURST):
+                try:
+                    frames = socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                self._on_frames(socket, frames)
+        if self._now() >= self._next_expiry_s:
+            self._next_expiry_s = self._now() + POLL_MS / 1e3
+            self._expire_leases()
+
+    def _flush(self, socket: zmq.Socket[bytes]) -> None:
+        outbox = self._outbox
+        while outbox:
+            gateway, message, payloads = outbox.popleft()
+            data = encode(message)
+            for target in list(self._leases) if gateway is None else [gateway]:
+                self._post(socket, target, [data, *payloads])
+
+    def _post(self, socket: zmq.Socket[bytes], gateway: bytes, frames: list[bytes]) -> None:
+        try:
+            socket.send_multipart([gateway, *frames], zmq.NOBLOCK)
+        except zmq.Again:
+            self.num_dropped += 1  # the gateway sees the gap in first_index and ends those streams
+            self._remark("gateway_too_slow", gateway)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._end_lease(gateway, "gateway_gone")
+
+    def _on_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
+        """Decode one message; whatever is wrong with it concerns nobody else."""
+        gateway = frames[0]
+        if len(frames) < 2 or len(frames[1]) > MAX_MESSAGE_BYTES:
+            self._on_bad_frame(gateway, "empty or oversized message")
+            return
+        try:
+            message = decode_from_gateway(frames[1])
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            self._on_bad_frame(gateway, str(error))
+            return
+        if isinstance(message, Hello):
+            self._on_hello(socket, gateway, message)
+            return
+        lease = self._leases.get(gateway)
+        if lease is None:
+            self._on_bad_frame(gateway, "no hello came before it")
+            return
+        lease.until_s = self._now() + lease.lease_s
+        if isinstance(message, Ping):
+            return
+        if self.compiler is not None:
+            if isinstance(message, Submit) and message.grammar is not None:
+                self.compiler.submit(gateway, message, frames[2:])
+                return
+            if isinstance(message, Cancel):
+                self.compiler.cancel(gateway, message.sequence_ids)
+        self._inbox.put((gateway, message, frames[2:]))
+
+    def _on_hello(self, socket: zmq.Socket[bytes], gateway: bytes, hello: Hello) -> None:
+        if hello.protocol_version != PROTOCOL_VERSION or hello.schema_hash != schema_hash():
+            text = (
+                f"the gateway speaks protocol {hello.protocol_version} ({hello.schema_hash}), this worker "
+                f"{PROTOCOL_VERSION} ({schema_hash()}): run the same version of both"
+            )
+            log.error("version_skew", gateway=hello.gateway_id, detail=text)
+            self._post(socket, gateway, [encode(Fatal(0, ErrorCode.VERSION_SKEW, text))])
+            return
+        if self._ready is None:
+            return  # still loading; the gateway asks again
+        lease_s = min(hello.lease_s, MAX_LEASE_S) if hello.lease_s > MIN_LEASE_S else MIN_LEASE_S  # NaN too
+        if gateway not in self._leases:
+            log.info("gateway_connected", gateway=hello.gateway_id)
+        self._leases[gateway] = Lease(hello.gateway_id, lease_s, self._now() + lease_s)
+        ready, payloads = self._ready
+        self._post(socket, gateway, [encode(ready), *payloads])
+
+    def _expire_leases(self) -> None:
+        now_s = self._now()
+        for gateway in [g for g, lease in self._leases.items() if lease.until_s < now_s]:
+            self._end_lease(gateway, "gateway_lease_expired")
+
+    def _end_lease(self, gateway: bytes, event: str) -> None:
+        lease = self._leases.pop(gateway, None)
+        if lease is not None:
+            log.warning(event, gateway=lease.name)
+            if self.compiler is not None:
+                self.compiler.drop_gateway(gateway)
+            self._inbox.put((gateway, None, []))
+
+    def _on_bad_frame(self, gateway: bytes, detail: str) -> None:
+        self.num_bad_frames += 1
+        self._remark("bad_frame", gateway, detail=detail)
+
+    def _remark(self, event: str, gateway: bytes, **more: str) -> None:
+        now_s = self._now()
+        if now_s - self._last_remark_s > REMARK_INTERVAL_S:
+            self._last_remark_s = now_s
+            log.warning(
+                event, gateway=gateway.hex()[:16], bad=self.num_bad_frames, dropped=self.num_dropped, **more
+            )
