@@ -1,25 +1,23 @@
 """Owns judging untrusted grammars: a process of its own with bounded memory, reading jobs from stdin.
 
 Started by `gateway.confined.grammars` as `python -m gateway.confined.grammar_process <memory bytes>`; it holds no sockets and no
-secrets, and is killed when a job takes too long. Each message is a length and msgpack; nothing is pickled.
+secrets, and is killed when a job takes too long. A job is a `Grammar`, its answer an `Answer`.
 """
 
 from __future__ import annotations
 
 import random
-import struct
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 import msgspec
 
-from shared.confined import run_confined
+from shared.confined import read, run_confined, write
 from shared.grammars import GrammarError, spell
 from shared.protocol import Grammar
 
 if TYPE_CHECKING:  # imported where it is used: the gateway shares these messages and loads no compiler
     from llguidance import LLTokenizer
 
-PREFIX: Final = struct.Struct("<I")
 TRIAL_STEPS: Final = 48
 
 
@@ -62,15 +60,13 @@ def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
 
     tokenizer = LLTokenizer("byte")
     decode = msgspec.msgpack.Decoder(Grammar).decode
-    while prefix := stdin.read(PREFIX.size):
-        grammar = decode(stdin.read(PREFIX.unpack(prefix)[0]))
+    while message := read(stdin):
+        grammar = decode(message[0])
         try:
             answer = judge(grammar, tokenizer)
         except MemoryError:
             answer = Answer("compiling it takes more memory than allowed")
-        data = msgspec.msgpack.encode(answer)
-        stdout.write(PREFIX.pack(len(data)) + data)
-        stdout.flush()
+        write(stdout, msgspec.msgpack.encode(answer))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from typing import Final
 import msgspec
 import structlog
 
-from gateway.confined.children import end_child, start_child
-from gateway.confined.grammar_process import PREFIX, Answer
+from gateway.confined.children import ask, end_child, start_child
+from gateway.confined.grammar_process import Answer
 from gateway.generation import RequestError
 from shared.errors import ErrorCode
 from shared.protocol import Grammar
@@ -98,7 +98,7 @@ class GrammarChecker:
                 self.process = await start_child("gateway.confined.grammar_process", PROCESS_BYTES)
                 timeout_s += START_TIMEOUT_S  # the libraries are read on its first job
             async with asyncio.timeout(timeout_s):
-                answer = await _ask(self.process, data)
+                answer = _decode_answer((await ask(self.process, data))[0])
             is_sound = True
         except TimeoutError:
             log.warning("grammar_too_slow", kind=grammar.kind)
@@ -110,11 +110,3 @@ class GrammarChecker:
             if not is_sound:
                 await self.stop()
         return answer, math.inf
-
-
-async def _ask(process: asyncio.subprocess.Process, data: bytes) -> Answer:
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(PREFIX.pack(len(data)) + data)
-    await process.stdin.drain()
-    (size,) = PREFIX.unpack(await process.stdout.readexactly(PREFIX.size))
-    return _decode_answer(await process.stdout.readexactly(size))

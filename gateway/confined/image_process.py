@@ -1,8 +1,8 @@
 """Owns decoding untrusted pictures: a process of its own with bounded memory, reading jobs from stdin.
 
 Started by `gateway.confined.images` as `python -m gateway.confined.image_process <memory bytes>`; it holds no sockets and no
-secrets, and is killed when a job takes too long. A job and its answer are each one length-prefixed msgpack
-header followed by raw bytes (see `Job`, `Answer`). Nothing here is pickled.
+secrets, and is killed when a job takes too long. A job is a `Job` and the picture's file in base64; its answer an
+`Answer` and pixels.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import struct
 from typing import BinaryIO, Final
 
 import msgspec
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from shared.confined import run_confined
+from shared.confined import read, run_confined, write
 from shared.protocol import ImageSpec
 from shared.tiling import canvas_for
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-PREFIX: Final = struct.Struct("<II")  # header bytes, payload bytes
 
 
 class Job(msgspec.Struct, array_like=True):
@@ -130,10 +128,8 @@ def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
     Image.preinit()
     Image.init()
     decode_job = msgspec.msgpack.Decoder(Job).decode
-    while prefix := stdin.read(PREFIX.size):
-        num_header, num_payload = PREFIX.unpack(prefix)
-        job = decode_job(stdin.read(num_header))
-        data = stdin.read(num_payload)
+    while message := read(stdin):
+        job, data = decode_job(message[0]), message[1]
         try:
             answer, crop, canvas = prepare(unpack(data), job)
         except Refused as refused:
@@ -141,11 +137,7 @@ def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
         except MemoryError:
             answer = Answer("preparing the picture takes more memory than allowed", True)
             crop = canvas = b""
-        header = msgspec.msgpack.encode(answer)
-        stdout.write(PREFIX.pack(len(header), len(crop) + len(canvas)) + header)
-        stdout.write(crop)
-        stdout.write(canvas)
-        stdout.flush()
+        write(stdout, msgspec.msgpack.encode(answer), crop, canvas)
 
 
 if __name__ == "__main__":

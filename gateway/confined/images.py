@@ -15,8 +15,8 @@ import msgspec
 import structlog
 
 from gateway.config import GatewayConfig
-from gateway.confined.children import end_child, start_child
-from gateway.confined.image_process import PREFIX, Answer, Job
+from gateway.confined.children import ask, end_child, start_child
+from gateway.confined.image_process import Answer, Job
 from gateway.generation import PreparedImage, RequestError
 from shared.errors import ErrorCode
 from shared.protocol import ImageInput, ImageSpec
@@ -158,7 +158,8 @@ class ImageDecoder:
         timeout_s = self._config.image_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await _ask(process, pending.job, pending.data)
+                header, pixels = await ask(process, msgspec.msgpack.encode(pending.job), pending.data)
+                answer = _decode_answer(header)
         except TimeoutError:
             _fail(pending, f"the picture was not decoded within {timeout_s:g} s")
             log.warning("image_process_stuck", timeout_s=timeout_s)
@@ -171,19 +172,8 @@ class ImageDecoder:
             log.warning("image_process_died", reason=type(error).__name__)
             return False
         if not pending.future.done():
-            pending.future.set_result(answer)
+            pending.future.set_result((answer, pixels))
         return True
-
-
-async def _ask(process: asyncio.subprocess.Process, job: Job, data: bytes) -> tuple[Answer, bytes]:
-    assert process.stdin is not None and process.stdout is not None
-    header = msgspec.msgpack.encode(job)
-    process.stdin.write(PREFIX.pack(len(header), len(data)) + header)
-    process.stdin.write(data)
-    await process.stdin.drain()
-    num_header, num_payload = PREFIX.unpack(await process.stdout.readexactly(PREFIX.size))
-    answer = _decode_answer(await process.stdout.readexactly(num_header))
-    return answer, await process.stdout.readexactly(num_payload)
 
 
 def _fail(pending: _Pending, message: str) -> None:

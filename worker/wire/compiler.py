@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import select
 import subprocess
-import sys
 import threading
 import time
 from collections import OrderedDict
@@ -21,6 +20,7 @@ from typing import Final
 import msgspec
 import structlog
 
+from shared import confined
 from shared.errors import ErrorCode
 from shared.grammars import GrammarError
 from shared.protocol import Cancel, Grammar, Rejected, Submit
@@ -29,7 +29,7 @@ from worker.constraints.llg import LlgConstraint, Vocabulary, compile_llg
 from worker.loop.engine import Command
 from worker.loop.reports import Outbox
 from worker.schedule.intake import CompiledSubmit
-from worker.wire.compiler_process import PREFIX, Answer, Setup, tables_of
+from worker.wire.compiler_process import Answer, Setup, tables_of
 
 MAX_PENDING: Final = 256
 COMPILE_TIMEOUT_S: Final = 2.0
@@ -277,13 +277,11 @@ class CompilerProcess:
         if self._killed:
             raise GrammarError("the worker is shutting down")
         self.end()
-        # The child sees the import path and nothing else of the environment: no keys, no proxies.
-        environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "LC_ALL": "C.UTF-8"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.wire.compiler_process", str(PROCESS_BYTES)],
+            confined.command("worker.wire.compiler_process", PROCESS_BYTES),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            env=confined.environment() | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             bufsize=0,
             start_new_session=True,  # a Ctrl-C at the terminal is the worker's to handle
         )
@@ -307,13 +305,13 @@ class CompilerProcess:
             raise EOFError
         assert process.stdin is not None and process.stdout is not None
         # The process reads a message whole before it works on it: writing waits for nothing.
-        view = memoryview(PREFIX.pack(len(data)) + data)
+        view = memoryview(confined.pack(data))
         while view:
             view = view[process.stdin.write(view) or 0 :]
         until_s = time.monotonic() + timeout_s
         source = process.stdout.fileno()
-        (size,) = PREFIX.unpack(_read_exactly(source, PREFIX.size, until_s))
-        return _decode_answer(_read_exactly(source, size, until_s))
+        prefix = _read_exactly(source, confined.PREFIX.size, until_s)
+        return _decode_answer(_read_exactly(source, sum(confined.PREFIX.unpack(prefix)), until_s))
 
 
 def _read_exactly(source: int, size: int, until_s: float) -> bytes:

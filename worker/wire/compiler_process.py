@@ -2,19 +2,18 @@
 
 Started by `worker.wire.compiler` as `python -m worker.wire.compiler_process <memory bytes>` and killed when a job
 takes too long. Building an automaton is Python and would hold the decode thread's global lock for milliseconds;
-here it holds only its own. Each message is a length and msgpack; nothing is pickled.
+here it holds only its own.
 """
 
 from __future__ import annotations
 
-import struct
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
 from llguidance import LLMatcher
 
-from shared.confined import run_confined
+from shared.confined import read, run_confined, write
 from shared.grammars import ascii_classes, read_choices, read_schema
 from shared.protocol import Grammar
 from worker.constraints.automaton import TokenBytes, TokenTables, choice_tables, text_tables
@@ -22,7 +21,6 @@ from worker.constraints.llg import Vocabulary, compile_llg
 from worker.constraints.regex_parse import Unsupported, parse
 from worker.constraints.schema_tree import schema_tree
 
-PREFIX: Final = struct.Struct("<I")
 TRIAL_STEPS = 32
 
 
@@ -99,27 +97,20 @@ def tables_of(answer: Answer) -> TokenTables:
 
 def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
     """Answer grammars until stdin ends."""
-    setup = msgspec.msgpack.decode(_read(stdin), type=Setup)
+    first = read(stdin)
+    if first is None:
+        return
+    setup = msgspec.msgpack.decode(first[0], type=Setup)
     vocabulary = Vocabulary(setup.tokenizer_json, setup.vocab_size, setup.end_ids)
     tokens = TokenBytes(vocabulary.token_bytes, setup.end_ids)
-    _write(stdout, Answer())
+    write(stdout, msgspec.msgpack.encode(Answer()))
     decode = msgspec.msgpack.Decoder(Grammar).decode
-    while data := _read(stdin):
+    while message := read(stdin):
         try:
-            _write(stdout, answer(decode(data), vocabulary, tokens))
+            said = answer(decode(message[0]), vocabulary, tokens)
         except MemoryError:
-            _write(stdout, Answer("compiling the grammar takes more memory than allowed"))
-
-
-def _read(stdin: BinaryIO) -> bytes:
-    prefix = stdin.read(PREFIX.size)
-    return stdin.read(PREFIX.unpack(prefix)[0]) if len(prefix) == PREFIX.size else b""
-
-
-def _write(stdout: BinaryIO, message: Answer) -> None:
-    data = msgspec.msgpack.encode(message)
-    stdout.write(PREFIX.pack(len(data)) + data)
-    stdout.flush()
+            said = Answer("compiling the grammar takes more memory than allowed")
+        write(stdout, msgspec.msgpack.encode(said))
 
 
 if __name__ == "__main__":
