@@ -12,6 +12,7 @@ async def start_child(module: str, memory_bytes: int) -> asyncio.subprocess.Proc
     environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "LC_ALL": "C.UTF-8"}
     return await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",  # the folder we were started from may hold a `gateway` of its own
         "-m",
         module,
         str(memory_bytes),

@@ -280,7 +280,7 @@ class CompilerProcess:
         # The child sees the import path and nothing else of the environment: no keys, no proxies.
         environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "LC_ALL": "C.UTF-8"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.wire.compiler_process", str(PROCESS_BYTES)],
+            [sys.executable, "-P", "-m", "worker.wire.compiler_process", str(PROCESS_BYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
