@@ -11,15 +11,16 @@ WORKDIR /source
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/degas
 ENV PATH=/opt/degas/bin:$PATH
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE constraints.txt ./
 COPY shared shared
 COPY gateway gateway
 COPY worker worker
+COPY pocket pocket
 COPY loadtest loadtest
 COPY degas degas
 
 FROM source AS gateway-build
-RUN pip install '.[gateway]'
+RUN pip install -c constraints.txt '.[gateway]'
 # The gateway's image must not hold torch: it would be 200 MB to 5 GB of what it never imports.
 RUN python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is not None)"
 
@@ -27,10 +28,10 @@ FROM source AS worker-build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG TORCH=torch==2.13.0
 RUN pip install --index-url ${TORCH_INDEX} ${TORCH}
-RUN pip install '.[worker]'
+RUN pip install -c constraints.txt '.[worker]'
 # The CPU's decode operations for every kind of x86-64 processor: the image that runs has no compiler.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ \
- && if [ "$(uname -m)" = x86_64 ]; then cd / && python -m worker.native.build; fi
+ && if [ "$(uname -m)" = x86_64 ]; then cd / && python -m degas.rooms worker.native.build; fi
 
 FROM python:${PYTHON}-slim-bookworm AS runtime
 RUN groupadd --system --gid 10001 degas \
@@ -47,7 +48,7 @@ ENV DEGAS_GATEWAY_HOST=0.0.0.0 DEGAS_GATEWAY_PORT=8080
 EXPOSE 8080 8081
 HEALTHCHECK --interval=5s --timeout=4s --start-period=20s --retries=3 \
   CMD ["python", "-m", "degas.health", "http", "http://127.0.0.1:8080/healthz"]
-CMD ["python", "-m", "gateway"]
+CMD ["python", "-m", "degas.rooms", "gateway"]
 
 FROM runtime AS worker
 COPY --from=worker-build /opt/degas /opt/degas

@@ -31,8 +31,8 @@ class ServeOptions:
     roles: tuple[str, ...] = ("worker", "gateway")
     worker_settings: Mapping[str, str] = field(default_factory=dict)
     gateway_settings: Mapping[str, str] = field(default_factory=dict)
-    worker_command: tuple[str, ...] = (sys.executable, "-m", "worker")
-    gateway_command: tuple[str, ...] = (sys.executable, "-m", "gateway")
+    worker_command: tuple[str, ...] = (sys.executable, "-m", "degas.rooms", "worker")
+    gateway_command: tuple[str, ...] = (sys.executable, "-m", "degas.rooms", "gateway")
     drain_s: float = 25.0  # how long streams may go on after SIGTERM
     worker_grace_s: float = 10.0
     beat_timeout_s: float = 3.0

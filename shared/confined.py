@@ -18,7 +18,8 @@ PREFIX: Final = struct.Struct("<II")  # header bytes, payload bytes
 
 def command(module: str, memory_bytes: int) -> list[str]:
     """How a parent starts the module in a process of so much memory at most."""
-    return [sys.executable, "-m", module, str(memory_bytes)]
+    # -P: the folder we were started from may hold a `gateway` or `worker` of its own.
+    return [sys.executable, "-P", "-m", module, str(memory_bytes)]
 
 
 def environment() -> dict[str, str]:

@@ -125,6 +125,7 @@ def serving(
         worker = [
             sys.executable,
             "-m",
+            "degas.rooms",
             "worker",
             "--endpoint",
             endpoint,
@@ -134,7 +135,7 @@ def serving(
         ]
         with (
             running(worker, {}, folder / "worker.log"),
-            running([sys.executable, "-m", "gateway"], settings, folder / "gateway.log"),
+            running([sys.executable, "-m", "degas.rooms", "gateway"], settings, folder / "gateway.log"),
         ):
             url = f"http://127.0.0.1:{port}"
             try:

@@ -68,13 +68,16 @@ def environment(python: str, threads: int, scratch: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    if python != sys.executable:
+    if python == sys.executable:
+        found = os.environ.get("PYTHONPATH")
+        variables["PYTHONPATH"] = os.pathsep.join([str(_LOADTEST.parent), *([found] if found else [])])
+    else:
         scratch.mkdir(parents=True, exist_ok=True)
         link = scratch / "loadtest"
         if not link.exists():
             link.symlink_to(_LOADTEST)
         variables["PYTHONPATH"] = str(scratch)
-        variables["PYTHONSAFEPATH"] = "1"
+    variables["PYTHONSAFEPATH"] = "1"
     return variables
 
 

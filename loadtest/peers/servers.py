@@ -70,6 +70,7 @@ def _degas(place: Place) -> list[tuple[list[str], dict[str, str]]]:
         *(
             sys.executable,
             "-m",
+            "degas.rooms",
             "worker",
             "--endpoint",
             endpoint,
@@ -86,7 +87,7 @@ def _degas(place: Place) -> list[tuple[list[str], dict[str, str]]]:
         "DEGAS_GATEWAY_PORT": str(place.port),
         "DEGAS_GATEWAY_LOG_LEVEL": "warning",
     }
-    return [(worker, {}), ([sys.executable, "-m", "gateway"], settings)]
+    return [(worker, {}), ([sys.executable, "-m", "degas.rooms", "gateway"], settings)]
 
 
 def _transformers(python: str, *flags: str) -> Callable[[Place], list[tuple[list[str], dict[str, str]]]]:
