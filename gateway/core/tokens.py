@@ -45,7 +45,7 @@ class ModelTokens:
         self._token_bytes: list[bytes] | None = None
         self._partial_ids: frozenset[int] = frozenset()
         if _is_byte_level(layout.get("decoder")):
-            self._token_bytes = self._byte_table()
+            self._token_bytes = self._bytes_of_ids()
         else:
             vocab = self._tokenizer.get_vocab(with_added_tokens=True)
             self._partial_ids = frozenset(i for text, i in vocab.items() if _BYTE_TOKEN.fullmatch(text))
@@ -96,7 +96,7 @@ class ModelTokens:
             return ByteDetokenizer(self._token_bytes, skipped)
         return WindowDetokenizer(self, skipped, self._partial_ids)
 
-    def _byte_table(self) -> list[bytes]:
+    def _bytes_of_ids(self) -> list[bytes]:
         """The bytes of every id: GPT-2's printable alphabet undone; a token outside it stands for itself."""
         alphabet = byte_alphabet()
         size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
