@@ -31,6 +31,7 @@ from shared.logs import configure_logs
 
 _LAST_WORDS_S: Final = 0.5  # between the last terminal event and closing connections
 _MALFORMED_LINES_PER_S: Final = 10
+_GRPC_PACKAGES: Final = ("grpc", "grpc_health", "grpc_reflection", "google", "smg_grpc_proto")
 _LINGER_S: Final = 0.1  # reading on after an answer; `transport.http` has read what is worth reading
 
 log = structlog.get_logger(__name__)
@@ -115,6 +116,8 @@ class Gateway:
         try:
             module = importlib.import_module("gateway.transport.rpc")
         except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in _GRPC_PACKAGES:
+                raise  # a fault of ours, not an extra that was left out
             raise ConfigError(f"grpc_port is set, but gRPC is not installed: {error}") from None
         self._grpc = await module.start_grpc(self.service, self.config)
         self.grpc_port = getattr(self._grpc, "port", self.config.grpc_port)

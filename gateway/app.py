@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -18,6 +17,7 @@ from gateway.generation import GenerateRequest, RequestError
 from gateway.scrape import Scrape
 from gateway.transport import sse
 from gateway.transport.http import REQUEST_ID, TENANT, Boundary, Handler, admit_body, json_response, public
+from gateway.transport.websocket import register_websocket
 from shared.errors import ErrorCode
 
 WEB_FOLDER: Final = Path(__file__).parent / "web"
@@ -81,10 +81,8 @@ def create_app(service: Service) -> web.Application:
     for path in ("/readyz", "/v1/health/ready"):
         router.add_get(path, _ready(service))
     router.add_get("/metrics", _metrics(service))
-    router.add_get("/debug/trace", _trace(service))
-    register = _optional("gateway.transport.websocket", "register_websocket")
-    if register is not None:
-        register(app, service, config)
+    router.add_get("/debug/trace", _recording(service))
+    register_websocket(app, service, config)
     _add_page(app)
     return app
 
@@ -112,7 +110,7 @@ def _models(service: Service) -> Handler:
 
 def _model(service: Service) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
-        return json_response(models.model_object(service.card(request.match_info["model_id"])))
+        return json_response(models.model_object(service.model(request.match_info["model_id"]).card))
 
     return handle
 
@@ -146,13 +144,13 @@ def _metrics(service: Service) -> Handler:
     return handle
 
 
-def _trace(service: Service) -> Handler:
+def _recording(service: Service) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
         asked = request.query.get("steps", "200")
         if not (asked.isascii() and asked.isdecimal() and len(asked) < 6 and 1 <= int(asked) <= 10_000):
             message = "steps: a number from 1 to 10000"
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="steps")
-        return web.Response(body=await service.trace(int(asked)), content_type="application/json")
+        return web.Response(body=await service.record(int(asked)), content_type="application/json")
 
     return handle
 
@@ -183,11 +181,3 @@ def _page_file(file: Path) -> Handler:
         )
 
     return handle
-
-
-def _optional(module: str, name: str) -> Callable[..., Any] | None:
-    """A transport that may not be installed (its libraries are missing); anything else that fails is an error."""
-    try:
-        return getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError:
-        return None

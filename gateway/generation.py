@@ -1,15 +1,17 @@
 """Owns the seam between interfaces (api, transport) and the streaming core: what is asked, what comes back.
 
-Data and protocols; everything here runs on the gateway's loop. The core calls a `Listener` directly
-from the ZeroMQ drain, so a listener writes straight to its transport and never blocks or awaits: a queue
-and a task per stream would double the cost of a token.
+Data and protocols; everything here runs on the gateway's loop. The core calls a `Listener` from the ZeroMQ drain,
+so a listener writes straight to its transport and never blocks or awaits: a queue and a task a stream would double
+the cost of a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
+from gateway.config import GatewayConfig
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Grammar, ImageInput, ModelCard, Sampling
 
@@ -40,11 +42,68 @@ class PreparedImage:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How a conversation is rendered. `variables` reach the template under their names, after its own."""
+
+    add_generation_prompt: bool = True  # end with the mark that opens the assistant's turn
+    continue_final_message: bool = False  # end within the last message, for the model to go on with it
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TokenTexts(Protocol):
+    """What single tokens stand for, as log-probabilities show them."""
+
+    def token_text(self, token_id: int) -> str:
+        """One token's own text, special or not; "" for an id outside the vocabulary."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for, which need not be whole characters."""
+
+    def is_shown(self, token_id: int) -> bool:
+        """Whether its text is part of an answer: special tokens' is not."""
+
+
+class ServedModel(Protocol):
+    """One announcement of a model: it never changes. A request is prepared and submitted with the same one."""
+
+    @property
+    def card(self) -> ModelCard:
+        """What its worker says of it."""
+
+    @property
+    def tokens(self) -> TokenTexts:
+        """Its tokenizer, token by token."""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it brought a chat template."""
+
+    @property
+    def drops_first_space(self) -> bool:
+        """Whether its tokenizer's own decoder leaves out a text's first space, as SentencePiece does."""
+
+    def room(self, num_prompt_ids: int, num_images: int = 0) -> int:
+        """How many tokens may be generated after such a prompt; at least 1, so that `Core.submit` explains."""
+
+    async def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """Token ids, off the loop when the text is long. Special tokens' names in it are text unless parsed."""
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[int]:
+        """Token ids of a rendered conversation: the template's special tokens count, the users' are text.
+
+        Rendered off the loop and within a deadline. Raises `RequestError`: UNSUPPORTED without a template.
+        """
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of all ids at once, special tokens left out."""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One sequence to generate, fully validated and tokenised. `n` > 1 is several of these."""
 
     request_id: str
-    model_id: str
+    model: ServedModel
     prompt_ids: list[int]
     max_tokens: int
     sampling: Sampling
@@ -60,6 +119,11 @@ class GenerateRequest:
     echo_special: bool = False
     ignore_eos: bool = False  # run to max_tokens whatever the model says, as benchmarks do
     strip_start: bool = False  # drop white space before the first visible character
+
+    @property
+    def model_id(self) -> str:
+        """The model's name."""
+        return self.model.card.model_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,27 +210,49 @@ class RunningStream(Protocol):
 
 
 class Core(Protocol):
-    """The streaming core as interfaces see it (implemented by `gateway.core.service.Service`)."""
+    """The streaming core as `gateway.api` sees it (implemented by `gateway.core.service.Service`)."""
 
-    def card(self, model_id: str | None) -> ModelCard:
-        """The model's card; None is the default model. Raises `RequestError` MODEL_NOT_FOUND or LOADING."""
+    @property
+    def config(self) -> GatewayConfig:
+        """The gateway's settings, for their bounds."""
 
-    def cards(self) -> list[ModelCard]:
+    def model(self, model_id: str | None) -> ServedModel:
+        """By id or alias; None is the default. Raises `RequestError` MODEL_NOT_FOUND or LOADING."""
+
+    def models(self) -> Sequence[ServedModel]:
         """Every model served now."""
 
-    async def encode_async(self, model_id: str, text: str, *, markup: bool = False) -> list[int]:
-        """Tokenise without special tokens, off the loop when the text is long; `markup`: a rendered template."""
+    def check_capacity(self, model: ServedModel, tenant: str = "", num_new: int = 1) -> None:
+        """Raises what `submit` would for lack of a place: call it before expensive preparation."""
 
-    def decode(self, model_id: str, token_ids: list[int]) -> str:
-        """Detokenise, special tokens left out."""
+    async def check_grammar(self, grammar: Grammar, *, param: str) -> Grammar:
+        """The grammar as a worker takes it. Raises `RequestError` INVALID_GRAMMAR or QUEUE_FULL."""
 
-    async def render_chat_async(
-        self, model_id: str, messages: list[dict[str, object]], tools: list[object] | None
-    ) -> str:
-        """Apply the model's chat template, off the loop and within a deadline. Raises `RequestError`."""
-
-    async def prepare_image(self, model_id: str, data_url: str, *, param: str) -> PreparedImage:
+    async def prepare_image(self, model: ServedModel, data_url: str, *, param: str) -> PreparedImage:
         """Decode and resize off the loop, in a limited process. Raises `RequestError`."""
 
     def submit(self, request: GenerateRequest, listener: Listener) -> RunningStream:
         """Admit and send to a worker. Raises `RequestError` (QUEUE_FULL, LOADING, CONTEXT_LENGTH_EXCEEDED, …)."""
+
+
+class HttpCounts(Protocol):
+    """The figures that transports count."""
+
+    num_slow_clients: int
+
+    def on_response(self, route: str, status: int) -> None:
+        """An HTTP answer is out; `route` is the matched route's pattern, never the path."""
+
+
+class ServingCore(Core, Protocol):
+    """The core as `gateway.transport` sees it: also whether it serves at all."""
+
+    @property
+    def metrics(self) -> HttpCounts:
+        """Where transports count."""
+
+    def check_any_capacity(self, tenant: str) -> None:
+        """Raises what every `submit` would just now, whichever model it named: call it before reading a body."""
+
+    def readiness(self) -> tuple[bool, str]:
+        """Whether new work would be served, and why not."""

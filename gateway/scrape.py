@@ -118,8 +118,8 @@ class Scrape(Collector):
 
     def _vllm_families(self, service: Service) -> Iterator[Metric]:
         metrics = service.metrics
-        card = next(iter(service.cards()), None)
-        model = card.model_id if card is not None else ""
+        served = next(iter(service.models()), None)
+        model = served.card.model_id if served is not None else ""
         beats = [worker.link.beat for worker in service.workers if worker.link.beat is not None]
         total = sum(beat.total_pages for beat in beats)
         used = total - sum(beat.free_pages for beat in beats)

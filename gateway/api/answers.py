@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from gateway.api.parameters import Json
 from gateway.generation import (
@@ -18,16 +17,10 @@ from gateway.generation import (
     RunningStream,
     SpatialObject,
     TokenInfo,
+    TokenTexts,
     Usage,
 )
 from shared.errors import FinishReason
-
-
-class TokenBytes(Protocol):
-    """The part of a tokenizer that log-probabilities need."""
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for."""
 
 
 class Collected:
@@ -113,18 +106,18 @@ def metrics_object(usage: Usage) -> Json:
     }
 
 
-def chat_logprobs(infos: Sequence[TokenInfo], tokens: TokenBytes) -> Json:
+def chat_logprobs(infos: Sequence[TokenInfo], tokens: TokenTexts) -> Json:
     """The chat form: one entry a token, with its bytes."""
     return {"content": [token_logprobs(info, tokens) for info in infos], "refusal": None}
 
 
-def token_logprobs(info: TokenInfo, tokens: TokenBytes) -> Json:
+def token_logprobs(info: TokenInfo, tokens: TokenTexts) -> Json:
     """One token and its most likely rivals, as the chat and the responses interfaces say them."""
     top = [_scored(token_id, logprob, tokens) for token_id, logprob in info.top]
     return {**_scored(info.token_id, info.logprob, tokens), "top_logprobs": top}
 
 
-def _scored(token_id: int, logprob: float, tokens: TokenBytes) -> Json:
+def _scored(token_id: int, logprob: float, tokens: TokenTexts) -> Json:
     raw = tokens.token_bytes(token_id)
     return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}
 

@@ -9,7 +9,6 @@ import msgspec
 from msgspec import Meta
 
 from gateway.api.answers import Collected, chat_logprobs, finish_reason, usage_object
-from gateway.api.asking import read_common
 from gateway.api.chunks import ChunkFrame
 from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
@@ -20,12 +19,10 @@ from gateway.api.parameters import (
     decode_body,
     invalid,
     refuse,
-    token_budget,
 )
 from gateway.api.prompts import Message, compose_chat
-from gateway.core.service import Service
-from gateway.core.tokens import ModelTokens
-from gateway.generation import Delta, End, GenerateRequest, SpatialObject
+from gateway.api.requests import Length, check_fields, make_requests
+from gateway.generation import Core, Delta, End, GenerateRequest, SpatialObject
 
 _REFUSED: Final = (
     "tools",
@@ -70,12 +67,10 @@ _decode = msgspec.json.Decoder(ChatBody).decode
 class Chat:
     """One parsed and prepared request: what to submit, and how to say the answer."""
 
-    def __init__(
-        self, request_id: str, body: ChatBody, asked: list[GenerateRequest], tokens: ModelTokens
-    ) -> None:
+    def __init__(self, request_id: str, body: ChatBody, asked: list[GenerateRequest]) -> None:
         self.asked = asked
         self.stream = bool(body.stream)
-        self._tokens = tokens
+        self._tokens = asked[0].model.tokens
         self._want_logprobs = bool(body.logprobs)
         self._frame = ChunkFrame(f"chatcmpl-{request_id}", "chat.completion.chunk", asked[0].model_id, body)
         self._head, self._tail = self._frame.head, self._frame.tail
@@ -139,7 +134,7 @@ class Chat:
         return self._frame.whole("chat.completion", said, usage_object(ends))
 
 
-async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -> Chat:
+async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> Chat:
     """Check a body and prepare everything that can fail before submitting. Raises `RequestError`."""
     body = decode_body(_decode, data)
     refuse(body, _REFUSED)
@@ -151,19 +146,13 @@ async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -
         raise invalid("needs logprobs to be true", "top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise invalid("give either max_tokens or max_completion_tokens", "max_tokens")
-    card = core.card(body.model)
+    model = core.model(body.model)
     count = choice_count(body, core.config.max_n)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else -1
-    asking = await read_common(core, body, card, tenant=tenant, num_logprobs=num_logprobs, count=count)
-    prompt = await compose_chat(core, card, body.messages, max_chars=core.config.max_prompt_chars)
-    given = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    param = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
-    room = core.room(card.model_id, len(prompt.ids), len(prompt.images))
-    max_tokens = token_budget(given, card, room, param, body.min_tokens)
-    asked = [
-        asking.request(
-            request_id if count == 1 else f"{request_id}-{choice}", prompt, max_tokens, choice=choice
-        )
-        for choice in range(count)
-    ]
-    return Chat(request_id, body, asked, core.tokens(card.model_id))
+    checked = await check_fields(core, model, body, tenant=tenant, num_logprobs=num_logprobs, count=count)
+    prompt = await compose_chat(core, model, body.messages)
+    if body.max_completion_tokens is not None:
+        length = Length(body.max_completion_tokens, "max_completion_tokens")
+    else:
+        length = Length(body.max_tokens, "max_tokens")
+    return Chat(request_id, body, make_requests(checked, request_id, [prompt], length))

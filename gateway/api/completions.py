@@ -10,7 +10,6 @@ import msgspec
 from msgspec import Meta
 
 from gateway.api.answers import Collected, finish_reason, finite, usage_object
-from gateway.api.asking import read_common
 from gateway.api.chunks import ChunkFrame
 from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
@@ -20,14 +19,20 @@ from gateway.api.parameters import (
     decode_body,
     invalid,
     refuse,
-    token_budget,
 )
 from gateway.api.prompts import Prompt
-from gateway.core.service import Service
-from gateway.core.tokens import ModelTokens
-from gateway.generation import Delta, End, GenerateRequest, RequestError, SpatialObject, TokenInfo
+from gateway.api.requests import Length, check_fields, make_requests
+from gateway.generation import (
+    Core,
+    Delta,
+    End,
+    GenerateRequest,
+    RequestError,
+    ServedModel,
+    SpatialObject,
+    TokenInfo,
+)
 from shared.errors import ErrorCode
-from shared.protocol import ModelCard
 
 _DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
 _MAX_PROMPTS: Final = 64
@@ -60,11 +65,10 @@ class Completion:
         body: CompletionBody,
         asked: list[GenerateRequest],
         echoes: list[str],
-        tokens: ModelTokens,
     ) -> None:
         self.asked = asked
         self.stream = bool(body.stream)
-        self._tokens = tokens
+        self._tokens = asked[0].model.tokens
         self._echoes = echoes
         self._offsets = [len(echo) for echo in echoes]
         self._want_logprobs = body.logprobs is not None
@@ -150,7 +154,7 @@ class Completion:
         }
 
 
-async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -> Completion:
+async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> Completion:
     """Check a body and prepare everything that can fail before submitting. Raises `RequestError`."""
     body = decode_body(_decode, data)
     refuse(body, ("suffix",))
@@ -158,33 +162,31 @@ async def prepare(core: Service, data: bytes, *, request_id: str, tenant: str) -
         raise RequestError(
             ErrorCode.UNSUPPORTED, "echo: logprobs of the prompt are not computed", param="echo"
         )
-    card = core.card(body.model)
+    model = core.model(body.model)
     count = choice_count(body, core.config.max_n)
     if body.best_of not in (None, 1, count):
         message = f"best_of: at most n, {count}, is supported: every answer made is returned"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="best_of")
-    num_logprobs = -1 if body.logprobs is None else body.logprobs
-    prompts = await _read_prompts(core, card, body.prompt)
-    asking = await read_common(
-        core, body, card, tenant=tenant, num_logprobs=num_logprobs, count=count, num_prompts=len(prompts)
+    prompts = await _read_prompts(core, model, body.prompt)
+    checked = await check_fields(
+        core,
+        model,
+        body,
+        tenant=tenant,
+        num_logprobs=-1 if body.logprobs is None else body.logprobs,
+        count=count,
+        num_prompts=len(prompts),
     )
-    given = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    asked, echoes = [], []
-    for place, (text, ids) in enumerate(prompts):
-        room = core.room(card.model_id, len(ids))
-        max_tokens = token_budget(given, card, room, "max_tokens", body.min_tokens)
-        if body.max_tokens is None:
-            max_tokens = min(max_tokens, room)
-        echo = (text if text is not None else core.decode(card.model_id, ids)) if body.echo else ""
-        for choice in range(count):
-            alone = count == 1 and len(prompts) == 1
-            own_id = request_id if alone else f"{request_id}-{place * count + choice}"
-            asked.append(asking.request(own_id, Prompt(ids), max_tokens, choice=choice))
-            echoes.append(echo)
-    return Completion(request_id, body, asked, echoes, core.tokens(card.model_id))
+    length = Length(body.max_tokens, "max_tokens", default=_DEFAULT_MAX_TOKENS)
+    asked = make_requests(checked, request_id, [Prompt(ids) for _, ids in prompts], length)
+    echoes = []
+    for text, ids in prompts:
+        echo = (text if text is not None else model.decode(ids)) if body.echo else ""
+        echoes += [echo] * count
+    return Completion(request_id, body, asked, echoes)
 
 
-async def _read_prompts(core: Service, card: ModelCard, given: Any) -> list[tuple[str | None, list[int]]]:
+async def _read_prompts(core: Core, model: ServedModel, given: Any) -> list[tuple[str | None, list[int]]]:
     """The prompts as (text where given as text, ids). Raises `RequestError`."""
     if isinstance(given, list) and given and all(type(item) is int for item in given):
         listed: list[Any] = [given]
@@ -194,6 +196,7 @@ async def _read_prompts(core: Service, card: ModelCard, given: Any) -> list[tupl
         raise invalid("at least one prompt is needed", "prompt")
     if len(listed) > _MAX_PROMPTS:
         raise invalid(f"at most {_MAX_PROMPTS} prompts are accepted", "prompt")
+    card = model.card
     bos = [] if card.bos_id is None else [card.bos_id]
     prompts: list[tuple[str | None, list[int]]] = []
     for place, item in enumerate(listed):
@@ -201,7 +204,7 @@ async def _read_prompts(core: Service, card: ModelCard, given: Any) -> list[tupl
             if len(item) > core.config.max_prompt_chars:
                 message = f"prompt: at most {core.config.max_prompt_chars} characters are accepted"
                 raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="prompt")
-            prompts.append((item, bos + await core.encode_async(card.model_id, item)))
+            prompts.append((item, bos + await model.encode(item, parse_special=True)))
             # Sixty-four short prompts are one long one: streams have their turn between them.
             await asyncio.sleep(0)
             continue

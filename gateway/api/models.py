@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from gateway.api.parameters import Json
-from gateway.core.service import Service
+from gateway.generation import Core
 from shared.protocol import ModelCard
 
 
-def list_models(core: Service) -> Json:
+def list_models(core: Core) -> Json:
     """OpenAI's list; extra fields say what a model can do."""
-    return {"object": "list", "data": [model_object(card) for card in core.cards()]}
+    return {"object": "list", "data": [model_object(model.card) for model in core.models()]}
 
 
 def model_object(card: ModelCard) -> Json:

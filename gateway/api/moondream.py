@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,20 +10,17 @@ from msgspec import Meta
 
 from gateway.api.answers import Collected, metrics_object
 from gateway.api.parameters import (
-    DEFAULT_MAX_OBJECTS,
     MAX_OBJECTS,
-    TOKENS_PER_OBJECT,
     Count,
     Json,
+    SamplingFields,
     decode_body,
     refuse,
-    token_budget,
 )
-from gateway.api.prompts import task_prompt
-from gateway.core.service import Service
-from gateway.generation import Delta, End, GenerateRequest, PreparedImage, RequestError, SpatialObject
+from gateway.api.prompts import Prompt, task_prompt
+from gateway.api.requests import CheckedFields, Length, Objects, check_fields, make_requests
+from gateway.generation import Core, Delta, End, GenerateRequest, RequestError, SpatialObject
 from shared.errors import ErrorCode
-from shared.protocol import ModelCard, Sampling
 
 _encode = msgspec.json.encode
 Argument = Annotated[str, Meta(min_length=1, max_length=1 << 16)]
@@ -139,108 +134,79 @@ class Answer:
         return {"x": found.x, "y": found.y} if self._name == "points" else dict(found.box())
 
 
-async def prepare_query(core: Service, data: bytes, *, request_id: str, tenant: str) -> Answer:
+async def prepare_query(core: Core, data: bytes, *, request_id: str, tenant: str) -> Answer:
     """`/v1/query`. Raises `RequestError`."""
     body = decode_body(_decode_query, data)
     if body.reasoning:
         raise RequestError(
             ErrorCode.UNSUPPORTED, "reasoning is not supported by this server", param="reasoning"
         )
-    card = _card(core, body, tenant)
-    ids = task_prompt(card, "query", await core.encode_async(card.model_id, body.question.strip()))
-    image = None
+    checked = await _check(core, body, tenant)
+    model = checked.model
+    ids = task_prompt(model.card, "query", await model.encode(body.question.strip()))
+    prompt = Prompt(ids, strip_start=True)
     if body.image_url is not None:
-        image = await core.prepare_image(card.model_id, body.image_url, param="image_url")
-    asked = _text_request(core, card, body, ids, image)
-    return _answer("answer", asked, body, request_id, tenant)
+        prompt.images.append(await core.prepare_image(model, body.image_url, param="image_url"))
+    return _answer("answer", checked, body, prompt, request_id)
 
 
-async def prepare_caption(core: Service, data: bytes, *, request_id: str, tenant: str) -> Answer:
+async def prepare_caption(core: Core, data: bytes, *, request_id: str, tenant: str) -> Answer:
     """`/v1/caption`. Raises `RequestError`."""
     body = decode_body(_decode_caption, data)
-    card = _card(core, body, tenant)
+    checked = await _check(core, body, tenant)
+    card = checked.model.card
     if f"caption_{body.length}" not in card.templates:
         offered = [name.removeprefix("caption_") for name in card.templates if name.startswith("caption_")]
         message = f"length: model {card.model_id} offers {', '.join(offered) or 'no captions'}"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="length")
     ids = task_prompt(card, f"caption_{body.length}")
-    image = await core.prepare_image(card.model_id, body.image_url, param="image_url")
-    return _answer("caption", _text_request(core, card, body, ids, image), body, request_id, tenant)
+    image = await core.prepare_image(checked.model, body.image_url, param="image_url")
+    return _answer("caption", checked, body, Prompt(ids, [image], strip_start=True), request_id)
 
 
-async def prepare_detect(core: Service, data: bytes, *, request_id: str, tenant: str) -> Answer:
+async def prepare_detect(core: Core, data: bytes, *, request_id: str, tenant: str) -> Answer:
     """`/v1/detect`. Raises `RequestError`."""
     return await _prepare_spatial(core, data, "detect", "objects", request_id, tenant)
 
 
-async def prepare_point(core: Service, data: bytes, *, request_id: str, tenant: str) -> Answer:
+async def prepare_point(core: Core, data: bytes, *, request_id: str, tenant: str) -> Answer:
     """`/v1/point`. Raises `RequestError`."""
     return await _prepare_spatial(core, data, "point", "points", request_id, tenant)
 
 
 async def _prepare_spatial(
-    core: Service, data: bytes, task: str, name: str, request_id: str, tenant: str
+    core: Core, data: bytes, task: str, name: str, request_id: str, tenant: str
 ) -> Answer:
     body = decode_body(_decode_object, data)
-    card = _card(core, body, tenant)
-    settings = body.settings or Settings()
-    argument = await core.encode_async(card.model_id, " " + body.object.strip())
-    ids = task_prompt(card, task, argument)
-    image = await core.prepare_image(card.model_id, body.image_url, param="image_url")
-    per_object = TOKENS_PER_OBJECT[task]
-    room = core.room(card.model_id, len(ids), 1)
-    num_objects = settings.max_objects or DEFAULT_MAX_OBJECTS
-    if settings.max_objects is None:
-        num_objects = max(1, min(num_objects, (room - 1) // per_object))
-    asked = GenerateRequest(
-        request_id=request_id,
-        model_id=card.model_id,
-        prompt_ids=ids,
-        max_tokens=num_objects * per_object + 1,
-        sampling=Sampling(),
-        images=[image],
-        stop_ids=list(card.eos_ids),
-        task=task,
-        max_objects=num_objects,
-    )
-    return _answer(name, asked, body, request_id, tenant)
+    checked = await _check(core, body, tenant)
+    model = checked.model
+    ids = task_prompt(model.card, task, await model.encode(" " + body.object.strip()))
+    image = await core.prepare_image(model, body.image_url, param="image_url")
+    objects = Objects(task, body.settings.max_objects if body.settings is not None else None)
+    return _answer(name, checked, body, Prompt(ids, [image]), request_id, objects)
 
 
-def _card(core: Service, body: _Body, tenant: str) -> ModelCard:
-    """The model, once everything cheap to refuse is refused."""
+async def _check(core: Core, body: _Body, tenant: str) -> CheckedFields:
+    """The model and the settings, once everything cheap to refuse is refused."""
     refuse(body, ("spatial_refs",))
-    if body.settings is not None and body.settings.variant is not None:
+    settings = body.settings or Settings()
+    if settings.variant is not None:
         message = "settings.variant is not supported by this server"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="settings.variant")
-    card = core.card(body.model)
-    core.check_capacity(card.model_id, tenant)
-    return card
+    fields = SamplingFields(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
+    return await check_fields(core, core.model(body.model), fields, tenant=tenant)
 
 
-def _text_request(
-    core: Service, card: ModelCard, body: _Body, ids: list[int], image: PreparedImage | None
-) -> GenerateRequest:
-    settings = body.settings or Settings()
-    images = [image] if image is not None else []
-    room = core.room(card.model_id, len(ids), len(images))
-    return GenerateRequest(
-        request_id="",
-        model_id=card.model_id,
-        prompt_ids=ids,
-        max_tokens=token_budget(settings.max_tokens, card, room, "settings.max_tokens"),
-        sampling=Sampling(
-            temperature=card.default_temperature if settings.temperature is None else settings.temperature,
-            top_k=card.default_top_k,
-            top_p=card.default_top_p if settings.top_p is None else settings.top_p,
-            seed=secrets.randbits(63) if settings.seed is None else settings.seed,
-            suppress_ids=list(card.suppress_ids),
-        ),
-        images=images,
-        stop_ids=list(card.eos_ids),
-        strip_start=True,
-    )
-
-
-def _answer(name: str, asked: GenerateRequest, body: _Body, request_id: str, tenant: str) -> Answer:
-    asked = replace(asked, request_id=request_id, tenant=tenant)
-    return Answer(request_id, name, asked, bool(body.stream))
+def _answer(
+    name: str,
+    checked: CheckedFields,
+    body: _Body,
+    prompt: Prompt,
+    request_id: str,
+    objects: Objects | None = None,
+) -> Answer:
+    # How long a list of coordinates may be follows from `max_objects`.
+    asked = body.settings.max_tokens if body.settings is not None and objects is None else None
+    length = Length(asked, "settings.max_tokens")
+    (request,) = make_requests(checked, request_id, [prompt], length, objects)
+    return Answer(request_id, name, request, bool(body.stream))

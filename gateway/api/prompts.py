@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Final, Literal, Protocol
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from gateway.generation import PreparedImage, RequestError
+from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, ServedModel
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard
 
@@ -65,33 +65,25 @@ class Prompt:
     strip_start: bool = False  # the model's answers begin with a space that belongs to its template
 
 
-class PromptCore(Protocol):
-    """The part of the core that composing a prompt needs."""
-
-    def has_template(self, model_id: str) -> bool: ...
-    async def encode_async(self, model_id: str, text: str, *, markup: bool = False) -> list[int]: ...
-    async def render_chat_async(
-        self, model_id: str, messages: list[dict[str, object]], tools: list[object] | None
-    ) -> str: ...
-    async def prepare_image(self, model_id: str, data_url: str, *, param: str) -> PreparedImage: ...
-
-
-async def compose_chat(
-    core: PromptCore, card: ModelCard, messages: Sequence[Message], *, max_chars: int
-) -> Prompt:
+async def compose_chat(core: Core, model: ServedModel, messages: Sequence[Message]) -> Prompt:
     """The prompt for a conversation. Raises `RequestError`."""
     if not messages:
         raise RequestError(ErrorCode.INVALID_REQUEST, "messages: at least one is needed", param="messages")
-    size = sum(len(message.text()) for message in messages)
+    size, max_chars = sum(len(message.text()) for message in messages), core.config.max_prompt_chars
     if size > max_chars:
         message = f"messages: {size} characters; at most {max_chars} are accepted"
         raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="messages")
-    if card.family == "moondream" or "query_prefix" in card.templates:
-        return await _compose_question(core, card, messages)
-    return await _compose_template(core, card, messages)
+    if takes_questions(model.card):
+        return await _compose_question(core, model, messages)
+    return await _compose_template(model, messages)
 
 
-async def _compose_question(core: PromptCore, card: ModelCard, messages: Sequence[Message]) -> Prompt:
+def takes_questions(card: ModelCard) -> bool:
+    """Whether the model is asked one question at a time, as Moondream is."""
+    return card.family == "moondream" or "query_prefix" in card.templates
+
+
+async def _compose_question(core: Core, model: ServedModel, messages: Sequence[Message]) -> Prompt:
     asked = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
     if asked is None:
         raise RequestError(
@@ -105,12 +97,13 @@ async def _compose_question(core: PromptCore, card: ModelCard, messages: Sequenc
     images = []
     if picture is not None:
         url, param = picture
-        images.append(await core.prepare_image(card.model_id, url, param=param))
-    ids = await core.encode_async(card.model_id, question)
-    return Prompt(task_prompt(card, "query", ids), images, strip_start=True)
+        images.append(await core.prepare_image(model, url, param=param))
+    ids = await model.encode(question)
+    return Prompt(task_prompt(model.card, "query", ids), images, strip_start=True)
 
 
-async def _compose_template(core: PromptCore, card: ModelCard, messages: Sequence[Message]) -> Prompt:
+async def _compose_template(model: ServedModel, messages: Sequence[Message]) -> Prompt:
+    card = model.card
     picture = _last_picture(messages)
     if picture is not None:
         message = f"model {card.model_id} takes no pictures"
@@ -118,16 +111,15 @@ async def _compose_template(core: PromptCore, card: ModelCard, messages: Sequenc
     if card.family in _WITHOUT_LANGUAGE:
         text = "\n".join(message.text() for message in messages)
         bos = [] if card.bos_id is None else [card.bos_id]
-        return Prompt([*bos, *await core.encode_async(card.model_id, text)])
-    if not core.has_template(card.model_id):
+        return Prompt([*bos, *await model.encode(text)])
+    if not model.has_template:
         message = f"model {card.model_id} has no chat template; use /v1/completions"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
     plain: list[dict[str, object]] = [
         {"role": "system" if message.role == "developer" else message.role, "content": message.text()}
         for message in messages
     ]
-    text = await core.render_chat_async(card.model_id, plain, None)
-    return Prompt(await core.encode_async(card.model_id, text, markup=True))
+    return Prompt(await model.encode_chat(plain, ChatOptions()))
 
 
 def _last_picture(messages: Sequence[Message]) -> tuple[str, str] | None:

@@ -14,7 +14,6 @@ import msgspec
 from msgspec import Meta
 
 from gateway.api.parameters import (
-    DEFAULT_MAX_OBJECTS,
     MAX_OBJECTS,
     MAX_TOP_LOGPROBS,
     Count,
@@ -69,7 +68,7 @@ class DegasOptions(msgspec.Struct, forbid_unknown_fields=True):
     task: Literal["query", "caption", "detect", "point"] = "query"
     length: Literal["short", "normal", "long"] = "normal"
     object: Annotated[str, Meta(max_length=512)] = ""
-    max_objects: Annotated[int, Meta(ge=1, le=MAX_OBJECTS)] = DEFAULT_MAX_OBJECTS
+    max_objects: Annotated[int, Meta(ge=1, le=MAX_OBJECTS)] | None = None
 
 
 class CreateBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from gateway.api.answers import TokenBytes, token_logprobs
+from gateway.api.answers import token_logprobs
 from gateway.api.parameters import Json
 from gateway.api.response_events import (
     Completed,
@@ -36,7 +36,7 @@ from gateway.api.response_events import (
     usage_object,
 )
 from gateway.errors import retry_after_s
-from gateway.generation import Delta, End, RequestError, RunningStream, SpatialObject
+from gateway.generation import Delta, End, RequestError, RunningStream, SpatialObject, TokenTexts
 from shared.errors import ErrorCode, FinishReason
 
 _encode = msgspec.json.Encoder().encode
@@ -98,7 +98,7 @@ class ResponseStream:
         self,
         opening: Opening,
         sink: Sink,
-        tokens: TokenBytes,
+        tokens: TokenTexts,
         on_closed: Closed | None = None,
     ) -> None:
         self.opening = opening

@@ -9,24 +9,22 @@ from typing import Final
 
 import msgspec
 
-from gateway.api.asking import read_common
 from gateway.api.conversations import Conversations, Turn
 from gateway.api.parameters import (
     TOKENS_PER_OBJECT,
     Json,
     invalid,
     refuse,
-    token_budget,
 )
-from gateway.api.prompts import Message, Prompt, compose_chat, task_prompt
+from gateway.api.prompts import Message, Prompt, compose_chat, takes_questions, task_prompt
+from gateway.api.requests import Length, Objects, check_fields, make_requests
 from gateway.api.response_bodies import CreateBody, DegasOptions, Item, Part, TextOptions
 from gateway.api.response_events import response_id_of
 from gateway.api.response_stream import Opening
 from gateway.api.structured import Wanted, schema_grammar
-from gateway.core.service import Service
-from gateway.generation import GenerateRequest, RequestError
+from gateway.generation import Core, GenerateRequest, RequestError, ServedModel
 from shared.errors import ErrorCode
-from shared.protocol import Grammar, ModelCard
+from shared.protocol import Grammar
 
 LOGPROBS_INCLUDE: Final = "message.output_text.logprobs"
 
@@ -124,7 +122,7 @@ class Prepared:
 
 
 async def prepare(
-    core: Service,
+    core: Core,
     body: CreateBody,
     *,
     tenant: str,
@@ -138,32 +136,31 @@ async def prepare(
             raise RequestError(ErrorCode.UNSUPPORTED, f"{name} is called {instead} here", param=name)
     if body.n not in (None, 1):
         raise invalid("one answer a response", "n")
-    card = core.card(body.model)
+    model = core.model(body.model)
     options = body.degas or DegasOptions()
     asked = read_input(body, core.config.max_prompt_chars)
     task = options.task if options.task in TOKENS_PER_OBJECT else "text"
-    num_logprobs = _num_logprobs(body, task)
-    also = _format(body.text)
-    asking = await read_common(core, body, card, tenant=tenant, num_logprobs=num_logprobs, also=also)
+    checked = await check_fields(
+        core,
+        model,
+        body,
+        tenant=tenant,
+        num_logprobs=_num_logprobs(body, task),
+        wanted=_format(body.text),
+    )
     messages = (previous.messages if previous else ()) + asked.messages
-    prompt = await _compose(core, card, asked, options, messages, body.instructions)
+    prompt = await _compose(core, model, asked, options, messages, body.instructions)
     image = previous.image if previous else None
     if asked.image_url is not None:
-        image = await core.prepare_image(card.model_id, asked.image_url, param=asked.image_param)
+        image = await core.prepare_image(model, asked.image_url, param=asked.image_param)
     if image is None and options.task != "query":
         raise invalid(f"{options.task} needs a picture: an input_image with a data URL", "input")
     prompt = replace(prompt, images=[] if image is None else [image])
-    room = core.room(card.model_id, len(prompt.ids), len(prompt.images))
-    max_objects = 0
-    if task == "text":
-        max_tokens = token_budget(body.max_output_tokens, card, room, "max_output_tokens", body.min_tokens)
-    else:
-        max_objects = options.max_objects
-        whole = max_objects * TOKENS_PER_OBJECT[task] + 1
-        max_tokens = min(whole, room, body.max_output_tokens or whole)
     response_id = "resp_" + secrets.token_hex(16)
-    request = asking.request(response_id, prompt, max_tokens, task=task, max_objects=max_objects)
-    opening = Opening(response_id, card.model_id, task, _echo(body, request), stream_id)
+    length = Length(body.max_output_tokens, "max_output_tokens")
+    objects = None if task == "text" else Objects(task, options.max_objects)
+    (request,) = make_requests(checked, response_id, [prompt], length, objects)
+    opening = Opening(response_id, request.model_id, task, _echo(body, request), stream_id)
     return Prepared(request, opening, Turn(messages, image))
 
 
@@ -180,26 +177,26 @@ def _num_logprobs(body: CreateBody, task: str) -> int:
 
 
 async def _compose(
-    core: Service,
-    card: ModelCard,
+    core: Core,
+    model: ServedModel,
     asked: Asked,
     options: DegasOptions,
     messages: tuple[tuple[str, str], ...],
     instructions: str | None,
 ) -> Prompt:
     """The prompt without its picture. Moondream is asked the last user turn; models with a chat template get all of them."""
+    card = model.card
     if options.task == "caption":
         return Prompt(task_prompt(card, f"caption_{options.length}"), strip_start=True)
     if options.task in ("detect", "point"):
         name = options.object.strip()
         if not name:
             raise invalid(f"{options.task} needs the name of an object", "degas.object")
-        return Prompt(task_prompt(card, options.task, await core.encode_async(card.model_id, " " + name)))
+        return Prompt(task_prompt(card, options.task, await model.encode(" " + name)))
     if not asked.question:
         raise invalid("a user message with text is needed", "input")
-    if card.family == "moondream" or "query_prefix" in card.templates:
-        ids = await core.encode_async(card.model_id, asked.question)
-        return Prompt(task_prompt(card, "query", ids), strip_start=True)
+    if takes_questions(card):
+        return Prompt(task_prompt(card, "query", await model.encode(asked.question)), strip_start=True)
     if asked.image_url is not None:
         raise RequestError(
             ErrorCode.UNSUPPORTED, f"model {card.model_id} takes no pictures", param=asked.image_param
@@ -207,7 +204,7 @@ async def _compose(
     turns = [Message(role, text) for role, text in messages]  # type: ignore[arg-type]  # roles were checked
     if instructions:
         turns.insert(0, Message("system", instructions))
-    return await compose_chat(core, card, turns, max_chars=core.config.max_prompt_chars)
+    return await compose_chat(core, model, turns)
 
 
 def _format(text: TextOptions | None) -> Wanted | None:

@@ -8,7 +8,7 @@ import msgspec
 
 from gateway.api.parameters import Json, ResponseFormat, SamplingFields, invalid
 from gateway.api.schemas import close_objects
-from gateway.core.service import Service
+from gateway.generation import Core
 from shared.grammars import MAX_CHOICES, MAX_DEPTH, MAX_SOURCE_BYTES
 from shared.protocol import Grammar
 
@@ -18,7 +18,7 @@ Wanted = tuple[Grammar, str]
 _KINDS: Final = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark"}
 
 
-async def grammar(core: Service, fields: SamplingFields, more: Wanted | None = None) -> Grammar | None:
+async def grammar(core: Core, fields: SamplingFields, more: Wanted | None = None) -> Grammar | None:
     """The constraint a body asks for, checked by compiling it. Raises `RequestError` naming the field."""
     found = _wanted(fields)
     if more is not None:
@@ -30,7 +30,7 @@ async def grammar(core: Service, fields: SamplingFields, more: Wanted | None = N
     (asked, param) = found[0]
     if fields.min_tokens:
         raise invalid(f"does not go with {param}: a finished answer could not end", "min_tokens")
-    return await core.grammars.check(asked, param=param)
+    return await core.check_grammar(asked, param=param)
 
 
 def format_grammar(asked: ResponseFormat | None) -> Wanted | None:
@@ -71,13 +71,13 @@ def _wanted(fields: SamplingFields) -> list[Wanted]:
     for name in _KINDS:
         value = getattr(fields, f"guided_{name}")
         if value is not None:
-            found.append(_given(name, value, f"guided_{name}"))
+            found.append(constraint(name, value, f"guided_{name}"))
     outputs = fields.structured_outputs
     if outputs is not None:
         for name in _KINDS:
             value = getattr(outputs, name)
             if value is not None:
-                found.append(_given(name, value, f"structured_outputs.{name}"))
+                found.append(constraint(name, value, f"structured_outputs.{name}"))
         if outputs.json_object:
             found.append((Grammar("json_object", "{}"), "structured_outputs.json_object"))
         if not found:
@@ -87,7 +87,8 @@ def _wanted(fields: SamplingFields) -> list[Wanted]:
     return found
 
 
-def _given(name: str, value: Any, param: str) -> Wanted:
+def constraint(name: str, value: Any, param: str) -> Wanted:
+    """The constraint that `name` (json, regex, choice or grammar) means, within bounds. Raises `RequestError`."""
     if name == "json":
         if isinstance(value, str):
             try:

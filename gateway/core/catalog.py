@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from gateway.config import GatewayConfig
 from gateway.core.templates import ChatTemplate
 from gateway.core.tokens import ModelTokens
 from gateway.decisions.stream import StreamState
-from gateway.generation import GenerateRequest, RequestError
+from gateway.generation import ChatOptions, GenerateRequest, RequestError, ServedModel
 from shared import protocol as wire
 from shared.errors import ErrorCode
 
 _INLINE_CHARS: Final = 4096  # longer texts are encoded on a thread
 
 
-@dataclass(slots=True)
-class ServedModel:
-    """A model some worker announced."""
+@dataclass(frozen=True, slots=True, eq=False)
+class AnnouncedModel:
+    """A model as one worker announced it; see `gateway.generation.ServedModel`. Another announcement is another object."""
 
     card: wire.ModelCard
     limits: wire.Limits
@@ -27,9 +28,41 @@ class ServedModel:
     template: ChatTemplate | None
 
     @property
+    def has_template(self) -> bool:
+        """See `ServedModel.has_template`."""
+        return self.template is not None
+
+    @property
+    def drops_first_space(self) -> bool:
+        """See `ServedModel.drops_first_space`."""
+        return self.tokens.drops_first_space
+
+    @property
     def longest(self) -> int:
         """Tokens of prompt and answer together, at most."""
         return min(self.card.context_tokens, self.limits.max_sequence_tokens or self.card.context_tokens)
+
+    def room(self, num_prompt_ids: int, num_images: int = 0) -> int:
+        """See `ServedModel.room`."""
+        return max(1, self.longest - self.num_prompt(num_prompt_ids, num_images))
+
+    async def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """See `ServedModel.encode`."""
+        encode = self.tokens.encode_parsed if parse_special else self.tokens.encode
+        if len(text) <= _INLINE_CHARS:
+            return encode(text)
+        return await asyncio.to_thread(encode, text)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[int]:
+        """See `ServedModel.encode_chat`."""
+        if self.template is None:
+            message = f"model {self.card.model_id} has no chat template"
+            raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
+        return await self.encode(await self.template.render_async(messages, options), parse_special=True)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """See `ServedModel.decode`."""
+        return self.tokens.decode(token_ids)
 
     def num_prompt(self, num_ids: int, num_images: int) -> int:
         """Tokens of a prompt, its pictures' included."""
@@ -69,12 +102,12 @@ class ServedModel:
             strip_start=request.strip_start,
         )
 
-    async def encode(self, text: str, *, markup: bool = False) -> list[int]:
-        """Token ids, off the loop when the text is long; `markup` is for rendered chat templates."""
-        encode = self.tokens.encode_markup if markup else self.tokens.encode
-        if len(text) <= _INLINE_CHARS:
-            return encode(text)
-        return await asyncio.to_thread(encode, text)
+    def reads_alike(self, other: ServedModel) -> bool:
+        """Whether a request prepared for `other` means the same to this one."""
+        return self is other or (
+            isinstance(other, AnnouncedModel)
+            and (self.card, self.tokens.digest) == (other.card, other.tokens.digest)
+        )
 
 
 class Catalog:
@@ -83,13 +116,13 @@ class Catalog:
     def __init__(self, config: GatewayConfig) -> None:
         self._default = config.default_model
         self._aliases = config.model_aliases
-        self._models: dict[str, ServedModel] = {}
+        self._models: dict[str, AnnouncedModel] = {}
 
-    def models(self) -> list[ServedModel]:
+    def models(self) -> list[AnnouncedModel]:
         """All of them, oldest first."""
         return list(self._models.values())
 
-    def announce(self, ready: wire.Ready, tokenizer_json: bytes, chat_template: bytes) -> ServedModel:
+    def announce(self, ready: wire.Ready, tokenizer_json: bytes, chat_template: bytes) -> AnnouncedModel:
         """Take over what a worker says of its model; the newest announcement of a name counts.
 
         Raises `gateway.core.tokens.TokenizerError`, UnicodeDecodeError or `RequestError` for files of no use.
@@ -97,20 +130,17 @@ class Catalog:
         known = self._models.get(ready.model.model_id)
         if known is not None and known.tokens.matches(tokenizer_json):
             tokens = known.tokens
+            source = known.template.source.encode() if known.template is not None else b""
+            if (known.card, known.limits, source) == (ready.model, ready.limits, chat_template):
+                return known
         else:
             tokens = ModelTokens(tokenizer_json)
         template = ChatTemplate(chat_template.decode(), tokens, ready.model) if chat_template else None
-        if known is not None and (known.card, known.limits, known.tokens) == (
-            ready.model,
-            ready.limits,
-            tokens,
-        ):
-            known.template = template
-            return known
-        model = self._models[ready.model.model_id] = ServedModel(ready.model, ready.limits, tokens, template)
+        model = AnnouncedModel(ready.model, ready.limits, tokens, template)
+        self._models[ready.model.model_id] = model
         return model
 
-    def find(self, model_id: str | None) -> ServedModel:
+    def find(self, model_id: str | None) -> AnnouncedModel:
         """By id or alias; None is the default. Raises `RequestError` LOADING or MODEL_NOT_FOUND."""
         if model_id is None:
             model_id = self._default or next(iter(self._models), None)
@@ -125,10 +155,13 @@ class Catalog:
         message = f"the model {str(model_id)[:100]!r} does not exist; served here: {served}"
         raise RequestError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
 
-    def template(self, model_id: str | None) -> ChatTemplate:
-        """The model's chat template. Raises `RequestError` UNSUPPORTED where it has none."""
-        model = self.find(model_id)
-        if model.template is None:
-            message = f"model {model.card.model_id} has no chat template"
-            raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
-        return model.template
+    def current(self, model: ServedModel) -> AnnouncedModel:
+        """The newest announcement of a model that a request was prepared for.
+
+        Raises `RequestError` LOADING where that one would read the request's token ids another way.
+        """
+        newest = self._models.get(model.card.model_id)
+        if newest is None or not newest.reads_alike(model):
+            message = f"another model took the name {model.card.model_id} meanwhile; send the request again"
+            raise RequestError(ErrorCode.LOADING, message)
+        return newest

@@ -45,13 +45,13 @@ class Flight:
         "_events",
         "attempts",
         "deadline_s",
-        "lane_key",
         "listener",
         "request",
         "request_id",
         "sequence_id",
         "started_s",
         "state",
+        "worker_key",
     )
 
     def __init__(
@@ -71,7 +71,7 @@ class Flight:
         self.started_s = started_s
         self.deadline_s = deadline_s
         self.sequence_id = 0
-        self.lane_key: int | None = None  # the worker holding it; None while it waits for one
+        self.worker_key: int | None = None  # the worker holding it; None while it waits for one
         self.attempts = 0
         self._events = events
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gateway.core.catalog import ServedModel
+from gateway.core.catalog import AnnouncedModel
 from gateway.core.flights import Flight, Flights
 from gateway.core.worker_link import WorkerLink
-from gateway.decisions.admission import Admission, Lane
+from gateway.decisions.admission import Admission, Occupancy
 from gateway.generation import RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode
@@ -21,8 +21,8 @@ class Worker:
     key: int
     link: WorkerLink
     flights: Flights
-    lane: Lane
-    model: ServedModel | None = None
+    occupancy: Occupancy
+    model: AnnouncedModel | None = None
     orphans: list[int] = field(default_factory=list)  # sequences given up here, perhaps still running there
 
     @property
@@ -54,9 +54,9 @@ class Worker:
         payloads = [frame for image in request.images for frame in (image.global_crop, image.canvas)]
         self.link.submit(submit, payloads)
         flight.attempts += 1
-        flight.lane_key = self.key
+        flight.worker_key = self.key
         self.flights.by_id[sequence_id] = flight
-        self.lane.enter(request.tenant)
+        self.occupancy.enter(request.tenant)
 
 
 class Placement:
@@ -68,23 +68,23 @@ class Placement:
         self._admission = admission
         self._on_refused = on_refused
 
-    def place(self, model: ServedModel, tenant: str, num_new: int) -> Worker:
+    def place(self, model: AnnouncedModel, tenant: str, num_new: int) -> Worker:
         """The ready worker with the most room. Raises `RequestError`."""
         self._check_open()
         ready = [worker for worker in self.workers if worker.model is model and worker.takes_work]
         if not ready:
             raise RequestError(ErrorCode.LOADING, "no worker serves this model at the moment")
-        best = min(ready, key=lambda worker: worker.lane.load)
+        best = min(ready, key=lambda worker: worker.occupancy.load)
         refusal = self._refusal(best, tenant, num_new)
         if refusal is not None:
             self._on_refused(refusal.code)
             raise refusal
         return best
 
-    def check(self, model: ServedModel, tenant: str, num_new: int) -> None:
-        """Raises what `place` would; more than the widest lane's `num_new` counts as that."""
-        widest = max((worker.lane.capacity for worker in self.workers if worker.model is model), default=1)
-        self.place(model, tenant, min(num_new, widest))
+    def check(self, model: AnnouncedModel, tenant: str, num_new: int) -> None:
+        """Raises what `place` would; more than the roomiest worker holds counts as that many."""
+        most = max((worker.occupancy.capacity for worker in self.workers if worker.model is model), default=1)
+        self.place(model, tenant, min(num_new, most))
 
     def check_any(self, tenant: str) -> None:
         """Raises what every `place` would just now, whichever model it was for."""
@@ -118,7 +118,7 @@ class Placement:
 
     def _refusal(self, worker: Worker, tenant: str, num_new: int) -> RequestError | None:
         try:
-            self._admission.check(worker.lane, tenant, num_new)
+            self._admission.check(worker.occupancy, tenant, num_new)
         except RequestError as error:
             return error
         return None

@@ -22,7 +22,7 @@ class Recordings:
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._awaited[link] = future
         try:
-            link.trace(num_steps)
+            link.record(num_steps)
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError:
@@ -31,8 +31,8 @@ class Recordings:
         finally:
             self._awaited.pop(link, None)
 
-    def on_trace(self, link: WorkerLink, trace: bytes) -> None:
+    def on_recording(self, link: WorkerLink, recording: bytes) -> None:
         """A recording is here."""
         future = self._awaited.get(link)
         if future is not None and not future.done():
-            future.set_result(trace)
+            future.set_result(recording)

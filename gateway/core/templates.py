@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gateway.core.tokens import ModelTokens
-from gateway.generation import RequestError
+from gateway.generation import ChatOptions, RequestError
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard
 
@@ -30,6 +31,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokens: ModelTokens, card: ModelCard) -> None:
         """Raises `RequestError` for a template that does not compile."""
+        self.source = source
         if len(source) > _MAX_TEMPLATE_CHARS:
             raise RequestError(ErrorCode.INTERNAL, f"the chat template is longer than {_MAX_TEMPLATE_CHARS}")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -46,11 +48,11 @@ class ChatTemplate:
         }
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="template")
 
-    def render(self, messages: list[dict[str, object]], tools: list[object] | None) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
         """The prompt's text. Raises `RequestError` naming what the template objects to."""
         try:
             pieces = self._template.generate(
-                messages=messages, tools=tools, add_generation_prompt=True, **self._special
+                messages=messages, add_generation_prompt=options.add_generation_prompt, **self._special
             )
             text, size = [], 0
             for piece in pieces:
@@ -67,12 +69,12 @@ class ChatTemplate:
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="messages") from None
         return "".join(text)
 
-    async def render_async(self, messages: list[dict[str, object]], tools: list[object] | None) -> str:
+    async def render_async(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
         """As `render`, on the template thread. Raises `RequestError`."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_DEADLINE_S):
-                return await loop.run_in_executor(self._thread, self.render, messages, tools)
+                return await loop.run_in_executor(self._thread, self.render, messages, options)
         except TimeoutError:
             self._thread.shutdown(wait=False, cancel_futures=True)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="template")

@@ -32,19 +32,20 @@ class ModelTokens:
             layout: dict[str, Any] = msgspec.json.decode(tokenizer_json)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"the worker's tokenizer cannot be read: {error}") from None
+        self.drops_first_space = False
         self.digest = hashlib.sha256(tokenizer_json).hexdigest()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # what a user types is text, never a control token
         self._json = tokenizer_json
-        self._markup: Tokenizer | None = None
+        self._parsing: Tokenizer | None = None
         self.special_ids = frozenset(
             token["id"] for token in layout.get("added_tokens", []) if token.get("special")
         )
         self._token_bytes: list[bytes] | None = None
         self._partial_ids: frozenset[int] = frozenset()
         if _is_byte_level(layout.get("decoder")):
-            self._token_bytes = self._byte_table()
+            self._token_bytes = self._bytes_of_ids()
         else:
             vocab = self._tokenizer.get_vocab(with_added_tokens=True)
             self._partial_ids = frozenset(i for text, i in vocab.items() if _BYTE_TOKEN.fullmatch(text))
@@ -58,13 +59,13 @@ class ModelTokens:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_markup(self, text: str) -> list[int]:
-        """As `encode`, but special tokens written out in the text count: for rendered chat templates."""
-        if self._markup is None:
-            self._markup = Tokenizer.from_str(self._json.decode())
-            self._markup.no_truncation()
-            self._markup.no_padding()
-        ids: list[int] = self._markup.encode(text, add_special_tokens=False).ids
+    def encode_parsed(self, text: str) -> list[int]:
+        """As `encode`, but special tokens written out in the text count."""
+        if self._parsing is None:
+            self._parsing = Tokenizer.from_str(self._json.decode())
+            self._parsing.no_truncation()
+            self._parsing.no_padding()
+        ids: list[int] = self._parsing.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
@@ -84,6 +85,10 @@ class ModelTokens:
         match = _BYTE_TOKEN.fullmatch(piece) if piece else None
         return bytes([int(match[1], 16)]) if match else self.token_text(token_id).encode()
 
+    def is_shown(self, token_id: int) -> bool:
+        """Whether an answer shows its text: special tokens' is left out."""
+        return token_id not in self.special_ids
+
     def detokenizer(self, *, keep_special: bool = False) -> ByteDetokenizer | WindowDetokenizer:
         """A fresh one for one stream."""
         skipped = frozenset[int]() if keep_special else self.special_ids
@@ -91,7 +96,7 @@ class ModelTokens:
             return ByteDetokenizer(self._token_bytes, skipped)
         return WindowDetokenizer(self, skipped, self._partial_ids)
 
-    def _byte_table(self) -> list[bytes]:
+    def _bytes_of_ids(self) -> list[bytes]:
         """The bytes of every id: GPT-2's printable alphabet undone; a token outside it stands for itself."""
         alphabet = byte_alphabet()
         size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)

@@ -7,22 +7,18 @@ logs, spans hold ids, counts and codes: no prompt, no output, no stop string, no
 
 from __future__ import annotations
 
-import re
 import time
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
+from gateway.caller import CALLER
 from gateway.config import ConfigError
 
 if TYPE_CHECKING:
     from gateway.core.flights import Flight
     from gateway.generation import End
 
-TRACE_PARENT: Final = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII
-)
 EXPORT_TIMEOUT_S: Final = 2.0
 _PATH: Final = "/v1/traces"
 _OPERATIONS: Final = {
@@ -33,23 +29,6 @@ _OPERATIONS: Final = {
 _OTHER_OPERATION: Final = "generate_content"
 
 log = structlog.get_logger(__name__)
-
-
-class Caller(NamedTuple):
-    """How a request came in: its matched route, and its `traceparent` where it sent a valid one."""
-
-    route: str = ""
-    trace_parent: str = ""
-
-
-CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - a tuple cannot change
-"""Set by each transport for the task that serves a request; read when a sequence is submitted."""
-
-
-def caller(route: str, trace_parent: str | None) -> Caller:
-    """As it is kept: a malformed `traceparent` counts as none, as the W3C recommendation wants it."""
-    given = trace_parent or ""
-    return Caller(route, given if TRACE_PARENT.fullmatch(given) else "")
 
 
 class Tracing:

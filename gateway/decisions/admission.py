@@ -16,8 +16,8 @@ _MAX_RETRY_S = 60.0
 
 
 @dataclass(slots=True)
-class Lane:
-    """One worker's share: requests of this gateway in it, and how fast it finishes them."""
+class Occupancy:
+    """One worker's places: how many requests of this gateway hold one, and how fast it finishes them."""
 
     max_rows: int
     max_waiting: int
@@ -56,7 +56,7 @@ class Lane:
             self.tenants[tenant] = left
         else:
             self.tenants.pop(tenant, None)
-        # Only a saturated lane shows its rate: what an idle one finishes says how little was asked of it.
+        # Only a saturated worker shows its rate: what an idle one finishes says how little was asked of it.
         if self.num_active < self.max_rows:
             self._window_started_s = 0.0
         elif not self._window_started_s:
@@ -79,41 +79,41 @@ class Lane:
 
 
 class Admission:
-    """The rule for entering a lane."""
+    """The rule for taking a place."""
 
     def __init__(self, max_queue: int, max_wait_s: float, tenant_share: float = 1.0) -> None:
-        """`tenant_share` is the part of a *full* lane one tenant may hold once others wait as well."""
+        """`tenant_share` is the part of a *full* worker one tenant may hold once others wait as well."""
         self.max_queue = max_queue
         self.max_wait_s = max_wait_s
         self.tenant_share = tenant_share
 
-    def lane(self, max_rows: int, max_waiting: int) -> Lane:
-        """A lane for a worker with these bounds, cut to this gateway's own queue bound."""
-        return Lane(max_rows, min(max_waiting, self.max_queue))
+    def occupancy(self, max_rows: int, max_waiting: int) -> Occupancy:
+        """The places of a worker with these bounds, cut to this gateway's own queue bound."""
+        return Occupancy(max_rows, min(max_waiting, self.max_queue))
 
-    def check(self, lane: Lane, tenant: str, num_new: int = 1) -> None:
-        """Raises `RequestError` QUEUE_FULL when `num_new` more requests have no place in the lane."""
-        if num_new > lane.capacity:
-            message = f"{num_new} sequences at once; this server holds at most {lane.capacity}"
+    def check(self, held: Occupancy, tenant: str, num_new: int = 1) -> None:
+        """Raises `RequestError` QUEUE_FULL when `num_new` more requests have no place."""
+        if num_new > held.capacity:
+            message = f"{num_new} sequences at once; this server holds at most {held.capacity}"
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="n")
-        total = lane.num_active
-        num_waiting = max(0, total + num_new - lane.max_rows)
-        if total + num_new > lane.capacity:
-            message = f"{total} requests are running or waiting, and there is room for {lane.capacity}"
-            raise _full(message, lane.wait_s(total + num_new - lane.capacity))
-        wait_s = lane.wait_s(num_waiting)
+        total = held.num_active
+        num_waiting = max(0, total + num_new - held.max_rows)
+        if total + num_new > held.capacity:
+            message = f"{total} requests are running or waiting, and there is room for {held.capacity}"
+            raise _full(message, held.wait_s(total + num_new - held.capacity))
+        wait_s = held.wait_s(num_waiting)
         if wait_s > self.max_wait_s:
             message = (
                 f"the queue would take about {wait_s:.0f} s, more than the {self.max_wait_s:g} s allowed"
             )
             raise _full(message, wait_s - self.max_wait_s)
-        others = len(lane.tenants) - (tenant in lane.tenants)
+        others = len(held.tenants) - (tenant in held.tenants)
         if (
             others
             and num_waiting
-            and lane.tenants.get(tenant, 0) + num_new > self.tenant_share * lane.capacity
+            and held.tenants.get(tenant, 0) + num_new > self.tenant_share * held.capacity
         ):
-            raise _full("your share of the queue is full while others wait", lane.wait_s(num_new))
+            raise _full("your share of the queue is full while others wait", held.wait_s(num_new))
 
 
 def _full(message: str, retry_after_s: float) -> RequestError:

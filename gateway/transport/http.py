@@ -18,14 +18,12 @@ import structlog
 from aiohttp import web
 
 from gateway.access import Access
+from gateway.caller import CALLER, caller
 from gateway.config import GatewayConfig
-from gateway.core.metrics import Metrics
-from gateway.core.service import Service
-from gateway.core.tracing import CALLER, caller
 from gateway.decisions.quota import LogQuota
 from gateway.errors import error_body, error_headers, http_status
 from gateway.faults import fault_fields
-from gateway.generation import RequestError
+from gateway.generation import HttpCounts, RequestError, ServingCore
 from gateway.transport.refusal import Refusals
 from shared.errors import ErrorCode
 
@@ -65,7 +63,7 @@ def authenticates_itself(handler: H) -> H:
 class Boundary:
     """The outermost middleware."""
 
-    def __init__(self, config: GatewayConfig, metrics: Metrics) -> None:
+    def __init__(self, config: GatewayConfig, metrics: HttpCounts) -> None:
         self._config = config
         self._metrics = metrics
         self._access = Access(config)
@@ -199,20 +197,20 @@ def _of_http(error: web.HTTPException, request: web.Request) -> RequestError:
     return RequestError(ErrorCode.INVALID_REQUEST if error.status < 500 else ErrorCode.INTERNAL, error.reason)
 
 
-async def admit_body(request: web.Request, service: Service) -> bytes:
+async def admit_body(request: web.Request, core: ServingCore) -> bytes:
     """The body of a request to generate. Raises `RequestError`, and before reading when the body cannot matter.
 
     Under a flood nearly everything is refused: a refusal must not cost the reading and parsing of a picture.
     """
-    if (request.content_length or 0) <= service.config.max_body_bytes:
+    if (request.content_length or 0) <= core.config.max_body_bytes:
         try:
-            service.check_any_capacity(request[TENANT])
+            core.check_any_capacity(request[TENANT])
         except RequestError:
             # A client in the middle of its upload would meet a closed connection instead of this answer.
             if not request.content.is_eof():
-                await _discard(request, service.config.max_body_bytes, service.config.body_timeout_s)
+                await _discard(request, core.config.max_body_bytes, core.config.body_timeout_s)
             raise
-    return await read_body(request, service.config)
+    return await read_body(request, core.config)
 
 
 async def read_body(request: web.Request, config: GatewayConfig) -> bytes:

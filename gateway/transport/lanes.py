@@ -18,10 +18,9 @@ from gateway.api import response_bodies, responses
 from gateway.api.conversations import Conversations
 from gateway.api.response_bodies import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer
 from gateway.api.response_stream import ResponseStream
-from gateway.core.service import Service
 from gateway.errors import error_headers, error_object, http_status
 from gateway.faults import fault_fields
-from gateway.generation import End, RequestError, Usage
+from gateway.generation import Core, End, RequestError, Usage
 from gateway.transport.frames import FrameWriter
 from shared.errors import ErrorCode, FinishReason
 
@@ -78,7 +77,7 @@ class Lanes:
 
     def __init__(
         self,
-        core: Service,
+        core: Core,
         writer: FrameWriter,
         conversations: Conversations,
         *,
@@ -191,7 +190,7 @@ class Lanes:
             turns.remember_answer(self._tenant, stream.opening.response_id, turn, end, text)
             self._begin_next()
 
-        tokens = self._core.tokens(prepared.request.model_id)
+        tokens = prepared.request.model.tokens
         stream = ResponseStream(prepared.opening, self._sink, tokens, on_closed)
         self._streams[lane] = stream
         if body.generate is False:

@@ -9,8 +9,7 @@ from aiohttp import web
 from gateway.api import response_bodies, responses
 from gateway.api.conversations import Conversations
 from gateway.api.response_stream import ResponseStream, Sink
-from gateway.core.service import Service
-from gateway.generation import End
+from gateway.generation import End, ServingCore
 from gateway.transport.http import TENANT, admit_body, json_response
 from gateway.transport.sse import EventWriter
 
@@ -38,19 +37,19 @@ class NoSink:
 class ResponsesRoute:
     """The POST route and the turns it leaves to be continued."""
 
-    def __init__(self, service: Service, conversations: Conversations) -> None:
-        self._service = service
+    def __init__(self, core: ServingCore, conversations: Conversations) -> None:
+        self._core = core
         self._conversations = conversations
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """Handle one request. Raises `RequestError` while the answer can still be an HTTP status."""
-        service = self._service
-        body = response_bodies.parse_body(await admit_body(request, service))
+        core = self._core
+        body = response_bodies.parse_body(await admit_body(request, core))
         tenant = request[TENANT]
         previous = responses.recall(body, tenant, self._conversations)
-        prepared = await responses.prepare(service, body, tenant=tenant, previous=previous)
+        prepared = await responses.prepare(core, body, tenant=tenant, previous=previous)
         done: asyncio.Future[End] = asyncio.get_running_loop().create_future()
-        writer = EventWriter(request, service.config, service.metrics) if body.stream else None
+        writer = EventWriter(request, core.config, core.metrics) if body.stream else None
 
         def on_closed(stream: ResponseStream, end: End, text: str) -> None:
             if body.store is not False:
@@ -63,8 +62,8 @@ class ResponsesRoute:
                 writer.wake()
 
         sink: Sink = NoSink() if writer is None else EventStreamSink(writer)
-        stream = ResponseStream(prepared.opening, sink, service.tokens(prepared.request.model_id), on_closed)
-        stream.running = service.submit(prepared.request, stream)
+        stream = ResponseStream(prepared.opening, sink, prepared.request.model.tokens, on_closed)
+        stream.running = core.submit(prepared.request, stream)
         try:
             if writer is None:
                 end = await done

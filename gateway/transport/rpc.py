@@ -23,11 +23,10 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
 from gateway.access import Access, key_of
+from gateway.caller import CALLER, caller
 from gateway.config import GatewayConfig
-from gateway.core.service import Service
-from gateway.core.tracing import CALLER, caller
 from gateway.errors import grpc_status, retry_after_s
-from gateway.generation import Delta, End, RequestError, RunningStream, SpatialObject, TokenInfo
+from gateway.generation import Delta, End, RequestError, RunningStream, ServingCore, SpatialObject, TokenInfo
 from gateway.transport.rpc_requests import read_request
 from shared.errors import ErrorCode, FinishReason
 
@@ -128,7 +127,7 @@ def logprobs_message(infos: list[TokenInfo]) -> pb.OutputLogProbs | None:
 class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated without types
     """The service's methods. Those of the schema that Degas has no use for answer UNIMPLEMENTED."""
 
-    def __init__(self, core: Service, config: GatewayConfig, access: Access) -> None:
+    def __init__(self, core: ServingCore, config: GatewayConfig, access: Access) -> None:
         self._core = core
         self._config = config
         self._access = access
@@ -212,7 +211,7 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
     ) -> pb.GetModelInfoResponse:
         """The default model's card."""
         try:
-            card = self._core.card(None)
+            card = self._core.model(None).card
         except RequestError as error:
             await abort(context, error)
         return pb.GetModelInfoResponse(
@@ -301,7 +300,7 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
 
-async def start_grpc(core: Service, config: GatewayConfig) -> GrpcServer:
+async def start_grpc(core: ServingCore, config: GatewayConfig) -> GrpcServer:
     """Listen on `config.grpc_port` and serve until `stop`. Raises OSError when the port is taken."""
     options = [
         ("grpc.so_reuseport", 0),  # a taken port is an error, not a shared one
@@ -330,7 +329,7 @@ async def start_grpc(core: Service, config: GatewayConfig) -> GrpcServer:
     return GrpcServer(server, port, task)
 
 
-async def follow_readiness(core: Service, probe: health.aio.HealthServicer) -> None:
+async def follow_readiness(core: ServingCore, probe: health.aio.HealthServicer) -> None:
     """Keep the health service's answer equal to the core's readiness."""
     status: int | None = None
     while True:

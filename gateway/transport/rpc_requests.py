@@ -13,63 +13,41 @@ import msgspec
 from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
-from gateway.api.parameters import (
-    MAX_TOP_LOGPROBS,
-    SamplingFields,
-    choice_count,
-    decode_body,
-    invalid,
-    samplings,
-    stop_ids,
-    stops,
-    token_budget,
-)
-from gateway.api.prompts import task_prompt
-from gateway.core.service import Service
-from gateway.generation import GenerateRequest, PreparedImage, RequestError
+from gateway.api.parameters import MAX_TOP_LOGPROBS, SamplingFields, choice_count, decode_body, invalid
+from gateway.api.prompts import Prompt, takes_questions, task_prompt
+from gateway.api.requests import Length, check_fields, make_requests
+from gateway.api.structured import Wanted, constraint
+from gateway.generation import Core, GenerateRequest, PreparedImage, RequestError, ServedModel
 from shared.errors import ErrorCode
-from shared.protocol import Grammar, ModelCard
+from shared.protocol import Grammar
 
 
 async def read_request(
-    core: Service, request: pb.GenerateRequest, request_id: str, tenant: str
+    core: Core, request: pb.GenerateRequest, request_id: str, tenant: str
 ) -> list[GenerateRequest]:
     """One `GenerateRequest` a sample. Raises `RequestError` naming the field at fault."""
-    card = core.card(None)
+    model = core.model(None)
     params = request.sampling_params
     _refuse_unsupported(request)
     fields = _fields(params)
-    num_samples = choice_count(fields, core.config.max_n)
     num_logprobs = params.logprobs if params.HasField("logprobs") else -1
     if params.HasField("logprobs") and not 0 <= num_logprobs <= MAX_TOP_LOGPROBS:
         raise invalid(f"between 0 and {MAX_TOP_LOGPROBS}", "logprobs")
-    if any(token_id >= card.vocab_size for token_id in params.stop_token_ids):
-        raise invalid(f"token ids are between 0 and {card.vocab_size - 1}", "stop_token_ids")
-    sampled = samplings(fields, card, num_logprobs, num_samples)
-    stop, grammar = stops(fields.stop), _grammar(params)
-    core.check_capacity(card.model_id, tenant, num_samples)
-    if grammar is not None:
-        grammar = await core.grammars.check(
-            grammar, param=f"sampling_params.{params.WhichOneof('constraint')}"
-        )
-    prompt_ids = await _read_prompt(core, card, request)
-    images = await _read_images(core, card, prompt_ids, request)
-    room = core.room(card.model_id, len(prompt_ids), len(images))
-    return [
-        GenerateRequest(
-            request_id=request_id if num_samples == 1 else f"{request_id}-{index}",
-            model_id=card.model_id,
-            prompt_ids=prompt_ids,
-            max_tokens=token_budget(fields.max_tokens, card, room, "max_tokens"),
-            sampling=sampling,
-            images=images,
-            stop=stop,
-            stop_ids=[*stop_ids(fields, card), *params.stop_token_ids],
-            tenant=tenant,
-            grammar=grammar,
-        )
-        for index, sampling in enumerate(sampled)
-    ]
+    checked = await check_fields(
+        core,
+        model,
+        fields,
+        tenant=tenant,
+        num_logprobs=num_logprobs,
+        count=choice_count(fields, core.config.max_n),
+        wanted=_wanted(params),
+        more_stop_ids=params.stop_token_ids,
+    )
+    prompt_ids = await _read_prompt(core, model, request)
+    images = await _read_images(core, model, prompt_ids, request)
+    return make_requests(
+        checked, request_id, [Prompt(prompt_ids, images)], Length(fields.max_tokens, "max_tokens")
+    )
 
 
 def _fields(params: pb.SamplingParams) -> SamplingFields:
@@ -122,7 +100,8 @@ def _refuse_unsupported(request: pb.GenerateRequest) -> None:
             raise RequestError(ErrorCode.UNSUPPORTED, f"{name} is not supported: {hint}", param=name)
 
 
-async def _read_prompt(core: Service, card: ModelCard, request: pb.GenerateRequest) -> list[int]:
+async def _read_prompt(core: Core, model: ServedModel, request: pb.GenerateRequest) -> list[int]:
+    card = model.card
     if request.WhichOneof("input") == "tokenized":
         prompt_ids = list(request.tokenized.input_ids)
         if not prompt_ids:
@@ -139,14 +118,14 @@ async def _read_prompt(core: Service, card: ModelCard, request: pb.GenerateReque
     if len(text) > core.config.max_prompt_chars:
         message = f"text is longer than {core.config.max_prompt_chars} characters"
         raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="text")
-    text_ids = await core.encode_async(card.model_id, text)
-    if "query_prefix" in card.templates:
+    text_ids = await model.encode(text)
+    if takes_questions(card):
         return task_prompt(card, "query", text_ids)
     return [*([] if card.bos_id is None else [card.bos_id]), *text_ids]
 
 
 async def _read_images(
-    core: Service, card: ModelCard, prompt_ids: list[int], request: pb.GenerateRequest
+    core: Core, model: ServedModel, prompt_ids: list[int], request: pb.GenerateRequest
 ) -> list[PreparedImage]:
     items = request.media_refs.items
     if not items:
@@ -157,23 +136,25 @@ async def _read_images(
     if items[0].modality not in (common_pb2.IMAGE, common_pb2.MODALITY_UNSPECIFIED):
         message = "only pictures are supported"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="media_refs.items[0].modality")
+    card = model.card
     if card.bos_id is not None and prompt_ids[0] != card.bos_id:
         message = f"the prompt of a picture starts with {card.bos_id}, the picture follows it"
         raise RequestError(ErrorCode.INVALID_REQUEST, message, param="tokenized.input_ids")
-    return [await core.prepare_image(card.model_id, items[0].url, param="media_refs.items[0].url")]
+    return [await core.prepare_image(model, items[0].url, param="media_refs.items[0].url")]
 
 
-def _grammar(params: pb.SamplingParams) -> Grammar | None:
-    match params.WhichOneof("constraint"):
+def _wanted(params: pb.SamplingParams) -> Wanted | None:
+    """The constraint and its field, as the other interfaces check it. Raises `RequestError`."""
+    name = params.WhichOneof("constraint")
+    param = f"sampling_params.{name}"
+    match name:
         case "json_schema":
-            return Grammar("json_schema", params.json_schema)
+            return constraint("json", params.json_schema, param)
         case "json_object":
-            return Grammar("json_object", "{}") if params.json_object else None
-        case "regex":
-            return Grammar("regex", params.regex)
-        case "grammar":
-            return Grammar("lark", params.grammar)
+            return (Grammar("json_object", "{}"), param) if params.json_object else None
+        case "regex" | "grammar":
+            return constraint(name, getattr(params, name), param)
         case "choice":
-            return Grammar("choice", msgspec.json.encode(list(params.choice.choices)).decode())
+            return constraint("choice", list(params.choice.choices), param)
         case _:
             return None

@@ -14,12 +14,12 @@ from typing import Final, Protocol
 from aiohttp import HttpVersion11, web
 
 from gateway.config import GatewayConfig
-from gateway.core.metrics import Metrics
 from gateway.errors import error_body
 from gateway.generation import (
     Delta,
     End,
     GenerateRequest,
+    HttpCounts,
     Listener,
     RunningStream,
     SpatialObject,
@@ -38,7 +38,7 @@ HEADERS: Final = {
 class EventWriter:
     """One response's body. Events written before `open` wait for it."""
 
-    def __init__(self, request: web.Request, config: GatewayConfig, metrics: Metrics) -> None:
+    def __init__(self, request: web.Request, config: GatewayConfig, metrics: HttpCounts) -> None:
         self._request = request
         self._config = config
         self._metrics = metrics
@@ -166,7 +166,7 @@ class _Choice:
 async def respond(
     request: web.Request,
     config: GatewayConfig,
-    metrics: Metrics,
+    metrics: HttpCounts,
     submit: Callable[[GenerateRequest, Listener], RunningStream],
     asked: Sequence[GenerateRequest],
     shape: Shape,

@@ -19,9 +19,8 @@ from gateway.api import response_bodies
 from gateway.api.conversations import Conversations
 from gateway.api.response_bodies import Authenticate
 from gateway.config import GatewayConfig
-from gateway.core.service import Service
 from gateway.errors import websocket_close
-from gateway.generation import RequestError
+from gateway.generation import RequestError, ServingCore
 from gateway.transport.frames import FrameWriter
 from gateway.transport.http import authenticates_itself
 from gateway.transport.lanes import Lanes, error_event
@@ -40,7 +39,7 @@ log = structlog.get_logger(__name__)
 class WebSocketRoute:
     """The route's open connections, and the turns they and the POST route share."""
 
-    def __init__(self, core: Service, config: GatewayConfig, conversations: Conversations) -> None:
+    def __init__(self, core: ServingCore, config: GatewayConfig, conversations: Conversations) -> None:
         self._core = core
         self._config = config
         self._access = Access(config)
@@ -172,7 +171,7 @@ class WebSocketRoute:
         return None
 
 
-def register_websocket(app: web.Application, core: Service, config: GatewayConfig) -> None:
+def register_websocket(app: web.Application, core: ServingCore, config: GatewayConfig) -> None:
     """Add `/v1/responses`: GET opens the WebSocket, POST is its twin over plain HTTP. They share their turns."""
     conversations = Conversations()
     socket_route = WebSocketRoute(core, config, conversations)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from gateway.caller import caller
 from gateway.config import ConfigError
-from gateway.core.tracing import caller
 from shared.errors import ErrorCode, FinishReason
 from tests.fake_worker import End, FakeWorker, Token
 from tests.gateway_thread import GatewayThread

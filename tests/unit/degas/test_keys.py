@@ -10,7 +10,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from degas.keys import KeysError, main, make_keys
-from gateway.core.worker_link import use_curve
+from gateway.core.worker_socket import use_curve
 from worker.wire.keys import secure_with
 
 

@@ -184,7 +184,7 @@ class WatchedService(Service):
     @property
     def unlanded(self) -> list[Flight]:
         """Every flight without its terminal event."""
-        return list(self._flights)
+        return list(self._dispatch.flights)
 
 
 class World:
@@ -263,7 +263,7 @@ class World:
         request_id = f"r{next(self._numbers)}"
         request = GenerateRequest(
             request_id,
-            CARD.model_id,
+            self.service.model(CARD.model_id),
             prompt,
             max_tokens,
             fields.pop("sampling", wire.Sampling()),
@@ -372,19 +372,19 @@ class World:
         for link, worker in zip(self.links, self.service.workers, strict=True):
             assert not link.anomalies["failed_message"] and not link.anomalies["failed_tick"]
             flights = worker.flights.by_id
-            assert worker.lane.num_active == len(flights) == sum(worker.lane.tenants.values())
+            assert worker.occupancy.num_active == len(flights) == sum(worker.occupancy.tenants.values())
             assert link.ready is not None or not flights, "a flight on a worker that was lost"
             for number, flight in flights.items():
                 assert self.epochs[number] == link.epoch, "a flight on a worker of another epoch"
-                assert flight.sequence_id == number and flight.lane_key == worker.key and not flight.landed
+                assert flight.sequence_id == number and flight.worker_key == worker.key and not flight.landed
                 assert flight.request_id in by_request, "a flight on a worker that nobody waits for"
-        suspect = self.service._recovery._on_probation
+        suspect = self.service._dispatch.recovery._on_probation
         assert suspect is None or not suspect.state.next_index, "on probation, though it has shown a token"
-        suspects = [f for f in self.service.unlanded if f.attempts > 1 and f.lane_key is not None]
+        suspects = [f for f in self.service.unlanded if f.attempts > 1 and f.worker_key is not None]
         assert sum(not f.state.next_index for f in suspects) <= 1, "two suspects are tried at once"
         num_placed = sum(len(worker.flights.by_id) for worker in self.service.workers)
         assert num_placed + self.service.num_recovering == len(by_request), "a flight that is nowhere"
-        assert self.service._idle.is_set() == (not by_request)
+        assert self.service._dispatch.idle.is_set() == (not by_request)
         for request_id, num in self.submits.items():
             assert num <= MAX_ATTEMPTS, f"{request_id} was sent {num} times"
         for client in self.clients:
@@ -459,9 +459,9 @@ class World:
     def _check_baseline(self) -> None:
         service = self.service
         assert not service.num_in_flight and not service.num_recovering
-        assert service._recovery._on_probation is None
+        assert service._dispatch.recovery._on_probation is None
         for worker, node in zip(service.workers, self.nodes, strict=True):
-            assert not worker.flights.by_id and not worker.lane.num_active and not worker.orphans
+            assert not worker.flights.by_id and not worker.occupancy.num_active and not worker.orphans
             node.sim.check_at_rest()
             assert node.sim.inbox.empty() and not node.transport._outbox and not node.router.received
             assert len(node.transport._leases) <= 1

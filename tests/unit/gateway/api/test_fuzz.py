@@ -75,4 +75,4 @@ def test_odd_bodies(served: GatewayThread, path: str, data: st.DataObject) -> No
     if answer.status != 200:
         assert set(answer.error) == {"message", "type", "param", "code"} and answer.error["message"]
     service = served.gateway.service
-    assert served.call(lambda: (service.num_in_flight, service.workers[0].lane.num_active)) == (0, 0)
+    assert served.call(lambda: (service.num_in_flight, service.workers[0].occupancy.num_active)) == (0, 0)

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.core.templates import ChatTemplate
 from gateway.core.tokens import ModelTokens
-from gateway.generation import RequestError
+from gateway.generation import ChatOptions, RequestError
 from shared import protocol as wire
 from tests.fake_worker import CARD, FakeWorker, byte_tokenizer, text_ids
 from tests.gateway_thread import GatewayThread
@@ -26,7 +26,7 @@ CHATML = (
 
 def render(source: str, *texts: str) -> str:
     messages: list[dict[str, object]] = [{"role": "user", "content": text} for text in texts]
-    return ChatTemplate(source, TOKENS, CARD).render(messages, None)
+    return ChatTemplate(source, TOKENS, CARD).render(messages, ChatOptions())
 
 
 def test_a_template_sees_the_whole_conversation() -> None:
@@ -64,14 +64,14 @@ def test_a_template_that_does_not_come_back_costs_one_request(monkeypatch: pytes
 
     async def work() -> None:
         with pytest.raises(RequestError, match="took longer"):
-            await template.render_async([{"role": "user", "content": "a"}], None)
+            await template.render_async([{"role": "user", "content": "a"}], ChatOptions())
 
     asyncio.run(work())
 
 
 def test_what_users_type_is_never_a_control_token() -> None:
     assert TOKENS.encode("<|0|>") == text_ids("<|0|>")
-    assert TOKENS.encode_markup("<|0|>") == [0]
+    assert TOKENS.encode_parsed("<|0|>") == [0]
 
 
 LLAMA = msgspec.structs.replace(CARD, family="llama", image=None, templates={}, suppress_ids=[])

@@ -319,8 +319,8 @@ def test_a_full_queue_says_when_to_come_back(worker: FakeWorker) -> None:
         worker.drain_rate = 0.25
         worker.script = lambda _: [Token(75), Wait(60)]
         opened = [Opened(gateway.url, CHAT, chat(stream=True)) for _ in range(LIMITS.max_rows + 1)]
-        lane = gateway.gateway.service.workers[0].lane
-        gateway.wait_for(lambda: lane.drain_rate > 0)
+        occupancy = gateway.gateway.service.workers[0].occupancy
+        gateway.wait_for(lambda: occupancy.drain_rate > 0)
         started_s = time.monotonic()
         answer = ask(gateway.url, CHAT, chat())
         assert time.monotonic() - started_s < 1
@@ -328,7 +328,7 @@ def test_a_full_queue_says_when_to_come_back(worker: FakeWorker) -> None:
         assert answer.headers["retry-after"] == "4"
         for one in opened:
             one.close()
-        gateway.wait_for(lambda: lane.num_active == 0)
+        gateway.wait_for(lambda: occupancy.num_active == 0)
         assert len(worker.wait_cancelled(LIMITS.max_rows + 1)) == LIMITS.max_rows + 1
 
 

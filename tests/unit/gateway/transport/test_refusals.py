@@ -35,8 +35,8 @@ def full(worker: FakeWorker) -> Iterator[GatewayThread]:
             Opened(gateway.url, CHAT, {**HELLO, "stream": True}, headers=headers)
             for _ in range(LIMITS.max_rows + 1)
         ]
-        lane = gateway.gateway.service.workers[0].lane
-        gateway.wait_for(lambda: lane.drain_rate > 0 and lane.num_active == len(held))
+        occupancy = gateway.gateway.service.workers[0].occupancy
+        gateway.wait_for(lambda: occupancy.drain_rate > 0 and occupancy.num_active == len(held))
         yield gateway
         for one in held:
             one.close()

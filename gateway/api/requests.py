@@ -1,0 +1,159 @@
+"""Owns the one way from checked fields to `GenerateRequest`s, whichever door they came in by. Gateway's loop.
+
+Every interface spells its fields its own way, puts them into `SamplingFields`, and calls `check_fields` and then
+`make_requests`: what is refused, and what reaches a worker, is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.api.parameters import (
+    DEFAULT_MAX_OBJECTS,
+    TOKENS_PER_OBJECT,
+    SamplingFields,
+    invalid,
+    samplings,
+    stop_ids,
+    stops,
+    token_budget,
+)
+from gateway.api.prompts import Prompt
+from gateway.api.structured import Wanted, grammar
+from gateway.generation import Core, GenerateRequest, ServedModel
+from shared.protocol import Grammar, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedFields:
+    """One body's common part, checked. `samplings` has one entry a choice."""
+
+    model: ServedModel
+    tenant: str
+    samplings: list[Sampling]
+    temperature: float | None  # as asked: a task's own default may differ from the model's
+    stop: list[str]
+    stop_ids: list[int]
+    min_tokens: int
+    priority: int
+    ignore_eos: bool
+    grammar: Grammar | None
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long the answers may be: `asked` tokens, in the field `param`.
+
+    Where nothing is asked it is `default`, or the model's own where that is None, and in either case what still fits.
+    """
+
+    asked: int | None
+    param: str
+    default: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """A task that answers in coordinates: detect or point, and how many objects at most; None: as many as fit."""
+
+    task: str
+    max_objects: int | None
+
+
+async def check_fields(
+    core: Core,
+    model: ServedModel,
+    fields: SamplingFields,
+    *,
+    tenant: str,
+    num_logprobs: int = -1,
+    count: int = 1,
+    num_prompts: int = 1,
+    wanted: Wanted | None = None,
+    more_stop_ids: Sequence[int] = (),
+) -> CheckedFields:
+    """Check what all bodies share, cheapest first, and that there is room. Raises `RequestError`.
+
+    `wanted` is a constraint the body asks for in a field of its own; `num_logprobs` is as in `Sampling`; `more_stop_ids`
+    end an answer besides the model's own.
+    """
+    card = model.card
+    sampled = samplings(fields, card, num_logprobs, count)
+    stop = stops(fields.stop)
+    for token_id in more_stop_ids:
+        if not 0 <= token_id < card.vocab_size:
+            raise invalid(f"token ids are between 0 and {card.vocab_size - 1}", "stop_token_ids")
+    core.check_capacity(model, tenant, count * num_prompts)
+    return CheckedFields(
+        model=model,
+        tenant=tenant,
+        samplings=sampled,
+        temperature=fields.temperature,
+        stop=stop,
+        stop_ids=[*stop_ids(fields, card), *more_stop_ids],
+        min_tokens=fields.min_tokens or 0,
+        priority=fields.priority or 0,
+        ignore_eos=bool(fields.ignore_eos),
+        grammar=await grammar(core, fields, wanted),
+    )
+
+
+def make_requests(
+    checked: CheckedFields,
+    request_id: str,
+    prompts: Sequence[Prompt],
+    length: Length,
+    objects: Objects | None = None,
+) -> list[GenerateRequest]:
+    """One `GenerateRequest` for each choice of each prompt, prompt by prompt. Raises `RequestError` naming a length.
+
+    Several get numbered ids. With `objects` the one choice answers in coordinates: read greedily unless a temperature
+    was asked for, and no id is suppressed.
+    """
+    alone = len(prompts) * len(checked.samplings) == 1
+    made: list[GenerateRequest] = []
+    for prompt in prompts:
+        max_tokens, max_objects = _budget(checked, prompt, length, objects)
+        for sampling in checked.samplings:
+            if objects is not None:
+                sampling = Sampling(temperature=checked.temperature or 0.0, seed=sampling.seed)
+            made.append(
+                GenerateRequest(
+                    request_id=request_id if alone else f"{request_id}-{len(made)}",
+                    model=checked.model,
+                    prompt_ids=prompt.ids,
+                    max_tokens=max_tokens,
+                    sampling=sampling,
+                    images=prompt.images,
+                    stop=checked.stop,
+                    stop_ids=checked.stop_ids,
+                    task="text" if objects is None else objects.task,
+                    max_objects=max_objects,
+                    tenant=checked.tenant,
+                    priority=checked.priority,
+                    grammar=checked.grammar,
+                    ignore_eos=checked.ignore_eos,
+                    # A constrained answer begins where its constraint does: nothing in front of it is dropped.
+                    strip_start=prompt.strip_start and checked.grammar is None,
+                )
+            )
+    return made
+
+
+def _budget(
+    checked: CheckedFields, prompt: Prompt, length: Length, objects: Objects | None
+) -> tuple[int, int]:
+    """Tokens and objects, at most."""
+    card = checked.model.card
+    room = checked.model.room(len(prompt.ids), len(prompt.images))
+    if objects is None:
+        asked = length.default if length.asked is None else length.asked
+        max_tokens = token_budget(asked, card, room, length.param, checked.min_tokens)
+        return (min(max_tokens, room) if length.asked is None else max_tokens), 0
+    per_object = TOKENS_PER_OBJECT[objects.task]
+    max_objects = objects.max_objects
+    if max_objects is None:
+        max_objects = max(1, min(DEFAULT_MAX_OBJECTS, (room - 1) // per_object))
+    whole = max_objects * per_object + 1
+    return whole if length.asked is None else min(whole, length.asked), max_objects

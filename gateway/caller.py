@@ -1,0 +1,28 @@
+"""Owns how a request came in, as its span tells it: set by each transport, read by the core. Gateway's loop."""
+
+from __future__ import annotations
+
+import re
+from contextvars import ContextVar
+from typing import Final, NamedTuple
+
+TRACE_PARENT: Final = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII
+)
+
+
+class Caller(NamedTuple):
+    """How a request came in: its matched route, and its `traceparent` where it sent a valid one."""
+
+    route: str = ""
+    trace_parent: str = ""
+
+
+CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - a tuple cannot change
+"""Set by each transport for the task that serves a request; read when a sequence is submitted."""
+
+
+def caller(route: str, trace_parent: str | None) -> Caller:
+    """As it is kept: a malformed `traceparent` counts as none, as the W3C recommendation wants it."""
+    given = trace_parent or ""
+    return Caller(route, given if TRACE_PARENT.fullmatch(given) else "")

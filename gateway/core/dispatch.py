@@ -1,0 +1,212 @@
+"""Owns every request from its acceptance to its one end: sending, retries, deadlines. Gateway's loop.
+
+A request has exactly one `Flight`, on one worker or waiting for one. `Dispatch` is told of what happens to it by
+flights and by workers' links (through `gateway.core.service`), and by a timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from typing import Final
+
+import structlog
+
+from gateway.config import GatewayConfig
+from gateway.core.catalog import Catalog
+from gateway.core.flights import Flight
+from gateway.core.metrics import Metrics
+from gateway.core.placement import Placement, Worker
+from gateway.core.tracing import Tracing
+from gateway.decisions.recovery import Recovery
+from gateway.faults import fault_fields
+from gateway.generation import GenerateRequest, Listener, RequestError
+from shared.errors import ErrorCode
+
+_TICK_S: Final = 0.25
+_DEADLINE_GRACE_S: Final = 2.0  # the worker ends a late sequence itself, with its own finish reason
+
+log = structlog.get_logger(__name__)
+
+
+class Dispatch:
+    """The flights under way. Implements `gateway.core.flights.FlightEvents`."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        catalog: Catalog,
+        placement: Placement,
+        metrics: Metrics,
+        tracing: Tracing | None,
+        now: Callable[[], float],
+    ) -> None:
+        self.flights: dict[Flight, None] = {}  # every unlanded one, oldest first
+        self.recovery: Recovery[Flight] = Recovery(config.retry_wait_s)
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._max_deadline_s = config.request_deadline_s
+        self._catalog = catalog
+        self._placement = placement
+        self._workers = placement.workers
+        self._metrics = metrics
+        self._tracing = tracing
+        self._now = now
+        self._sequence_ids = count(secrets.randbits(30) << 20)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Start the timer; call once, on the running loop."""
+        self._tick()
+
+    def stop(self) -> None:
+        """Stop the timer. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def submit(self, request: GenerateRequest, listener: Listener) -> Flight:
+        """Admit and send to a worker. Raises `RequestError`."""
+        model = self._catalog.current(request.model)
+        model.check(request)
+        worker = self._placement.place(model, request.tenant, 1)
+        now_s = self._now()
+        deadline_s = min(request.deadline_s or self._max_deadline_s, self._max_deadline_s)
+        flight = Flight(
+            request,
+            listener,
+            model.stream(request, now_s),
+            self,
+            started_s=now_s,
+            deadline_s=now_s + deadline_s,
+        )
+        self._send(flight, worker)
+        self.flights[flight] = None
+        self.idle.clear()
+        self._metrics.on_accepted(model.card.model_id)
+        if self._tracing is not None:
+            self._tracing.begin(flight)
+        return flight
+
+    def end_all(self, error: RequestError) -> int:
+        """End every flight with this error; returns how many there were."""
+        flights = list(self.flights)
+        for flight in flights:
+            self.stop_sequence(flight)
+            flight.fail(error)
+        return len(flights)
+
+    def _send(self, flight: Flight, worker: Worker) -> None:
+        """Put a flight on a worker. Raises `RequestError`, and then it is nowhere."""
+        worker.take(flight, next(self._sequence_ids), max(0.001, flight.deadline_s - self._now()))
+
+    # ------------------------------------------------------------ told by flights
+
+    def on_started(self, flight: Flight) -> None:
+        """See `FlightEvents`."""
+        self._metrics.on_first_token(self._now() - flight.started_s)
+        if flight.request.images:  # pixels were kept for a retry only, and are megabytes
+            flight.request = replace(flight.request, images=[])
+        if self.recovery.on_settled(flight):
+            self.resume()
+
+    def on_token_gap(self, gap_s: float) -> None:
+        """See `FlightEvents`."""
+        self._metrics.on_token_gap(gap_s)
+
+    def on_landed(self, flight: Flight) -> None:
+        """See `FlightEvents`."""
+        self._take_off(flight)
+        self.flights.pop(flight, None)
+        if not self.flights:
+            self.idle.set()
+        assert flight.state.end is not None
+        elapsed_s = self._now() - flight.started_s
+        self._metrics.on_end(flight.state.end, elapsed_s)
+        if self._tracing is not None:
+            self._tracing.end(flight, flight.state.end, elapsed_s)
+        if self.recovery.on_settled(flight):
+            self.resume()
+
+    def stop_sequence(self, flight: Flight) -> None:
+        """See `FlightEvents`."""
+        if flight.worker_key is not None:
+            self._workers[flight.worker_key].link.cancel([flight.sequence_id])
+
+    def _take_off(self, flight: Flight) -> None:
+        if flight.worker_key is None:
+            return
+        worker = self._workers[flight.worker_key]
+        if worker.flights.by_id.pop(flight.sequence_id, None) is not None:
+            worker.occupancy.leave(flight.request.tenant, self._now())
+        flight.worker_key = None
+
+    # ------------------------------------------------------------ losses, retries and deadlines
+
+    def on_lost(self, worker: Worker, error: RequestError) -> None:
+        """All on this worker is lost: streams that began end here, the others are retried once (see `Recovery`)."""
+        lost = list(worker.flights.by_id.values())
+        worker.orphans = list(worker.flights.by_id)
+        now_s = self._now()
+        draining = self._placement.draining
+        num_retried = 0
+        for flight in lost:
+            self._take_off(flight)
+            if flight.state.next_index == 0 and not draining and self.recovery.take(flight, now_s):
+                num_retried += 1
+            elif flight.state.next_index == 0 and flight.attempts > 1:
+                message = (
+                    "this request was being started when its worker died, twice; it will not be tried again"
+                )
+                flight.fail(RequestError(ErrorCode.QUARANTINED, message))
+            else:
+                flight.fail(error)
+        if lost:
+            log.warning("flights_lost", num_ended=len(lost) - num_retried, num_retried=num_retried)
+        self._metrics.on_worker_lost()
+        self.resume()
+
+    def resume(self) -> None:
+        """Send the next suspect, if a worker has room for it."""
+        while (flight := self.recovery.next()) is not None:
+            if flight.landed:
+                self.recovery.on_settled(flight)
+                continue
+            try:
+                model = self._catalog.current(flight.request.model)
+            except RequestError:
+                self.recovery.on_settled(flight)
+                message = "the worker died, and another model took its place"
+                flight.fail(RequestError(ErrorCode.WORKER_LOST, message))
+                continue
+            try:
+                worker = self._placement.place(model, flight.request.tenant, 1)
+                self._send(flight, worker)
+            except RequestError as error:
+                if error.code in (ErrorCode.LOADING, ErrorCode.QUEUE_FULL, ErrorCode.WORKER_LOST):
+                    self.recovery.put_back(flight)
+                    return
+                self.recovery.on_settled(flight)
+                flight.fail(error)
+                continue
+            flight.state = model.stream(flight.request, flight.started_s)
+            return
+
+    def _tick(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
+        try:
+            now_s = self._now()
+            for flight in self.recovery.expired(now_s):
+                flight.fail(RequestError(ErrorCode.WORKER_LOST, "the worker died and none took its place"))
+            late = [f for f in self.flights if now_s > f.deadline_s + _DEADLINE_GRACE_S]
+            for flight in late:
+                self.stop_sequence(flight)
+                allowed_s = flight.deadline_s - flight.started_s
+                message = f"the request was not finished after {allowed_s:g} s"
+                flight.fail(RequestError(ErrorCode.DEADLINE_EXCEEDED, message))
+            if len(self.recovery):
+                self.resume()
+        except Exception as fault:  # the timer must go on whatever one tick met
+            log.error("dispatch_tick_failed", **fault_fields(fault))
