@@ -1,1 +1,1 @@
-"""The command line and the supervisor: the only place that knows both gateway and worker, and imports neither."""
+"""The command line and the supervisor: the only place that knows both gateway and worker, and of them imports the settings."""
