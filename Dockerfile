@@ -57,4 +57,4 @@ EXPOSE 5555
 # container engine restarts one for being unhealthy.
 HEALTHCHECK --interval=5s --timeout=4s --start-period=300s --retries=3 \
   CMD ["python", "-m", "degas.health", "file", "/run/degas/status.json"]
-CMD ["python", "-m", "degas.supervisor", "--only", "worker", "--status-file", "/run/degas/status.json"]
+CMD ["python", "-m", "degas", "serve", "--only", "worker", "--status-file", "/run/degas/status.json"]

@@ -13,8 +13,8 @@ TORCH := torch==2.13.0
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-serve: $(VENV)/.serve  ## serve the embedded model on http://127.0.0.1:8080
-	@$(BIN)/degas serve $(ARGS)
+serve: $(VENV)/.serve  ## serve the embedded model, or MODEL=…, on http://127.0.0.1:8080
+	@$(BIN)/degas serve $(if $(MODEL),"$(MODEL)") $(ARGS)
 
 test: $(VENV)/.dev  ## run every test
 	@$(BIN)/python -m pytest $(ARGS)

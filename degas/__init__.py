@@ -1,4 +1,4 @@
-"""The command line and the supervisor: the only place that knows both gateway and worker, and imports neither.
+"""The command line and the supervisor: the only place that knows both gateway and worker, and of them imports the settings only.
 
 Importing it puts the folder of the rooms (`shared`, `gateway`, `worker` …) first on the import path: an installed
 wheel keeps them inside this package, so that a stranger's site-packages gains no package called `worker`.

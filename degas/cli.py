@@ -1,68 +1,99 @@
-"""Owns the `degas` command: serve, gateway, worker, bench, loadtest, doctor. Main thread; heavy imports are lazy."""
+"""Owns the `degas` command: serve, worker, gateway, config, doctor, keys, bench, loadtest. Main thread; heavy imports are lazy."""
 
 from __future__ import annotations
 
-import sys
+import importlib.metadata
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import Parameter
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from degas.settings import ALL, OWN_SOCKET, resolve, serve_options
+from gateway.config import GATEWAY_SETTINGS
+from shared.settings import ConfigError, give_flags
+from worker.config import WORKER_SETTINGS
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,  # its report would show variables, API keys among them
     help="Degas: streaming inference for small vision-language models, with the bubbles taken out.",
 )
-FORWARDED = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+ANYTHING = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+WRONG_SETTINGS = 2
+
+ModelName = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="What to serve, as --model says it.", show_default=False)
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(help="TOML file of settings with the tables worker, gateway, serve; also DEGAS_CONFIG."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _degas(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"degas {_version()}")
+        raise typer.Exit
 
 
 @app.command()
-def serve(
-    model: Annotated[
-        str | None, typer.Option(help="'pocket' (embedded), 'sim', or a checkpoint folder.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="HTTP and WebSocket port; 0 picks a free one.")] = 8080,
-    grpc_port: Annotated[int, typer.Option(help="gRPC port; 0 picks a free one, -1 is off.")] = 8081,
-    device: Annotated[str | None, typer.Option(help="auto, cuda, cpu or sim.")] = None,
-    depth: Annotated[int | None, typer.Option(help="Steps in flight; 1 is blocking mode.")] = None,
-    max_rows: Annotated[int | None, typer.Option(help="Sequences decoded together.")] = None,
-    beat_timeout: Annotated[
-        float, typer.Option(help="Seconds without decode progress after which the worker is replaced.")
-    ] = 3.0,
-) -> None:
+def serve(model_name: ModelName = None, config: ConfigFile = None, **flags: object) -> None:
     """Serve on this machine: one gateway and one supervised worker.
 
-    Everything else is set by DEGAS_WORKER_… and DEGAS_GATEWAY_… variables (docs/operating.md lists them).
+    Every setting of both is a flag here, a variable DEGAS_WORKER_<NAME> or DEGAS_GATEWAY_<NAME>, and a line of the file.
+    A flag beats a variable, a variable the file.
     """
     from degas import supervisor
-    from degas.options import ServeOptions
 
-    given = {"model": model, "device": device, "depth": depth, "max_rows": max_rows}
-    options = ServeOptions(
-        host=host,
-        port=port,
-        grpc_port=None if grpc_port < 0 else grpc_port,
-        worker_settings={name: str(value) for name, value in given.items() if value is not None},
-        beat_timeout_s=beat_timeout,
-    )
+    with _wrong_settings_end("serve"):
+        options = serve_options(resolve(_with_model(model_name, flags), os.environ, config))
     raise typer.Exit(supervisor.serve(options))
 
 
-@app.command(context_settings=FORWARDED)
-def worker(context: typer.Context) -> None:
-    """Run a worker alone (`degas worker --help` lists its settings)."""
-    from worker.__main__ import main as worker_main
+@app.command()
+def worker(config: ConfigFile = None, **flags: object) -> None:
+    """Run a worker alone. Each setting is also a variable DEGAS_WORKER_<NAME> and a line of the file's table worker."""
+    from worker.__main__ import run
 
-    raise typer.Exit(worker_main(list(context.args)))
+    raise typer.Exit(run(flags, config))
 
 
-@app.command(context_settings=FORWARDED)
-def gateway(context: typer.Context) -> None:
-    """Run a gateway alone; its settings are DEGAS_GATEWAY_… variables."""
-    from gateway.__main__ import main as gateway_main
+@app.command()
+def gateway(config: ConfigFile = None, **flags: object) -> None:
+    """Run a gateway alone. Each setting is also a variable DEGAS_GATEWAY_<NAME> and a line of the file's table gateway."""
+    try:
+        from gateway.__main__ import run
+    except ModuleNotFoundError as error:
+        typer.echo(f"the gateway needs {error.name}: pip install 'degas-serve[gateway]'", err=True)
+        raise typer.Exit(WRONG_SETTINGS) from None
+    raise typer.Exit(run(flags, config))
 
-    sys.argv = ["degas gateway", *context.args]
-    raise typer.Exit(gateway_main())
+
+@app.command(name="config")
+def show_config(
+    model_name: ModelName = None,
+    config: ConfigFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: value and origin of each.")] = False,
+    as_toml: Annotated[bool, typer.Option("--toml", help="Print a file that --config reads.")] = False,
+    **flags: object,
+) -> None:
+    """Print the settings that `degas serve` with the same flags would use, and where each comes from. Keys stay hidden."""
+    from degas import config_view
+
+    with _wrong_settings_end("config"):
+        effective = resolve(_with_model(model_name, flags), os.environ, config)
+    if as_json or as_toml:
+        typer.echo((config_view.as_json if as_json else config_view.as_toml)(effective).rstrip("\n"))
+    else:
+        config_view.show(effective)
 
 
 @app.command()
@@ -73,12 +104,33 @@ def doctor() -> None:
     raise typer.Exit(examine())
 
 
-@app.command(context_settings=FORWARDED)
-def keys(context: typer.Context) -> None:
-    """Make CURVE key pairs for a worker and its gateways (`degas keys FOLDER [--apart]`), unless they exist."""
-    from degas.keys import main as keys_main
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(help="Where the keys go.")],
+    apart: Annotated[
+        bool, typer.Option(help="A folder for the worker, another for gateways, in FOLDER.")
+    ] = False,
+) -> None:
+    """Make CURVE key pairs for a worker and its gateways, unless they exist."""
+    from degas.keys import run
 
-    raise typer.Exit(keys_main(list(context.args)))
+    raise typer.Exit(run(folder, apart=apart))
+
+
+def serve_parameters() -> Iterator[Parameter]:
+    """A flag for every setting of the supervisor and of both processes; a name that two of them have is one flag."""
+    seen = set(OWN_SOCKET.values())
+    for section in ALL:
+        for parameter in section.parameters(typer.Option):
+            if parameter.name not in seen and not section.settings[parameter.name].is_hidden:
+                seen.add(parameter.name)
+                yield parameter
+
+
+give_flags(serve, serve_parameters())
+give_flags(show_config, serve_parameters())
+give_flags(worker, WORKER_SETTINGS.parameters(typer.Option))
+give_flags(gateway, GATEWAY_SETTINGS.parameters(typer.Option))
 
 
 def main() -> None:
@@ -94,11 +146,38 @@ def main() -> None:
     except ImportError as error:
         missing = str(error.name)
 
-        @app.command(name="simulate", context_settings=FORWARDED)
-        @app.command(name="loadtest", context_settings=FORWARDED)
-        @app.command(name="bench", context_settings=FORWARDED)
+        @app.command(name="simulate", context_settings=ANYTHING)
+        @app.command(name="loadtest", context_settings=ANYTHING)
+        @app.command(name="bench", context_settings=ANYTHING)
         def absent() -> None:
+            """Needs the extra `loadtest`."""
             typer.echo(f"this needs {missing}: pip install 'degas-serve[loadtest]'", err=True)
-            raise typer.Exit(2)
+            raise typer.Exit(WRONG_SETTINGS)
 
-    app()
+    app(prog_name="degas")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("degas-serve")
+    except importlib.metadata.PackageNotFoundError:
+        return "of a source folder that is not installed"
+
+
+def _with_model(name: str | None, flags: dict[str, object]) -> dict[str, object]:
+    """The positional MODEL is `--model`."""
+    if name is None:
+        return flags
+    if flags["model"] not in (None, name):
+        raise ConfigError(f"MODEL is {name!r} and --model {flags['model']!r}; give one of them")
+    return flags | {"model": name}
+
+
+@contextmanager
+def _wrong_settings_end(command: str) -> Iterator[None]:
+    """One sentence and exit code 2 in place of a `ConfigError`."""
+    try:
+        yield
+    except ConfigError as error:
+        typer.echo(f"degas {command}: {error}", err=True)
+        raise typer.Exit(WRONG_SETTINGS) from None

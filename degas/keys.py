@@ -7,7 +7,6 @@ gets a folder of its own (`--apart`), so that a gateway, which faces the world, 
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -86,22 +85,12 @@ def _check_pair(secret_file: Path, public_file: Path) -> None:
         )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m degas.keys FOLDER [--apart]`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m degas.keys", description="Make CURVE keys, unless they exist."
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--apart", action="store_true", help="a folder for the worker, another for gateways")
-    given = parser.parse_args(arguments)
+def run(folder: Path, *, apart: bool = False) -> int:
+    """Make the keys and print their paths; returns the exit code."""
     try:
-        for path in make_keys(given.folder, apart=given.apart):
+        for path in make_keys(folder, apart=apart):
             print(path)
     except (KeysError, OSError) as error:
         print(f"degas keys: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Final
 
 from degas.restarts import RestartLimits
+from shared.settings import FILE_VARIABLE
 
 WORKER_PREFIX: Final = "DEGAS_WORKER_"
 GATEWAY_PREFIX: Final = "DEGAS_GATEWAY_"
+SERVE_PREFIX: Final = "DEGAS_SERVE_"
 BEAT_VARIABLE: Final = "DEGAS_WORKER_BEAT_FD"
 
 
@@ -45,9 +47,7 @@ class ServeOptions:
 
     def worker_environment(self, endpoint: str | None) -> dict[str, str]:
         """The worker's: ours without the gateway's settings (its API keys among them), and its own."""
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(GATEWAY_PREFIX)
-        }
+        environment = _inherited(GATEWAY_PREFIX)
         environment[WORKER_PREFIX + "REPORT_STARTUP"] = "1"
         if endpoint is not None:
             environment[WORKER_PREFIX + "ENDPOINT"] = endpoint
@@ -57,19 +57,22 @@ class ServeOptions:
 
     def gateway_environment(self, endpoint: str | None) -> dict[str, str]:
         """The gateway's: ours without the worker's settings, and its own."""
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(WORKER_PREFIX)
-        }
+        environment = _inherited(WORKER_PREFIX)
         environment[GATEWAY_PREFIX + "HOST"] = self.host
         environment[GATEWAY_PREFIX + "PORT"] = str(self.port)
         environment[GATEWAY_PREFIX + "DRAIN_DEADLINE_S"] = str(self.drain_s)
-        if self.grpc_port is not None:
-            environment[GATEWAY_PREFIX + "GRPC_PORT"] = str(self.grpc_port)
+        environment[GATEWAY_PREFIX + "GRPC_PORT"] = "none" if self.grpc_port is None else str(self.grpc_port)
         if endpoint is not None:
             environment[GATEWAY_PREFIX + "WORKERS"] = endpoint
         return environment | {
             GATEWAY_PREFIX + name.upper(): value for name, value in self.gateway_settings.items()
         }
+
+
+def _inherited(foreign: str) -> dict[str, str]:
+    """Our variables but the other child's, and but the file's: what it says has been read, once, by us."""
+    gone = (foreign, SERVE_PREFIX, FILE_VARIABLE)
+    return {name: value for name, value in os.environ.items() if not name.startswith(gone)}
 
 
 def claim_port(host: str, port: int, option: str) -> int:

@@ -352,35 +352,3 @@ async def _wait_any(event: asyncio.Event, *, timeout_s: float) -> None:
             await event.wait()
     except TimeoutError:
         pass
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m degas.supervisor`: for containers, where one role runs alone under supervision."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m degas.supervisor", description=main.__doc__)
-    parser.add_argument("--only", choices=("worker", "gateway"), help="run this role alone")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--grpc-port", type=int, default=8081)
-    parser.add_argument("--drain", type=float, default=25.0, metavar="SECONDS")
-    parser.add_argument("--beat-timeout", type=float, default=3.0, metavar="SECONDS")
-    parser.add_argument("--status-file", type=Path)
-    given = parser.parse_args(arguments)
-    return serve(
-        ServeOptions(
-            host=given.host,
-            port=given.port,
-            grpc_port=given.grpc_port,
-            roles=(given.only,) if given.only else ("worker", "gateway"),
-            drain_s=given.drain,
-            worker_grace_s=given.drain if given.only == "worker" else 10.0,
-            beat_timeout_s=given.beat_timeout,
-            status_file=given.status_file,
-            report=True,
-        )
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,31 +7,36 @@ left gets `shutting_down`; only then are connections closed, so that nobody sees
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import importlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
 
 import structlog
+import typer
 import uvloop
 from aiohttp import web
 
 from gateway.app import create_app
-from gateway.config import ConfigError, GatewayConfig, load
+from gateway.config import GATEWAY_SETTINGS, ConfigError, GatewayConfig, load
 from gateway.core.service import Service
 from gateway.decisions.quota import LogQuota
 from gateway.faults import fault_fields
 from gateway.generation import RequestError
 from shared.errors import ErrorCode
 from shared.logs import configure_logs
+from shared.settings import give_flags
 
 _LAST_WORDS_S: Final = 0.5  # between the last terminal event and closing connections
 _MALFORMED_LINES_PER_S: Final = 10
 _GRPC_PACKAGES: Final = ("grpc", "grpc_health", "grpc_reflection", "google", "smg_grpc_proto")
+_NO_ADDRESS: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
 _LINGER_S: Final = 0.1  # reading on after an answer; `transport.http` has read what is worth reading
 
 log = structlog.get_logger(__name__)
@@ -174,20 +179,38 @@ async def serve(config: GatewayConfig, on_listening: Callable[[Gateway], None] |
     hurry.cancel()
 
 
-def main(config: GatewayConfig | None = None, on_listening: Callable[[Gateway], None] | None = None) -> int:
-    """Run a gateway in this process; returns the exit status."""
+def run(flags: Mapping[str, object], file: Path | None = None) -> int:
+    """Parse the settings and run a gateway in this process; returns the exit status, 2 for what no retry will mend."""
     try:
-        config = config or load()
+        config = load(flags, file)
         configure_logs("gateway", level=config.log_level, json=config.log_json)
-        uvloop.run(serve(config, on_listening))
+        uvloop.run(serve(config))
     except ConfigError as error:
         print(f"gateway: {error}", file=sys.stderr)  # noqa: T201 - logs are not set up yet
         return 2
     except OSError as error:
-        print(f"gateway: {error.strerror or error}", file=sys.stderr)  # noqa: T201
-        return 1
+        no_address = error.errno in _NO_ADDRESS
+        hint = "; set another host or port (0 picks a free one)" if no_address else ""
+        print(f"gateway: {error.strerror or error}{hint}", file=sys.stderr)  # noqa: T201
+        return 2 if no_address else 1
     return 0
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def command(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings; its table gateway is read.")
+    ] = None,
+    **flags: object,
+) -> None:
+    """Run a gateway alone. Each setting is also the variable DEGAS_GATEWAY_<NAME> and a line of the file's table gateway."""
+    raise typer.Exit(run(flags, config))
+
+
+give_flags(command, GATEWAY_SETTINGS.parameters(typer.Option))
+
 if __name__ == "__main__":
-    sys.exit(main())
+    app(prog_name="degas gateway")

@@ -1,26 +1,20 @@
-"""Owns the gateway's settings: frozen, parsed once, environment read here only. Used before the loop starts."""
+"""Owns the gateway's settings: frozen, parsed once, environment and flags read here only. Used before the loop starts."""
 
 from __future__ import annotations
 
-import difflib
+import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Final, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-ENV_PREFIX = "DEGAS_GATEWAY_"
+from shared.settings import ConfigError as ConfigError
+from shared.settings import Section
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-
-ListOfText = Annotated[tuple[str, ...], NoDecode]
-"""Several values: a list in code, text separated by commas in the environment."""
-
-
-class ConfigError(Exception):
-    """A setting that cannot be used; the message names it and says what would be accepted."""
 
 
 def default_image_processes() -> int:
@@ -28,74 +22,107 @@ def default_image_processes() -> int:
     return min(8, max(2, (os.cpu_count() or 1) // 4))
 
 
-class GatewayConfig(BaseSettings):
-    """Everything a gateway can be told. Each field is also an environment variable, `DEGAS_GATEWAY_<FIELD>`.
+class GatewayConfig(BaseModel):
+    """Everything a gateway can be told. Build it with `load`, which reports mistakes as one readable `ConfigError`.
 
-    Build it with `load`, which reports mistakes as one readable `ConfigError`.
+    Several values are a list in code and in the file, and text separated by commas in flags and variables.
     """
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    # where it listens
-    host: str = "127.0.0.1"
-    port: int = Field(8080, ge=0, le=65535, description="0 picks a free one")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8080, ge=0, le=65535, description="HTTP and WebSocket port; 0 picks a free one")
     grpc_port: int | None = Field(
-        None, ge=0, le=65535, description="none: no gRPC; 0 picks a free one; `degas serve` uses 8081"
+        None,
+        ge=0,
+        le=65535,
+        description="gRPC port; 0 picks a free one; none or -1: no gRPC; `degas serve` uses 8081",
     )
 
-    # the workers behind it
-    workers: ListOfText = ()
-    default_model: str | None = None
+    workers: tuple[str, ...] = Field(
+        (), description="their endpoints, ipc://<path> or tcp://<host>:<port>; `degas serve` has its own"
+    )
+    default_model: str | None = Field(
+        None, description="the model of requests that name none; none: the first that was announced"
+    )
     model_aliases: dict[str, str] = Field(
         default_factory=dict, description="other names a served model answers to, as JSON: {alias: model id}"
     )
     curve_key_dir: str | None = Field(
         None, description="folder with worker.key and gateway.key_secret; used for every tcp:// worker"
     )
-    progress_timeout_s: float = Field(3.0, gt=0, description="silence of the decode thread that means lost")
+    progress_timeout_s: float = Field(
+        3.0, gt=0, description="silence of the decode thread that means a worker is lost"
+    )
     retry_wait_s: float = Field(30.0, ge=0, description="how long unstarted requests wait for a new worker")
 
-    # who may call
-    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (), description="none: anybody who can reach the port"
-    )
-    public: ListOfText = Field(
+    api_keys: tuple[SecretStr, ...] = Field((), description="none: anybody who can reach the port")
+    public: tuple[str, ...] = Field(
         (), description="routes open without a key where keys are set: page, readiness, metrics"
     )
-    cors_origins: ListOfText = Field((), description="https://app.example, or * for any")
-    allowed_hosts: ListOfText = Field(
+    cors_origins: tuple[str, ...] = Field((), description="https://app.example, or * for any")
+    allowed_hosts: tuple[str, ...] = Field(
         (), description="accepted Host names without port; none: loopback names and `host`; *: any"
     )
 
-    # how much it takes
-    max_body_bytes: int = Field(24 << 20, ge=1 << 10)
+    max_body_bytes: ByteSize = Field(ByteSize(24 << 20), ge=1 << 10, description="largest body of a request")
     max_queue: int = Field(128, ge=0, description="requests waiting per worker beyond its rows")
     max_wait_s: float = Field(30.0, gt=0, description="refuse when the queue would take longer than this")
     max_connections: int = Field(10_000, ge=1, description="WebSockets open at once")
-    max_prompt_chars: int = Field(1 << 20, ge=1)
-    max_n: int = Field(8, ge=1, le=128)
+    max_prompt_chars: int = Field(1 << 20, ge=1, description="longest text of a request")
+    max_n: int = Field(8, ge=1, le=128, description="most answers to one request (n)")
     request_deadline_s: float = Field(300.0, gt=0, description="wall clock of one request, queueing included")
-    body_timeout_s: float = Field(30.0, gt=0)
+    body_timeout_s: float = Field(30.0, gt=0, description="how long a body may take to arrive")
     idle_timeout_s: float = Field(30.0, gt=0, description="a connection without a complete request header")
     drain_deadline_s: float = Field(25.0, ge=0, description="how long streams may go on after SIGTERM")
-    write_buffer_bytes: int = Field(256 << 10, ge=4 << 10, description="unread output kept for one client")
+    write_buffer_bytes: ByteSize = Field(
+        ByteSize(256 << 10), ge=4 << 10, description="unread output kept for one client"
+    )
     slow_client_s: float = Field(10.0, gt=0, description="a client that reads nothing for so long is cut off")
 
-    # pictures
-    image_processes: int = Field(default_factory=default_image_processes, ge=1, le=64)
-    max_image_bytes: int = Field(16 << 20, ge=1 << 10)
-    max_image_pixels: int = Field(64_000_000, ge=1)
-    min_image_side: int = Field(4, ge=1)
-    image_timeout_s: float = Field(10.0, gt=0)
-    image_memory_bytes: int = Field(2 << 30, ge=256 << 20)
+    image_processes: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="decode and resize pictures, some 40 a second each at 700 × 500 pixels; 0: a quarter of the "
+        "cores, 2 to 8",
+    )
+    max_image_bytes: ByteSize = Field(
+        ByteSize(16 << 20), ge=1 << 10, description="largest picture as it is sent"
+    )
+    max_image_pixels: int = Field(64_000_000, ge=1, description="largest picture once decoded")
+    min_image_side: int = Field(4, ge=1, description="smaller pictures are refused, pixels")
+    image_timeout_s: float = Field(10.0, gt=0, description="decoding one picture")
+    image_memory_bytes: ByteSize = Field(
+        ByteSize(2 << 30), ge=256 << 20, description="address space of a process that decodes pictures"
+    )
 
-    # what it tells
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_json: bool | None = None
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+    log_json: bool | None = Field(None, description="JSON lines; none: where stderr is no terminal")
     otlp_endpoint: str | None = Field(
         None, description="OpenTelemetry collector for traces, http://host:4318; none: no tracing"
     )
     vllm_metrics: bool = Field(False, description="also export the names vLLM dashboards expect")
+
+    @field_validator("image_processes")
+    @classmethod
+    def _count_cores(cls, value: int) -> int:
+        return value or default_image_processes()
+
+    @field_validator("grpc_port", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return None if value in (-1, "-1") else value
+
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _read_aliases(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value or "{}")
+        except json.JSONDecodeError:
+            raise ValueError('not JSON such as {"other name": "model id"}') from None
 
     @field_validator("workers", "public", "cors_origins", "allowed_hosts", "api_keys", mode="before")
     @classmethod
@@ -170,22 +197,20 @@ class GatewayConfig(BaseSettings):
         return tuple(key.get_secret_value() for key in self.api_keys)
 
 
-def load(overrides: Mapping[str, Any] | None = None) -> GatewayConfig:
-    """Parse the environment and the given overrides, which win. Raises `ConfigError`."""
-    fields = GatewayConfig.model_fields
-    for name in os.environ:
-        field = name.removeprefix(ENV_PREFIX).lower()
-        if name.upper().startswith(ENV_PREFIX) and field not in fields:
-            close = difflib.get_close_matches(field, fields, n=1)
-            hint = f"; did you mean {ENV_PREFIX}{close[0].upper()}?" if close else ""
-            raise ConfigError(f"{name} is not a setting of the gateway{hint}")
-    try:
-        return GatewayConfig(**dict(overrides or {}))
-    except SettingsError as error:
-        raise ConfigError(str(error)) from None
-    except ValidationError as error:
-        lines = []
-        for item in error.errors(include_input=False, include_url=False, include_context=False):
-            where = ".".join(str(part) for part in item["loc"]) or "settings"
-            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
-        raise ConfigError("; ".join(lines)) from None
+GATEWAY_SETTINGS: Final = Section(
+    "gateway",
+    GatewayConfig,
+    groups={
+        "host": "where it listens",
+        "workers": "the workers behind it",
+        "api_keys": "who may call",
+        "max_body_bytes": "how much it takes",
+        "image_processes": "pictures",
+        "log_level": "what it tells",
+    },
+)
+
+
+def load(flags: Mapping[str, object] | None = None, file: Path | None = None) -> GatewayConfig:
+    """Parse flags, then environment, then the file, then defaults. Raises `ConfigError`."""
+    return GATEWAY_SETTINGS.load(flags or {}, os.environ, file)

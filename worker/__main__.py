@@ -15,15 +15,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
+from typing import Annotated
 
 import structlog
+import typer
 
 from shared.errors import ErrorCode
 from shared.logs import configure_logs
 from shared.protocol import Drain, Fatal
-from worker.config import ConfigError, WorkerConfig, load
+from shared.settings import give_flags
+from worker.config import WORKER_SETTINGS, ConfigError, WorkerConfig, load
 from worker.loop.engine import Command
 from worker.wire.compiler import GrammarCompiler
 from worker.wire.transport import Transport
@@ -153,15 +158,30 @@ def serve(config: WorkerConfig) -> int:
     return decode.exit_code
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `python -m worker` and `degas worker`."""
+def run(flags: Mapping[str, object], file: Path | None = None) -> int:
+    """Parse the settings and serve; returns the exit code, 2 for settings that cannot be used."""
     try:
-        config = load(sys.argv[1:] if arguments is None else arguments)
+        return serve(load(flags, file))
     except ConfigError as error:
         sys.stderr.write(f"degas worker: {error}\n")
         return 2
-    return serve(config)
 
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def command(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings; its table worker is read.")
+    ] = None,
+    **flags: object,
+) -> None:
+    """Run a worker alone. Each setting is also the variable DEGAS_WORKER_<NAME> and a line of the file's table worker."""
+    raise typer.Exit(run(flags, config))
+
+
+give_flags(command, WORKER_SETTINGS.parameters(typer.Option))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app(prog_name="degas worker")

@@ -2,57 +2,104 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
-ENV_PREFIX = "DEGAS_WORKER_"
+from shared.settings import ConfigError as ConfigError
+from shared.settings import Section
+
 POCKET = "pocket"
 
 
-class ConfigError(Exception):
-    """A setting that cannot be used; the message names it and says what would be accepted."""
+def default_threads() -> int:
+    """The cores this process may use but one, which is the gateway's; at least one."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, num_cores - 1)
 
 
-class WorkerConfig(BaseSettings):
-    """Everything a worker can be told. Each field is also `DEGAS_WORKER_<FIELD>` and `--<field>`."""
+class WorkerConfig(BaseModel):
+    """Everything a worker can be told. Build it with `load`, which reports mistakes as one readable `ConfigError`."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, cli_kebab_case=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     endpoint: str = Field("ipc:///tmp/degas-worker.sock", description="ZeroMQ address to bind")
-    model: str = Field(POCKET, description="'pocket', 'sim', or a checkpoint folder")
-    device: Literal["auto", "cuda", "cpu", "sim"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: int = Field(1, ge=1, le=256, description="CPU compute threads; more than one needs idle cores")
-    native: bool = Field(True, description="CPU: compile the decode step's operations if there is a compiler")
+    curve_key_dir: str | None = Field(
+        None, description="folder with worker.key_secret and gateways' public keys"
+    )
+
+    model: str = Field(POCKET, description="'pocket', 'sim', a checkpoint's folder or file, or a name")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="auto: bfloat16; float32 for a small model on a CPU without compiled bf16 products",
+    )
+    context: int = Field(
+        0,
+        ge=0,
+        description="most tokens of a sequence, prompt and answer; 0: as many as the model and memory allow",
+    )
+
+    device: Literal["auto", "cuda", "cpu", "sim"] = Field(
+        "auto", description="auto: cuda where torch sees a GPU, else cpu"
+    )
+    threads: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="CPU compute threads; 0: the cores but one, which is the gateway's, at least 1",
+    )
+    native: bool = Field(
+        True,
+        description="on a CPU with one compute thread: compile the decode step's operations for this processor, if "
+        "there is a C++ compiler (once, some seconds; kept in ~/.cache/degas). The images bring them ready for all "
+        "x86-64 processors with AVX2. Off, or without either: torch alone",
+    )
+    warm_up_s: float = Field(
+        120.0,
+        ge=0,
+        description="GPU: time to compile and capture before readiness; the rest is captured later",
+    )
+    sim_profile: str = Field("b200", description="step times of the simulated device")
+
     depth: int = Field(
-        2, ge=1, le=4, description="most steps in flight; 1 is blocking mode, beyond 2 by need"
+        2,
+        ge=1,
+        le=4,
+        description="most steps in flight; 1 is blocking mode. 3 helps where a step takes about half a millisecond: "
+        "it is then taken and left by what the device loses at two and at three",
     )
     late_launch: bool = Field(True, description="while a row is free, launch just before the device runs dry")
     max_rows: int = Field(32, ge=1, le=1024, description="sequences decoded together")
-    max_waiting: int = Field(256, ge=0)
-    page_tokens: int = Field(16, ge=1, le=256)
-    num_pages: int = Field(0, ge=0, description="KV pages; 0: from the memory that is free")
-    kv_bytes: int = Field(512 << 20, ge=1 << 20, description="bound on KV memory on the CPU")
+    max_waiting: int = Field(256, ge=0, description="sequences that wait for a row; more are refused")
     step_tokens: int = Field(2048, ge=16, description="tokens of one step")
     mixed_tokens: int = Field(1024, ge=16, description="the same while rows decode: bounds their gap")
     step_crops: int = Field(26, ge=1, description="image crops encoded in one step; one picture always may")
     mixed_crops: int = Field(13, ge=1, description="the same while rows decode: bounds their gap")
-    warm_up_s: float = Field(120.0, ge=0, description="GPU: time to compile and capture before readiness")
-    prefix_cache: bool = True
     device_automata: bool = Field(True, description="regular constraints run on the device, without the host")
-    feature_bytes: int = Field(256 << 20, ge=0, description="image features kept for repeated pictures")
-    sim_profile: str = Field("b200", description="step times of the simulated device")
-    curve_key_dir: str | None = Field(
-        None, description="folder with worker.key_secret and gateways' public keys"
+
+    page_tokens: int = Field(16, ge=1, le=256, description="tokens of one KV page")
+    num_pages: int = Field(0, ge=0, description="KV pages; 0: from the memory that is free")
+    kv_bytes: ByteSize = Field(ByteSize(512 << 20), ge=1 << 20, description="bound on KV memory on the CPU")
+    prefix_cache: bool = Field(
+        True, description="keep the KV pages of prompts for later ones that begin alike"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_json: bool | None = None
+    feature_bytes: ByteSize = Field(
+        ByteSize(256 << 20), ge=0, description="image features kept for repeated pictures"
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+    log_json: bool | None = Field(None, description="JSON lines; none: where stderr is no terminal")
     beat_fd: int = Field(-1, description="file descriptor the supervisor reads progress from")
     report_startup: bool = Field(False, description="print DEGAS-PHASE, DEGAS-PROGRESS and DEGAS-READY lines")
+
+    @field_validator("threads")
+    @classmethod
+    def _count_cores(cls, value: int) -> int:
+        return value or default_threads()
 
     @model_validator(mode="after")
     def _check_budgets(self) -> WorkerConfig:
@@ -75,13 +122,21 @@ class WorkerConfig(BaseSettings):
         return Path(self.model)
 
 
-def load(arguments: list[str] | None = None) -> WorkerConfig:
-    """Read flags, then environment, then defaults. Raises `ConfigError`; exits on `--help`."""
-    try:
-        return WorkerConfig(_cli_parse_args=arguments if arguments is not None else False)  # type: ignore[call-arg]
-    except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            name = ".".join(str(part) for part in item["loc"]) or "settings"
-            lines.append(f"{name}: {item['msg']}")
-        raise ConfigError("; ".join(lines)) from None
+WORKER_SETTINGS: Final = Section(
+    "worker",
+    WorkerConfig,
+    groups={
+        "endpoint": "gateways",
+        "model": "model",
+        "device": "device",
+        "depth": "steps",
+        "page_tokens": "memory",
+        "log_level": "logs",
+    },
+    hidden=("beat_fd", "report_startup"),
+)
+
+
+def load(flags: Mapping[str, object] | None = None, file: Path | None = None) -> WorkerConfig:
+    """Parse flags, then environment, then the file, then defaults. Raises `ConfigError`."""
+    return WORKER_SETTINGS.load(flags or {}, os.environ, file)

@@ -102,7 +102,7 @@ def build_worker(
     runner: Runner
     if config.device == "sim" or config.model == "sim":
         card, payloads, num_pages = (
-            fake_card(vocab_size=VOCAB_SIZE, context_tokens=16384),
+            _asked_context(fake_card(vocab_size=VOCAB_SIZE, context_tokens=16384), config),
             [SIM_TOKENIZER, b""],
             config.num_pages or 4096,
         )
@@ -120,10 +120,11 @@ def build_worker(
         if device.torch_device.type == "cpu":
             log.info("huge_pages", moved_bytes=use_huge_pages())
         payloads = [tokenizer, template.encode()]
-        num_pages = config.num_pages or _num_pages(config, device, model)
-        card = _fit_context(model.card, (num_pages - 1) * config.page_tokens)
+        card = _asked_context(model.card, config)
+        num_pages = config.num_pages or _num_pages(config, device, model, card.context_tokens)
+        card = _fit_context(card, (num_pages - 1) * config.page_tokens, config.context)
         with startup.phase("allocate"):
-            torch_runner = _torch_runner(config, device, model, num_pages)
+            torch_runner = _torch_runner(config, device, model, num_pages, card.context_tokens)
         if device.captures:
             with startup.phase("warm up"):
                 warm_up(torch_runner, startup.progress, budget_s=config.warm_up_s)
@@ -200,7 +201,7 @@ def _dtype(config: WorkerConfig, device: Device, source: Source) -> torch.dtype:
     return torch.float32 if source.num_bytes < SMALL_WEIGHTS_BYTES else torch.bfloat16
 
 
-def _num_pages(config: WorkerConfig, device: Device, model: Model) -> int:
+def _num_pages(config: WorkerConfig, device: Device, model: Model, context_tokens: int) -> int:
     page_bytes = (
         2
         * model.num_layers
@@ -219,7 +220,7 @@ def _num_pages(config: WorkerConfig, device: Device, model: Model) -> int:
             # What a batch of crops needs: stream, qkv, MLP and their like, for eager runs too.
             crop_bytes = ENCODER_WIDTHS * encoder.num_tokens * encoder.width * encoder.dtype.itemsize
             free_bytes -= config.step_crops * crop_bytes
-    per_sequence = -(-model.card.context_tokens // config.page_tokens)
+    per_sequence = -(-context_tokens // config.page_tokens)
     most = config.max_rows * per_sequence + 1  # more could never be used but by the prefix cache
     num_pages = min(free_bytes // page_bytes, 4 * most)
     least = -(-max(model.prefix_tokens, MIN_CONTEXT_TOKENS) // config.page_tokens) + 1
@@ -231,10 +232,24 @@ def _num_pages(config: WorkerConfig, device: Device, model: Model) -> int:
     return int(num_pages)
 
 
-def _fit_context(card: ModelCard, kv_tokens: int) -> ModelCard:
-    """A context that one sequence can really have in this worker's KV memory."""
+def _asked_context(card: ModelCard, config: WorkerConfig) -> ModelCard:
+    """The context that the settings ask for; the model's where they ask for none."""
+    if config.context > card.context_tokens:
+        raise ConfigError(
+            f"context is {config.context}, and {card.model_id} has {card.context_tokens} tokens; "
+            f"a safe value is 0, which takes them all"
+        )
+    return msgspec.structs.replace(card, context_tokens=config.context) if config.context else card
+
+
+def _fit_context(card: ModelCard, kv_tokens: int, asked: int) -> ModelCard:
+    """A context that one sequence can really have in this worker's KV memory; `asked` 0: as much as fits."""
     if card.context_tokens <= kv_tokens:
         return card
+    if asked:
+        raise ConfigError(
+            f"context is {asked}, and KV memory holds {kv_tokens} tokens; a safe value is {kv_tokens}, or raise kv_bytes"
+        )
     log.warning(
         "context_shortened",
         model=card.model_id,
@@ -245,7 +260,9 @@ def _fit_context(card: ModelCard, kv_tokens: int) -> ModelCard:
     return msgspec.structs.replace(card, context_tokens=kv_tokens)
 
 
-def _torch_runner(config: WorkerConfig, device: Device, model: Model, num_pages: int) -> TorchRunner:
+def _torch_runner(
+    config: WorkerConfig, device: Device, model: Model, num_pages: int, context_tokens: int
+) -> TorchRunner:
     return TorchRunner(
         model,
         device,
@@ -253,7 +270,7 @@ def _torch_runner(config: WorkerConfig, device: Device, model: Model, num_pages:
         num_pages=num_pages,
         page_tokens=config.page_tokens,
         max_rows=config.max_rows,
-        max_sequence_tokens=min(model.card.context_tokens, (num_pages - 1) * config.page_tokens),
+        max_sequence_tokens=context_tokens,
         step_tokens=config.step_tokens,
         feature_bytes=config.feature_bytes,
         automata=config.device_automata,

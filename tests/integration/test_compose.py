@@ -85,7 +85,7 @@ def test_stopping_takes_less_than_the_grace() -> None:
     drain_s = float(gateway["environment"]["DEGAS_GATEWAY_DRAIN_DEADLINE_S"])
     assert drain_s < float(gateway["stop_grace_period"].rstrip("s"))
     command = COMPOSE["worker"]["command"]
-    worker_s = float(command[command.index("--drain") + 1])
+    worker_s = float(command[command.index("--worker-grace-s") + 1])
     assert worker_s + 5 < float(COMPOSE["worker"]["stop_grace_period"].rstrip("s"))
 
 

@@ -226,7 +226,7 @@ def test_a_taken_port_is_named_at_once(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "degas.supervisor", "--port", str(port), "--grpc-port", "0"]
+        command = [sys.executable, "-m", "degas", "serve", "--port", str(port), "--grpc-port", "0"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 2
     assert str(port) in done.stderr and "--port" in done.stderr

@@ -9,7 +9,7 @@ import pytest
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from degas.keys import KeysError, main, make_keys
+from degas.keys import KeysError, make_keys, run
 from gateway.core.worker_socket import use_curve
 from worker.wire.keys import secure_with
 
@@ -39,7 +39,7 @@ def test_a_partial_or_mixed_set_is_refused_not_replaced(
     (tmp_path / "worker.key").write_bytes((other / "worker.key").read_bytes())
     with pytest.raises(KeysError, match="does not belong"):
         make_keys(tmp_path)
-    assert main([str(tmp_path)]) == 1
+    assert run(tmp_path) == 1
     assert "does not belong" in capsys.readouterr().err
 
 
