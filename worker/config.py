@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -23,7 +21,10 @@ class WorkerConfig(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, cli_kebab_case=True)
 
     endpoint: str = Field("ipc:///tmp/degas-worker.sock", description="ZeroMQ address to bind")
-    model: str = Field(POCKET, description="'pocket', 'sim', or a checkpoint folder")
+    model: str = Field(
+        POCKET,
+        description="an embedded model (pocket, smollm2), 'sim', a folder, a GGUF file, or a hub's org/name",
+    )
     device: Literal["auto", "cuda", "cpu", "sim"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int = Field(1, ge=1, le=256, description="CPU compute threads; more than one needs idle cores")
@@ -66,13 +67,6 @@ class WorkerConfig(BaseSettings):
         if self.step_tokens < self.mixed_tokens:
             raise ValueError(f"step_tokens is below mixed_tokens; a safe value is {self.mixed_tokens}")
         return self
-
-    @property
-    def model_folder(self) -> Path:
-        """Where the checkpoint lies."""
-        if self.model == POCKET:
-            return Path(str(files("worker") / "pocket" / "weights"))
-        return Path(self.model)
 
 
 def load(arguments: list[str] | None = None) -> WorkerConfig:
