@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Final, Literal
 
@@ -32,7 +31,10 @@ class WorkerConfig(BaseModel):
         None, description="folder with worker.key_secret and gateways' public keys"
     )
 
-    model: str = Field(POCKET, description="'pocket', 'sim', a checkpoint's folder or file, or a name")
+    model: str = Field(
+        POCKET,
+        description="an embedded model (pocket, smollm2), 'sim', a folder, a GGUF file, or a hub's org/name",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="auto: bfloat16; float32 for a small model on a CPU without compiled bf16 products",
@@ -113,13 +115,6 @@ class WorkerConfig(BaseModel):
         if self.step_tokens < self.mixed_tokens:
             raise ValueError(f"step_tokens is below mixed_tokens; a safe value is {self.mixed_tokens}")
         return self
-
-    @property
-    def model_folder(self) -> Path:
-        """Where the checkpoint lies."""
-        if self.model == POCKET:
-            return Path(str(files("worker") / "pocket" / "weights"))
-        return Path(self.model)
 
 
 WORKER_SETTINGS: Final = Section(

@@ -20,7 +20,8 @@ from worker.device.contract import Device
 from worker.device.cpu import CpuDevice
 from worker.device.cuda import CudaDevice
 from worker.device.huge_pages import use_huge_pages
-from worker.formats.folder import open_source
+from worker.formats.locate import locate
+from worker.formats.open_source import open_source
 from worker.formats.source import Source
 from worker.loop.engine import Command, Engine
 from worker.loop.reports import Outbox
@@ -112,7 +113,7 @@ def build_worker(
         with startup.phase("device"):
             device = _open_device(config)
         with startup.phase("load weights"):
-            source = open_source(config.model_folder)
+            source = open_source(locate(config.model))
             tokenizer, template = source.tokenizer(), source.chat_template()
             dtype = _dtype(config, device, source)
             with torch.inference_mode():

@@ -12,7 +12,7 @@ from loadtest.peers.side import Run, Spec, Stamp, read_clocks, serve, timed_run
 from shared.protocol import FromWorker, StepOutputs, Submit, pack_i32, unpack_i32, unpack_i64
 from worker.device.cpu import CpuDevice
 from worker.device.huge_pages import use_huge_pages
-from worker.formats.folder import open_source
+from worker.formats.open_source import open_source
 from worker.loop.engine import Command, Engine
 from worker.models.registry import load_model
 from worker.schedule.limits import SchedulerLimits

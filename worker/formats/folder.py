@@ -1,27 +1,37 @@
-"""Owns the Hugging Face folder: config.json, generation_config.json, safetensors, tokenizer, template. Decode thread."""
+"""Owns the Hugging Face folder: settings, safetensors, tokenizer, template, however it was saved. Decode thread."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
+import structlog
+
+from worker.formats.chat_templates import check_template, find_template, turn_ends
+from worker.formats.folder_refusals import refuse_folder, refuse_settings
+from worker.formats.folder_tokenizer import end_token, find_tokenizer, marks_of
+from worker.formats.json_files import read_object
+from worker.formats.model_names import name_of
+from worker.formats.moondream_tokenizer import is_moondream, refuse_stale
 from worker.formats.safetensors import Checkpoint
-from worker.formats.source import CheckpointError, ProgressReport, Rename, Target
+from worker.formats.source import ProgressReport, Rename, Target
+
+log = structlog.get_logger()
 
 
 class Folder:
-    """A model in a folder; a `source.Source`. Raises CheckpointError when its settings cannot be read."""
+    """A model in a folder; a `source.Source`. Raises CheckpointError when its settings cannot be read, or say that
+    it holds something else than weights that are served."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.settings_file = path / "config.json"
         if not self.settings_file.is_file():
-            raise CheckpointError("no config.json in this folder", file=path)
-        self.config = _read_object(self.settings_file)
-        self.generation = _read_object(path / "generation_config.json")
+            raise refuse_folder(path, "no config.json in this folder")
+        self.config = read_object(self.settings_file)
+        refuse_settings(path, self.config)
+        self.generation = read_object(path / "generation_config.json")
         resolved = path.resolve()
-        self.model_id = resolved.parent.name if resolved.name == "weights" else resolved.name
+        self.model_id = name_of(path, resolved.parent.name if resolved.name == "weights" else resolved.name)
         self.created = int(self.settings_file.stat().st_mtime)
         self.num_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
@@ -31,33 +41,25 @@ class Folder:
 
     def tokenizer(self) -> bytes:
         """See `Source.tokenizer`."""
-        path = self.path / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError("no tokenizer.json, which the gateway needs to speak text", file=self.path)
-        return path.read_bytes()
+        text = find_tokenizer(self.path, self.config)
+        if is_moondream(self.config):
+            refuse_stale(text, self.config, self.path)
+        return text
 
     def chat_template(self) -> str:
-        """See `Source.chat_template`."""
-        path = self.path / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text()
-        found = _read_object(self.path / "tokenizer_config.json").get("chat_template")
-        return found if isinstance(found, str) else ""
+        """See `Source.chat_template`. Warns where there is none."""
+        found = find_template(self.path)
+        if not found and not is_moondream(self.config):
+            log.warning(
+                "no_chat_template",
+                folder=str(self.path),
+                means="chat has no form that this model was trained on; completions work",
+                to_do="put the template into chat_template.jinja in this folder, or serve an instruct model",
+            )
+        return check_template(found, self.path)
 
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file. Raises CheckpointError."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"not readable as JSON: {error}", file=path) from error
-    if not isinstance(found, dict):
-        raise CheckpointError("not a JSON object", file=path)
-    return found
-
-
-def open_source(path: Path) -> Folder:
-    """The model at `path`, by what lies there. Raises CheckpointError saying what does not fit and what would."""
-    return Folder(path)
+    def end_tokens(self) -> list[int]:
+        """See `Source.end_tokens`."""
+        marks = marks_of(self.path)
+        texts = [end_token(self.path), *turn_ends(find_template(self.path))]
+        return list(dict.fromkeys(marks[text] for text in texts if text in marks))

@@ -7,6 +7,7 @@ silently wrong model.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from worker.formats.source import CheckpointError, ProgressReport, Rename, Target
+from worker.formats.folder_refusals import refuse_folder
+from worker.formats.lfs import refuse_pointer
+from worker.formats.source import CheckpointError, Packed, ProgressReport, Rename, Target
 
 _MAX_HEADER_BYTES = 100 << 20
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_NOT_MODELS = ("consolidated.safetensors", "adapter_model.safetensors", "adapters.safetensors")
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -46,9 +50,11 @@ class Checkpoint:
         self.folder = folder
         self._report = report
         self._tensors: dict[str, _Stored] = {}
-        for path in _find_files(folder):
-            for name, (dtype, shape, num_bytes) in _read_header(path).items():
-                target = rename(name)
+        headers = {path: _read_header(path) for path in _find_files(folder)}
+        prefix = _missing_prefix({name for header in headers.values() for name in header})
+        for path, header in headers.items():
+            for name, (dtype, shape, num_bytes) in header.items():
+                target = rename(name if name.startswith("lm_head.") else prefix + name)
                 if target is None:
                     continue
                 if target.name in self._tensors:
@@ -100,6 +106,10 @@ class Checkpoint:
         tensor = tensor.t() if stored.transposed else tensor
         return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
 
+    def take_packed(self, name: str, *shape: int) -> Packed | None:
+        """See `Tensors.take_packed`: no tensor here is stored in blocks."""
+        return None
+
     def finish(self) -> None:
         """Let go of the files. Raises CheckpointError naming tensors that were never taken."""
         self._files.clear()
@@ -124,15 +134,24 @@ def _find_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     others = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    shards = [path for path in others if _SHARD.search(path.name)]
+    if shards:
+        raise CheckpointError(
+            f"{len(others)} safetensors files and no index (model.safetensors.index.json): the download is incomplete",
+            file=folder,
+        )
+    others = [path for path in others if path.name not in _NOT_MODELS]
     if len(others) == 1:
         return others
     if others:
         raise CheckpointError(f"{len(others)} safetensors files and no index", file=folder)
-    if folder.is_dir() and any(path.suffix in _PICKLES for path in folder.iterdir()):
-        raise CheckpointError(
-            "only pickled weights here; pickles can run code, so convert them to safetensors", file=folder
-        )
-    raise CheckpointError("no model.safetensors in this folder", file=folder)
+    raise refuse_folder(folder, "no model.safetensors in this folder")
+
+
+def _missing_prefix(names: set[str]) -> str:
+    """What every name lacks where the decoder was saved without its head: `layers.0…`, not `model.layers.0…`."""
+    bare = "embed_tokens.weight" in names and not any(name.startswith("model.") for name in names)
+    return "model." if bare else ""
 
 
 def _indexed_files(index_path: Path, weight_map: dict[str, Any]) -> list[Path]:
@@ -145,6 +164,11 @@ def _indexed_files(index_path: Path, weight_map: dict[str, Any]) -> list[Path]:
     paths = []
     for shard, tensors in sorted(shards.items()):
         path = index_path.parent / shard
+        if not path.is_file():
+            raise CheckpointError(
+                f"no such file, though {index_path.name} names it: the download is incomplete, fetch it again",
+                file=path,
+            )
         difference = sorted(tensors.symmetric_difference(_read_header(path)))
         if difference:
             where = "named by the index only" if difference[0] in tensors else "not named by the index"
@@ -161,6 +185,7 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
             prefix = file.read(8)
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+                refuse_pointer(path)
                 problem = f"header of {header_bytes} bytes in a file of {size}: truncated, or not safetensors"
                 raise CheckpointError(problem, file=path)
             header = json.loads(file.read(header_bytes))

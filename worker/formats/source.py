@@ -6,7 +6,7 @@ too, whatever the format; a format's reader translates. Nothing of a model that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,29 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be served, and where the fault lies. Fields not known are None."""
-
-    def __init__(
-        self,
-        problem: str,
-        *,
-        file: Path | None = None,
-        tensor: str | None = None,
-        expected: Sequence[int] | None = None,
-        found: Sequence[int] | None = None,
-    ) -> None:
-        self.problem, self.file, self.tensor = problem, file, tensor
-        self.expected = None if expected is None else tuple(expected)
-        self.found = None if found is None else tuple(found)
-        place = ", ".join(str(part) for part in (file, tensor) if part is not None)
-        text = f"{place}: {problem}" if place else problem
-        if self.expected is not None:
-            text += f", expected {self.expected}" + (
-                f", found {self.found}" if self.found is not None else ""
-            )
-        super().__init__(text)
+from worker.formats.errors import CheckpointError as CheckpointError
 
 
 class ProgressReport(Protocol):
@@ -57,6 +35,15 @@ Rename = Callable[[str], Target | None]
 """Stored name → canonical name; None drops a tensor that the model computes itself."""
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A tensor as its file packs it: ggml's blocks, a row's after one another, rows in Hugging Face's order."""
+
+    type: str  # ggml's name, such as Q4_K; what its bytes mean is `gguf_blocks`' and the native kernels'
+    shape: tuple[int, int]  # rows, values of a row
+    data: Tensor  # (rows, bytes of a row) uint8 on the CPU
+
+
 class Tensors(Protocol):
     """An open checkpoint's tensors. `take` hands out each once; `finish` refuses what nobody took."""
 
@@ -66,6 +53,13 @@ class Tensors(Protocol):
         """The tensor of that canonical name, of this shape, as a copy on `device` in `dtype`.
 
         Raises CheckpointError when it is missing, of another shape, or not floating point.
+        """
+        ...
+
+    def take_packed(self, name: str, *shape: int) -> Packed | None:
+        """The same as it is stored, where that is a matrix in quantised blocks; None, and nothing taken, otherwise.
+
+        Raises CheckpointError when it is missing or of another shape.
         """
         ...
 
@@ -90,9 +84,15 @@ class Source(Protocol):
         ...
 
     def tokenizer(self) -> bytes:
-        """tokenizer.json, read or made. Raises CheckpointError where there is none."""
+        """tokenizer.json, read or made, which the tokenizers library reads. Raises CheckpointError where there is
+        none or it cannot be used."""
         ...
 
     def chat_template(self) -> str:
-        """The Jinja chat template; empty where there is none."""
+        """The Jinja chat template; empty where there is none. Raises CheckpointError where it is no template."""
+        ...
+
+    def end_tokens(self) -> list[int]:
+        """Ids that end an answer beyond those of `generation` and `config`: the tokenizer's own end, and the end of
+        a turn of the family of its chat template. Possibly none; possibly named there already."""
         ...

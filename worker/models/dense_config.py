@@ -149,6 +149,8 @@ def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
     raw, generation, file = source.config, source.generation, source.settings_file
     described = _described(raw, file)
     bos_ids = _ids("bos_token_id", generation, raw, sizes.vocab_size, file)
+    eos_ids = _ids("eos_token_id", generation, raw, sizes.vocab_size, file)
+    eos_ids += [token_id for token_id in source.end_tokens() if token_id not in eos_ids]
     temperature, top_p, top_k = _sampling(generation, source.path / "generation_config.json")
     return ModelCard(
         model_id=str(described.get("model_id") or source.model_id),
@@ -156,7 +158,7 @@ def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
         context_tokens=sizes.context_tokens,
         vocab_size=sizes.vocab_size,
         bos_id=bos_ids[0] if bos_ids else None,
-        eos_ids=_ids("eos_token_id", generation, raw, sizes.vocab_size, file),
+        eos_ids=eos_ids,
         created=source.created,
         capabilities=["chat", "completions"],
         default_temperature=temperature,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.unit.worker.models.paged_driver import GOLDEN, quiet
 from tests.unit.worker.models.small_checkpoint import SECTIONS, older_layout, random_tensors, write_checkpoint
-from worker.formats.folder import open_source
+from worker.formats.open_source import open_source
 from worker.formats.safetensors import Checkpoint
 from worker.formats.source import CheckpointError
 from worker.models.moondream import Moondream

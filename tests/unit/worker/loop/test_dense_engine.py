@@ -12,7 +12,7 @@ import torch
 from shared.protocol import Sampling, Submit, pack_i32
 from tests.unit.worker.loop.simulation import EPOCH, Stream
 from tests.unit.worker.step.test_torch_runner import Harness
-from worker.formats.folder import open_source
+from worker.formats.open_source import open_source
 from worker.models.contract import Model
 from worker.models.registry import load_model
 

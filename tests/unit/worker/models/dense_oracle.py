@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.unit.worker.models.paged_driver import Driver, Row, quiet, relative_error
-from worker.formats.folder import open_source
+from worker.formats.open_source import open_source
 from worker.models.contract import Model
 from worker.models.registry import load_model
 

@@ -19,7 +19,7 @@ from shared.tiling import canvas_for
 from tests.unit.worker.loop.simulation import EPOCH, GATEWAY, RecordingOutbox, Stream, punctual_masks
 from worker.device.contract import Device
 from worker.device.cpu import CpuDevice
-from worker.formats.folder import open_source
+from worker.formats.open_source import open_source
 from worker.loop.engine import Command, Engine
 from worker.models.contract import Model
 from worker.models.registry import load_model

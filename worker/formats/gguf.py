@@ -1,0 +1,232 @@
+"""Owns a model in a GGUF file: settings, tensors, tokenizer and template, under Hugging Face's names. Decode thread."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worker.formats.chat_templates import check_template, turn_ends
+from worker.formats.errors import CheckpointError
+from worker.formats.gguf_architectures import Architecture, architecture_of
+from worker.formats.gguf_blocks import unpacker
+from worker.formats.gguf_container import Container, StoredTensor, read_container
+from worker.formats.gguf_tokenizer import chat_template, make_tokenizer, special_ids, token_ids
+from worker.formats.gguf_values import pieces
+from worker.formats.model_names import name_of
+from worker.formats.source import Packed, ProgressReport, Rename, Target
+
+_PART = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
+_SAMPLING = {
+    "temp": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "penalty_repeat": "repetition_penalty",
+}
+
+
+class Gguf:
+    """A model in a GGUF file, or in the parts that one was split into; a `source.Source`.
+
+    `path` is the file, or its first part. Raises CheckpointError when it is damaged, or of a kind nobody serves.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = self.settings_file = path
+        self._parts = [read_container(part) for part in parts_of(path)]
+        whole = _joined(self._parts)
+        self._container = whole
+        self._architecture = architecture_of(whole)
+        special = special_ids(whole)
+        self.config = self._architecture.config(whole) | {
+            "bos_token_id": next(iter(special["bos_token_id"]), None),
+            "eos_token_id": special["eos_token_id"],
+        }
+        self.generation = _generation(whole)
+        match = _PART.match(path.stem)
+        self.model_id = name_of(path, match["stem"] if match else path.stem)
+        self.created = int(path.stat().st_mtime)
+        self.num_bytes = whole.num_bytes
+
+    def open(self, report: ProgressReport, rename: Rename = Target) -> GgufTensors:
+        """See `Source.open`."""
+        return GgufTensors(self._container, self._architecture, self.config, report, rename)
+
+    def tokenizer(self) -> bytes:
+        """See `Source.tokenizer`."""
+        return make_tokenizer(self._container)
+
+    def chat_template(self) -> str:
+        """See `Source.chat_template`."""
+        return check_template(chat_template(self._container), self.path)
+
+    def end_tokens(self) -> list[int]:
+        """See `Source.end_tokens`."""
+        return token_ids(self._container, turn_ends(chat_template(self._container)))
+
+
+class GgufTensors:
+    """The tensors of one model, unpacked one at a time as they are taken; a `source.Tensors`."""
+
+    def __init__(
+        self,
+        container: Container,
+        architecture: Architecture,
+        config: dict[str, Any],
+        report: ProgressReport,
+        rename: Rename = Target,
+    ) -> None:
+        self._path = container.path
+        self._architecture = architecture
+        self._heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+        self._report = report
+        self._tensors: dict[str, tuple[StoredTensor, bool]] = {}
+        for name, stored in container.tensors.items():
+            canonical = architecture.canonical(name)
+            target = None if canonical is None else rename(canonical)
+            if target is None:
+                continue
+            if target.name in self._tensors:
+                raise CheckpointError(f"stored twice, as {target.name}", file=stored.path, tensor=name)
+            self._tensors[target.name] = (stored, target.transposed)
+        self._left = set(self._tensors)
+        self._done_bytes = 0
+        self.num_bytes = sum(stored.num_bytes for stored, _ in self._tensors.values())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def take(self, name: str, *shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """See `Tensors.take`. Memory: the tensor itself, and a few megabytes of what it is unpacked from."""
+        stored, transposed = self._find(name, shape)
+        unpack = unpacker(stored.type.name)
+        if unpack is None:
+            raise CheckpointError(
+                f"stored as {stored.type.name}, which cannot be unpacked here; "
+                "`pip install gguf` knows more types, or take a file in Q4_K_M, Q8_0 or BF16",
+                file=stored.path,
+                tensor=stored.name,
+            )
+        tensor = torch.empty(stored.shape, dtype=dtype)
+        flat = tensor.view(-1)
+        width = stored.type.num_values
+        offset = 1.0 if self._architecture.is_offset(stored.name) else 0.0
+        for first, piece in pieces(stored):
+            blocks = torch.frombuffer(piece, dtype=torch.uint8).view(-1, stored.type.num_bytes)
+            values = unpack(blocks)
+            flat[first * width : (first + len(blocks)) * width] = (
+                values.view(-1) - offset if offset else values.view(-1)
+            )
+        tensor = self._in_halves(stored, tensor)
+        self._told(name, stored)
+        tensor = tensor.t() if transposed else tensor
+        return tensor.to(device=device).contiguous()
+
+    def take_packed(self, name: str, *shape: int) -> Packed | None:
+        """See `Tensors.take_packed`."""
+        stored, transposed = self._find(name, shape)
+        if stored.type.num_values == 1 or transposed or len(stored.shape) != 2:
+            return None
+        data = bytearray().join(piece for _, piece in pieces(stored))
+        rows, values = stored.shape
+        self._told(name, stored)
+        packed = torch.frombuffer(data, dtype=torch.uint8).view(rows, -1)
+        return Packed(stored.type.name, (rows, values), self._in_halves(stored, packed))
+
+    def finish(self) -> None:
+        """See `Tensors.finish`."""
+        if self._left:
+            names = sorted(self._tensors[name][0].name for name in self._left)
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise CheckpointError(
+                f"tensors this model does not know: {', '.join(names[:5])}{more}", file=self._path
+            )
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> tuple[StoredTensor, bool]:
+        found = self._tensors.get(name)
+        if found is None:
+            raise CheckpointError("missing", file=self._path, tensor=name, expected=shape)
+        stored, transposed = found
+        have = stored.shape[::-1] if transposed else stored.shape
+        if have != shape:
+            raise CheckpointError(
+                "not of the shape that the file's settings ask for",
+                file=stored.path,
+                tensor=stored.name,
+                expected=shape,
+                found=have,
+            )
+        return found
+
+    def _in_halves(self, stored: StoredTensor, tensor: Tensor) -> Tensor:
+        """Rows of q and k as Hugging Face has them: the first halves of a head's rotary pairs, then the second."""
+        if not self._architecture.is_interleaved(stored.name):
+            return tensor
+        heads = self._heads[stored.name.split(".")[2]]
+        rows = tensor.shape[0]
+        if rows % (2 * heads):
+            raise CheckpointError(
+                f"{rows} rows are not {heads} heads of rotary pairs", file=stored.path, tensor=stored.name
+            )
+        paired = tensor.view(heads, rows // heads // 2, 2, *tensor.shape[1:])
+        return paired.transpose(1, 2).reshape(tensor.shape)
+
+    def _told(self, name: str, stored: StoredTensor) -> None:
+        if name in self._left:
+            self._left.discard(name)
+            self._done_bytes += stored.num_bytes
+            self._report("weights", self._done_bytes, self.num_bytes)
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files that one model was split into, in order; the file alone where it is whole.
+
+    Raises CheckpointError naming a part that is missing.
+    """
+    match = _PART.match(path.stem)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    parts = [
+        path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)
+    ]
+    for part in parts:
+        if not part.is_file():
+            raise CheckpointError(
+                f"one of the {count} parts of this model is missing: the download is incomplete; fetch it into "
+                "the same folder",
+                file=part,
+            )
+    return parts or [path]
+
+
+def _joined(parts: list[Container]) -> Container:
+    """One container of all parts. Settings are those of the first."""
+    first = parts[0]
+    said = first.metadata.get("split.count", 1)
+    if isinstance(said, int) and said > len(parts):
+        raise CheckpointError(
+            f"a part of a model in {said} files, without its part's number in its name; give the files their "
+            "names back (…-00001-of-0000N.gguf)",
+            file=first.path,
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for part in parts:
+        for name, stored in part.tensors.items():
+            if name in tensors:
+                raise CheckpointError("stored in two parts", file=part.path, tensor=name)
+            tensors[name] = stored
+    return Container(first.path, first.metadata, tensors)
+
+
+def _generation(container: Container) -> dict[str, Any]:
+    """What generation_config.json would say: the sampling that newer files recommend."""
+    found = {
+        ours: container.metadata[f"general.sampling.{theirs}"]
+        for theirs, ours in _SAMPLING.items()
+        if f"general.sampling.{theirs}" in container.metadata
+    }
+    return found | {"do_sample": True} if found else {}

@@ -1,0 +1,80 @@
+"""Owns reading one architecture's settings out of GGUF metadata, each checked for its type. Any thread."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from worker.formats.errors import CheckpointError
+from worker.formats.gguf_container import Container
+
+
+class Settings:
+    """The settings `<architecture>.<name>` of one file. Raises CheckpointError naming the setting at fault."""
+
+    def __init__(self, container: Container) -> None:
+        self.container = container
+        self.architecture = str(container.metadata.get("general.architecture", ""))
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A whole number of at least 1; per-layer lists count where all layers agree."""
+        value = self._get(name)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
+            if (value != value[0]).any():
+                raise self.error(name, f"differs between layers ({value.min()} … {value.max()})")
+            value = int(value[0])
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+            raise self.error(
+                name, f"is {value!r}; expected a whole number of at least 1", missing=value is None
+            )
+        return value
+
+    def maybe_count(self, name: str) -> int | None:
+        """The same, or None where the file does not say or says 0."""
+        return self.count(name) if self._get(name) not in (None, 0) else None
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number."""
+        value = self._get(name)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.error(name, f"is {value!r}; expected a finite number", missing=value is None)
+        return float(value)
+
+    def maybe_number(self, name: str) -> float | None:
+        """The same, or None where the file does not say."""
+        return None if self._get(name) is None else self.number(name)
+
+    def text(self, name: str) -> str:
+        """A string; empty where the file does not say."""
+        value = self._get(name)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise self.error(name, f"is {value!r}; expected a string")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self._get(name)
+        return default if value is None else bool(value)
+
+    def has(self, tensor: str) -> bool:
+        """Whether the file holds that tensor."""
+        return tensor in self.container.tensors
+
+    def error(self, name: str, problem: str, *, missing: bool = False) -> CheckpointError:
+        """What is wrong with a setting, ready to raise."""
+        key = f"{self.architecture}.{name}"
+        return CheckpointError(
+            f"the setting {key!r} is missing" if missing else f"the setting {key!r} {problem}",
+            file=self.container.path,
+        )
+
+    def _get(self, name: str) -> Any:
+        return self.container.metadata.get(f"{self.architecture}.{name}")

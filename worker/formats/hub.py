@@ -1,0 +1,131 @@
+"""Owns a model hub's names: its cache on this machine, and fetching into it through huggingface_hub. Any thread."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from worker.formats.errors import CheckpointError
+
+# What a served folder needs. Not what repositories hold beside it: pickles, ONNX, the makers' own layouts.
+_WANTED = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "spiece.model", "merges.txt"]
+_UNWANTED = ["*/*.safetensors", "original/*", "onnx/*", "consolidated*"]
+
+
+@dataclass(frozen=True, slots=True)
+class HubName:
+    """`org/name`, a branch, tag or commit (None: the main one), and one GGUF file of several."""
+
+    repository: str
+    revision: str | None = None
+    file: str | None = None
+
+
+def cache_folder() -> Path:
+    """Where the hub's library keeps what it fetched, by the same variables as it does."""
+    named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if named:
+        return Path(named).expanduser()
+    home = os.environ.get("HF_HOME")
+    if home:
+        return Path(home).expanduser() / "hub"
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "huggingface" / "hub"
+
+
+def snapshot_in(folder: Path, revision: str | None = None) -> Path:
+    """The snapshot of a cached repository (`models--org--name`): the revision's, else the main one's, else the newest.
+
+    Raises CheckpointError.
+    """
+    reference = folder / "refs" / (revision or "main")
+    if reference.is_file():
+        found = folder / "snapshots" / reference.read_text().strip()
+        if found.is_dir():
+            return found
+    if revision is not None:
+        by_commit = [path for path in (folder / "snapshots").glob("*") if path.name.startswith(revision)]
+        if len(by_commit) == 1 and len(revision) >= 7:
+            return by_commit[0]
+        raise CheckpointError(f"the revision {revision!r} is not in this cache", file=folder)
+    snapshots = sorted(
+        (path for path in (folder / "snapshots").glob("*") if path.is_dir()),
+        key=lambda path: path.stat().st_mtime,
+    )
+    if not snapshots:
+        raise CheckpointError("no snapshot here: the download is incomplete", file=folder)
+    return snapshots[-1]
+
+
+def fetch(wanted: HubName) -> Path:
+    """The repository's files in the cache, brought there first where the hub can be reached.
+
+    A folder, or the file that was asked for. Raises CheckpointError.
+    """
+    try:
+        import huggingface_hub
+    except ImportError:
+        return _cached(wanted, "huggingface_hub is not installed: pip install huggingface_hub")
+    try:
+        if wanted.file is not None:
+            return Path(
+                huggingface_hub.hf_hub_download(wanted.repository, wanted.file, revision=wanted.revision)
+            )
+        names = huggingface_hub.list_repo_files(wanted.repository, revision=wanted.revision)
+        models = [name for name in names if name.endswith(".gguf") and "mmproj" not in name.lower()]
+        if models and not any(name.endswith(".safetensors") for name in names):
+            return _gguf_of(wanted, models, huggingface_hub)
+        return Path(
+            huggingface_hub.snapshot_download(
+                wanted.repository, revision=wanted.revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            )
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library's and its HTTP client's, of many kinds
+        return _cached(wanted, _reason(error, wanted))
+
+
+def _gguf_of(wanted: HubName, models: list[str], hub: object) -> Path:
+    if len(models) > 1:
+        listed = ", ".join(models[:12]) + (" …" if len(models) > 12 else "")
+        raise CheckpointError(
+            f"{wanted.repository} holds {len(models)} GGUF files; name one, as in {wanted.repository}/{models[0]}: {listed}"
+        )
+    path: str = hub.hf_hub_download(wanted.repository, models[0], revision=wanted.revision)  # type: ignore[attr-defined]
+    return Path(path)
+
+
+def _reason(error: Exception, wanted: HubName) -> str:
+    kind = type(error).__name__
+    if kind == "GatedRepoError":
+        return f"{wanted.repository} asks for its licence to be accepted: do so on its page, then `hf auth login`"
+    if kind in (
+        "RepositoryNotFoundError",
+        "RevisionNotFoundError",
+        "EntryNotFoundError",
+        "RemoteEntryNotFoundError",
+    ):
+        return "the hub knows no such repository, revision or file, or `hf auth login` is needed to see it"
+    return f"the hub cannot be reached ({kind})"
+
+
+def _cached(wanted: HubName, reason: str) -> Path:
+    """What the cache has of it. Raises CheckpointError with the reason why it was not fetched."""
+    folder = cache_folder() / ("models--" + wanted.repository.replace("/", "--"))
+    called = wanted.repository + ("" if wanted.revision is None else f"@{wanted.revision}")
+    problem = f"{called} is not in the cache ({cache_folder()}), and {reason}"
+    if not (folder / "snapshots").is_dir():
+        raise CheckpointError(
+            f"{problem}; fetch it where there is a network (`hf download {wanted.repository}`) and copy it here, or give "
+            "a folder or a GGUF file"
+        )
+    try:
+        found = snapshot_in(folder, wanted.revision)
+    except CheckpointError as error:
+        raise CheckpointError(f"{problem} ({error.problem})", file=folder) from None
+    if wanted.file is None:
+        return found
+    if not (found / wanted.file).is_file():
+        raise CheckpointError(f"{wanted.file} is not in the cache, and {reason}", file=found)
+    return found / wanted.file
