@@ -24,4 +24,10 @@ def model_object(card: ModelCard) -> Json:
         "context_tokens": card.context_tokens,
         "capabilities": card.capabilities,
         "takes_images": card.image is not None,
+        "defaults": {
+            "temperature": card.default_temperature,
+            "top_p": card.default_top_p,
+            "top_k": card.default_top_k,
+            "max_tokens": card.default_max_tokens,
+        },
     }

@@ -1,376 +1,120 @@
-// Owns the page: connects picture, questions, answers and the server's state. Runs in the browser.
+// Owns the page: connects the server's state, the key and the views. Which view is shown follows what the model can do.
 
-import { Card } from "./cards.js";
-import { Easel } from "./easel.js";
+import { Chat } from "./chat.js";
 import { Lanes } from "./lanes.js";
-import { COLOURS, Picture, SHAPES, SIZES, shapePath } from "./picture.js";
+import { Server } from "./server.js";
+import { serveStudio, showStudio, startStudio } from "./studio.js";
 
-const SVG = "http://www.w3.org/2000/svg";
-const MOST_CARDS = 40;
-const POLL_MS = 3000;
 const byId = (id) => document.getElementById(id);
+const PICTURE_TASKS = ["query", "caption", "detect", "point"];
+const TAGLINES = {
+  chat: "Words in, words out, no\u00a0bubbles in between.",
+  studio: "Pictures in, words out, no\u00a0bubbles in between.",
+};
 
 const socketUrl = new URL("v1/responses", location.href);
 socketUrl.protocol = socketUrl.protocol.replace("http", "ws");
 socketUrl.hash = socketUrl.search = "";
 
 const lanes = new Lanes(socketUrl.href);
-const picture = new Picture(byId("picture"), onPictureChange);
-const easel = new Easel(picture, byId("marks"));
-const cards = [];
-let active = null;
-let model = "";
-let ready = null;
+const server = new Server(() => lanes.key);
+const links = { lanes, onUnauthorized: askForKey, onFailure: () => server.pollSoon() };
+const chat = new Chat(byId("chat-view"), links);
+let served = null;
 
-// ---------------------------------------------------------------- tools
+// ---------------------------------------------------------------- views
 
-function svgIcon(path) {
-  const svg = document.createElementNS(SVG, "svg");
-  svg.setAttribute("viewBox", "0 0 24 24");
-  svg.setAttribute("aria-hidden", "true");
-  const shape = document.createElementNS(SVG, "path");
-  shape.setAttribute("d", path);
-  svg.append(shape);
-  return svg;
+/** Where a model can be used on this page. One that answers questions on pictures has no conversation of its own. */
+function viewsOf(model) {
+  const can = (task) => model.capabilities.includes(task);
+  const views = [];
+  if (can("chat") && !can("query")) views.push("chat");
+  if (model.takes_images && PICTURE_TASKS.some(can)) views.push("studio");
+  return views;
 }
 
-function addTool(row, group, value, label, fill) {
-  const holder = document.createElement("label");
-  holder.className = `tool tool-${group}`;
-  holder.title = label;
-  const input = document.createElement("input");
-  input.type = "radio";
-  input.name = group;
-  input.value = value;
-  input.setAttribute("aria-label", label);
-  const face = document.createElement("span");
-  face.className = "face";
-  if (typeof fill === "string") face.style.setProperty("--swatch", fill);
-  else face.append(fill);
-  holder.append(input, face);
-  byId(row).append(holder);
-  input.addEventListener("change", () => { easel[group === "shape" ? "tool" : group] = value; });
-  input.checked = easel[group === "shape" ? "tool" : group] === value;
+function showView(view) {
+  byId("foyer").hidden = view !== null;
+  showStudio(view === "studio");
+  chat.show(view === "chat");
+  document.body.dataset.view = view ?? "none";
+  byId("tagline").textContent = TAGLINES[view] ?? "No\u00a0bubbles in between.";
+  byId("skip").href = view === "chat" ? "#message" : "#question";
+  byId("skip").textContent = view === "chat" ? "Skip to your message" : "Skip to the question";
 }
 
-const circlePath = (r) => `M${12 - r} 12A${r} ${r} 0 1 0 ${12 + r} 12A${r} ${r} 0 1 0 ${12 - r} 12Z`;
-
-function buildTools() {
-  for (const shape of SHAPES) {
-    addTool("shapes", "shape", shape, shape, svgIcon(shape === "circle" ? circlePath(8) : shapePath(shape, 12, 12, 8.5)));
-  }
-  const brush = svgIcon("M3.5 17.5C7 9.5 9.5 7 11.5 8.5C13.5 10 9 15.5 11.5 16.5C14 17.5 17 12 20.5 8");
-  brush.classList.add("line");
-  addTool("shapes", "shape", "brush", "freehand", brush);
-  for (const [name, hex] of Object.entries(COLOURS)) addTool("colours", "colour", name, name, hex);
-  Object.keys(SIZES).forEach((size, i) => addTool("sizes", "size", size, size, svgIcon(circlePath(3 + i * 2.6))));
+function serve(model) {
+  const isSame = served && JSON.stringify(served) === JSON.stringify(model);
+  served = model;
+  if (isSame) return;
+  document.title = `Degas · ${model.id}`;
+  const views = viewsOf(model);
+  byId("views").hidden = views.length < 2;
+  if (views.includes("studio")) serveStudio(model);
+  if (views.includes("chat")) chat.serve(model);
+  const chosen = document.querySelector('input[name="view"]:checked').value;
+  const view = views.includes(chosen) ? chosen : views[0] ?? null;
+  if (view) document.querySelector(`input[name="view"][value="${view}"]`).checked = true;
+  else foyer("Nothing to show here", `${model.id} neither chats nor looks at pictures. Programs can use it through the API.`);
+  showView(view);
 }
 
-// ---------------------------------------------------------------- picture
-
-function onPictureChange() {
-  const { width, height } = picture;
-  byId("marks").setAttribute("viewBox", `0 0 ${width} ${height}`);
-  byId("frame").style.setProperty("--aspect", `${width} / ${height}`);
-  byId("frame").style.setProperty("--ratio", String(width / height));
-  byId("undo").disabled = picture.isEmpty;
-  showMarks();
-  showSuggestions();
+function showModels(models) {
+  const choice = byId("model-choice");
+  const ids = models.map((model) => model.id);
+  const current = ids.includes(served?.id) ? served.id : ids[0];
+  choice.hidden = models.length < 2;
+  byId("model-name").hidden = models.length > 1;
+  byId("model-name").textContent = current;
+  choice.replaceChildren(...ids.map((id) => new Option(id, id, false, id === current)));
+  serve(models[ids.indexOf(current)]);
 }
 
-async function openPicture(blob) {
-  try {
-    await picture.load(blob);
-    notice("");
-  } catch {
-    notice("That file is not a picture this browser can read.");
-  }
+function foyer(title, words, action) {
+  byId("foyer-title").textContent = title;
+  byId("foyer-words").textContent = words;
+  byId("foyer-key").hidden = action !== "key";
 }
 
-function listenToPicture() {
-  const frame = byId("frame");
-  byId("surprise").addEventListener("click", () => picture.surprise());
-  byId("undo").addEventListener("click", () => picture.undo());
-  byId("clear").addEventListener("click", () => picture.clear());
-  byId("open").addEventListener("click", () => byId("file").click());
-  byId("file").addEventListener("change", (event) => {
-    if (event.target.files.length) openPicture(event.target.files[0]);
-    event.target.value = "";
-  });
-  document.addEventListener("paste", (event) => {
-    const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
-    if (file) openPicture(file);
-  });
-  for (const type of ["dragover", "dragenter"]) {
-    document.addEventListener(type, (event) => {
-      event.preventDefault();
-      frame.classList.add("dropping");
-    });
-  }
-  document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) frame.classList.remove("dropping"); });
-  document.addEventListener("drop", (event) => {
-    event.preventDefault();
-    frame.classList.remove("dropping");
-    const file = event.dataTransfer?.files[0];
-    if (file) openPicture(file);
-  });
-  document.addEventListener("keydown", (event) => {
-    const typing = event.target instanceof HTMLInputElement && event.target.type === "text";
-    if ((event.ctrlKey || event.metaKey) && event.key === "z" && !typing) {
-      event.preventDefault();
-      picture.undo();
-    }
-  });
-}
-
-// ---------------------------------------------------------------- marks on the picture
-
-function mark(kind, attributes) {
-  const group = document.createElementNS(SVG, "g");
-  group.setAttribute("class", `mark mark-${kind}`);
-  for (const layer of ["halo", "line"]) {
-    const shape = document.createElementNS(SVG, kind === "box" ? "rect" : "circle");
-    shape.setAttribute("class", layer);
-    for (const [name, value] of Object.entries(attributes)) shape.setAttribute(name, value);
-    group.append(shape);
-  }
-  return group;
-}
-
-function showMarks() {
-  const overlay = byId("marks");
-  overlay.querySelectorAll(".mark").forEach((old) => old.remove());
-  if (!active || active.version !== picture.version) return;
-  active.objects.forEach((object) => drawMark(object));
-}
-
-function drawMark(object) {
-  const { width, height } = picture;
-  if ("x_min" in object) {
-    byId("marks").append(mark("box", {
-      x: object.x_min * width, y: object.y_min * height, rx: 3, pathLength: 1,
-      width: (object.x_max - object.x_min) * width, height: (object.y_max - object.y_min) * height,
-    }));
-  } else {
-    const group = mark("point", { cx: object.x * width, cy: object.y * height, r: 9 });
-    const centre = document.createElementNS(SVG, "circle");
-    centre.setAttribute("class", "centre");
-    centre.setAttribute("cx", object.x * width);
-    centre.setAttribute("cy", object.y * height);
-    centre.setAttribute("r", 2.5);
-    group.append(centre);
-    byId("marks").append(group);
-  }
-}
-
-function pick(card) {
-  if (active === card) return;
-  active?.root.classList.remove("active");
-  active = card;
-  card?.root.classList.toggle("active", card.isSpatial);
-  showMarks();
-}
-
-// ---------------------------------------------------------------- questions
-
-const currentTask = () => document.querySelector('input[name="task"]:checked').value;
-
-function showTask() {
-  const task = currentTask();
-  const words = {
-    query: ["Your question", "How many shapes are there?", "Ask"],
-    caption: ["", "", "Caption"],
-    detect: ["What to box", "red circle", "Detect"],
-    point: ["What to point at", "blue star", "Point"],
-  }[task];
-  byId("question").hidden = task === "caption";
-  byId("lengths").hidden = task !== "caption";
-  byId("question-label").textContent = words[0] || "Your question";
-  byId("question").placeholder = words[1];
-  byId("send").textContent = words[2];
-  showSuggestions();
-}
-
-const withArticle = (name) => (/^[aeiou]/.test(name) ? `an ${name}` : `a ${name}`);
-
-function suggestions() {
-  const names = [...new Set(picture.names)];
-  const shapes = names.map((name) => name.split(" ")[1]);
-  const [some = "red circle", other = "blue star"] = names;
-  const lone = shapes.find((shape) => shapes.filter((one) => one === shape).length === 1) ?? some.split(" ")[1];
-  const task = currentTask();
-  if (task === "caption") return [];
-  if (task !== "query") return ["shapes", ...(names.length ? names.slice(0, 4) : ["red circle", "blue star", "triangles"])];
-  return [
-    "What is in the picture?", "How many shapes are there?", `Where is the ${some}?`,
-    `Is there ${withArticle(other)}?`, `What color is the ${lone}?`, "What is the largest shape?",
-  ];
-}
-
-function showSuggestions() {
-  const holder = byId("suggestions");
-  const task = currentTask();
-  const list = suggestions();
-  holder.replaceChildren(...list.map((text) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.className = "chip";
-    button.textContent = text;
-    button.addEventListener("click", () => ask({ task, text }));
-    return button;
-  }));
-  if (list.length > 1 && task === "query") {
-    const all = document.createElement("button");
-    all.type = "button";
-    all.className = "chip all";
-    all.textContent = "All at once";
-    all.addEventListener("click", () => suggestions().reverse().forEach((text) => ask({ task: "query", text })));
-    holder.append(all);
-  }
-}
-
-function requestBody(asked) {
-  const content = [{ type: "input_image", image_url: asked.image }];
-  if (asked.task === "query") content.unshift({ type: "input_text", text: asked.text });
-  const degas = { task: asked.task };
-  if (asked.task === "caption") degas.length = asked.length;
-  else if (asked.task !== "query") degas.object = asked.text;
-  return { model: model || undefined, input: [{ role: "user", content }], degas, store: false };
-}
-
-function ask(asked) {
-  const length = document.querySelector('input[name="length"]:checked').value;
-  pose({ length, image: picture.dataUrl(), ...asked }, { canvas: picture.canvas, version: picture.version });
-}
-
-/** Asks about a picture as it was when `source` was taken. */
-function pose(whole, source) {
-  let running = null;
-  const card = new Card(whole, source, {
-    stop: () => running?.cancel(),
-    again: () => {
-      remove(card);
-      pose(whole, { canvas: card.part("thumb"), version: card.version });
-    },
-    pick: () => pick(card),
-  });
-  show(card);
-  running = start(card, whole);
-}
-
-function start(card, whole) {
-  return lanes.ask(requestBody(whole), (event, at) => {
-    const last = card.hear(event, at);
-    if (event.type === "degas.object" && active === card && card.version === picture.version) drawMark(event.object);
-    if (last && card.code === "unauthorized") askForKey(card);
-    if (last && card.state === "failed") pollSoon();
-  });
-}
-
-function show(card) {
-  cards.unshift(card);
-  byId("answers").prepend(card.root);
-  pick(card);
-  while (cards.length > MOST_CARDS && cards.at(-1).finished) remove(cards.at(-1));
-}
-
-function remove(card) {
-  cards.splice(cards.indexOf(card), 1);
-  card.root.remove();
-  if (active === card) pick(null);
-}
-
-function listenToQuestions() {
-  byId("tasks").addEventListener("change", showTask);
-  byId("ask").addEventListener("submit", (event) => {
-    event.preventDefault();
-    const task = currentTask(), field = byId("question");
-    const text = field.value.trim() || field.placeholder;
-    ask({ task, text });
-    field.value = "";
-  });
-}
-
-function notice(text) {
-  byId("notice").textContent = text;
-  byId("notice").hidden = !text;
-}
+server.addEventListener("models", ({ models }) => showModels(models));
+server.addEventListener("state", ({ state, words }) => {
+  byId("status").dataset.state = state;
+  if (byId("status-text").textContent !== words) byId("status-text").textContent = words;
+  chat.tellServer(state, words);
+  if (served) return;
+  if (state === "waiting") foyer("The model is being loaded", "This page opens as soon as it can answer.");
+  else if (state === "offline") foyer("The server cannot be reached", "This page keeps trying.");
+});
+byId("model-choice").addEventListener("change", ({ target }) => serve(server.models.find((model) => model.id === target.value)));
+byId("views").addEventListener("change", ({ target }) => showView(target.value));
 
 // ---------------------------------------------------------------- the key
 
-let rejected = false;
+const waiting = []; // what to do again once there is a key
+let isTried = false, isDeclined = false;
 
-function askForKey(card) {
+function askForKey(retry) {
   const dialog = byId("key-dialog");
-  byId("key-error").hidden = !rejected;
+  byId("key-error").hidden = !isTried;
+  if (retry) waiting.push(retry);
   if (!dialog.open) dialog.showModal();
-  if (card) dialog.waiting = [...(dialog.waiting ?? []), card];
 }
 
-function listenToKey() {
-  const dialog = byId("key-dialog");
-  byId("key-cancel").addEventListener("click", () => dialog.close());
-  byId("key-form").addEventListener("submit", () => {
-    rejected = true;
-    lanes.useKey(byId("key").value);
-    byId("key").value = "";
-    const waiting = dialog.waiting ?? [];
-    dialog.waiting = [];
-    waiting.forEach((card) => card.part("again").click());
-    poll();
-  });
-}
+server.addEventListener("locked", () => {
+  if (!served) foyer("This server wants a key", "It answers only with an API key.", "key");
+  if (!isDeclined) askForKey();
+});
+byId("foyer-key").addEventListener("click", () => askForKey());
+byId("key-cancel").addEventListener("click", () => byId("key-dialog").close());
+byId("key-dialog").addEventListener("close", () => { isDeclined = !lanes.key; });
+byId("key-form").addEventListener("submit", async () => {
+  isTried = true;
+  lanes.useKey(byId("key").value);
+  byId("key").value = "";
+  await server.poll();
+  waiting.splice(0).forEach((retry) => retry());
+});
 
-// ---------------------------------------------------------------- the server's state
-
-function showStatus(state, words) {
-  byId("status").dataset.state = state;
-  if (byId("status-text").textContent !== words) byId("status-text").textContent = words;
-}
-
-const withKey = () => (lanes.key ? { headers: { authorization: `Bearer ${lanes.key}` } } : {});
-
-async function showModel() {
-  const answer = await fetch("v1/models", withKey());
-  if (!answer.ok) return;
-  const list = (await answer.json()).data ?? [];
-  if (!list.length) return;
-  const card = list[0];
-  model = card.id;
-  byId("model-name").textContent = card.id;
-  if (card.description) byId("model-description").textContent = card.description;
-  document.title = `Degas · ${card.id}`;
-}
-
-async function poll() {
-  try {
-    const answer = await fetch("readyz", { cache: "no-store", ...withKey() });
-    if (answer.ok) {
-      showStatus("ready", "Ready");
-      if (ready !== true || !model) await showModel();
-    } else if (answer.status === 401) showStatus("locked", "Key needed");
-    else showStatus("waiting", ready === null ? "Loading the model" : "Restarting");
-    ready = answer.ok;
-  } catch {
-    showStatus("offline", "Not reachable");
-    ready = false;
-  }
-}
-
-let pollTimer = 0;
-
-function pollSoon(delay = 300) {
-  clearTimeout(pollTimer);
-  pollTimer = setTimeout(async () => {
-    if (!document.hidden) await poll();
-    pollSoon(ready ? POLL_MS : POLL_MS / 2);
-  }, delay);
-}
-
-buildTools();
-listenToPicture();
-listenToQuestions();
-listenToKey();
-picture.surprise();
-showTask();
-pollSoon(0);
+startStudio(links);
+showView(null);
+server.pollSoon(0);

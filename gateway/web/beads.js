@@ -30,6 +30,13 @@ export class Beads {
     this.soon();
   }
 
+  /** Shows times that were kept: milliseconds since the question. */
+  restore(times) {
+    this.askedAt = 0;
+    this.times = times;
+    this.end();
+  }
+
   end() {
     this.running = false;
     this.measure();
@@ -59,6 +66,12 @@ export class Beads {
     if (!gaps.length) return `${first}.`;
     const bubbles = gaps.filter((gap) => this.isBubble(gap)).length;
     return `${first}; ${this.times.length} tokens, median gap ${median(gaps).toFixed(1)} ms, longest ${Math.max(...gaps).toFixed(1)} ms, ${bubbles} ${bubbles === 1 ? "bubble" : "bubbles"}.`;
+  }
+
+  /** Gives the strip up to another. */
+  close() {
+    this.running = false;
+    this.observer.disconnect();
   }
 
   soon() {

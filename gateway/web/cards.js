@@ -1,27 +1,12 @@
 // Owns one question and its answer on the page: text, objects, figures, problems. Hears events, opens no sockets.
 
 import { Beads } from "./beads.js";
+import { serversAccount, showFigures } from "./figures.js";
+import { Problem, wordsFor } from "./problems.js";
 
 const TASK_WORDS = { query: "Ask", caption: "Caption", detect: "Detect", point: "Point" };
 
 const LENGTH_WORDS = { short: "in short", normal: "as a sentence", long: "at length" };
-
-const PROBLEMS = {
-  queue_full: "The queue is full.",
-  loading: "The model is still loading.",
-  worker_lost: "The worker went away and is being restarted.",
-  device_error: "The worker’s device failed; it is being restarted.",
-  out_of_memory: "The worker is out of memory just now.",
-  shutting_down: "The server is restarting.",
-  connection_lost: "The connection to the server was lost.",
-  unauthorized: "This server wants a key.",
-  forbidden_origin: "This server does not take questions from this page.",
-  payload_too_large: "The picture is too large.",
-  slow_client: "The browser read too slowly.",
-};
-
-const number = (value, digits) => value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits });
-const ms = (value) => (value < 10 ? `${number(value, 1)} ms` : value < 1000 ? `${Math.round(value)} ms` : `${number(value / 1000, 2)} s`);
 
 export class Card {
   /**
@@ -47,6 +32,7 @@ export class Card {
     this.part("again").setAttribute("aria-label", `Ask again: ${this.title}`);
     this.keepThumb(source.canvas);
     this.beads = new Beads(this.part("beads"));
+    this.problem = new Problem(this.part("problem"), this.part("again"));
   }
 
   get title() { return `${TASK_WORDS[this.asked.task]} ${this.part("card-question").textContent}`; }
@@ -130,52 +116,20 @@ export class Card {
     if (this.isSpatial) this.showCount();
     else if (!this.text && response.status !== "cancelled") this.part("answer").textContent = "No answer.";
     if (usage.output_tokens) this.tokens = usage.output_tokens;
-    if (timing.time_to_first_token_s) this.explain(timing);
+    if (timing.time_to_first_token_s) this.part("figures").title = serversAccount(timing);
     const reason = response.incomplete_details?.reason;
     if (response.status === "cancelled") this.settle("stopped");
     else {
       this.settle("done");
-      if (reason === "max_output_tokens") this.note("Stopped at the token limit.");
-      else if (reason === "deadline") this.note("Stopped at the time limit.");
+      if (reason === "max_output_tokens") this.problem.say("Stopped at the token limit.");
+      else if (reason === "deadline") this.problem.say("Stopped at the time limit.");
     }
-  }
-
-  /** The server's own account, for who points at the figures. */
-  explain(timing) {
-    const told = ["time_to_first_token", "queue", "prefill", "decode", "total"]
-      .map((name) => `${name.replaceAll("_", " ")} ${ms((timing[`${name}_s`] ?? 0) * 1000)}`);
-    this.part("figures").title = `As the server counts: ${told.join(", ")}`;
   }
 
   fail(code, message, waitS) {
     this.code = code;
-    const known = PROBLEMS[code];
-    this.note(known ?? message ?? "Something went wrong.");
     this.settle("failed");
-    if (waitS > 0) this.countDown(waitS, known ?? message);
-  }
-
-  countDown(seconds, lead) {
-    const again = this.part("again");
-    again.disabled = true;
-    const until = performance.now() + seconds * 1000;
-    const tick = () => {
-      const left = Math.ceil((until - performance.now()) / 1000);
-      if (left > 0) {
-        this.part("problem").textContent = `${lead} Try again in ${left} s.`;
-        setTimeout(tick, 250);
-      } else {
-        this.part("problem").textContent = `${lead} You can try again now.`;
-        again.disabled = false;
-      }
-    };
-    tick();
-  }
-
-  note(text) {
-    const problem = this.part("problem");
-    problem.textContent = text;
-    problem.hidden = false;
+    this.problem.fail(code === "payload_too_large" ? "The picture is too large." : wordsFor(code, message), waitS);
   }
 
   settle(state) {
@@ -184,7 +138,7 @@ export class Card {
     this.part("stop").hidden = true;
     this.part("again").hidden = false;
     this.part("answer").setAttribute("aria-busy", "false");
-    if (state === "stopped") this.note("Stopped.");
+    if (state === "stopped") this.problem.say("Stopped.");
     this.showFigures();
   }
 
@@ -194,16 +148,8 @@ export class Card {
   }
 
   showFigures() {
-    const { times, gaps, askedAt } = this.beads;
-    if (!times.length) return;
-    const span = times.at(-1) - times[0];
-    const counted = this.tokens ?? times.length;
-    // A rate needs a stretch of time; the first bead of a box or point is all of its tokens.
+    // The first bead of a box or point is all of its tokens.
     const lead = this.asked.task === "detect" ? 3 : this.asked.task === "point" ? 2 : 1;
-    const rate = counted > lead + 2 && span > 10 ? ((counted - lead) / span) * 1000 : 0;
-    this.part("f-first").textContent = ms(times[0] - askedAt);
-    this.part("f-rate").textContent = rate ? number(rate, rate < 10 ? 1 : 0) : "–";
-    this.part("f-tokens").textContent = String(counted);
-    this.part("f-gap").textContent = gaps.length ? ms(Math.max(...gaps)) : "–";
+    showFigures(this.part, this.beads, this.tokens, lead);
   }
 }

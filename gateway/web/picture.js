@@ -93,6 +93,7 @@ export class Picture {
 
   get width() { return this.canvas.width; }
   get height() { return this.canvas.height; }
+  get isPhoto() { return this.steps.some((step) => step.kind === "image"); }
   get isEmpty() { return this.steps.length === 0; }
 
   /** Names such as "red circle" that were placed since the last clear; empty once other things were drawn. */

@@ -1,0 +1,262 @@
+// Owns the conversation with a model: its exchanges, what of them is sent, and what the tab keeps of them.
+
+import { Composer } from "./composer.js";
+import { Exchange } from "./exchange.js";
+import { Following } from "./following.js";
+import { number } from "./figures.js";
+import { Settings } from "./settings.js";
+
+const KEPT_UNDER = "degas.conversation";
+const TOO_LONG = ["context_length_exceeded", "payload_too_large"];
+const SPOKEN_CHARS = 1200;
+const SUGGESTIONS = [
+  "What is the capital of France?", "Write a haiku about rain.",
+  "Explain tides to a child.", "Reverse a string in Python",
+];
+const byId = (id) => document.getElementById(id);
+
+export class Chat {
+  /** @param {HTMLElement} root @param {{lanes, onUnauthorized: (retry) => void, onFailure: () => void}} links */
+  constructor(root, links) {
+    this.root = root;
+    this.links = links;
+    this.exchanges = [];
+    this.forgotten = 0; // this many of the oldest are no longer sent
+    this.model = null;
+    this.running = null;
+    this.cleared = null;
+    this.following = new Following(byId("to-end"), byId("dock"));
+    this.settings = new Settings(() => this.keep());
+    this.composer = new Composer({
+      send: (asked, isEdit) => this.send(asked, isEdit),
+      stop: () => this.running?.cancel(),
+      editLast: () => this.editLast(),
+      notice: (text) => this.notice(text),
+    });
+    byId("new-chat").addEventListener("click", () => this.clear());
+    byId("chat-notice-undo").addEventListener("click", () => this.undoClear());
+    byId("chat-notice-close").addEventListener("click", () => this.notice(""));
+    byId("starters").replaceChildren(...SUGGESTIONS.map((text) => this.starter(text)));
+    addEventListener("pagehide", () => this.keep());
+    this.restore();
+  }
+
+  get last() { return this.exchanges.at(-1); }
+
+  show(isShown) {
+    this.root.hidden = !isShown;
+    this.following.isShown = isShown;
+    if (!isShown) return;
+    this.composer.fit();
+    this.following.grown();
+    if (!this.composer.isTouch) this.composer.field.focus({ preventScroll: true });
+  }
+
+  serve(model) {
+    this.model = model;
+    this.composer.serve(model);
+    this.settings.serve(model);
+    byId("chat-model").textContent = model.id;
+    byId("chat-description").textContent = model.description
+      || "A language model on this server. Small ones are quick and often wrong: check what matters.";
+    this.showContext();
+  }
+
+  /** Above the composer, while the server cannot answer. */
+  tellServer(state, words) {
+    const isFine = state === "ready";
+    byId("chat-server").hidden = isFine;
+    byId("chat-server").textContent = isFine ? "" : `${words}…`;
+  }
+
+  starter(text) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "chip";
+    button.textContent = text;
+    button.addEventListener("click", () => {
+      if (this.send({ text }, false) && !this.composer.isTouch) this.composer.field.focus();
+    });
+    return button;
+  }
+
+  // ---------------------------------------------------------------- asking
+
+  /** Takes a message on; false where a setting is wrong or an answer is still coming. */
+  send(asked, isEdit) {
+    const body = this.settings.read();
+    if (!body || this.running) return false;
+    if (isEdit && this.last) this.drop(this.last);
+    this.notice("");
+    this.cleared = null;
+    this.run(this.add(asked), body);
+    this.following.toEnd();
+    return true;
+  }
+
+  add(asked) {
+    const exchange = new Exchange(asked, {
+      again: () => this.again(exchange),
+      edit: () => this.editLast(),
+      shorten: () => this.shorten(exchange),
+      grown: () => this.following.grown(),
+    });
+    this.last?.setLast(false);
+    exchange.setLast(true);
+    this.exchanges.push(exchange);
+    byId("exchanges").append(exchange.root);
+    byId("welcome").hidden = true;
+    byId("new-chat").disabled = false;
+    return exchange;
+  }
+
+  run(exchange, body) {
+    this.composer.setRunning(true);
+    this.say("");
+    const whole = { model: this.model.id, input: this.inputFor(exchange), store: false, ...body };
+    this.running = this.links.lanes.ask(whole, (event, at) => {
+      if (exchange.hear(event, at)) this.ended(exchange);
+    });
+    this.keep();
+  }
+
+  ended(exchange) {
+    this.running = null;
+    this.composer.setRunning(false);
+    if (!this.exchanges.includes(exchange)) return; // cleared meanwhile
+    if (TOO_LONG.includes(exchange.code)) {
+      exchange.explainLength(this.model.context_tokens, this.exchanges.slice(this.forgotten).some((one) => one !== exchange && one.isTold));
+    }
+    if (exchange.state === "failed") this.links.onFailure();
+    if (exchange.code === "unauthorized") this.links.onUnauthorized(() => this.again(exchange));
+    const problem = exchange.part("problem-words").textContent;
+    this.say(exchange.state === "failed" ? problem : exchange.part("prose").textContent || "No answer.");
+    this.showContext();
+    this.following.grown();
+    this.keep();
+  }
+
+  /** The messages of a request: every exchange that has an answer, then this one's question. */
+  inputFor(exchange) {
+    const told = this.exchanges.slice(this.forgotten).filter((one) => one !== exchange && one.isTold);
+    const items = told.flatMap((one) => [questionItem(one.asked), { role: "assistant", content: one.text }]);
+    return [...items, questionItem(exchange.asked)];
+  }
+
+  again(exchange) {
+    const body = this.settings.read();
+    if (!body || this.running || exchange !== this.last) return;
+    exchange.begin();
+    this.run(exchange, body);
+    this.following.toEnd();
+    if (!this.composer.isTouch) this.composer.field.focus({ preventScroll: true });
+  }
+
+  editLast() {
+    if (this.last && !this.running) this.composer.edit(this.last.asked);
+  }
+
+  /** Leaves the older half of what was sent out of what is sent from now on. */
+  shorten(exchange) {
+    const sent = this.exchanges.length - 1 - this.forgotten;
+    this.forgotten += Math.max(1, Math.ceil(sent / 2));
+    this.markForgotten();
+    this.again(exchange);
+  }
+
+  markForgotten() {
+    this.exchanges.forEach((one, i) => {
+      one.root.classList.toggle("forgotten", i < this.forgotten);
+      one.root.classList.toggle("first-told", i > 0 && i === this.forgotten);
+    });
+  }
+
+  drop(exchange) {
+    this.exchanges.pop();
+    exchange.root.remove();
+    this.forgotten = Math.min(this.forgotten, this.exchanges.length);
+    this.last?.setLast(true);
+  }
+
+  // ---------------------------------------------------------------- clearing
+
+  clear() {
+    this.running?.cancel();
+    this.cleared = { exchanges: this.exchanges, forgotten: this.forgotten };
+    this.exchanges = [];
+    this.forgotten = 0;
+    this.showAll();
+    this.notice("Conversation cleared.", true);
+    this.composer.field.focus();
+  }
+
+  undoClear() {
+    Object.assign(this, this.cleared);
+    this.cleared = null;
+    this.showAll();
+    this.notice("");
+    this.following.toEnd();
+    this.composer.field.focus();
+  }
+
+  showAll() {
+    byId("exchanges").replaceChildren(...this.exchanges.map((one) => one.root));
+    byId("welcome").hidden = this.exchanges.length > 0;
+    byId("new-chat").disabled = this.exchanges.length === 0;
+    this.showContext();
+    this.keep();
+  }
+
+  notice(text, canUndo = false) {
+    byId("chat-notice").hidden = !text;
+    byId("chat-notice-words").textContent = text;
+    byId("chat-notice-undo").hidden = !canUndo;
+  }
+
+  /** To a screen reader, once an answer is whole: word by word nobody could follow. */
+  say(text) {
+    byId("said").textContent = text.length > SPOKEN_CHARS ? `${text.slice(0, SPOKEN_CHARS)} … and more.` : text;
+  }
+
+  showContext() {
+    const usage = this.last?.usage, room = this.model?.context_tokens;
+    const used = usage ? (usage.input_tokens ?? 0) + (usage.output_tokens ?? 0) : 0;
+    byId("context").hidden = !(used && room);
+    byId("context-tokens").textContent = `${number(used, 0)} of ${number(room ?? 0, 0)} tokens`;
+    byId("context-share").textContent = `${Math.ceil((100 * used) / (room || 1))} %`;
+  }
+
+  // ---------------------------------------------------------------- what the tab keeps
+
+  keep() {
+    const isEmpty = !this.exchanges.length && !Object.values(this.settings.kept()).some(Boolean);
+    try {
+      if (isEmpty) sessionStorage.removeItem(KEPT_UNDER);
+      else {
+        const exchanges = this.exchanges.map((one) => one.kept());
+        sessionStorage.setItem(KEPT_UNDER, JSON.stringify({ exchanges, forgotten: this.forgotten, settings: this.settings.kept() }));
+      }
+    } catch {
+      // Storage may be full or forbidden; the conversation then lasts as long as the page.
+    }
+  }
+
+  restore() {
+    try {
+      const kept = JSON.parse(sessionStorage.getItem(KEPT_UNDER) ?? "null");
+      if (!kept) return;
+      this.settings.restore(kept.settings ?? {});
+      for (const one of kept.exchanges) this.add(one.asked).restore(one);
+      this.forgotten = kept.forgotten ?? 0;
+      this.markForgotten();
+    } catch {
+      sessionStorage.removeItem(KEPT_UNDER);
+    }
+  }
+}
+
+function questionItem({ text, image }) {
+  const content = [{ type: "input_text", text }];
+  if (image) content.push({ type: "input_image", image_url: image });
+  return { role: "user", content };
+}
