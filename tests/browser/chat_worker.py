@@ -69,7 +69,9 @@ CHAT_CARD = msgspec.structs.replace(
     context_tokens=2048,
     default_max_tokens=1500,
 )
-SEEING_CARD = msgspec.structs.replace(CHAT_CARD, model_id="seeing", image=CARD.image, templates=CARD.templates)
+SEEING_CARD = msgspec.structs.replace(
+    CHAT_CARD, model_id="seeing", image=CARD.image, templates=CARD.templates
+)
 
 ANSWERS = {
     "capital": "The capital of France is **Paris**.",

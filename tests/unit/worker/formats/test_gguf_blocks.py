@@ -11,7 +11,22 @@ from gguf.quants import dequantize
 from worker.formats.gguf_blocks import unpacker
 from worker.formats.gguf_container import BLOCK_TYPES
 
-OWN = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+OWN = [
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+]
 PACKAGE = ["IQ2_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "MXFP4"]
 # Where a block holds 16-bit floats: any other byte may be anything.
 HALVES = {
