@@ -82,6 +82,10 @@ class ServedModel(Protocol):
     def drops_first_space(self) -> bool:
         """Whether its tokenizer's own decoder leaves out a text's first space, as SentencePiece does."""
 
+    @property
+    def start_ids(self) -> list[int]:
+        """What a plain text begins with: what the tokenizer's own post-processor puts there, or BOS."""
+
     def room(self, num_prompt_ids: int, num_images: int = 0) -> int:
         """How many tokens may be generated after such a prompt; at least 1, so that `Core.submit` explains."""
 
@@ -119,6 +123,7 @@ class GenerateRequest:
     echo_special: bool = False
     ignore_eos: bool = False  # run to max_tokens whatever the model says, as benchmarks do
     strip_start: bool = False  # drop white space before the first visible character
+    drop_space: bool = False  # drop one space, if the answer begins with it
 
     @property
     def model_id(self) -> str:

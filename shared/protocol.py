@@ -166,6 +166,7 @@ class ModelCard(Part, frozen=True):
     coord_id: int = 5
     size_id: int = 6
     default_top_k: int = 0  # 0: no limit
+    special_tokens: dict[str, str] = {}  # bos_token, eos_token, … as a chat template knows them
 
 
 class Limits(Part, frozen=True):

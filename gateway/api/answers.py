@@ -6,6 +6,7 @@ Runs on the gateway's loop. No sockets.
 from __future__ import annotations
 
 import asyncio
+import codecs
 from collections.abc import Callable, Sequence
 
 from gateway.api.parameters import Json
@@ -120,6 +121,26 @@ def token_logprobs(info: TokenInfo, tokens: TokenTexts) -> Json:
 def _scored(token_id: int, logprob: float, tokens: TokenTexts) -> Json:
     raw = tokens.token_bytes(token_id)
     return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}
+
+
+class Spelling:
+    """Spells the tokens of one answer one after another, as they join to its text, and counts its characters."""
+
+    __slots__ = ("_decode", "_tokens", "offset")
+
+    def __init__(self, tokens: TokenTexts, offset: int = 0) -> None:
+        self.offset = offset  # characters before the next token
+        self._tokens = tokens
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def step(self, token_id: int) -> tuple[str, int]:
+        """What the token adds, and where it begins. A character of several tokens counts at its last."""
+        start = self.offset
+        if not self._tokens.is_shown(token_id):
+            return self._tokens.token_text(token_id), start
+        text = self._decode(self._tokens.token_bytes(token_id))
+        self.offset += len(text)
+        return text, start
 
 
 def finite(logprob: float) -> float:

@@ -22,7 +22,8 @@ from gateway.api.parameters import (
 )
 from gateway.api.prompts import Message, compose_chat
 from gateway.api.requests import Length, check_fields, make_requests
-from gateway.generation import Core, Delta, End, GenerateRequest, SpatialObject
+from gateway.generation import ChatOptions, Core, Delta, End, GenerateRequest, RequestError, SpatialObject
+from shared.errors import ErrorCode
 
 _REFUSED: Final = (
     "tools",
@@ -31,8 +32,13 @@ _REFUSED: Final = (
     "audio",
     "web_search_options",
     "chat_template",
-    "chat_template_kwargs",
 )
+
+_OWN_VARIABLES: Final = frozenset(
+    ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
+)
+"""What a template is given besides: these have fields of their own in the body, or are refused."""
+_MAX_VARIABLES_BYTES: Final = 16 << 10
 
 _encode = msgspec.json.encode
 
@@ -51,6 +57,9 @@ class ChatBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     verbosity: str | None = None
     reasoning_effort: str | None = None
     reasoning: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Json | None = None
     # refused when they ask for something
     tools: Any = None
     functions: Any = None
@@ -58,7 +67,6 @@ class ChatBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     audio: Any = None
     web_search_options: Any = None
     chat_template: Any = None
-    chat_template_kwargs: Any = None
 
 
 _decode = msgspec.json.Decoder(ChatBody).decode
@@ -146,13 +154,50 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> C
         raise invalid("needs logprobs to be true", "top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise invalid("give either max_tokens or max_completion_tokens", "max_tokens")
+    options = _chat_options(body)
     model = core.model(body.model)
     count = choice_count(body, core.config.max_n)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else -1
     checked = await check_fields(core, model, body, tenant=tenant, num_logprobs=num_logprobs, count=count)
-    prompt = await compose_chat(core, model, body.messages)
+    prompt = await compose_chat(core, model, body.messages, options)
     if body.max_completion_tokens is not None:
         length = Length(body.max_completion_tokens, "max_completion_tokens")
     else:
         length = Length(body.max_tokens, "max_tokens")
     return Chat(request_id, body, make_requests(checked, request_id, [prompt], length))
+
+
+def _chat_options(body: ChatBody) -> ChatOptions | None:
+    """How the conversation is to be rendered, where the body says anything of it. Raises `RequestError`."""
+    prefixed = [index for index, message in enumerate(body.messages) if message.prefix]
+    last = len(body.messages) - 1
+    for index in prefixed:
+        if index != last or body.messages[index].role != "assistant":
+            param = f"messages[{index}].prefix"
+            raise invalid("only a last message of the assistant can be gone on with", param)
+    if prefixed and body.continue_final_message is False:
+        raise invalid("the last message has prefix set; leave one of them out", "continue_final_message")
+    continues = bool(prefixed or body.continue_final_message)
+    if continues and body.add_generation_prompt:
+        message = "an answer either goes on with the last message or opens a turn of its own; leave one out"
+        raise invalid(message, "add_generation_prompt")
+    variables = body.chat_template_kwargs or {}
+    _check_variables(variables)
+    opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    if opens and not variables:
+        return None
+    return ChatOptions(opens, continues, variables)
+
+
+def _check_variables(variables: Json) -> None:
+    size = len(_encode(variables))
+    if size > _MAX_VARIABLES_BYTES:
+        raise invalid(f"{size} bytes; at most {_MAX_VARIABLES_BYTES} are accepted", "chat_template_kwargs")
+    for name in variables:
+        param = f"chat_template_kwargs.{name[:100]}"
+        if name in _OWN_VARIABLES:
+            raise RequestError(
+                ErrorCode.UNSUPPORTED, f"{param}: this is not a variable of the template's own", param=param
+            )
+        if not name.isidentifier() or name.startswith("_"):
+            raise invalid("a template's variables are words without a leading underscore", param)

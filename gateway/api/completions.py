@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
-from gateway.api.answers import Collected, finish_reason, finite, usage_object
+from gateway.api.answers import Collected, Spelling, finish_reason, finite, usage_object
 from gateway.api.chunks import ChunkFrame
 from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
@@ -65,12 +65,14 @@ class Completion:
         body: CompletionBody,
         asked: list[GenerateRequest],
         echoes: list[str],
+        num_prompts: int,
     ) -> None:
         self.asked = asked
         self.stream = bool(body.stream)
         self._tokens = asked[0].model.tokens
         self._echoes = echoes
-        self._offsets = [len(echo) for echo in echoes]
+        self._num_choices = len(asked) // num_prompts
+        self._spellings = [Spelling(self._tokens, len(echo)) for echo in echoes]
         self._want_logprobs = body.logprobs is not None
         self._frame = ChunkFrame(f"cmpl-{request_id}", _KIND, asked[0].model_id, body)
 
@@ -102,11 +104,9 @@ class Completion:
         choice = {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(infos, self._offsets[index]) if infos else None,
+            "logprobs": self._logprobs(infos, self._spellings[index]) if infos else None,
             "finish_reason": reason,
         }
-        if infos:
-            self._offsets[index] += sum(len(self._tokens.token_text(info.token_id)) for info in infos)
         return self._frame.head + b',"choices":[' + _encode(choice) + self._frame.tail
 
     # ------------------------------------------------------------ the whole answer
@@ -117,7 +117,7 @@ class Completion:
             {
                 "index": index,
                 "text": self._echoes[index] + choice.text,
-                "logprobs": self._logprobs(choice.infos, len(self._echoes[index]))
+                "logprobs": self._logprobs(choice.infos, self._spellings[index])
                 if self._want_logprobs
                 else None,
                 "finish_reason": finish_reason(choice.end),
@@ -130,27 +130,29 @@ class Completion:
 
     def _usage(self, ends: Sequence[End]) -> Json:
         """As for chat, but several prompts count each."""
-        count = max(1, len(ends) // max(1, len({tuple(one.prompt_ids) for one in self.asked})))
         usage = usage_object(ends)
-        usage["prompt_tokens"] = sum(end.usage.prompt_tokens for end in ends[::count])
+        usage["prompt_tokens"] = sum(end.usage.prompt_tokens for end in ends[:: self._num_choices])
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
         return usage
 
-    def _logprobs(self, infos: Sequence[TokenInfo], offset: int) -> Json:
-        """The older form: parallel lists."""
-        texts = [self._tokens.token_text(info.token_id) for info in infos]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
+    def _logprobs(self, infos: Sequence[TokenInfo], spelling: Spelling) -> Json:
+        """The older form: parallel lists. The tokens join to the text; the sampled one is among the most likely."""
+        spelt = [spelling.step(info.token_id) for info in infos]
+        top: list[dict[str, float]] = []
+        for info, (text, _) in zip(infos, spelt, strict=True):
+            names = {info.token_id: text}
+            likely: dict[str, float] = {}
+            for token_id, logprob in [*info.top, (info.token_id, info.logprob)]:
+                name = names.get(token_id)
+                likely.setdefault(
+                    self._tokens.token_text(token_id) if name is None else name, finite(logprob)
+                )
+            top.append(likely)
         return {
-            "tokens": texts,
+            "tokens": [text for text, _ in spelt],
             "token_logprobs": [finite(info.logprob) for info in infos],
-            "top_logprobs": [
-                {self._tokens.token_text(token_id): finite(logprob) for token_id, logprob in info.top}
-                for info in infos
-            ],
-            "text_offset": offsets,
+            "top_logprobs": top,
+            "text_offset": [start for _, start in spelt],
         }
 
 
@@ -183,7 +185,7 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> C
     for text, ids in prompts:
         echo = (text if text is not None else model.decode(ids)) if body.echo else ""
         echoes += [echo] * count
-    return Completion(request_id, body, asked, echoes)
+    return Completion(request_id, body, asked, echoes, len(prompts))
 
 
 async def _read_prompts(core: Core, model: ServedModel, given: Any) -> list[tuple[str | None, list[int]]]:
@@ -197,14 +199,13 @@ async def _read_prompts(core: Core, model: ServedModel, given: Any) -> list[tupl
     if len(listed) > _MAX_PROMPTS:
         raise invalid(f"at most {_MAX_PROMPTS} prompts are accepted", "prompt")
     card = model.card
-    bos = [] if card.bos_id is None else [card.bos_id]
     prompts: list[tuple[str | None, list[int]]] = []
     for place, item in enumerate(listed):
         if isinstance(item, str):
             if len(item) > core.config.max_prompt_chars:
                 message = f"prompt: at most {core.config.max_prompt_chars} characters are accepted"
                 raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="prompt")
-            prompts.append((item, bos + await model.encode(item, parse_special=True)))
+            prompts.append((item, model.start_ids + await model.encode(item, parse_special=True)))
             # Sixty-four short prompts are one long one: streams have their turn between them.
             await asyncio.sleep(0)
             continue

@@ -14,10 +14,12 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from gateway.api.parameters import Json
 from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, ServedModel
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard
 
+_PASSED: Final = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 _WITHOUT_LANGUAGE: Final = ("sim", "fake")  # stand-ins for a model: any rendering is as good as another
 
 
@@ -46,8 +48,21 @@ class Message(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[TextPart | ImagePart], Meta(max_length=256)] | None = None
     name: str | None = None
-    tool_calls: Any = None
+    tool_calls: list[Json] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
+    prefix: bool | None = None  # of the last message: the answer goes on with it
+
+    def for_template(self) -> Json:
+        """All a template may read of it, by the interface's own names."""
+        content: Any = self.content
+        if isinstance(content, list):
+            content = [{"type": "text", "text": part.text} for part in content if isinstance(part, TextPart)]
+        role = "system" if self.role == "developer" else self.role
+        given = {name: getattr(self, name) for name in _PASSED if getattr(self, name) is not None}
+        return {"role": role, "content": content, **given}
 
     def text(self) -> str:
         """All its text, in order."""
@@ -63,19 +78,32 @@ class Prompt:
     ids: list[int]
     images: list[PreparedImage] = field(default_factory=list)
     strip_start: bool = False  # the model's answers begin with a space that belongs to its template
+    drop_space: bool = False  # as `GenerateRequest.drop_space`
 
 
-async def compose_chat(core: Core, model: ServedModel, messages: Sequence[Message]) -> Prompt:
-    """The prompt for a conversation. Raises `RequestError`."""
+async def compose_chat(
+    core: Core, model: ServedModel, messages: Sequence[Message], options: ChatOptions | None = None
+) -> Prompt:
+    """The prompt for a conversation. `options` are those a client gave, if any. Raises `RequestError`."""
     if not messages:
         raise RequestError(ErrorCode.INVALID_REQUEST, "messages: at least one is needed", param="messages")
     size, max_chars = sum(len(message.text()) for message in messages), core.config.max_prompt_chars
     if size > max_chars:
         message = f"messages: {size} characters; at most {max_chars} are accepted"
         raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="messages")
+    asks_otherwise = takes_questions(model.card) or model.card.family in _WITHOUT_LANGUAGE
+    if asks_otherwise and options is not None:
+        message = f"model {model.card.model_id} has no chat template that could follow this"
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param=_asked_for(options))
     if takes_questions(model.card):
         return await _compose_question(core, model, messages)
-    return await _compose_template(model, messages)
+    return await _compose_template(model, messages, options or ChatOptions())
+
+
+def _asked_for(options: ChatOptions) -> str:
+    if options.variables:
+        return "chat_template_kwargs"
+    return "continue_final_message" if options.continue_final_message else "add_generation_prompt"
 
 
 def takes_questions(card: ModelCard) -> bool:
@@ -102,7 +130,7 @@ async def _compose_question(core: Core, model: ServedModel, messages: Sequence[M
     return Prompt(task_prompt(model.card, "query", ids), images, strip_start=True)
 
 
-async def _compose_template(model: ServedModel, messages: Sequence[Message]) -> Prompt:
+async def _compose_template(model: ServedModel, messages: Sequence[Message], options: ChatOptions) -> Prompt:
     card = model.card
     picture = _last_picture(messages)
     if picture is not None:
@@ -115,11 +143,9 @@ async def _compose_template(model: ServedModel, messages: Sequence[Message]) -> 
     if not model.has_template:
         message = f"model {card.model_id} has no chat template; use /v1/completions"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
-    plain: list[dict[str, object]] = [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text()}
-        for message in messages
-    ]
-    return Prompt(await model.encode_chat(plain, ChatOptions()))
+    ids = await model.encode_chat([message.for_template() for message in messages], options)
+    # Where the answer goes on with a message its first space is part of the text; in a turn of its own it is not.
+    return Prompt(ids, drop_space=model.drops_first_space and not options.continue_final_message)
 
 
 def _last_picture(messages: Sequence[Message]) -> tuple[str, str] | None:

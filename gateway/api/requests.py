@@ -136,6 +136,7 @@ def make_requests(
                     ignore_eos=checked.ignore_eos,
                     # A constrained answer begins where its constraint does: nothing in front of it is dropped.
                     strip_start=prompt.strip_start and checked.grammar is None,
+                    drop_space=prompt.drop_space and checked.grammar is None,
                 )
             )
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -38,6 +38,13 @@ class AnnouncedModel:
         return self.tokens.drops_first_space
 
     @property
+    def start_ids(self) -> list[int]:
+        """See `ServedModel.start_ids`."""
+        if self.tokens.start_ids is not None and not self.card.templates:
+            return self.tokens.start_ids
+        return [] if self.card.bos_id is None else [self.card.bos_id]
+
+    @property
     def longest(self) -> int:
         """Tokens of prompt and answer together, at most."""
         return min(self.card.context_tokens, self.limits.max_sequence_tokens or self.card.context_tokens)
@@ -48,17 +55,18 @@ class AnnouncedModel:
 
     async def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """See `ServedModel.encode`."""
-        encode = self.tokens.encode_parsed if parse_special else self.tokens.encode
-        if len(text) <= _INLINE_CHARS:
-            return encode(text)
-        return await asyncio.to_thread(encode, text)
+        return await self._off_loop(self.tokens.encode_parsed if parse_special else self.tokens.encode, text)
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[int]:
         """See `ServedModel.encode_chat`."""
         if self.template is None:
             message = f"model {self.card.model_id} has no chat template"
             raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
-        return await self.encode(await self.template.render_async(messages, options), parse_special=True)
+        text = await self.template.render_async(messages, options)
+        return await self._off_loop(self.tokens.encode_rendered, text)
+
+    async def _off_loop(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
+        return encode(text) if len(text) <= _INLINE_CHARS else await asyncio.to_thread(encode, text)
 
     def decode(self, token_ids: list[int]) -> str:
         """See `ServedModel.decode`."""
@@ -100,6 +108,7 @@ class AnnouncedModel:
             task=request.task,
             want_logprobs=request.sampling.num_logprobs >= 0,
             strip_start=request.strip_start,
+            drop_space=request.drop_space,
         )
 
     def reads_alike(self, other: ServedModel) -> bool:

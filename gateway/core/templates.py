@@ -1,4 +1,4 @@
-"""Owns chat templates: the model folder's Jinja text, in a sandbox, off the loop, within bounds.
+"""Owns chat templates: the model folder's Jinja text, compiled as transformers does, in a sandbox, within bounds.
 
 `render_async` runs on one thread kept for this; a template that does not come back within its deadline costs
 that thread, which is then replaced, and the request gets an error.
@@ -7,23 +7,37 @@ that thread, which is then replaced, and the request gets an error.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Mapping, Sequence
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any, Final
 
-import msgspec
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from gateway.core.tokens import ModelTokens
 from gateway.generation import ChatOptions, RequestError
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard
 
+Messages = Sequence[Mapping[str, Any]]
+
 _DEADLINE_S: Final = 2.0
 _MAX_TEMPLATE_CHARS: Final = 256 << 10
 _MAX_OUTPUT_CHARS: Final = 4 << 20
+_MAX_WORDS: Final = 500  # of an objection
+_REASONING: Final = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # one thing, as templates and clients call it
+_END: Final = f"zq{secrets.token_hex(12)}end "  # marks where a message to be continued ends
 
 
 class ChatTemplate:
@@ -31,66 +45,243 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokens: ModelTokens, card: ModelCard) -> None:
         """Raises `RequestError` for a template that does not compile."""
-        self.source = source
         if len(source) > _MAX_TEMPLATE_CHARS:
             raise RequestError(ErrorCode.INTERNAL, f"the chat template is longer than {_MAX_TEMPLATE_CHARS}")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = time.strftime
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
+        )
         environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        environment.globals["dict"] = _Dict()
+        environment.globals["namespace"] = _Namespace
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
+        except (TemplateError, RecursionError) as error:
             raise RequestError(ErrorCode.INTERNAL, f"the chat template does not compile: {error}") from None
-        self._special = {
-            "bos_token": tokens.token_text(card.bos_id) if card.bos_id is not None else "",
-            "eos_token": tokens.token_text(card.eos_ids[0]) if card.eos_ids else "",
+        self.source = source
+        self._special_text = tokens.special_text
+        self._special = card.special_tokens or {
+            name: tokens.token_text(token_id)
+            for name, token_id in (("bos_token", card.bos_id), ("eos_token", next(iter(card.eos_ids), None)))
+            if token_id is not None
         }
+        self._wants_parts: bool | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="template")
 
-    def render(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
+    def render(self, messages: Messages, options: ChatOptions) -> str:
         """The prompt's text. Raises `RequestError` naming what the template objects to."""
+        return self._special_text.restore(self.render_guarded(messages, options))
+
+    def render_guarded(self, messages: Messages, options: ChatOptions) -> str:
+        """As `render`, users' words that look like special tokens still replaced (see `special_text`)."""
         try:
-            pieces = self._template.generate(
-                messages=messages, add_generation_prompt=options.add_generation_prompt, **self._special
-            )
-            text, size = [], 0
-            for piece in pieces:
-                size += len(piece)
-                if size > _MAX_OUTPUT_CHARS:
-                    message = f"the rendered prompt is longer than {_MAX_OUTPUT_CHARS} characters"
-                    raise RequestError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param="messages")
-                text.append(piece)
-        except RequestError:
+            return self._render(messages, options)
+        except RequestError as error:
+            error.message = self._special_text.restore(error.message)
             raise
         except Exception as error:  # a template can raise anything its expressions can
             kind = str(error) if isinstance(error, _Objection) else type(error).__name__
-            message = f"the model's chat template does not accept these messages: {kind}"
+            words = self._special_text.restore(kind).replace(_END, "")[:_MAX_WORDS]
+            message = f"the model's chat template does not accept these messages: {words}"
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="messages") from None
-        return "".join(text)
 
-    async def render_async(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
-        """As `render`, on the template thread. Raises `RequestError`."""
+    async def render_async(self, messages: Messages, options: ChatOptions) -> str:
+        """As `render_guarded`, on the template thread. Raises `RequestError`."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_DEADLINE_S):
-                return await loop.run_in_executor(self._thread, self.render, messages, options)
+                return await loop.run_in_executor(self._thread, self.render_guarded, messages, options)
         except TimeoutError:
             self._thread.shutdown(wait=False, cancel_futures=True)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="template")
             message = f"rendering the messages took longer than {_DEADLINE_S:g} s"
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="messages") from None
 
+    def _render(self, messages: Messages, options: ChatOptions) -> str:
+        plain = [_present(message) for message in self._special_text.protect(list(messages))]
+        end = _mark_end(plain) if options.continue_final_message else ""
+        variables = {
+            "tools": None,
+            "documents": None,
+            **self._special,
+            **self._special_text.protect(options.variables),
+            "add_generation_prompt": options.add_generation_prompt,
+        }
+        try:
+            text = self._generate(_with_parsed_arguments(plain), variables)
+        except (
+            TypeError
+        ):  # a template that joins a call's arguments to text wants them as they are sent: JSON
+            text = self._generate(plain, variables)
+        return self._cut_at_end(text, end) if end else text
+
+    def _cut_at_end(self, text: str, end: str) -> str:
+        """The rendered text up to the mark. Raises `RequestError` where the template changed the message."""
+        place = text.rfind(_END.strip())
+        if place < 0 or end not in text or "content" not in self.source:
+            message = (
+                "continue_final_message: the model's chat template does not show the last message as it is"
+            )
+            raise RequestError(ErrorCode.INVALID_REQUEST, message, param="continue_final_message")
+        # A template that trims its messages has trimmed the mark's own space: what came before is then trimmed too.
+        cut = text[:place] if text.startswith(_END, place) else text[:place].rstrip()
+        return cut.replace(_END, "").replace(_END.strip(), "")
+
+    def _generate(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        pieces, size = [], 0
+        for piece in self._template.generate(messages=self._as_content(messages), **variables):
+            size += len(piece)
+            if size > _MAX_OUTPUT_CHARS:
+                message = f"the rendered prompt is longer than {_MAX_OUTPUT_CHARS} characters"
+                raise RequestError(ErrorCode.CONTEXT_LENGTH_EXCEEDED, message, param="messages")
+            pieces.append(piece)
+        return "".join(pieces)
+
+    def _as_content(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Contents as this template reads them: text, or a list of parts where it shows nothing but those."""
+        if not any(isinstance(message.get("content"), list) for message in messages):
+            return messages
+        if self._wants_parts is None:
+            self._wants_parts = not self._shows("probe") and self._shows([{"type": "text", "text": "probe"}])
+        if self._wants_parts:
+            return messages
+        return [
+            {**message, "content": _joined(message["content"])}
+            if isinstance(message.get("content"), list)
+            else message
+            for message in messages
+        ]
+
+    def _shows(self, content: object) -> bool:
+        try:
+            messages = [{"role": "user", "content": content}]
+            return "probe" in self._template.render(
+                messages=messages, tools=None, add_generation_prompt=True, **self._special
+            )
+        except Exception:  # it wants content of another kind
+            return False
+
+
+def _present(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without what it leaves out, its reasoning under every name that templates read."""
+    present = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((present[name] for name in _REASONING if name in present), None)
+    if reasoning is not None:
+        present = {"thinking": reasoning, **present, "reasoning_content": reasoning}
+    return present
+
+
+def _joined(parts: list[Any]) -> str:
+    return "\n".join(part["text"] for part in parts if isinstance(part, Mapping) and "text" in part)
+
+
+def _with_parsed_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls' arguments as objects: the interface has them as JSON text, and most templates write JSON of them anew."""
+    return [
+        {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(arguments := function.get("arguments"), str):
+        return call
+    try:
+        parsed = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else call
+
+
+def _mark_end(messages: list[dict[str, Any]]) -> str:
+    """Mark the end of the last message's text; returns that text, stripped. Raises `RequestError` without any."""
+    last = messages[-1]
+    content = last.get("content")
+    if isinstance(content, str) and content.strip():
+        last["content"] = content + _END
+        return content.strip()
+    for part in reversed(content) if isinstance(content, list) else ():
+        if isinstance(part, dict) and isinstance(part.get("text"), str) and part["text"].strip():
+            text: str = part["text"]
+            part["text"] = text + _END
+            return text.strip()
+    message = "continue_final_message: the last message has no text to go on with"
+    raise RequestError(ErrorCode.INVALID_REQUEST, message, param="continue_final_message")
+
+
+# -------------------------------------------------------------------- what templates may use beside Jinja's own
+
+
+class _GenerationBlocks(Extension):
+    """`{% generation %} … {% endgeneration %}`: marks for training what an assistant wrote; here it is only shown."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own protocol
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """See `Extension.parse`."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_shown"), [], [], body).set_lineno(line)
+
+    def _shown(self, caller: Callable[[], str]) -> str:
+        return caller()
+
 
 class _Objection(TemplateError):
     """What a template says through `raise_exception`."""
 
 
+class _Dict:
+    """`dict` without its class's attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """See `dict.fromkeys`."""
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """`namespace` that keeps no underscored name: none of Python's own can be reached through it."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=…)` works, as in Jinja's
+        self, *given = args
+        attributes = dict(*given, **kwargs)
+        for name in attributes:
+            _check_name(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace cannot hold {name!r}")
+
+
 def _raise_exception(message: object) -> None:
-    raise _Objection(str(message)[:200])
+    raise _Objection(str(message)[:_MAX_WORDS])
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)  # the template's own wish: local time, as transformers has it
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Plain JSON: Jinja's own filter escapes for HTML, which models were not trained on."""
-    text = msgspec.json.encode(value)
-    return (msgspec.json.format(text, indent=indent) if indent else text).decode()
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

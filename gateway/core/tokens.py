@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
+
+from gateway.core.special_text import SpecialText
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -23,25 +25,33 @@ class TokenizerError(Exception):
 
 
 class ModelTokens:
-    """One tokenizer, and what detokenising with it needs."""
+    """One tokenizer, and what detokenising with it needs.
+
+    SentencePiece's decoder drops a text's first space. Here it never does: a stream may go on with other text, and
+    single tokens' texts should join. `decode`, for whole texts, drops it itself.
+    """
 
     def __init__(self, tokenizer_json: bytes) -> None:
         """Parse a tokenizer.json. Raises `TokenizerError`."""
         try:
-            self._tokenizer = Tokenizer.from_str(tokenizer_json.decode())
             layout: dict[str, Any] = msgspec.json.decode(tokenizer_json)
+            decoder, self.drops_first_space = _without_first_space(layout.get("decoder"))
+            self._json = tokenizer_json.decode()
+            if self.drops_first_space:
+                self._json = msgspec.json.encode({**layout, "decoder": decoder}).decode()
+            self._tokenizer = _read(self._json)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"the worker's tokenizer cannot be read: {error}") from None
-        self.drops_first_space = False
         self.digest = hashlib.sha256(tokenizer_json).hexdigest()
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # what a user types is text, never a control token
-        self._json = tokenizer_json
         self._parsing: Tokenizer | None = None
-        self.special_ids = frozenset(
-            token["id"] for token in layout.get("added_tokens", []) if token.get("special")
-        )
+        self._aliased: tuple[Tokenizer, dict[int, int]] | None = None
+        self._special = [token for token in layout.get("added_tokens", []) if token.get("special")]
+        self.special_ids = frozenset(token["id"] for token in self._special)
+        self.special_text = SpecialText([token["content"] for token in self._special])
+        self.start_ids: list[int] | None = None  # None: the file does not say how a text begins
+        if layout.get("post_processor") is not None:
+            self.start_ids = self._tokenizer.encode("", add_special_tokens=True).ids
         self._token_bytes: list[bytes] | None = None
         self._partial_ids: frozenset[int] = frozenset()
         if _is_byte_level(layout.get("decoder")):
@@ -62,20 +72,33 @@ class ModelTokens:
     def encode_parsed(self, text: str) -> list[int]:
         """As `encode`, but special tokens written out in the text count."""
         if self._parsing is None:
-            self._parsing = Tokenizer.from_str(self._json.decode())
-            self._parsing.no_truncation()
-            self._parsing.no_padding()
+            self._parsing = _read(self._json)
         ids: list[int] = self._parsing.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_rendered(self, text: str) -> list[int]:
+        """As `encode_parsed` for what `ChatTemplate.render_guarded` gave: users' words stay text."""
+        if not self.special_text.has_stand_ins(text):
+            return self.encode_parsed(text)
+        if self._aliased is None:
+            self._aliased = self._with_aliases()
+        tokenizer, own_ids = self._aliased
+        ids = tokenizer.encode(self.special_text.with_aliases(text), add_special_tokens=False).ids
+        return [own_ids.get(token_id, token_id) for token_id in ids]
+
     def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Text of all ids at once."""
+        text = self.decode_on(token_ids, keep_special=keep_special)
+        return text[1:] if self.drops_first_space and text.startswith(" ") else text
+
+    def decode_on(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
+        """Text of ids that stand within a text: a first space is kept."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=not keep_special)
         return text
 
     def token_text(self, token_id: int) -> str:
         """One token's own text, special or not; "" for an id outside the vocabulary."""
-        return self.decode([token_id], keep_special=True)
+        return self.decode_on([token_id], keep_special=True)
 
     def token_bytes(self, token_id: int) -> bytes:
         """One token's own bytes, which need not be whole characters."""
@@ -95,6 +118,20 @@ class ModelTokens:
         if self._token_bytes is not None:
             return ByteDetokenizer(self._token_bytes, skipped)
         return WindowDetokenizer(self, skipped, self._partial_ids)
+
+    def _with_aliases(self) -> tuple[Tokenizer, dict[int, int]]:
+        """A tokenizer that takes special tokens' names for text and their aliases for them, and the aliases' ids."""
+        tokenizer = _read(self._json)
+        tokenizer.encode_special_tokens = True
+        own_ids: dict[int, int] = {}
+        flags = ("single_word", "lstrip", "rstrip", "normalized")
+        for token in self._special:
+            alias = self.special_text.alias(token["content"])
+            tokenizer.add_tokens([AddedToken(alias, special=False, **{name: token[name] for name in flags})])
+            alias_id = tokenizer.token_to_id(alias)
+            assert alias_id is not None
+            own_ids[alias_id] = token["id"]
+        return tokenizer, own_ids
 
     def _bytes_of_ids(self) -> list[bytes]:
         """The bytes of every id: GPT-2's printable alphabet undone; a token outside it stands for itself."""
@@ -159,7 +196,7 @@ class WindowDetokenizer:
         return self._show()
 
     def _show(self) -> str:
-        decode = self._tokens.decode
+        decode = self._tokens.decode_on
         before = decode(self._window[: self._num_read], keep_special=True)
         text = decode(self._window, keep_special=True)
         if len(text) <= len(before):
@@ -174,6 +211,29 @@ def byte_alphabet() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _read(text: str) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _without_first_space(decoder: Any) -> tuple[Any, bool]:
+    """A decoder's description with nothing in it that drops a text's first space, and whether anything did."""
+    if not isinstance(decoder, dict):
+        return decoder, False
+    if decoder.get("type") == "Sequence":
+        parts = [_without_first_space(part) for part in decoder.get("decoders", [])]
+        return {**decoder, "decoders": [part for part, _ in parts]}, any(dropped for _, dropped in parts)
+    if decoder.get("type") == "Strip" and decoder.get("content") == " " and decoder.get("start") == 1:
+        return {**decoder, "start": 0}, True
+    if decoder.get("type") == "Metaspace":
+        drops = decoder.get("prepend_scheme", "always") != "never" and decoder.get("add_prefix_space", True)
+        kept = {name: value for name, value in decoder.items() if name != "add_prefix_space"}
+        return {**kept, "prepend_scheme": "never"}, drops
+    return decoder, False
 
 
 def _is_byte_level(decoder: object) -> bool:

@@ -86,6 +86,7 @@ class StreamState:
 
     __slots__ = (
         "_detokenizer",
+        "_drop_space",
         "_first_s",
         "_infos",
         "_matcher",
@@ -112,12 +113,14 @@ class StreamState:
         task: str = "text",
         want_logprobs: bool = False,
         strip_start: bool = False,
+        drop_space: bool = False,
     ) -> None:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stops) if stops else None
         self._task = task
         self._want_logprobs = want_logprobs
         self._strip_start = strip_start
+        self._drop_space = drop_space
         self._num_prompt = num_prompt
         self._started_s = started_s
         self._first_s = 0.0
@@ -217,6 +220,9 @@ class StreamState:
         return (self._take(text) if text or self._infos else None), stop
 
     def _visible(self, text: str) -> str:
+        if self._drop_space and text:
+            self._drop_space = False
+            text = text.removeprefix(" ")
         if self._strip_start and text:
             text = text.lstrip()
             self._strip_start = not text

@@ -121,7 +121,7 @@ async def _read_prompt(core: Core, model: ServedModel, request: pb.GenerateReque
     text_ids = await model.encode(text)
     if takes_questions(card):
         return task_prompt(card, "query", text_ids)
-    return [*([] if card.bos_id is None else [card.bos_id]), *text_ids]
+    return [*model.start_ids, *text_ids]
 
 
 async def _read_images(

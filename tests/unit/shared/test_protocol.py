@@ -49,8 +49,8 @@ def test_an_older_peer_may_leave_out_appended_fields() -> None:
 def test_an_older_workers_card_has_the_defaults_of_what_it_leaves_out() -> None:
     card = wire.ModelCard("m", "qwen3", 100, 10, 0, [1], default_top_k=20)
     whole = msgspec.msgpack.decode(msgspec.msgpack.encode(card))
-    assert whole[-1] == 20 and len(whole) == len(wire.ModelCard.__struct_fields__) == 19
-    older = msgspec.msgpack.encode(whole[:-1])
+    assert whole[-2:] == [20, {}] and len(whole) == len(wire.ModelCard.__struct_fields__) == 20
+    older = msgspec.msgpack.encode(whole[:-2])
     assert msgspec.msgpack.decode(older, type=wire.ModelCard).default_top_k == 0
 
 

@@ -42,6 +42,7 @@ class FakeModel:
     card: wire.ModelCard = CARD
     has_template: bool = False
     drops_first_space: bool = False
+    start_ids: list[int] = field(default_factory=lambda: [0])
     tokens: FakeTokens = field(default_factory=FakeTokens)
     pause: asyncio.Event | None = None
     rendered: list[tuple[Sequence[Mapping[str, Any]], ChatOptions]] = field(default_factory=list)

@@ -1,0 +1,71 @@
+"""Owns telling a template's special tokens from the same words in a user's text. Runs on the template thread and the loop.
+
+What users wrote goes through the template with each special token's name replaced by a stand-in that nobody can guess;
+what is left in the rendered text is the template's own. Stand-ins are letters and digits, so that no filter changes them.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+_NONCE: Final = f"zq{secrets.token_hex(12)}"
+
+
+class SpecialText:
+    """The special tokens' names of one tokenizer."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = sorted((name for name in names if name), key=len, reverse=True)
+        self._numbers = {name: number for number, name in enumerate(self.names)}
+        listed = "|".join(map(re.escape, self.names))
+        self._find = re.compile(listed).sub if self.names else None
+        self._beginnings = {name[:end] for name in self.names for end in range(1, len(name))}
+        self._longest = max(map(len, self._beginnings), default=0)
+        self._stand_in = re.compile(_NONCE + r"([nc])(\d+)q")
+        self._either = re.compile(f"{self._stand_in.pattern}|({listed})") if self.names else self._stand_in
+
+    def protect(self, value: Any) -> Any:
+        """A copy of plain data, stand-ins in every string's place of a name, or of what another could make one of."""
+        if isinstance(value, str):
+            return self._protect_text(value)
+        if isinstance(value, Mapping):
+            return {key: self.protect(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.protect(item) for item in value]
+        return value
+
+    def restore(self, text: str) -> str:
+        """Rendered text as its reader should see it."""
+        return self._stand_in.sub(self._restored, text) if _NONCE in text else text
+
+    def has_stand_ins(self, text: str) -> bool:
+        """Whether anything in a rendered text is a user's and looks like a special token."""
+        return _NONCE in text
+
+    def alias(self, name: str) -> str:
+        """What `with_aliases` writes for the special token of this name."""
+        return f"{_NONCE}t{self._numbers[name]}q"
+
+    def with_aliases(self, text: str) -> str:
+        """Rendered text in which the template's special tokens have their aliases, and the users' words their names."""
+        return self._either.sub(
+            lambda match: self.alias(match[3]) if match.lastindex == 3 else self._restored(match), text
+        )
+
+    def _restored(self, match: re.Match[str]) -> str:
+        return self.names[int(match[2])] if match[1] == "n" else chr(int(match[2]))
+
+    def _protect_text(self, text: str) -> str:
+        if self._find is None:
+            return text
+        text = self._find(lambda match: f"{_NONCE}n{self._numbers[match[0]]}q", text)
+        # A name cut in two strings would be whole again where a template joins them.
+        body = text.rstrip()
+        for size in range(min(self._longest, len(body)), 0, -1):
+            if body[-size:] in self._beginnings:
+                start = len(body) - size
+                return f"{text[:start]}{_NONCE}c{ord(text[start])}q{text[start + 1 :]}"
+        return text
