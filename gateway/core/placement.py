@@ -73,7 +73,7 @@ class Placement:
         self._check_open()
         ready = [worker for worker in self.workers if worker.model is model and worker.takes_work]
         if not ready:
-            raise RequestError(ErrorCode.LOADING, "no worker serves this model at the moment")
+            raise self.nobody("no worker serves this model at the moment")
         best = min(ready, key=lambda worker: worker.occupancy.load)
         refusal = self._refusal(best, tenant, num_new)
         if refusal is not None:
@@ -98,6 +98,12 @@ class Placement:
         if refusal is not None:
             self._on_refused(refusal.code)
             raise refusal
+
+    def nobody(self, message: str) -> RequestError:
+        """Why there is no worker for a request: `message`, unless no waiting will bring one."""
+        if self.workers and all(worker.link.refusal for worker in self.workers):
+            return RequestError(ErrorCode.INTERNAL, self.workers[0].link.refusal)
+        return RequestError(ErrorCode.LOADING, message)
 
     def readiness(self) -> tuple[bool, str]:
         """Whether new work would be served, and why not."""

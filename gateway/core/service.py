@@ -129,7 +129,12 @@ class Service:
 
     def model(self, model_id: str | None) -> AnnouncedModel:
         """See `Core.model`."""
-        return self._catalog.find(model_id)
+        try:
+            return self._catalog.find(model_id)
+        except RequestError as error:
+            raise (
+                self._placement.nobody(error.message) if error.code is ErrorCode.LOADING else error
+            ) from None
 
     def models(self) -> list[AnnouncedModel]:
         """See `Core.models`."""

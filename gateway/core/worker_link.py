@@ -210,6 +210,8 @@ class WorkerLink:
         if ready.epoch == self.epoch:
             self._life.on_progress(self._now())
             return  # an answer to a repeated hello
+        if self._life.state is LinkState.REFUSED and ready.epoch == self._life.refused_epoch:
+            return  # the same worker says the same again: it was told of once
         if self.ready is not None and ready.epoch == self.lost_epoch:
             self.note("stale_epoch")  # the dead worker's last word, come late
             return

@@ -51,6 +51,7 @@ class LinkLife:
         "lost_epoch",
         "ready",
         "refusal",
+        "refused_epoch",
         "state",
     )
 
@@ -60,6 +61,7 @@ class LinkLife:
         self.beat: Beat | None = None
         self.lost_epoch = -1  # of the worker last lost
         self.refusal = ""  # why the worker found is of no use, if so
+        self.refused_epoch = -1  # of the worker whose announcement was refused
         self._progress_timeout_s = progress_timeout_s
         self._progress_s = 0.0
         self._hello_s = 0.0
@@ -87,6 +89,8 @@ class LinkLife:
     def refuse(self, reason: str) -> None:
         """The worker found is of no use. Raises `LinkError` once closed."""
         self._move(LinkState.REFUSED)
+        if self.ready is not None:
+            self.refused_epoch = self.ready.epoch
         self._forget()
         self.refusal = reason
 

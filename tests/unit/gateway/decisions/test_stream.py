@@ -58,7 +58,7 @@ def test_text_comes_back_and_never_as_half_a_character(text: str, keep_special: 
 )
 def test_pieces_of_other_decoders_concatenate_to_the_whole(ids: list[int]) -> None:
     detokenizer = PIECES.detokenizer()
-    assert "".join(map(detokenizer.step, ids)) + detokenizer.flush() == PIECES.decode(ids)
+    assert "".join(map(detokenizer.step, ids)) + detokenizer.flush() == PIECES.decode_on(ids)
 
 
 def test_ids_outside_the_vocabulary_have_no_text() -> None:
