@@ -68,6 +68,8 @@ class Figures:
             # Even one record may be too wide: then its texts go on in the next line.
             yield table if fits(table) else self._turned(rows[:num_taken], folds=True)
             rows = rows[num_taken:]
+            if rows:
+                yield Text()
 
     def _upright(self, *, wraps: bool) -> Table:
         table = _empty()
@@ -105,12 +107,22 @@ def show(figures: RenderableType, objects: Sequence[object], *, as_json: bool) -
 
 
 def of_objects(title: str, objects: Sequence[Mapping[str, object]]) -> Figures:
-    """A table with a column for each key of the first object."""
-    names = list(objects[0])
-    figures = Figures(title, [name.replace("_", " ") for name in names])
-    for one in objects:
-        figures.add(*(str(one[name]) for name in names))
+    """A table with a column for each key of the objects, which all have the same; a group's keys stand behind its name."""
+    flat = [dict(flatten(one)) for one in objects]
+    figures = Figures(title, list(flat[0]))
+    for one in flat:
+        figures.add(*one.values())
     return figures
+
+
+def flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names in words with their values as texts; what is in a group is called after both."""
+    for key, value in values.items():
+        name = prefix + key.replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from flatten(value, name + ": ")
+        else:
+            yield name, f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _empty() -> Table:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import typer
 from rich.console import Console
 
-from loadtest.tables import Figures, of_objects, show
+from loadtest.tables import Figures, flatten, of_objects, show
 
 if TYPE_CHECKING:
     from loadtest.bench.first_token import FirstToken
@@ -326,17 +326,10 @@ def decode_table(done: Sequence[dict[str, Any]], dtype: str) -> Figures:
 
 
 def accuracy_table(result: Mapping[str, Any]) -> Figures:
-    """A line for each figure; those of a group stand under its name."""
+    """A line for each figure."""
     table = Figures("accuracy on scenes never seen", ("figure", "value"), left=("figure",))
-
-    def add(values: Mapping[str, Any], prefix: str) -> None:
-        for name, value in values.items():
-            if isinstance(value, Mapping):
-                add(value, f"{prefix}{name} ")
-            else:
-                table.add(prefix + name, f"{value:.4g}" if isinstance(value, float) else str(value))
-
-    add(result, "")
+    for name, value in flatten(result):
+        table.add(name, value)
     return table
 
 
