@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from loadtest.tables import Figures, flatten, of_objects, show
+
+if TYPE_CHECKING:
+    from loadtest.bench.first_token import FirstToken
+    from loadtest.bench.loop import LoopRow
+    from loadtest.bench.structured import Share
 
 app = typer.Typer(
     no_args_is_help=True, help="Measure parts of Degas; every figure in the docs has its command here."
 )
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON list of objects instead of a table.")]
 TransformersPython = Annotated[
     str, typer.Option(help="Python of transformers' environment; empty leaves it out.")
 ]
@@ -43,7 +49,6 @@ def loop(
 ) -> None:
     """Blocking against pipelined decoding: step time, host time, bubble and gain, beside the published rows."""
     from loadtest.bench.loop import measure_row
-    from loadtest.bench.published import PHOTON
     from loadtest.bench.timeline import draw
 
     if device != "sim":
@@ -59,40 +64,7 @@ def loop(
         row, recordings = measured[-1]
         gpu = f"{profile.upper()} step times held in real time, {row.rows} streams to real clients"
         picture.write_text(draw(recordings, f"{gpu}: degas bench loop --profile {profile} --rows {row.rows}"))
-    if as_json:
-        print(json.dumps([row.to_json() for row in done]))
-        return
-    table = Table(title=f"decode step, milliseconds ({profile}, simulated device in real time, SSE clients)")
-    for name in (
-        "rows",
-        "forward",
-        "sample",
-        "blocking",
-        "pipelined",
-        "host µs",
-        "bubble",
-        "busy",
-        "gain",
-        "events/s",
-    ):
-        table.add_column(name, justify="right")
-    table.add_column("published (pipelined / blocking / gain)", justify="right", style="dim")
-    for row in done:
-        known = PHOTON.get((profile, row.rows))
-        table.add_row(
-            str(row.rows),
-            f"{row.forward_ms:.2f}",
-            f"{row.sample_ms:.2f}",
-            f"{row.blocking_ms:.3f}",
-            f"{row.pipelined_ms:.3f}",
-            f"{row.host_us:.0f}",
-            f"{row.bubble_ms:.3f}",
-            f"{row.busy_pct:.1f}%",
-            f"{row.gain_pct:.1f}%",
-            f"{row.tokens_per_s:.0f}",
-            f"{known.pipelined_ms} / {known.blocking_ms} / {known.gain_pct}%" if known else "",
-        )
-    Console().print(table)
+    show(loop_table(done, profile), [row.to_json() for row in done], as_json=as_json)
 
 
 @app.command()
@@ -107,11 +79,8 @@ def cancels(
     from loadtest.bench.cancels import run_cancels
 
     report = run_cancels(count, hang_ups=hang_ups)
-    if as_json:
-        print(json.dumps(report.to_json()))
-    else:
-        for name, value in report.to_json().items():
-            print(f"{name:<12} {value}")
+    found = report.to_json()
+    show(of_objects("sequences that were cancelled, and what they left", [found]), [found], as_json=as_json)
     raise typer.Exit(0 if report.is_clean else 1)
 
 
@@ -127,17 +96,7 @@ def ttft(
     from loadtest.bench.first_token import measure
 
     done = measure(profile, rows, probes, rounds)
-    if as_json:
-        print(json.dumps([mode.to_json() for mode in done]))
-        return
-    table = Table(
-        title=f"time to first token behind {rows} streams ({profile}, simulated device in real time)"
-    )
-    for name in ("mode", "p50 ms", "p90 ms", "step ms"):
-        table.add_column(name, justify="right")
-    for mode in done:
-        table.add_row(mode.mode, f"{mode.p50_ms:.2f}", f"{mode.p90_ms:.2f}", f"{mode.step_ms:.3f}")
-    Console().print(table)
+    show(first_token_table(done, rows, profile), [mode.to_json() for mode in done], as_json=as_json)
 
 
 @app.command()
@@ -162,10 +121,8 @@ def flood(
         rounds=rounds,
         factors=FACTORS,
     )
-    if as_json:
-        print(json.dumps([row.to_json() for row in done]))
-    else:
-        Console().print(flood_table(done, f"{rows} rows, queue of {queue}, {tokens} tokens, {profile}"))
+    title = f"{rows} rows, queue of {queue}, {tokens} tokens, {profile}"
+    show(flood_table(done, title), [row.to_json() for row in done], as_json=as_json)
     raise typer.Exit(1 if any(row.keeps_promise is False for row in done) else 0)
 
 
@@ -260,21 +217,7 @@ def decode(
     done = [
         measure_decode(int(number), new_tokens, repeats, getattr(torch, dtype)) for number in rows.split(",")
     ]
-    if as_json:
-        print(json.dumps(done))
-        return
-    table = Table(title=f"decode tokens/s, one compute thread, {dtype}")
-    for name in ("rows", "degas", "transformers", "ratio", "ratio by CPU time"):
-        table.add_column(name, justify="right")
-    for row in done:
-        table.add_row(
-            str(row["rows"]),
-            f"{row['degas_tokens_per_s']:.0f}",
-            f"{row['transformers_tokens_per_s']:.0f}",
-            f"{row['ratio']:.2f}×",
-            f"{row['cpu_ratio']:.2f}×",
-        )
-    Console().print(table)
+    show(decode_table(done, dtype), done, as_json=as_json)
 
 
 @app.command()
@@ -288,14 +231,14 @@ def pocket(
     from loadtest.bench.pocket import measure_accuracy
 
     result = measure_accuracy(scenes, seed, small=small)
-    print(json.dumps(result) if as_json else json.dumps(result, indent=1))
+    show(accuracy_table(result), [result], as_json=as_json)
 
 
 class _Comparison(Protocol):
     left_out: list[str]
 
     def to_json(self) -> dict[str, Any]: ...
-    def table(self) -> Table: ...
+    def table(self) -> Figures: ...
 
 
 def whole(option: str, given: str) -> tuple[int, ...]:
@@ -312,13 +255,99 @@ def _say(line: str) -> None:
 
 
 def _print_comparison(done: _Comparison, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(done.to_json()))
-        return
-    console = Console()
-    console.print(done.table())
-    for line in done.left_out:
-        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    show(done.table(), [done.to_json()], as_json=as_json)
+    for line in done.left_out if not as_json else ():
+        Console().print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def loop_table(done: Sequence[LoopRow], profile: str) -> Figures:
+    """Blocking beside pipelined, and beside what is published for the same device and rows."""
+    from loadtest.bench.published import PHOTON
+
+    table = Figures(
+        f"decode step, milliseconds ({profile}, simulated device in real time, SSE clients)",
+        (
+            "rows",
+            "forward",
+            "sample",
+            "blocking",
+            "pipelined",
+            "host µs",
+            "bubble",
+            "busy",
+            "gain",
+            "events/s",
+            "published: pipelined",
+            "published: blocking",
+            "published: gain",
+        ),
+        dim=("published: pipelined", "published: blocking", "published: gain"),
+    )
+    for row in done:
+        known = PHOTON.get((profile, row.rows))
+        table.add(
+            str(row.rows),
+            f"{row.forward_ms:.2f}",
+            f"{row.sample_ms:.2f}",
+            f"{row.blocking_ms:.3f}",
+            f"{row.pipelined_ms:.3f}",
+            f"{row.host_us:.0f}",
+            f"{row.bubble_ms:.3f}",
+            f"{row.busy_pct:.1f}%",
+            f"{row.gain_pct:.1f}%",
+            f"{row.tokens_per_s:.0f}",
+            *((f"{known.pipelined_ms}", f"{known.blocking_ms}", f"{known.gain_pct}%") if known else [""] * 3),
+        )
+    return table
+
+
+def first_token_table(done: Sequence[FirstToken], rows: int, profile: str) -> Figures:
+    """A line for each mode."""
+    title = f"time to first token behind {rows} streams ({profile}, simulated device in real time)"
+    table = Figures(title, ("mode", "p50 ms", "p90 ms", "step ms"))
+    for mode in done:
+        table.add(mode.mode, f"{mode.p50_ms:.2f}", f"{mode.p90_ms:.2f}", f"{mode.step_ms:.3f}")
+    return table
+
+
+def decode_table(done: Sequence[dict[str, Any]], dtype: str) -> Figures:
+    """Our rate beside transformers' for each number of rows."""
+    names = ("rows", "degas", "transformers", "ratio", "ratio by CPU time")
+    table = Figures(f"decode tokens/s, one compute thread, {dtype}", names)
+    for row in done:
+        table.add(
+            str(row["rows"]),
+            f"{row['degas_tokens_per_s']:.0f}",
+            f"{row['transformers_tokens_per_s']:.0f}",
+            f"{row['ratio']:.2f}×",
+            f"{row['cpu_ratio']:.2f}×",
+        )
+    return table
+
+
+def accuracy_table(result: Mapping[str, Any]) -> Figures:
+    """A line for each figure."""
+    table = Figures("accuracy on scenes never seen", ("figure", "value"), left=("figure",))
+    for name, value in flatten(result):
+        table.add(name, value)
+    return table
+
+
+def structured_table(done: Sequence[Share], rows: int, profile: str) -> Figures:
+    """A line for each share of constrained requests and each place that enforces them."""
+    table = Figures(
+        f"throughput with constrained requests, {rows} streams ({profile}, simulated device)",
+        ("structured", "enforced by", "tokens/s", "relative", "zombie rows"),
+    )
+    for share in done:
+        table.add(
+            f"{share.structured_pct}%",
+            share.where,
+            f"{share.tokens_per_s:.0f}",
+            f"{share.relative:.3f}×",
+            f"{share.zombie_pct:.1f}%",
+        )
+    return table
 
 
 def _structured(shares: str, profile: str, rows: int, seconds: float, *, as_json: bool) -> None:
@@ -326,18 +355,4 @@ def _structured(shares: str, profile: str, rows: int, seconds: float, *, as_json
     from loadtest.bench.structured import measure
 
     done = measure([int(share) for share in shares.split(",")], profile, rows, seconds, rounds=2)
-    if as_json:
-        print(json.dumps([share.to_json() for share in done]))
-        return
-    table = Table(title=f"throughput with constrained requests, {rows} streams ({profile}, simulated device)")
-    for name in ("structured", "enforced by", "tokens/s", "relative", "zombie rows"):
-        table.add_column(name, justify="right")
-    for share in done:
-        table.add_row(
-            f"{share.structured_pct}%",
-            share.where,
-            f"{share.tokens_per_s:.0f}",
-            f"{share.relative:.3f}×",
-            f"{share.zombie_pct:.1f}%",
-        )
-    Console().print(table)
+    show(structured_table(done, rows, profile), [share.to_json() for share in done], as_json=as_json)

@@ -8,14 +8,14 @@ median. Beside the wall clock stands the process's CPU time, which other process
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+import typer
 
 from loadtest.comparison import median, median_ratio, rounded, same_share
 from loadtest.peers.catalog import SHAPES
@@ -90,31 +90,30 @@ def measure(
     }
 
 
-def main() -> None:
+def main(
+    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
+    new_tokens: Annotated[int, typer.Option(help="Tokens each row decodes.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens in.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Turns each side gets.")] = 5,
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(sorted(SHAPES))}.")] = "30m",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of both sides.")] = "bfloat16",
+    depth: Annotated[int, typer.Option(help="Steps in flight.")] = 2,
+) -> None:
     """Print one JSON line for each number of rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", default="1,8,32")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="30m")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--depth", type=int, default=2)
-    chosen = parser.parse_args()
-    for rows in chosen.rows.split(","):
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"{shape!r} is none of {', '.join(sorted(SHAPES))}", param_hint="--shape")
+    for number in rows.split(","):
         found = measure(
-            int(rows),
-            chosen.new_tokens,
-            chosen.prompt_tokens,
-            chosen.repeats,
-            chosen.shape,
-            dtype=getattr(torch, chosen.dtype),
-            depth=chosen.depth,
+            int(number),
+            new_tokens,
+            prompt_tokens,
+            repeats,
+            shape,
+            dtype=getattr(torch, dtype),
+            depth=depth,
         )
         print(json.dumps(rounded(found)))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -16,11 +16,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final, TypeVar
 
-from rich.table import Table
-
 from loadtest.bench.flood_client import WARM_UP_S, Flood, Phase
 from loadtest.bench.processes import gateway_and_worker, serving
 from loadtest.histogram import Histogram
+from loadtest.tables import Figures
 
 FACTORS: Final = (1.0, 2.0, 5.0, 10.0)
 PROMISED_GOODPUT: Final = {2.0: 0.95, 5.0: 0.90, 10.0: 0.85}  # of the saturated rate
@@ -98,29 +97,30 @@ def measure(
     return [_row([done[i] for done in phases], [done[0] for done in phases]) for i in range(len(factors) + 1)]
 
 
-def flood_table(done: list[FloodRow], title: str) -> Table:
+def flood_table(done: list[FloodRow], title: str) -> Figures:
     """The rows as a table, the closed loop first."""
-    table = Table(title=f"flood: {title}, simulated device in real time")
-    for name in (
-        "load",
-        "sent/s",
-        "goodput/s",
-        "of saturated",
-        "ttft p50 / p99 ms",
-        "p99 of saturated",
-        "refused",
-        "refusal p50 / p99 ms",
-        "retry-after ms",
-        "from drain rate",
-        "client late p99 ms",
-        "cpu client / gateway",
-        "gateway µs a refusal",
-        "promise",
-    ):
-        table.add_column(name, justify="right")
+    table = Figures(
+        f"flood: {title}, simulated device in real time",
+        (
+            "load",
+            "sent/s",
+            "goodput/s",
+            "of saturated",
+            "ttft p50 / p99 ms",
+            "p99 of saturated",
+            "refused",
+            "refusal p50 / p99 ms",
+            "retry-after ms",
+            "from drain rate",
+            "client late p99 ms",
+            "cpu client / gateway",
+            "gateway µs a refusal",
+            "promise",
+        ),
+    )
     for row in done:
         refused = row.refused > 0
-        table.add_row(
+        table.add(
             f"{row.factor:g}×" if row.factor else "closed loop",
             f"{row.sent_per_s:.0f}",
             f"{row.goodput_per_s:.1f}",

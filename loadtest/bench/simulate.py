@@ -8,17 +8,15 @@ times.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from queue import SimpleQueue
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from loadtest.bench.published import OUTPUT_TOKENS, PHOTON
+from loadtest.tables import of_objects, show
 from shared.protocol import FromWorker, ModelCard, Sampling, StepOutputs, Submit, pack_i32
 from worker.loop.engine import Command, Engine
 from worker.schedule.limits import SchedulerLimits
@@ -26,9 +24,10 @@ from worker.schedule.pages import PagePool
 from worker.schedule.plan import StepPlan, StepResult
 from worker.schedule.scheduler import Scheduler
 from worker.sim.profiles import GPUS, LAUNCH_S, SHAPES, ModelShape, Profile, predict_forward_s
-from worker.sim.runner import SimRunner, fake_card
+from worker.sim.runner import OOM_TOKEN, SimRunner, fake_card
 from worker.sim.timeline import VirtualClock
 
+FIRST_TOKEN = OOM_TOKEN + 1  # ids up to it mean faults to the simulated device
 WARM_UP_STEPS = 50
 MEASURED_TOKENS = 4000  # per row
 HOST_BEFORE = 0.6  # share of the host's time spent before a launch; the rest follows the commit
@@ -125,7 +124,8 @@ def _run(
 
     def submit() -> None:
         number = next(ids)
-        prompt = [12 + number * 7 % (output_tokens - 12), 12 + number % (output_tokens - 12)]
+        num_plain = output_tokens - FIRST_TOKEN
+        prompt = [FIRST_TOKEN + number * 7 % num_plain, FIRST_TOKEN + number % num_plain]
         message = Submit(1, number, "s", pack_i32(prompt), 1000, Sampling(temperature=1.0, seed=number))
         inbox.put((b"", message, []))
 
@@ -186,7 +186,9 @@ def command(
     sample_us: Annotated[float, typer.Option(help="Sampling time of a step, microseconds.")] = 140.0,
     launch_us: Annotated[float, typer.Option(help="Device time of a step beside moving bytes.")] = LAUNCH_S
     * 1e6,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list of objects instead of a table.")
+    ] = False,
 ) -> None:
     """What pipelining gains: the published table reproduced, or a prediction for a model, GPU and batch."""
     if not gpu:
@@ -212,12 +214,4 @@ def command(
                 **{f"simulated_{name}": round(value, 3) for name, value in asdict(loop).items()},
             }
         ]
-    if as_json:
-        print(json.dumps(result))
-        return
-    table = Table(title="gain of pipelined over blocking decoding")
-    for name in result[0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for row in result:
-        table.add_row(*(str(value) for value in row.values()))
-    Console().print(table)
+    show(of_objects("gain of pipelined over blocking decoding", result), result, as_json=as_json)

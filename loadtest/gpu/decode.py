@@ -10,7 +10,6 @@ blocking loop; depth 2 the pipeline. `--smoke` proves on a CPU that the script r
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import json
@@ -20,9 +19,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from loadtest.gpu.random_models import RandomModel, random_model
 from shared.protocol import FromWorker, Sampling, StepOutputs, Submit, pack_i32
@@ -330,54 +330,57 @@ def to_line(f: Figures) -> str:
     )
 
 
-def main() -> None:
+def main(
+    shapes: Annotated[
+        str, typer.Option(help="Shapes, comma separated.")
+    ] = "moondream2,qwen3-0.6b,llama-3.2-1b",
+    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32,64,128",
+    depths: Annotated[str, typer.Option(help="Steps in flight, comma separated.")] = "1,2",
+    context: Annotated[int, typer.Option(help="Tokens of context a row.")] = 850,
+    steps: Annotated[int, typer.Option(help="Steps measured.")] = 120,
+    plain_too: Annotated[
+        bool, typer.Option("--plain-too", help="Also the torch path without kernels.")
+    ] = False,
+    sampled_rows: Annotated[
+        str, typer.Option(help="Row counts also run with temperature and top-p.")
+    ] = "1,32",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("gpu-results"),
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Tiny shapes on the CPU, interpreted kernels.")
+    ] = False,
+) -> None:
     """Measure, print the table, write `decode.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", default="moondream2,qwen3-0.6b,llama-3.2-1b")
-    parser.add_argument("--rows", default="1,8,32,64,128")
-    parser.add_argument("--depths", default="1,2")
-    parser.add_argument("--context", type=int, default=850)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--plain-too", action="store_true", help="also the torch path without kernels")
-    parser.add_argument(
-        "--sampled-rows", default="1,32", help="row counts also run with temperature and top-p"
-    )
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, interpreted kernels")
-    chosen = parser.parse_args()
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    device = open_device(smoke=chosen.smoke)
-    if chosen.smoke:
-        chosen.shapes, chosen.rows, chosen.context, chosen.steps = "tiny-moondream,tiny-qwen3", "2", 20, 3
-        chosen.sampled_rows, chosen.depths, chosen.plain_too = "2", "2", True
+    out.mkdir(parents=True, exist_ok=True)
+    device = open_device(smoke=smoke)
+    if smoke:
+        shapes, rows, context, steps = "tiny-moondream,tiny-qwen3", "2", 20, 3
+        sampled_rows, depths, plain_too = "2", "2", True
     with torch.inference_mode():
-        bytes_per_s = measure_bandwidth(device.torch_device, 64 << 20 if chosen.smoke else 4 << 30)
+        bytes_per_s = measure_bandwidth(device.torch_device, 64 << 20 if smoke else 4 << 30)
         found: list[Figures] = []
-        for shape in chosen.shapes.split(","):
+        for shape in shapes.split(","):
             found += run_shape(
                 shape,
                 device,
-                row_counts=[int(n) for n in chosen.rows.split(",")],
-                depths=[int(n) for n in chosen.depths.split(",")],
-                context=chosen.context,
-                steps=chosen.steps,
+                row_counts=[int(n) for n in rows.split(",")],
+                depths=[int(n) for n in depths.split(",")],
+                context=context,
+                steps=steps,
                 bytes_per_s=bytes_per_s,
-                plain_too=chosen.plain_too,
-                sampled_rows={int(n) for n in chosen.sampled_rows.split(",") if n},
+                plain_too=plain_too,
+                sampled_rows={int(n) for n in sampled_rows.split(",") if n},
             )
             # After every shape: a run that is cut off keeps what it has.
             record = {
-                "device": torch.cuda.get_device_name() if not chosen.smoke else "cpu (smoke)",
+                "device": torch.cuda.get_device_name() if not smoke else "cpu (smoke)",
                 "torch": torch.__version__,
                 "copy_bytes_per_s": bytes_per_s,
                 "figures": [asdict(figures) for figures in found],
             }
-            (chosen.out / "decode.json").write_text(json.dumps(record, indent=1))
+            (out / "decode.json").write_text(json.dumps(record, indent=1))
     print(f"\ncopy bandwidth {bytes_per_s / 1e12:.2f} TB/s\n{HEADING}")
     print("\n".join(to_line(figures) for figures in found))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

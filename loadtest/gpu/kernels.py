@@ -10,7 +10,6 @@ replays. Errors are against fp64 where a reference in fp64 fits. `--smoke` prove
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -18,9 +17,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor
 
 from loadtest.gpu.decode import measure_bandwidth
@@ -348,26 +349,25 @@ def measure(bench: Bench, case: Case, bytes_per_s: float, flops_per_s: float) ->
     return Measured(case.name, kernel_s * 1e6, again_s * 1e6, reference_s * 1e6, floor_s * 1e6, error)
 
 
-def main() -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("gpu-results"),
+    only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Tiny sizes on the CPU, interpreted kernels.")
+    ] = False,
+) -> None:
     """Measure every case, print the table, write `kernels.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU, interpreted kernels")
-    chosen = parser.parse_args()
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cpu" if chosen.smoke else "cuda")
-    bytes_per_s = measure_bandwidth(device, 64 << 20 if chosen.smoke else 4 << 30)
-    flops_per_s = 1e12 if chosen.smoke else measure_products(device, 8192)
-    bench = Bench(device, smoke=chosen.smoke)
+    out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cpu" if smoke else "cuda")
+    bytes_per_s = measure_bandwidth(device, 64 << 20 if smoke else 4 << 30)
+    flops_per_s = 1e12 if smoke else measure_products(device, 8192)
+    bench = Bench(device, smoke=smoke)
     lines: list[Measured] = []
     failures: list[str] = []
     with torch.inference_mode():
         for make in bench.cases():
             case = make()
-            if chosen.only not in case.name:
+            if only not in case.name:
                 continue
             try:
                 lines.append(measure(bench, case, bytes_per_s, flops_per_s))
@@ -379,7 +379,7 @@ def main() -> None:
                 "cases": [asdict(line) for line in lines],
                 "failures": failures,
             }
-            (chosen.out / "kernels.json").write_text(json.dumps(record, indent=1))
+            (out / "kernels.json").write_text(json.dumps(record, indent=1))
     print(f"copy {bytes_per_s / 1e12:.2f} TB/s, product {flops_per_s / 1e12:.0f} TFLOP/s")
     print(f"{'kernel':58} {'µs':>9} {'again':>9} {'torch µs':>9} {'floor µs':>9} {'error':>9}")
     for m in lines:
@@ -393,4 +393,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -10,7 +10,6 @@ If this transformers has no continuous batching, or cannot run it here, that is 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import inspect
 import json
@@ -18,9 +17,10 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from loadtest.gpu.decode import (
     PREFILL_TOKENS,
@@ -114,27 +114,24 @@ class ContinuousBatching:
         return float(sum(len(result.generated_tokens) for result in results) / total_s)
 
 
-def main() -> None:
+def main(
+    shape: Annotated[str, typer.Option(help="Shape of the random model.")] = "qwen3-0.6b",
+    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,32",
+    context: Annotated[int, typer.Option(help="Tokens of context a row.")] = 850,
+    steps: Annotated[int, typer.Option(help="Steps measured.")] = 120,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("gpu-results"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="A tiny shape on the CPU.")] = False,
+) -> None:
     """Measure both, print the ratios, write `peer.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", default="qwen3-0.6b")
-    parser.add_argument("--rows", default="1,32")
-    parser.add_argument("--context", type=int, default=850)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--smoke", action="store_true", help="a tiny shape on the CPU")
-    chosen = parser.parse_args()
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    device = open_device(smoke=chosen.smoke)
-    if chosen.smoke:
-        chosen.shape, chosen.rows, chosen.context, chosen.steps = "tiny-qwen3", "2", 20, 3
-    rows = [int(number) for number in chosen.rows.split(",")]
-    record: dict[str, Any] = {"shape": chosen.shape, "context": chosen.context, "steps": chosen.steps}
+    out.mkdir(parents=True, exist_ok=True)
+    device = open_device(smoke=smoke)
+    if smoke:
+        shape, rows, context, steps = "tiny-qwen3", "2", 20, 3
+    counts = [int(number) for number in rows.split(",")]
+    record: dict[str, Any] = {"shape": shape, "context": context, "steps": steps}
     with tempfile.TemporaryDirectory(prefix="degas-peer-") as name:
         with torch.inference_mode():
-            degas = run_degas(device, chosen.shape, rows, chosen.context, chosen.steps, Path(name))
+            degas = run_degas(device, shape, counts, context, steps, Path(name))
         record["degas_tokens_per_s"] = degas
         print("Degas tokens/s:", {count: round(rate) for count, rate in degas.items()}, flush=True)
         gc.collect()
@@ -145,12 +142,12 @@ def main() -> None:
             peer = ContinuousBatching(Path(name), device.torch_device)
             record["transformers"] = peer.version
             generator = torch.Generator().manual_seed(1)
-            for count in rows:
-                prompts = torch.randint(8, 290, (count, chosen.context), generator=generator).tolist()
-                peer.run(prompts, min(8, chosen.steps))  # the first run compiles and captures
-                theirs[count] = peer.run(prompts, chosen.steps)
+            for count in counts:
+                prompts = torch.randint(8, 290, (count, context), generator=generator).tolist()
+                peer.run(prompts, min(8, steps))  # the first run compiles and captures
+                theirs[count] = peer.run(prompts, steps)
                 print(
-                    f"{chosen.shape}, {count} rows: Degas {degas[count]:.0f} tokens/s, transformers {peer.version} "
+                    f"{shape}, {count} rows: Degas {degas[count]:.0f} tokens/s, transformers {peer.version} "
                     f"{theirs[count]:.0f}, ratio {degas[count] / theirs[count]:.2f}",
                     flush=True,
                 )
@@ -158,8 +155,8 @@ def main() -> None:
             record["unavailable"] = f"{type(error).__name__}: {str(error)[:500]}"
             print(f"transformers' continuous batching does not run here: {record['unavailable']}")
         record["transformers_tokens_per_s"] = theirs
-    (chosen.out / "peer.json").write_text(json.dumps(record, indent=1))
+    (out / "peer.json").write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

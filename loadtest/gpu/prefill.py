@@ -11,15 +11,16 @@ figures mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 from loadtest.gpu.decode import PREFILL_TOKENS, open_device
 from loadtest.gpu.random_models import random_model
@@ -150,38 +151,37 @@ def to_line(line: Line) -> str:
     )
 
 
-def main() -> None:
+def main(
+    shapes: Annotated[str, typer.Option(help="Shapes, comma separated.")] = "moondream2,qwen3-0.6b",
+    tokens: Annotated[str, typer.Option(help="Lengths of prompts, comma separated.")] = "16,64,256,740",
+    repeats: Annotated[int, typer.Option(help="Runs of each.")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("gpu-results"),
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Tiny shapes on the CPU, interpreted kernels.")
+    ] = False,
+) -> None:
     """Measure, print the table, write `prefill.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", default="moondream2,qwen3-0.6b")
-    parser.add_argument("--tokens", default="16,64,256,740")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, interpreted kernels")
-    chosen = parser.parse_args()
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    device = open_device(smoke=chosen.smoke)
+    out.mkdir(parents=True, exist_ok=True)
+    device = open_device(smoke=smoke)
     token_buckets: list[int] | None = None
-    if chosen.smoke:
-        chosen.shapes, chosen.tokens, chosen.repeats = "tiny-moondream", "7,20", 1
+    if smoke:
+        shapes, tokens, repeats = "tiny-moondream", "7,20", 1
         token_buckets = [8, 16]
     lines: list[Line] = []
     with torch.inference_mode(), device.compute.use():
-        for shape in chosen.shapes.split(","):
-            lengths = [int(n) for n in chosen.tokens.split(",")]
-            lines += run_shape(shape, device, lengths, chosen.repeats, token_buckets)
+        for shape in shapes.split(","):
+            lengths = [int(n) for n in tokens.split(",")]
+            lines += run_shape(shape, device, lengths, repeats, token_buckets)
             # After every shape: a run that is cut off keeps what it has.
             record = {
-                "device": "cpu (smoke)" if chosen.smoke else torch.cuda.get_device_name(),
+                "device": "cpu (smoke)" if smoke else torch.cuda.get_device_name(),
                 "torch": torch.__version__,
                 "figures": [asdict(line) for line in lines],
             }
-            (chosen.out / "prefill.json").write_text(json.dumps(record, indent=1))
+            (out / "prefill.json").write_text(json.dumps(record, indent=1))
     print(f"\n{HEADING}")
     print("\n".join(to_line(line) for line in lines))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

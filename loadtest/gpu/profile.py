@@ -8,11 +8,11 @@ For each SHAPE:ROWS a table by kernel on the screen, and a trace for chrome://tr
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from loadtest.gpu.decode import make_runner, open_device, run_rows
 from loadtest.gpu.random_models import random_model
@@ -49,26 +49,25 @@ def profile(shape: str, device: Device, rows: int, context: int, steps: int, fol
     profiled.export_chrome_trace(str(folder / f"trace-{shape}-{rows}.json.gz"))
 
 
-def main() -> None:
+def main(
+    pairs: Annotated[
+        list[str] | None, typer.Argument(metavar="SHAPE:ROWS", help="By default moondream2:1.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of context a row.")] = 850,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("gpu-results"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="A tiny shape on the CPU.")] = False,
+) -> None:
     """Profile every pair asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", nargs="*", default=["moondream2:1"], metavar="SHAPE:ROWS")
-    parser.add_argument("--context", type=int, default=850)
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--smoke", action="store_true", help="a tiny shape on the CPU")
-    chosen = parser.parse_args()
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    device = open_device(smoke=chosen.smoke)
+    out.mkdir(parents=True, exist_ok=True)
+    device = open_device(smoke=smoke)
     steps = 30
-    if chosen.smoke:
-        chosen.what, chosen.context, steps = ["tiny-moondream:2"], 20, 3
+    if smoke:
+        pairs, context, steps = ["tiny-moondream:2"], 20, 3
     with torch.inference_mode():
-        for what in chosen.what:
+        for what in pairs or ["moondream2:1"]:
             shape, rows = what.split(":")
-            profile(shape, device, int(rows), chosen.context, steps, chosen.out)
+            profile(shape, device, int(rows), context, steps, out)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -6,14 +6,14 @@ can measure real shapes. Shapes are those of the published config.json files.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+import typer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -218,18 +218,19 @@ def _words(vocab_size: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """`python -m loadtest.gpu.random_models SHAPE FOLDER`: leave a random checkpoint of that shape in the folder."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("shape", choices=sorted(SHAPES))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    chosen = parser.parse_args()
+def main(
+    shape: Annotated[str, typer.Argument(help=f"One of {', '.join(sorted(SHAPES))}.")],
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
+    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+) -> None:
+    """Leave a random checkpoint of that shape in the folder."""
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"{shape!r} is none of {', '.join(sorted(SHAPES))}", param_hint="SHAPE")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.inference_mode():
-        made = random_model(chosen.shape, device, getattr(torch, chosen.dtype), folder=chosen.folder)
-    print(f"{chosen.shape}: {made.model.weight_bytes >> 20} MiB of weights in {chosen.folder}")
+        made = random_model(shape, device, getattr(torch, dtype), folder=folder)
+    print(f"{shape}: {made.model.weight_bytes >> 20} MiB of weights in {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -11,15 +11,16 @@ CPU that the script runs; its figures mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 from loadtest.gpu.decode import open_device
 from loadtest.gpu.kernels import measure_products
@@ -120,23 +121,20 @@ def to_line(line: Line) -> str:
     )
 
 
-def main() -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("gpu-results"),
+    repeats: Annotated[int, typer.Option(help="Runs of each.")] = 20,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A tiny encoder on the CPU.")] = False,
+) -> None:
     """Measure, print the table, write `vision.json`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--smoke", action="store_true", help="a tiny encoder on the CPU")
-    chosen = parser.parse_args()
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    device = open_device(smoke=chosen.smoke)
+    out.mkdir(parents=True, exist_ok=True)
+    device = open_device(smoke=smoke)
     where = device.torch_device
-    repeats = 2 if chosen.smoke else chosen.repeats
-    dtype = torch.float32 if chosen.smoke else torch.bfloat16
+    repeats = 2 if smoke else repeats
+    dtype = torch.float32 if smoke else torch.bfloat16
     with torch.inference_mode(), device.compute.use():
-        flops_per_s = 1e12 if chosen.smoke else measure_products(where, 8192)
-        made = random_model("tiny-moondream" if chosen.smoke else "moondream2", where, dtype)
+        flops_per_s = 1e12 if smoke else measure_products(where, 8192)
+        made = random_model("tiny-moondream" if smoke else "moondream2", where, dtype)
         model = made.model
         assert isinstance(model, Moondream)
         config = model.config.vision
@@ -171,10 +169,10 @@ def main() -> None:
         "max_allocated_mib": held,
         "figures": [asdict(line) for line in lines],
     }
-    (chosen.out / "vision.json").write_text(json.dumps(record, indent=1))
+    (out / "vision.json").write_text(json.dumps(record, indent=1))
     print(f"\nproduct {flops_per_s / 1e12:.0f} TFLOP/s\n{HEADING}")
     print("\n".join(to_line(line) for line in lines))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

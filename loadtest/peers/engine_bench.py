@@ -16,13 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from rich import box
-from rich.table import Table
-
 from loadtest.comparison import figure, median, median_ratio, quicker, rounded, same_share, times, turns
 from loadtest.peers.catalog import CONTINUOUS, SHAPES, TRANSFORMERS, EnginePeer, not_compared
 from loadtest.peers.process import PeerError, PeerProcess, environment, last_words
 from loadtest.peers.side import Run, Spec
+from loadtest.tables import Figures
 
 LOAD_TIMEOUT_S: Final = 300.0
 RUN_TIMEOUT_S: Final = 300.0
@@ -142,24 +140,21 @@ class Comparison:
             "left_out": self.left_out,
         }
 
-    def table(self) -> Table:
+    def table(self) -> Figures:
         """For the terminal, 80 columns wide."""
         load = self.workload
-        table = Table(
-            title=f"{load.shape} Llama ({self.parameters / 1e6:.0f}M, {load.dtype}): {load.prompt_tokens} tokens in, "
+        table = Figures(
+            f"{load.shape} Llama ({self.parameters / 1e6:.0f}M, {load.dtype}): {load.prompt_tokens} tokens in, "
             f"{load.new_tokens} out, threads: {load.threads}, rounds in turns: {load.rounds}",
+            ("rows", "engine", "tokens/s", "×", "×cpu", "decode/s", "×", "×cpu", "same"),
             caption="×: to the quicker form of transformers in the same round, the median; ×cpu: the same by CPU "
             "time; decode: after each row's first token, × to generate; same: tokens equal to generate's; (cb): continuous batching. "
             + self._choices(),
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            padding=0,
+            left=("engine",),
         )
-        for name in ("rows", "engine", "tokens/s", "×", "×cpu", "decode/s", "×", "×cpu", "same"):
-            table.add_column(name, justify="left" if name == "engine" else "right", no_wrap=True)
         for line in self.figures():
             same = line["same_tokens"]
-            table.add_row(
+            table.add(
                 str(line["rows"]),
                 line["engine"],
                 figure(line["tokens_per_s"]),

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
-from rich import box
-from rich.table import Table
 
 from loadtest.calls import OK, Call, Tally
 from loadtest.comparison import figure, median, median_ratio, quicker, rounded, times, turns
@@ -30,6 +28,7 @@ from loadtest.peers.engine_bench import Say, check_cores, write_gguf
 from loadtest.peers.process import PeerError, free_port
 from loadtest.peers.servers import CONTINUOUS_SERVE, TRANSFORMERS_SERVE, Place, RunningServer, Server
 from loadtest.scenarios import Slo
+from loadtest.tables import Figures
 
 READY_TIMEOUT_S: Final = 180.0
 REQUEST_TIMEOUT_S: Final = 60.0
@@ -166,22 +165,19 @@ class Comparison:
             "left_out": self.left_out,
         }
 
-    def table(self) -> Table:
+    def table(self) -> Figures:
         """For the terminal."""
         load = self.load
-        table = Table(
-            title=f"{load.shape} Llama ({self.parameters / 1e6:.0f}M, bfloat16) over HTTP: {load.prompt_tokens} tokens "
+        table = Figures(
+            f"{load.shape} Llama ({self.parameters / 1e6:.0f}M, bfloat16) over HTTP: {load.prompt_tokens} tokens "
             f"in, {load.new_tokens} out, threads: {load.threads}, rounds in turns: {load.rounds}",
+            ("at", "server", "req/s", "×", "×cpu", "first p50", "×", "p99", "failed"),
             caption="×: to the quicker form of transformers serve in the same round, the median; ×cpu: requests per CPU second of the "
             "server; first: time to the first text in ms; at: requests in flight; (cb): --continuous-batching",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            padding=0,
+            left=("server",),
         )
-        for name in ("at", "server", "req/s", "×", "×cpu", "first p50", "×", "p99", "failed"):
-            table.add_column(name, justify="left" if name == "server" else "right")
         for line in self.figures():
-            table.add_row(
+            table.add(
                 str(line["in_flight"]),
                 line["server"],
                 figure(line["requests_per_s"], 1),

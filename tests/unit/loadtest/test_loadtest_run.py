@@ -212,10 +212,11 @@ async def test_reports_agree_and_the_page_fetches_nothing() -> None:
     assert data["all"]["sent"] == result.all.sent
     assert sum(group["sent"] for group in data["surfaces"].values()) == result.all.sent
     assert data["all"]["errors"] == {"queue_full": 1, "worker_lost": 1}
-    console = Console(record=True, width=150, force_terminal=False, file=io.StringIO())
-    console.print(terminal_report(result))
-    text = console.export_text()
-    assert "first token" in text and "queue_full" in text and "good/s" in text
+    for width in (80, 150):
+        console = Console(record=True, width=width, force_terminal=False, file=io.StringIO())
+        console.print(terminal_report(result))
+        text = console.export_text()
+        assert "first token" in text and "queue_full" in text and "good/s" in text and "…" not in text
     page = html_report(result)
     parser = _Wellformed()
     parser.feed(page)
