@@ -1,4 +1,4 @@
-"""Owns the `degas` command: serve, worker, gateway, config, doctor, keys, bench, loadtest. Main thread; heavy imports are lazy."""
+"""Owns the `degas` command: serve, worker, gateway, models, config, doctor, keys, bench, loadtest. Main thread; heavy imports are lazy."""
 
 from __future__ import annotations
 
@@ -75,6 +75,19 @@ def gateway(config: ConfigFile = None, **flags: object) -> None:
         typer.echo(f"the gateway needs {error.name}: pip install 'degas-serve[gateway]'", err=True)
         raise typer.Exit(WRONG_SETTINGS) from None
     raise typer.Exit(run(flags, config))
+
+
+@app.command()
+def models(
+    folder: Annotated[
+        list[Path] | None, typer.Option(help="Folder to look in as well; may be given again.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list for programs.")] = False,
+) -> None:
+    """List the models on this machine: embedded ones, those in the hub's cache, and those in folders."""
+    from degas.models import print_models
+
+    raise typer.Exit(print_models(folder or [], as_json=as_json))
 
 
 @app.command(name="config")

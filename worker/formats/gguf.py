@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from worker.formats.errors import CheckpointError
 from worker.formats.gguf_architectures import Architecture, architecture_of
 from worker.formats.gguf_blocks import unpacker
 from worker.formats.gguf_container import Container, StoredTensor, read_container
+from worker.formats.gguf_parts import joined, name_of_parts, parts_of
 from worker.formats.gguf_tokenizer import chat_template, make_tokenizer, special_ids, token_ids
 from worker.formats.gguf_values import pieces
 from worker.formats.model_names import name_of
 from worker.formats.source import Packed, ProgressReport, Rename, Target
 
-_PART = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})$")
 _SAMPLING = {
     "temp": "temperature",
     "top_p": "top_p",
@@ -36,8 +35,7 @@ class Gguf:
 
     def __init__(self, path: Path) -> None:
         self.path = self.settings_file = path
-        self._parts = [read_container(part) for part in parts_of(path)]
-        whole = _joined(self._parts)
+        whole = joined(read_container(part) for part in parts_of(path))
         self._container = whole
         self._architecture = architecture_of(whole)
         special = special_ids(whole)
@@ -46,8 +44,7 @@ class Gguf:
             "eos_token_id": special["eos_token_id"],
         }
         self.generation = _generation(whole)
-        match = _PART.match(path.stem)
-        self.model_id = name_of(path, match["stem"] if match else path.stem)
+        self.model_id = name_of(path, name_of_parts(path))
         self.created = int(path.stat().st_mtime)
         self.num_bytes = whole.num_bytes
 
@@ -179,47 +176,6 @@ class GgufTensors:
             self._left.discard(name)
             self._done_bytes += stored.num_bytes
             self._report("weights", self._done_bytes, self.num_bytes)
-
-
-def parts_of(path: Path) -> list[Path]:
-    """The files that one model was split into, in order; the file alone where it is whole.
-
-    Raises CheckpointError naming a part that is missing.
-    """
-    match = _PART.match(path.stem)
-    if match is None:
-        return [path]
-    count = int(match["count"])
-    parts = [
-        path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)
-    ]
-    for part in parts:
-        if not part.is_file():
-            raise CheckpointError(
-                f"one of the {count} parts of this model is missing: the download is incomplete; fetch it into "
-                "the same folder",
-                file=part,
-            )
-    return parts or [path]
-
-
-def _joined(parts: list[Container]) -> Container:
-    """One container of all parts. Settings are those of the first."""
-    first = parts[0]
-    said = first.metadata.get("split.count", 1)
-    if isinstance(said, int) and said > len(parts):
-        raise CheckpointError(
-            f"a part of a model in {said} files, without its part's number in its name; give the files their "
-            "names back (…-00001-of-0000N.gguf)",
-            file=first.path,
-        )
-    tensors: dict[str, StoredTensor] = {}
-    for part in parts:
-        for name, stored in part.tensors.items():
-            if name in tensors:
-                raise CheckpointError("stored in two parts", file=part.path, tensor=name)
-            tensors[name] = stored
-    return Container(first.path, first.metadata, tensors)
 
 
 def _generation(container: Container) -> dict[str, Any]:

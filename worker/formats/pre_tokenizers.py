@@ -127,12 +127,4 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "deepseek-coder": _by(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", _DIGITS),
     "seed-coder": _by(_SEED_CODER),
     **dict.fromkeys(["poro-chat", "bloom", "gpt3-finnish"], _by(_BLOOM)),
-    "falcon": PreTokenizer(
-        [
-            {"type": "Punctuation", "behavior": "Contiguous"},
-            byte_level(use_regex=True),
-            {"type": "Digits", "individual_digits": False},
-            split("[0-9][0-9][0-9]"),
-        ]
-    ),
 }

