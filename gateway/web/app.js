@@ -65,7 +65,7 @@ function showModels(models) {
   const current = ids.includes(served?.id) ? served.id : ids[0];
   choice.hidden = models.length < 2;
   byId("model-name").hidden = models.length > 1;
-  byId("model-name").textContent = current;
+  byId("model-name").textContent = byId("model-name").title = current;
   choice.replaceChildren(...ids.map((id) => new Option(id, id, false, id === current)));
   serve(models[ids.indexOf(current)]);
 }

@@ -11,7 +11,7 @@ const TOO_LONG = ["context_length_exceeded", "payload_too_large"];
 const SPOKEN_CHARS = 1200;
 const SUGGESTIONS = [
   "What is the capital of France?", "Write a haiku about rain.",
-  "Explain tides to a child.", "Reverse a string in Python",
+  "Explain tides to a child.", "Sort a list in Python",
 ];
 const byId = (id) => document.getElementById(id);
 
@@ -45,11 +45,17 @@ export class Chat {
 
   show(isShown) {
     this.root.hidden = !isShown;
-    this.following.isShown = isShown;
+    this.followIfAny();
     if (!isShown) return;
     this.composer.fit();
     this.following.grown();
     if (!this.composer.isTouch) this.composer.field.focus({ preventScroll: true });
+  }
+
+  /** The greeting is read from its top. */
+  followIfAny() {
+    this.following.isShown = !this.root.hidden && this.exchanges.length > 0;
+    this.following.showButton();
   }
 
   serve(model) {
@@ -105,6 +111,7 @@ export class Chat {
     exchange.setLast(true);
     this.exchanges.push(exchange);
     byId("exchanges").append(exchange.root);
+    this.followIfAny();
     byId("welcome").hidden = true;
     byId("new-chat").disabled = false;
     return exchange;
@@ -201,6 +208,7 @@ export class Chat {
 
   showAll() {
     byId("exchanges").replaceChildren(...this.exchanges.map((one) => one.root));
+    this.followIfAny();
     byId("welcome").hidden = this.exchanges.length > 0;
     byId("new-chat").disabled = this.exchanges.length === 0;
     this.showContext();

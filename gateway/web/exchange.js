@@ -7,7 +7,7 @@ import { Prose } from "./markdown.js";
 import { Problem, isWorthRetrying, wordsFor } from "./problems.js";
 
 const LIMITS = {
-  max_output_tokens: (tokens) => `Stopped at the limit of ${number(tokens, 0)} tokens. Settings has a larger one to offer.`,
+  max_output_tokens: (tokens) => `Stopped at the limit of ${number(tokens, 0)} tokens; Settings can raise it.`,
   deadline: () => "Stopped at the server’s time limit.",
 };
 

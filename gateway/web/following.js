@@ -46,6 +46,6 @@ export class Following {
   }
 
   showButton() {
-    this.button.hidden = this.isFollowing || this.left < NEAR_PX;
+    this.button.hidden = !this.isShown || this.isFollowing || this.left < NEAR_PX;
   }
 }

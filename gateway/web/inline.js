@@ -5,8 +5,11 @@ const MOST_DELIMITERS = 400; // runs of * _ ~ in one paragraph; more would nest 
 const LONGEST_LABEL = 400;
 const LONGEST_HREF = 2_000;
 
+const MOST_NAMED = 4; // of a run of characters that are not seen; the others are counted
+
 // What changes the order of a line or cannot be seen: control characters, bidirectional overrides and isolates, tags.
-const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069\u{e0000}-\u{e007f}]/gu;
+// And marks heaped on one letter, which no language does and laying out takes for ever.
+const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069\u{e0000}-\u{e007f}]+|(?<=\p{M}{12})\p{M}+/gu;
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const SPACE = /\s/u;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
@@ -17,19 +20,27 @@ export function addText(parent, text) {
   let from = 0;
   for (const found of text.matchAll(UNSEEN)) {
     if (found.index > from) parent.append(text.slice(from, found.index));
-    const mark = document.createElement("span");
-    mark.className = "unseen";
-    mark.textContent = `U+${found[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
-    parent.append(mark);
+    parent.append(...namesOf([...found[0]]));
     from = found.index + found[0].length;
   }
   if (from < text.length) parent.append(text.slice(from));
 }
 
+function namesOf(characters) {
+  const names = characters.slice(0, MOST_NAMED).map((one) => `U+${one.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
+  if (characters.length > MOST_NAMED) names.push(`and ${characters.length - MOST_NAMED} more`);
+  return names.map((name) => {
+    const mark = document.createElement("span");
+    mark.className = "unseen";
+    mark.textContent = name;
+    return mark;
+  });
+}
+
 function addLines(parent, text) {
   text.split("\n").forEach((line, i) => {
     if (i) parent.append(document.createElement("br"));
-    addText(parent, line.replace(/ {2,}$|\\$/, ""));
+    addText(parent, line);
   });
 }
 
@@ -93,6 +104,8 @@ function scan(text, insideLink = false) {
       flush();
       tokens.push(found.token);
       i = found.end;
+    } else if (char === "\\" && text[i + 1] === "\n") {
+      i += 1; // a line break by another name
     } else if (char === "\\" && ESCAPABLE.test(text[i + 1] ?? "")) {
       plain += text[i + 1];
       i += 2;

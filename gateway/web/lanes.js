@@ -33,10 +33,14 @@ export class Lanes {
       const socket = new FarSocket(this.url, ["degas"]);
       const failed = () => {
         clearTimeout(timer);
+        socket.removeEventListener("close", failed); // the next attempt is not this one's to end
         this.opening = null;
         reject(new Error("no connection"));
       };
-      const timer = setTimeout(() => socket.close(), CONNECT_TIMEOUT_MS);
+      const timer = setTimeout(() => {
+        socket.close();
+        failed();
+      }, CONNECT_TIMEOUT_MS);
       socket.addEventListener("close", failed);
       socket.addEventListener("open", () => {
         clearTimeout(timer);

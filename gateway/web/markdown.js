@@ -83,7 +83,8 @@ function startsBlock(lines, i, depth) {
 function paragraphFrom(lines, start, depth) {
   let end = start + 1;
   while (end < lines.length && lines[end].trim() && !startsBlock(lines, end, depth)) end += 1;
-  return { block: { kind: "paragraph", text: lines.slice(start, end).map((line) => line.trimStart()).join("\n") }, end };
+  // Indentation is kept: a small model often writes code without a fence around it.
+  return { block: { kind: "paragraph", text: lines.slice(start, end).join("\n").trim() }, end };
 }
 
 function codeFrom(lines, start) {

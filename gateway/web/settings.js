@@ -1,7 +1,7 @@
 // Owns the settings of the conversation, folded away: system prompt and sampling. What is empty is left to the model.
 
 const FIELDS = {
-  temperature: { key: "temperature", usual: (defaults) => (defaults.temperature === 0 ? "0, the likeliest word" : defaults.temperature) },
+  temperature: { key: "temperature", usual: (defaults) => (defaults.temperature === 0 ? "0, greedy" : defaults.temperature) },
   "top-p": { key: "top_p", usual: (defaults) => defaults.top_p },
   "max-tokens": { key: "max_output_tokens", usual: (defaults) => defaults.max_tokens },
   seed: { key: "seed", usual: () => "any" },

@@ -33,6 +33,11 @@ export class FarSocket extends EventTarget {
       this.isOpen = said.kind === "open" || (this.isOpen && said.kind !== "close");
       this.dispatchEvent(event);
     };
+    // A server that is gone has no script for the worker either.
+    this.worker.onerror = () => {
+      this.isOpen = false;
+      this.dispatchEvent(Object.assign(new Event("close"), { code: 1006 }));
+    };
     this.worker.postMessage({ open: url, protocols });
   }
 

@@ -312,9 +312,8 @@ def test_a_server_with_keys_asks_for_one(visit: Callable[..., Visit]) -> None:
     ):
         gateway.wait_ready()
         page = visit(gateway.url).page
-        page.wait_for_selector("#send")
-        page.click("#send")
         expect(page.locator("#key-dialog")).to_be_visible()
+        expect(page.locator("#studio-view")).to_be_hidden()
         shoot(page, "key")
         page.fill("#key", "wrong-key-1")
         page.keyboard.press("Enter")
@@ -322,6 +321,7 @@ def test_a_server_with_keys_asks_for_one(visit: Callable[..., Visit]) -> None:
         page.fill("#key", "correct-key-1")
         page.keyboard.press("Enter")
         expect(page.locator("#key-dialog")).to_be_hidden()
+        page.click("#send")
         expect(page.locator(".card").first).to_have_attribute("data-state", "done")
         assert page.evaluate("() => [localStorage.length, sessionStorage.length, document.cookie]") == [
             0,
