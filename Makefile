@@ -20,7 +20,7 @@ serve: $(VENV)/.serve $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)  ## serv
 	@$(BIN)/degas serve $(if $(MODEL),"$(MODEL)") $(ARGS)
 
 test: $(VENV)/.dev  ## run every test
-	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
