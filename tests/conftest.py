@@ -1,19 +1,22 @@
-"""Order of the whole suite: tests that hold a browser's event loop open in the main thread come last."""
+"""The whole suite: how its files are spread over processes, and what every process of it has in common."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from collections import Counter
 
 import pytest
 from hypothesis import Phase, settings
 
+# One thread of computation a process: `make test` runs as many processes as it may use cores. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # For `tests.mutants`, to whom a first failure is enough.
 settings.register_profile("unshrunk", phases=(Phase.explicit, Phase.reuse, Phase.generate))
 
-BROWSER = Path(__file__).parent / "browser"
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # playwright's synchronous interface keeps a loop running in this thread for as long as its browser lives,
-    # and no test after it could start a loop of its own.
-    items.sort(key=lambda item: BROWSER in item.path.parents)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In several processes: files with many slow tests first, so that no process is left alone with one at the end."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])

@@ -49,14 +49,14 @@ def hidden_after(network: Network, embeddings: Tensor, num_prefix: int) -> Tenso
     return network.text.decode(embeddings[None], torch.arange(length)[None], mask[None, None])[0]
 
 
-def test_tilings():
+def test_tilings() -> None:
     rows = json.loads((GOLDEN / "tilings.json").read_text())
     assert all(choose_tiling(h - 112, w - 112, 266, 12) == (th, tw) for h, w, th, tw in rows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [0, 2])
-def test_picture_query_and_detect(network: Network, numbers: Any, k: int):
+def test_picture_query_and_detect(network: Network, numbers: Any, k: int) -> None:
     def golden(name: str) -> Any:
         return numbers[f"image{k}.{name}"]
 
@@ -95,13 +95,13 @@ def test_picture_query_and_detect(network: Network, numbers: Any, k: int):
     assert differ(text.logits(hidden[0:7:3]), golden("detect_next")) < TOLERANCE
 
 
-def test_text_only(network: Network, numbers: Any):
+def test_text_only(network: Network, numbers: Any) -> None:
     tokens = torch.from_numpy(numbers["text.tokens"])
     hidden = hidden_after(network, network.text.wte[tokens], 0)
     assert differ(network.text.logits(hidden[-1]), numbers["text.logits"]) < TOLERANCE
 
 
-def test_questions_of_one_row_do_not_see_each_other():
+def test_questions_of_one_row_do_not_see_each_other() -> None:
     segments = torch.tensor([[1, 1, 2, -3, -3, 0]])
     allowed = attention_mask(segments, 2, torch.float32)[0, 0] == 0
     text = allowed[2:, 2:]

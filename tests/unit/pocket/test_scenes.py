@@ -13,7 +13,7 @@ from pocket.tiling import cut_crops, picture_tiling
 VISION = VisionConfig(crop_size=98, overlap_margin=1, max_crops=6)
 
 
-def test_a_scene_and_its_questions_follow_from_the_seed():
+def test_a_scene_and_its_questions_follow_from_the_seed() -> None:
     def draw(index: int):
         rng = scene_rng(3, index)
         scene = draw_scene(rng, VISION)
@@ -25,7 +25,7 @@ def test_a_scene_and_its_questions_follow_from_the_seed():
 
 
 @pytest.mark.slow
-def test_boxes_lie_inside_the_picture_and_hold_their_thing():
+def test_boxes_lie_inside_the_picture_and_hold_their_thing() -> None:
     counts: Counter[int] = Counter()
     for index in range(60):
         scene = draw_scene(scene_rng(4, index), VISION)
@@ -46,7 +46,7 @@ def test_boxes_lie_inside_the_picture_and_hold_their_thing():
 
 
 @pytest.mark.slow
-def test_answers_are_true_of_the_scene():
+def test_answers_are_true_of_the_scene() -> None:
     for index in range(40):
         rng = scene_rng(5, index)
         scene = draw_scene(rng, VISION)
@@ -65,7 +65,7 @@ def test_answers_are_true_of_the_scene():
             assert all(thing.name in what.answer for thing in scene.things)
 
 
-def test_places_near_a_border_have_no_name():
+def test_places_near_a_border_have_no_name() -> None:
     def at(x: float, y: float) -> Thing:
         return Thing("red", "circle", x - 0.05, y - 0.05, x + 0.05, y + 0.05)
 
@@ -86,11 +86,11 @@ def test_places_near_a_border_have_no_name():
         ((1024, 256), (1, 4)),
     ],
 )
-def test_tiling_of_common_sizes(size: tuple[int, int], tiling: tuple[int, int]):
+def test_tiling_of_common_sizes(size: tuple[int, int], tiling: tuple[int, int]) -> None:
     assert picture_tiling(*size, VISION) == tiling
 
 
-def test_crops_are_the_whole_picture_then_the_tiles():
+def test_crops_are_the_whole_picture_then_the_tiles() -> None:
     scene = draw_scene(scene_rng(6, 0), VISION, single=0.0)
     crops, tiling = cut_crops(scene.picture, VISION)
     assert crops.shape == (1 + tiling[0] * tiling[1], 98, 98, 3)

@@ -12,13 +12,13 @@ TOKENIZER = load_tokenizer(WEIGHTS_FOLDER / "tokenizer.json")
     "text",
     ["what color is the circle?", " red circle", "HOW MANY", "ça, 日本 🙂 \x00\n", "<|endoftext|>", ""],
 )
-def test_any_text_goes_there_and_back(text: str):
+def test_any_text_goes_there_and_back(text: str) -> None:
     ids = TOKENIZER.encode(text).ids
     assert TOKENIZER.decode(ids, skip_special_tokens=False) == text
     assert all(16 < i < VOCAB_SIZE for i in ids), "a role's id from user text"
 
 
-def test_ids_with_roles_are_moondreams():
+def test_ids_with_roles_are_moondreams() -> None:
     assert TOKENIZER.get_vocab_size() == VOCAB_SIZE
     names = {
         0: "endoftext",
@@ -35,6 +35,6 @@ def test_ids_with_roles_are_moondreams():
     assert all(i <= 16 for length in templates["caption"].values() for i in length)
 
 
-def test_common_words_are_one_token():
+def test_common_words_are_one_token() -> None:
     for word in (" red", " circle", " circles", "yes", "no", "3", " left", " bottom", "what", " many"):
         assert len(TOKENIZER.encode(word).ids) == 1, word

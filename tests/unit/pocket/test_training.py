@@ -51,7 +51,7 @@ def train(folder: Path, steps: int, stop_after: int | None = None) -> list[dict[
 
 
 @pytest.mark.slow
-def test_loss_falls_and_resuming_changes_nothing(tmp_path: Path):
+def test_loss_falls_and_resuming_changes_nothing(tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", 6)
     assert whole[-1]["language"] < whole[0]["language"]
     first = train(tmp_path / "parts", 6, stop_after=3)
@@ -63,7 +63,7 @@ def test_loss_falls_and_resuming_changes_nothing(tmp_path: Path):
     assert all(torch.equal(held, theirs[name]) for name, held in ours.items())
 
 
-def test_a_batch_follows_from_its_number():
+def test_a_batch_follows_from_its_number() -> None:
     tokenizer = load_tokenizer(WEIGHTS_FOLDER / "tokenizer.json")
     once, again = (draw_batch(3, PLAN, TINY, tokenizer) for _ in range(2))
     assert all((held == again[name]).all() for name, held in once.items())
@@ -76,14 +76,14 @@ def test_a_batch_follows_from_its_number():
     assert (once["coords"][rows, columns] / 1024 == once["values"][rows, columns + 1, 0]).all()
 
 
-def test_bins_hold_their_values():
+def test_bins_hold_their_values() -> None:
     for value in (0.0, 0.25, 0.7, 0.999):
         assert abs(coord_bin(value) / 1024 - value) < 1 / 1024
     for value in (0.01, 0.2, 1.0):
         assert abs(float(size_value(torch.tensor(size_bin(value)))) / value - 1) < 0.004
 
 
-def test_a_near_miss_costs_less_than_a_far_one():
+def test_a_near_miss_costs_less_than_a_far_one() -> None:
     target = torch.tensor([500])
     losses = [
         float(blurred_loss(-(0.1 * (torch.arange(1024.0) - c)[None] ** 2), target, 4.0))
@@ -92,20 +92,20 @@ def test_a_near_miss_costs_less_than_a_far_one():
     assert losses[0] < losses[1] < losses[2]
 
 
-def test_stitching_is_an_average():
+def test_stitching_is_an_average() -> None:
     for tiling in ((1, 2), (2, 2), (2, 3), (4, 1)):
         weights = stitch_weights(tiling, 7, 1)
         assert weights.shape == (49, tiling[0] * tiling[1] * 49)
         assert torch.allclose(weights.sum(1), torch.ones(49), atol=1e-5)
 
 
-def test_orthogonalised_matrices_have_even_spectra():
+def test_orthogonalised_matrices_have_even_spectra() -> None:
     made = orthogonalise(torch.randn(2, 24, 48, generator=torch.Generator().manual_seed(0)))
     values = torch.linalg.svdvals(made.float())
     assert values.min() > 0.4 and values.max() < 1.4
 
 
-def test_matching_of_finds():
+def test_matching_of_finds() -> None:
     left, right = (0.0, 0.0, 0.2, 0.2), (0.5, 0.5, 0.9, 0.9)
     assert overlap(left, right) == 0.0
     assert match_boxes([right], [left, right]) == [0.0, 1.0]

@@ -11,7 +11,7 @@ from pocket.network import Network, NetworkConfig
 from pocket.train import POCKET, WEIGHTS_FOLDER
 
 
-def test_layout_is_the_released_one():
+def test_layout_is_the_released_one() -> None:
     released = json.loads((WEIGHTS_FOLDER / "config.json").read_text())
     assert released["architectures"] == ["HfMoondream"]
     assert released["model_type"] == "moondream1"
@@ -24,7 +24,7 @@ def test_layout_is_the_released_one():
 
 
 @pytest.mark.slow
-def test_unseen_scenes_are_answered():
+def test_unseen_scenes_are_answered() -> None:
     figures = evaluate(TorchAnswerer(WEIGHTS_FOLDER), num_scenes=6, seed=424_242)
     assert figures["exact"] >= 0.8
     assert figures["iou"] >= 0.6
