@@ -166,6 +166,8 @@ class ModelCard(Part, frozen=True):
     coord_id: int = 5
     size_id: int = 6
     default_top_k: int = 0  # 0: no limit
+    default_min_p: float = 0.0
+    default_repetition_penalty: float = 1.0
 
 
 class Limits(Part, frozen=True):
