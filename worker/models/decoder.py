@@ -14,10 +14,11 @@ from torch import Tensor
 
 from shared.protocol import ModelCard
 from worker.forward import ImageCrops, KVCache, StepTokens
-from worker.models.attention import AttentionPlan, GatherSpace, fastest_kv_dtype, fuses
+from worker.models.attention import AttentionPlan, fastest_kv_dtype, fuses
 from worker.models.contract import CropEncoder
 from worker.models.head import Head
 from worker.models.layers import LayerNorm, RmsNorm
+from worker.models.torch_attention import GatherSpace
 from worker.native.operations import operations
 from worker.native.stack import Layer, LayerStack, layer_stack
 

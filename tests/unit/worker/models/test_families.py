@@ -80,7 +80,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("mistral", {}),
     "mistral slides": ("mistral", {"sliding_window": 12}),
-    "mistral one key": ("mistral", {"sliding_window": 1}),
+    "mistral three keys": ("mistral", {"sliding_window": 3}),
     "mistral a page": ("mistral", {"sliding_window": 16}),
     "ministral": (
         "ministral",
@@ -103,8 +103,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3", {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
     "gemma3 two ropes": (
         "gemma3",
-        {"layer_types": ["sliding_attention", "full_attention"] + ["sliding_attention"]}
-        | {"rope_parameters": TWO_ROPES},
+        {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": TWO_ROPES,
+        },
     ),
     "olmo2": ("olmo2", {}),
     "olmo2 grouped": ("olmo2", {"num_key_value_heads": 3, "attention_bias": True}),
