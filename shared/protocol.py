@@ -167,6 +167,8 @@ class ModelCard(Part, frozen=True):
     size_id: int = 6
     default_top_k: int = 0  # 0: no limit
     special_tokens: dict[str, str] = {}  # bos_token, eos_token, … as a chat template knows them
+    default_min_p: float = 0.0
+    default_repetition_penalty: float = 1.0
 
 
 class Limits(Part, frozen=True):

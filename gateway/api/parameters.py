@@ -163,11 +163,15 @@ def samplings(fields: SamplingFields, card: ModelCard, num_logprobs: int, count:
         temperature=temperature,
         top_k=card.default_top_k if fields.top_k is None else max(0, fields.top_k),
         top_p=card.default_top_p if fields.top_p is None else fields.top_p,
-        min_p=fields.min_p or 0.0,
+        min_p=card.default_min_p if fields.min_p is None else fields.min_p,
         seed=seed,
         presence_penalty=fields.presence_penalty or 0.0,
         frequency_penalty=fields.frequency_penalty or 0.0,
-        repetition_penalty=1.0 if fields.repetition_penalty is None else fields.repetition_penalty,
+        repetition_penalty=(
+            card.default_repetition_penalty
+            if fields.repetition_penalty is None
+            else fields.repetition_penalty
+        ),
         logit_bias=_biases(fields.logit_bias, card),
         suppress_ids=list(card.suppress_ids),
         num_logprobs=num_logprobs,

@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worker.formats.folder import Folder
+from worker.models.card import make_card as make_dense_card
 from worker.models.dense import Dense
-from worker.models.dense_config import make_card as make_dense_card
-from worker.models.dense_config import parse_config as parse_dense
+from worker.models.families import llama, qwen
 from worker.models.moondream import Moondream
 from worker.models.moondream_config import make_card, parse_config
+from worker.models.settings import Settings
 
 _QWEN3 = {
     "model_type": "qwen3",
@@ -194,7 +195,8 @@ def random_model(
             raw |= {"architectures": [named], "degas": described | {"context_tokens": context_tokens}}
             (home / "config.json").write_text(json.dumps(raw))
             source = Folder(home)
-            sizes = parse_dense(raw, source.settings_file, model_type=kind, qk_norm=kind == "qwen3")
+            read = {"qwen3": qwen.read_qwen3, "llama": llama.read}[kind]
+            sizes = read(Settings(raw, source.settings_file))
             model = Dense(sizes, make_dense_card(sizes, source, kind), take, device)
         if folder is not None:
             save_file(taken, folder / "model.safetensors")

@@ -6,6 +6,8 @@ already rotated, this takes the qkv product as it comes, and one kernel does wha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,14 @@ class FusedPlan:
     """What all layers of one forward share. Nothing here reads the device: a plan whose chunks are described there
     alone can be captured, as one of decode rows can.
 
-    `rotation` is (N, 1, R/2) complex64, a rotation a token. Raises ValueError when a chunk ends inside a
+    `rotations` are (N, 1, R/2) complex64 each, a rotation a token; a layer says which it uses. Raises ValueError when a chunk ends inside a
     bidirectional prefix that it also begins in.
     """
 
-    def __init__(self, tokens: StepTokens, cache: KVCache, rotation: Tensor) -> None:
+    def __init__(self, tokens: StepTokens, cache: KVCache, rotations: Sequence[Tensor]) -> None:
         self._cache = cache
         self._write_index = tokens.write_index
-        self._rotation = torch.view_as_real(rotation.squeeze(1))
+        self._rotations = [torch.view_as_real(rotation.squeeze(1)) for rotation in rotations]
         self._decode = tokens.decode
         self._segments: Segments | None = None
         spans = []
@@ -49,15 +51,20 @@ class FusedPlan:
         out: Tensor | None = None,
         qk_weight: Tensor | None = None,
         eps: float = 1e-6,
+        window: int = 0,
+        cap: float = 0.0,
+        rotation: int = 0,
     ) -> Tensor:
         """Write this layer's K and V and attend: qkv (N, (H + 2·KH)·D) → (N, H·D).
 
         q and k have the two of a rotated pair side by side. `out` may be part of a wider buffer; made in qkv's
         dtype if not given. `qk_weight` (H + KH, D) fp32: RMS norm of each head of q and k before the rotation.
+        `window`, `cap` and `rotation` as `worker.models.torch_attention.LayerAttention` has them.
         """
         keys, values = self._cache.keys[layer], self._cache.values[layer]
+        turns = self._rotations[rotation]
         query = rotary_kv_write(
-            qkv, self._rotation, self._write_index, keys, values, num_heads, qk_weight=qk_weight, eps=eps
+            qkv, turns, self._write_index, keys, values, num_heads, qk_weight=qk_weight, eps=eps
         )
         if out is None:
             out = torch.empty((qkv.shape[0], num_heads * keys.shape[3]), dtype=qkv.dtype, device=qkv.device)
@@ -65,10 +72,18 @@ class FusedPlan:
         if rows is not None:
             num = rows.num_rows
             paged_decode_attention(
-                query[:num], keys, values, rows.block_tables, rows.lengths, rows.max_tokens, out=out[:num]
+                query[:num],
+                keys,
+                values,
+                rows.block_tables,
+                rows.lengths,
+                rows.max_tokens,
+                out=out[:num],
+                window=window,
+                cap=cap,
             )
         if self._segments is not None:
-            prefill_attention(query, keys, values, self._segments, out)
+            prefill_attention(query, keys, values, self._segments, out, window=window, cap=cap)
         return out
 
 

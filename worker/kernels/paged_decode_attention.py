@@ -15,6 +15,7 @@ from torch import Tensor
 
 from worker.kernels.compiled import is_interpreted, next_power_of_two, num_multiprocessors
 
+LOG2_E = 1.4426950408889634
 BLOCK_TOKENS = 64
 MAX_SPLITS = 16
 PROGRAMS_PER_MULTIPROCESSOR = 4  # enough loads in flight to fill the memory system; to be measured
@@ -34,6 +35,7 @@ def _attend_split(
     table_stride,
     out_stride,
     scale,
+    cap,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
@@ -42,15 +44,20 @@ def _attend_split(
     NUM_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDEN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(lengths_ptr + row)
     # Whole blocks a split: boundaries fall where blocks do, and a short row leaves its last splits empty.
-    num_blocks = (length + BLOCK - 1) // BLOCK
+    first = 0
+    if WINDOW:
+        first = tl.maximum(length - WINDOW, 0)
+    num_blocks = (length - first + BLOCK - 1) // BLOCK
     share = (num_blocks + NUM_SPLITS - 1) // NUM_SPLITS * BLOCK
-    start = split * share
+    start = first + split * share
     stop = tl.minimum(start + share, length)
 
     dims = tl.arange(0, HEAD_DIM)
@@ -84,7 +91,10 @@ def _attend_split(
             scores = tl.dot(query, tl.trans(key.to(tl.float32)), input_precision="ieee")
         else:
             scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        scores = tl.where(seen[None, :], scores * scale, -1e30)
+        scores *= scale
+        if CAPPED:  # cap · tanh(scores / cap), which is ±cap where the power overflows or vanishes
+            scores = cap - 2.0 * cap / (tl.exp(2.0 * scores / cap) + 1.0)
+        scores = tl.where(seen[None, :], scores, -1e30)
         new_best = tl.maximum(best, tl.max(scores, 1))
         fade = tl.exp2(best - new_best)
         weights = tl.where(seen[None, :], tl.exp2(scores - new_best[:, None]), 0.0)
@@ -155,13 +165,15 @@ def paged_decode_attention(
     *,
     out: Tensor | None = None,
     num_splits: int | None = None,
+    window: int = 0,
+    cap: float = 0.0,
 ) -> Tensor:
-    """Each row's query against the first `lengths[row]` tokens of its pages.
+    """Each row's query against the first `lengths[row]` tokens of its pages, or the last `window` of them.
 
     query (B, H, D), rows may be strided; keys, values (num_pages, page_tokens, KH, D) contiguous, H a multiple
     of KH, D a power of two; block_tables (B, P) int32; lengths (B,) int32, at least 1 and at most `max_tokens`.
-    out (B, H·D), rows may be strided; made in the query's dtype if not given. Scores are scaled by 1/sqrt(D).
-    The reference is `worker.models.attention.AttentionPlan`.
+    out (B, H·D), rows may be strided; made in the query's dtype if not given. Scores s are scaled by 1/sqrt(D),
+    and then cap·tanh(s/cap) if `cap` is given. The reference is `worker.models.attention.AttentionPlan`.
     """
     num_rows, num_heads, head_dim = query.shape
     page_tokens, kv_heads = keys.shape[1:3]
@@ -172,7 +184,8 @@ def paged_decode_attention(
         out = torch.empty((num_rows, num_heads * head_dim), dtype=query.dtype, device=query.device)
     assert out.stride(1) == 1
     if num_splits is None:
-        num_splits = choose_splits(num_rows, kv_heads, max_tokens, num_multiprocessors(query.device))
+        most = min(max_tokens, window) if window else max_tokens
+        num_splits = choose_splits(num_rows, kv_heads, most, num_multiprocessors(query.device))
     group = num_heads // kv_heads
     parts = stats = out  # not read with one split
     if num_splits > 1:
@@ -192,7 +205,8 @@ def paged_decode_attention(
         query.stride(0),
         block_tables.stride(0),
         out.stride(0),
-        1.4426950408889634 / head_dim**0.5,  # log2(e): exponentials are powers of two
+        LOG2_E / head_dim**0.5,  # exponentials are powers of two
+        cap * LOG2_E,
         KV_HEADS=kv_heads,
         GROUP=group,
         BLOCK_GROUP=1 if group == 1 else max(16, next_power_of_two(group)),
@@ -201,6 +215,8 @@ def paged_decode_attention(
         NUM_SPLITS=num_splits,
         BLOCK=BLOCK_TOKENS,
         WIDEN=is_interpreted() or query.dtype == torch.float32 or keys.dtype != query.dtype,
+        WINDOW=window,
+        CAPPED=cap > 0,
         num_warps=4,
         num_stages=3,
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 from worker.device.contract import to_device
 from worker.forward import SPAN_FIELDS, SPAN_TOKENS, chunk_spans
 from worker.kernels.compiled import is_interpreted
+from worker.kernels.paged_decode_attention import LOG2_E
 
 BLOCK_KEYS = 64
 _SPAN_STRIDE = tl.constexpr(SPAN_FIELDS)  # in the form in which a kernel may read it
@@ -66,6 +67,7 @@ def _attend_chunk(
     table_stride,
     out_stride,
     scale,
+    cap,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -73,6 +75,8 @@ def _attend_chunk(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WIDEN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     # Heads vary fastest: spans with work stand before empty ones, and so do their programs.
     head = tl.program_id(0)
@@ -100,7 +104,11 @@ def _attend_chunk(
     best = tl.full([BLOCK_Q], -1e30, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     mixed = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
-    for at in range(0, stop, BLOCK_K):
+    # The first query sees the first key of all; queries of a prefix see all of that, whatever the window.
+    begin = 0
+    if WINDOW:
+        begin = tl.where(start < prefix, 0, tl.maximum(start - (WINDOW - 1), 0) // BLOCK_K * BLOCK_K)
+    for at in range(begin, stop, BLOCK_K):
         tokens = at + tl.arange(0, BLOCK_K)
         inside = tokens < stop
         pages = tl.load(table_ptr + tokens // PAGE_TOKENS, mask=inside, other=0)
@@ -112,7 +120,12 @@ def _attend_chunk(
             key = key.to(tl.float32)
             value = value.to(tl.float32)
         seen = tokens[None, :] <= last_seen[:, None]
+        if WINDOW:
+            near = tokens[None, :] > position[:, None] - WINDOW
+            seen = seen & (near | ((tokens < prefix)[None, :] & (position < prefix)[:, None]))
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        if CAPPED:  # cap · tanh(scores / cap), which is ±cap where the power overflows or vanishes
+            scores = cap - 2.0 * cap / (tl.exp(2.0 * scores / cap) + 1.0)
         scores = tl.where(seen, scores, -1e30)
         new_best = tl.maximum(best, tl.max(scores, 1))
         fade = tl.exp2(best - new_best)
@@ -125,13 +138,23 @@ def _attend_chunk(
     tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=exists[:, None])
 
 
-def prefill_attention(query: Tensor, keys: Tensor, values: Tensor, segments: Segments, out: Tensor) -> Tensor:
+def prefill_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: Segments,
+    out: Tensor,
+    *,
+    window: int = 0,
+    cap: float = 0.0,
+) -> Tensor:
     """Attention of the chunks' queries over their pages, which hold the chunks' own keys already; returns `out`.
 
     query (N, H, D) and out (N, H·D): all flattened tokens of the step, rows may be strided; rows outside every
     span are neither read nor written. A chunk that begins inside its prefix holds the rest of it. keys, values
-    (num_pages, page_tokens, KH, D) contiguous. D a power of two, at least 16. The reference is
-    `worker.models.attention.AttentionPlan`.
+    (num_pages, page_tokens, KH, D) contiguous. D a power of two, at least 16. `window`: a query sees so many keys, itself
+    counted, besides its prefix; 0: all. Scores s become cap·tanh(s/cap) if `cap` is given. The reference is
+    `worker.models.torch_attention.TorchRows`.
     """
     _, num_heads, head_dim = query.shape
     page_tokens, kv_heads = keys.shape[1:3]
@@ -149,7 +172,8 @@ def prefill_attention(query: Tensor, keys: Tensor, values: Tensor, segments: Seg
         query.stride(0),
         segments.tables.stride(0),
         out.stride(0),
-        1.4426950408889634 / head_dim**0.5,
+        LOG2_E / head_dim**0.5,
+        cap * LOG2_E,
         KV_HEADS=kv_heads,
         GROUP=num_heads // kv_heads,
         HEAD_DIM=head_dim,
@@ -157,6 +181,8 @@ def prefill_attention(query: Tensor, keys: Tensor, values: Tensor, segments: Seg
         BLOCK_Q=SPAN_TOKENS,
         BLOCK_K=BLOCK_KEYS,
         WIDEN=is_interpreted() or query.dtype == torch.float32 or keys.dtype != query.dtype,
+        WINDOW=window,
+        CAPPED=cap > 0,
         num_warps=4,
         num_stages=2,
     )

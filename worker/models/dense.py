@@ -1,8 +1,8 @@
-"""Owns the dense decoder that Llama and Qwen3 share: grouped-head attention and a gated MLP a layer. Decode thread.
+"""Owns the blocks of dense decoders: grouped-head attention and a gated MLP a layer, by a family's settings. Decode thread.
 
 At a few million parameters a decode step on a CPU is as much operator calls as it is arithmetic, so weights are
 arranged at load for few of them: q, k and v are one product, as are gate and up; a rotary pair is one complex
-number; residual sums ride in the products.
+number; residual sums ride in the products, and the factors of those are multiplied into the weights.
 """
 
 from __future__ import annotations
@@ -12,151 +12,129 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
 from worker.formats.source import ProgressReport, Source, Target
-from worker.forward import ImageCrops, KVCache, StepTokens
-from worker.models.attention import AttentionPlan, GatherSpace, fastest_kv_dtype, fuses
+from worker.models.attention import AttentionPlan
+from worker.models.decoder import Decoder
 from worker.models.dense_config import DenseConfig
-from worker.models.layers import GatedMlp, PackedLinear, RmsNorm, Take
+from worker.models.head import Head
+from worker.models.layers import GatedMlp, LayerNorm, PackedLinear, RmsNorm, Take, take_norm
+from worker.models.qk_norm import head_weights, product_norm
 from worker.models.rope import pair_order, rotation_table
-from worker.native.operations import operations
-from worker.native.stack import GatedLayer, layer_stack
+from worker.native.stack import GatedLayer
 
 if TYPE_CHECKING:
     from worker.kernels.fused import FusedPlan
 
 _COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_BARE = re.compile(r"(embed_tokens|layers|norm)\.")  # as a folder has them that was saved without its head
 
 
-class Dense:
-    """A loaded dense decoder; implements `contract.Model`. It reads text only.
-
-    `kv_dtype` is the dtype its cache runs fastest in, see `fastest_kv_dtype`. Any float dtype works.
-    """
-
-    prefix_tokens = 0
-    encoder = None
+class Dense(Decoder):
+    """A loaded dense decoder; implements `contract.Model`. It reads text only. Any float dtype works."""
 
     def __init__(self, sizes: DenseConfig, card: ModelCard, take: Take, device: torch.device) -> None:
-        self.card = card
         self.sizes = sizes
-        self.device = device
-        self.num_layers = sizes.num_layers
-        self.num_kv_heads = sizes.num_kv_heads
-        self.head_dim = sizes.head_dim
-        self.weight_bytes = 0
-        self._words = take("model.embed_tokens.weight", sizes.vocab_size, sizes.dim)
-        self.dtype = self._words.dtype
-        self._native = operations(device)
-        self.kv_dtype = fastest_kv_dtype(device, self.dtype, self._native)
-        self._blocks = [_Block(take, f"model.layers.{index}", sizes) for index in range(sizes.num_layers)]
-        self._norm = RmsNorm(take("model.norm.weight", sizes.dim), sizes.eps)
-        # Tied weights: on a GPU one tensor serves both; a CPU multiplies by a repacked copy.
-        head = self._words if sizes.tied else take("lm_head.weight", sizes.vocab_size, sizes.dim)
-        self._lm_head = PackedLinear(head)
-        layers = [block.native_layer() for block in self._blocks]
-        self._stack = layer_stack(
-            layers, device, self.dtype, num_heads=sizes.num_heads, eps=sizes.eps, qk_eps=sizes.eps
+        words = take("model.embed_tokens.weight", sizes.vocab_size, sizes.dim)
+        blocks = [_Block(take, f"model.layers.{index}", sizes, index) for index in range(sizes.num_layers)]
+        norm = _take_norm(take, "model.norm", sizes)
+        weight = words if sizes.tied else take("lm_head.weight", sizes.vocab_size, sizes.dim)
+        # Rotated by numbers of this length, q and k make scores scaled by its square: exact, and on every path.
+        length = sizes.score_scale**0.5
+        super().__init__(
+            card,
+            words,
+            blocks,
+            norm,
+            Head(weight, scale=sizes.logit_scale, cap=sizes.logit_cap),
+            [rotation_table(r, sizes.rotary_dim, sizes.context_tokens, device, length) for r in sizes.ropes],
+            num_heads=sizes.num_heads,
+            num_kv_heads=sizes.num_kv_heads,
+            head_dim=sizes.head_dim,
+            embedding_scale=sizes.embedding_scale,
         )
-        self._space = GatherSpace()
-        self.fuses = fuses(device, sizes.head_dim)
-        self._rotations = rotation_table(sizes.rope, sizes.head_dim, sizes.context_tokens, device)
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """(N,) int64 ids → (N, D) input embeddings."""
-        return F.embedding(token_ids, self._words)
-
-    def embed_next(self, token_ids: Tensor, values: Tensor, spatial: Tensor) -> Tensor:
-        """(B,) freshly sampled ids → (B, D). A text model has no coordinates: the rest is ignored."""
-        return F.embedding(token_ids, self._words)
-
-    def encode_images(self, images: list[ImageCrops]) -> list[Tensor]:
-        """Refused: intake lets no picture through to a model whose card has no `image`."""
-        if images:
-            raise RuntimeError(f"{self.card.model_id} reads text only; it cannot encode a picture")
-        return []
-
-    def forward(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
-        """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of all N tokens."""
-        rotation = self._rotations.index_select(0, tokens.positions)
-        if self.fuses:
-            return self._forward_fused(hidden, rotation, tokens, cache)
-        if self._stack is not None:
-            done = self._stack.run(hidden, tokens, cache, rotation)
-            if done is not None:
-                return done
-        plan = AttentionPlan(tokens, cache, self._space, self._native, rotation, hidden.dtype)
-        for layer, block in enumerate(self._blocks):
-            hidden = block(hidden, plan, layer)
-        return hidden
-
-    def _forward_fused(self, hidden: Tensor, rotation: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
-        from worker.kernels.fused import FusedPlan  # here, so that no CPU worker imports Triton
-
-        plan = FusedPlan(tokens, cache, rotation)
-        gained: Tensor | None = None
-        for layer, block in enumerate(self._blocks):
-            hidden, gained = block.fused(hidden, gained, plan, layer)
-        return hidden if gained is None else hidden + gained
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(R, D) hidden states of the sampling positions → (R, V) fp32 logits."""
-        return self._lm_head(self._norm(hidden)).float()
-
-    def decode_values(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Refused: intake lets no spatial task through to a model without one among its capabilities."""
-        raise RuntimeError(f"{self.card.model_id} reads text only; its tokens stand for no coordinates")
 
 
 class _Block:
-    """One layer: attention, then the MLP, each behind its norm and added to the residual stream."""
+    """One layer: attention, then the MLP, each between the norms that the settings name, added to the residual
+    stream; or both side by side behind one norm."""
 
-    def __init__(self, take: Take, name: str, sizes: DenseConfig) -> None:
-        dim = sizes.dim
-        self._head_dim = sizes.head_dim
-        self._num_heads = sizes.num_heads
+    def __init__(self, take: Take, name: str, sizes: DenseConfig, index: int) -> None:
+        names, attention = sizes.norms, f"{name}.self_attn"
+        self._kind = sizes.layers[index]
+        self._parallel = sizes.parallel
+        self._head_dim, self._num_heads = sizes.head_dim, sizes.num_heads
         self._num_rotated = sizes.num_heads + sizes.num_kv_heads
-        self._attention_norm = RmsNorm(take(f"{name}.input_layernorm.weight", dim), sizes.eps)
-        self._qkv = _take_qkv(take, f"{name}.self_attn", sizes)
-        self._qk_norm = _QkNorm(take, f"{name}.self_attn", sizes) if sizes.qk_norm else None
-        bias = take(f"{name}.self_attn.o_proj.bias", dim) if sizes.attention_bias else None
-        self._out = PackedLinear(take(f"{name}.self_attn.o_proj.weight", dim, sizes.q_dim), bias)
-        self._mlp_norm = RmsNorm(take(f"{name}.post_attention_layernorm.weight", dim), sizes.eps)
-        self._mlp = _take_mlp(take, f"{name}.mlp", sizes)
+        self._eps = sizes.eps
+
+        def norm(part: str | None) -> LayerNorm | RmsNorm | None:
+            return None if part is None else _take_norm(take, f"{name}.{part}", sizes)
+
+        self._before_attention, self._after_attention = (
+            norm(names.before_attention),
+            norm(names.after_attention),
+        )
+        self._before_mlp, self._after_mlp = norm(names.before_mlp), norm(names.after_mlp)
+        self._qkv = _take_qkv(take, attention, sizes)
+        self._qk_weight = head_weights(take, attention, sizes)
+        self._head_norm = RmsNorm(torch.ones(sizes.head_dim, device=self._qkv.device), sizes.eps)
+        self._product_norm = product_norm(take, attention, sizes)
+        self._out = _take_scaled(take, f"{attention}.o_proj", sizes.dim, sizes.q_dim, sizes.out_bias, sizes)
+        gate_up = _take_gate_up(take, f"{name}.mlp", sizes)
+        down = _take_scaled(take, f"{name}.mlp.down_proj", sizes.dim, sizes.ff_dim, sizes.mlp_bias, sizes)
+        self._mlp = GatedMlp(gate_up, down, gelu=sizes.gelu)
 
     def __call__(self, hidden: Tensor, plan: AttentionPlan, layer: int) -> Tensor:
-        qkv, norm = self._qkv(self._attention_norm(hidden)), self._qk_norm
-        if norm is None:
-            mixed = plan.attend_product(layer, qkv, self._num_heads, self._split)
+        """See `decoder.Block`."""
+        normed = hidden if self._before_attention is None else self._before_attention(hidden)
+        mixed = plan.attend_product(
+            layer,
+            self._product(normed),
+            self._num_heads,
+            self._split,
+            qk_weight=self._qk_weight,
+            eps=self._eps,
+            kind=self._kind,
+        )
+        if self._after_attention is None:
+            hidden = self._out.add(mixed, hidden)
         else:
-            mixed = plan.attend_product(
-                layer, qkv, self._num_heads, self._split, qk_weight=norm.weight, eps=norm.eps
-            )
-        hidden = self._out.add(mixed, hidden)
-        return self._mlp.add(self._mlp_norm(hidden), hidden)
+            hidden = hidden + self._after_attention(self._out(mixed))
+        if not self._parallel:
+            normed = hidden if self._before_mlp is None else self._before_mlp(hidden)
+        if self._after_mlp is None:
+            return self._mlp.add(normed, hidden)
+        return hidden + self._after_mlp(self._mlp(normed))
+
+    def _product(self, normed: Tensor) -> Tensor:
+        qkv = self._qkv(normed)
+        return qkv if self._product_norm is None else self._product_norm(qkv)
 
     def native_layer(self) -> GatedLayer | None:
-        """This layer for a call over all of them; None unless each of its products is compiled."""
+        """See `decoder.Block`: two RMS norms before, none after, full attention by the first rotation, a SiLU gate."""
+        first, second = self._before_attention, self._before_mlp
         qkv, out, gate_up, down = (
             x.native for x in (self._qkv, self._out, self._mlp.gate_up, self._mlp.down)
         )
+        if qkv is None or out is None or gate_up is None or down is None:
+            return None
         if (
-            qkv is None
-            or out is None
-            or gate_up is None
-            or down is None
-            or not self._mlp.gate_up.gates_native
+            not isinstance(first, RmsNorm)
+            or not isinstance(second, RmsNorm)
+            or first.weight.dtype != self._qkv.dtype
         ):
             return None
+        plain = self._after_attention is None and self._after_mlp is None and self._product_norm is None
+        if not plain or not self._kind.is_full or self._kind.rotation or not self._mlp.gate_up.gates_native:
+            return None
         return GatedLayer(
-            attention_norm=self._attention_norm.weight.data_ptr(),
+            attention_norm=first.weight.data_ptr(),
             qkv=qkv,
-            qk_weight=None if self._qk_norm is None else self._qk_norm.weight.data_ptr(),
+            qk_weight=None if self._qk_weight is None else self._qk_weight.data_ptr(),
             out=out,
-            mlp_norm=self._mlp_norm.weight.data_ptr(),
+            mlp_norm=second.weight.data_ptr(),
             gate_up=gate_up,
             down=down,
         )
@@ -168,68 +146,104 @@ class _Block:
         # faulty row itself is found by its output, which keeps the NaN through the residual stream.
         heads = qkv.float().nan_to_num_(0.0, 0.0, 0.0).view(-1, 2 * num_rotated - num_heads, head_dim)
         rotated, value = heads.split((num_rotated, num_rotated - num_heads), 1)
-        if self._qk_norm is not None:
-            rotated = self._qk_norm(rotated)
+        if self._qk_weight is not None:
+            rotated = self._head_norm(rotated) * self._qk_weight
         # Rotary embedding in fp32 and in place: one complex product over the heads of q and k.
-        torch.view_as_complex(rotated.view(-1, num_rotated, head_dim // 2, 2)).mul_(rotation)
+        pairs = rotated[..., : 2 * rotation.shape[-1]].view(-1, num_rotated, rotation.shape[-1], 2)
+        torch.view_as_complex(pairs).mul_(rotation)
         query, key = rotated.split((num_heads, num_rotated - num_heads), 1)
         return query, key, value
 
     def fused(
         self, hidden: Tensor, gained: Tensor | None, plan: FusedPlan, layer: int
     ) -> tuple[Tensor, Tensor]:
-        """As `__call__` with a GPU's kernels. `gained` is what the block before adds to the residual stream: each
-        sum is taken with the norm behind it. Returns the stream, and what this block's MLP adds to it."""
-        hidden, normed = self._attention_norm.fused(hidden, gained)
-        qkv, norm = self._qkv(normed), self._qk_norm
-        if norm is None:
-            mixed = plan.attend(layer, qkv, self._num_heads)
-        else:
-            mixed = plan.attend(layer, qkv, self._num_heads, qk_weight=norm.weight, eps=norm.eps)
-        hidden, normed = self._mlp_norm.fused(self._out(mixed), hidden)
-        return hidden, self._mlp.fused(normed)
+        """See `decoder.Block`."""
+        hidden, normed = _add_norm(self._before_attention, hidden, gained)
+        kind = self._kind
+        mixed = plan.attend(
+            layer,
+            self._product(normed),
+            self._num_heads,
+            qk_weight=self._qk_weight,
+            eps=self._eps,
+            window=kind.window,
+            cap=kind.cap,
+            rotation=kind.rotation,
+        )
+        gained = self._out(mixed)
+        if self._after_attention is not None:
+            gained = self._after_attention.fused(gained, None)[1]
+        if self._parallel:
+            return hidden, gained + self._mlp.fused(normed)
+        hidden, normed = _add_norm(self._before_mlp, hidden, gained)
+        gained = self._mlp.fused(normed)
+        if self._after_mlp is not None:
+            gained = self._after_mlp.fused(gained, None)[1]
+        return hidden, gained
 
 
-class _QkNorm:
-    """Qwen3's RMS norm of each query and key head, with one weight (head_dim,) for all queries, one for all keys."""
+def _add_norm(
+    norm: LayerNorm | RmsNorm | None, hidden: Tensor, gained: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(hidden + gained, its norm) by a GPU's kernels; the sum itself where there is no norm."""
+    if norm is not None:
+        return norm.fused(hidden, gained)
+    summed = hidden if gained is None else hidden + gained
+    return summed, summed
 
-    def __init__(self, take: Take, name: str, sizes: DenseConfig) -> None:
-        order = pair_order(sizes.head_dim)
-        query = take(f"{name}.q_norm.weight", sizes.head_dim, dtype=torch.float32)[order]
-        key = take(f"{name}.k_norm.weight", sizes.head_dim, dtype=torch.float32)[order]
-        self.eps = sizes.eps
-        self.weight = torch.cat([query.expand(sizes.num_heads, -1), key.expand(sizes.num_kv_heads, -1)])
-        self._norm = RmsNorm(torch.ones_like(query), sizes.eps)
 
-    def __call__(self, rotated: Tensor) -> Tensor:
-        """(N, H + KH, D) fp32 → the same, normed, in new memory."""
-        return self._norm(rotated) * self.weight
+def _take_norm(take: Take, name: str, sizes: DenseConfig) -> LayerNorm | RmsNorm:
+    if sizes.layer_norm:
+        return take_norm(take, name, sizes.dim, sizes.eps)
+    if sizes.unit_offset:
+        # Kept in fp32: 1 + w has more digits than bf16 does.
+        return RmsNorm(take(f"{name}.weight", sizes.dim, dtype=torch.float32) + 1.0, sizes.eps)
+    return RmsNorm(take(f"{name}.weight", sizes.dim), sizes.eps)
 
 
 def _take_qkv(take: Take, name: str, sizes: DenseConfig) -> PackedLinear:
     """q, k and v as one product, the dimensions of each q and k head in rotary pairs (see `pair_order`)."""
-    order = pair_order(sizes.head_dim)
-    parts = [("q_proj", sizes.q_dim), ("k_proj", sizes.kv_dim), ("v_proj", sizes.kv_dim)]
+    order = pair_order(sizes.head_dim, sizes.rotary_dim)
+    widths = (sizes.q_dim, sizes.kv_dim, sizes.kv_dim)
 
-    def fused(kind: str, *inputs: int) -> Tensor:
-        tensors = [take(f"{name}.{part}.{kind}", width, *inputs) for part, width in parts]
+    def stacked(kind: str, *inputs: int) -> Tensor:
+        if sizes.fused_projections:
+            parts = list(take(f"{name}.qkv_proj.{kind}", sum(widths), *inputs).split(widths))
+        else:
+            names = zip(("q_proj", "k_proj", "v_proj"), widths, strict=True)
+            parts = [take(f"{name}.{part}.{kind}", width, *inputs) for part, width in names]
         for i in (0, 1):
-            heads = tensors[i].view(-1, sizes.head_dim, *inputs)
-            tensors[i] = heads[:, order.to(heads.device)].reshape(tensors[i].shape)
-        return torch.cat(tensors)
+            heads = parts[i].view(-1, sizes.head_dim, *inputs)
+            parts[i] = heads[:, order.to(heads.device)].reshape(parts[i].shape)
+        return torch.cat(parts)
 
-    return PackedLinear(fused("weight", sizes.dim), fused("bias") if sizes.attention_bias else None)
+    return PackedLinear(stacked("weight", sizes.dim), stacked("bias") if sizes.qkv_bias else None)
 
 
-def _take_mlp(take: Take, name: str, sizes: DenseConfig) -> GatedMlp:
-    dim, ff_dim = sizes.dim, sizes.ff_dim
+def _take_gate_up(take: Take, name: str, sizes: DenseConfig) -> PackedLinear:
+    def stacked(kind: str, *inputs: int) -> Tensor:
+        if sizes.fused_projections:
+            return take(f"{name}.gate_up_proj.{kind}", 2 * sizes.ff_dim, *inputs)
+        return torch.cat(
+            [take(f"{name}.{part}_proj.{kind}", sizes.ff_dim, *inputs) for part in ("gate", "up")]
+        )
 
-    def fused(kind: str, *inputs: int) -> Tensor:
-        return torch.cat([take(f"{name}.{part}_proj.{kind}", ff_dim, *inputs) for part in ("gate", "up")])
+    bias = stacked("bias") if sizes.mlp_bias else None
+    return PackedLinear(stacked("weight", sizes.dim), bias, gated=not sizes.gelu)
 
-    gate_up = PackedLinear(fused("weight", dim), fused("bias") if sizes.mlp_bias else None, gated=True)
-    bias = take(f"{name}.down_proj.bias", dim) if sizes.mlp_bias else None
-    return GatedMlp(gate_up, PackedLinear(take(f"{name}.down_proj.weight", dim, ff_dim), bias))
+
+def _take_scaled(
+    take: Take, name: str, outputs: int, inputs: int, biased: bool, sizes: DenseConfig
+) -> PackedLinear:
+    """A product that adds to the residual stream, its factor multiplied in before the weights are rounded."""
+
+    def scaled(kind: str, *shape: int) -> Tensor:
+        tensor = take(f"{name}.{kind}", *shape)
+        if sizes.residual_scale == 1.0:
+            return tensor
+        return (tensor.float() * sizes.residual_scale).to(tensor.dtype)
+
+    return PackedLinear(scaled("weight", outputs, inputs), scaled("bias", outputs) if biased else None)
 
 
 def load_dense(
@@ -262,4 +276,4 @@ def _canonical_name(stored: str, tied: bool | None) -> Target | None:
     """None for what is computed here, and for the copy of tied embeddings that some checkpoints carry."""
     if _COMPUTED.search(stored) or (tied and stored == "lm_head.weight"):
         return None
-    return Target(stored)
+    return Target(f"model.{stored}" if _BARE.match(stored) else stored)

@@ -1,4 +1,4 @@
-"""Owns what a Hugging Face folder says of a dense decoder: sizes, special ids, defaults, and the card. Decode thread.
+"""Owns the settings of a dense decoder, as a Hugging Face config.json gives them. Decode thread.
 
 A setting that would change the computation and is not built here is refused by name; settings that only concern
 training are ignored.
@@ -6,37 +6,77 @@ training are ignored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from enum import Enum
 from typing import Any
 
-from shared.protocol import ModelCard
-from worker.formats.source import CheckpointError, Source
-from worker.models.rope import RopeConfig, parse_rope
+from worker.models.rope import RopeConfig, most_context, parse_rope, usual_context
+from worker.models.settings import Settings
+from worker.models.torch_attention import LayerAttention
 
-# What is promised to clients unless the folder asks for another bound: block tables and rotary tables of every
-# slot are as wide as this, and these models name contexts of 40,000 tokens and more that few requests reach.
-MAX_CONTEXT_TOKENS = 8192
+DEFAULT_CONTEXT_TOKENS = 8192  # where neither the folder nor whoever serves it names one
+
+_ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}  # whether it is the GELU
+
+
+class QkNorm(Enum):
+    """What normalises q and k before the rotation."""
+
+    NONE = "none"
+    HEAD = "rms"  # each head, by one weight (D,) for all of q and one for all of k
+    WIDTH = "rms of all heads"  # all heads of q together, and of k, by weights as wide
+    LAYER = "layer norm"  # each head by its own weight (D,), without bias
+
+
+@dataclass(frozen=True, slots=True)
+class NormNames:
+    """What the norms around a layer's two halves are called; None where there is no norm.
+
+    Those before a half norm its input, those after it what it adds to the residual stream.
+    """
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DenseConfig:
-    """Sizes of a dense decoder: RMS norms, rotary grouped-head attention and a gated MLP in each layer."""
+    """A dense decoder: grouped-head attention and a gated MLP in each layer, and what a family has of its own."""
 
     vocab_size: int
     dim: int
     ff_dim: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     context_tokens: int
     eps: float
-    rope: RopeConfig
+    ropes: tuple[RopeConfig, ...]
+    layers: tuple[LayerAttention, ...]  # one a layer; `rotation` counts within `ropes`
     tied: bool | None  # None: not said; tied if the checkpoint has no lm_head of its own
-    attention_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    gelu: bool = False  # the gate: GELU, tanh approximation, in place of SiLU
+    qk_norm: QkNorm = QkNorm.NONE
+    norms: NormNames = NormNames()
+    layer_norm: bool = False  # LayerNorms with biases in place of RMS norms
+    unit_offset: bool = False  # norms multiply by 1 + weight
+    parallel: bool = False  # attention and MLP read the same norm, and both are added to its input
+    fused_projections: bool = False  # stored as qkv_proj and gate_up_proj
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what each half of a layer adds to the residual stream
+    score_scale: float = 1.0  # of attention's scores, beside 1/sqrt(head_dim)
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0  # c of c·tanh(l/c); 0: none
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
 
     @property
     def q_dim(self) -> int:
@@ -48,159 +88,139 @@ class DenseConfig:
         """Width of all key (or value) heads."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head are rotated, the first ones."""
+        return int(self.head_dim * self.ropes[0].fraction)
 
-def parse_config(
-    config: dict[str, Any], file: Path, *, model_type: str, qk_norm: bool, head_dim: int | None = None
+
+def read_dense(
+    settings: Settings,
+    *,
+    head_dim: int | None = None,
+    eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
+    activation: str = "hidden_act",
+    ropes: tuple[RopeConfig, ...] | None = None,
+    layers: tuple[LayerAttention, ...] | None = None,
+    **options: Any,
 ) -> DenseConfig:
-    """Read the sizes out of a config.json, which errors name as `file`. `head_dim` is the family's own default, None for dim / heads.
+    """What families have in common, under the names most of them share; `options` are fields of `DenseConfig`.
 
-    Raises CheckpointError naming the first setting that is missing, impossible or not supported.
+    `head_dim` is the family's own default, None for dim / heads; `eps` and `activation` are what it calls those, and
+    the eps it has if nothing is said. Raises CheckpointError naming the first setting that is missing, impossible or not supported.
     """
-    _refuse_unsupported(config, file, model_type)
-
-    def size(name: str, default: int | None = None) -> int:
-        value = config.get(name)
-        if value is None:
-            value = default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{name!r} is missing or not a whole number of at least 1", file=file)
-        return value
-
-    def flag(name: str) -> bool:
-        value = config.get(name) or False
-        if not isinstance(value, bool):
-            raise CheckpointError(f"{name!r} is neither true nor false", file=file)
-        return value
-
-    dim, num_heads = size("hidden_size"), size("num_attention_heads")
-    if config.get("head_dim") is None and head_dim is None:
+    dim, num_heads = settings.size("hidden_size"), settings.size("num_attention_heads")
+    if settings.get("head_dim") is None and head_dim is None:
         if dim % num_heads:
-            raise CheckpointError("'hidden_size' does not divide into 'num_attention_heads'", file=file)
+            raise settings.fault("'hidden_size' does not divide into 'num_attention_heads'")
         head_dim = dim // num_heads
-    head_dim = size("head_dim", head_dim)
-    num_kv_heads = size("num_key_value_heads", num_heads)
+    head_dim = settings.size("head_dim", head_dim)
+    num_kv_heads = settings.size("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
-        raise CheckpointError("'num_attention_heads' does not divide into 'num_key_value_heads'", file=file)
+        raise settings.fault("'num_attention_heads' does not divide into 'num_key_value_heads'")
     if head_dim % 2:
-        raise CheckpointError(f"'head_dim' is {head_dim}; rotary pairs need an even one", file=file)
-    eps = config.get("rms_norm_eps", 1e-6)
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
-        raise CheckpointError(f"'rms_norm_eps' is {eps!r}; it lies between 0 and 1", file=file)
-    return DenseConfig(
-        vocab_size=size("vocab_size"),
+        raise settings.fault(f"'head_dim' is {head_dim}; rotary pairs need an even one")
+    small = settings.above_0(*eps)
+    if small >= 1:
+        raise settings.fault(f"{eps[0]!r} is {small!r}; it lies between 0 and 1")
+    named = settings.get(activation, "silu")
+    if named not in _ACTIVATIONS:
+        raise settings.fault(f"{activation!r} is {named!r}; supported are {', '.join(_ACTIVATIONS)}")
+    num_layers = settings.size("num_hidden_layers")
+    ropes = ropes or (parse_rope(settings),)
+    context = context_tokens(settings, ropes)
+    if layers is None:
+        layers = plain_layers(settings)
+    config = DenseConfig(
+        vocab_size=settings.size("vocab_size"),
         dim=dim,
-        ff_dim=size("intermediate_size"),
-        num_layers=size("num_hidden_layers"),
+        ff_dim=settings.size("intermediate_size"),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        context_tokens=min(size("max_position_embeddings"), _described_context(config, file)),
-        eps=float(eps),
-        rope=parse_rope(config, file),
-        tied=flag("tie_word_embeddings") if config.get("tie_word_embeddings") is not None else None,
-        attention_bias=flag("attention_bias"),
-        mlp_bias=flag("mlp_bias"),
-        qk_norm=qk_norm,
+        context_tokens=context,
+        eps=small,
+        ropes=ropes,
+        # A window that no sequence outgrows is none.
+        layers=tuple(
+            LayerAttention(0 if layer.window >= context else layer.window, layer.cap, layer.rotation)
+            for layer in layers[:num_layers]
+        ),
+        tied=settings.flag("tie_word_embeddings")
+        if settings.get("tie_word_embeddings") is not None
+        else None,
+        gelu=_ACTIVATIONS[named],
+        **{"mlp_bias": settings.flag("mlp_bias")} | options,
     )
+    _check_rotations(config, settings)
+    return config
 
 
-def _refuse_unsupported(config: dict[str, Any], file: Path, model_type: str) -> None:
-    named = config.get("model_type", model_type)
-    if named != model_type:
-        raise CheckpointError(f"'model_type' is {named!r}, not {model_type!r} as its architecture", file=file)
-    auto_map = config.get("auto_map")
-    if isinstance(auto_map, dict) and any("Model" in str(name) for name in auto_map):
-        raise CheckpointError(
-            "this checkpoint wants code of its own (auto_map), which is never run", file=file
+def _check_rotations(config: DenseConfig, settings: Settings) -> None:
+    turned = config.rotary_dim
+    if turned < 2 or turned % 2:
+        raise settings.fault(
+            f"'partial_rotary_factor' turns {turned} dimensions of a head; rotary pairs need an even number"
         )
-    for name in ("quantization_config", "compression_config"):
-        if config.get(name):
-            raise CheckpointError(f"{name!r}: quantised weights are not supported", file=file)
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise CheckpointError(
-            f"'hidden_act' is {config['hidden_act']!r}; only 'silu' is supported", file=file
-        )
-    layer_types = config.get("layer_types") or []
-    windowed = config.get("use_sliding_window", True) and config.get("sliding_window") is not None
-    if windowed or config.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
-        raise CheckpointError("sliding-window attention is not supported", file=file)
+    if config.score_scale != 1.0 and turned < config.head_dim:
+        raise settings.fault("scaled scores of partly rotated heads are not supported")
+    for rope in config.ropes:
+        if rope.kind == "longrope" and not len(rope.short_factor) == len(rope.long_factor) == turned // 2:
+            raise settings.fault(
+                f"'short_factor' and 'long_factor' need {turned // 2} numbers each, one a rotated pair"
+            )
 
 
-def _described(config: dict[str, Any], file: Path) -> dict[str, Any]:
+def context_tokens(settings: Settings, ropes: tuple[RopeConfig, ...]) -> int:
+    """The context to serve: what whoever serves the folder asks for within what the model can, else the model's."""
+    named = settings.size("max_position_embeddings", DEFAULT_CONTEXT_TOKENS)
+    most = min(most_context(rope, named) for rope in ropes)
+    asked = described(settings).get("context_tokens")
+    if asked is None:
+        return min(usual_context(rope, named) for rope in ropes)
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 1:
+        raise settings.fault("'degas.context_tokens' is not a whole number of at least 1")
+    return min(asked, most)
+
+
+def described(settings: Settings) -> dict[str, Any]:
     """The optional `degas` object of config.json: what whoever serves the folder wants said otherwise."""
-    described = config.get("degas") or {}
-    if not isinstance(described, dict):
-        raise CheckpointError("'degas' is not an object", file=file)
-    return described
+    return settings.objects("degas")
 
 
-def _described_context(config: dict[str, Any], file: Path) -> int:
-    value = _described(config, file).get("context_tokens", MAX_CONTEXT_TOKENS)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError("'degas.context_tokens' is not a whole number of at least 1", file=file)
-    return value
+def plain_layers(settings: Settings) -> tuple[LayerAttention, ...]:
+    """Layers that attend to all. Raises CheckpointError where config.json asks for windows, which the family lacks."""
+    num_layers = settings.size("num_hidden_layers")
+    kinds = settings.listed("layer_types", num_layers) or []
+    windowed = settings.get("use_sliding_window", True) and settings.get("sliding_window") is not None
+    if windowed or any(kind != "full_attention" for kind in kinds):
+        raise settings.fault("sliding-window attention is not part of this family's models")
+    return (LayerAttention(),) * num_layers
 
 
-def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
-    """What gateways are told. Ids and sampling defaults come from generation_config.json, else config.json.
+def sliding_layers(
+    settings: Settings,
+    slides: Callable[[int], bool],
+    *,
+    cap: float = 0.0,
+    local_rotation: int = 0,
+) -> tuple[LayerAttention, ...]:
+    """Layers of which some see `sliding_window` keys: those that `layer_types` names, else those that `slides` tells.
 
-    Raises CheckpointError on ids outside the vocabulary.
+    `local_rotation` is the rotation of layers that slide, the others have the first.
     """
-    raw, generation, file = source.config, source.generation, source.settings_file
-    described = _described(raw, file)
-    bos_ids = _ids("bos_token_id", generation, raw, sizes.vocab_size, file)
-    eos_ids = _ids("eos_token_id", generation, raw, sizes.vocab_size, file)
-    eos_ids += [token_id for token_id in source.end_tokens() if token_id not in eos_ids]
-    temperature, top_p, top_k = _sampling(generation, source.path / "generation_config.json")
-    return ModelCard(
-        model_id=str(described.get("model_id") or source.model_id),
-        family=family,
-        context_tokens=sizes.context_tokens,
-        vocab_size=sizes.vocab_size,
-        bos_id=bos_ids[0] if bos_ids else None,
-        eos_ids=eos_ids,
-        created=source.created,
-        capabilities=["chat", "completions"],
-        default_temperature=temperature,
-        default_top_p=top_p,
-        description=str(described.get("description") or ""),
-        default_top_k=top_k,
-    )
-
-
-def _ids(
-    name: str, generation: dict[str, Any], config: dict[str, Any], vocab_size: int, file: Path
-) -> list[int]:
-    """One id or a list of them; an instruct model's generation_config.json knows more ends than config.json."""
-    value = generation.get(name)
-    if value is None:
-        value = config.get(name)
-    if value is None:
-        return []
-    ids = value if isinstance(value, list) else [value]
-    for token_id in ids:
-        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-            raise CheckpointError(f"{name!r} is {token_id!r}; ids lie in 0 … {vocab_size - 1}", file=file)
-    return list(dict.fromkeys(ids))
-
-
-def _sampling(generation: dict[str, Any], file: Path) -> tuple[float, float, int]:
-    """The defaults (temperature, top_p, top_k; 0 is no limit): greedy unless the folder asks for sampling."""
-    sampled = generation.get("do_sample")
-    temperature = generation.get("temperature")
-    if sampled is False or (temperature is None and not sampled):
-        temperature = 0.0
-    elif temperature is None:
-        temperature = 1.0
-    top_p = generation.get("top_p")
-    if top_p is None:
-        top_p = 1.0
-    for name, value, high in (("temperature", temperature, 100.0), ("top_p", top_p, 1.0)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
-            raise CheckpointError(f"{name!r} is {value!r}; it lies in 0 … {high:g}", file=file)
-    top_k = 0 if generation.get("top_k") is None else generation["top_k"]
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k < 1 << 31:
-        raise CheckpointError(
-            f"'top_k' is {top_k!r}; it is a whole number of at least 0, 0 for no limit", file=file
-        )
-    return float(temperature), float(top_p), top_k
+    num_layers = settings.size("num_hidden_layers")
+    kinds = settings.listed("layer_types", num_layers)
+    if kinds is None:
+        kinds = ["sliding_attention" if slides(index) else "full_attention" for index in range(num_layers)]
+    layers = []
+    for kind in kinds:
+        if kind == "full_attention":
+            layers.append(LayerAttention(cap=cap))
+        elif kind == "sliding_attention":
+            layers.append(LayerAttention(settings.size("sliding_window"), cap, local_rotation))
+        else:
+            raise settings.fault(
+                f"'layer_types' has {kind!r}; supported are full_attention and sliding_attention"
+            )
+    return tuple(layers)

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from shared.protocol import ModelCard
 from worker.formats.source import ProgressReport, Source, Target
-from worker.forward import ImageCrops, KVCache, StepTokens
-from worker.models.attention import AttentionPlan, GatherSpace, fastest_kv_dtype, fuses
+from worker.forward import ImageCrops
+from worker.models.attention import AttentionPlan
+from worker.models.decoder import Decoder
+from worker.models.head import Head
 from worker.models.layers import PackedLinear, Take, take_linear, take_norm
 from worker.models.moondream_config import MoondreamConfig, TextConfig, make_card, parse_config
 from worker.models.moondream_region import RegionModel
 from worker.models.moondream_vision import VisionEncoder
-from worker.native.operations import operations
-from worker.native.stack import ParallelLayer, layer_stack
+from worker.models.rope import RopeConfig, pair_order, rotation_table
+from worker.native.stack import ParallelLayer
 
 if TYPE_CHECKING:
     from worker.kernels.fused import FusedPlan
-
-_ROPE_THETA = 10000.0
 
 # Where the older layout kept what the newer calls by the name on the right.
 _OLDER_NAMES = (
@@ -60,38 +60,32 @@ def canonical_name(stored: str) -> Target | None:
     return Target(name)
 
 
-class Moondream:
-    """A loaded Moondream 2; implements `contract.Model`.
-
-    `kv_dtype` is the dtype its cache runs fastest in, see `fastest_kv_dtype`. Any float dtype works.
-    """
+class Moondream(Decoder):
+    """A loaded Moondream 2; implements `contract.Model`."""
 
     def __init__(self, config: MoondreamConfig, card: ModelCard, take: Take, device: torch.device) -> None:
         text = config.text
-        self.card = card
+        words = take("text.wte", text.vocab_size, text.dim)
+        blocks = [_TextBlock(take, f"text.blocks.{index}", text) for index in range(text.n_layers)]
+        norm = take_norm(take, "text.post_ln", text.dim)
+        weight = take("text.lm_head.weight", text.vocab_size, text.dim)
+        head = Head(weight, take("text.lm_head.bias", text.vocab_size))
+        super().__init__(
+            card,
+            words,
+            blocks,
+            norm,
+            head,
+            [rotation_table(RopeConfig(), text.head_dim // 2, text.max_context, device)],
+            num_heads=text.n_heads,
+            num_kv_heads=text.n_kv_heads,
+            head_dim=text.head_dim,
+        )
         self.config = config
-        self.device = device
-        self.num_layers = text.n_layers
-        self.num_kv_heads = text.n_kv_heads
-        self.head_dim = text.head_dim
         self.prefix_tokens = config.prefix_tokens
-        self.weight_bytes = 0
-        self._num_heads = text.n_heads
-        self._wte = take("text.wte", text.vocab_size, text.dim)
-        self.dtype = self._wte.dtype
-        self._native = operations(device)
-        self.kv_dtype = fastest_kv_dtype(device, self.dtype, self._native)
-        self._blocks = [_TextBlock(take, f"text.blocks.{index}", text) for index in range(text.n_layers)]
-        self._post_ln = take_norm(take, "text.post_ln", text.dim)
-        self._lm_head = take_linear(take, "text.lm_head", text.dim, text.vocab_size)
-        layers = [block.native_layer() for block in self._blocks]
-        self._stack = layer_stack(layers, device, self.dtype, num_heads=text.n_heads, eps=self._post_ln.eps)
-        self._space = GatherSpace()
-        self.fuses = fuses(device, text.head_dim)
         # Whether the host may look for rows that need the region model: cheap on a CPU, where it mostly saves the
         # work. On a GPU it would stop the host, and in a captured graph it cannot be asked.
         self.looks = device.type == "cpu"
-        self._rope = _rope_table(text.head_dim // 2, text.max_context, device)
         self.vision = VisionEncoder(config.vision, take)
         self.region = RegionModel(config.region, take)
 
@@ -100,13 +94,9 @@ class Moondream:
         """The vision encoder."""
         return self.vision
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """(N,) int64 ids → (N, D) input embeddings."""
-        return F.embedding(token_ids, self._wte)
-
     def embed_next(self, token_ids: Tensor, values: Tensor, spatial: Tensor) -> Tensor:
         """(B,) ids, (B, 2) fp32 values, (B,) bool → (B, D): values in place of words where `spatial` holds."""
-        words = F.embedding(token_ids, self._wte)
+        words = self.embed(token_ids)
         if self.looks and not bool(spatial.any()):
             return words
         coordinates = self.region.encode_coordinate(values[:, :1], self.dtype)
@@ -118,33 +108,6 @@ class Moondream:
     def encode_images(self, images: list[ImageCrops]) -> list[Tensor]:
         """Pictures → one (num_image_tokens, D) tensor each. Raises ValueError on frames that do not fit."""
         return self.vision.encode(images) if images else []
-
-    def forward(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
-        """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of all N tokens."""
-        rotation = self._rope.index_select(0, tokens.positions)
-        if self.fuses:
-            return self._forward_fused(hidden, rotation, tokens, cache)
-        if self._stack is not None:
-            done = self._stack.run(hidden, tokens, cache, rotation)
-            if done is not None:
-                return done
-        plan = AttentionPlan(tokens, cache, self._space, self._native, rotation, hidden.dtype)
-        for layer, block in enumerate(self._blocks):
-            hidden = block(hidden, plan, layer)
-        return hidden
-
-    def _forward_fused(self, hidden: Tensor, rotation: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
-        from worker.kernels.fused import FusedPlan  # here, so that no CPU worker imports Triton
-
-        plan = FusedPlan(tokens, cache, rotation)
-        gained: Tensor | None = None
-        for layer, block in enumerate(self._blocks):
-            hidden, gained = block.fused(hidden, gained, plan, layer)
-        return hidden if gained is None else hidden + gained
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(R, D) hidden states of the sampling positions → (R, V) fp32 logits."""
-        return self._lm_head(self._post_ln(hidden)).float()
 
     def decode_values(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """(R, D) hidden, (R,) sampled ids → (R, 2) fp32: a coordinate in column 0, a (width, height), else 0."""
@@ -220,23 +183,11 @@ class _TextBlock:
 
 
 def _pair_order(config: TextConfig) -> Tensor:
-    """Rows of the fused qkv projection so that the two halves of a rotary pair lie side by side.
-
-    q and k are permuted alike, which leaves their products as they were, and a pair becomes one complex number.
-    """
-    half = config.head_dim // 4
-    pairs = torch.arange(2 * half).view(2, half).t().reshape(-1)
-    head = torch.cat([pairs, torch.arange(2 * half, config.head_dim)])
+    """Rows of the fused qkv projection so that the two of a rotated pair lie side by side, see `pair_order`."""
+    head = pair_order(config.head_dim, config.head_dim // 2)
     starts = torch.arange(config.n_heads + config.n_kv_heads)[:, None] * config.head_dim
     rotated = (starts + head).reshape(-1)
     return torch.cat([rotated, torch.arange(rotated.shape[0], config.qkv_dim)])
-
-
-def _rope_table(num_dims: int, max_context: int, device: torch.device) -> Tensor:
-    """(max_context, 1, num_dims / 2) complex64 rotations."""
-    inverse = 1.0 / (_ROPE_THETA ** (torch.arange(0, num_dims, 2, dtype=torch.float32) / num_dims))
-    angles = torch.arange(max_context, dtype=torch.float32)[:, None] * inverse
-    return torch.polar(torch.ones_like(angles), angles).unsqueeze(1).to(device)
 
 
 def load(source: Source, device: torch.device, dtype: torch.dtype, report: ProgressReport) -> Moondream:

@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+
 import torch
 
 from worker.formats.source import CheckpointError, ProgressReport, Source
-from worker.models import llama, moondream, qwen3
-from worker.models.contract import Load, Model
+from worker.models import moondream
+from worker.models.contract import Model
+from worker.models.families.gemma import GEMMA2, GEMMA3
+from worker.models.families.granite import GRANITE
+from worker.models.families.llama import LLAMA
+from worker.models.families.mistral import MINISTRAL, MISTRAL
+from worker.models.families.olmo2 import OLMO2
+from worker.models.families.phi import PHI3
+from worker.models.families.qwen import QWEN2, QWEN3
+from worker.models.families.smollm3 import SMOLLM3
+from worker.models.families.stablelm import STABLELM
+from worker.models.family import Family, refuse_own_code
+from worker.models.settings import Settings
 
-# Both the architectures' class names and the `model_type`s that released checkpoints carry.
-FAMILIES: dict[str, Load] = {
-    "HfMoondream": moondream.load,
-    "moondream1": moondream.load,
-    "LlamaForCausalLM": llama.load,
-    "Qwen3ForCausalLM": qwen3.load,
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    MISTRAL,
+    MINISTRAL,
+    SMOLLM3,
+    PHI3,
+    GEMMA2,
+    GEMMA3,
+    OLMO2,
+    GRANITE,
+    STABLELM,
+    # Both the architecture's class name and the `model_type` that released checkpoints carry.
+    Family("moondream", "Moondream 2 (pictures)", ("HfMoondream", "moondream1"), moondream.load),
+)
+_BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
+
+# How quantised weights are named in config.json, and what people call them.
+_QUANTISED = {
+    "fp8": "FP8",
+    "fbgemm_fp8": "FP8 (FBGEMM)",
+    "compressed-tensors": "compressed-tensors",
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "bitsandbytes": "bitsandbytes",
+    "mxfp4": "MXFP4",
+    "hqq": "HQQ",
+    "torchao": "torchao",
+    "quark": "Quark",
 }
 
 
@@ -23,17 +61,66 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype, report:
     Code that a checkpoint brings along (`auto_map`) is never run: a known architecture does not need it, an
     unknown one is refused. Raises CheckpointError.
     """
-    config = source.config
-    architectures = config.get("architectures")
-    names = [str(name) for name in architectures] if isinstance(architectures, list) else []
-    model_type = config.get("model_type")
-    if isinstance(model_type, str):
-        names.append(model_type)
+    settings = Settings(source.config, source.settings_file)
+    names = architectures(settings)
     for name in names:
-        load = FAMILIES.get(name)
-        if load is not None:
-            return load(source, device, dtype, report)
-    problem = f"unknown architecture {', '.join(names) or '(none named)'}; known are {', '.join(FAMILIES)}"
-    if "auto_map" in config:
+        family = _BY_ARCHITECTURE.get(name)
+        if family is not None:
+            if family.name != "moondream":  # whose released folders bring a class of the same name, and more
+                refuse_own_code(settings, family)
+            refuse_quantised(settings)
+            return family.load(source, device, dtype, report)
+    raise unknown(settings, names)
+
+
+def architectures(settings: Settings) -> list[str]:
+    """What config.json calls the model, classes before the `model_type`."""
+    listed = settings.get("architectures")
+    names = [str(name) for name in listed] if isinstance(listed, list) else []
+    model_type = settings.get("model_type")
+    return [*names, model_type] if isinstance(model_type, str) else names
+
+
+def unknown(settings: Settings, names: list[str]) -> CheckpointError:
+    """The refusal of a model of no known family: what is served, and what of it comes nearest."""
+    problem = f"unknown architecture {', '.join(names) or '(none named)'}"
+    near = nearest(names)
+    if near is not None:
+        problem += f"; the nearest family that is served is {near.title}"
+    problem += f"; served are {'; '.join(family.title for family in FAMILIES)}"
+    if "auto_map" in settings.values:
         problem += "; the code that this checkpoint brings is never run"
-    raise CheckpointError(problem, file=source.settings_file)
+    return settings.fault(problem)
+
+
+def nearest(names: list[str]) -> Family | None:
+    """The family whose name begins as one of these do, or looks most like it; None if none does."""
+
+    def core(name: str) -> str:
+        shortened = re.sub(r"(ForCausalLM|ForConditionalGeneration|LMHeadModel|Model)$", "", name)
+        return re.sub(r"[^a-z0-9]", "", shortened.lower())
+
+    known = {core(architecture): family for architecture, family in _BY_ARCHITECTURE.items()}
+    for name in map(core, names):
+        begins = [key for key in known if name.startswith(key) or (name and key.startswith(name))]
+        alike = [max(begins, key=len)] if begins else difflib.get_close_matches(name, known, 1, 0.6)
+        if alike:
+            return known[alike[0]]
+    return None
+
+
+def refuse_quantised(settings: Settings) -> None:
+    """Raises CheckpointError for weights that were quantised, by the name people know the kind by."""
+    for name in ("quantization_config", "compression_config"):
+        found = settings.objects(name)
+        if found:
+            kind = str(found.get("quant_method", found.get("quantization_method", "unnamed")))
+            raise settings.fault(
+                f"{name!r}: quantised weights ({_QUANTISED.get(kind, kind)}) are not supported in this format; take "
+                "the model's original folder (bf16 or fp16), or a GGUF file of it"
+            )
+    if "bits" in settings.objects("quantization"):
+        raise settings.fault(
+            "'quantization': quantised weights (MLX) are not supported; take the model's original folder (bf16 or "
+            "fp16), or a GGUF file of it"
+        )

@@ -54,7 +54,7 @@ def compile_for(kernel: Any, warps: int, constants: dict[str, Any], **pointers: 
         elif name.endswith("_ptr"):
             signature[name] = pointers.get(name) or POINTERS.get(name, "*bf16")
         else:
-            signature[name] = "fp32" if name in ("scale", "eps") else "i32"
+            signature[name] = "fp32" if name in ("scale", "cap", "eps") else "i32"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -69,8 +69,15 @@ def compile_for(kernel: Any, warps: int, constants: dict[str, Any], **pointers: 
 
 def main() -> None:
     """Every kernel at the sizes of the models served."""
-    for kv_heads, group, block, dim, splits in [(32, 1, 1, 64, 8), (8, 2, 16, 128, 8), (8, 4, 16, 64, 1)]:
+    for kv_heads, group, block, dim, splits, window, capped in [
+        (32, 1, 1, 64, 8, 0, False),
+        (8, 2, 16, 128, 8, 0, False),
+        (8, 4, 16, 64, 1, 0, False),
+        (4, 2, 16, 256, 8, 4096, True),
+        (1, 4, 16, 256, 4, 512, False),
+    ]:
         shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "PAGE_TOKENS": 16, "WIDEN": False}
+        shape |= {"WINDOW": window, "CAPPED": capped}
         compile_for(
             paged_decode_attention._attend_split,
             4,
@@ -87,12 +94,13 @@ def main() -> None:
             weight_ptr="*fp32",
         )
         compile_for(norm._norm_row, 8, {"DIM": 2048, "BLOCK": 2048, "CENTRED": flag, "RESIDUAL": flag})
-        compile_for(activation._activate, 4, {"DIM": 8192, "GATED": flag, "BLOCK": 1024})
+        compile_for(activation._activate, 4, {"DIM": 8192, "SILU": flag, "GATED": flag, "BLOCK": 1024})
         compile_for(
             sample._sample_row, 16, {"VOCAB": 51200, "MASKED": flag, "SUPPRESSED": flag, "BLOCK": 4096}
         )
     compile_for(mask._mask_row, 4, {"VOCAB": 51200, "BLOCK": 2048})
     product = {"INPUTS": 2048, "OUTPUTS": 8192, "GROUP": 128, "HAS_BIAS": True, "ROWS": 16, "WIDEN": False}
+    compile_for(activation._activate, 4, {"DIM": 6912, "SILU": False, "GATED": True, "BLOCK": 1024})
     for bits, kind in ((8, "*i8"), (4, "*u8")):
         compile_for(
             quantised_linear._product,

@@ -1,4 +1,4 @@
-"""Owns tiny random Llama and Qwen3 checkpoints written by transformers, and its answers to compare with."""
+"""Owns tiny random checkpoints of every family written by transformers, and its answers to compare with."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tests.unit.worker.models.paged_driver import Driver, Row, quiet, relative_error
 from worker.formats.open_source import open_source
@@ -39,21 +39,44 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-_KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+# By the names that cards have: what transformers calls the family, and what its models need beside `SIZES`.
+# Heads are wider than the residual stream where the family allows it.
+_NARROW: dict[str, Any] = {"hidden_size": 96, "head_dim": None}
+_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", _NARROW),
+    "qwen3": ("Qwen3", {}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "ministral": ("Ministral", {"sliding_window": 12}),
+    "smollm3": ("SmolLM3", _NARROW | {"no_rope_layers": [1, 0, 1]}),
+    "phi3": ("Phi3", _NARROW),
+    "gemma2": ("Gemma2", {"sliding_window": 12}),
+    "gemma3": ("Gemma3", {"sliding_window": 12}),
+    "olmo2": ("Olmo2", _NARROW),
+    "granite": ("Granite", _NARROW),
+    "stablelm": ("StableLm", _NARROW),
+}
 
 
 def write(folder: Path, family: str, *, shard_size: str = "5GB", **settings: Any) -> Any:
     """Save a random fp32 checkpoint into `folder`; returns transformers' own model of it."""
-    config_kind, model_kind = _KINDS[family]
+    kind, needed = _KINDS[family]
+    config_kind = getattr(transformers, f"{kind}TextConfig" if family == "gemma3" else f"{kind}Config")
+    model_kind = getattr(transformers, f"{kind}ForCausalLM")
     torch.manual_seed(5)
+    given = {**SIZES, "initializer_range": 0.25, **needed, **settings}
+    given = {name: value for name, value in given.items() if value is not None or name == "sliding_window"}
     # Wide enough that the most likely token stands out; transformers draws no norms and biases, so that is done here.
-    oracle = model_kind(config_kind(**{**SIZES, "initializer_range": 0.25, **settings})).eval()
+    oracle = model_kind(config_kind(**given)).eval()
+    low = -0.5 if family.startswith("gemma") else 0.5  # Gemma's norms multiply by 1 + weight
     with torch.no_grad():
         for name, weight in oracle.named_parameters():
-            if "norm" in name:
-                weight.uniform_(0.5, 1.5)
+            if "norm" in name and name.endswith("weight"):
+                weight.uniform_(low, low + 1.0)
             elif name.endswith("bias"):
                 weight.normal_(std=0.2)
+            elif family.startswith("gemma") and "embed" in name:
+                weight *= 0.02  # scaled and tied, larger ones would say the last token again and again
     oracle.save_pretrained(folder, max_shard_size=shard_size)
     oracle.generation_config.eos_token_id = None  # `min_new_tokens` would ban it
     return oracle
@@ -65,6 +88,23 @@ def edit_config(folder: Path, **changes: Any) -> Path:
     config = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
     return folder
+
+
+def respell(folder: Path) -> Path:
+    """Write config.json as the hub's older folders have it: `rope_theta`, `rope_scaling`, `torch_dtype`."""
+    config = json.loads((folder / "config.json").read_text())
+    changes: dict[str, Any] = {"rope_parameters": None, "dtype": None, "torch_dtype": config.get("dtype")}
+    turns = config["rope_parameters"]
+    if "full_attention" in turns:
+        changes["rope_local_base_freq"] = turns["sliding_attention"]["rope_theta"]
+        turns = turns["full_attention"]
+    turns = dict(turns)
+    changes["rope_theta"] = turns.pop("rope_theta")
+    changes["partial_rotary_factor"] = turns.pop("partial_rotary_factor", None)
+    kind = turns.pop("rope_type")
+    turns.pop("max_position_embeddings", None)
+    changes["rope_scaling"] = None if kind == "default" else {"type": kind, **turns}
+    return edit_config(folder, **changes)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Model:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens
-from worker.models.attention import AttentionPlan, GatherSpace
+from worker.models.attention import AttentionPlan
+from worker.models.torch_attention import GatherSpace
 
 PAGE_TOKENS, HEAD_DIM = 4, 16
 

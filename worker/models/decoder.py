@@ -1,0 +1,150 @@
+"""Owns the decoder that every family shares: embedding lookup, rotations, blocks, final norm and head. Decode thread.
+
+A family is its blocks, its embedding and its head. What blocks of all families have in common is small: they take the
+residual stream and add to it, layer by layer, by a GPU's kernels, or all in one compiled call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.protocol import ModelCard
+from worker.forward import ImageCrops, KVCache, StepTokens
+from worker.models.attention import AttentionPlan, fastest_kv_dtype, fuses
+from worker.models.contract import CropEncoder
+from worker.models.head import Head
+from worker.models.layers import LayerNorm, RmsNorm
+from worker.models.torch_attention import GatherSpace
+from worker.native.operations import operations
+from worker.native.stack import Layer, LayerStack, layer_stack
+
+if TYPE_CHECKING:
+    from worker.kernels.fused import FusedPlan
+
+
+class Block(Protocol):
+    """One layer of a decoder."""
+
+    def __call__(self, hidden: Tensor, plan: AttentionPlan, layer: int) -> Tensor:
+        """(N, D) residual stream → (N, D) with this layer's sums added; writes K and V of layer number `layer`."""
+        ...
+
+    def fused(
+        self, hidden: Tensor, gained: Tensor | None, plan: FusedPlan, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `__call__` with a GPU's kernels. `gained` is what the block before adds to the residual stream: each
+        sum is taken with the norm behind it. Returns the stream, and what this block adds to it last."""
+        ...
+
+    def native_layer(self) -> Layer | None:
+        """This layer for a call over all of them; None where that does not compute it."""
+        ...
+
+
+class Decoder:
+    """A loaded decoder of text; implements `contract.Model`. Families that read pictures add to it.
+
+    `words` (V, D) is the embedding table, `rotations` the tables that layers choose from: (context, 1, R/2) complex64,
+    or a single row for all positions. `kv_dtype` is the dtype its cache runs fastest in, see `fastest_kv_dtype`.
+    """
+
+    prefix_tokens = 0
+
+    def __init__(
+        self,
+        card: ModelCard,
+        words: Tensor,
+        blocks: Sequence[Block],
+        norm: LayerNorm | RmsNorm,
+        head: Head,
+        rotations: Sequence[Tensor],
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        embedding_scale: float = 1.0,
+    ) -> None:
+        self.card = card
+        self.device, self.dtype = words.device, words.dtype
+        self.num_layers, self.num_kv_heads, self.head_dim = len(blocks), num_kv_heads, head_dim
+        self.weight_bytes = 0
+        self._native = operations(self.device)
+        self.kv_dtype = fastest_kv_dtype(self.device, self.dtype, self._native)
+        self.fuses = fuses(self.device, head_dim)
+        self._words = words
+        # In the words' dtype, as the families that scale them were trained.
+        self._embedding_scale = None if embedding_scale == 1.0 else words.new_tensor(embedding_scale)
+        self._blocks = blocks
+        self._norm, self._head = norm, head
+        self._rotations = rotations
+        self._space = GatherSpace()
+        self._stack = self._one_call(num_heads)
+
+    def _one_call(self, num_heads: int) -> LayerStack | None:
+        layers = [block.native_layer() for block in self._blocks]
+        settings: dict[str, Any] = {"num_heads": num_heads, "eps": self._norm.eps, "qk_eps": self._norm.eps}
+        return layer_stack(layers, self.device, self.dtype, **settings)
+
+    @property
+    def encoder(self) -> CropEncoder | None:
+        """None: it reads text only."""
+        return None
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """(N,) int64 ids → (N, D) input embeddings."""
+        words = F.embedding(token_ids, self._words)
+        return words if self._embedding_scale is None else words.mul_(self._embedding_scale)
+
+    def embed_next(self, token_ids: Tensor, values: Tensor, spatial: Tensor) -> Tensor:
+        """(B,) freshly sampled ids → (B, D). A text model has no coordinates: the rest is ignored."""
+        return self.embed(token_ids)
+
+    def encode_images(self, images: list[ImageCrops]) -> list[Tensor]:
+        """Refused: intake lets no picture through to a model whose card has no `image`."""
+        if images:
+            raise RuntimeError(f"{self.card.model_id} reads text only; it cannot encode a picture")
+        return []
+
+    def forward(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
+        """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of all N tokens."""
+        rotations = [self._turn(table, tokens.positions) for table in self._rotations]
+        if self.fuses:
+            return self._forward_fused(hidden, rotations, tokens, cache)
+        if self._stack is not None:
+            done = self._stack.run(hidden, tokens, cache, rotations[0])
+            if done is not None:
+                return done
+        plan = AttentionPlan(tokens, cache, self._space, self._native, rotations, hidden.dtype)
+        for layer, block in enumerate(self._blocks):
+            hidden = block(hidden, plan, layer)
+        return hidden
+
+    @staticmethod
+    def _turn(table: Tensor, positions: Tensor) -> Tensor:
+        """(N, 1, R/2): each token's row of a table."""
+        if table.shape[0] == 1:
+            return table.expand(positions.shape[0], -1, -1).contiguous()
+        return table.index_select(0, positions)
+
+    def _forward_fused(
+        self, hidden: Tensor, rotations: list[Tensor], tokens: StepTokens, cache: KVCache
+    ) -> Tensor:
+        from worker.kernels.fused import FusedPlan  # here, so that no CPU worker imports Triton
+
+        plan = FusedPlan(tokens, cache, rotations)
+        gained: Tensor | None = None
+        for layer, block in enumerate(self._blocks):
+            hidden, gained = block.fused(hidden, gained, plan, layer)
+        return hidden if gained is None else hidden + gained
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(R, D) hidden states of the sampling positions → (R, V) logits: fp32 sums, unrounded."""
+        return self._head(self._norm(hidden))
+
+    def decode_values(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Refused: intake lets no spatial task through to a model without one among its capabilities."""
+        raise RuntimeError(f"{self.card.model_id} reads text only; its tokens stand for no coordinates")
