@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worker.models.layers import PackedLinear
+from worker.native.products import products
 
 KEPT_BYTES = 1 << 30
 """On a CPU a head of bf16 weights is kept in fp32 up to this size. Measured (AVX2, one thread, 49152×576 and
@@ -34,7 +35,11 @@ class Head:
         self._weight, self._bias = weight, None if bias is None else bias.float()
         self._multiply: Callable[[Tensor], Tensor]
         on_cpu = weight.device.type == "cpu"
-        if weight.dtype == torch.float32 or (on_cpu and weight.numel() * 4 <= KEPT_BYTES):
+        native = products(weight.device)
+        if native is not None and native.can_multiply(weight.dtype, weight.shape[1], weight.shape[0]):
+            packed, self._bias = PackedLinear(weight, bias), None
+            self._multiply = packed.logits
+        elif weight.dtype == torch.float32 or (on_cpu and weight.numel() * 4 <= KEPT_BYTES):
             # Tied weights: a CPU multiplies by a repacked copy, other devices by the tensor that serves both.
             kept, self._bias = PackedLinear(weight.float(), self._bias), None
             self._multiply = lambda x: kept(x.float())

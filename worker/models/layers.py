@@ -9,14 +9,15 @@ so a batched sequence equals itself run alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from worker.native.operations import LANES, operations
-from worker.native.products import ADD, GATE, GELU, PLAIN, Products, interleave, products
-from worker.native.stack import Linear
+from worker.native.products import ADD, GATE, GELU, PLAIN, Linear, PackedWeight, Products, products
+from worker.native.quantised import Quantised
 
 Take = Callable[..., Tensor]
 """`take(name, *shape, dtype=…)`: a checkpoint's tensor by canonical name, of that shape, on the model's device.
@@ -40,9 +41,10 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 class PackedLinear:
     """`y = x Wᵀ + b` with W in the layout this device multiplies fastest.
 
-    Takes `weight` (out, in) and `bias` (out,) or None, on their final device and dtype. Inputs are
-    (..., in) in the same dtype; outputs (..., out). `pack=False` keeps the plain product, for comparison. `gated`:
-    the first half of the outputs gates the second, and `silu_gate` is all that will be asked for.
+    Takes `weight` (out, in) and `bias` (out,) or None, on their final device and dtype, or a weight in a file's blocks for
+    fp32 inputs on a CPU, which are multiplied as they are. Inputs are (..., in) in the same dtype; outputs (..., out).
+    `pack=False` keeps the plain product, for comparison. `gated`: the first half of the outputs gates the second, and
+    `silu_gate` is all that will be asked for.
     """
 
     __slots__ = (
@@ -60,28 +62,45 @@ class PackedLinear:
     )
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, *, pack: bool = True, gated: bool = False
+        self,
+        weight: Tensor | Quantised,
+        bias: Tensor | None = None,
+        *,
+        pack: bool = True,
+        gated: bool = False,
     ) -> None:
         self.out_features, self.in_features = weight.shape
-        self.device, self.dtype = weight.device, weight.dtype
-        self._bias = bias
-        native = products(weight.device) if pack else None
-        if native is not None and not native.can_multiply(weight.dtype, self.in_features, self.out_features):
+        native = (
+            products(weight.device if isinstance(weight, Tensor) else torch.device("cpu")) if pack else None
+        )
+        if not isinstance(weight, Tensor) and (native is None or not native.multiplies(torch.float32)):
+            weight = weight.dequantised()
+        self.dtype = dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        self.device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
+        if native is not None and not native.can_multiply(dtype, self.in_features, self.out_features):
             native = None
         self._native: Products | None = native
+        self._bias = bias
         can_gate = gated and self.out_features % (2 * LANES) == 0
         self._gated = can_gate and native is not None
-        self._operations = operations(weight.device) if can_gate else None
+        self._operations = operations(self.device) if can_gate else None
         if self._gated:
-            weight, bias = interleave(weight), None if bias is None else interleave(bias)
-        self._packed = pack and native is None and can_pack(weight.device, weight.dtype)
+            assert native is not None
+            order = native.gate_order(self.out_features)
+            weight = weight[order] if isinstance(weight, Tensor) else weight.ordered(order)
+            bias = None if bias is None else bias[order]
+        self._packed = False
         if native is not None:
-            self._weight = native.pack(weight)
-            self._bias = None if bias is None else bias.contiguous()
-        elif self._packed:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS)
+            if isinstance(weight, Tensor):
+                self._weight: Any = native.pack(weight, bias)
+            else:
+                self._weight = native.pack_quantised(weight, bias)
         else:
-            self._weight = weight.contiguous()
+            assert isinstance(weight, Tensor)
+            self._packed = pack and can_pack(weight.device, weight.dtype)
+            contiguous = weight.contiguous()
+            reorder = torch.ops.mkldnn._reorder_linear_weight if self._packed else None
+            self._weight = contiguous if reorder is None else reorder(contiguous, _PACK_ROWS)
         self._linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise if self._packed else F.linear
 
     @property
@@ -89,8 +108,8 @@ class PackedLinear:
         """Where the packed weights lie, for a call over whole layers; None where they are not packed for that."""
         if self._native is None:
             return None
-        bias = None if self._bias is None else self._bias.data_ptr()
-        return Linear(self._weight.data_ptr(), bias, self.in_features, self.out_features)
+        packed: PackedWeight = self._weight
+        return packed.linear
 
     @property
     def gates_native(self) -> bool:
@@ -101,15 +120,25 @@ class PackedLinear:
         """x W^T + b."""
         assert not self._gated
         if self._native is not None:
-            return self._native.multiply(x, self._weight, self._bias, self.out_features, None, PLAIN)
+            return self._native.multiply(x, self._weight, None, PLAIN)
         if self._packed:
             return self._linear(x, self._weight, self._bias, "none", [], "")
         return self._linear(x, self._weight, self._bias)
 
+    def logits(self, x: Tensor) -> Tensor:
+        """x W^T + b in fp32: unrounded sums where the product is compiled, or a GPU's; else fp32 of the rounded."""
+        if self._native is not None:
+            return self._native.unrounded(x, self._weight)
+        if x.device.type == "cuda" and x.dtype != torch.float32:
+            summed: Tensor = torch.mm(x.flatten(0, -2), self._weight.t(), out_dtype=torch.float32)
+            summed = summed if self._bias is None else summed + self._bias
+            return summed.view(*x.shape[:-1], -1)
+        return self(x).float()
+
     def gelu(self, x: Tensor) -> Tensor:
         """GELU (tanh approximation) of x Wᵀ + b."""
         if self._native is not None:
-            return self._native.multiply(x, self._weight, self._bias, self.out_features, None, GELU)
+            return self._native.multiply(x, self._weight, None, GELU)
         if self._packed:
             return self._linear(x, self._weight, self._bias, "gelu", [], "tanh")
         return F.gelu(self._linear(x, self._weight, self._bias), approximate="tanh")
@@ -118,7 +147,7 @@ class PackedLinear:
         """silu(g) · u of the halves g, u (..., out / 2) of x Wᵀ + b."""
         if self._gated:
             assert self._native is not None
-            return self._native.multiply(x, self._weight, self._bias, self.out_features, None, GATE)
+            return self._native.multiply(x, self._weight, None, GATE)
         both = self(x)
         if self._operations is not None:
             return self._operations.silu_gate(both)
@@ -133,7 +162,7 @@ class PackedLinear:
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + x Wᵀ + b; `residual` (..., out) is left as it was."""
         if self._native is not None:
-            return self._native.multiply(x, self._weight, self._bias, self.out_features, residual, ADD)
+            return self._native.multiply(x, self._weight, residual, ADD)
         if self._packed:
             summed: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
                 x, residual, self._weight, self._bias, "add"

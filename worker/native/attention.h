@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -14,7 +15,7 @@ namespace {
 template <typename Model>
 void rotate_heads(const Model* from, float* to, int heads, int dim, int rotary, const float* turn, const float* weight,
                   float eps) {
-    const Floats sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    const Floats sign = of_even_lanes(splat(-1.0f), splat(1.0f));
     for (int head = 0; head < heads; head++, from += dim, to += dim) {
         Floats squares{};
         for (int i = 0; i < dim; i += LANES) {
@@ -29,9 +30,7 @@ void rotate_heads(const Model* from, float* to, int heads, int dim, int rotary, 
         }
         for (int i = 0; i < rotary; i += LANES) {
             const Floats x = load(to + i), pairs = load(turn + i);
-            const Floats cosine = __builtin_shufflevector(pairs, pairs, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
-            const Floats sine = __builtin_shufflevector(pairs, pairs, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15);
-            const Floats partner = __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+            const Floats cosine = firsts(pairs, pairs), sine = seconds(pairs, pairs), partner = swapped(x, x);
             store(to + i, x * cosine + partner * sine * sign);
         }
     }
@@ -84,24 +83,39 @@ inline void fetch(const Kept* ahead) {
     for (int i = 0; i < VECTORS * LANES; i += 64 / sizeof(Kept)) __builtin_prefetch(ahead + i);
 }
 
+// Where registers are few, keys are taken two at a time and values by so many of a head's vectors that sums stay in them.
+constexpr int TOGETHER = LANES == 8 ? 2 : 1;
+constexpr int vectors_at_once(int vectors, int queries) {
+    if (LANES != 8) return vectors;
+    int most = vectors;
+    while (most > 2 && (most * queries > 12 || vectors % most || most % 2)) most--;
+    return most;
+}
+
 // Up to four query heads that share a key head, over one page: their scores, then their weighted values.
 template <int VECTORS, int QUERIES, typename Kept>
 void score_page(const float* query, const Kept* keys, const Kept* ahead, int count, int stride, float* scores,
                 int64_t width, float scale) {
-    Floats q[QUERIES][VECTORS], key[VECTORS];
+    Floats q[QUERIES][VECTORS];
     for (int g = 0; g < QUERIES; g++)
         for (int i = 0; i < VECTORS; i++) q[g][i] = load(query + (g * VECTORS + i) * LANES) * scale;
     for (int start = 0; start < count; start += LANES) {
         Floats dots[QUERIES][LANES] = {};
         const int here = count - start < LANES ? count - start : LANES;
-        for (int t = 0; t < here; t++, keys += stride, ahead += stride) {
-            fetch<VECTORS>(ahead);
-            load_head<VECTORS>(keys, key);
-            for (int g = 0; g < QUERIES; g++) {
-                Floats dot = q[g][0] * key[0];
-                for (int i = 1; i < VECTORS; i++) dot += q[g][i] * key[i];
-                dots[g][t] = dot;
+        for (int t = 0; t < here; t += TOGETHER, keys += TOGETHER * stride, ahead += TOGETHER * stride) {
+            Floats dot[TOGETHER][QUERIES], key[TOGETHER][VECTORS];
+            for (int k = 0; k < TOGETHER; k++) {
+                const int own = t + k < here ? k * stride : 0;  // nobody reads what is behind the last one's score
+                fetch<VECTORS>(ahead + own);
+                load_head<VECTORS>(keys + own, key[k]);
             }
+            for (int k = 0; k < TOGETHER; k++)
+                for (int g = 0; g < QUERIES; g++) dot[k][g] = q[g][0] * key[k][0];
+            for (int i = 1; i < VECTORS; i++)
+                for (int k = 0; k < TOGETHER; k++)
+                    for (int g = 0; g < QUERIES; g++) dot[k][g] += q[g][i] * key[k][i];
+            for (int k = 0; k < TOGETHER; k++)
+                for (int g = 0; g < QUERIES; g++) dots[g][t + k] = dot[k][g];
         }
         for (int g = 0; g < QUERIES; g++) store(scores + g * width + start, sums(dots[g]));
     }
@@ -110,17 +124,20 @@ void score_page(const float* query, const Kept* keys, const Kept* ahead, int cou
 template <int VECTORS, int QUERIES, typename Kept>
 void gather_page(float* out, const Kept* values, const Kept* ahead, int count, int stride, const float* weights,
                  int64_t width) {
-    Floats mixed[QUERIES][VECTORS], value[VECTORS];
-    for (int g = 0; g < QUERIES; g++)
-        for (int i = 0; i < VECTORS; i++) mixed[g][i] = load(out + (g * VECTORS + i) * LANES);
-    for (int t = 0; t < count; t++, values += stride, ahead += stride) {
-        fetch<VECTORS>(ahead);
-        load_head<VECTORS>(values, value);
+    constexpr int PART = vectors_at_once(VECTORS, QUERIES);
+    for (int part = 0; part < VECTORS; part += PART, out += PART * LANES, values += PART * LANES, ahead += PART * LANES) {
+        Floats mixed[QUERIES][PART], value[PART];
         for (int g = 0; g < QUERIES; g++)
-            for (int i = 0; i < VECTORS; i++) mixed[g][i] += weights[g * width + t] * value[i];
+            for (int i = 0; i < PART; i++) mixed[g][i] = load(out + (g * VECTORS + i) * LANES);
+        for (int t = 0; t < count; t++) {
+            fetch<PART>(ahead + t * stride);
+            load_head<PART>(values + t * stride, value);
+            for (int g = 0; g < QUERIES; g++)
+                for (int i = 0; i < PART; i++) mixed[g][i] += weights[g * width + t] * value[i];
+        }
+        for (int g = 0; g < QUERIES; g++)
+            for (int i = 0; i < PART; i++) store(out + (g * VECTORS + i) * LANES, mixed[g][i]);
     }
-    for (int g = 0; g < QUERIES; g++)
-        for (int i = 0; i < VECTORS; i++) store(out + (g * VECTORS + i) * LANES, mixed[g][i]);
 }
 
 template <int VECTORS, typename Kept>
@@ -169,89 +186,71 @@ struct Run {
 
 constexpr int64_t BLOCK_ROWS = 8;  // of one run, which share each key that is loaded
 
-// `count` rows of one run; row r sees the first lengths[r] positions. query and out are (kv_heads, count, group, dim).
+// One run's rows that are attended to together, of some of the key heads.
+struct Block {
+    const int32_t *table, *lengths;  // of the block's first row
+    int64_t row, count;
+    int first_head, last_head;
+    int64_t next_page;  // the first that the block behind this one reads
+};
+
+// Row r sees the first lengths[r] positions. query and out are (kv_heads, count, group, dim) of the block's heads.
 // What a row does not see has a weight of 0, so that it does not matter who stands in the block with it. `after` is
 // fetched last: the first of the keys that the next block begins with.
 template <int VECTORS, typename Kept>
-void attend_block(float* query, const Kept* keys, const Kept* values, const Kept* after, const int32_t* table,
-                  int64_t count, const int32_t* lengths, Shape shape, float* out, float* scores, int64_t width) {
-    const int group = shape.heads / shape.kv_heads, stride = shape.kv_heads * shape.dim, together = count * group;
+void attend_block(float* query, const Kept* keys, const Kept* values, const Block& block, Shape shape, float* out,
+                  float* scores, int64_t width) {
+    const int group = shape.heads / shape.kv_heads, stride = shape.kv_heads * shape.dim, together = block.count * group;
+    const int heads = block.last_head - block.first_head;
     const int64_t page_size = (int64_t)shape.page_tokens * stride;
+    const int32_t* table = block.table;
     const float scale = 1.0f / std::sqrt((float)shape.dim);
     int64_t longest = 0;
-    for (int64_t row = 0; row < count; row++) longest = lengths[row] > longest ? lengths[row] : longest;
-    reorder<VECTORS, Kept>(query, count * shape.heads, false);
+    for (int64_t row = 0; row < block.count; row++) longest = block.lengths[row] > longest ? block.lengths[row] : longest;
+    reorder<VECTORS, Kept>(query, heads * together, false);
     for (bool scoring : {true, false}) {
-        const Kept *kept = scoring ? keys : values, *last_ahead = scoring ? values + table[0] * page_size : after;
+        const Kept *kept = scoring ? keys : values;
+        const Kept* last_ahead = scoring ? values + table[0] * page_size : keys + block.next_page * page_size;
         for (int64_t at = 0, page = 0; at < longest; at += shape.page_tokens, page++) {
             const bool is_last = at + shape.page_tokens >= longest;
             const int tokens = is_last ? longest - at : shape.page_tokens;
             const Kept* here = kept + table[page] * page_size;
             const Kept* ahead = is_last ? last_ahead : kept + table[page + 1] * page_size;
-            for (int head = 0; head < shape.kv_heads; head++)
+            for (int head = 0; head < heads; head++) {
+                const int offset = (block.first_head + head) * shape.dim;
                 Pages<VECTORS, Kept>::group(scoring, together, (scoring ? query : out) + head * together * shape.dim,
-                                            here + head * shape.dim, ahead + head * shape.dim, tokens, stride,
+                                            here + offset, ahead + offset, tokens, stride,
                                             scores + head * together * width + at, width, scale);
+            }
         }
         if (scoring)
-            for (int64_t i = 0; i < count * shape.heads; i++)
-                softmax(scores + i * width, lengths[i % together / group], width);
+            for (int64_t i = 0; i < heads * together; i++)
+                softmax(scores + i * width, block.lengths[i % together / group], width);
     }
-    reorder<VECTORS, Kept>(out, count * shape.heads, true);
+    reorder<VECTORS, Kept>(out, heads * together, true);
 }
 
-template <typename Kept>
-bool attend_any(float* query, const Kept* keys, const Kept* values, const Kept* after, const int32_t* table,
-                int64_t count, const int32_t* lengths, Shape shape, float* out, float* scores, int64_t width) {
-    switch (shape.dim / LANES) {
-#define DIM(VECTORS)                                                                                             \
-    case VECTORS:                                                                                                \
-        return attend_block<VECTORS>(query, keys, values, after, table, count, lengths, shape, out, scores, width), \
-               true;
-        DIM(1) DIM(2) DIM(4) DIM(5) DIM(6) DIM(8)  // heads of 16, 32, 64, 80, 96 and 128
-#undef DIM
-    }
+inline bool can_attend(int dim) {
+    for (int taken : {16, 32, 64, 80, 96, 128})
+        if (dim == taken) return true;
     return false;
 }
 
-// Rows of (heads, dim) as (kv_heads, rows, group, dim), or back.
-inline void regroup(const float* from, float* to, int64_t count, Shape shape, bool back) {
-    const int64_t size = (int64_t)(shape.heads / shape.kv_heads) * shape.dim;
-    for (int64_t row = 0; row < count; row++)
-        for (int64_t head = 0; head < shape.kv_heads; head++) {
-            const int64_t by_row = (row * shape.kv_heads + head) * size, by_head = (head * count + row) * size;
-            std::memcpy(to + (back ? by_row : by_head), from + (back ? by_head : by_row), size * sizeof(float));
-        }
+template <typename Kept>
+void attend_any(float* query, const Kept* keys, const Kept* values, const Block& block, Shape shape, float* out,
+                float* scores, int64_t width) {
+    switch (shape.dim) {
+#define DIM(SIZE) \
+    case SIZE: return attend_block<SIZE / LANES>(query, keys, values, block, shape, out, scores, width);
+        DIM(16) DIM(32) DIM(64) DIM(80) DIM(96) DIM(128)
+#undef DIM
+    }
 }
 
-// `runs` null: each row is one, with a line of `tables`.
-template <typename Model, typename Kept>
-int decode_rows(int64_t rows, const Model* qkv, Kept* keys, Kept* values, const int64_t* write_index, const Run* runs,
-                const int32_t* tables, int64_t table_stride, const int32_t* lengths, const float* rotation, int rotary,
-                const float* weight, float eps, Shape shape, Model* out, int64_t out_stride) {
-    const int kept_width = shape.kv_heads * shape.dim, query_width = shape.heads * shape.dim;
-    const int64_t page_size = (int64_t)shape.page_tokens * kept_width, product_width = query_width + 2 * kept_width;
-    int64_t longest = 0;
-    for (int64_t row = 0; row < rows; row++) longest = lengths[row] > longest ? lengths[row] : longest;
-    // Scores are written sixteen at a time, so a head's may run over by as many.
-    const int64_t most_width = (longest + 2 * LANES - 1) / LANES * LANES;
-    static thread_local std::vector<float> space;
-    const size_t needed = rows * query_width + kept_width + BLOCK_ROWS * (2 * query_width + shape.heads * most_width);
-    if (space.size() < needed) space.resize(needed + needed / 2);
-    float *queries = space.data(), *kept = queries + rows * query_width, *grouped = kept + kept_width;
-    float *mixed = grouped + BLOCK_ROWS * query_width, *scores = mixed + BLOCK_ROWS * query_width;
-
-    // All keys and values first: a row of a bidirectional prefix sees those of rows behind it.
-    for (int64_t row = 0; row < rows; row++) {
-        const Model* own = qkv + row * product_width;
-        const float *turn = rotation + row * rotary, *key_weight = weight ? weight + query_width : nullptr;
-        rotate_heads(own, queries + row * query_width, shape.heads, shape.dim, rotary, turn, weight, eps);
-        rotate_heads(own + query_width, kept, shape.kv_heads, shape.dim, rotary, turn, key_weight, eps);
-        put(kept, keys + write_index[row] * kept_width, kept_width);
-        rotate_heads(own + query_width + kept_width, kept, shape.kv_heads, shape.dim, 0, turn, (const float*)nullptr, 0.0f);
-        put(kept, values + write_index[row] * kept_width, kept_width);
-    }
-
+// All rows' blocks. `runs` null: each row is one, with a line of `tables`.
+inline void list_blocks(int64_t rows, const Run* runs, const int32_t* tables, int64_t table_stride, const int32_t* lengths,
+                        Shape shape, bool by_head, std::vector<Block>& blocks) {
+    blocks.clear();
     Run run{0, nullptr};
     int64_t left = 0;  // of the run
     for (int64_t row = 0, count; row < rows; row += count) {
@@ -261,22 +260,69 @@ int decode_rows(int64_t rows, const Model* qkv, Kept* keys, Kept* values, const 
         }
         count = left < BLOCK_ROWS ? left : BLOCK_ROWS;
         left -= count;
-        int64_t width = 0;
-        for (int64_t i = 0; i < count; i++) width = lengths[row + i] > width ? lengths[row + i] : width;
-        width = (width + 2 * LANES - 1) / LANES * LANES;
-        float* query = queries + row * query_width;
-        if (count > 1) regroup(query, grouped, count, shape, false);
-        const bool is_end = row + count == rows;
-        const int32_t* next = left || is_end ? run.table : runs ? runs->table : run.table + table_stride;
-        std::memset(mixed, 0, count * query_width * sizeof(float));
-        if (!attend_any<Kept>(count > 1 ? grouped : query, keys, values, keys + next[0] * page_size, run.table, count,
-                              lengths + row, shape, mixed, scores, width))
-            return 1;
-        if (count > 1) regroup(mixed, grouped, count, shape, true);
-        for (int64_t i = 0; i < count; i++)
-            put((count > 1 ? grouped : mixed) + i * query_width, out + (row + i) * out_stride, query_width);
+        if (!blocks.empty()) blocks.back().next_page = run.table[0];
+        const int step = by_head ? 1 : shape.kv_heads;
+        for (int head = 0; head < shape.kv_heads; head += step)
+            blocks.push_back({run.table, lengths + row, row, count, head, head + step, run.table[0]});
     }
-    return 0;
+}
+
+// Shared by a team: first all keys and values are written, since a row of a bidirectional prefix sees those of rows behind it;
+// then rows attend, in blocks.
+template <typename Model, typename Kept>
+void decode_rows(Team& team, int64_t rows, const Model* qkv, Kept* keys, Kept* values, const int64_t* write_index,
+                 const Run* runs, const int32_t* tables, int64_t table_stride, const int32_t* lengths, const float* rotation,
+                 int rotary, const float* weight, float eps, Shape shape, Model* out, int64_t out_stride) {
+    const int kept_width = shape.kv_heads * shape.dim, query_width = shape.heads * shape.dim;
+    const int64_t product_width = query_width + 2 * kept_width;
+    const int group = shape.heads / shape.kv_heads;
+    static thread_local std::vector<float> space;
+    static thread_local std::vector<Block> blocks;
+    const auto take = [&](size_t needed) {
+        if (space.size() < needed) space.resize(needed + needed / 2);
+        return space.data();
+    };
+
+    team.share(rows, 1, [&](int64_t first, int64_t last) {
+        float* kept = take(kept_width);
+        for (int64_t row = first; row < last; row++) {
+            const Model* own = qkv + row * product_width + query_width;
+            const float *turn = rotation + row * rotary, *key_weight = weight ? weight + query_width : nullptr;
+            rotate_heads(own, kept, shape.kv_heads, shape.dim, rotary, turn, key_weight, eps);
+            put(kept, keys + write_index[row] * kept_width, kept_width);
+            rotate_heads(own + kept_width, kept, shape.kv_heads, shape.dim, 0, turn, (const float*)nullptr, 0.0f);
+            put(kept, values + write_index[row] * kept_width, kept_width);
+        }
+    });
+
+    // By key heads only if there would be too few blocks for everybody: all heads of a page lie side by side.
+    list_blocks(rows, runs, tables, table_stride, lengths, shape, team.count() > 1 && rows < 16 * team.count(), blocks);
+    team.share(blocks.size(), 1, [&](int64_t first, int64_t last) {
+        for (int64_t number = first; number < last; number++) {
+            const Block& block = blocks[number];
+            const int heads = (block.last_head - block.first_head) * group, width_of_heads = heads * shape.dim;
+            int64_t width = 0;
+            for (int64_t i = 0; i < block.count; i++) width = block.lengths[i] > width ? block.lengths[i] : width;
+            // Scores are written a vector at a time, so a head's may run over by as many.
+            width = (width + 2 * LANES - 1) / LANES * LANES;
+            const int64_t size = block.count * width_of_heads;
+            float *row_query = take(width_of_heads + 2 * size + block.count * heads * width), *query = row_query + width_of_heads;
+            float *mixed = query + size, *scores = mixed + size;
+            const int64_t skipped = (int64_t)block.first_head * group * shape.dim, part = (int64_t)group * shape.dim;
+            for (int64_t r = 0; r < block.count; r++) {
+                const int64_t row = block.row + r;
+                rotate_heads(qkv + row * product_width + skipped, row_query, heads, shape.dim, rotary, rotation + row * rotary,
+                             weight ? weight + skipped : nullptr, eps);
+                for (int64_t head = 0; head < heads / group; head++)
+                    std::memcpy(query + (head * block.count + r) * part, row_query + head * part, part * sizeof(float));
+            }
+            std::memset(mixed, 0, size * sizeof(float));
+            attend_any<Kept>(query, keys, values, block, shape, mixed, scores, width);
+            for (int64_t r = 0; r < block.count; r++)
+                for (int64_t head = 0; head < heads / group; head++)
+                    put(mixed + (head * block.count + r) * part, out + (block.row + r) * out_stride + skipped + head * part, part);
+        }
+    });
 }
 
 }  // namespace

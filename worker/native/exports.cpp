@@ -6,15 +6,30 @@
 
 extern "C" {
 
+int vector_lanes() { return LANES; }
+int panel_outputs() { return PANEL; }
+void use_threads(int count) { set_threads(count); }
+int64_t bytes_packed(int format, int64_t outputs, int64_t inputs) { return packed_bytes(format, outputs, inputs); }
+int are_bfloat16(int64_t count, const float* weight) { return fit_bf16(count, weight); }
+void pack_bfloat16_for_float32(int64_t outputs, int64_t inputs, const void* weight, void* packed) {
+    pack_panels<Bf16>(outputs, inputs, (const uint16_t*)weight, (uint8_t*)packed);
+}
+void pack_blocks(int format, int64_t outputs, int64_t inputs, const int8_t* q, const float* scale, const float* least,
+                 int64_t scale_inputs, void* packed) {
+    pack_quantised(format, outputs, inputs, Quantised{q, scale, least, scale_inputs}, (uint8_t*)packed);
+}
+
 #define FOR_DTYPE(NAME, REAL)                                                                                           \
     int can_multiply_##NAME() { return Weights<REAL>::are_taken(); }                                                    \
     void pack_##NAME(int64_t outputs, int64_t inputs, const void* weight, void* packed) {                               \
-        Weights<REAL>::pack(outputs, inputs, (const REAL*)weight, (REAL*)packed);                                       \
+        Weights<REAL>::pack(outputs, inputs, (const REAL*)weight, packed);                                              \
     }                                                                                                                   \
-    void multiply_##NAME(int64_t rows, int64_t inputs, int64_t outputs, const void* x, const void* weight,              \
-                         const void* bias, const void* residual, void* out, int64_t out_stride, int kind) {             \
-        const Linear linear{weight, bias, inputs, outputs};                                                             \
-        multiply(linear, rows, (const REAL*)x, (const REAL*)residual, (REAL*)out, out_stride, kind);                    \
+    void multiply_##NAME(const Linear* linear, int64_t rows, const void* x, const void* residual, void* out,            \
+                         int64_t out_stride, int kind, int is_unrounded) {                                              \
+        together([&](Team& team) {                                                                                      \
+            multiply(team, *linear, rows, (const REAL*)x, (const REAL*)residual, (REAL*)out, out_stride, kind, nullptr, \
+                     is_unrounded ? (float*)out : nullptr);                                                             \
+        });                                                                                                             \
     }                                                                                                                   \
     void rms_norm_##NAME(int64_t rows, int64_t dim, const void* x, const void* weight, float eps, void* out) {          \
         rms_norm(rows, dim, (const REAL*)x, (const REAL*)weight, eps, (REAL*)out);                                      \
@@ -40,11 +55,16 @@ FOR_DTYPE(bfloat16, bf16)
              const Run* runs, const int32_t* tables, int64_t table_stride, const int32_t* lengths,                      \
              const float* rotation, int rotary, const float* weight, float eps, int heads, int kv_heads, int dim,       \
              int page_tokens, void* out, int64_t out_stride) {                                                          \
-        return decode_rows(rows, (const REAL*)qkv, (KEPT*)keys, (KEPT*)values, write_index, runs, tables, table_stride, \
-                           lengths, rotation, rotary, weight, eps, Shape{heads, kv_heads, dim, page_tokens},            \
-                           (REAL*)out, out_stride);                                                                     \
+        if (!can_attend(dim)) return 1;                                                                                 \
+        together([&](Team& team) {                                                                                      \
+            decode_rows(team, rows, (const REAL*)qkv, (KEPT*)keys, (KEPT*)values, write_index, runs, tables,            \
+                        table_stride, lengths, rotation, rotary, weight, eps, Shape{heads, kv_heads, dim, page_tokens}, \
+                        (REAL*)out, out_stride);                                                                        \
+        });                                                                                                             \
+        return 0;                                                                                                       \
     }
 FOR_DTYPES(decode_float32_float32, float, float)
+FOR_DTYPES(decode_float32_bfloat16, float, bf16)
 FOR_DTYPES(decode_bfloat16_float32, bf16, float)
 FOR_DTYPES(decode_bfloat16_bfloat16, bf16, bf16)
 

@@ -43,6 +43,7 @@ class Operations:
         self._decode = {}
         for dtypes in (
             (torch.float32, torch.float32),
+            (torch.float32, torch.bfloat16),
             (torch.bfloat16, torch.float32),
             (torch.bfloat16, torch.bfloat16),
         ):

@@ -6,85 +6,172 @@ them is to run. Besides, its bf16 products on matrix registers round a row other
 
 from __future__ import annotations
 
-from ctypes import CDLL, c_int, c_int64, c_void_p
+import ctypes
+from ctypes import CDLL, POINTER, Structure, byref, c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
 from worker.native.library import NAMES, bind
+from worker.native.quantised import Levels, Quantised
 
 PLAIN, GELU, ADD, GATE = range(4)
 """What becomes of a sum: stored, its GELU (tanh approximation) stored, stored with the residual added; or a SiLU gate:
-of every 32 outputs the first 16 gate the second, and half as many are stored (see `interleave`)."""
+of every two vectors of outputs the first gates the second, and half as many are stored (see `interleave`)."""
 
-_INPUTS = {torch.float32: 1, torch.bfloat16: 32}  # a layer's inputs are a multiple of these,
-_OUTPUTS = 16  # and its outputs of this
-_PANEL = 64
+SAME, BF16, INT8, INT4, INT4_MIN, INT4_REAL, INT8_REAL = range(7)
+"""What weights are kept in (formats.h). SAME: the dtype of the activations."""
+_FORMATS = {"Q8_0": INT8, "Q4_0": INT4, "Q4_1": INT4_MIN, "Q4_K": INT4_REAL}
+
+_BF16_INPUTS, _BF16_OUTPUTS = 32, 16  # of weights for bf16 activations, multiples of these
 
 
-def interleave(gate_up: Tensor) -> Tensor:
-    """(2F, ...), all gates before what they gate → the order that `GATE` reads. F a multiple of 16."""
-    halves = gate_up.view(2, -1, _OUTPUTS, *gate_up.shape[1:])
-    return halves.transpose(0, 1).reshape(gate_up.shape)
+class Linear(Structure):
+    """A product with packed weights, as stack.h has it."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("format", c_int64),
+    )
+
+
+class PackedWeight:
+    """A weight and its bias (out,) or None as `multiply` reads them, for activations of `dtype`."""
+
+    __slots__ = ("bias", "dtype", "linear", "memory")
+
+    def __init__(
+        self, memory: Tensor, bias: Tensor | None, inputs: int, outputs: int, kept_in: int, dtype: torch.dtype
+    ) -> None:
+        self.memory, self.dtype = memory, dtype
+        self.bias = None if bias is None else bias.to(dtype).contiguous()
+        address = None if self.bias is None else self.bias.data_ptr()
+        self.linear = Linear(memory.data_ptr(), address, inputs, outputs, kept_in)
 
 
 class Products:
-    """The compiled products of those dtypes that this processor has vectors or matrix registers for."""
+    """The compiled products of those dtypes of activations that this processor has vectors or matrix registers for."""
 
     def __init__(self, library: CDLL) -> None:
+        self._lanes = library.vector_lanes()
+        self._bytes, self._are_bf16 = library.bytes_packed, library.are_bfloat16
+        self._bytes.argtypes, self._bytes.restype = (c_int, c_int64, c_int64), c_int64
+        self._are_bf16.argtypes = (c_int64, c_void_p)
+        self._pack_bf16, self._pack_blocks = library.pack_bfloat16_for_float32, library.pack_blocks
+        self._pack_bf16.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
+        self._pack_blocks.argtypes = (c_int, c_int64, c_int64, *3 * (c_void_p,), c_int64, c_void_p)
+        self._pack_bf16.restype = self._pack_blocks.restype = None
         self._pack, self._multiply = {}, {}
         for dtype, name in NAMES.items():
             if not getattr(library, f"can_multiply_{name}")():
                 continue
             pack, multiply = getattr(library, f"pack_{name}"), getattr(library, f"multiply_{name}")
             pack.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
-            multiply.argtypes = (*3 * (c_int64,), *5 * (c_void_p,), c_int64, c_int)
+            multiply.argtypes = (POINTER(Linear), c_int64, *3 * (c_void_p,), c_int64, c_int, c_int)
             pack.restype = multiply.restype = None
             self._pack[dtype], self._multiply[dtype] = pack, multiply
 
     def multiplies(self, dtype: torch.dtype) -> bool:
-        """Whether there are products of `dtype` at all."""
+        """Whether there are products of activations of `dtype` at all."""
         return dtype in self._pack
 
     def can_multiply(self, dtype: torch.dtype, inputs: int, outputs: int) -> bool:
         """Whether `pack` takes a weight (outputs, inputs) of `dtype`."""
-        return self.multiplies(dtype) and inputs % _INPUTS[dtype] == 0 and outputs % _OUTPUTS == 0
+        if not self.multiplies(dtype) or inputs < 1 or outputs < 1:
+            return False
+        return dtype == torch.float32 or (inputs % _BF16_INPUTS == 0 and outputs % _BF16_OUTPUTS == 0)
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """weight (out, in) → its elements in the order `multiply` reads them, one dimension."""
+    def interleave(self, gate_up: Tensor) -> Tensor:
+        """(2F, ...), all gates before what they gate → the order that `GATE` reads. F a multiple of 16."""
+        return gate_up[self.gate_order(len(gate_up))]
+
+    def gate_order(self, outputs: int) -> Tensor:
+        """The rows of a weight in the order that `GATE` reads."""
+        return torch.arange(outputs).view(2, -1, self._lanes).transpose(0, 1).reshape(-1)
+
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedWeight:
+        """weight (out, in) → its elements in the order `multiply` reads them, for activations of its dtype.
+
+        An fp32 weight that bf16 holds exactly, as one does that was saved in bf16, is kept in bf16: half the memory, the same
+        products to the last bit.
+        """
         outputs, inputs = weight.shape
         weight = weight.contiguous()
-        packed = weight.new_empty(-(-outputs // _PANEL) * _PANEL * inputs)
-        self._pack[weight.dtype](outputs, inputs, weight.data_ptr(), packed.data_ptr())
-        return packed
+        kept_in, pack = SAME, self._pack[weight.dtype]
+        num_bytes = -(-outputs // 64) * 64 * inputs * weight.element_size()
+        if weight.dtype == torch.float32:
+            if inputs % 2 == 0 and self._are_bf16(weight.numel(), weight.data_ptr()):
+                kept_in, pack = BF16, self._pack_bf16
+            num_bytes = self._bytes(kept_in, outputs, inputs)
+        dtype = weight.dtype
+        if kept_in == BF16:
+            weight = weight.to(torch.bfloat16)
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
+        pack(outputs, inputs, weight.data_ptr(), memory.data_ptr())
+        return PackedWeight(memory, bias, inputs, outputs, kept_in, dtype)
 
-    def multiply(
-        self, x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int, residual: Tensor | None, kind: int
-    ) -> Tensor:
-        """x (..., in), bias (out,) and residual (..., out) or None, all of one dtype → (..., out).
+    def pack_quantised(self, weight: Quantised, bias: Tensor | None = None) -> PackedWeight:
+        """A weight in blocks, for fp32 activations: as many bits an element as the file has for Q8_0, Q4_0 and Q4_1."""
+        outputs, inputs = weight.shape
+        kept_in = _FORMATS.get(weight.kind, INT8_REAL)
+        levels: Levels = weight.levels()
+        least = None if levels.least is None else levels.least.data_ptr()
+        q, scale = levels.q.contiguous(), levels.scale.contiguous()
+        memory = torch.empty(self._bytes(kept_in, outputs, inputs), dtype=torch.uint8)
+        address = memory.data_ptr()
+        self._pack_blocks(
+            kept_in, outputs, inputs, q.data_ptr(), scale.data_ptr(), least, levels.scale_inputs, address
+        )
+        return PackedWeight(memory, bias, inputs, outputs, kept_in, torch.float32)
+
+    def multiply(self, x: Tensor, packed: PackedWeight, residual: Tensor | None, kind: int) -> Tensor:
+        """x (..., in) and residual (..., out) or None of the packed weight's dtype → (..., out).
 
         `kind` GATE takes a weight and a bias that went through `interleave`, and gives (..., out / 2).
         """
-        x = x.contiguous()
+        outputs = packed.linear.outputs
+        out = x.new_empty(*x.shape[:-1], outputs // 2 if kind == GATE else outputs)
         if residual is not None:
             residual = residual.contiguous()
-        inputs = x.shape[-1]
-        out = x.new_empty(*x.shape[:-1], outputs // 2 if kind == GATE else outputs)
+        self._run(x, packed, residual, out, kind, False)
+        return out
+
+    def unrounded(self, x: Tensor, packed: PackedWeight) -> Tensor:
+        """x (..., in) → (..., out) fp32: the sums as they are, whatever dtype x has."""
+        out = x.new_empty(*x.shape[:-1], packed.linear.outputs, dtype=torch.float32)
+        self._run(x, packed, None, out, PLAIN, True)
+        return out
+
+    def _run(
+        self,
+        x: Tensor,
+        packed: PackedWeight,
+        residual: Tensor | None,
+        out: Tensor,
+        kind: int,
+        unrounded: bool,
+    ) -> None:
+        if x.dtype != packed.dtype:
+            raise TypeError(f"activations are {x.dtype}, the weight is packed for {packed.dtype}")
+        x = x.contiguous()
         self._multiply[x.dtype](
-            x.numel() // inputs,
-            inputs,
-            outputs,
+            byref(packed.linear),
+            x.numel() // packed.linear.inputs,
             x.data_ptr(),
-            packed.data_ptr(),
-            None if bias is None else bias.data_ptr(),
             None if residual is None else residual.data_ptr(),
             out.data_ptr(),
             out.shape[-1],
             kind,
+            unrounded,
         )
-        return out
 
 
 def products(device: torch.device) -> Products | None:
     """The products; None where they cannot be had (see `library.py`)."""
     return bind(Products, device)
+
+
+assert ctypes.sizeof(Linear) == 40

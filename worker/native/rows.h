@@ -42,7 +42,8 @@ void layer_norm(int64_t rows, int64_t dim, const Model* x, const Model* weight, 
 
 // The largest of each row and the first place it stands at; NaN, and any place, of a row that holds one.
 void largest_of_rows(int64_t rows, int64_t count, const float* x, int64_t stride, float* values, int64_t* places) {
-    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Ints lanes;
+    for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
     for (int64_t row = 0; row < rows; row++, x += stride) {
         Floats most = splat(-INFINITY);
         Ints at = lanes, spoilt{};

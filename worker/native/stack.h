@@ -6,15 +6,16 @@
 #include <vector>
 
 #include "attention.h"
-#include "product.h"
 #include "rows.h"
+#include "team.h"
+#include "weights.h"
 
 namespace {
 
 // As worker/native/stack.py lays them out.
 struct Linear {
     const void *weight, *bias;
-    int64_t inputs, outputs;
+    int64_t inputs, outputs, format;
 };
 
 // Attention, then a gated MLP, each behind its RMS norm and added to the residual stream.
@@ -49,23 +50,31 @@ struct Step {
 };
 
 template <typename Model>
-void multiply(const Linear& linear, int64_t rows, const Model* x, const Model* residual, Model* out, int64_t out_stride,
-              int kind, const Linear* after = nullptr) {
-    const Product<Model> product{linear.inputs, linear.outputs, x,    (const Model*)linear.bias,
-                                 residual,      out,            out_stride, kind,
-                                 after ? (const Model*)after->weight : nullptr};
-    Weights<Model>::multiply(rows, product, (const Model*)linear.weight);
+void multiply(Team& team, const Linear& linear, int64_t rows, const Model* x, const Model* residual, Model* out,
+              int64_t out_stride, int kind, const Linear* after = nullptr, float* unrounded = nullptr) {
+    const Product<Model> product{linear.inputs, linear.outputs, x,    (const Model*)linear.bias,        residual, out,
+                                 out_stride,    kind,           unrounded, after ? after->weight : nullptr};
+    team.share((linear.outputs + PANEL - 1) / PANEL, 64 / PANEL, [&](int64_t first, int64_t last) {
+        Weights<Model>::multiply(linear.format, rows, product, linear.weight, first, last);
+    });
 }
 
 template <typename Model, typename Layer>
-int attend(const Step& step, const Layer& layer, const float* qk_weight, const Model* qkv, Model* out, int64_t stride) {
+void attend(Team& team, const Step& step, const Layer& layer, const float* qk_weight, const Model* qkv, Model* out, int64_t stride) {
     const Shape shape{step.heads, step.kv_heads, step.head_dim, step.page_tokens};
     const auto decode = [&](auto* keys, auto* values) {
-        return decode_rows(step.rows, qkv, keys, values, step.write_index, step.runs, step.tables,
-                           step.table_stride, step.lengths, step.rotation, step.rotary, qk_weight, step.qk_eps, shape, out, stride);
+        decode_rows(team, step.rows, qkv, keys, values, step.write_index, step.runs, step.tables, step.table_stride, step.lengths,
+                    step.rotation, step.rotary, qk_weight, step.qk_eps, shape, out, stride);
     };
     if (step.keeps_float) return decode((float*)layer.keys, (float*)layer.values);
     return decode((bf16*)layer.keys, (bf16*)layer.values);
+}
+
+template <typename Model>
+void share_rms_norm(Team& team, int64_t rows, int64_t dim, const Model* x, const void* weight, float eps, Model* out) {
+    team.share(rows, 1, [&](int64_t first, int64_t last) {
+        rms_norm(last - first, dim, x + first * dim, (const Model*)weight, eps, out + first * dim);
+    });
 }
 
 // Buffers one behind another in memory that is kept from step to step.
@@ -87,36 +96,49 @@ struct Space {
 // hidden (rows, dim), changed in place.
 template <typename Model>
 int run_layers(const Step& step, const GatedLayer* layers, int64_t count, Model* hidden) {
+    if (!can_attend(step.head_dim)) return 1;
     const int64_t rows = step.rows, dim = step.dim, inner_dim = layers->gate_up.outputs / 2;
     Space<Model> space(rows * (dim + layers->qkv.outputs + layers->out.inputs + inner_dim));
     Model *normed = space.take(rows * dim), *qkv = space.take(rows * layers->qkv.outputs);
     Model *mixed = space.take(rows * layers->out.inputs), *inner = space.take(rows * inner_dim);
-    for (const GatedLayer* layer = layers; layer < layers + count; layer++) {
-        rms_norm(rows, dim, hidden, (const Model*)layer->attention_norm, step.eps, normed);
-        multiply(layer->qkv, rows, normed, (const Model*)nullptr, qkv, layer->qkv.outputs, PLAIN, &layer->out);
-        if (attend(step, *layer, layer->qk_weight, qkv, mixed, layer->out.inputs)) return 1;
-        multiply(layer->out, rows, mixed, hidden, hidden, dim, ADD, &layer->gate_up);
-        rms_norm(rows, dim, hidden, (const Model*)layer->mlp_norm, step.eps, normed);
-        multiply(layer->gate_up, rows, normed, (const Model*)nullptr, inner, inner_dim, GATE, &layer->down);
-        multiply(layer->down, rows, inner, hidden, hidden, dim, ADD, layer + 1 < layers + count ? &layer[1].qkv : nullptr);
-    }
+    const Model* nothing = nullptr;
+    together([&](Team& team) {
+        for (const GatedLayer* layer = layers; layer < layers + count; layer++) {
+            const Linear* next = layer + 1 < layers + count ? &layer[1].qkv : nullptr;
+            share_rms_norm(team, rows, dim, hidden, layer->attention_norm, step.eps, normed);
+            multiply(team, layer->qkv, rows, normed, nothing, qkv, layer->qkv.outputs, PLAIN, &layer->out);
+            attend(team, step, *layer, layer->qk_weight, qkv, mixed, layer->out.inputs);
+            multiply(team, layer->out, rows, mixed, hidden, hidden, dim, ADD, &layer->gate_up);
+            share_rms_norm(team, rows, dim, hidden, layer->mlp_norm, step.eps, normed);
+            multiply(team, layer->gate_up, rows, normed, nothing, inner, inner_dim, GATE, &layer->down);
+            multiply(team, layer->down, rows, inner, hidden, hidden, dim, ADD, next);
+        }
+    });
     return 0;
 }
 
 template <typename Model>
 int run_layers(const Step& step, const ParallelLayer* layers, int64_t count, Model* hidden) {
+    if (!can_attend(step.head_dim)) return 1;
     const int64_t rows = step.rows, dim = step.dim, both_dim = layers->out.inputs;
     const int64_t mixed_dim = (int64_t)step.heads * step.head_dim;
     Space<Model> space(rows * (dim + layers->qkv.outputs + both_dim));
     Model *normed = space.take(rows * dim), *qkv = space.take(rows * layers->qkv.outputs);
     Model* both = space.take(rows * both_dim);
-    for (const ParallelLayer* layer = layers; layer < layers + count; layer++) {
-        layer_norm(rows, dim, hidden, (const Model*)layer->norm, (const Model*)layer->norm_bias, step.eps, normed);
-        multiply(layer->qkv, rows, normed, (const Model*)nullptr, qkv, layer->qkv.outputs, PLAIN, &layer->fc1);
-        if (attend(step, *layer, nullptr, qkv, both, both_dim)) return 1;
-        multiply(layer->fc1, rows, normed, (const Model*)nullptr, both + mixed_dim, both_dim, GELU, &layer->out);
-        multiply(layer->out, rows, both, hidden, hidden, dim, ADD, layer + 1 < layers + count ? &layer[1].qkv : nullptr);
-    }
+    const Model* nothing = nullptr;
+    together([&](Team& team) {
+        for (const ParallelLayer* layer = layers; layer < layers + count; layer++) {
+            const Linear* next = layer + 1 < layers + count ? &layer[1].qkv : nullptr;
+            team.share(rows, 1, [&](int64_t first, int64_t last) {
+                layer_norm(last - first, dim, hidden + first * dim, (const Model*)layer->norm, (const Model*)layer->norm_bias,
+                           step.eps, normed + first * dim);
+            });
+            multiply(team, layer->qkv, rows, normed, nothing, qkv, layer->qkv.outputs, PLAIN, &layer->fc1);
+            attend(team, step, *layer, nullptr, qkv, both, both_dim);
+            multiply(team, layer->fc1, rows, normed, nothing, both + mixed_dim, both_dim, GELU, &layer->out);
+            multiply(team, layer->out, rows, both, hidden, hidden, dim, ADD, next);
+        }
+    });
     return 0;
 }
 

@@ -18,13 +18,8 @@ from torch import Tensor
 from worker.forward import KVCache, StepTokens
 from worker.native.library import NAMES, library
 from worker.native.operations import Operations, operations, where
+from worker.native.products import Linear
 from worker.native.token_rows import token_rows
-
-
-class Linear(Structure):
-    """A product with packed weights, as stack.h has it."""
-
-    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("inputs", c_int64), ("outputs", c_int64))
 
 
 class GatedLayer(Structure):

@@ -1,22 +1,31 @@
-// Owns the vectors that the compiled operations compute with: sixteen floats, loaded from and stored to fp32 and bf16.
+// Owns the vectors that the compiled operations compute with: as many floats as a register of the processor holds,
+// loaded from and stored to fp32 and bf16.
 //
-// Plain GCC and clang vectors: the compiler splits them where its registers are narrower. On x86 they are `__m512`
-// under another name, so that intrinsics take them as they are.
+// Plain GCC and clang vectors, never wider than a register: a compiler keeps wider ones in memory. On x86 they are
+// `__m512` or `__m256` under another name, so that intrinsics take them as they are.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
-typedef float Floats __attribute__((vector_size(64), may_alias));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Floats __attribute__((vector_size(LANES * 4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef float Sixteen __attribute__((vector_size(64)));
 typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
 
 struct bf16 {
     uint16_t bits;
@@ -44,42 +53,57 @@ inline void store(bf16* at, Floats x) {
     std::memcpy(at, &half, sizeof half);
 }
 
-inline Floats splat(float x) { return Floats{} + x; }
+inline Floats splat(float x) { return x - Floats{}; }  // not x + 0, which would have to make 0 of -0
+
+inline Four folded(Four x) { return x; }
+
+inline Four folded(Eight x) {
+    Four parts[2];
+    std::memcpy(parts, &x, sizeof parts);
+    return parts[0] + parts[1];
+}
+
+inline Four folded(Sixteen x) {
+    Eight parts[2];
+    std::memcpy(parts, &x, sizeof parts);
+    return folded(parts[0] + parts[1]);
+}
 
 inline float sum(Floats x) {
-    Eight low, high;
-    std::memcpy(&low, &x, sizeof low);
-    std::memcpy(&high, (const char*)&x + sizeof low, sizeof high);
-    low += high;
-    Four first, second;
-    std::memcpy(&first, &low, sizeof first);
-    std::memcpy(&second, (const char*)&low + sizeof first, sizeof second);
-    first += second;
-    return (first[0] + first[2]) + (first[1] + first[3]);
+    const Four four = folded(x);
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-inline Floats evens(Floats x, Floats y) {
-    return __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+// Lanes of x and y, y's counted from LANES on, in an order given by a function of the place.
+template <typename Order, int... PLACES>
+inline Floats shuffled(Floats x, Floats y, std::integer_sequence<int, PLACES...>) {
+    return __builtin_shufflevector(x, y, Order::of(PLACES)...);
 }
 
-inline Floats odds(Floats x, Floats y) {
-    return __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
+#define SHUFFLE(NAME, WHERE)                                                        \
+    struct NAME##_order {                                                           \
+        static constexpr int of(int i) { return WHERE; }                            \
+    };                                                                              \
+    inline Floats NAME(Floats x, Floats y) {                                        \
+        return shuffled<NAME##_order>(x, y, std::make_integer_sequence<int, LANES>()); \
+    }
+SHUFFLE(evens, 2 * i)
+SHUFFLE(odds, 2 * i + 1)
+// The other way about: x's and y's places in turn, of their first halves and of their last.
+SHUFFLE(lower_pairs, i % 2 * LANES + i / 2)
+SHUFFLE(upper_pairs, i % 2 * LANES + i / 2 + LANES / 2)
+// Of each pair of x the first twice, the second twice, and the two changing places.
+SHUFFLE(firsts, i / 2 * 2)
+SHUFFLE(seconds, i / 2 * 2 + 1)
+SHUFFLE(swapped, i ^ 1)
+SHUFFLE(of_even_lanes, i % 2 ? LANES + i : i)
+#undef SHUFFLE
 
-// The other way about: x's and y's places in turn, of their first eight and of their last.
-inline Floats lower_pairs(Floats x, Floats y) {
-    return __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-
-inline Floats upper_pairs(Floats x, Floats y) {
-    return __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
-
-// Sums of neighbours: x's eight, then y's.
+// Sums of neighbours: x's, then y's.
 inline Floats halve(Floats x, Floats y) { return evens(x, y) + odds(x, y); }
 
-// Sixteen vectors' sums as one vector. Neighbours are halved into one another four times over, which costs a
-// fifth of summing each.
+// As many vectors' sums as there are lanes, as one vector. Neighbours are halved into one another over and over, which
+// costs a fifth of summing each.
 inline Floats sums(const Floats* x) {
     Floats halved[LANES / 2];
     for (int i = 0; i < LANES / 2; i++)

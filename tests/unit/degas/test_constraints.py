@@ -30,4 +30,4 @@ def test_every_dependency_has_a_tested_version_that_its_range_admits() -> None:
 
 def test_lines_are_plain_versions_in_order() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9a-z.]*", line) for line in LINES)
-    assert LINES == sorted(LINES) and len(TESTED) == len(LINES)
+    assert sorted(LINES) == LINES and len(TESTED) == len(LINES)
