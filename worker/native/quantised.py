@@ -43,7 +43,7 @@ class Levels:
 
     def dequantised(self) -> Tensor:
         """(rows, columns) fp32."""
-        values: Tensor = self.q.float().unflatten(1, (-1, self.scale_inputs))  # type: ignore[no-untyped-call]
+        values: Tensor = self.q.float().unflatten(1, (-1, self.scale_inputs))
         values = values * self.scale.unsqueeze(-1)
         return (values if self.least is None else values + self.least.unsqueeze(-1)).flatten(1)
 
