@@ -78,7 +78,7 @@ def gateway(config: ConfigFile = None, **flags: object) -> None:
     raise typer.Exit(run(flags, config))
 
 
-@app.command()
+@app.command("models")
 def models(
     folder: Annotated[
         list[Path] | None, typer.Option(help="Folder to look in as well; may be given again.")
