@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import Parameter
@@ -44,7 +45,7 @@ def _degas(
         raise typer.Exit
 
 
-@app.command()
+@app.command("serve")
 def serve(model_name: ModelName = None, config: ConfigFile = None, **flags: object) -> None:
     """Serve on this machine: one gateway and one supervised worker.
 
@@ -58,7 +59,7 @@ def serve(model_name: ModelName = None, config: ConfigFile = None, **flags: obje
     raise typer.Exit(supervisor.serve(options))
 
 
-@app.command()
+@app.command("worker")
 def worker(config: ConfigFile = None, **flags: object) -> None:
     """Run a worker alone. Each setting is also a variable DEGAS_WORKER_<NAME> and a line of the file's table worker."""
     from worker.__main__ import run
@@ -66,7 +67,7 @@ def worker(config: ConfigFile = None, **flags: object) -> None:
     raise typer.Exit(run(flags, config))
 
 
-@app.command()
+@app.command("gateway")
 def gateway(config: ConfigFile = None, **flags: object) -> None:
     """Run a gateway alone. Each setting is also a variable DEGAS_GATEWAY_<NAME> and a line of the file's table gateway."""
     try:
@@ -77,7 +78,7 @@ def gateway(config: ConfigFile = None, **flags: object) -> None:
     raise typer.Exit(run(flags, config))
 
 
-@app.command()
+@app.command("models")
 def models(
     folder: Annotated[
         list[Path] | None, typer.Option(help="Folder to look in as well; may be given again.")
@@ -109,7 +110,7 @@ def show_config(
         config_view.show(effective)
 
 
-@app.command()
+@app.command("doctor")
 def doctor() -> None:
     """Check this machine and installation, and say what to do about what is wrong."""
     from degas.doctor import examine
@@ -117,7 +118,7 @@ def doctor() -> None:
     raise typer.Exit(examine())
 
 
-@app.command()
+@app.command("keys")
 def keys(
     folder: Annotated[Path, typer.Argument(help="Where the keys go.")],
     apart: Annotated[
@@ -148,6 +149,13 @@ give_flags(gateway, GATEWAY_SETTINGS.parameters(typer.Option))
 
 def main() -> None:
     """Entry point of the console script."""
+    if not {*sys.argv[1:2]} & {one.name for one in app.registered_commands}:
+        _add_measuring()
+    app(prog_name="degas")
+
+
+def _add_measuring() -> None:
+    """bench, loadtest and simulate, which load a client and the loop: a server's process has no use for them."""
     try:
         from loadtest.bench.cli import app as bench
         from loadtest.bench.simulate import command as simulate
@@ -166,8 +174,6 @@ def main() -> None:
             """Needs the extra `loadtest`."""
             typer.echo(f"this needs {missing}: pip install 'degas-serve[loadtest]'", err=True)
             raise typer.Exit(WRONG_SETTINGS)
-
-    app(prog_name="degas")
 
 
 def _version() -> str:

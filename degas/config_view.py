@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from pydantic import SecretStr
@@ -125,5 +127,16 @@ def _shown(value: Any) -> str:
     return NONE if value in (None, [], {}) else as_text(value)
 
 
-if __name__ == "__main__":
-    print("\n".join(as_markdown(section) for section in ALL))
+def with_tables(text: str) -> str:
+    """The text of docs/operating.md with each section's table as the code has it now."""
+    for section in ALL:
+        heading = f"`[{section.name}]`, `{section.prefix}…`\n\n"
+        before, found, after = text.partition(heading)
+        if found:
+            text = before + heading + as_markdown(section) + after[after.index("\n\n") + 1 :]
+    return text
+
+
+if __name__ == "__main__":  # after a change of settings: python -m degas.config_view docs/operating.md
+    path = Path(sys.argv[1])
+    path.write_text(with_tables(path.read_text()))
