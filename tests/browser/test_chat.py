@@ -14,6 +14,7 @@ from playwright.sync_api import Locator, Page, expect
 from shared.errors import ErrorCode
 from tests.browser.chat_worker import CHAT_CARD, SEEING_CARD, chat_worker, prompt_of
 from tests.browser.conftest import Site, Visit
+from tests.browser.demo_worker import demo_worker
 from tests.browser.test_page import contrast
 from tests.fake_worker import FakeWorker, Reject
 from tests.gateway_thread import GatewayThread
@@ -102,6 +103,8 @@ def test_settings_reach_the_worker(chat: Page, chat_site: Site) -> None:
     expect(chat.locator("#settings")).to_be_hidden()
     chat.click("#settings-toggle")
     expect(chat.locator("#system-prompt")).to_be_focused()
+    expect(chat.locator("#max-tokens")).to_have_attribute("placeholder", "1500")  # what the model's card says
+    expect(chat.locator("#temperature")).to_have_attribute("placeholder", "0, greedy")
     chat.fill("#system-prompt", "Answer in rhymes.")
     for field, value in {"#temperature": "0.7", "#top-p": "0.9", "#max-tokens": "12", "#seed": "7"}.items():
         chat.fill(field, value)
@@ -479,3 +482,43 @@ def test_a_model_with_nothing_for_a_page_is_said_so(open_model: Callable[[FakeWo
     )
     expect(page.locator("#foyer-words")).to_contain_text("base neither chats")
     expect(page.locator("#foyer")).to_be_visible()
+
+
+def test_two_models_can_be_chosen_between(visit: Callable[..., Visit]) -> None:
+    with (
+        chat_worker() as talks,
+        demo_worker() as sees,
+        GatewayThread(workers=[talks.endpoint, sees.endpoint]) as gateway,
+    ):
+        gateway.wait_for(lambda: len(gateway.gateway.service.models()) == 2)
+        page = visit(gateway.url).page
+        choice = page.locator("#model-choice")
+        expect(choice).to_be_visible()
+        choice.select_option("pocket")
+        expect(page.locator("#studio-view")).to_be_visible()
+        page.click("#send")
+        expect(page.locator(".card").first).to_have_attribute("data-state", "done")
+        choice.select_option("chatty")
+        expect(page.locator("#studio-view")).to_be_hidden()
+        exchange = say(page, "What is the capital of France?")
+        expect(exchange.locator(".prose")).to_contain_text("Paris")
+        assert (len(talks.submits), len(sees.submits)) == (1, 1)
+
+
+def test_a_conversation_behind_a_key(visit: Callable[..., Visit]) -> None:
+    with (
+        chat_worker() as worker,
+        GatewayThread(workers=[worker.endpoint], api_keys="correct-key-1", public="page") as gateway,
+    ):
+        gateway.wait_ready()
+        page = visit(gateway.url).page
+        expect(page.locator("#key-dialog")).to_be_visible()
+        page.click("#key-cancel")
+        expect(page.locator("#foyer")).to_contain_text("wants a key")
+        page.click("#foyer-key")
+        page.fill("#key", "correct-key-1")
+        page.keyboard.press("Enter")
+        expect(page.locator("#chat-view")).to_be_visible()
+        exchange = say(page, "What is the capital of France?")
+        expect(exchange.locator(".prose")).to_contain_text("Paris")
+        assert "correct-key-1" not in page.content() + page.evaluate("JSON.stringify({...sessionStorage})")
