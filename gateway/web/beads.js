@@ -93,6 +93,8 @@ export class Beads {
       canvas.height = Math.round(height * ratio);
     }
     const style = getComputedStyle(strip);
+    const [line, surface, wait, bubble, usual] = ["--line", "--surface", "--bead-wait", "--rose", "--verdigris"]
+      .map((name) => style.getPropertyValue(name));
     const context = canvas.getContext("2d");
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, width, height);
@@ -101,27 +103,28 @@ export class Beads {
     const middle = height / 2;
     this.measure();
 
-    context.fillStyle = style.getPropertyValue("--line");
+    context.fillStyle = line;
     context.fillRect(0, middle - 0.5, width, 1);
     let previous = this.askedAt;
     this.times.forEach((at, i) => {
-      const colour = i === 0 ? "--bead-wait" : this.isBubble(at - previous) ? "--rose" : "--verdigris";
-      this.bead(context, 1 + (previous - this.askedAt) * scale, (at - previous) * scale, middle, style.getPropertyValue(colour), i === 0);
+      const colour = i === 0 ? wait : this.isBubble(at - previous) ? bubble : usual;
+      this.bead(context, 1 + (previous - this.askedAt) * scale, (at - previous) * scale, middle, colour, i === 0 ? surface : "");
       previous = at;
     });
     if (this.running) {
       const left = 1 + (previous - this.askedAt) * scale;
-      this.bead(context, left, (end - previous) * scale, middle, style.getPropertyValue("--bead-wait"), true);
+      this.bead(context, left, (end - previous) * scale, middle, wait, surface);
     }
   }
 
-  bead(context, left, wide, middle, colour, hollow) {
+  /** One bead; hollow where there is a colour for its inside. */
+  bead(context, left, wide, middle, colour, inside) {
     const breadth = Math.max(wide - 1, 1.6);
     const tall = Math.min(breadth, TALLEST);
     context.beginPath();
     context.roundRect(left + 0.5, middle - tall / 2, breadth, tall, tall / 2);
-    if (hollow) {
-      context.fillStyle = getComputedStyle(this.strip).getPropertyValue("--surface");
+    if (inside) {
+      context.fillStyle = inside;
       context.fill();
       context.strokeStyle = colour;
       context.lineWidth = 1.25;

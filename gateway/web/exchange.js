@@ -46,6 +46,7 @@ export class Exchange {
 
   /** Waits for a first answer, or for another in place of what was there. */
   begin() {
+    this.before = this.text;
     this.text = "";
     this.code = "";
     this.tokens = undefined;
@@ -110,6 +111,7 @@ export class Exchange {
     const reason = response.incomplete_details?.reason;
     this.settle(response.status === "cancelled" ? "stopped" : "done");
     if (LIMITS[reason]) this.note(LIMITS[reason](this.tokens ?? 0));
+    else if (this.state === "done" && this.before && this.before === this.text) this.note("Word for word the same. With a temperature above 0, in Settings, it may differ.");
     else if (this.state === "done" && !this.text.trim()) this.note("The model ended without a word.");
   }
 

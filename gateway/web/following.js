@@ -25,8 +25,9 @@ export class Following {
 
   scrolled() {
     if (!this.isShown) return;
-    if (this.left < NEAR_PX) this.isFollowing = true;
-    else if (scrollY < this.last) this.isFollowing = false;
+    // However little the reader scrolls up, the page lets go; one that became shorter is still at its end.
+    if (scrollY < this.last) this.isFollowing = this.left < 2;
+    else if (this.left < NEAR_PX) this.isFollowing = true;
     this.last = scrollY;
     this.showButton();
   }

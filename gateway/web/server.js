@@ -29,7 +29,7 @@ export class Server extends EventTarget {
       else if (answer.ok) {
         const isKnown = (wasReady && this.models.length) || (await this.askModels());
         if (isKnown) this.tell("ready", "Ready");
-      } else this.tell("waiting", wasReady === null ? "Loading the model" : this.models.length ? "Restarting" : "Loading the model");
+      } else this.tell("waiting", this.models.length ? "Restarting" : "Loading the model");
       this.isReady = answer.ok;
     } catch {
       this.tell("offline", "Not reachable");

@@ -14,6 +14,7 @@ from playwright.sync_api import Locator, Page, expect
 from shared.errors import ErrorCode
 from tests.browser.chat_worker import CHAT_CARD, SEEING_CARD, chat_worker, prompt_of
 from tests.browser.conftest import Site, Visit
+from tests.browser.demo_worker import demo_worker
 from tests.browser.test_page import contrast
 from tests.fake_worker import FakeWorker, Reject
 from tests.gateway_thread import GatewayThread
@@ -102,6 +103,8 @@ def test_settings_reach_the_worker(chat: Page, chat_site: Site) -> None:
     expect(chat.locator("#settings")).to_be_hidden()
     chat.click("#settings-toggle")
     expect(chat.locator("#system-prompt")).to_be_focused()
+    expect(chat.locator("#max-tokens")).to_have_attribute("placeholder", "1500")  # what the model's card says
+    expect(chat.locator("#temperature")).to_have_attribute("placeholder", "0, greedy")
     chat.fill("#system-prompt", "Answer in rhymes.")
     for field, value in {"#temperature": "0.7", "#top-p": "0.9", "#max-tokens": "12", "#seed": "7"}.items():
         chat.fill(field, value)
@@ -172,6 +175,7 @@ def test_again_asks_the_same_once_more(chat: Page, chat_site: Site) -> None:
     expect(chat.locator(".exchange")).to_have_count(2)
     _, second, third = map(prompt_of, chat_site.fake().submits)
     assert second == third
+    expect(exchange.locator(".note")).to_contain_text("Word for word the same")
 
 
 def test_enter_sends_and_shift_enter_breaks_the_line(chat: Page, chat_site: Site) -> None:
@@ -203,10 +207,10 @@ def test_the_page_follows_until_the_reader_scrolls_up(chat: Page) -> None:
     assert left_below(chat) < 2
     exchange = say(chat, "endless", ends="streaming")
     chat.mouse.move(640, 300)
-    chat.mouse.wheel(0, -500)
+    chat.mouse.wheel(0, -30)  # a little is enough
     expect(chat.locator("#to-end")).to_be_visible()
     expect(exchange).to_have_attribute("data-state", "done")
-    assert left_below(chat) > 100
+    assert left_below(chat) > 40
     chat.click("#to-end")
     assert left_below(chat) < 2
     expect(chat.locator("#to-end")).to_be_hidden()
@@ -479,3 +483,43 @@ def test_a_model_with_nothing_for_a_page_is_said_so(open_model: Callable[[FakeWo
     )
     expect(page.locator("#foyer-words")).to_contain_text("base neither chats")
     expect(page.locator("#foyer")).to_be_visible()
+
+
+def test_two_models_can_be_chosen_between(visit: Callable[..., Visit]) -> None:
+    with (
+        chat_worker() as talks,
+        demo_worker() as sees,
+        GatewayThread(workers=[talks.endpoint, sees.endpoint]) as gateway,
+    ):
+        gateway.wait_for(lambda: len(gateway.gateway.service.models()) == 2)
+        page = visit(gateway.url).page
+        choice = page.locator("#model-choice")
+        expect(choice).to_be_visible()
+        choice.select_option("pocket")
+        expect(page.locator("#studio-view")).to_be_visible()
+        page.click("#send")
+        expect(page.locator(".card").first).to_have_attribute("data-state", "done")
+        choice.select_option("chatty")
+        expect(page.locator("#studio-view")).to_be_hidden()
+        exchange = say(page, "What is the capital of France?")
+        expect(exchange.locator(".prose")).to_contain_text("Paris")
+        assert (len(talks.submits), len(sees.submits)) == (1, 1)
+
+
+def test_a_conversation_behind_a_key(visit: Callable[..., Visit]) -> None:
+    with (
+        chat_worker() as worker,
+        GatewayThread(workers=[worker.endpoint], api_keys="correct-key-1", public="page") as gateway,
+    ):
+        gateway.wait_ready()
+        page = visit(gateway.url).page
+        expect(page.locator("#key-dialog")).to_be_visible()
+        page.click("#key-cancel")
+        expect(page.locator("#foyer")).to_contain_text("wants a key")
+        page.click("#foyer-key")
+        page.fill("#key", "correct-key-1")
+        page.keyboard.press("Enter")
+        expect(page.locator("#chat-view")).to_be_visible()
+        exchange = say(page, "What is the capital of France?")
+        expect(exchange.locator(".prose")).to_contain_text("Paris")
+        assert "correct-key-1" not in page.content() + page.evaluate("JSON.stringify({...sessionStorage})")
