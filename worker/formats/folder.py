@@ -8,7 +8,7 @@ import structlog
 
 from worker.formats.chat_templates import check_template, find_template, turn_ends
 from worker.formats.folder_refusals import refuse_folder, refuse_settings
-from worker.formats.folder_tokenizer import end_token, find_tokenizer, marks_of
+from worker.formats.folder_tokenizer import end_token, find_tokenizer, marks_of, special_tokens
 from worker.formats.json_files import read_object
 from worker.formats.model_names import name_of
 from worker.formats.moondream_tokenizer import is_moondream, refuse_stale
@@ -57,6 +57,10 @@ class Folder:
                 to_do="put the template into chat_template.jinja in this folder, or serve an instruct model",
             )
         return check_template(found, self.path)
+
+    def special_tokens(self) -> dict[str, str]:
+        """See `Source.special_tokens`."""
+        return special_tokens(self.path)
 
     def end_tokens(self) -> list[int]:
         """See `Source.end_tokens`."""

@@ -20,6 +20,7 @@ _CUTS = {
     "CodeGenTokenizer": "gpt-2",
     "Starcoder2Tokenizer": "starcoder",
 }
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _TO_DO = (
     "load it once with transformers and save it: "
     "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes tokenizer.json"
@@ -52,6 +53,12 @@ def find_tokenizer(folder: Path, config: dict[str, Any]) -> bytes:
 def end_token(folder: Path) -> str:
     """The text of the tokenizer's end mark; empty where no file names one."""
     return _named(folder, "eos_token")
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The special tokens that the folder's files name, as its chat template knows them."""
+    found = {name: _named(folder, name) for name in _SPECIAL}
+    return {name: text for name, text in found.items() if text}
 
 
 def marks_of(folder: Path) -> dict[str, int]:

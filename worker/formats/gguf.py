@@ -60,6 +60,10 @@ class Gguf:
         """See `Source.chat_template`."""
         return check_template(chat_template(self._container), self.path)
 
+    def special_tokens(self) -> dict[str, str]:
+        """See `Source.special_tokens`: a container names ids only, and gateways have the tokenizer to spell them."""
+        return {}
+
     def end_tokens(self) -> list[int]:
         """See `Source.end_tokens`."""
         return token_ids(self._container, turn_ends(chat_template(self._container)))

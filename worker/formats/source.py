@@ -96,3 +96,7 @@ class Source(Protocol):
         """Ids that end an answer beyond those of `generation` and `config`: the tokenizer's own end, and the end of
         a turn of the family of its chat template. Possibly none; possibly named there already."""
         ...
+
+    def special_tokens(self) -> dict[str, str]:
+        """The special tokens its chat template may name (`bos_token`, `eos_token`, …); empty where no file says."""
+        ...

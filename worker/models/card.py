@@ -33,10 +33,12 @@ def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
         context_tokens=sizes.context_tokens,
         vocab_size=sizes.vocab_size,
         bos_id=next(iter(ids("bos_token_id")), None),
-        eos_ids=ids("eos_token_id"),  # of an instruct model each may name ends that the other does not
+        # Of an instruct model each may name ends that the others do not.
+        eos_ids=list(dict.fromkeys([*ids("eos_token_id"), *source.end_tokens()])),
         created=source.created,
         capabilities=["chat", "completions"],
         description=str(said.get("description") or ""),
+        special_tokens=source.special_tokens(),
         **_sampling(generation),
     )
 
