@@ -116,6 +116,8 @@ def build_worker(
             source = open_source(locate(config.model))
             tokenizer, template = source.tokenizer(), source.chat_template()
             dtype = _dtype(config, device, source)
+            if config.context:  # before the weights: some rotations depend on the context that is served
+                source.config.setdefault("degas", {})["context_tokens"] = config.context
             with torch.inference_mode():
                 model = load_model(source, device.torch_device, dtype, startup.progress)
         if device.torch_device.type == "cpu":

@@ -91,7 +91,7 @@ class DenseConfig:
     @property
     def rotary_dim(self) -> int:
         """How many dimensions of a head are rotated, the first ones."""
-        return int(self.head_dim * self.ropes[0].fraction)
+        return int(self.head_dim * self.ropes[0].fraction + 1e-6)  # a quotient may lie just below
 
 
 def read_dense(

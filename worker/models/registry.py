@@ -40,20 +40,6 @@ FAMILIES: tuple[Family, ...] = (
 )
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
 
-# How quantised weights are named in config.json, and what people call them.
-_QUANTISED = {
-    "fp8": "FP8",
-    "fbgemm_fp8": "FP8 (FBGEMM)",
-    "compressed-tensors": "compressed-tensors",
-    "awq": "AWQ",
-    "gptq": "GPTQ",
-    "bitsandbytes": "bitsandbytes",
-    "mxfp4": "MXFP4",
-    "hqq": "HQQ",
-    "torchao": "torchao",
-    "quark": "Quark",
-}
-
 
 def load_model(source: Source, device: torch.device, dtype: torch.dtype, report: ProgressReport) -> Model:
     """Load the model of `source` onto `device` in `dtype`; `report` is told of progress.
@@ -68,7 +54,6 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype, report:
         if family is not None:
             if family.name != "moondream":  # whose released folders bring a class of the same name, and more
                 refuse_own_code(settings, family)
-            refuse_quantised(settings)
             return family.load(source, device, dtype, report)
     raise unknown(settings, names)
 
@@ -107,20 +92,3 @@ def nearest(names: list[str]) -> Family | None:
         if alike:
             return known[alike[0]]
     return None
-
-
-def refuse_quantised(settings: Settings) -> None:
-    """Raises CheckpointError for weights that were quantised, by the name people know the kind by."""
-    for name in ("quantization_config", "compression_config"):
-        found = settings.objects(name)
-        if found:
-            kind = str(found.get("quant_method", found.get("quantization_method", "unnamed")))
-            raise settings.fault(
-                f"{name!r}: quantised weights ({_QUANTISED.get(kind, kind)}) are not supported in this format; take "
-                "the model's original folder (bf16 or fp16), or a GGUF file of it"
-            )
-    if "bits" in settings.objects("quantization"):
-        raise settings.fault(
-            "'quantization': quantised weights (MLX) are not supported; take the model's original folder (bf16 or "
-            "fp16), or a GGUF file of it"
-        )

@@ -28,6 +28,8 @@ def worker() -> Iterator[FakeWorker]:
         "default_temperature": 0.6,
         "default_top_p": 0.95,
         "default_top_k": 20,
+        "default_min_p": 0.05,
+        "default_repetition_penalty": 1.1,
     }
     with FakeWorker(card=msgspec.structs.replace(CARD, **changes)) as worker:
         yield worker
@@ -39,6 +41,7 @@ def test_the_cards_defaults_reach_the_worker(gateway: GatewayThread, worker: Fak
     submit = worker.submits[-1]
     sampling = submit.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.95, 20)
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.05, 1.1)
     # OpenAI documents 16 for completions, and clients count on it.
     assert submit.max_tokens == (16 if path == "/v1/completions" else 77)
 
@@ -51,6 +54,13 @@ def test_the_client_has_the_last_word(
     limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
     assert ask(gateway.url, path, {**ASKED[path], "top_k": given, limit: 3}).status == 200
     assert (worker.submits[-1].sampling.top_k, worker.submits[-1].max_tokens) == (sent, 3)
+
+
+def test_the_client_turns_the_cards_penalty_off(gateway: GatewayThread, worker: FakeWorker) -> None:
+    asked = {**CHAT, "min_p": 0, "repetition_penalty": 1}
+    assert ask(gateway.url, "/v1/chat/completions", asked).status == 200
+    sampling = worker.submits[-1].sampling
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.0, 1.0)
 
 
 def test_the_default_length_is_cut_to_what_fits(worker: FakeWorker) -> None:

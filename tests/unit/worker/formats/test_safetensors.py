@@ -239,7 +239,7 @@ def test_unknown_architecture(tmp_path: Path) -> None:
         tmp_path, architectures=["OtherModel"], model_type="other", auto_map={"AutoModel": "x.Y"}
     )
     text = str(refuse(tmp_path))
-    assert "OtherModel, other" in text and "HfMoondream" in text and "never run" in text
+    assert "OtherModel, other" in text and "Moondream 2" in text and "never run" in text
 
 
 def test_code_beside_a_known_architecture_is_ignored(tmp_path: Path) -> None:

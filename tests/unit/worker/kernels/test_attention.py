@@ -47,11 +47,15 @@ class Pages:
         return self.keys.flatten(0, 1)[lines], self.values.flatten(0, 1)[lines]
 
 
-def plain(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None) -> Tensor:
+def plain(
+    query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None, cap: float = 0.0
+) -> Tensor:
     """(S, H, D) queries over (L, KH, D) keys → (S, H·D), in fp64."""
     group = query.shape[1] // keys.shape[1]
     keys, values = (t.double().repeat_interleave(group, dim=1) for t in (keys, values))
     scores = torch.einsum("shd,lhd->hsl", query.double(), keys) / math.sqrt(query.shape[-1])
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     return torch.einsum("hsl,lhd->shd", scores.softmax(-1), values).flatten(1)
@@ -99,6 +103,43 @@ def test_decode(
     assert (found[-1] == 2.0).all()
 
 
+@pytest.mark.parametrize(("window", "cap"), [(1, 0.0), (70, 0.0), (64, 2.0), (0, 2.0)])
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_decode_of_layers_that_slide_or_cap(window: int, cap: float, num_splits: int) -> None:
+    lengths = [1, 16, 64, 65, 71, 211]
+    memory = Pages(60, 16, 2, 16, torch.float32)
+    pages = [memory.add(length) for length in lengths]
+    tables = torch.zeros(len(lengths), 16, dtype=torch.int32)
+    for row, own in enumerate(pages):
+        tables[row, : len(own)] = torch.tensor(own)
+    query = torch.randn(len(lengths), 4, 16) * 3
+    found = paged_decode_attention(
+        query,
+        memory.keys,
+        memory.values,
+        tables,
+        torch.tensor(lengths, dtype=torch.int32),
+        256,
+        num_splits=num_splits,
+        window=window,
+        cap=cap,
+    )
+    for row, own in enumerate(pages):
+        keys, values = (part[-window:] for part in memory.read(own, lengths[row]))
+        expected = plain(query[row : row + 1], keys, values, cap=cap)
+        assert error(found[row : row + 1], expected) < 3e-6, (row, lengths[row])
+
+
+def test_capped_scores_may_be_as_large_as_they_like() -> None:
+    memory = Pages(20, 16, 1, 16, torch.float32)
+    pages = memory.add(200)
+    memory.keys.flatten(0, 1)[memory.lines(pages, 200)] *= 2000
+    query = torch.randn(1, 1, 16) * 20
+    tables, lengths = torch.tensor([pages], dtype=torch.int32), torch.tensor([200], dtype=torch.int32)
+    found = paged_decode_attention(query, memory.keys, memory.values, tables, lengths, 256, cap=5.0)
+    assert error(found, plain(query, *memory.read(pages, 200), cap=5.0)) < 1e-5
+
+
 def test_decode_survives_large_scores() -> None:
     memory = Pages(20, 16, 1, 16, torch.float32)
     pages = memory.add(200)
@@ -116,15 +157,21 @@ def test_splits_follow_shapes_alone() -> None:
     assert all(choose_splits(rows, 8, 8192, 132) in (1, 2, 4, 8, 16) for rows in range(1, 130))
 
 
-def seen_by(num_queries: int, context: int, prefix: int) -> Tensor:
+def seen_by(num_queries: int, context: int, prefix: int, window: int = 0) -> Tensor:
     """(S, L) bool: which keys each query attends to."""
     key, query = torch.arange(context + num_queries), torch.arange(context, context + num_queries)[:, None]
-    return (key <= query) | ((key < prefix) & (query < prefix))
+    near = key > query - window if window else key >= 0
+    return ((key <= query) & near) | ((key < prefix) & (query < prefix))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 16), (4, 2, 64)])
-def test_prefill(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "window", "cap"),
+    [(2, 2, 16, 0, 0.0), (4, 2, 64, 0, 0.0), (2, 1, 16, 1, 0.0), (2, 1, 16, 40, 0.0), (2, 1, 16, 65, 2.0)],
+)
+def test_prefill(
+    heads: int, kv_heads: int, head_dim: int, window: int, cap: float, dtype: torch.dtype
+) -> None:
     # (new tokens, cached context, bidirectional prefix)
     chunks = [(1, 0, 0), (70, 0, 66), (5, 66, 66), (64, 16, 0), (1, 127, 0), (130, 3, 133)]
     memory = Pages(80, 16, kv_heads, head_dim, dtype)
@@ -135,11 +182,14 @@ def test_prefill(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -
         flat += num
     query = torch.randn(flat, heads, head_dim).to(dtype)
     out = torch.full((flat, heads * head_dim), NAN).to(dtype)
-    prefill_attention(query, memory.keys, memory.values, make_segments(spans, tables), out)
+    prefill_attention(
+        query, memory.keys, memory.values, make_segments(spans, tables), out, window=window, cap=cap
+    )
     assert out[:2].isnan().all()
     for (start, num, context, prefix), table in zip(spans, tables, strict=True):
         keys, values = memory.read(table.tolist(), num + context)
-        expected = plain(query[start : start + num], keys, values, seen_by(num, context, prefix))
+        seen = seen_by(num, context, prefix, window)
+        expected = plain(query[start : start + num], keys, values, seen, cap)
         assert error(out[start : start + num], expected) < TOLERANCE[dtype], (num, context, prefix)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from worker.kernels.activation import gelu_tanh, silu_gate
+from worker.kernels.activation import gelu_gate, gelu_tanh, silu_gate
 from worker.kernels.norm import layer_norm, rms_norm
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # the interpreter cuts bf16 off instead of rounding
@@ -60,3 +60,5 @@ def test_activations(rows: int, dim: int, dtype: torch.dtype) -> None:
     assert poisoned[:, :5].isnan().all()
     gated = silu_gate(x)
     assert error(gated, F.silu(exact[:, :dim]) * exact[:, dim:]) < TOLERANCE[dtype]
+    gated = gelu_gate(x)
+    assert error(gated, F.gelu(exact[:, :dim], approximate="tanh") * exact[:, dim:]) < TOLERANCE[dtype]

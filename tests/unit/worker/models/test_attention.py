@@ -11,26 +11,36 @@ from torch import Tensor
 
 from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens
 from worker.models.attention import AttentionPlan
-from worker.models.torch_attention import GatherSpace
+from worker.models.torch_attention import GatherSpace, LayerAttention
 
 PAGE_TOKENS, HEAD_DIM = 4, 16
 
 
-def plain(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+def plain(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, cap: float = 0.0) -> Tensor:
     """(S, H, D) queries over (L, KH, D) keys with (S, L) allowed → (S, H·D), in fp64, one head at a time."""
     group = query.shape[1] // keys.shape[1]
     out = []
     for head in range(query.shape[1]):
         q, k, v = query[:, head].double(), keys[:, head // group].double(), values[:, head // group].double()
-        scores = (q @ k.t() / math.sqrt(q.shape[-1])).masked_fill(~allowed, float("-inf"))
+        scores = q @ k.t() / math.sqrt(q.shape[-1])
+        if cap:
+            scores = cap * torch.tanh(scores / cap)
+        scores = scores.masked_fill(~allowed, float("-inf"))
         out.append(scores.softmax(-1) @ v)
     return torch.stack(out, dim=1).flatten(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(
+    "kind",
+    [LayerAttention(), LayerAttention(1), LayerAttention(5), LayerAttention(9, 1.5), LayerAttention(cap=2.0)],
+    ids=str,
+)
 @pytest.mark.parametrize("seed", range(4))
-def test_against_plain_loop(seed: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+def test_against_plain_loop(
+    seed: int, kind: LayerAttention, heads: int, kv_heads: int, dtype: torch.dtype
+) -> None:
     rng = random.Random(seed)
     torch.manual_seed(seed)
     num_layers, num_pages = 2, 120
@@ -73,7 +83,7 @@ def test_against_plain_loop(seed: int, heads: int, kv_heads: int, dtype: torch.d
     for layer in range(num_layers):
         qkv = torch.randn(len(lines), heads + 2 * kv_heads, HEAD_DIM).to(dtype)
         query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)
-        found = plan.attend(layer, query, key, value)
+        found = plan.attend(layer, query, key, value, kind)
         assert found.shape == (len(lines), heads * HEAD_DIM) and found.dtype == dtype
         flat_keys, flat_values = (t[layer].flatten(0, 1) for t in (cache.keys, cache.values))
         assert torch.equal(flat_keys[tokens.write_index], key)
@@ -82,8 +92,12 @@ def test_against_plain_loop(seed: int, heads: int, kv_heads: int, dtype: torch.d
         for pages, first, length, prefix in spans:
             index = [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in range(length)]
             q_pos, k_pos = torch.arange(first, length)[:, None], torch.arange(length)[None]
-            allowed = (k_pos <= q_pos) | ((q_pos < prefix) & (k_pos < prefix))
-            want = plain(query[start : start + length - first], flat_keys[index], flat_values[index], allowed)
+            allowed = k_pos <= q_pos
+            if kind.window:
+                allowed &= k_pos > q_pos - kind.window
+            allowed |= (q_pos < prefix) & (k_pos < prefix)
+            queries = query[start : start + length - first]
+            want = plain(queries, flat_keys[index], flat_values[index], allowed, kind.cap)
             got = found[start : start + length - first].double()
             tolerance = 1e-5 if dtype == torch.float32 else 2e-2
             assert float((got - want).abs().max()) < tolerance

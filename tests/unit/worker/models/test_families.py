@@ -106,6 +106,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "rope_parameters": TWO_ROPES,
+            "tie_word_embeddings": False,
         },
     ),
     "olmo2": ("olmo2", {}),
@@ -140,7 +141,9 @@ def folder_and_oracle(
 ) -> tuple[Path, Any]:
     family, settings = VARIANTS[request.param]
     folder = tmp_path_factory.mktemp("family")
-    return folder, write(folder, family, **settings)
+    oracle = write(folder, family, **settings)
+    assert "shard_size" not in settings or len(list(folder.glob("*.safetensors"))) > 3
+    return folder, oracle
 
 
 @pytest.fixture(scope="module")

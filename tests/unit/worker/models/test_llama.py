@@ -1,4 +1,4 @@
-"""The Llama family beside transformers, on tiny random checkpoints that transformers wrote."""
+"""What a dense decoder's folder says, by Llama's example: the card, refusals, and numbers that stay apart."""
 
 from __future__ import annotations
 
@@ -11,62 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.unit.worker.models import dense_oracle as dense
-from tests.unit.worker.models.dense_oracle import LLAMA3_ROPE, edit_config, load, write
+from tests.unit.worker.models.dense_oracle import edit_config, load, write
 from worker.formats.source import CheckpointError
 from worker.forward import ImageCrops
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "untied": {},
-    "tied": {"tie_word_embeddings": True},
-    "sharded": {"shard_size": "60KB"},
-    "llama3 rope": {"rope_parameters": LLAMA3_ROPE},
-    "linear rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.5}},
-    "biased": {"attention_bias": True, "mlp_bias": True},
-    "one head each": {"num_key_value_heads": 6, "head_dim": None, "hidden_size": 96},
-    "one key head": {"num_key_value_heads": 1},
-}
-
-
-@pytest.fixture(scope="module", params=VARIANTS)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    folder = tmp_path_factory.mktemp("llama")
-    oracle = write(folder, "llama", **VARIANTS[request.param])
-    if request.param == "sharded":
-        assert len(list(folder.glob("*.safetensors"))) > 3
-    return load(folder), oracle
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write(tmp_path, "llama")
     return tmp_path
-
-
-@pytest.mark.slow
-def test_prefill_whole_and_in_chunks(pair: tuple[Any, Any]) -> None:
-    dense.check_prefill(*pair)
-
-
-@pytest.mark.slow
-def test_greedy_tokens_through_pages(pair: tuple[Any, Any]) -> None:
-    dense.check_greedy(*pair)
-
-
-@pytest.mark.slow
-def test_batches_of_rows_and_chunks(pair: tuple[Any, Any]) -> None:
-    dense.check_batch(*pair)
-
-
-@pytest.mark.slow
-def test_older_layout_of_rotary_settings(tmp_path: Path) -> None:
-    oracle = write(tmp_path, "llama", rope_parameters=LLAMA3_ROPE)
-    scaling = {
-        ("type" if key == "rope_type" else key): value
-        for key, value in LLAMA3_ROPE.items()
-        if key != "rope_theta"
-    }
-    edit_config(tmp_path, rope_parameters=None, rope_theta=10000.0, rope_scaling=scaling)
-    dense.check_prefill(load(tmp_path), oracle)
 
 
 @pytest.mark.slow
@@ -131,7 +84,7 @@ def test_card_without_generation_config(folder: Path) -> None:
     assert (model.card.bos_id, model.card.eos_ids) == (None, [])
     assert (model.card.default_temperature, model.card.default_top_p) == (0.0, 1.0)
     assert model.card.default_top_k == 0
-    assert model.card.context_tokens == 8192, "bounded: block tables are as wide as this"
+    assert model.card.context_tokens == 131072, "the model's own; memory may cut it at start-up"
     edit_config(folder, degas={"context_tokens": 100})
     assert load(folder).card.context_tokens == 100
 
@@ -169,16 +122,13 @@ def test_a_top_k_that_is_none_is_refused(folder: Path, top_k: object) -> None:
         ),
         ({"model_type": "granite"}, "'model_type' is 'granite'"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "never run"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised weights are not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, "AWQ: weights quantised so are not served"),
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
         ({"sliding_window": 64}, "sliding-window"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding-window"),
-        (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
-            "'yarn' is not supported",
-        ),
+        ({"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "'mrope' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0}}, "'low_freq_factor'"),
-        ({"partial_rotary_factor": 0.5}, "partly rotated"),
+        ({"partial_rotary_factor": 1.5}, "'partial_rotary_factor' is 1.5"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
         ({"num_attention_heads": 0}, "'num_attention_heads'"),
         ({"num_key_value_heads": 4}, "does not divide into 'num_key_value_heads'"),

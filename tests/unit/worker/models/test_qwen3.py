@@ -1,4 +1,4 @@
-"""The dense Qwen3 family beside transformers, on tiny random checkpoints that transformers wrote."""
+"""What a dense Qwen 3's folder says that a Llama's does not."""
 
 from __future__ import annotations
 
@@ -7,39 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.worker.models import dense_oracle as dense
 from tests.unit.worker.models.dense_oracle import edit_config, load, write
 from worker.formats.source import CheckpointError
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "untied": {},
-    "tied": {"tie_word_embeddings": True},
-    "sharded": {"shard_size": "60KB", "tie_word_embeddings": True},
-    "biased": {"attention_bias": True},
-    "quick rotations": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-}
-
-
-@pytest.fixture(scope="module", params=VARIANTS)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    folder = tmp_path_factory.mktemp("qwen3")
-    oracle = write(folder, "qwen3", **VARIANTS[request.param])
-    return load(folder), oracle
-
-
-@pytest.mark.slow
-def test_prefill_whole_and_in_chunks(pair: tuple[Any, Any]) -> None:
-    dense.check_prefill(*pair)
-
-
-@pytest.mark.slow
-def test_greedy_tokens_through_pages(pair: tuple[Any, Any]) -> None:
-    dense.check_greedy(*pair)
-
-
-@pytest.mark.slow
-def test_batches_of_rows_and_chunks(pair: tuple[Any, Any]) -> None:
-    dense.check_batch(*pair)
 
 
 def test_card_and_head_width(tmp_path: Path) -> None:
@@ -53,7 +22,8 @@ def test_card_and_head_width(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_sliding_window": True, "sliding_window": 32}, "sliding-window"),
+        ({"layer_types": ["full_attention", "full_attention", "linear_attention"]}, "sliding-window"),
+        ({"use_sliding_window": True, "layer_types": ["full_attention", "x", "x"]}, "'layer_types' has 'x'"),
         (
             {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"},
             "unknown architecture Qwen3Moe",
