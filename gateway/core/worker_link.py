@@ -59,7 +59,6 @@ class WorkerLink:
         context: zmq.Context[zmq.Socket[bytes]],
         *,
         gateway_id: str,
-        progress_timeout_s: float,
         curve_key_dir: str | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -68,7 +67,7 @@ class WorkerLink:
         self._events = events
         self._gateway_id = gateway_id
         self._now = now
-        self._life = LinkLife(progress_timeout_s)
+        self._life = LinkLife()
         self._socket = WorkerSocket(endpoint, self, context, curve_key_dir=curve_key_dir)
         self._timer: asyncio.TimerHandle | None = None
 
