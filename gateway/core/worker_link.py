@@ -22,6 +22,7 @@ from shared import protocol as wire
 from shared.errors import ErrorCode
 
 _TICK_S: Final = 0.25
+_ALMOST_S: Final = 1.0  # a supervisor may have ended a silent worker so much before its time is up here
 _LEASE_S: Final = 5.0
 
 log = structlog.get_logger(__name__)
@@ -64,6 +65,7 @@ class WorkerLink:
     ) -> None:
         self.endpoint = endpoint
         self.anomalies: Counter[str] = Counter()
+        self.was_silent = False  # the worker last lost: it hung or was stopped, and did not crash
         self._events = events
         self._gateway_id = gateway_id
         self._now = now
@@ -249,6 +251,7 @@ class WorkerLink:
 
     def _lose(self, error: RequestError) -> None:
         """The serving worker is gone; there is one."""
+        self.was_silent = self._life.silent_s(self._now() + _ALMOST_S) > 0
         self._life.on_lost()
         self._events.on_lost(self, error)
 

@@ -12,6 +12,7 @@ from gateway.config import GatewayConfig
 from gateway.core.flights import Flight
 from gateway.core.service import Service
 from gateway.core.worker_link import WorkerLink
+from gateway.decisions.recovery import is_guilty
 from gateway.generation import GenerateRequest, RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
@@ -176,7 +177,8 @@ class WatchedService(Service):
             if started:
                 promised: list[ErrorCode | None] = [error.code]
             elif attempts >= MAX_ATTEMPTS:
-                promised = [error.code] if self.draining and attempts < 2 else [ErrorCode.QUARANTINED]
+                guilty = not (self.draining and attempts < 2) and is_guilty(flight)
+                promised = [ErrorCode.QUARANTINED] if guilty else [error.code]
             else:
                 promised = [error.code] if self.draining else [None]
             if code not in promised:
