@@ -29,7 +29,8 @@ from shared.protocol import (
     unpack_i32,
     unpack_i64,
 )
-from worker.constraints.constraint import Constraint, SpatialGrammar
+from tests.unit.worker.constraints.spatial_grammar import SpatialGrammar
+from worker.constraints.constraint import Constraint
 from worker.loop.engine import Engine
 from worker.loop.inbox import Command, CompiledSubmit, Inbox, MaskReady, Outbox, Received
 from worker.loop.masks import MaskFiller

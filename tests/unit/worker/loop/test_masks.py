@@ -12,8 +12,9 @@ import pytest
 
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Grammar, Sampling
+from tests.unit.worker.constraints.spatial_grammar import SpatialGrammar
 from tests.unit.worker.loop.simulation import Simulation, Stream
-from worker.constraints.constraint import Constraint, SpatialGrammar
+from worker.constraints.constraint import Constraint
 from worker.constraints.llg import LlgConstraint, Vocabulary, compile_llg
 from worker.loop.inbox import MaskReady
 from worker.loop.masks import SLOW_S, MaskFiller
