@@ -16,6 +16,7 @@ from worker.loop.reports import Reports
 from worker.schedule.intake import build_sequence
 from worker.schedule.refusal import Refusal
 from worker.schedule.scheduler import Scheduler
+from worker.schedule.sequence import Sequence
 
 log = structlog.get_logger()
 
@@ -92,11 +93,14 @@ class Commands:
         if ready.seq.finish is not None:
             return
         if ready.error:
-            text = f"the grammar failed: {ready.error}"
-            self._scheduler.fail(ready.seq, ErrorCode.INVALID_GRAMMAR, text)
-            self._reports.send_finish(ready.seq)
+            self.fail_grammar(ready.seq, ready.error)
         else:
             self._masks.accept(ready)
+
+    def fail_grammar(self, seq: Sequence, text: str) -> None:
+        """End a sequence whose grammar cannot say what may come next."""
+        self._scheduler.fail(seq, ErrorCode.INVALID_GRAMMAR, f"the grammar failed: {text}")
+        self._reports.send_finish(seq)
 
     # ------------------------------------------------------------------ draining
 

@@ -16,7 +16,7 @@ from shared.errors import ErrorCode
 from shared.protocol import Fatal, ModelCard
 from worker.loop.commands import Commands
 from worker.loop.heartbeat import Heartbeat
-from worker.loop.inbox import Command, Inbox, MaskReady, Outbox
+from worker.loop.inbox import Command, Inbox, Outbox
 from worker.loop.masks import MaskFiller
 from worker.loop.metrics import WorkerMetrics
 from worker.loop.recording import Recording
@@ -27,7 +27,6 @@ from worker.schedule.life import MaskLife
 from worker.schedule.pipeline import InFlight, Pipeline
 from worker.schedule.plan import StepPlan
 from worker.schedule.scheduler import Scheduler
-from worker.schedule.sequence import Sequence
 from worker.step.contract import OutOfDeviceMemory, Runner
 
 log = structlog.get_logger()
@@ -237,19 +236,9 @@ class Engine:
             self._commit(oldest)
 
     def _fill_masks(self, step: InFlight) -> None:
-        plan = step.plan
         started_s = self._clock()
-        masks = self.runner.mask_rows(step.slot)
-        rows: list[tuple[int, Sequence]] = []
-        for i in plan.deferred:
-            seq = plan.samples[i]
-            if seq.finish is not None or seq.constraint is None:
-                masks[i] = -1  # a zombie: whatever it samples is skipped
-            else:
-                rows.append((i, seq))
-        for i, text in self._masks.fill(masks, rows):
-            masks[i] = -1  # from here on a zombie
-            self._commands.handle(MaskReady(plan.samples[i], masks[i], 0.0, text))
+        for seq, text in self._masks.fill_deferred(self.runner.mask_rows(step.slot), step.plan):
+            self._commands.fail_grammar(seq, text)
         self.metrics.paced_rows_total = self._masks.num_paced
         self.metrics.mask_seconds_total += self._clock() - started_s
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from worker.constraints.llg import LlgConstraint, MaskExecutor, fill_in_parallel
 from worker.loop.inbox import MaskReady
 from worker.schedule.life import MaskLife
+from worker.schedule.plan import StepPlan
 from worker.schedule.sequence import Sequence
 
 I32 = npt.NDArray[np.int32]
@@ -49,6 +50,21 @@ class MaskFiller:
         self._parallel = MaskExecutor(num_threads) if num_threads > 1 else None
         self._one_by_one = False  # a parallel fill was slow: the next one finds out whose fault it was
         self.num_paced = 0
+
+    def fill_deferred(self, masks: I32, plan: StepPlan) -> list[tuple[Sequence, str]]:
+        """Write the masks of a step's constrained rows; returns those whose grammar failed, with its words. They are
+        zombies then, like rows that have ended meanwhile: whatever they sample is skipped."""
+        rows: list[tuple[int, Sequence]] = []
+        for i in plan.deferred:
+            seq = plan.samples[i]
+            if seq.finish is None:
+                rows.append((i, seq))
+            else:
+                masks[i] = -1
+        failed = self.fill(masks, rows)
+        for i, _ in failed:
+            masks[i] = -1
+        return [(plan.samples[i], text) for i, text in failed]
 
     def fill(self, masks: I32, rows: Items[tuple[int, Sequence]]) -> list[tuple[int, str]]:
         """Write `masks[i]` for each (i, sequence); returns (i, message) of those that failed.
