@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 
 from worker.schedule.limits import SchedulerLimits
-from worker.schedule.pace import LEAST_TOKENS, Pace, StepLoad
+from worker.schedule.pace import LEAST_TOKENS, ROW_TOKENS, Pace, load_of_step
 from worker.schedule.plan import Chunk, crops_of
 from worker.schedule.sequence import Sequence
 
@@ -23,8 +23,7 @@ class StepBudget:
         self._is_first = True
         self._left_s = pace.bound_s(decodes=bool(decode))
         if self._left_s < inf:
-            num_keys = sum([seq.num_computed + 1 for seq in decode])
-            self._left_s -= pace.expected_s(StepLoad(len(decode), num_keys=num_keys))
+            self._left_s -= pace.costs.of(load_of_step([seq.num_computed for seq in decode], []))
 
     @property
     def has_room(self) -> bool:
@@ -40,7 +39,11 @@ class StepBudget:
         """
         start = seq.num_computed
         left = seq.num_known - start
-        num = min(left, self._tokens, self._tokens_in_time(start))
+        num = self._tokens_in_time(start)
+        if 0 < num < left <= num + ROW_TOKENS:  # so short a rest is slow for its length
+            shorter = left - ROW_TOKENS - 1
+            num = shorter if shorter > 2 * ROW_TOKENS else left
+        num = min(left, self._tokens, num)
         if num < left:
             page_tokens = self._page_tokens
             aligned = (start + num) // page_tokens * page_tokens - start

@@ -12,7 +12,7 @@ from worker.schedule.automaton_places import AutomatonPlaces
 from worker.schedule.budget import StepBudget
 from worker.schedule.life import Life, MaskLife
 from worker.schedule.limits import SchedulerLimits
-from worker.schedule.pace import Pace, StepLoad, chunk_keys, guessed_costs
+from worker.schedule.pace import Pace, guessed_costs, load_of_chunk, load_of_step
 from worker.schedule.pages import PagePool
 from worker.schedule.plan import Chunk, Committed, StepPlan, StepResult, crops_of
 from worker.schedule.prefix_cache import PrefixCache
@@ -186,12 +186,7 @@ class Scheduler:
         tables = [table for seq in admitted if (table := self._place_automaton(seq)) is not None]
         deferred = [i for i, seq in enumerate(samples) if seq.mask is not MaskLife.NONE]
         self._step += 1
-        load = StepLoad(
-            len(decode),
-            sum([chunk.num_tokens for chunk in chunks]),
-            sum(positions) + len(decode) + sum([chunk_keys(c.start, c.num_tokens) for c in chunks]),
-            sum([crops_of(chunk) for chunk in chunks]),
-        )
+        load = load_of_step(positions, [load_of_chunk(c.start, c.num_tokens, crops_of(c)) for c in chunks])
         adjusted = any([seq.is_adjusted for seq in samples])
         return StepPlan(
             self._step,
@@ -205,7 +200,7 @@ class Scheduler:
             tables,
             any_adjusted=adjusted,
             load=load,
-            expected_s=self.pace.expected_s(load),
+            expected_s=self.pace.costs.of(load),
         )
 
     def _place_automaton(self, seq: Sequence) -> tuple[int, TokenTables] | None:

@@ -161,7 +161,9 @@ class SimRunner:
             self._forward(slot, num_rows, spans, known)
 
         crops = sum(p.num_crops for c in plan.chunks for p in c.seq.pictures if c.start <= p.position)
-        cost_s = self.profile.forward(num_rows, plan.load.num_tokens, crops, plan.load.num_keys)
+        cost_s = self.profile.forward(
+            num_rows, sum(c.num_tokens for c in plan.chunks), crops, plan.load.num_keys
+        )
         if self._jitter is not None:
             cost_s *= float(self._jitter[self._num_steps % len(self._jitter)])
         self._num_steps += 1

@@ -7,21 +7,29 @@ import random
 import pytest
 
 from tests.unit.worker.schedule.examples import plan_of, result_of, scheduler, sequence
-from worker.schedule.pace import LEAST_TOKENS, Pace, StepCosts, StepLoad, chunk_keys, guessed_costs
+from worker.schedule.pace import (
+    LEAST_TOKENS,
+    Pace,
+    StepCosts,
+    StepLoad,
+    guessed_costs,
+    load_of_chunk,
+    load_of_step,
+)
 
-SLOW = StepCosts(step_s=0.05, row_s=0.004, token_s=0.006, key_s=2e-6, crop_s=0.8)
+SLOW = StepCosts(step_s=0.03, row_s=0.004, row_key_s=15e-6, token_s=0.004, key_s=1e-6, crop_s=0.8)
 """A model of some hundred million weights on two cores of a laptop."""
 
 
 def true_s(load: StepLoad) -> float:
-    return Pace(SLOW).expected_s(load)
+    return SLOW.of(load)
 
 
 def load_of(rng: random.Random) -> StepLoad:
     rows = rng.choice([0, 0, 1, 8])
     tokens = rng.choice([0, 16, 40, 200]) if rows else rng.choice([16, 40, 200])
     start = rng.choice([0, 500, 4000])
-    return StepLoad(rows, tokens, rows * 600 + chunk_keys(start, tokens))
+    return load_of_step([600] * rows, [load_of_chunk(start, tokens, 0)])
 
 
 def test_costs_are_learned_from_steps_however_wrong_the_guess() -> None:
@@ -30,7 +38,7 @@ def test_costs_are_learned_from_steps_however_wrong_the_guess() -> None:
         for _ in range(300):
             load = load_of(rng)
             pace.on_step(load, true_s(load) * rng.uniform(0.9, 1.1))
-        ratios = [pace.expected_s(load) / true_s(load) for load in (load_of(rng) for _ in range(100))]
+        ratios = [pace.costs.of(load) / true_s(load) for load in (load_of(rng) for _ in range(100))]
         assert min(ratios) > 0.5 and max(ratios) < 2.0
 
 
@@ -38,10 +46,10 @@ def test_one_step_that_stalls_changes_little_and_is_forgotten() -> None:
     pace, load = Pace(SLOW, step_s=0.25), StepLoad(num_tokens=40, num_keys=800)
     pace.on_step(load, true_s(load))
     pace.on_step(load, 100 * true_s(load))
-    assert pace.expected_s(load) < 3 * true_s(load)
+    assert pace.costs.of(load) < 3 * true_s(load)
     for _ in range(8):
         pace.on_step(load, true_s(load))
-    assert pace.expected_s(load) < 1.2 * true_s(load)
+    assert pace.costs.of(load) < 1.2 * true_s(load)
 
 
 @pytest.mark.parametrize("start", [0, 100, 8000])
