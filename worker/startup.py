@@ -27,7 +27,7 @@ from worker.loop.inbox import Inbox, Outbox
 from worker.models.contract import Model
 from worker.models.registry import load_model
 from worker.native.build import forbid
-from worker.native.products import PLAIN, Products, products
+from worker.native.products import products
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
 from worker.schedule.limits import SchedulerLimits
@@ -49,7 +49,6 @@ log = structlog.get_logger()
 SMALL_WEIGHTS_BYTES = 32 << 20
 MIN_CONTEXT_TOKENS = 256
 CPU_STEP_S = 0.25
-PROBE_DIM = 1024
 ENCODER_WIDTHS = 16  # of the encoder's width, held at once for each image token by its widest layer
 
 
@@ -215,37 +214,12 @@ def _dtype(config: WorkerConfig, device: Device, source: Source) -> torch.dtype:
         is_small = source.num_bytes < SMALL_WEIGHTS_BYTES
         has_products = compiled is not None and compiled.multiplies(torch.bfloat16)
         return torch.bfloat16 if has_products or not is_small else torch.float32
-    if compiled is not None and compiled.multiplies(torch.bfloat16) and _is_quick_in_bf16(compiled):
-        return torch.bfloat16
+    if compiled is not None and compiled.multiplies(torch.float32):
+        return torch.float32  # activations alone: weights that were saved in bf16 are kept so
     if 2 * source.num_bytes > 0.8 * available_bytes() > 0:
-        log.warning(
-            "weights_stay_in_bf16", reason="no memory for them in fp32, which is quicker here", slower=10
-        )
+        log.warning("bf16_is_emulated", reason="no memory for the weights in fp32, ten times as quick here")
         return torch.bfloat16
     return torch.float32
-
-
-def _is_quick_in_bf16(compiled: Products) -> bool:
-    """Whether compiled products with bf16 weights are no slower than with fp32 ones, for a prompt and for a row, on
-    this processor: measured, in some milliseconds."""
-    if not compiled.multiplies(torch.float32):
-        return True
-    quick = True
-    for rows in (1, 128):
-        took_s = []
-        for dtype in (torch.float32, torch.bfloat16):
-            packed, x = (
-                compiled.pack(torch.ones(PROBE_DIM, PROBE_DIM, dtype=dtype)),
-                torch.ones(rows, PROBE_DIM, dtype=dtype),
-            )
-            times = []
-            for _ in range(5):
-                started_s = time.perf_counter()
-                compiled.multiply(x, packed, None, PROBE_DIM, None, PLAIN)
-                times.append(time.perf_counter() - started_s)
-            took_s.append(min(times))
-        quick = quick and took_s[1] < 1.2 * took_s[0]
-    return quick
 
 
 def _num_pages(config: WorkerConfig, device: Device, model: Model, context_tokens: int) -> int:
