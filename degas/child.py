@@ -10,7 +10,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from struct import Struct
+from typing import Final, NamedTuple
 
 LEASH: Final = Path(__file__).with_name("leash.py")
 GUARD: Final = Path(__file__).with_name("guard.py")
@@ -52,6 +53,16 @@ class Guard:
         except BrokenPipeError:
             pass
         self._process.wait()
+
+
+_BEAT: Final = Struct("<Qd")
+
+
+class Beat(NamedTuple):
+    """What a worker writes as its sign of life: a number that changes, and how long it may now be silent."""
+
+    number: int = 0
+    patience_s: float = 3.0
 
 
 class Child:
@@ -104,9 +115,10 @@ class Child:
         """Its process id, which is also its group's."""
         return self._process.pid
 
-    def beat(self) -> bytes:
-        """What it last wrote as its heartbeat; only a change means anything."""
-        return os.pread(self._beat_fd, 64, 0) if self._beat_fd >= 0 else b""
+    def beat(self) -> Beat:
+        """Its last heartbeat."""
+        data = os.pread(self._beat_fd, _BEAT.size, 0) if self._beat_fd >= 0 else b""
+        return Beat(*_BEAT.unpack(data)) if len(data) == _BEAT.size else Beat()
 
     def kill(self) -> None:
         """End it and everything it started, now."""

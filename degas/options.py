@@ -37,7 +37,6 @@ class ServeOptions:
     gateway_command: tuple[str, ...] = (sys.executable, "-m", "degas.rooms", "gateway")
     drain_s: float = 25.0  # how long streams may go on after SIGTERM
     worker_grace_s: float = 10.0
-    beat_timeout_s: float = 3.0
     start_timeout_s: float = 900.0
     gateway_silence_s: float = 20.0
     restarts: RestartLimits = field(default_factory=RestartLimits)

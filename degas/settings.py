@@ -32,11 +32,6 @@ class ServeConfig(BaseModel):
     only: Literal["worker", "gateway"] | None = Field(
         None, description="run this one alone under supervision, as containers do"
     )
-    progress_timeout_s: float = Field(
-        3.0,
-        gt=0,
-        description="silence of the decode thread after which the worker is replaced; as the gateway's",
-    )
     start_timeout_s: float = Field(900.0, gt=0, description="a worker that loads for longer is replaced")
     gateway_silence_s: float = Field(
         20.0, gt=0, description="a gateway that answers nothing for so long is replaced"
@@ -85,7 +80,6 @@ def resolve(
                 f"--{name.replace('_', '-')} concerns what --only {only} leaves out; take one of them away"
             )
     if "gateway" in found:
-        _agree(serve, found["gateway"])
         found["gateway"].setdefault("grpc_port", Given(GRPC_PORT, BUILT_IN))
     if only is None:
         for name, setting in OWN_SOCKET.items():
@@ -121,21 +115,11 @@ def serve_options(effective: Mapping[str, Effective]) -> ServeOptions:
         },
         drain_s=gateway.drain_deadline_s,
         worker_grace_s=alone_s if serve.worker_grace_s is None else serve.worker_grace_s,
-        beat_timeout_s=serve.progress_timeout_s,
         start_timeout_s=serve.start_timeout_s,
         gateway_silence_s=serve.gateway_silence_s,
         status_file=Path(serve.status_file) if serve.status_file is not None else None,
         report=serve.report,
     )
-
-
-def _agree(serve: dict[str, Given], gateway: dict[str, Given]) -> None:
-    """Supervisor and gateway judge a silent worker by one figure: who was told nothing takes the other's."""
-    name = "progress_timeout_s"
-    if name in serve:
-        gateway.setdefault(name, serve[name])
-    elif name in gateway:
-        serve[name] = gateway[name]
 
 
 def _texts(effective: Mapping[str, Effective], name: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from degas.child import Child, Guard, describe_exit
+from degas.child import Beat, Child, Guard, describe_exit
 from degas.options import BEAT_VARIABLE, OptionsError, ServeOptions, claim_port
 from degas.probe import base_url, fetch_status
 from degas.restarts import Restarts
@@ -189,7 +189,7 @@ class Supervisor:
     async def _check_worker(self, post: Post, child: Child) -> str:
         """Return when the worker hangs: still loading after the limit, or no decode progress once ready."""
         deadline_s = time.monotonic() + self._options.start_timeout_s
-        beat, beat_s, tick_s = b"", 0.0, time.monotonic()
+        beat, beat_s, tick_s = Beat(), 0.0, time.monotonic()
         while True:
             await asyncio.sleep(TICK_S)
             now_s = time.monotonic()
@@ -202,8 +202,8 @@ class Supervisor:
             latest = child.beat()
             if latest != beat or was_late:
                 beat, beat_s = latest, now_s
-            elif now_s - beat_s >= self._options.beat_timeout_s:
-                return f"no decode progress for {self._options.beat_timeout_s:g} s"
+            elif now_s - beat_s >= beat.patience_s:
+                return f"no decode progress for {beat.patience_s:.3g} s"
 
     async def _check_gateway(self, post: Post) -> str:
         """See the gateway come up; later return when it has answered nothing for long."""

@@ -51,9 +51,6 @@ class GatewayConfig(BaseModel):
     curve_key_dir: str | None = Field(
         None, description="folder with worker.key and gateway.key_secret; used for every tcp:// worker"
     )
-    progress_timeout_s: float = Field(
-        3.0, gt=0, description="silence of the decode thread that means a worker is lost"
-    )
     retry_wait_s: float = Field(30.0, ge=0, description="how long unstarted requests wait for a new worker")
 
     api_keys: tuple[SecretStr, ...] = Field((), description="none: anybody who can reach the port")

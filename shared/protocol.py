@@ -180,6 +180,9 @@ class Limits(Part, frozen=True):
     page_tokens: int
     step_tokens: int  # token budget of one step
     max_sequence_tokens: int
+    progress_timeout_s: float = (
+        3.0  # silence beyond what the last `Beat` expected that means the worker hangs
+    )
 
 
 class Ready(Message, frozen=True):
@@ -289,6 +292,7 @@ class Beat(Message, frozen=True):
     metrics: dict[str, float] = {}
     histograms: dict[str, list[float]] = {}
     drain_rate: float = 0.0  # sequences finished per second, lately
+    expected_s: float = 0.0  # how long the loop may now be silent, at work on steps: slow, not hung
 
 
 class TraceChunk(Message, frozen=True):

@@ -38,8 +38,8 @@ MUTANTS = [
     Mutant(
         "free pages while a row is in flight",
         "worker/schedule/scheduler.py",
-        "if seq.inflight_refs or seq.phase is not Phase.RUNNING:",
-        "if seq.phase is not Phase.RUNNING:",
+        "if seq.inflight_refs or not seq.holds:",
+        "if not seq.holds:",
     ),
     Mutant(
         "forget to count a decode row's reference",
@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant("key the prefix cache without its tenant", "worker/schedule/prefix_cache.py", '"little") + seq.tenant.encode())', '"little"))'),
     Mutant("key the prefix without its picture", "worker/schedule/prefix_cache.py", "                digest.update(picture.digest)\n    return", "                pass\n    return"),
     Mutant("remember pages of generated coordinates by id", "worker/schedule/prefix_cache.py", "if seq.is_spatial:", "if False:"),
-    Mutant("split the bidirectional prefix", "worker/schedule/scheduler.py", "if start + num < seq.prefix_tokens:", "if False:"),
+    Mutant("split the bidirectional prefix", "worker/schedule/budget.py", "if start + num < seq.prefix_tokens:", "if False:"),
     Mutant("sample constrained rows before their predecessor commits", "worker/loop/engine.py", "while (oldest := self.pipeline.oldest) is not step:", "while False:"),
     Mutant("a NaN row's token is taken", "worker/schedule/scheduler.py", "            if bad[i]:", "            if False:"),
     Mutant("lose a preempted sequence's values", "worker/sim/runner.py", "for index, value in seq.values.items():", "for index, value in ():"),
@@ -87,7 +87,7 @@ MUTANTS = [
     Mutant("draw by row, not by sequence", "worker/step/staging.py", "uniforms([s.seed for s in settings]", "uniforms([s.seed + 1 for s in settings]"),
     Mutant("evict a page that is held", "worker/schedule/prefix_cache.py", "            self._idle.pop(page, None)\n", ""),
     Mutant("copy outputs before sampling", "worker/sim/runner.py", "self.copy.wait(self.compute.record())", "pass"),
-    Mutant("two terminal events on cancel", "worker/loop/engine.py", "                if seq is not None:\n                    self._reports.send_finish(seq)", "                if seq is not None:\n                    self._reports.send_finish(seq)\n                    self._reports.send_finish(seq)"),
+    Mutant("two terminal events on cancel", "worker/loop/commands.py", "                if seq is not None:\n                    self._reports.send_finish(seq)", "                if seq is not None:\n                    self._reports.send_finish(seq)\n                    self._reports.send_finish(seq)"),
 ]  # fmt: skip
 
 
@@ -95,7 +95,7 @@ WIRE_MUTANTS = [
     Mutant("take tokens of a dead epoch", "gateway/core/worker_link.py", "        if isinstance(message, wire.StepOutputs):\n            if message.epoch != self.epoch:", "        if isinstance(message, wire.StepOutputs):\n            if False:", WIRE),
     Mutant("believe a dead epoch's last word", "gateway/core/worker_link.py", "if self.ready is None or fatal.epoch != self.epoch:", "if self.ready is None:", WIRE),
     Mutant("a new epoch loses nothing of the old", "gateway/core/worker_link.py", "        if self.ready is not None:\n            self._lose(", "        if self.ready is not None:\n            self._life.on_lost(); log.info(", WIRE),
-    Mutant("never notice silence", "gateway/decisions/link_state.py", "silent_s >= self._progress_timeout_s else", "False else", WIRE),
+    Mutant("never notice silence", "gateway/decisions/link_state.py", "silent_s >= self._patience_s else", "False else", WIRE),
     Mutant("forget what a dead worker had said", "gateway/core/worker_link.py", "            self._socket.drain_all()\n", "            pass\n", WIRE),
     Mutant("a send eats the edge", "gateway/core/worker_socket.py", "            self._drain_scheduled = True\n            self._loop.call_soon(self.drain)\n\n    def _has", "            pass\n\n    def _has", WIRE),
     Mutant("pass over a gap", "gateway/decisions/stream.py", "if index != self.next_index:", "if index < self.next_index:", WIRE),
@@ -113,8 +113,8 @@ WIRE_MUTANTS = [
     Mutant("a listener's fault escapes", "gateway/core/flights.py", "            except Exception as fault:\n                self._on_listener_fault(flight, fault)\n                return", "            except ConnectionError as fault:\n                self._on_listener_fault(flight, fault)\n                return", WIRE),
     Mutant("never cut off a client that stalls", "gateway/transport/bounded.py", "elif now_s - self._progress_s >= self._stall_s:", "elif False:", WIRE),
     Mutant("no bound on what a client leaves unread", "gateway/transport/bounded.py", "if unread > self._limit_bytes:", "if False:", WIRE),
-    Mutant("take a request for a dead epoch", "worker/loop/engine.py", "if message.epoch != self._epoch:", "if False:", WIRE),
-    Mutant("a lease that ran out goes untold", "worker/wire/transport.py", "            self._inbox.put((gateway, None, []))", "            pass", WIRE),
+    Mutant("take a request for a dead epoch", "worker/loop/commands.py", "if message.epoch != self._epoch:", "if False:", WIRE),
+    Mutant("a lease that ran out goes untold", "worker/wire/transport.py", "            self._inbox.put(LeaseEnded(gateway))", "            pass", WIRE),
     Mutant("a gateway's messages do not renew its lease", "worker/wire/transport.py", "        lease.until_s = self._now() + lease.lease_s\n", "        pass\n", WIRE),
     Mutant("malformed frames go uncounted", "gateway/core/service.py", "            link.note(\"malformed\")\n", "            pass\n", WIRE),
 ]  # fmt: skip
@@ -124,10 +124,10 @@ HOST_MUTANTS = [
     Mutant("show a row's old pages", "worker/step/staging.py", "            if pages is not shown:\n                num_shown = 0\n", "", HOST),
     Mutant("forget that padding overwrote a table", "worker/step/staging.py", "    views.held[start:end] = [NOTHING] * (end - start)\n", "", HOST),
     Mutant("forget that a sequence moved to another row", "worker/step/staging.py", "and rows == views.rows and", "and", HOST),
-    Mutant("let a row run on without its mask", "worker/schedule/scheduler.py", "or seq.preempted or seq.awaits_mask:", "or seq.preempted:", HOST),
-    Mutant("resume a row whose mask is being built", "worker/schedule/scheduler.py", "best.awaits_mask or not", "not", HOST),
-    Mutant("use a mask built ahead twice", "worker/loop/masks.py", "                seq.ready_mask = None\n", "", HOST),
-    Mutant("never pace a slow row", "worker/loop/masks.py", "seq.is_paced = seq.awaits_mask = True", "pass", HOST),
+    Mutant("let a row run on without its mask", "worker/schedule/scheduler.py", " or seq.mask is MaskLife.AWAITED:\n                continue", ":\n                continue", HOST),
+    Mutant("resume a row whose mask is being built", "worker/schedule/scheduler.py", "best.mask is MaskLife.AWAITED or not", "not", HOST),
+    Mutant("use a mask built ahead twice", "worker/schedule/sequence.py", "        self.mask = mask_moved(self.mask, MaskLife.AWAITED if self.is_mask_slow else MaskLife.DUE)\n        self.ready_mask = None\n", "", HOST),
+    Mutant("never pace a slow row", "worker/loop/masks.py", "seq.on_slow_mask()", "pass", HOST),
     Mutant("stay deep whatever it costs", "worker/schedule/depth.py", "min(self.loss, key=", "max(self.loss, key=", HOST),
 ]  # fmt: skip
 

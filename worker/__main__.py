@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from queue import SimpleQueue
+from struct import Struct
 from types import FrameType
 from typing import Annotated
 
@@ -29,13 +30,15 @@ from shared.logs import configure_logs
 from shared.protocol import Drain, Fatal
 from shared.settings import give_flags
 from worker.config import WORKER_SETTINGS, ConfigError, WorkerConfig, load
-from worker.loop.engine import Command
+from worker.loop.inbox import Inbox, Received
 from worker.wire.compiler import GrammarCompiler
+from worker.wire.outbox import WireOutbox
 from worker.wire.transport import Transport
 
 log = structlog.get_logger()
 
 DRAIN_S = 20.0
+BEAT = Struct("<Qd")  # what `degas.child` reads: heartbeats so far, and seconds until the next at the latest
 
 
 class DecodeThread(threading.Thread):
@@ -46,7 +49,8 @@ class DecodeThread(threading.Thread):
         config: WorkerConfig,
         transport: Transport,
         compiler: GrammarCompiler,
-        inbox: SimpleQueue[Command],
+        inbox: Inbox,
+        outbox: WireOutbox,
         epoch: int,
     ) -> None:
         super().__init__(name="decode", daemon=True)
@@ -54,6 +58,7 @@ class DecodeThread(threading.Thread):
         self._transport = transport
         self._compiler = compiler
         self._inbox = inbox
+        self._outbox = outbox
         self._epoch = epoch
         self._num_beats = 0
         self.exit_code = 1
@@ -75,7 +80,7 @@ class DecodeThread(threading.Thread):
                 self.exit_code = 2
             else:
                 log.exception("worker_failed")
-            self._transport.broadcast(Fatal(self._epoch, ErrorCode.DEVICE_ERROR, type(error).__name__))
+            self._outbox.broadcast(Fatal(self._epoch, ErrorCode.DEVICE_ERROR, type(error).__name__))
 
     def _serve(self) -> None:
         started_s = time.perf_counter()
@@ -87,7 +92,7 @@ class DecodeThread(threading.Thread):
             self._config,
             startup,
             inbox=self._inbox,
-            outbox=self._transport,
+            outbox=self._outbox,
             epoch=self._epoch,
             on_beat=self._on_beat if self._config.beat_fd >= 0 else None,
         )
@@ -108,37 +113,40 @@ class DecodeThread(threading.Thread):
         startup.ready(self._config.endpoint, worker.ready.model.model_id)
         worker.engine.run()
 
-    def _on_beat(self, num_steps: int) -> None:
-        """The supervisor watches this counter: it moves only while the decode loop turns."""
+    def _on_beat(self, num_steps: int, expected_s: float) -> None:
+        """The supervisor watches this: the counter moves only while the decode loop turns, and beside it stands for
+        how long that may now stop."""
         self._num_beats += 1
-        os.pwrite(self._config.beat_fd, self._num_beats.to_bytes(8, "little"), 0)
+        patience_s = expected_s + self._config.progress_timeout_s
+        os.pwrite(self._config.beat_fd, BEAT.pack(self._num_beats, patience_s), 0)
 
 
 def serve(config: WorkerConfig) -> int:
     """Run a worker until it is drained, told to stop, or fails. Returns the exit code."""
     configure_logs("worker", level=config.log_level, json=config.log_json)
-    inbox: SimpleQueue[Command] = SimpleQueue()
+    inbox: Inbox = SimpleQueue()
+    outbox = WireOutbox()
     epoch = (time.time_ns() // 1000) & ((1 << 53) - 1)
     secure = None
     if config.curve_key_dir is not None:
         from worker.wire.keys import secure_with
 
         secure = secure_with(config.curve_key_dir)
-    transport = Transport(config.endpoint, inbox, secure=secure)
-    compiler = transport.compiler = GrammarCompiler(inbox, transport, epoch)
+    compiler = GrammarCompiler(inbox, outbox, epoch)
+    transport = Transport(config.endpoint, inbox, outbox, compiler=compiler, secure=secure)
     try:
         transport.start()
     except Exception as error:
         sys.stderr.write(f"degas worker: cannot bind endpoint {config.endpoint}: {error}\n")
         return 2
-    decode = DecodeThread(config, transport, compiler, inbox, epoch)
+    decode = DecodeThread(config, transport, compiler, inbox, outbox, epoch)
     signals = 0
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal signals
         signals += 1
         # A second signal is somebody losing patience.
-        inbox.put((b"", Drain(DRAIN_S if signals == 1 else 0.0), []))
+        inbox.put(Received(b"", Drain(DRAIN_S if signals == 1 else 0.0)))
         if signals > 2:
             os._exit(130)
 

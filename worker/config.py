@@ -78,9 +78,17 @@ class WorkerConfig(BaseModel):
     max_rows: int = Field(32, ge=1, le=1024, description="sequences decoded together")
     max_waiting: int = Field(256, ge=0, description="sequences that wait for a row; more are refused")
     step_tokens: int = Field(2048, ge=16, description="tokens of one step")
-    mixed_tokens: int = Field(1024, ge=16, description="the same while rows decode: bounds their gap")
+    step_s: float | None = Field(
+        None,
+        ge=0,
+        description="time that a step may take; none: 0.25 on a CPU, no bound elsewhere; 0: no bound",
+    )
+    gap_s: float | None = Field(
+        None, ge=0, description="the same while rows decode: bounds their gap; none: half of step_s"
+    )
+    mixed_tokens: int = Field(1024, ge=16, description="the same while rows decode")
     step_crops: int = Field(26, ge=1, description="image crops encoded in one step; one picture always may")
-    mixed_crops: int = Field(13, ge=1, description="the same while rows decode: bounds their gap")
+    mixed_crops: int = Field(13, ge=1, description="the same while rows decode")
     device_automata: bool = Field(True, description="regular constraints run on the device, without the host")
 
     page_tokens: int = Field(16, ge=1, le=256, description="tokens of one KV page")
@@ -95,6 +103,11 @@ class WorkerConfig(BaseModel):
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
     log_json: bool | None = Field(None, description="JSON lines; none: where stderr is no terminal")
+    progress_timeout_s: float = Field(
+        3.0,
+        gt=0,
+        description="silence of the decode thread, beyond what its steps should take, that means it hangs",
+    )
     beat_fd: int = Field(-1, description="file descriptor the supervisor reads progress from")
     report_startup: bool = Field(False, description="print DEGAS-PHASE, DEGAS-PROGRESS and DEGAS-READY lines")
 

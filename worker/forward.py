@@ -8,6 +8,7 @@ page `block_table[t // page_tokens]` at offset `t % page_tokens`. Page 0 belongs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,10 @@ def check_prefix(chunk: PrefillSegment) -> None:
         )
 
 
+def nothing() -> None:
+    """No progress is told."""
+
+
 @dataclass(slots=True)
 class StepTokens:
     """Where the N flattened tokens of a step stand."""
@@ -74,6 +79,9 @@ class StepTokens:
     # has nothing else: its `prefills` is empty, and tokens of no span are padding, whose hidden states are anything.
     spans: Tensor | None = None  # (S, 5) int32, see `chunk_spans`; entries of zeros are empty
     tables: Tensor | None = None  # (C, P) int32, unused entries anything
+    progress: Callable[[], None] = (
+        nothing  # called between layers that run while the host waits: it is slow, not hung
+    )
 
 
 @dataclass(slots=True)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 
 import msgspec
 import structlog
@@ -17,21 +16,22 @@ import torch
 from shared.protocol import PROTOCOL_VERSION, Limits, ModelCard, Ready, schema_hash
 from worker.config import ConfigError, WorkerConfig
 from worker.device.contract import Device
-from worker.device.cpu import CpuDevice
+from worker.device.cpu import CpuDevice, available_bytes, has_bf16
 from worker.device.cuda import CudaDevice
 from worker.device.huge_pages import use_huge_pages
 from worker.formats.locate import locate
 from worker.formats.open_source import open_source
 from worker.formats.source import Source
-from worker.loop.engine import Command, Engine
-from worker.loop.reports import Outbox
+from worker.loop.engine import Engine
+from worker.loop.inbox import Inbox, Outbox
 from worker.models.contract import Model
 from worker.models.registry import load_model
 from worker.native.build import forbid
 from worker.native.products import products
-from worker.schedule.automaton_slots import AutomatonSlots, TableLimits
+from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
 from worker.schedule.limits import SchedulerLimits
+from worker.schedule.pace import Pace, guessed_costs
 from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
 from worker.schedule.scheduler import Scheduler
@@ -40,6 +40,7 @@ from worker.sim.runner import SimRunner, fake_card
 from worker.sim.timeline import RealClock
 from worker.sim.tokenizer import SIM_TOKENIZER, VOCAB_SIZE
 from worker.step.contract import Runner
+from worker.step.staging import StepShape
 from worker.step.torch_runner import TorchRunner
 from worker.step.warm_up import warm_up
 
@@ -47,6 +48,7 @@ log = structlog.get_logger()
 
 SMALL_WEIGHTS_BYTES = 32 << 20
 MIN_CONTEXT_TOKENS = 256
+CPU_STEP_S = 0.25
 ENCODER_WIDTHS = 16  # of the encoder's width, held at once for each image token by its widest layer
 
 
@@ -93,10 +95,10 @@ def build_worker(
     config: WorkerConfig,
     startup: Startup,
     *,
-    inbox: SimpleQueue[Command],
+    inbox: Inbox,
     outbox: Outbox,
     epoch: int,
-    on_beat: Callable[[int], None] | None = None,
+    on_beat: Callable[[int, float], None] | None = None,
 ) -> Worker:
     """Build everything on the calling thread, which becomes the decode thread. Raises `ConfigError` or
     `worker.formats.source.CheckpointError` with what to do about it."""
@@ -107,7 +109,11 @@ def build_worker(
             [SIM_TOKENIZER, b""],
             config.num_pages or 4096,
         )
-        runner = _sim_runner(config, card, num_pages)
+        shape = _shape(config, card, num_pages)
+        if config.sim_profile not in PROFILES:
+            raise ConfigError(f"sim_profile {config.sim_profile!r} is none of {sorted(PROFILES)}")
+        runner = SimRunner(card, RealClock(), PROFILES[config.sim_profile], shape, exact=False)
+        pace = Pace(guessed_costs(1, 1e6), step_s=config.step_s or 0.0, gap_s=_gap_s(config, 0.0))
         device_name = f"sim:{config.sim_profile}"
     else:
         with startup.phase("device"):
@@ -127,7 +133,15 @@ def build_worker(
         num_pages = config.num_pages or _num_pages(config, device, model, card.context_tokens)
         card = _fit_context(card, (num_pages - 1) * config.page_tokens, config.context)
         with startup.phase("allocate"):
-            torch_runner = _torch_runner(config, device, model, num_pages, card.context_tokens)
+            shape = _shape(config, card, num_pages)
+            torch_runner = TorchRunner(
+                model,
+                device,
+                shape,
+                feature_bytes=config.feature_bytes,
+                automata=config.device_automata,
+            )
+        pace = _pace(config, model)
         if device.captures:
             with startup.phase("warm up"):
                 warm_up(torch_runner, startup.progress, budget_s=config.warm_up_s)
@@ -135,16 +149,17 @@ def build_worker(
         device_name = device.name
     pool = PagePool(num_pages, config.page_tokens)
     limits = SchedulerLimits(
-        max_rows=config.max_rows,
+        max_rows=shape.max_rows,
         max_waiting=config.max_waiting,
-        step_tokens=config.step_tokens,
+        step_tokens=shape.step_tokens,
         mixed_tokens=config.mixed_tokens,
-        step_crops=config.step_crops,
+        step_crops=shape.step_crops,
         mixed_crops=config.mixed_crops,
-        max_sequence_tokens=card.context_tokens,
+        max_sequence_tokens=shape.max_sequence_tokens,
     )
-    automata = AutomatonSlots(TableLimits()) if config.device_automata else None
-    scheduler = Scheduler(limits, pool, PrefixCache(pool) if config.prefix_cache else None, automata)
+    automata = AutomatonPlaces(TableLimits()) if config.device_automata else None
+    cache = PrefixCache(pool) if config.prefix_cache else None
+    scheduler = Scheduler(limits, pool, cache, automata, pace)
     engine = Engine(
         scheduler,
         runner,
@@ -158,9 +173,6 @@ def build_worker(
         late_launch=config.late_launch,
         on_beat=on_beat,
     )
-    if isinstance(runner, TorchRunner):
-        engine.metrics.eager_steps_total = runner.graph_counts.eager_steps_total
-        engine.metrics.captures_total = runner.graph_counts.captures_total
     ready = Ready(
         PROTOCOL_VERSION,
         schema_hash(),
@@ -173,6 +185,7 @@ def build_worker(
             config.page_tokens,
             config.step_tokens,
             min(card.context_tokens, pool.total * config.page_tokens),
+            config.progress_timeout_s,
         ),
         device_name,
         dict(startup.phases_s),
@@ -197,11 +210,18 @@ def _dtype(config: WorkerConfig, device: Device, source: Source) -> torch.dtype:
     if device.torch_device.type == "cuda":
         return torch.bfloat16
     compiled = products(device.torch_device)
-    if compiled is not None and compiled.multiplies(torch.bfloat16):
+    if has_bf16():
+        # By torch's operations a model that fits the caches gains little from bf16, and in fp32 batches agree to the
+        # last token.
+        is_small = source.num_bytes < SMALL_WEIGHTS_BYTES
+        has_products = compiled is not None and compiled.multiplies(torch.bfloat16)
+        return torch.bfloat16 if has_products or not is_small else torch.float32
+    if compiled is not None and compiled.multiplies(torch.float32):
+        return torch.float32  # activations alone: weights that were saved in bf16 are kept so
+    if 2 * source.num_bytes > 0.8 * available_bytes() > 0:
+        log.warning("bf16_is_emulated", reason="no memory for the weights in fp32, ten times as quick here")
         return torch.bfloat16
-    # By torch's operations a model that fits the caches gains little from bf16, and in fp32 batches agree to the
-    # last token.
-    return torch.float32 if source.num_bytes < SMALL_WEIGHTS_BYTES else torch.bfloat16
+    return torch.float32
 
 
 def _num_pages(config: WorkerConfig, device: Device, model: Model, context_tokens: int) -> int:
@@ -263,36 +283,26 @@ def _fit_context(card: ModelCard, kv_tokens: int, asked: int) -> ModelCard:
     return msgspec.structs.replace(card, context_tokens=kv_tokens)
 
 
-def _torch_runner(
-    config: WorkerConfig, device: Device, model: Model, num_pages: int, context_tokens: int
-) -> TorchRunner:
-    return TorchRunner(
-        model,
-        device,
-        num_slots=max(2, config.depth),
-        num_pages=num_pages,
-        page_tokens=config.page_tokens,
+def _shape(config: WorkerConfig, card: ModelCard, num_pages: int) -> StepShape:
+    return StepShape(
         max_rows=config.max_rows,
-        max_sequence_tokens=context_tokens,
+        max_sequence_tokens=card.context_tokens,
         step_tokens=config.step_tokens,
-        feature_bytes=config.feature_bytes,
-        automata=config.device_automata,
+        page_tokens=config.page_tokens,
+        num_pages=num_pages,
+        vocab_size=card.vocab_size,
+        num_slots=max(2, config.depth),
         step_crops=config.step_crops,
     )
 
 
-def _sim_runner(config: WorkerConfig, card: ModelCard, num_pages: int) -> SimRunner:
-    if config.sim_profile not in PROFILES:
-        raise ConfigError(f"sim_profile {config.sim_profile!r} is none of {sorted(PROFILES)}")
-    return SimRunner(
-        card,
-        RealClock(),
-        PROFILES[config.sim_profile],
-        num_slots=max(2, config.depth),
-        num_pages=num_pages,
-        page_tokens=config.page_tokens,
-        max_rows=config.max_rows,
-        max_sequence_tokens=card.context_tokens,
-        step_tokens=config.step_tokens,
-        exact=False,
-    )
+def _pace(config: WorkerConfig, model: Model) -> Pace:
+    """How long steps may take, and a first guess of what they cost: on a CPU that of a slow one."""
+    on_cpu = model.device.type == "cpu"
+    step_s = config.step_s if config.step_s is not None else CPU_STEP_S if on_cpu else 0.0
+    guess = guessed_costs(model.weight_bytes // model.dtype.itemsize, 5e9 if on_cpu else 1e13)
+    return Pace(guess, step_s=step_s, gap_s=_gap_s(config, step_s))
+
+
+def _gap_s(config: WorkerConfig, step_s: float) -> float:
+    return config.gap_s if config.gap_s is not None else step_s / 2

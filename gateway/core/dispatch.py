@@ -21,7 +21,7 @@ from gateway.core.flights import Flight
 from gateway.core.metrics import Metrics
 from gateway.core.placement import Placement, Worker
 from gateway.core.tracing import Tracing
-from gateway.decisions.recovery import Recovery
+from gateway.decisions.recovery import Recovery, is_guilty
 from gateway.faults import fault_fields
 from gateway.generation import GenerateRequest, Listener, RequestError
 from shared.errors import ErrorCode
@@ -152,14 +152,15 @@ class Dispatch:
         now_s = self._now()
         draining = self._placement.draining
         num_retried = 0
+        crashed = not worker.link.was_silent
         for flight in lost:
             self._take_off(flight)
+            flight.num_crashes += crashed
+            flight.crashed_alone |= crashed and len(lost) == 1
             if flight.state.next_index == 0 and not draining and self.recovery.take(flight, now_s):
                 num_retried += 1
-            elif flight.state.next_index == 0 and flight.attempts > 1:
-                message = (
-                    "this request was being started when its worker died, twice; it will not be tried again"
-                )
+            elif flight.state.next_index == 0 and flight.attempts > 1 and is_guilty(flight):
+                message = "its worker crashed each time this request was started; it will not be tried again"
                 flight.fail(RequestError(ErrorCode.QUARANTINED, message))
             else:
                 flight.fail(error)

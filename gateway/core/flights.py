@@ -44,8 +44,10 @@ class Flight:
     __slots__ = (
         "_events",
         "attempts",
+        "crashed_alone",
         "deadline_s",
         "listener",
+        "num_crashes",
         "request",
         "request_id",
         "sequence_id",
@@ -73,6 +75,8 @@ class Flight:
         self.sequence_id = 0
         self.worker_key: int | None = None  # the worker holding it; None while it waits for one
         self.attempts = 0
+        self.num_crashes = 0  # of workers that were about to start it
+        self.crashed_alone = False  # one of them had nothing else to do
         self._events = events
 
     @property

@@ -78,7 +78,6 @@ class Service:
                 self,
                 self._context,
                 gateway_id=self.gateway_id,
-                progress_timeout_s=self.config.progress_timeout_s,
                 curve_key_dir=self.config.curve_key_dir,
                 now=self._now,
             )

@@ -22,6 +22,7 @@ from shared import protocol as wire
 from shared.errors import ErrorCode
 
 _TICK_S: Final = 0.25
+_ALMOST_S: Final = 1.0  # a supervisor may have ended a silent worker so much before its time is up here
 _LEASE_S: Final = 5.0
 
 log = structlog.get_logger(__name__)
@@ -59,16 +60,16 @@ class WorkerLink:
         context: zmq.Context[zmq.Socket[bytes]],
         *,
         gateway_id: str,
-        progress_timeout_s: float,
         curve_key_dir: str | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.endpoint = endpoint
         self.anomalies: Counter[str] = Counter()
+        self.was_silent = False  # the worker last lost: it hung or was stopped, and did not crash
         self._events = events
         self._gateway_id = gateway_id
         self._now = now
-        self._life = LinkLife(progress_timeout_s)
+        self._life = LinkLife()
         self._socket = WorkerSocket(endpoint, self, context, curve_key_dir=curve_key_dir)
         self._timer: asyncio.TimerHandle | None = None
 
@@ -250,6 +251,7 @@ class WorkerLink:
 
     def _lose(self, error: RequestError) -> None:
         """The serving worker is gone; there is one."""
+        self.was_silent = self._life.silent_s(self._now() + _ALMOST_S) > 0
         self._life.on_lost()
         self._events.on_lost(self, error)
 

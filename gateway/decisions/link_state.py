@@ -15,6 +15,7 @@ from shared.protocol import Beat, Ready
 _HELLO_S: Final = 0.25
 _REFUSED_HELLO_S: Final = 5.0
 _PING_S: Final = 1.0
+_MOST_EXPECTED_S: Final = 600.0  # nobody is waited for any longer, whatever it says
 _EARLY: Final = 0.9  # of an interval: a timer that ticks a little early must not wait a whole turn more
 
 
@@ -44,9 +45,9 @@ class LinkLife:
 
     __slots__ = (
         "_hello_s",
+        "_patience_s",
         "_ping_s",
         "_progress_s",
-        "_progress_timeout_s",
         "beat",
         "lost_epoch",
         "ready",
@@ -55,14 +56,14 @@ class LinkLife:
         "state",
     )
 
-    def __init__(self, progress_timeout_s: float) -> None:
+    def __init__(self) -> None:
         self.state = LinkState.CONNECTING
         self.ready: Ready | None = None
         self.beat: Beat | None = None
         self.lost_epoch = -1  # of the worker last lost
         self.refusal = ""  # why the worker found is of no use, if so
         self.refused_epoch = -1  # of the worker whose announcement was refused
-        self._progress_timeout_s = progress_timeout_s
+        self._patience_s = 0.0
         self._progress_s = 0.0
         self._hello_s = 0.0
         self._ping_s = 0.0
@@ -79,6 +80,7 @@ class LinkLife:
         self._move(LinkState.READY)
         self.ready, self.beat = ready, None
         self.refusal = ""
+        self._patience_s = ready.limits.progress_timeout_s
         self._progress_s = now_s
 
     def on_lost(self) -> None:
@@ -117,14 +119,17 @@ class LinkLife:
         self._progress_s = now_s
 
     def on_beat(self, beat: Beat, now_s: float) -> None:
-        """The same, in its own words."""
+        """The same, in its own words: they say too how long its steps should take from here, slow but not hung."""
+        if self.ready is not None:
+            expected_s = beat.expected_s if 0 <= beat.expected_s <= _MOST_EXPECTED_S else 0.0
+            self._patience_s = self.ready.limits.progress_timeout_s + expected_s
         self.beat = beat
         self._progress_s = now_s
 
     def silent_s(self, now_s: float) -> float:
         """For how long a serving worker has made no progress, where that is too long; else 0."""
         silent_s = now_s - self._progress_s
-        return silent_s if self.ready is not None and silent_s >= self._progress_timeout_s else 0.0
+        return silent_s if self.ready is not None and silent_s >= self._patience_s else 0.0
 
     def ask_soon(self) -> None:
         """Make a hello due at once."""

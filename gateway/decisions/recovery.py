@@ -2,7 +2,7 @@
 
 A request that kills the worker takes innocent ones with it. Retrying all together would let it do so again,
 so the survivors are retried in single file: the next one goes only when the one before has shown a token or
-ended. Whoever is alone on probation when a worker dies again did it, and is quarantined; those still in the file
+ended. Whoever is on probation when a worker crashes again is quarantined (see `is_guilty`); those still in the file
 lose nothing. One that has shown a token cannot be sent again (its client has read it) and ends with its worker.
 Requests that arrive meanwhile are not held up: they are not suspects.
 """
@@ -21,6 +21,22 @@ class Retryable(Protocol):
 
     @property
     def attempts(self) -> int: ...
+
+
+class Suspect(Retryable, Protocol):
+    """The same, with what its workers ended like: `num_crashes` of them crashed, one of them with nothing else to do
+    (`crashed_alone`). A worker that fell silent was slow, stopped or hung, which says nothing about a request."""
+
+    @property
+    def num_crashes(self) -> int: ...
+
+    @property
+    def crashed_alone(self) -> bool: ...
+
+
+def is_guilty(suspect: Suspect) -> bool:
+    """Whether there is evidence against it: a crash while it was alone, or one at each of its attempts."""
+    return suspect.crashed_alone or suspect.num_crashes >= max(1, suspect.attempts)
 
 
 F = TypeVar("F", bound=Retryable)

@@ -18,7 +18,8 @@ import typer
 from loadtest.bench.published import OUTPUT_TOKENS, PHOTON
 from loadtest.tables import of_objects, show
 from shared.protocol import FromWorker, ModelCard, Sampling, StepOutputs, Submit, pack_i32
-from worker.loop.engine import Command, Engine
+from worker.loop.engine import Engine
+from worker.loop.inbox import Inbox, Received
 from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pages import PagePool
 from worker.schedule.plan import StepPlan, StepResult
@@ -26,6 +27,8 @@ from worker.schedule.scheduler import Scheduler
 from worker.sim.profiles import GPUS, LAUNCH_S, SHAPES, ModelShape, Profile, predict_forward_s
 from worker.sim.runner import OOM_TOKEN, SimRunner, fake_card
 from worker.sim.timeline import VirtualClock
+from worker.step.contract import Progress
+from worker.step.staging import StepShape
 
 FIRST_TOKEN = OOM_TOKEN + 1  # ids up to it mean faults to the simulated device
 WARM_UP_STEPS = 50
@@ -66,24 +69,21 @@ class _CostlyRunner(SimRunner):
     def __init__(
         self, card: ModelCard, clock: VirtualClock, host_s: float, profile: Profile, rows: int, num_pages: int
     ) -> None:
-        super().__init__(
-            card,
-            clock,
-            profile,
-            num_slots=2,
-            num_pages=num_pages,
-            page_tokens=16,
+        shape = StepShape(
             max_rows=rows,
             max_sequence_tokens=1024,
             step_tokens=2048,
-            exact=False,
+            page_tokens=16,
+            num_pages=num_pages,
+            vocab_size=card.vocab_size,
         )
+        super().__init__(card, clock, profile, shape, exact=False)
         self._clock = clock
         self._host_s = host_s
 
-    def launch_forward(self, slot_number: int, plan: StepPlan) -> None:
+    def launch_forward(self, slot_number: int, plan: StepPlan, progress: Progress) -> None:
         self._clock.advance(self._host_s * HOST_BEFORE)
-        super().launch_forward(slot_number, plan)
+        super().launch_forward(slot_number, plan, progress)
 
     def wait(self, slot_number: int, plan: StepPlan) -> StepResult:
         result = super().wait(slot_number, plan)
@@ -119,7 +119,7 @@ def _run(
     num_pages = rows * 64 + 1
     clock = VirtualClock()
     runner = _CostlyRunner(card, clock, host_s, profile, rows, num_pages)
-    inbox: SimpleQueue[Command] = SimpleQueue()
+    inbox: Inbox = SimpleQueue()
     ids = iter(range(1 << 30))
 
     def submit() -> None:
@@ -127,7 +127,7 @@ def _run(
         num_plain = output_tokens - FIRST_TOKEN
         prompt = [FIRST_TOKEN + number * 7 % num_plain, FIRST_TOKEN + number % num_plain]
         message = Submit(1, number, "s", pack_i32(prompt), 1000, Sampling(temperature=1.0, seed=number))
-        inbox.put((b"", message, []))
+        inbox.put(Received(b"", message))
 
     engine = Engine(
         Scheduler(

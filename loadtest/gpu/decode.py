@@ -29,12 +29,14 @@ from shared.protocol import FromWorker, Sampling, StepOutputs, Submit, pack_i32
 from worker.device.contract import Device
 from worker.device.cpu import CpuDevice
 from worker.device.cuda import CudaDevice
-from worker.loop.engine import Command, Engine
+from worker.loop.engine import Engine
+from worker.loop.inbox import Inbox, Received
 from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pages import PagePool
 from worker.schedule.plan import StepPlan, StepResult
 from worker.schedule.scheduler import Scheduler
 from worker.step.contract import DeviceTimes
+from worker.step.staging import StepShape
 from worker.step.torch_runner import TorchRunner
 
 GATEWAY, EPOCH, PAGE_TOKENS = b"bench", 1, 16
@@ -172,7 +174,7 @@ def run_rows(
         mixed_tokens=PREFILL_TOKENS,
         max_sequence_tokens=model.card.context_tokens,
     )
-    inbox: SimpleQueue[Command] = SimpleQueue()
+    inbox: Inbox = SimpleQueue()
     engine = Engine(
         Scheduler(limits, pool),
         runner,
@@ -199,7 +201,7 @@ def run_rows(
             sampling=sampling,
             ignore_eos=True,
         )
-        inbox.put((GATEWAY, submit, []))
+        inbox.put(Received(GATEWAY, submit))
     runner.times.clear()
     begun_s = time.perf_counter()
     host_before_s, full_s = 0.0, 0.0
@@ -254,16 +256,19 @@ def make_runner(
     runner = TimedRunner(
         made.model,
         device,
-        num_slots=max(2, depth),
-        num_pages=most * (-(-row_tokens // PAGE_TOKENS) + 1) + 1,
-        page_tokens=PAGE_TOKENS,
-        max_rows=most,
-        max_sequence_tokens=longest,
-        step_tokens=PREFILL_TOKENS,
+        StepShape(
+            max_rows=most,
+            max_sequence_tokens=longest,
+            step_tokens=PREFILL_TOKENS,
+            page_tokens=PAGE_TOKENS,
+            num_pages=most * (-(-row_tokens // PAGE_TOKENS) + 1) + 1,
+            vocab_size=made.model.card.vocab_size,
+            num_slots=max(2, depth),
+            step_crops=1,  # no pictures here: the vision encoder has a benchmark of its own
+        ),
         buckets=sorted(row_counts),
         token_buckets=[],  # prompts are prefilled thousands of tokens a step
         automata=False,
-        step_crops=1,  # no pictures here: the vision encoder has a benchmark of its own
     )
     started_s = time.perf_counter()
     runner.capture_graphs()

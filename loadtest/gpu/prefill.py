@@ -30,6 +30,7 @@ from worker.models.contract import Model
 from worker.schedule.plan import Chunk, StepPlan
 from worker.schedule.sequence import Sequence
 from worker.step.chunk_graphs import bucket_of
+from worker.step.staging import StepShape
 from worker.step.torch_runner import TorchRunner
 
 PAGE_TOKENS = 16
@@ -73,7 +74,7 @@ def time_step(runner: TorchRunner, plan: StepPlan, repeats: int) -> tuple[float,
     for _ in range(repeats + 1):
         runner.device.synchronize()
         started_s = time.perf_counter()
-        runner.launch_forward(0, plan)
+        runner.launch_forward(0, plan, lambda: None)
         runner.launch_sampling(0, plan, list(range(len(plan.samples))), masked=False)
         runner.launch_copy(0, plan)
         host.append((time.perf_counter() - started_s) * 1e6)
@@ -87,15 +88,18 @@ def make_runner(model: Model, device: Device, token_buckets: list[int] | None) -
     runner = TorchRunner(
         model,
         device,
-        num_slots=1,
-        num_pages=PREFILL_TOKENS // PAGE_TOKENS + MAX_ROWS,
-        page_tokens=PAGE_TOKENS,
-        max_rows=MAX_ROWS,
-        max_sequence_tokens=min(2048, model.card.context_tokens),
-        step_tokens=PREFILL_TOKENS,
+        StepShape(
+            max_rows=MAX_ROWS,
+            max_sequence_tokens=min(2048, model.card.context_tokens),
+            step_tokens=PREFILL_TOKENS,
+            page_tokens=PAGE_TOKENS,
+            num_pages=PREFILL_TOKENS // PAGE_TOKENS + MAX_ROWS,
+            vocab_size=model.card.vocab_size,
+            num_slots=1,
+            step_crops=1,
+        ),
         token_buckets=token_buckets,
         automata=False,
-        step_crops=1,
     )
     for key in runner.chunk_graph_keys():
         runner.capture_chunk_graph(*key)

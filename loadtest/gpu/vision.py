@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,9 +28,10 @@ from loadtest.gpu.kernels import measure_products
 from loadtest.gpu.random_models import random_model
 from worker.device.contract import Device
 from worker.forward import ImageCrops
+from worker.models.contract import EncodeCrops
 from worker.models.moondream import Moondream
 from worker.models.moondream_config import VisionConfig
-from worker.step.graph_table import GraphCounts
+from worker.step.contract import GraphCounts
 from worker.step.vision_graphs import VisionGraphs
 
 COUNTS = (1, 2, 4, 7, 13, 26)
@@ -73,7 +75,7 @@ def time_ms(device: Device, work: Callable[[], object], repeats: int) -> tuple[f
 
 
 def measure(
-    device: Device, model: Moondream, what: str, crops: int, work: Callable[[], object], graphs: VisionGraphs,
+    device: Device, model: Moondream, what: str, crops: int, work: Callable[[EncodeCrops], object], graphs: VisionGraphs,
     repeats: int, floor_ms: float,
 ) -> Line:  # fmt: skip
     """The three ways, twice each in turn; the better of the two."""
@@ -82,8 +84,8 @@ def measure(
     for _ in range(2):
         for way in ("plain", "fused", "captured"):
             vision.fuses = can_fuse and way != "plain"
-            vision.run = graphs.features if way == "captured" else vision.features
-            best[way] = min(best.get(way, (1e9, 1e9)), time_ms(device, work, repeats))
+            features = graphs.features if way == "captured" else vision.features
+            best[way] = min(best.get(way, (1e9, 1e9)), time_ms(device, partial(work, features), repeats))
     return Line(
         what,
         crops,
@@ -150,14 +152,14 @@ def main(
             side = config.crop_size
             crops = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, device=where)
             name = f"{count} crops"
-            work = lambda crops=crops: model.vision.run(crops)  # noqa: E731
+            work = lambda features, crops=crops: features(crops)  # noqa: E731
             lines.append(measure(device, model, name, count, work, graphs, repeats, count * floor_ms))
             print(to_line(lines[-1]), flush=True)
         for number, tiles_h, tiles_w in [(1, 1, 1), (1, 2, 2), (1, 3, 4), (8, 1, 1), (4, 2, 2), (2, 3, 4)]:
             pictures = [picture(model, tiles_h, tiles_w) for _ in range(number)]
             count = number * (1 + tiles_h * tiles_w if tiles_h * tiles_w > 1 else 1)
             name = f"{number} pictures of {tiles_h}×{tiles_w} tiles"
-            encode = lambda pictures=pictures: model.encode_images(pictures)  # noqa: E731
+            encode = lambda features, pictures=pictures: model.encode_images(pictures, features)  # noqa: E731
             lines.append(measure(device, model, name, count, encode, graphs, repeats, count * floor_ms))
             print(to_line(lines[-1]), flush=True)
     record = {

@@ -13,12 +13,14 @@ from shared.protocol import FromWorker, StepOutputs, Submit, pack_i32, unpack_i3
 from worker.device.cpu import CpuDevice
 from worker.device.huge_pages import use_huge_pages
 from worker.formats.open_source import open_source
-from worker.loop.engine import Command, Engine
+from worker.loop.engine import Engine
+from worker.loop.inbox import Inbox, Received
 from worker.models.registry import load_model
 from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
 from worker.schedule.scheduler import Scheduler
+from worker.step.staging import StepShape
 from worker.step.torch_runner import TorchRunner
 
 GATEWAY, EPOCH = b"bench", 1
@@ -73,14 +75,17 @@ class DegasSide:
             runner = TorchRunner(
                 self.model,
                 device,
-                num_slots=max(2, depth),
-                num_pages=num_pages,
-                page_tokens=PAGE_TOKENS,
-                max_rows=rows,
-                max_sequence_tokens=CONTEXT_TOKENS,
-                step_tokens=step_tokens,
+                StepShape(
+                    max_rows=rows,
+                    max_sequence_tokens=CONTEXT_TOKENS,
+                    step_tokens=step_tokens,
+                    page_tokens=PAGE_TOKENS,
+                    num_pages=num_pages,
+                    vocab_size=self.model.card.vocab_size,
+                    num_slots=max(2, depth),
+                ),
             )
-        self._inbox: SimpleQueue[Command] = SimpleQueue()
+        self._inbox: Inbox = SimpleQueue()
         self._log = TokenLog()
         self.engine = Engine(
             Scheduler(limits, pool, PrefixCache(pool)),
@@ -113,7 +118,7 @@ class DegasSide:
                 new_tokens,
                 ignore_eos=True,
             )
-            self._inbox.put((GATEWAY, submit, []))
+            self._inbox.put(Received(GATEWAY, submit))
             self._next_id += 1
         while self.engine.tick():
             pass

@@ -26,7 +26,8 @@ from shared.protocol import (
     unpack_i64,
 )
 from worker.device.cuda import CudaDevice
-from worker.loop.engine import Command, Engine
+from worker.loop.engine import Engine
+from worker.loop.inbox import Inbox, Received
 from worker.models.contract import Model
 from worker.models.dense import Dense
 from worker.models.moondream import Moondream
@@ -37,6 +38,7 @@ from worker.schedule.prefix_cache import PrefixCache
 from worker.schedule.scheduler import Scheduler
 from worker.step.chunk_graphs import ChunkGraphs
 from worker.step.slot import Slot
+from worker.step.staging import StepShape
 from worker.step.torch_runner import TorchRunner
 from worker.step.warm_up import warm_up
 
@@ -68,12 +70,14 @@ def make_runner(model: Model, device: CudaDevice) -> TorchRunner:
     return TorchRunner(
         model,
         device,
-        num_slots=2,
-        num_pages=400,
-        page_tokens=PAGE_TOKENS,
-        max_rows=MAX_ROWS,
-        max_sequence_tokens=model.card.context_tokens,
-        step_tokens=256,
+        StepShape(
+            max_rows=MAX_ROWS,
+            max_sequence_tokens=model.card.context_tokens,
+            step_tokens=256,
+            page_tokens=PAGE_TOKENS,
+            num_pages=400,
+            vocab_size=model.card.vocab_size,
+        ),
     )
 
 
@@ -128,7 +132,7 @@ def run(
         mixed_tokens=128,
         max_sequence_tokens=runner.model.card.context_tokens,
     )
-    inbox: SimpleQueue[Command] = SimpleQueue()
+    inbox: Inbox = SimpleQueue()
     outbox = Tokens()
     engine = Engine(
         Scheduler(limits, pool, PrefixCache(pool)),
@@ -141,12 +145,12 @@ def run(
         depth=depth,
     )
     for submit in submits:
-        inbox.put((GATEWAY, submit, (frames or {}).get(submit.sequence_id, [])))
+        inbox.put(Received(GATEWAY, submit, (frames or {}).get(submit.sequence_id, [])))
     tick = 0
     while engine.tick():
         tick += 1
         if cancels and tick in cancels:
-            inbox.put((GATEWAY, Cancel(EPOCH, [cancels[tick]]), []))
+            inbox.put(Received(GATEWAY, Cancel(EPOCH, [cancels[tick]])))
     assert not engine.scheduler.has_work
     return outbox
 

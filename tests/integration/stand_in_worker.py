@@ -6,6 +6,7 @@ The number of earlier starts is counted in `STAND_IN_FOLDER`, where each start a
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 FOLDER = Path(os.environ["STAND_IN_FOLDER"])
 FAULT, _, WHEN = os.environ.get("STAND_IN", "").partition("@")
+PATIENCE_S = float(os.environ.get("STAND_IN_BEAT_TIMEOUT", "0.6"))
 START = len(list(FOLDER.glob("worker-*.pid")))
 FAULTY = bool(FAULT) and (not WHEN or START in {int(number) for number in WHEN.split(",")})
 
@@ -53,5 +55,5 @@ while True:
         os.kill(os.getpid(), signal.SIGKILL)
     if not hung:
         beats += 1
-        os.pwrite(int(os.environ["DEGAS_WORKER_BEAT_FD"]), beats.to_bytes(8, "little"), 0)
+        os.pwrite(int(os.environ["DEGAS_WORKER_BEAT_FD"]), struct.pack("<Qd", beats, PATIENCE_S), 0)
     time.sleep(0.02)

@@ -21,7 +21,6 @@ if __name__ == "__main__":
                 worker_settings={"model": "stand-in"},
                 drain_s=0.5,
                 worker_grace_s=-4.7,  # with the supervisor's own margin: 0.3 s
-                beat_timeout_s=float(os.environ.get("STAND_IN_BEAT_TIMEOUT", "0.6")),
                 restarts=RestartLimits(first_delay_s=0.02, max_delay_s=0.1, quick_s=0.5),
                 status_file=Path(os.environ["STAND_IN_FOLDER"]) / "status" / "status.json",
                 runtime_parent=Path(os.environ["STAND_IN_FOLDER"]) / "run",

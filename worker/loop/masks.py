@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from worker.constraints.llg import LlgConstraint, MaskExecutor, fill_in_parallel
+from worker.loop.inbox import MaskReady
+from worker.schedule.life import MaskLife
+from worker.schedule.plan import StepPlan
 from worker.schedule.sequence import Sequence
 
 I32 = npt.NDArray[np.int32]
@@ -26,16 +28,6 @@ I32 = npt.NDArray[np.int32]
 SLOW_S = 1e-3  # a row's mask that takes longer makes it paced; below half of it, it no longer is
 MIN_PARALLEL_ROWS = 4  # below, handing rows to threads costs more than it saves
 MAX_THREADS = 8
-
-
-@dataclass(slots=True, eq=False)
-class MaskReady:
-    """The mask of a paced sequence is built, or could not be; comes through the inbox."""
-
-    seq: Sequence
-    mask: I32
-    took_s: float
-    error: str = ""
 
 
 class MaskFiller:
@@ -59,6 +51,21 @@ class MaskFiller:
         self._one_by_one = False  # a parallel fill was slow: the next one finds out whose fault it was
         self.num_paced = 0
 
+    def fill_deferred(self, masks: I32, plan: StepPlan) -> list[tuple[Sequence, str]]:
+        """Write the masks of a step's constrained rows; returns those whose grammar failed, with its words. They are
+        zombies then, like rows that have ended meanwhile: whatever they sample is skipped."""
+        rows: list[tuple[int, Sequence]] = []
+        for i in plan.deferred:
+            seq = plan.samples[i]
+            if seq.finish is None:
+                rows.append((i, seq))
+            else:
+                masks[i] = -1
+        failed = self.fill(masks, rows)
+        for i, _ in failed:
+            masks[i] = -1
+        return [(plan.samples[i], text) for i, text in failed]
+
     def fill(self, masks: I32, rows: Items[tuple[int, Sequence]]) -> list[tuple[int, str]]:
         """Write `masks[i]` for each (i, sequence); returns (i, message) of those that failed.
 
@@ -67,9 +74,8 @@ class MaskFiller:
         failed: list[tuple[int, str]] = []
         quick: list[tuple[int, Sequence]] = []
         for i, seq in rows:
-            if seq.ready_mask is not None:
-                masks[i] = seq.ready_mask
-                seq.ready_mask = None
+            if seq.mask is MaskLife.READY:
+                masks[i] = seq.take_ready_mask()
             elif isinstance(seq.constraint, LlgConstraint):
                 quick.append((i, seq))
             else:
@@ -93,7 +99,7 @@ class MaskFiller:
             failed.append((i, str(error)))
             return
         if self._clock() - started_s > SLOW_S:
-            seq.is_paced = seq.awaits_mask = True
+            seq.on_slow_mask()
             self.num_paced += 1
 
     def build_ahead(self, seq: Sequence, num_words: int) -> None:
@@ -116,10 +122,7 @@ class MaskFiller:
     @staticmethod
     def accept(ready: MaskReady) -> None:
         """Let the sequence back into steps. Decode thread."""
-        seq = ready.seq
-        seq.ready_mask = ready.mask
-        seq.awaits_mask = False
-        seq.is_paced = ready.took_s > SLOW_S / 2
+        ready.seq.on_mask_ready(ready.mask, is_slow=ready.took_s > SLOW_S / 2)
 
     def close(self) -> None:
         """Drop what has not begun. What has, ends within the grammar's own limits."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from shared.histogram import Histogram
 from worker.schedule.plan import StepPlan
-from worker.step.contract import DeviceTimes
+from worker.step.contract import DeviceTimes, GraphCounts
 
 
 class WorkerMetrics:
     """What the loop did since it started."""
 
-    def __init__(self) -> None:
+    def __init__(self, graphs: GraphCounts) -> None:
         self.steps_total = 0
         self.step_rows_total = 0
         self.prefill_tokens_total = 0
@@ -30,9 +30,9 @@ class WorkerMetrics:
         self.finished_total: dict[str, int] = {}
         self.rejected_total = 0
         self.duplicate_submits_total = 0
-        self.sync_steps_total: dict[str, int] = {}  # by reason: Engine._count_sync
-        self.eager_steps_total: dict[str, int] = {}  # without their graph, by kind (graph_table)
-        self.captures_total: dict[str, int] = {}  # of graphs: startup, late, failed
+        self.sync_steps_total: dict[str, int] = {}  # by reason: `on_sync`
+        self.eager_steps_total = graphs.eager_steps_total  # without their graph, by kind
+        self.captures_total = graphs.captures_total  # of graphs: startup, late, failed
         self.depth = 0  # steps in flight after the last launch
         self.step_host = Histogram()
         self.step_wait = Histogram()
@@ -54,6 +54,11 @@ class WorkerMetrics:
         self.copy_seconds_total += times.copy_s
         self.wait_seconds_total += wait_s
         self.step_wait.observe(wait_s)
+
+    def on_sync(self, reason: str) -> None:
+        """A step the device was, or could have been, kept waiting for: `depth` (blocking mode), `idle` (no work
+        before it), `behind` (the host was late), `mask` (constrained rows had to see their last token)."""
+        self.sync_steps_total[reason] = self.sync_steps_total.get(reason, 0) + 1
 
     def on_bubble(self, idle_s: float) -> None:
         """The device had nothing to run for so long before a step, though there was work."""

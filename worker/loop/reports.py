@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 from shared.protocol import (
     Beat,
     Finish,
-    FromWorker,
     Rejected,
     StepOutputs,
     Timing,
@@ -17,21 +15,12 @@ from shared.protocol import (
     pack_i32,
     pack_i64,
 )
+from worker.loop.inbox import Outbox
 from worker.loop.metrics import WorkerMetrics
 from worker.schedule.plan import Committed, StepPlan, StepResult
 from worker.schedule.refusal import Refusal
 from worker.schedule.scheduler import Scheduler
 from worker.schedule.sequence import Sequence
-
-
-class Outbox(Protocol):
-    """Where the decode thread leaves messages for the I/O thread. Never blocks."""
-
-    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
-        """For one gateway; payloads ride as further frames."""
-
-    def broadcast(self, message: FromWorker) -> None:
-        """For every gateway with a lease."""
 
 
 class Reports:
@@ -115,8 +104,9 @@ class Reports:
         counts = self.metrics.finished_total
         counts[seq.finish.value] = counts.get(seq.finish.value, 0) + 1
 
-    def send_beat(self, scheduler: Scheduler, *, draining: bool, loop_s: float) -> None:
-        """The loop's progress and figures, to every gateway. `loop_s`: how long the loop has run."""
+    def send_beat(self, scheduler: Scheduler, *, draining: bool, loop_s: float, expected_s: float) -> None:
+        """The loop's progress and figures, to every gateway. `loop_s`: how long the loop has run; `expected_s`: how
+        long it may now be silent, at work on a step."""
         gauges = self.metrics.export()
         gauges["loop_seconds_total"] = loop_s
         gauges["preemptions_total"] = scheduler.num_preemptions
@@ -135,6 +125,7 @@ class Reports:
                 gauges,
                 self.metrics.export_histograms(),
                 self.drain_rate(self._clock()),
+                expected_s,
             )
         )
 

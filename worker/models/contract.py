@@ -12,6 +12,9 @@ from shared.protocol import ModelCard
 from worker.formats.source import ProgressReport, Source
 from worker.forward import ImageCrops, KVCache, StepTokens
 
+EncodeCrops = Callable[[Tensor], Tensor]
+"""(C, S, S, 3) uint8 → (C, num_tokens, width), see `CropEncoder`."""
+
 
 class CropEncoder(Protocol):
     """The part of a vision encoder that runs over crops of one size, however many pictures they come from."""
@@ -21,7 +24,6 @@ class CropEncoder(Protocol):
     width: int  # of one token's features
     max_crops: int  # of one picture, the global one included
     dtype: torch.dtype
-    run: Callable[[Tensor], Tensor]  # what the encoder itself calls: `features`, or graphs of it
 
     def features(self, crops: Tensor) -> Tensor:
         """(C, S, S, 3) uint8 → (C, num_tokens, width). Reads nothing on the host, so it can be captured."""
@@ -59,8 +61,9 @@ class Model(Protocol):
         """
         ...
 
-    def encode_images(self, images: list[ImageCrops]) -> list[Tensor]:
-        """Pictures → one (num_image_tokens, D) tensor of input embeddings each; crops of all in one batch."""
+    def encode_images(self, images: list[ImageCrops], features: EncodeCrops | None = None) -> list[Tensor]:
+        """Pictures → one (num_image_tokens, D) tensor of input embeddings each. `features` encodes the crops of all:
+        the encoder's own by default, or graphs of it, or crop by crop."""
         ...
 
     def forward(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from shared.protocol import ModelCard
 from worker.forward import ImageCrops, KVCache, StepTokens
 from worker.models.attention import AttentionPlan, fastest_kv_dtype, fuses
-from worker.models.contract import CropEncoder
+from worker.models.contract import CropEncoder, EncodeCrops
 from worker.models.head import Head
 from worker.models.layers import LayerNorm, RmsNorm
 from worker.models.torch_attention import GatherSpace
@@ -103,7 +103,7 @@ class Decoder:
         """(B,) freshly sampled ids → (B, D). A text model has no coordinates: the rest is ignored."""
         return self.embed(token_ids)
 
-    def encode_images(self, images: list[ImageCrops]) -> list[Tensor]:
+    def encode_images(self, images: list[ImageCrops], features: EncodeCrops | None = None) -> list[Tensor]:
         """Refused: intake lets no picture through to a model whose card has no `image`."""
         if images:
             raise RuntimeError(f"{self.card.model_id} reads text only; it cannot encode a picture")
@@ -121,6 +121,7 @@ class Decoder:
         plan = AttentionPlan(tokens, cache, self._space, self._native, rotations, hidden.dtype)
         for layer, block in enumerate(self._blocks):
             hidden = block(hidden, plan, layer)
+            tokens.progress()
         return hidden
 
     @staticmethod

@@ -13,6 +13,7 @@ from shared.protocol import ModelCard
 from worker.formats.source import ProgressReport, Source, Target
 from worker.forward import ImageCrops
 from worker.models.attention import AttentionPlan
+from worker.models.contract import EncodeCrops
 from worker.models.decoder import Decoder
 from worker.models.head import Head
 from worker.models.layers import PackedLinear, Take, take_linear, take_norm
@@ -105,9 +106,9 @@ class Moondream(Decoder):
         is_size = (spatial & (token_ids == self.card.size_id)).unsqueeze(1)
         return torch.where(is_size, sizes, torch.where(is_coordinate, coordinates, words))
 
-    def encode_images(self, images: list[ImageCrops]) -> list[Tensor]:
+    def encode_images(self, images: list[ImageCrops], features: EncodeCrops | None = None) -> list[Tensor]:
         """Pictures → one (num_image_tokens, D) tensor each. Raises ValueError on frames that do not fit."""
-        return self.vision.encode(images) if images else []
+        return self.vision.encode(images, features or self.vision.features) if images else []
 
     def decode_values(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """(R, D) hidden, (R,) sampled ids → (R, 2) fp32: a coordinate in column 0, a (width, height), else 0."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from worker.forward import ImageCrops
+from worker.models.contract import EncodeCrops
 from worker.models.layers import Take, take_linear, take_mlp, take_norm
 from worker.models.moondream_config import VisionConfig
 from worker.models.tiling import cut_crops, stitch_rows
@@ -17,8 +16,7 @@ from worker.models.tiling import cut_crops, stitch_rows
 class VisionEncoder:
     """Pictures → input embeddings of the language model; implements `contract.CropEncoder`.
 
-    `fuses`: norms with their residual sums and activations are a GPU's kernels (`worker.kernels`). `run` is what
-    encodes a batch of crops: `features`, or captured graphs of it (`worker.step.vision_graphs`).
+    `fuses`: norms with their residual sums and activations are a GPU's kernels (`worker.kernels`).
     """
 
     def __init__(self, config: VisionConfig, take: Take) -> None:
@@ -38,12 +36,11 @@ class VisionEncoder:
         )
         self.dtype = self._pos_emb.dtype
         self.fuses = self._pos_emb.device.type == "cuda"
-        self.run: Callable[[Tensor], Tensor] = self.features
         # Made now: on a GPU each would hold the host for its upload.
         self._kept = [self._kept_index(tiles) for tiles in range(1 + config.max_crops)]
 
-    def encode(self, images: list[ImageCrops]) -> list[Tensor]:
-        """Pictures → one (num_tokens, proj_out_dim) tensor each; the crops of all run as one batch.
+    def encode(self, images: list[ImageCrops], features: EncodeCrops) -> list[Tensor]:
+        """Pictures → one (num_tokens, proj_out_dim) tensor each; `features` encodes the crops of all.
 
         A picture of one tile is encoded once: its canvas is its global crop, pixel for pixel. Raises ValueError
         for a picture whose frames do not fit its tiling.
@@ -52,9 +49,9 @@ class VisionEncoder:
         margin = 2 * config.overlap_margin * config.enc_patch_size
         crops = [cut_crops(image, config.crop_size, margin) for image in images]
         crops = [own[:1] if own.shape[0] == 2 else own for own in crops]
-        features = self.run(torch.cat(crops))
+        encoded = features(torch.cat(crops))
         joined = []
-        for image, own in zip(images, torch.split(features, [len(own) for own in crops]), strict=True):
+        for image, own in zip(images, torch.split(encoded, [len(own) for own in crops]), strict=True):
             local = own[0] if len(own) == 1 else self._pool(own[1:], image.tiles_h, image.tiles_w)
             joined.append(torch.cat([own[0], local], dim=-1))
         return list(self._proj_mlp(torch.stack(joined)).unbind(0))

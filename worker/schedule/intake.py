@@ -6,7 +6,6 @@ The gateway has checked the same bounds; a worker trusts no gateway.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from shared.errors import ErrorCode
 from shared.protocol import ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
@@ -19,14 +18,6 @@ MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
 MAX_OBJECTS = 150
 DEFAULT_OBJECTS = 50
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledSubmit:
-    """A submission whose grammar has been compiled."""
-
-    message: Submit
-    constraint: Constraint
 
 
 def build_sequence(

@@ -64,6 +64,11 @@ class Pipeline:
         """The step launched last."""
         return self._in_flight[-1] if self._in_flight else None
 
+    @property
+    def expected_s(self) -> float:
+        """What all steps in flight should take together."""
+        return sum([step.plan.expected_s for step in self._in_flight])
+
     def can_launch(self, depth: int) -> bool:
         """Whether one more step may be launched at this depth.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from worker.constraints.automaton import TokenTables
+from worker.schedule.pace import NO_LOAD, StepLoad
 from worker.schedule.sequence import Sequence
 
 
@@ -16,6 +17,11 @@ class Chunk:
     start: int
     num_tokens: int
     is_last: bool  # reaches the end of what is known, so its last position is sampled
+
+
+def crops_of(chunk: Chunk) -> int:
+    """Crops that the vision encoder runs for a chunk, if it has them to run."""
+    return sum([p.num_crops for p in chunk.seq.pictures if chunk.start < p.position + p.num_tokens])
 
 
 @dataclass(slots=True, eq=False)
@@ -30,9 +36,11 @@ class StepPlan:
     sample_indexes: list[int]  # index of each sample among its sequence's generated tokens
     deferred: list[int]  # indexes into `samples` of rows that wait for a mask
     admitted: list[Sequence]  # sequences that got their row in this plan
-    tables: list[tuple[int, TokenTables]]  # automata to put into slots before the step
+    tables: list[tuple[int, TokenTables]]  # automata to put into their places before the step
 
     any_adjusted: bool = False  # some sample's logits are biased or penalised
+    load: StepLoad = NO_LOAD
+    expected_s: float = 0.0  # what it should take
 
     @property
     def num_tokens(self) -> int:

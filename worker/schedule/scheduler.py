@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from shared.errors import ErrorCode, FinishReason
 from worker.constraints.automaton import TokenAutomaton, TokenTables
-from worker.schedule.automaton_slots import AutomatonSlots
+from worker.schedule.automaton_places import AutomatonPlaces
+from worker.schedule.budget import StepBudget
+from worker.schedule.life import Life, MaskLife
 from worker.schedule.limits import SchedulerLimits
+from worker.schedule.pace import Pace, guessed_costs, load_of_chunk, load_of_step
 from worker.schedule.pages import PagePool
-from worker.schedule.plan import Chunk, Committed, StepPlan, StepResult
+from worker.schedule.plan import Chunk, Committed, StepPlan, StepResult, crops_of
 from worker.schedule.prefix_cache import PrefixCache
 from worker.schedule.refusal import Refusal
-from worker.schedule.sequence import Phase, Sequence
+from worker.schedule.sequence import Sequence
 from worker.schedule.waiting import WaitingQueue
 
 
@@ -26,9 +29,11 @@ class Scheduler:
         limits: SchedulerLimits,
         pages: PagePool,
         cache: PrefixCache | None = None,
-        automata: AutomatonSlots | None = None,
+        automata: AutomatonPlaces | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self.limits = limits
+        self.pace = pace or Pace(guessed_costs(1, 1e6))
         self.automata = automata
         self.pages = pages
         self.cache = cache
@@ -75,8 +80,14 @@ class Scheduler:
 
     def fail(self, seq: Sequence, code: ErrorCode, message: str) -> None:
         """Finish one live sequence with an error."""
-        seq.error = (code, message)
-        self._finish(seq, FinishReason.ERROR)
+        self._finish(seq, FinishReason.ERROR, (code, message))
+
+    def abandon(self, code: ErrorCode, message: str) -> list[Sequence]:
+        """The device is lost: finish every live sequence, and release nothing. Returns them."""
+        live = [seq for seq in self.sequences.values() if seq.finish is None]
+        for seq in live:
+            seq.end(FinishReason.ERROR, (code, message))
+        return live
 
     def expire(self, now_s: float) -> list[Sequence]:
         """Finish every sequence whose deadline has passed."""
@@ -104,7 +115,7 @@ class Scheduler:
         stalled: list[Sequence] = []
         page_tokens = self.pages.page_tokens
         for seq in self.running:
-            if seq.finish is not None or seq.preempted or seq.awaits_mask:
+            if seq.life is not Life.RUNNING or seq.mask is MaskLife.AWAITED:
                 continue
             if seq.num_computed < seq.num_known:
                 prefilling.append(seq)
@@ -115,77 +126,48 @@ class Scheduler:
                     stalled.append(seq)
         if stalled:
             self._preempt_for(stalled, decode, prefilling)
-        chunks, admitted = self._plan_prefill(prefilling, len(decode), blocked=bool(stalled), now_s=now_s)
+        chunks, admitted = self._plan_prefill(prefilling, decode, blocked=bool(stalled), now_s=now_s)
         if not decode and not chunks:
             return None
-        return self._launch(decode, chunks, admitted)
+        return self._take_into_step(decode, chunks, admitted)
 
     def _plan_prefill(
-        self, prefilling: list[Sequence], num_decode: int, *, blocked: bool, now_s: float
+        self, prefilling: list[Sequence], decode: list[Sequence], *, blocked: bool, now_s: float
     ) -> tuple[list[Chunk], list[Sequence]]:
-        limits = self.limits
-        budget = (limits.mixed_tokens if num_decode else limits.step_tokens) - num_decode
-        crops = limits.mixed_crops if num_decode else limits.step_crops
+        budget = StepBudget(self.limits, self.pace, self.pages.page_tokens, decode)
         chunks: list[Chunk] = []
         admitted: list[Sequence] = []
-
-        def add(seq: Sequence) -> bool:
-            nonlocal budget, crops
-            chunk = self._chunk(seq, budget, first=not chunks)
-            if chunk is None:
-                return False
-            cost = sum(p.num_crops for p in seq.pictures if chunk.start < p.position + p.num_tokens)
-            if chunks and cost > crops:
-                return False
-            crops -= cost
-            budget -= chunk.num_tokens
-            chunks.append(chunk)
-            return True
-
         for seq in prefilling:
-            if not add(seq):
+            chunk = budget.cut(seq)
+            if chunk is None:
                 return chunks, admitted
+            chunks.append(chunk)
         # A stalled decode row has first claim on pages: admitting now would only preempt again.
-        while not blocked and self.free_rows and budget > 0:
+        while not blocked and self.free_rows and budget.has_room:
             best = self.waiting.peek()
-            if best is None or best.awaits_mask or not self._has_room(best):
+            if best is None or best.mask is MaskLife.AWAITED or not self._has_room(best):
                 break
             if self.cache is not None:
                 best.num_computed = best.cached_tokens = self.cache.match(best)
             # A prompt's pages are taken whole: half-prefilled sequences never wait for each other's.
-            if not self._grow(best, best.num_known) or not add(best):
+            chunk = budget.cut(best) if self._grow(best, best.num_known) else None
+            if chunk is None:
                 self._drop_pages(best)
                 break
+            chunks.append(chunk)
             self.waiting.take(best)
             best.row = self.free_rows.pop()
-            best.phase = Phase.RUNNING
+            best.move_to(Life.RUNNING)
             if not best.first_planned_s:
                 best.first_planned_s = now_s
             self.running.append(best)
             admitted.append(best)
         return chunks, admitted
 
-    def _chunk(self, seq: Sequence, budget: int, *, first: bool) -> Chunk | None:
-        """The next piece of a prefill within `budget`, or None.
-
-        Cut at page boundaries where it can be, since matrix products then round alike wherever the cut falls
-        (I8). The bidirectional prefix is never cut: as the step's first chunk it may overdraw the budget, or a
-        busy batch would starve it.
-        """
-        start = seq.num_computed
-        left = seq.num_known - start
-        num = min(left, budget)
-        if num < left:
-            page_tokens = self.pages.page_tokens
-            aligned = (start + num) // page_tokens * page_tokens - start
-            num = aligned if aligned > 0 or not first else num
-        if start + num < seq.prefix_tokens:
-            num = seq.prefix_tokens - start if first else 0
-        if num <= 0:
-            return None
-        return Chunk(seq, start, num, start + num == seq.num_known)
-
-    def _launch(self, decode: list[Sequence], chunks: list[Chunk], admitted: list[Sequence]) -> StepPlan:
+    def _take_into_step(
+        self, decode: list[Sequence], chunks: list[Chunk], admitted: list[Sequence]
+    ) -> StepPlan:
+        """Count the rows of a step as in flight, and write down what it does."""
         samples: list[Sequence] = list(decode)
         indexes = [seq.num_sampled for seq in decode]
         positions = [seq.num_computed for seq in decode]
@@ -202,10 +184,9 @@ class Scheduler:
                 indexes.append(seq.num_sampled)
                 seq.num_sampled += 1
         tables = [table for seq in admitted if (table := self._place_automaton(seq)) is not None]
-        deferred = [i for i, seq in enumerate(samples) if seq.constraint is not None and not seq.table_slot]
-        for i in deferred:
-            samples[i].awaits_mask = samples[i].is_paced
+        deferred = [i for i, seq in enumerate(samples) if seq.mask is not MaskLife.NONE]
         self._step += 1
+        load = load_of_step(positions, [load_of_chunk(c.start, c.num_tokens, crops_of(c)) for c in chunks])
         adjusted = any([seq.is_adjusted for seq in samples])
         return StepPlan(
             self._step,
@@ -218,6 +199,8 @@ class Scheduler:
             admitted,
             tables,
             any_adjusted=adjusted,
+            load=load,
+            expected_s=self.pace.costs.of(load),
         )
 
     def _place_automaton(self, seq: Sequence) -> tuple[int, TokenTables] | None:
@@ -227,13 +210,18 @@ class Scheduler:
         placed = self.automata.take(seq.constraint.tables)
         if placed is None:
             return None  # no room: the host makes its masks
-        seq.table_slot, is_new = placed
-        return (seq.table_slot, seq.constraint.tables) if is_new else None
+        place, is_new = placed
+        seq.place_automaton(place)
+        return (place, seq.constraint.tables) if is_new else None
 
     # ------------------------------------------------------------------ commit
 
-    def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> Committed:
-        """Accept a step's outputs in order: advance, finish, release. Every row is counted off once (I3, I6)."""
+    def commit(self, plan: StepPlan, result: StepResult, now_s: float, *, busy_s: float = 0.0) -> Committed:
+        """Accept a step's outputs in order: advance, finish, release. Every row is counted off once (I3, I6).
+
+        `busy_s`: for how long it kept the device busy.
+        """
+        self.pace.on_step(plan.load, busy_s)
         out = Committed()
         for chunk in plan.chunks:
             if not chunk.is_last:
@@ -286,36 +274,37 @@ class Scheduler:
             elif index + 1 >= seq.max_tokens:
                 self._finish(seq, FinishReason.LENGTH)
                 finished.append(seq)
-            elif seq.preempted:
+            elif seq.life is Life.PREEMPTED:
                 self._settle(seq)
         return out
 
     # ------------------------------------------------------------------ resources
 
-    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
-        assert seq.finish is None, "a sequence finishes once"
-        seq.finish = reason
+    def _finish(
+        self, seq: Sequence, reason: FinishReason, error: tuple[ErrorCode, str] | None = None
+    ) -> None:
+        was_waiting = seq.life is Life.WAITING
+        seq.end(reason, error)
         self._num_deadlines -= seq.deadline_s > 0
         del self.sequences[(seq.gateway, seq.sequence_id)]
-        if seq.phase is Phase.WAITING:
+        if was_waiting:
             self.waiting.remove(seq)
-            seq.phase = Phase.FINISHED
+            seq.move_to(Life.RELEASED)
         else:
             self._settle(seq)
 
     def _settle(self, seq: Sequence) -> None:
         """Release rows and pages of a finished or preempted sequence once nothing in flight holds it (I5)."""
-        if seq.inflight_refs or seq.phase is not Phase.RUNNING:
+        if seq.inflight_refs or not seq.holds:
             return
         if self.cache is not None and seq.error is None:
             self.cache.insert(seq, min(seq.num_computed, len(seq.tokens)))
-        if seq.finish is not None:
+        if seq.life is Life.FINISHED:
             self._release(seq)
-            seq.phase = Phase.FINISHED
-        elif seq.preempted:
+            seq.move_to(Life.RELEASED)
+        elif seq.life is Life.PREEMPTED:
             self._release(seq)
-            seq.preempted = False
-            seq.phase = Phase.WAITING
+            seq.move_to(Life.WAITING)
             seq.num_known = len(seq.tokens)
             self.waiting.push_front(seq)
 
@@ -323,9 +312,9 @@ class Scheduler:
         self.running.remove(seq)
         self.free_rows.append(seq.row)
         seq.row = -1
-        if self.automata is not None and seq.table_slot:
-            self.automata.drop(seq.table_slot)
-            seq.table_slot = 0
+        if self.automata is not None and seq.table_place:
+            self.automata.drop(seq.table_place)
+            seq.place_automaton(0)
         self._drop_pages(seq)
 
     def _drop_pages(self, seq: Sequence) -> None:
@@ -362,16 +351,16 @@ class Scheduler:
         self, stalled: list[Sequence], decode: list[Sequence], prefilling: list[Sequence]
     ) -> None:
         """Take pages back from the youngest running sequence, unless some are about to come back anyway."""
-        if any(s.preempted or (s.finish is not None and s.inflight_refs) for s in self.running):
+        if any(s.life is Life.PREEMPTED or (s.finish is not None and s.inflight_refs) for s in self.running):
             return
         oldest = stalled[0]
         for victim in reversed(self.running):
-            if victim is oldest or victim.finish is not None:
+            if victim is oldest or victim.life is not Life.RUNNING:
                 continue
             for rows in (stalled, decode, prefilling):
                 if victim in rows:
                     rows.remove(victim)
-            victim.preempted = True
+            victim.move_to(Life.PREEMPTED)
             victim.preemptions += 1
             self.num_preemptions += 1
             self._settle(victim)  # at once if nothing in flight holds it, else at its last commit

@@ -1,4 +1,4 @@
-"""Owns the decode state of one request. Pure; decode thread.
+"""Owns the decode state of one request, and every way in which its life may go on. Pure; decode thread.
 
 Two clocks run in a sequence. *Launched* counters (`num_computed`, `num_sampled`) move when a step is
 planned; *committed* state (`tokens`, constraint, finish) moves when the host has read the step's outputs.
@@ -8,7 +8,6 @@ In a pipeline the first is ahead of the second by the steps in flight.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +15,10 @@ import numpy.typing as npt
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Sampling
 from worker.constraints.constraint import Constraint
+from worker.schedule.life import HOLDING, Life, MaskLife, mask_moved, moved
 
 IMAGE_TOKEN = -1
 """Stands in `tokens` for a position whose embedding comes from a picture."""
-
-
-class Phase(Enum):
-    """Where a sequence stands with the scheduler."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
 
 
 @dataclass(slots=True, eq=False)
@@ -66,26 +58,23 @@ class Sequence:
     prefix_tokens: int = 0
     task: str = "text"
     constraint: Constraint | None = None
-    table_slot: int = (
-        0  # where its automaton lives on the device; 0: the host makes its masks, or it has none
-    )
+    table_place: int = 0  # of its automaton on the device; 0: the host makes its masks, or it has none
     is_adjusted: bool = False  # logits are biased or penalised before sampling; set by __post_init__
     is_spatial: bool = False  # coordinate and size tokens carry values; set by __post_init__
     tenant: str = ""
     priority: int = 0
     deadline_s: float = 0.0  # absolute, 0: none
 
-    phase: Phase = Phase.WAITING
+    life: Life = Life.WAITING
     row: int = -1
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0  # positions whose K and V a launched step writes
     num_known: int = 0  # positions to prefill before decoding: all of `tokens` at (re)admission
     num_sampled: int = 0  # generated tokens, those in flight included
     inflight_refs: int = 0
-    is_paced: bool = False  # its masks are slow: built ahead on a thread (worker.loop.masks)
-    awaits_mask: bool = False  # paced, and its next mask is not there yet: it sits out
-    ready_mask: npt.NDArray[np.int32] | None = None  # the mask built ahead
-    preempted: bool = False  # to be released and queued again once out of flight
+    mask: MaskLife = MaskLife.NONE  # of its next token, as far as the host makes it
+    ready_mask: npt.NDArray[np.int32] | None = None  # built ahead (worker.loop.masks)
+    is_mask_slow: bool = False  # whether the mask behind the ready one is built ahead too
     preemptions: int = 0
     cached_tokens: int = 0
     values: dict[int, tuple[float, float]] = field(default_factory=dict)  # generated index → decoded value
@@ -106,7 +95,53 @@ class Sequence:
         """Some known position has not been launched yet."""
         return self.num_computed < self.num_known
 
+    @property
+    def holds(self) -> bool:
+        """It may have a row and pages."""
+        return self.life in HOLDING
+
+    # ------------------------------------------------------------------ its life
+
+    def move_to(self, life: Life) -> None:
+        """Go on. Raises LifeError, and changes nothing, where the table does not have the move."""
+        self.life = moved(self.life, life)
+
+    def end(self, reason: FinishReason, error: tuple[ErrorCode, str] | None = None) -> None:
+        """Finish, once."""
+        self.move_to(Life.FINISHED)
+        self.finish = reason
+        self.error = error
+
+    def place_automaton(self, place: int) -> None:
+        """Its automaton lies on the device from now on (place above 0), or no longer: who makes its masks follows."""
+        needs_host = self.constraint is not None and not place
+        if needs_host and self.mask is MaskLife.NONE:
+            self.mask = mask_moved(self.mask, MaskLife.DUE)
+        elif not needs_host and self.mask is not MaskLife.NONE:
+            self.mask = mask_moved(self.mask, MaskLife.NONE)
+            self.ready_mask = None
+        self.table_place = place
+
+    def on_slow_mask(self) -> None:
+        """The mask built with its step was slow: the next one is built ahead, and the sequence sits out until then."""
+        self.mask = mask_moved(self.mask, MaskLife.AWAITED)
+
+    def on_mask_ready(self, mask: npt.NDArray[np.int32], *, is_slow: bool) -> None:
+        """The mask built ahead is there. `is_slow`: the one behind it is to be built ahead too."""
+        self.mask = mask_moved(self.mask, MaskLife.READY)
+        self.ready_mask = mask
+        self.is_mask_slow = is_slow
+
+    def take_ready_mask(self) -> npt.NDArray[np.int32]:
+        """The mask built ahead, for the step that is being sampled."""
+        ready = self.ready_mask
+        self.mask = mask_moved(self.mask, MaskLife.AWAITED if self.is_mask_slow else MaskLife.DUE)
+        self.ready_mask = None
+        assert ready is not None
+        return ready
+
     def __post_init__(self) -> None:
+        self.place_automaton(0)
         s = self.sampling
         self.is_spatial = self.task != "text"
         self.is_adjusted = bool(

@@ -16,13 +16,28 @@ class Profile:
     copy_s: float = 15e-6
     prefill_token_s: float = 4e-6
     crop_s: float = 1e-3
+    key_s: float = 0.0
 
-    def forward(self, num_rows: int, num_prefill_tokens: int, num_crops: int) -> float:
-        """Forward time of a step: decode rows interpolated linearly, prefill tokens and crops on top."""
+    def forward(self, num_rows: int, num_prefill_tokens: int, num_crops: int, num_keys: int = 0) -> float:
+        """Forward time of a step: decode rows interpolated linearly, prefill tokens, the keys that these attend to,
+        and crops on top."""
         return (
             (self._decode(num_rows) if num_rows or not num_prefill_tokens else self._decode(1))
             + num_prefill_tokens * self.prefill_token_s
             + num_crops * self.crop_s
+            + num_keys * self.key_s
+        )
+
+    def slowed(self, name: str, factor: float) -> Profile:
+        """The same, so many times slower."""
+        return Profile(
+            name,
+            {rows: seconds * factor for rows, seconds in self.forward_s.items()},
+            self.sample_s * factor,
+            self.copy_s,
+            self.prefill_token_s * factor,
+            self.crop_s * factor,
+            self.key_s * factor,
         )
 
     def _decode(self, num_rows: int) -> float:
@@ -97,4 +112,7 @@ SMALL = Profile("small", {1: 0.45e-3, 8: 0.46e-3, 32: 0.50e-3, 128: 0.65e-3}, 0.
 # For tests on a virtual clock: costs that make interleavings interesting.
 TEST = Profile("test", {1: 1.0e-3, 32: 2.0e-3}, 0.1e-3, prefill_token_s=1e-5, crop_s=1e-4)
 
-PROFILES = {profile.name: profile for profile in (RTX_3090, A100, H100, H200, B200, SMALL, TEST)}
+# A laptop's processor under a model of some hundred million weights.
+LAPTOP = Profile("laptop", {1: 30e-3, 32: 150e-3}, 2e-3, prefill_token_s=2e-3, crop_s=0.5, key_s=5e-7)
+
+PROFILES = {profile.name: profile for profile in (RTX_3090, A100, H100, H200, B200, SMALL, LAPTOP, TEST)}

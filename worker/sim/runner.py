@@ -17,8 +17,8 @@ from worker.schedule.plan import Chunk, StepPlan, StepResult
 from worker.schedule.sequence import Sequence
 from worker.sim.profiles import Profile
 from worker.sim.timeline import Clock, SimEvent, SimStream, Timeline
-from worker.step.contract import DeviceTimes, OutOfDeviceMemory
-from worker.step.staging import I32, SlotShape, Views, stage_chunks, stage_rows, used_words
+from worker.step.contract import DeviceTimes, GraphCounts, OutOfDeviceMemory, Progress
+from worker.step.staging import I32, StepShape, Views, stage_chunks, stage_rows, used_words
 
 U64 = npt.NDArray[np.uint64]
 
@@ -88,7 +88,7 @@ def image_mark(digest: bytes, offset: int) -> int:
 class SimSlot:
     """One working set: host staging, its device copy, outputs on both sides."""
 
-    def __init__(self, shape: SlotShape) -> None:
+    def __init__(self, shape: StepShape) -> None:
         self.host = Views(np.zeros(shape.num_words, np.int32), shape)
         self.device = Views(np.zeros(shape.num_words, np.int32), shape)
         self.host_masks: I32 = np.zeros((shape.max_rows, shape.mask_words), np.int32)
@@ -114,29 +114,24 @@ class SimRunner:
         card: ModelCard,
         clock: Clock,
         profile: Profile,
+        shape: StepShape,
         *,
-        num_slots: int,
-        num_pages: int,
-        page_tokens: int,
-        max_rows: int,
-        max_sequence_tokens: int,
-        step_tokens: int,
         exact: bool = True,
         jitter: npt.NDArray[np.float64] | None = None,
     ) -> None:
         self.card = card
-        self.num_slots = num_slots
+        self.shape = shape
+        self.num_slots = shape.num_slots
+        self.graph_counts = GraphCounts()
         self.profile = profile
         self.exact = exact
         self.timeline = Timeline(clock)
         self.compute = SimStream(self.timeline)
         self.copy = SimStream(self.timeline)
-        max_pages = -(-max_sequence_tokens // page_tokens)
-        self.shape = SlotShape(max_rows, max_pages, step_tokens, page_tokens, card.vocab_size)
-        self.slots = [SimSlot(self.shape) for _ in range(num_slots)]
-        self.memory: U64 = np.zeros(num_pages * page_tokens, np.uint64)
-        self.last_ids = np.zeros(max_rows + 1, np.int64)
-        self.last_values = np.zeros((max_rows + 1, 2))
+        self.slots = [SimSlot(shape) for _ in range(shape.num_slots)]
+        self.memory: U64 = np.zeros(shape.num_pages * shape.page_tokens, np.uint64)
+        self.last_ids = np.zeros(shape.max_rows + 1, np.int64)
+        self.last_values = np.zeros((shape.max_rows + 1, 2))
         self.nan_at: dict[int, int] = {}  # row → tokens it still samples before its NaN
         self.automata: dict[int, TokenAutomaton | None] = {}  # by row: the device's own state
         self._jitter = jitter
@@ -144,7 +139,7 @@ class SimRunner:
 
     # ------------------------------------------------------------------ Runner
 
-    def launch_forward(self, slot_number: int, plan: StepPlan) -> None:
+    def launch_forward(self, slot_number: int, plan: StepPlan, progress: Progress) -> None:
         slot = self.slots[slot_number]
         stage_rows(slot.host, plan)
         if plan.chunks:
@@ -166,7 +161,9 @@ class SimRunner:
             self._forward(slot, num_rows, spans, known)
 
         crops = sum(p.num_crops for c in plan.chunks for p in c.seq.pictures if c.start <= p.position)
-        cost_s = self.profile.forward(num_rows, sum(c.num_tokens for c in plan.chunks), crops)
+        cost_s = self.profile.forward(
+            num_rows, sum(c.num_tokens for c in plan.chunks), crops, plan.load.num_keys
+        )
         if self._jitter is not None:
             cost_s *= float(self._jitter[self._num_steps % len(self._jitter)])
         self._num_steps += 1
@@ -295,7 +292,7 @@ class SimRunner:
 
 def _automaton(seq: Sequence) -> TokenAutomaton | None:
     """The device's own copy of an admitted sequence's automaton, if its tables are there."""
-    if seq.table_slot and isinstance(seq.constraint, TokenAutomaton):
+    if seq.table_place and isinstance(seq.constraint, TokenAutomaton):
         return seq.constraint.fork()
     return None
 

@@ -21,7 +21,8 @@ from worker.device.contract import Device
 from worker.forward import SPAN_TOKENS, KVCache, StepTokens
 from worker.models.contract import Model
 from worker.schedule.plan import Chunk
-from worker.step.graph_table import GraphCounts, GraphTable
+from worker.step.contract import GraphCounts
+from worker.step.graph_table import GraphTable
 from worker.step.slot import Slot
 from worker.step.staging import num_spans, stage_chunk_padding
 

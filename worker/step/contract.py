@@ -6,6 +6,8 @@ rows at once; constrained rows when their masks are ready), `launch_copy`, and l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -25,13 +27,34 @@ class OutOfDeviceMemory(RuntimeError):
     """The chunks of a step found no memory on the device; its decode rows are queued as ever."""
 
 
+@dataclass(slots=True)
+class GraphCounts:
+    """What became of captures, and how often one was missed; of all kinds together. For the metrics."""
+
+    eager_steps_total: dict[str, int] = field(default_factory=dict)  # by flavour, `chunk` and `vision`
+    captures_total: dict[str, int] = field(default_factory=dict)  # startup, late, failed
+
+    def add_eager(self, kind: str) -> None:
+        """A step, or a batch of crops, ran without a graph."""
+        self.eager_steps_total[kind] = self.eager_steps_total.get(kind, 0) + 1
+
+    def add_capture(self, kind: str) -> None:
+        """A capture ended."""
+        self.captures_total[kind] = self.captures_total.get(kind, 0) + 1
+
+
+Progress = Callable[[], None]
+"""Called from inside a step that runs while the host waits, between its parts: a sign of life may be due."""
+
+
 class Runner(Protocol):
-    """What the engine needs of whatever runs its steps: `torch_runner.TorchRunner`, or `device.sim.SimRunner`."""
+    """What the engine needs of whatever runs its steps: `torch_runner.TorchRunner`, or `sim.runner.SimRunner`."""
 
     num_slots: int
+    graph_counts: GraphCounts
 
-    def launch_forward(self, slot: int, plan: StepPlan) -> None:
-        """Queue uploads and the forward of `plan` on `slot`.
+    def launch_forward(self, slot: int, plan: StepPlan, progress: Progress) -> None:
+        """Queue uploads and the forward of `plan` on `slot`; a device that runs it at once calls `progress` meanwhile.
 
         Raises `OutOfDeviceMemory` when only the chunks could not be queued: what their rows sample means nothing.
         """

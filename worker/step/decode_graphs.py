@@ -16,7 +16,8 @@ from enum import IntEnum
 
 from worker.device.contract import Device
 from worker.schedule.sequence import Sequence
-from worker.step.graph_table import GraphCounts, GraphTable
+from worker.step.contract import GraphCounts
+from worker.step.graph_table import GraphTable
 from worker.step.slot import Slot
 
 
@@ -34,9 +35,9 @@ def flavour_of(rows: list[Sequence]) -> Flavour:
     for seq in rows:
         if seq.is_adjusted or seq.sampling.num_logprobs >= 0:
             return Flavour.GATED
-        if seq.constraint is not None and not seq.table_slot:
+        if seq.constraint is not None and not seq.table_place:
             return Flavour.GATED
-        full = full or seq.table_slot > 0 or seq.is_spatial
+        full = full or seq.table_place > 0 or seq.is_spatial
     return Flavour.FULL if full else Flavour.TEXT
 
 

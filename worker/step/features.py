@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from worker.forward import ImageCrops
-from worker.models.contract import Model
+from worker.models.contract import EncodeCrops, Model
 from worker.schedule.sequence import Picture
 
 
@@ -18,14 +18,16 @@ class FeatureCache:
     """Least recently used features, bounded in bytes, keyed by tenant and pixels: a shared key would let one
     tenant learn from timing which pictures another has sent."""
 
-    def __init__(self, model: Model, max_bytes: int) -> None:
+    def __init__(self, model: Model, max_bytes: int, encode: EncodeCrops | None = None) -> None:
+        """`encode` runs the vision encoder over crops; by default as it is, over all of them at once."""
         self._model = model
+        self._encode = encode
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._features: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
 
     def get(self, wanted: Iterable[tuple[str, Picture]]) -> dict[tuple[str, bytes], Tensor]:
-        """Features (num_image_tokens, D) for each (tenant, picture), all misses encoded in one batch."""
+        """Features (num_image_tokens, D) for each (tenant, picture), all misses encoded together."""
         found: dict[tuple[str, bytes], Tensor] = {}
         missing: dict[tuple[str, bytes], Picture] = {}
         for tenant, picture in wanted:
@@ -38,7 +40,7 @@ class FeatureCache:
                 found[key] = features
         if missing:
             crops = [self._upload(picture) for picture in missing.values()]
-            for key, features in zip(missing, self._model.encode_images(crops), strict=True):
+            for key, features in zip(missing, self._model.encode_images(crops, self._encode), strict=True):
                 found[key] = features
                 self._features[key] = features
                 self._num_bytes += features.nbytes

@@ -8,34 +8,18 @@ without running it first: the eager runs were that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVarTuple
 
 import structlog
 
 from worker.device.contract import CaptureFailed, Device, Graph
+from worker.step.contract import GraphCounts
 from worker.step.slot import Slot
 
 log = structlog.get_logger()
 
 EAGER_RUNS_BEFORE_CAPTURE = 4  # recording takes about as long as two eager steps
-
-
-@dataclass(slots=True)
-class GraphCounts:
-    """What became of captures, and how often one was missed; of all kinds together. For the metrics."""
-
-    eager_steps_total: dict[str, int] = field(default_factory=dict)  # by flavour, `chunk` and `vision`
-    captures_total: dict[str, int] = field(default_factory=dict)  # startup, late, failed
-
-    def add_eager(self, kind: str) -> None:
-        """A step, or a batch of crops, ran without a graph."""
-        self.eager_steps_total[kind] = self.eager_steps_total.get(kind, 0) + 1
-
-    def add_capture(self, kind: str) -> None:
-        """A capture ended."""
-        self.captures_total[kind] = self.captures_total.get(kind, 0) + 1
 
 
 Rest = TypeVarTuple("Rest")

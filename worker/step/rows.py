@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worker.constraints.automaton import TokenAutomaton, TokenTables
 from worker.device.contract import to_device
-from worker.schedule.automaton_slots import TableLimits
+from worker.schedule.automaton_places import TableLimits
 from worker.schedule.sequence import Sequence
 from worker.step.token_tables import DeviceTables
 
@@ -58,7 +58,7 @@ class RowTables:
         """Overwrite the row's state with the sequence's. Queued on the current stream."""
         if self.automata is not None:
             state = seq.constraint.state if isinstance(seq.constraint, TokenAutomaton) else 0
-            self.automata.place(seq.row, seq.table_slot, state)
+            self.automata.set_row(seq.row, seq.table_place, state)
         row, sampling = seq.row, seq.sampling
         if not seq.is_adjusted and row not in self._adjusted:
             return

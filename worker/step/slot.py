@@ -9,7 +9,7 @@ from torch import Tensor
 from worker.device.contract import Device, Event
 from worker.forward import SPAN_FIELDS
 from worker.schedule.plan import StepPlan, StepResult
-from worker.step.staging import FIELDS, FLOAT_FIELDS, I32, SlotShape, Views
+from worker.step.staging import FIELDS, FLOAT_FIELDS, I32, StepShape, Views
 
 OUTPUT_FIELDS = 5
 """Words of one row's outputs: id, bad, then two values and the token's logprob bit for bit as float32."""
@@ -22,7 +22,7 @@ class Slot:
     write and eager sampling reads; elsewhere each forward leaves its own there.
     """
 
-    def __init__(self, number: int, shape: SlotShape, device: Device) -> None:
+    def __init__(self, number: int, shape: StepShape, device: Device) -> None:
         self.number = number
         self.shape = shape
         rows, pages = shape.max_rows, shape.max_pages

@@ -41,15 +41,23 @@ def num_spans(chunks: list[Chunk]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class SlotShape:
-    """Sizes of a slot. `max_pages` bounds one sequence's block table."""
+class StepShape:
+    """The sizes of a worker, made once at start-up: of its slots and memory, and where things lie in a slot's buffer."""
 
     max_rows: int
-    max_pages: int
+    max_sequence_tokens: int
     step_tokens: int
     page_tokens: int
+    num_pages: int
     vocab_size: int
+    num_slots: int = 2
+    step_crops: int = 26  # of pictures, as the scheduler bounds them; one picture may have more
     max_logprobs: int = 20
+
+    @property
+    def max_pages(self) -> int:
+        """Of one sequence: the width of a block table."""
+        return -(-self.max_sequence_tokens // self.page_tokens)
 
     @property
     def tables_start(self) -> int:
@@ -117,7 +125,7 @@ class Views:
         "tables",
     )
 
-    def __init__(self, buffer: I32, shape: SlotShape) -> None:
+    def __init__(self, buffer: I32, shape: StepShape) -> None:
         self.buffer = buffer
         self.shape = shape
         rows, pages = shape.max_rows, shape.max_pages
@@ -137,7 +145,7 @@ class Views:
         self.draws = False
 
 
-def used_words(plan: StepPlan, shape: SlotShape, padded_rows: int) -> int:
+def used_words(plan: StepPlan, shape: StepShape, padded_rows: int) -> int:
     """How much of the buffer a step needs on the device."""
     if plan.chunks:
         return shape.chunk_tables_start + len(plan.chunks) * shape.max_pages

@@ -41,7 +41,7 @@ def wants_of(sequences: Iterable[Sequence]) -> Wants:
         random = random or sampling.temperature > 0
         adjusted = adjusted or seq.is_adjusted
         spatial = spatial or seq.is_spatial
-        automata = automata or seq.table_slot > 0
+        automata = automata or seq.table_place > 0
         num_top = max(num_top, sampling.num_logprobs)
     return Wants(random, adjusted, spatial, automata, num_top)
 

@@ -20,20 +20,19 @@ from torch import Tensor
 
 from worker.device.contract import Device
 from worker.formats.source import ProgressReport
-from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens
+from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens, nothing
 from worker.models.contract import Model
-from worker.schedule.automaton_slots import TableLimits
+from worker.schedule.automaton_places import TableLimits
 from worker.schedule.plan import StepPlan, StepResult
 from worker.step.chunk_embedding import ChunkEmbedding
 from worker.step.chunk_graphs import ChunkGraphs, chunk_buckets
-from worker.step.contract import DeviceTimes, OutOfDeviceMemory
+from worker.step.contract import DeviceTimes, GraphCounts, OutOfDeviceMemory, Progress
 from worker.step.decode_graphs import DecodeGraphs, Flavour, bucket_sizes, flavour_of
 from worker.step.features import FeatureCache
-from worker.step.graph_table import GraphCounts
 from worker.step.rows import RowTables
 from worker.step.slot import Slot
 from worker.step.staging import (
-    SlotShape,
+    StepShape,
     num_spans,
     stage_chunks,
     stage_ends,
@@ -55,59 +54,49 @@ class TorchRunner:
 
     `buckets` are the batch sizes to capture, where steps are captured at all, and `token_buckets` the numbers of
     prefill tokens; by default those of `decode_graphs.bucket_sizes` and `chunk_graphs.chunk_buckets`. `automata`
-    False: no constraint will ever live on the device. `step_crops`: the crops of one step as the scheduler bounds
-    them; a batch beyond it is cut into pieces.
+    False: no constraint will ever live on the device.
     """
 
     def __init__(
         self,
         model: Model,
         device: Device,
+        shape: StepShape,
         *,
-        num_slots: int,
-        num_pages: int,
-        page_tokens: int,
-        max_rows: int,
-        max_sequence_tokens: int,
-        step_tokens: int,
         feature_bytes: int = 256 << 20,
         table_limits: TableLimits | None = None,
         buckets: list[int] | None = None,
         token_buckets: list[int] | None = None,
         automata: bool = True,
-        step_crops: int = 26,
     ) -> None:
         self.model = model
         self.device = device
-        self.num_slots = num_slots
-        self.page_tokens = page_tokens
-        self.max_rows = max_rows
-        max_pages = -(-max_sequence_tokens // page_tokens)
-        self._max_tokens = max_pages * page_tokens
-        vocab_size = model.card.vocab_size
-        shape = SlotShape(max_rows, max_pages, step_tokens, page_tokens, vocab_size)
-        self.slots = [Slot(number, shape, device) for number in range(num_slots)]
-        kv_shape = (num_pages, page_tokens, model.num_kv_heads, model.head_dim)
+        self.shape = shape
+        self.num_slots = shape.num_slots
+        self._max_tokens = shape.max_pages * shape.page_tokens
+        self.slots = [Slot(number, shape, device) for number in range(shape.num_slots)]
+        kv_shape = (shape.num_pages, shape.page_tokens, model.num_kv_heads, model.head_dim)
 
         def memory() -> list[Tensor]:
             empty = partial(torch.zeros, kv_shape, dtype=model.kv_dtype, device=device.torch_device)
             return [empty() for _ in range(model.num_layers)]
 
-        self.cache = KVCache(memory(), memory(), page_tokens)
-        self.rows = RowTables(max_rows, vocab_size, device.torch_device, table_limits or TableLimits())
+        self.cache = KVCache(memory(), memory(), shape.page_tokens)
+        self.rows = RowTables(
+            shape.max_rows, shape.vocab_size, device.torch_device, table_limits or TableLimits()
+        )
         self.sampler = StepSampler(model, self.rows, device.torch_device)
-        self.embedding = ChunkEmbedding(model, FeatureCache(model, feature_bytes))
+        self._progress: Progress = nothing
         self._decodes_values = any(task in model.card.capabilities for task in ("detect", "point"))
         self.graph_counts = GraphCounts()
         self.graphs: DecodeGraphs | None = None
         self.chunk_graphs: ChunkGraphs | None = None
         self.vision_graphs: VisionGraphs | None = None
-        encoder = model.encoder
-        if encoder is not None:
-            encoder.run = encoder.features
-            if device.captures:
-                self.vision_graphs = VisionGraphs(device, encoder, step_crops, self.graph_counts)
-                encoder.run = self.vision_graphs.features
+        encode = self._encode_one_by_one
+        if model.encoder is not None and device.captures:
+            self.vision_graphs = VisionGraphs(device, model.encoder, shape.step_crops, self.graph_counts)
+            encode = self.vision_graphs.features
+        self.embedding = ChunkEmbedding(model, FeatureCache(model, feature_bytes, encode))
         if device.captures:
             self.rows.allocate()
             with torch.inference_mode():
@@ -115,7 +104,11 @@ class TorchRunner:
             self._allocate_logits(dim)
             flavours = (Flavour.TEXT, Flavour.GATED, *([Flavour.FULL] if automata else []))
             self.graphs = DecodeGraphs(
-                device, buckets or bucket_sizes(max_rows), flavours, self._decode_body, self.graph_counts
+                device,
+                buckets or bucket_sizes(shape.max_rows),
+                flavours,
+                self._decode_body,
+                self.graph_counts,
             )
             if token_buckets is None:
                 token_buckets = chunk_buckets(shape.chunk_tokens, model.prefix_tokens, model.weight_bytes)
@@ -130,8 +123,8 @@ class TorchRunner:
         # Every row begins at a round address: Triton compiles another variant for one that does not.
         width = -(-vocab_size // 16) * 16
         for slot in self.slots:
-            slot.logits = torch.zeros((self.max_rows, width), device=device)[:, :vocab_size]
-            slot.hidden = torch.zeros((self.max_rows, dim), dtype=self.model.dtype, device=device)
+            slot.logits = torch.zeros((self.shape.max_rows, width), device=device)[:, :vocab_size]
+            slot.hidden = torch.zeros((self.shape.max_rows, dim), dtype=self.model.dtype, device=device)
 
     # ------------------------------------------------------------------ start-up
 
@@ -186,9 +179,10 @@ class TorchRunner:
     # ------------------------------------------------------------------ a step
 
     @torch.inference_mode()
-    def launch_forward(self, slot_number: int, plan: StepPlan) -> None:
+    def launch_forward(self, slot_number: int, plan: StepPlan, progress: Progress) -> None:
         slot, graphs = self.slots[slot_number], self.graphs
         num_rows, num = len(plan.decode), len(plan.samples)
+        self._progress = progress
         padded = graphs.bucket(num_rows) if graphs is not None and num_rows else num_rows
         stage_rows(slot.host, plan)
         token_bucket = 0
@@ -206,8 +200,8 @@ class TorchRunner:
             slot.previous_end = self._last_sampled
             self.device.compute.record(slot.started)
             slot.upload(used_words(plan, slot.shape, padded))
-            for table_slot, tables in plan.tables:
-                self.rows.upload(table_slot, tables)
+            for table_place, tables in plan.tables:
+                self.rows.upload(table_place, tables)
             for seq in plan.admitted:
                 self.rows.admit(seq)
             if graphs is None:
@@ -352,6 +346,16 @@ class TorchRunner:
         slot.logits[ends].copy_(self.model.logits(hidden))
         slot.hidden[ends].copy_(hidden)
 
+    def _encode_one_by_one(self, crops: Tensor) -> Tensor:
+        """(C, S, S, 3) uint8 → (C, num_tokens, width): where the host waits for it, it sees each crop done."""
+        encoder = self.model.encoder
+        assert encoder is not None
+        encoded = []
+        for crop in crops.split(1):
+            encoded.append(encoder.features(crop))
+            self._progress()
+        return torch.cat(encoded)
+
     def _joint_forward(self, slot: Slot, plan: StepPlan) -> None:
         """Decode rows and chunks in one forward, eagerly: what is quickest where nothing is captured."""
         num_rows = len(plan.decode)
@@ -369,6 +373,7 @@ class TorchRunner:
                 tokens.positions = torch.cat([rows.positions, tokens.positions])
                 tokens.write_index = torch.cat([rows.write_index, tokens.write_index])
                 tokens.decode = rows.decode
+        tokens.progress = self._progress
         hidden = self.model.forward(hidden, tokens, self.cache)
         num = len(plan.samples)
         if plan.chunks:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worker.device.contract import CaptureFailed, Device, Graph
 from worker.models.contract import CropEncoder
-from worker.step.graph_table import GraphCounts
+from worker.step.contract import GraphCounts
 
 log = structlog.get_logger()
 

@@ -65,7 +65,7 @@ def warm_up(
 
 def _tasks(runner: TorchRunner) -> list[Task]:
     slot = runner.slots[0]
-    context = min(runner.model.card.context_tokens, slot.shape.max_pages * runner.page_tokens)
+    context = min(runner.model.card.context_tokens, slot.shape.max_pages * runner.shape.page_tokens)
     most = min(slot.shape.step_tokens, context)
     tasks: list[Task] = [
         (f"prefill {num}", partial(_prefill, runner, num, runner.model.prefix_tokens if last else 0))
@@ -129,8 +129,8 @@ def _prefill(runner: TorchRunner, num_tokens: int, prefix: int) -> None:
     where = runner.device.torch_device
     with runner.device.compute.use():
         positions = torch.arange(num_tokens, device=where)
-        table = torch.zeros(-(-num_tokens // runner.page_tokens), dtype=torch.int32, device=where)
-        tokens = StepTokens(positions, positions % runner.page_tokens)
+        table = torch.zeros(-(-num_tokens // runner.shape.page_tokens), dtype=torch.int32, device=where)
+        tokens = StepTokens(positions, positions % runner.shape.page_tokens)
         tokens.prefills.append(PrefillSegment(num_tokens, 0, prefix, table))
         spans = chunk_spans(0, 0, num_tokens, 0, prefix)
         tokens.spans = torch.tensor(spans, dtype=torch.int32, device=where)
@@ -143,7 +143,7 @@ def _prefill(runner: TorchRunner, num_tokens: int, prefix: int) -> None:
 def _sampling(runner: TorchRunner, wants: Wants) -> None:
     """The padding row, with and without a host's mask, as a range of the batch and as some rows of it."""
     slot = runner.slots[0]
-    num = min(3, runner.max_rows)
+    num = min(3, runner.shape.max_rows)
     stage_padding(slot.host, 0, num)
     with runner.device.compute.use():
         slot.packed.copy_(slot.pinned)

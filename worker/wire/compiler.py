@@ -26,9 +26,7 @@ from shared.grammars import GrammarError
 from shared.protocol import Cancel, Grammar, Rejected, Submit
 from worker.constraints.automaton import TokenAutomaton, sequence_tables
 from worker.constraints.llg import LlgConstraint, Vocabulary, compile_llg
-from worker.loop.engine import Command
-from worker.loop.reports import Outbox
-from worker.schedule.intake import CompiledSubmit
+from worker.loop.inbox import CompiledSubmit, Inbox, Outbox, Received
 from worker.wire.compiler_process import Answer, Setup, tables_of
 
 MAX_PENDING: Final = 256
@@ -62,7 +60,7 @@ class _Compiled:
 class GrammarCompiler:
     """The queue, the thread and the cache."""
 
-    def __init__(self, inbox: SimpleQueue[Command], outbox: Outbox, epoch: int) -> None:
+    def __init__(self, inbox: Inbox, outbox: Outbox, epoch: int) -> None:
         self._inbox = inbox
         self._outbox = outbox
         self._epoch = epoch
@@ -184,9 +182,9 @@ class GrammarCompiler:
             if self._pending.get(key) is not pending:
                 return
             del self._pending[key]
-            self._inbox.put((gateway, CompiledSubmit(message, constraint), pending.frames))
+            self._inbox.put(CompiledSubmit(gateway, message, pending.frames, constraint))
             if pending.cancelled:
-                self._inbox.put((gateway, Cancel(message.epoch, [message.sequence_id]), []))
+                self._inbox.put(Received(gateway, Cancel(message.epoch, [message.sequence_id])))
 
     def _settle(self, pending: _Pending) -> None:
         with self._lock:

@@ -1,19 +1,15 @@
 """Owns the ROUTER socket and the gateways' leases. The I/O thread: the only one that touches the socket.
 
-The decode thread never waits for this one: it leaves messages in a queue and rings an eventfd. Encoding
-happens here, while the decode thread is waiting for the device.
+The decode thread never waits for this one: it leaves messages in the outbox. Encoding happens here, while the decode
+thread is waiting for the device.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from queue import SimpleQueue
 
 import msgspec
 import structlog
@@ -26,7 +22,6 @@ from shared.protocol import (
     PROTOCOL_VERSION,
     Cancel,
     Fatal,
-    FromWorker,
     Hello,
     Ping,
     Ready,
@@ -35,15 +30,11 @@ from shared.protocol import (
     encode,
     schema_hash,
 )
-from worker.loop.engine import Command
+from worker.loop.inbox import Inbox, LeaseEnded, Received
 from worker.wire.compiler import GrammarCompiler
+from worker.wire.outbox import WireOutbox
 
 log = structlog.get_logger()
-
-# eventfd_write without letting Python's lock go, as os.eventfd_write would: the I/O thread would take it at once and
-# the decode thread wait for it in the middle of a step. It has it when the decode thread waits for the device.
-_ring = ctypes.PyDLL(None).eventfd_write
-_ring.argtypes = (ctypes.c_int, ctypes.c_uint64)
 
 BURST = 64  # messages taken from the socket before the outbox gets its turn
 SEND_HWM = 10_000  # messages one slow gateway may have queued before its streams see a gap
@@ -62,13 +53,18 @@ class Lease:
 
 
 class Transport:
-    """Socket on one side, inbox and outbox on the other. `start` binds; `close` ends the thread."""
+    """Socket on one side, inbox and outbox on the other. `start` binds; `close` ends the thread.
+
+    Without a compiler, submissions with a grammar go on as they are, and are refused.
+    """
 
     def __init__(
         self,
         endpoint: str,
-        inbox: SimpleQueue[Command],
+        inbox: Inbox,
+        outbox: WireOutbox,
         *,
+        compiler: GrammarCompiler | None = None,
         secure: Callable[[zmq.Socket[bytes], zmq.Context[zmq.Socket[bytes]]], Callable[[], None]]
         | None = None,
         now: Callable[[], float] = time.monotonic,
@@ -78,14 +74,13 @@ class Transport:
         self._inbox = inbox
         self._secure = secure
         self._ready: tuple[Ready, list[bytes]] | None = None
-        self._outbox: deque[tuple[bytes | None, FromWorker, list[bytes]]] = deque()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._outbox = outbox
+        self._compiler = compiler
         self._leases: dict[bytes, Lease] = {}
         self._closing = False
         self._bound = threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="worker-io", daemon=True)
-        self.compiler: GrammarCompiler | None = None  # set before `start`; without it grammars are refused
         self.num_bad_frames = 0
         self.num_dropped = 0
         self._last_remark_s = 0.0
@@ -109,20 +104,10 @@ class Transport:
         """Whether the worker serves."""
         return self._ready is not None
 
-    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
-        """Leave a message for one gateway."""
-        self._outbox.append((gateway, message, payloads or []))
-        _ring(self._bell, 1)
-
-    def broadcast(self, message: FromWorker) -> None:
-        """Leave a message for every gateway with a lease."""
-        self._outbox.append((None, message, []))
-        _ring(self._bell, 1)
-
     def close(self, timeout_s: float = 2.0) -> None:
         """Send what is queued and end the thread."""
         self._closing = True
-        os.eventfd_write(self._bell, 1)
+        self._outbox.wake()
         self._thread.join(timeout_s)
 
     # ------------------------------------------------------------------ the I/O thread
@@ -151,20 +136,20 @@ class Transport:
         self._bound.set()
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
-        poller.register(self._bell, zmq.POLLIN)
+        poller.register(self._outbox.bell, zmq.POLLIN)
         try:
-            while not self._closing or self._outbox:
-                # What this thread does holds the global lock against the decode thread: nothing for nothing.
+            while not self._closing or len(self._outbox):
+                # What this thread does holds the global lock against the decode thread: it looks only where told to.
                 ready = [source for source, _ in poller.poll(POLL_MS)]
-                if self._bell in ready:
-                    os.eventfd_read(self._bell)
+                if self._outbox.bell in ready:
+                    self._outbox.hush()
                 self._turn(socket, has_messages=socket in ready)
         finally:
             socket.close()
             if unsecure is not None:
                 unsecure()
             context.term()
-            os.close(self._bell)
+            self._outbox.close()
 
     def _turn(self, socket: zmq.Socket[bytes], *, has_messages: bool = True) -> None:
         """What is to be sent, then a burst of what has come, then the leases."""
@@ -182,8 +167,8 @@ class Transport:
 
     def _flush(self, socket: zmq.Socket[bytes]) -> None:
         outbox = self._outbox
-        while outbox:
-            gateway, message, payloads = outbox.popleft()
+        while len(outbox):
+            gateway, message, payloads = outbox.take()
             data = encode(message)
             for target in list(self._leases) if gateway is None else [gateway]:
                 self._post(socket, target, [data, *payloads])
@@ -220,13 +205,13 @@ class Transport:
         lease.until_s = self._now() + lease.lease_s
         if isinstance(message, Ping):
             return
-        if self.compiler is not None:
+        if self._compiler is not None:
             if isinstance(message, Submit) and message.grammar is not None:
-                self.compiler.submit(gateway, message, frames[2:])
+                self._compiler.submit(gateway, message, frames[2:])
                 return
             if isinstance(message, Cancel):
-                self.compiler.cancel(gateway, message.sequence_ids)
-        self._inbox.put((gateway, message, frames[2:]))
+                self._compiler.cancel(gateway, message.sequence_ids)
+        self._inbox.put(Received(gateway, message, frames[2:]))
 
     def _on_hello(self, socket: zmq.Socket[bytes], gateway: bytes, hello: Hello) -> None:
         if hello.protocol_version != PROTOCOL_VERSION or hello.schema_hash != schema_hash():
@@ -255,9 +240,9 @@ class Transport:
         lease = self._leases.pop(gateway, None)
         if lease is not None:
             log.warning(event, gateway=lease.name)
-            if self.compiler is not None:
-                self.compiler.drop_gateway(gateway)
-            self._inbox.put((gateway, None, []))
+            if self._compiler is not None:
+                self._compiler.drop_gateway(gateway)
+            self._inbox.put(LeaseEnded(gateway))
 
     def _on_bad_frame(self, gateway: bytes, detail: str) -> None:
         self.num_bad_frames += 1

@@ -127,12 +127,11 @@ def test_a_flag_that_both_have_goes_to_both() -> None:
     assert effective["worker"].config.log_level == effective["gateway"].config.log_level == "debug"
 
 
-@pytest.mark.parametrize("variable", ["DEGAS_GATEWAY_PROGRESS_TIMEOUT_S", "DEGAS_SERVE_PROGRESS_TIMEOUT_S"])
-def test_supervisor_and_gateway_judge_by_one_figure(variable: str) -> None:
-    effective = resolve({}, {variable: "9"})
-    assert effective["serve"].config.progress_timeout_s == 9
-    assert effective["gateway"].config.progress_timeout_s == 9
-    assert serve_options(effective).beat_timeout_s == 9
+def test_supervisor_and_gateway_judge_by_the_workers_figure() -> None:
+    effective = resolve({"progress_timeout_s": 9}, {})
+    assert effective["worker"].config.progress_timeout_s == 9
+    holders = [one.name for one in ALL if "progress_timeout_s" in one.settings]
+    assert holders == ["worker"], "a second setting could disagree"
 
 
 def test_a_worker_alone_looks_at_no_gateway() -> None:

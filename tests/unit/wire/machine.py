@@ -16,6 +16,7 @@ from tests.unit.wire.client import Client, Habits
 from tests.unit.wire.fake_zmq import Frames
 from tests.unit.wire.world import KILL_TOKEN, Node, World
 from tests.unit.worker.loop.simulation import CARD
+from worker.loop.inbox import Received
 from worker.sim.runner import NAN_TOKEN
 from worker.sim.tokenizer import SIM_TOKENIZER
 
@@ -183,7 +184,7 @@ class Service(RuleBasedStateMachine):
             self.world.deliver()
             for node in self.world.nodes:
                 if node.serves and not any(KILL_TOKEN in seq.tokens for seq in node.sim.scheduler.waiting):
-                    node.sim.engine._launch_next()
+                    node.sim.engine._plan_and_launch()
             self.world.within(client.cancel)
             self.world.deliver()
         else:
@@ -242,7 +243,7 @@ class Service(RuleBasedStateMachine):
             world.device_faults += 1
             world.flow(2)
         else:  # as by SIGTERM
-            node.sim.inbox.put((b"", wire.Drain(deadline_s), []))
+            node.sim.inbox.put(Received(b"", wire.Drain(deadline_s)))
             world.drained = True
 
     @rule(number=numbers)

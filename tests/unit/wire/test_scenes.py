@@ -13,6 +13,7 @@ from tests.unit.wire.client import Client
 from tests.unit.wire.fake_zmq import Frames
 from tests.unit.wire.world import KILL_TOKEN, World
 from tests.unit.worker.loop.simulation import oracle
+from worker.loop.inbox import Received
 
 
 def error_of(client: Client) -> ErrorCode | None:
@@ -319,7 +320,7 @@ def test_a_gateway_whose_pings_are_lost_loses_its_lease_and_hears_of_it() -> Non
             break
         node.between.deliver_to_gateway()
         world.loop.settle()
-        node.tick() if not client.ids else node.sim.engine._beat(world.clock.now())
+        node.tick() if not client.ids else node.sim.engine._heartbeat.send()
         world.clock.advance(0.24)
     assert not node.transport._leases and client.end is None
     node.sim.engine.take_commands()
@@ -332,7 +333,7 @@ def test_a_gateway_whose_pings_are_lost_loses_its_lease_and_hears_of_it() -> Non
 def test_a_drained_worker_finishes_what_it_has_and_leaves() -> None:
     world = World()
     client = under_way(world, max_tokens=4)
-    world.nodes[0].sim.inbox.put((b"", wire.Drain(30.0), []))
+    world.nodes[0].sim.inbox.put(Received(b"", wire.Drain(30.0)))
     world.drained = True
     world.flow(20)
     assert error_of(client) is None and not world.nodes[0].alive

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from itertools import count
@@ -13,6 +12,7 @@ from gateway.config import GatewayConfig
 from gateway.core.flights import Flight
 from gateway.core.service import Service
 from gateway.core.worker_link import WorkerLink
+from gateway.decisions.recovery import is_guilty
 from gateway.generation import GenerateRequest, RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
@@ -20,10 +20,12 @@ from tests.unit.wire.client import STALL_S, Client, Habits
 from tests.unit.wire.fake_zmq import Context, Frames, Router, Wire
 from tests.unit.wire.virtual_loop import VirtualLoop
 from tests.unit.worker.loop.simulation import CARD, SimWorker, oracle
-from worker.loop.engine import Command
+from worker.loop.inbox import Inbox
 from worker.schedule.plan import StepPlan
 from worker.sim.timeline import VirtualClock
 from worker.sim.tokenizer import SIM_TOKENIZER
+from worker.step.contract import Progress
+from worker.wire.outbox import WireOutbox
 from worker.wire.transport import Transport
 
 KILL_TOKEN = 12
@@ -57,20 +59,21 @@ class Node:
         self.down_s = 0.0  # when it died or was frozen
         self._clock = clock
         self.device_lost = False
-        inbox: SimpleQueue[Command] = SimpleQueue()
-        self.transport = Transport(f"worker {epoch}", inbox, now=clock.now)
-        self.sim = SimWorker(self.transport, epoch=epoch, inbox=inbox, clock=clock, **options)
+        inbox: Inbox = SimpleQueue()
+        self.outbox = WireOutbox()
+        self.transport = Transport(f"worker {epoch}", inbox, self.outbox, now=clock.now)
+        self.sim = SimWorker(self.outbox, epoch=epoch, inbox=inbox, clock=clock, **options)
         self.router = Router(between)
         self._launch_forward = self.sim.runner.launch_forward
         self.sim.runner.launch_forward = self._launch  # type: ignore[method-assign]
         self.router.bind()
 
-    def _launch(self, slot: int, plan: StepPlan) -> None:
+    def _launch(self, slot: int, plan: StepPlan, progress: Progress) -> None:
         if self.device_lost:
             raise DeviceFault("illegal address")
         if any(KILL_TOKEN in chunk.seq.tokens[: chunk.seq.num_prompt] for chunk in plan.chunks):
             raise Killed
-        self._launch_forward(slot, plan)
+        self._launch_forward(slot, plan, progress)
 
     @property
     def serves(self) -> bool:
@@ -95,13 +98,13 @@ class Node:
             self.die(10_000)
             return True
         except DeviceFault as fault:
-            engine._fail_everything(fault)
+            engine._give_up(fault)
             self._leave(wire.Fatal(self.epoch, ErrorCode.DEVICE_ERROR, "DeviceFault"))
             return True
         self.sim.check()
         leased = {gateway for gateway, _ in self.sim.scheduler.sequences} <= set(self.transport._leases)
         assert leased, "a sequence of a gateway that is gone still runs"
-        if not progress and engine.draining and not self.sim.scheduler.has_work:
+        if not progress and engine.is_draining and not self.sim.scheduler.has_work:
             self.sim.check_at_rest()
             self._leave()
         return progress
@@ -115,6 +118,7 @@ class Node:
             self.sim.pool.page_tokens,
             scheduler.limits.step_tokens,
             min(scheduler.limits.max_sequence_tokens, self.sim.pool.total * self.sim.pool.page_tokens),
+            PROGRESS_S,
         )
         ready = wire.Ready(wire.PROTOCOL_VERSION, wire.schema_hash(), self.epoch, CARD, limits, "sim")
         self.transport.announce(ready, [SIM_TOKENIZER, b""])
@@ -122,7 +126,7 @@ class Node:
     def _leave(self, last: wire.Fatal | None = None) -> None:
         """End in good order: what is queued is sent, and lingers until it is there."""
         if last is not None:
-            self.transport.broadcast(last)
+            self.outbox.broadcast(last)
         self.turn()
         self.die(10_000)
 
@@ -136,7 +140,7 @@ class Node:
             self.alive = False
             self.down_s = self._clock.now()
             self.router.unbind(num_arriving)
-            os.close(self.transport._bell)
+            self.outbox.close()
 
 
 class NoPictures:
@@ -173,7 +177,8 @@ class WatchedService(Service):
             if started:
                 promised: list[ErrorCode | None] = [error.code]
             elif attempts >= MAX_ATTEMPTS:
-                promised = [error.code] if self.draining and attempts < 2 else [ErrorCode.QUARANTINED]
+                guilty = not (self.draining and attempts < 2) and is_guilty(flight)
+                promised = [ErrorCode.QUARANTINED] if guilty else [error.code]
             else:
                 promised = [error.code] if self.draining else [None]
             if code not in promised:
@@ -203,7 +208,6 @@ class World:
             max_queue=max_queue,
             request_deadline_s=DEADLINE_S,
             retry_wait_s=RETRY_WAIT_S,
-            progress_timeout_s=PROGRESS_S,
         )
         self.service = WatchedService(config, self.clock, Context(self.loop, self.wires))
         self.faults = self.service.faults
@@ -443,7 +447,7 @@ class World:
             self.flow(2)
             busy = any(node.sim.scheduler.has_work for node in self.nodes)
             if not busy:
-                draining = any(node.sim.engine.draining for node in self.nodes)
+                draining = any(node.sim.engine.is_draining for node in self.nodes)
                 if not self.service.num_in_flight and self.all_ready and not draining:
                     break
                 self.clock.advance(0.24)
@@ -463,7 +467,7 @@ class World:
         for worker, node in zip(service.workers, self.nodes, strict=True):
             assert not worker.flights.by_id and not worker.occupancy.num_active and not worker.orphans
             node.sim.check_at_rest()
-            assert node.sim.inbox.empty() and not node.transport._outbox and not node.router.received
+            assert node.sim.inbox.empty() and not len(node.outbox) and not node.router.received
             assert len(node.transport._leases) <= 1
         assert (self.loop.num_timers, self.loop.num_readers) == self.baseline, "a timer or a reader is left"
         ended = sum(service.metrics.ended.values())

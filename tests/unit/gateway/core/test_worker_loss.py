@@ -131,7 +131,8 @@ def test_without_a_new_worker_the_retry_ends_in_an_error(worker: FakeWorker) -> 
 
 @pytest.mark.slow
 def test_a_silent_decode_thread_is_a_lost_worker_though_its_socket_lives(worker: FakeWorker) -> None:
-    with GatewayThread(workers=[worker.endpoint], progress_timeout_s=0.4) as gateway:
+    worker.limits = msgspec.structs.replace(worker.limits, progress_timeout_s=0.4)
+    with GatewayThread(workers=[worker.endpoint]) as gateway:
         gateway.wait_ready()
         worker.script = lambda _: [*map(Token, text_ids("ab")), Wait(60)]
         with Opened(gateway.url, CHAT, chat(stream=True)) as opened:

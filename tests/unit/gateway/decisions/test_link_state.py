@@ -15,8 +15,12 @@ def ready(epoch: int) -> wire.Ready:
     return wire.Ready(1, "", epoch, CARD, LIMITS, "fake")
 
 
+def beat(expected_s: float = 0.0) -> wire.Beat:
+    return wire.Beat(7, 1, 0, 0, 1, 1, expected_s=expected_s)
+
+
 def test_a_worker_comes_and_goes() -> None:
-    life = LinkLife(3.0)
+    life = LinkLife()
     assert (life.state, life.epoch, life.hello_due(1.0)) == (LinkState.CONNECTING, -1, True)
     life.on_ready(ready(7), 1.0)
     assert (life.state, life.epoch, life.hello_due(9.0)) == (LinkState.READY, 7, False)
@@ -29,7 +33,7 @@ def test_a_worker_comes_and_goes() -> None:
 
 
 def test_a_refused_worker_is_asked_again_but_seldom() -> None:
-    life = LinkLife(3.0)
+    life = LinkLife()
     life.on_hello(10.0)
     life.refuse("another version")
     life.on_hello(10.0)
@@ -39,7 +43,7 @@ def test_a_refused_worker_is_asked_again_but_seldom() -> None:
 
 
 def test_two_workers_never_serve_at_once() -> None:
-    life = LinkLife(3.0)
+    life = LinkLife()
     life.on_ready(ready(1), 1.0)
     with pytest.raises(LinkError, match="ready to ready"):
         life.on_ready(ready(2), 2.0)
@@ -48,7 +52,7 @@ def test_two_workers_never_serve_at_once() -> None:
 
 @given(st.lists(st.sampled_from(["ready", "lost", "refuse", "close"]), max_size=12))
 def test_illegal_moves_raise_and_change_nothing(moves: list[str]) -> None:
-    life = LinkLife(3.0)
+    life = LinkLife()
     to = {
         "ready": LinkState.READY,
         "lost": LinkState.CONNECTING,
@@ -73,3 +77,21 @@ def test_illegal_moves_raise_and_change_nothing(moves: list[str]) -> None:
         assert (life.ready is not None) == (life.state is LinkState.READY)
         assert life.epoch == (-1 if life.ready is None else life.ready.epoch)
         assert bool(life.refusal) <= (life.state is not LinkState.READY)
+
+
+def test_a_worker_may_be_silent_for_as_long_as_its_last_beat_expected_and_its_timeout_more() -> None:
+    life = LinkLife()
+    life.on_ready(ready(7), 0.0)
+    assert life.silent_s(2.9) == 0 and life.silent_s(3.0) == 3.0
+    life.on_beat(beat(5.0), 3.0)
+    assert life.silent_s(10.9) == 0 and life.silent_s(11.0) == 8.0
+    life.on_beat(beat(), 11.0)
+    assert life.silent_s(14.0) == 3.0, "the next one expected nothing"
+
+
+@pytest.mark.parametrize("expected_s", [float("inf"), float("nan"), -5.0, 1e9])
+def test_nobody_is_waited_for_whatever_it_expects(expected_s: float) -> None:
+    life = LinkLife()
+    life.on_ready(ready(7), 0.0)
+    life.on_beat(beat(expected_s), 0.0)
+    assert life.silent_s(3.0) == 3.0

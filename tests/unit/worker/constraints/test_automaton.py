@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from shared.grammars import ascii_classes
 from shared.protocol import Grammar
+from tests.unit.worker.constraints.spatial_grammar import SpatialGrammar
 from worker.constraints.automaton import (
     REFUSED,
     TokenAutomaton,
@@ -25,7 +26,7 @@ from worker.constraints.automaton import (
     spatial_tables,
     text_tables,
 )
-from worker.constraints.constraint import Constraint, SpatialGrammar
+from worker.constraints.constraint import Constraint
 from worker.constraints.llg import Vocabulary, compile_llg
 from worker.constraints.regex_dfa import build_dfa
 from worker.constraints.regex_parse import Unsupported, parse

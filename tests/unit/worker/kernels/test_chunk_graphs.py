@@ -28,7 +28,7 @@ from worker.step.chunk_graphs import ChunkGraphs, bucket_of, chunk_buckets, span
 from worker.step.decode_graphs import Flavour
 from worker.step.graph_table import EAGER_RUNS_BEFORE_CAPTURE, GraphCounts, GraphTable
 from worker.step.slot import Slot
-from worker.step.staging import SlotShape, Views, num_spans, stage_chunk_padding, stage_chunks, used_words
+from worker.step.staging import StepShape, Views, num_spans, stage_chunk_padding, stage_chunks, used_words
 from worker.step.warm_up import _tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of rows of padding
@@ -290,7 +290,9 @@ def test_spans_of_a_graph_hold_sixteen_chunks_however_they_fall() -> None:
     assert span_capacity(16) == 16 and span_capacity(768) == 12 + 16
 
 
-SHAPE = SlotShape(max_rows=20, max_pages=30, step_tokens=300, page_tokens=16, vocab_size=97)
+SHAPE = StepShape(
+    max_rows=20, max_sequence_tokens=480, step_tokens=300, page_tokens=16, num_pages=600, vocab_size=97
+)
 
 
 def chunk_of(num_tokens: int, start: int = 0, page: int = 1) -> Chunk:

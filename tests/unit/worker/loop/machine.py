@@ -8,6 +8,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Drain, Sampling
 from tests.unit.worker.loop.simulation import GATEWAY, Simulation, Stream, check_stream, expected
+from worker.loop.inbox import LeaseEnded, Received
 from worker.sim.runner import NAN_TOKEN, OOM_TOKEN
 
 OTHER = b"gateway-1"
@@ -124,7 +125,7 @@ class Loop(RuleBasedStateMachine):
     @rule(stream=streams)
     def cancel_in_the_tick_that_commits(self, stream: Stream) -> None:
         """The cancel arrives between the launch and the commit of one tick."""
-        self.sim.engine._launch_next()
+        self.sim.engine._plan_and_launch()
         self.sim.cancel(stream)
         self.sim.tick()
 
@@ -139,7 +140,7 @@ class Loop(RuleBasedStateMachine):
 
     @rule()
     def gateway_dies(self) -> None:
-        self.sim.inbox.put((OTHER, None, []))
+        self.sim.inbox.put(LeaseEnded(OTHER))
         self.sim.engine.take_commands()
         for (gateway, number), stream in self.sim.outbox.streams.items():
             if gateway == OTHER and stream.finish is None and stream.rejected is None:
@@ -158,7 +159,7 @@ class Loop(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "sim"):
             return
-        self.sim.inbox.put((GATEWAY, Drain(1000.0), []))
+        self.sim.inbox.put(Received(GATEWAY, Drain(1000.0)))
         self.sim.submit([30], 1)
         self.sim.run()
         self.check_at_rest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -28,14 +29,15 @@ from shared.protocol import (
     unpack_i32,
     unpack_i64,
 )
-from worker.constraints.constraint import Constraint, SpatialGrammar
-from worker.loop.engine import Command, Engine
-from worker.loop.masks import MaskFiller, MaskReady
-from worker.loop.reports import Outbox
-from worker.schedule.automaton_slots import AutomatonSlots, TableLimits
+from tests.unit.worker.constraints.spatial_grammar import SpatialGrammar
+from worker.constraints.constraint import Constraint
+from worker.loop.engine import Engine
+from worker.loop.inbox import Command, CompiledSubmit, Inbox, MaskReady, Outbox, Received
+from worker.loop.masks import MaskFiller
+from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
-from worker.schedule.intake import CompiledSubmit
 from worker.schedule.limits import SchedulerLimits
+from worker.schedule.pace import Pace
 from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
 from worker.schedule.rng import uniform
@@ -52,6 +54,7 @@ from worker.sim.runner import (
     value_of,
 )
 from worker.sim.timeline import Clock, VirtualClock
+from worker.step.staging import StepShape
 
 GATEWAY = b"gateway-0"
 EPOCH = 7
@@ -132,7 +135,7 @@ class SimWorker:
         outbox: Outbox,
         *,
         epoch: int = EPOCH,
-        inbox: SimpleQueue[Command] | None = None,
+        inbox: Inbox | None = None,
         depth: int = 2,
         num_slots: int = 2,
         max_rows: int = 4,
@@ -152,10 +155,12 @@ class SimWorker:
         card: ModelCard = CARD,
         masks: MaskFiller | None = None,
         governor: DepthGovernor | None = None,
+        pace: Pace | None = None,
+        on_beat: Callable[[int, float], None] | None = None,
     ) -> None:
         self.clock = clock or VirtualClock()
         self.epoch = epoch
-        self.inbox: SimpleQueue[Command] = inbox or SimpleQueue()
+        self.inbox: Inbox = inbox or SimpleQueue()
         self.pool = PagePool(num_pages, page_tokens)
         self.cache = PrefixCache(self.pool) if prefix_cache else None
         limits = SchedulerLimits(
@@ -165,8 +170,8 @@ class SimWorker:
             mixed_tokens=mixed_tokens or step_tokens,
             max_sequence_tokens=max_sequence_tokens,
         )
-        slots = AutomatonSlots(TableLimits(num_slots=3)) if automata else None
-        self.scheduler = Scheduler(limits, self.pool, self.cache, slots)
+        places = AutomatonPlaces(TableLimits(num_places=3)) if automata else None
+        self.scheduler = Scheduler(limits, self.pool, self.cache, places, pace)
         jitter = None
         if jitter_seed is not None:
             jitter = np.random.default_rng(jitter_seed).uniform(0.02, 3.0, 997)
@@ -174,12 +179,15 @@ class SimWorker:
             card,
             self.clock,
             profile,
-            num_slots=num_slots,
-            num_pages=num_pages,
-            page_tokens=page_tokens,
-            max_rows=max_rows,
-            max_sequence_tokens=max_sequence_tokens,
-            step_tokens=step_tokens,
+            StepShape(
+                max_rows=max_rows,
+                max_sequence_tokens=max_sequence_tokens,
+                step_tokens=step_tokens,
+                page_tokens=page_tokens,
+                num_pages=num_pages,
+                vocab_size=card.vocab_size,
+                num_slots=num_slots,
+            ),
             exact=exact,
             jitter=jitter,
         )
@@ -196,6 +204,7 @@ class SimWorker:
             wait_for_command=self._wait_for_command,
             governor=governor,
             masks=masks or punctual_masks(),
+            on_beat=on_beat,
         )
 
     def _wait_for_command(self, timeout_s: float) -> Command | None:
@@ -245,7 +254,7 @@ class SimWorker:
         assert not in_flight, "I5: a row in flight belongs to a released sequence"
         automata = scheduler.automata
         if automata is not None:
-            held = {seq.table_slot for seq in scheduler.running if seq.table_slot}
+            held = {seq.table_place for seq in scheduler.running if seq.table_place}
             assert automata.num_held == len(held), "a table slot leaked"
         held_pages = {page for seq in scheduler.running for page in seq.pages}
         assert len(held_pages) == self.pool.num_allocated, "I7"
@@ -330,14 +339,16 @@ class Simulation(SimWorker):
         )
         stream = Stream(message, gateway=gateway)
         self.outbox.streams[gateway, sequence_id] = stream
-        command = message if constraint is None else CompiledSubmit(message, constraint)
-        self.inbox.put((gateway, command, frames))
+        if constraint is None:
+            self.inbox.put(Received(gateway, message, frames))
+        else:
+            self.inbox.put(CompiledSubmit(gateway, message, frames, constraint))
         return stream
 
     def cancel(self, stream: Stream) -> None:
         """Cancel through the inbox."""
         stream.cancelled = True
-        self.inbox.put((stream.gateway, Cancel(EPOCH, [stream.submit.sequence_id]), []))
+        self.inbox.put(Received(stream.gateway, Cancel(EPOCH, [stream.submit.sequence_id])))
 
     def tick(self) -> bool:
         self._arrive()

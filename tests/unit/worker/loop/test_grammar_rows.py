@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import msgspec
 import pytest
 
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Grammar, Sampling
-from tests.unit.worker.loop.simulation import GATEWAY, Simulation, Stream
+from tests.unit.worker.loop.simulation import Simulation, Stream
 from worker.constraints.automaton import TokenAutomaton, TokenBytes
 from worker.constraints.constraint import Constraint
 from worker.constraints.llg import LlgConstraint, Vocabulary, compile_llg
-from worker.schedule.intake import CompiledSubmit
+from worker.loop.inbox import CompiledSubmit
 from worker.sim.runner import fake_card
 from worker.sim.tokenizer import FIRST_BYTE_ID, SIM_TOKENIZER, VOCAB_SIZE
 from worker.wire.compiler_process import automaton_for
@@ -203,10 +204,10 @@ def test_a_complete_grammar_ends_even_an_answer_that_ignores_ends() -> None:
     sim = simulation()
     grammar = Grammar("choice", '["red"]')
     stream = sim.submit([40], 8, grammar=grammar, constraint=compile_llg(grammar, VOCABULARY))
-    _, command, frames = sim.inbox.get()
+    command = sim.inbox.get()
     assert isinstance(command, CompiledSubmit)
     message = msgspec.structs.replace(command.message, ignore_eos=True)
-    sim.inbox.put((GATEWAY, CompiledSubmit(message, command.constraint), frames))
+    sim.inbox.put(replace(command, message=message))
     sim.run()
     assert stream.finish is not None and stream.finish.reason is FinishReason.STOP
     assert stream.tokens == [FIRST_BYTE_ID + byte for byte in b"red"]

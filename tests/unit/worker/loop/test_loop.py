@@ -12,8 +12,10 @@ import pytest
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Sampling, Trace
 from tests.unit.worker.loop.simulation import GATEWAY, Simulation, Stream, check_stream, random_prompt
+from worker.loop.inbox import Received
 from worker.schedule.plan import StepPlan
 from worker.sim.runner import NAN_TOKEN, OOM_TOKEN
+from worker.step.contract import Progress
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -66,7 +68,7 @@ def test_zombie_row_is_skipped_and_its_pages_outlive_the_finish() -> None:
     while not stream.tokens:
         sim.tick()
     (seq,) = sim.scheduler.running
-    sim.engine._launch_next()
+    sim.engine._plan_and_launch()
     assert seq.inflight_refs >= 1
     sim.cancel(stream)
     sim.engine.take_commands()
@@ -157,7 +159,7 @@ def test_pages_of_generated_coordinates_are_not_found_by_their_ids() -> None:
 
 def test_a_recording_shows_host_compute_and_copy_lanes_without_overlap() -> None:
     sim = Simulation(depth=2)
-    sim.inbox.put((GATEWAY, Trace(8), []))
+    sim.inbox.put(Received(GATEWAY, Trace(8)))
     sim.submit([20, 21], 20)
     sim.run()
     (trace,) = sim.outbox.traces
@@ -209,10 +211,10 @@ def test_pictures_are_encoded_one_at_a_time_while_others_decode() -> None:
     steps: list[tuple[bool, int]] = []
     launch = sim.runner.launch_forward
 
-    def record(slot: int, plan: StepPlan) -> None:
+    def record(slot: int, plan: StepPlan, progress: Progress) -> None:
         crops = sum(p.num_crops for c in plan.chunks for p in c.seq.pictures if c.start <= p.position)
         steps.append((bool(plan.decode), crops))
-        launch(slot, plan)
+        launch(slot, plan, progress)
 
     sim.runner.launch_forward = record  # type: ignore[method-assign]
     first = [sim.submit([30], 6, image=bytes([i])) for i in range(3)]

@@ -12,10 +12,12 @@ import pytest
 
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Grammar, Sampling
+from tests.unit.worker.constraints.spatial_grammar import SpatialGrammar
 from tests.unit.worker.loop.simulation import Simulation, Stream
-from worker.constraints.constraint import Constraint, SpatialGrammar
+from worker.constraints.constraint import Constraint
 from worker.constraints.llg import LlgConstraint, Vocabulary, compile_llg
-from worker.loop.masks import SLOW_S, MaskFiller, MaskReady
+from worker.loop.inbox import MaskReady
+from worker.loop.masks import SLOW_S, MaskFiller
 from worker.schedule.sequence import Sequence
 from worker.sim.runner import fake_card
 from worker.sim.tokenizer import FIRST_BYTE_ID, SIM_TOKENIZER, VOCAB_SIZE
@@ -136,7 +138,7 @@ class Bench:
         self.sim = Simulation(card=CARD, masks=masks, automata=False, **options)
 
     def _on_ready(self, ready: MaskReady) -> None:
-        self.sim.inbox.put((ready.seq.gateway, ready, []))
+        self.sim.inbox.put(ready)
 
     def submit_slow(
         self, number: int, max_tokens: int, take_s: float = 5 * SLOW_S

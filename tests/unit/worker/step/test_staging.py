@@ -10,9 +10,11 @@ from shared.protocol import Sampling
 from worker.schedule.plan import Chunk, StepPlan
 from worker.schedule.rng import uniform, uniforms
 from worker.schedule.sequence import Sequence
-from worker.step.staging import SlotShape, Views, stage_chunks, stage_padding, stage_rows, used_words
+from worker.step.staging import StepShape, Views, stage_chunks, stage_padding, stage_rows, used_words
 
-SHAPE = SlotShape(max_rows=20, max_pages=6, step_tokens=32, page_tokens=4, vocab_size=97)
+SHAPE = StepShape(
+    max_rows=20, max_sequence_tokens=24, step_tokens=32, page_tokens=4, num_pages=120, vocab_size=97
+)
 
 
 def fresh() -> Views:

@@ -20,14 +20,16 @@ from tests.unit.worker.loop.simulation import EPOCH, GATEWAY, RecordingOutbox, S
 from worker.device.contract import Device
 from worker.device.cpu import CpuDevice
 from worker.formats.open_source import open_source
-from worker.loop.engine import Command, Engine
+from worker.loop.engine import Engine
+from worker.loop.inbox import Inbox, Received
 from worker.models.contract import Model
 from worker.models.registry import load_model
-from worker.schedule.automaton_slots import AutomatonSlots, TableLimits
+from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
 from worker.schedule.scheduler import Scheduler
+from worker.step.staging import StepShape
 from worker.step.torch_runner import TorchRunner
 
 GOLDEN = Path(__file__).parents[3] / "data" / "golden_moondream"
@@ -78,20 +80,23 @@ class Harness:
             ),
             pool,
             PrefixCache(pool) if cache else None,
-            AutomatonSlots(TableLimits()) if automata else None,
+            AutomatonPlaces(TableLimits()) if automata else None,
         )
         with torch.inference_mode():
             self.runner = TorchRunner(
                 model,
                 device or CpuDevice(events_look_late=late),
-                num_slots=max(2, depth),
-                num_pages=num_pages,
-                page_tokens=16,
-                max_rows=max_rows,
-                max_sequence_tokens=model.card.context_tokens,
-                step_tokens=1600,
+                StepShape(
+                    max_rows=max_rows,
+                    max_sequence_tokens=model.card.context_tokens,
+                    step_tokens=1600,
+                    page_tokens=16,
+                    num_pages=num_pages,
+                    vocab_size=model.card.vocab_size,
+                    num_slots=max(2, depth),
+                ),
             )
-        self.inbox: SimpleQueue[Command] = SimpleQueue()
+        self.inbox: Inbox = SimpleQueue()
         self.outbox = RecordingOutbox()
         self.engine = Engine(
             scheduler,
@@ -110,7 +115,7 @@ class Harness:
         for submit, frames in submits:
             stream = Stream(submit)
             self.outbox.streams[GATEWAY, submit.sequence_id] = stream
-            self.inbox.put((GATEWAY, submit, frames))
+            self.inbox.put(Received(GATEWAY, submit, frames))
             streams.append(stream)
         return streams
 

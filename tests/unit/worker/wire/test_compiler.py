@@ -15,8 +15,7 @@ from shared.errors import ErrorCode
 from shared.protocol import Cancel, FromWorker, Grammar, Rejected, Submit, pack_i32
 from worker.constraints.automaton import TokenAutomaton
 from worker.constraints.llg import LlgConstraint
-from worker.loop.engine import Command
-from worker.schedule.intake import CompiledSubmit
+from worker.loop.inbox import Command, CompiledSubmit, Inbox, Received
 from worker.sim.tokenizer import SIM_TOKENIZER, VOCAB_SIZE
 from worker.wire import compiler as grammar_compiler
 from worker.wire.compiler import CompilerProcess, GrammarCompiler
@@ -38,7 +37,7 @@ class Outbox:
 
 class Service:
     def __init__(self) -> None:
-        self.inbox: SimpleQueue[Command] = SimpleQueue()
+        self.inbox: Inbox = SimpleQueue()
         self.outbox = Outbox()
         self.compiler = GrammarCompiler(self.inbox, self.outbox, epoch=1)
         self._next_id = 0
@@ -52,17 +51,23 @@ class Service:
     def cancel(self, sequence_id: int) -> None:
         """As the transport does it."""
         self.compiler.cancel(GATEWAY, [sequence_id])
-        self.inbox.put((GATEWAY, Cancel(1, [sequence_id]), []))
+        self.inbox.put(Received(GATEWAY, Cancel(1, [sequence_id])))
 
     def compiled(self, timeout_s: float = 10.0) -> CompiledSubmit:
-        gateway, message, frames = self.inbox.get(timeout=timeout_s)
-        assert isinstance(message, CompiledSubmit) and gateway == GATEWAY and frames == [b"frame"]
-        return message
+        command = self.inbox.get(timeout=timeout_s)
+        assert isinstance(command, CompiledSubmit)
+        assert command.gateway == GATEWAY and command.frames == [b"frame"]
+        return command
 
     def rejected(self, timeout_s: float = 10.0) -> Rejected:
         message = self.outbox.sent.get(timeout=timeout_s)
         assert isinstance(message, Rejected)
         return message
+
+
+def cancelled(command: Command) -> list[tuple[str, int]]:
+    assert isinstance(command, Received) and isinstance(command.message, Cancel)
+    return [("cancel", sequence_id) for sequence_id in command.message.sequence_ids]
 
 
 @pytest.fixture
@@ -132,17 +137,15 @@ def test_a_cancellation_while_compiling_follows_its_submission(service: Service)
     while sum(kind == "submit" for kind, _ in order) < 30 or service.compiler.num_pending:
         assert time.monotonic() < until_s
         try:
-            _, message, _ = service.inbox.get(timeout=0.1)
+            command = service.inbox.get(timeout=0.1)
         except Empty:
             continue
-        if isinstance(message, CompiledSubmit):
-            order.append(("submit", message.message.sequence_id))
-        elif isinstance(message, Cancel):
-            order += [("cancel", sequence_id) for sequence_id in message.sequence_ids]
+        if isinstance(command, CompiledSubmit):
+            order.append(("submit", command.message.sequence_id))
+        else:
+            order += cancelled(command)
     while not service.inbox.empty():
-        _, message, _ = service.inbox.get()
-        assert isinstance(message, Cancel)
-        order += [("cancel", sequence_id) for sequence_id in message.sequence_ids]
+        order += cancelled(service.inbox.get())
     for sequence_id in (ids[17], ids[29]):
         last_cancel = max(i for i, item in enumerate(order) if item == ("cancel", sequence_id))
         assert last_cancel > order.index(("submit", sequence_id)), "the engine would miss it"

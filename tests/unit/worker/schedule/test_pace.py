@@ -1,0 +1,115 @@
+"""Steps within a time: what is learned of a device, and what is planned by it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.unit.worker.schedule.examples import plan_of, result_of, scheduler, sequence
+from worker.schedule.pace import (
+    LEAST_TOKENS,
+    Pace,
+    StepCosts,
+    StepLoad,
+    guessed_costs,
+    load_of_chunk,
+    load_of_step,
+)
+
+SLOW = StepCosts(step_s=0.03, row_s=0.004, row_key_s=15e-6, token_s=0.004, key_s=1e-6, crop_s=0.8)
+"""A model of some hundred million weights on two cores of a laptop."""
+
+
+def true_s(load: StepLoad) -> float:
+    return SLOW.of(load)
+
+
+def load_of(rng: random.Random) -> StepLoad:
+    rows = rng.choice([0, 0, 1, 8])
+    tokens = rng.choice([0, 16, 40, 200]) if rows else rng.choice([16, 40, 200])
+    start = rng.choice([0, 500, 4000])
+    return load_of_step([600] * rows, [load_of_chunk(start, tokens, 0)])
+
+
+def test_costs_are_learned_from_steps_however_wrong_the_guess() -> None:
+    for guess in (guessed_costs(1, 1e12), guessed_costs(10**9, 1e9)):
+        pace, rng = Pace(guess, step_s=0.25), random.Random(1)
+        for _ in range(300):
+            load = load_of(rng)
+            pace.on_step(load, true_s(load) * rng.uniform(0.9, 1.1))
+        ratios = [pace.costs.of(load) / true_s(load) for load in (load_of(rng) for _ in range(100))]
+        assert min(ratios) > 0.5 and max(ratios) < 2.0
+
+
+def test_one_step_that_stalls_changes_little_and_is_forgotten() -> None:
+    pace, load = Pace(SLOW, step_s=0.25), StepLoad(num_tokens=40, num_keys=800)
+    pace.on_step(load, true_s(load))
+    pace.on_step(load, 100 * true_s(load))
+    assert pace.costs.of(load) < 3 * true_s(load)
+    for _ in range(8):
+        pace.on_step(load, true_s(load))
+    assert pace.costs.of(load) < 1.2 * true_s(load)
+
+
+@pytest.mark.parametrize("start", [0, 100, 8000])
+def test_what_fits_into_a_time_takes_that_time(start: int) -> None:
+    pace = Pace(SLOW)
+    num_tokens = pace.tokens_within(0.5, start)
+    assert pace.chunk_s(start, num_tokens, 0) <= 0.5 < pace.chunk_s(start, num_tokens + 1, 0)
+
+
+def test_without_a_bound_everything_fits_and_without_time_nothing_does() -> None:
+    pace = Pace(SLOW)
+    assert pace.tokens_within(pace.bound_s(decodes=True), 0) > 10**6
+    assert pace.tokens_within(0.0, 0) == pace.tokens_within(-1.0, 0) == 0
+
+
+def test_a_prompt_is_cut_into_steps_that_stay_within_their_time() -> None:
+    steps = scheduler(
+        num_pages=400, step_tokens=2048, mixed_tokens=1024, pace=Pace(SLOW, step_s=0.25, gap_s=0.125)
+    )
+    seq = sequence(1000)
+    steps.submit(seq)
+    times = []
+    while seq.in_prefill:
+        plan = plan_of(steps)
+        times.append(true_s(plan.load))
+        assert plan.expected_s == pytest.approx(times[-1])
+        steps.commit(plan, result_of(plan), 0.0)
+    assert max(times) <= 0.25 and len(times) > 10
+
+
+def test_the_first_step_of_an_unknown_device_is_short() -> None:
+    steps = scheduler(num_pages=400, pace=Pace(guessed_costs(135_000_000, 5e9), step_s=0.25))
+    steps.submit(sequence(1000))
+    (chunk,) = plan_of(steps).chunks
+    assert chunk.num_tokens == LEAST_TOKENS
+
+
+def test_rows_that_decode_wait_for_their_gap_and_no_longer() -> None:
+    steps = scheduler(num_pages=400, mixed_tokens=1024, pace=Pace(SLOW, step_s=1.0, gap_s=0.2))
+    running = sequence(3, number=1, max_tokens=99)
+    steps.submit(running)
+    plan = plan_of(steps)
+    steps.commit(plan, result_of(plan), 0.0)
+    steps.submit(sequence(900, number=2))
+    plan = plan_of(steps)
+    assert plan.decode == [running] and plan.chunks and true_s(plan.load) <= 0.2
+
+
+def test_prefill_goes_on_where_decode_rows_take_all_of_the_time() -> None:
+    steps = scheduler(num_pages=400, mixed_tokens=1024, pace=Pace(SLOW, step_s=0.25, gap_s=0.01))
+    steps.submit(sequence(3, number=1, max_tokens=99))
+    plan = plan_of(steps)
+    steps.commit(plan, result_of(plan), 0.0)
+    steps.submit(sequence(900, number=2))
+    assert [chunk.num_tokens for chunk in plan_of(steps).chunks] == [LEAST_TOKENS]
+
+
+def test_a_second_prompt_joins_where_there_is_time_for_more_than_a_little() -> None:
+    for step_s, expected in ((0.25, 1), (0.6, 2)):
+        steps = scheduler(num_pages=400, pace=Pace(SLOW, step_s=step_s))
+        steps.submit(sequence(30, number=1))
+        steps.submit(sequence(30, number=2))
+        assert len(plan_of(steps).chunks) == expected

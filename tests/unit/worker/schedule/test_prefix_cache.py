@@ -1,0 +1,99 @@
+"""The prefix cache by example: full pages, found again by everything that their contents depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.unit.worker.schedule.examples import sequence
+from worker.schedule.pages import PagePool
+from worker.schedule.prefix_cache import PrefixCache
+from worker.schedule.sequence import Picture, Sequence
+
+PROMPT = list(range(20, 31))  # eleven tokens: two full pages of four, and three
+
+
+@pytest.fixture
+def pool() -> PagePool:
+    return PagePool(20, 4)
+
+
+@pytest.fixture
+def cache(pool: PagePool) -> PrefixCache:
+    return PrefixCache(pool)
+
+
+def remember(cache: PrefixCache, pool: PagePool, seq: Sequence) -> list[int]:
+    seq.pages = [pool.take() for _ in range(pool.pages_for(len(seq.tokens)))]
+    pages = list(seq.pages)
+    cache.insert(seq, len(seq.tokens))
+    cache.release(seq)
+    cache.check()
+    pool.check()
+    return pages
+
+
+def picture(digest: bytes) -> Picture:
+    return Picture(1, 5, 1, 1, 8, 8, digest, b"", b"")
+
+
+def test_full_pages_are_found_again_and_the_rest_is_computed(cache: PrefixCache, pool: PagePool) -> None:
+    pages = remember(cache, pool, sequence(PROMPT))
+    again = sequence(PROMPT)
+    assert cache.match(again) == 8 and again.pages == pages[:2]
+    assert pool.num_cached == 0 and pool.num_allocated == 2
+    assert (cache.num_hit_tokens, cache.num_query_tokens) == (8, 11)
+
+
+def test_a_prompt_keeps_one_token_to_compute(cache: PrefixCache, pool: PagePool) -> None:
+    remember(cache, pool, sequence(PROMPT[:8]))
+    assert cache.match(sequence(PROMPT[:8])) == 4, "the last position's logits are what the prefill is for"
+
+
+def test_a_common_beginning_is_shared_up_to_where_prompts_part(cache: PrefixCache, pool: PagePool) -> None:
+    remember(cache, pool, sequence(PROMPT))
+    assert cache.match(sequence([*PROMPT[:6], 90, 91, 92, 93])) == 4
+    assert cache.match(sequence([90, *PROMPT])) == 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"tenant": "a"}, {"tenant": "b"}),
+        (
+            {"prefix_tokens": 6, "pictures": [picture(b"x")]},
+            {"prefix_tokens": 6, "pictures": [picture(b"y")]},
+        ),
+        ({"prefix_tokens": 6}, {"prefix_tokens": 0}),
+    ],
+    ids=["tenant", "picture", "direction"],
+)
+def test_what_a_page_depends_on_tells_it_apart(
+    cache: PrefixCache, pool: PagePool, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    remember(cache, pool, sequence(PROMPT, **one))
+    assert cache.match(sequence(PROMPT, **other)) == 0
+    assert cache.match(sequence(PROMPT, **one)) == 8
+
+
+def test_the_least_lately_used_pages_are_forgotten_first_the_deepest_before(
+    cache: PrefixCache, pool: PagePool
+) -> None:
+    old = remember(cache, pool, sequence(PROMPT))
+    remember(cache, pool, sequence([*range(60, 71)]))
+    assert cache.evict(1) == 1
+    again = sequence(PROMPT)
+    assert cache.match(again) == 4 and again.pages == old[:1]
+    cache.release(again)
+    assert cache.evict(99) == 3 and pool.num_free == pool.total
+    cache.check()
+
+
+def test_pages_of_a_faulty_row_are_not_to_be_found(cache: PrefixCache, pool: PagePool) -> None:
+    seq = sequence(PROMPT)
+    seq.pages = [pool.take() for _ in range(3)]
+    cache.insert(seq, 8)
+    cache.forget(seq)
+    cache.release(seq)
+    assert cache.match(sequence(PROMPT)) == 0 and pool.num_free == pool.total

@@ -1,0 +1,122 @@
+"""Owns what the decode thread does with each command of its inbox. Decode thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+
+from shared.errors import ErrorCode, FinishReason
+from shared.protocol import Cancel, Drain, ModelCard, Submit, Trace
+from worker.constraints.constraint import Constraint
+from worker.loop.inbox import Command, CompiledSubmit, LeaseEnded, MaskReady, Received
+from worker.loop.masks import MaskFiller
+from worker.loop.recording import Recording
+from worker.loop.reports import Reports
+from worker.schedule.intake import build_sequence
+from worker.schedule.refusal import Refusal
+from worker.schedule.scheduler import Scheduler
+from worker.schedule.sequence import Sequence
+
+log = structlog.get_logger()
+
+
+class Commands:
+    """Submissions, cancellations, drains, recordings, masks and leases that ended."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        reports: Reports,
+        masks: MaskFiller,
+        recording: Recording,
+        card: ModelCard,
+        clock: Callable[[], float],
+        epoch: int,
+    ) -> None:
+        self._scheduler = scheduler
+        self._reports = reports
+        self._masks = masks
+        self._recording = recording
+        self._card = card
+        self._clock = clock
+        self._epoch = epoch
+        self.is_draining = False
+        self._drain_until_s = float("inf")
+
+    def handle(self, command: Command) -> None:
+        """Do what it asks for."""
+        if isinstance(command, Received):
+            self._on_message(command)
+        elif isinstance(command, CompiledSubmit):
+            self._submit(command.gateway, command.message, command.frames, command.constraint)
+        elif isinstance(command, MaskReady):
+            self._on_mask_ready(command)
+        elif isinstance(command, LeaseEnded):
+            for seq in self._scheduler.cancel_gateway(command.gateway):
+                self._reports.count_finish(seq)  # nobody is left to tell
+
+    def _on_message(self, received: Received) -> None:
+        gateway, message = received.gateway, received.message
+        if isinstance(message, Submit):
+            self._submit(gateway, message, received.frames)
+        elif isinstance(message, Cancel):
+            for sequence_id in message.sequence_ids:
+                seq = self._scheduler.cancel(gateway, sequence_id, FinishReason.CANCELLED)
+                if seq is not None:
+                    self._reports.send_finish(seq)
+        elif isinstance(message, Trace):
+            self._recording.begin(gateway, message.num_steps)
+        elif isinstance(message, Drain):
+            self.drain(message.deadline_s)
+
+    def _submit(
+        self, gateway: bytes, message: Submit, frames: list[bytes], compiled: Constraint | None = None
+    ) -> None:
+        now_s = self._clock()
+        if (gateway, message.sequence_id) in self._scheduler.sequences:
+            self._reports.metrics.duplicate_submits_total += 1  # a frame delivered twice: its sequence runs
+            return
+        try:
+            if message.epoch != self._epoch:
+                raise Refusal(
+                    ErrorCode.WORKER_LOST, f"this worker's epoch is {self._epoch}, not {message.epoch}"
+                )
+            if self.is_draining:
+                raise Refusal(ErrorCode.SHUTTING_DOWN, "the worker is draining")
+            seq = build_sequence(gateway, message, frames, self._card, now_s, compiled)
+            self._scheduler.submit(seq)
+        except Refusal as refusal:
+            self._reports.send_refusal(gateway, message.sequence_id, refusal, len(self._scheduler.waiting))
+
+    def _on_mask_ready(self, ready: MaskReady) -> None:
+        if ready.seq.finish is not None:
+            return
+        if ready.error:
+            self.fail_grammar(ready.seq, ready.error)
+        else:
+            self._masks.accept(ready)
+
+    def fail_grammar(self, seq: Sequence, text: str) -> None:
+        """End a sequence whose grammar cannot say what may come next."""
+        self._scheduler.fail(seq, ErrorCode.INVALID_GRAMMAR, f"the grammar failed: {text}")
+        self._reports.send_finish(seq)
+
+    # ------------------------------------------------------------------ draining
+
+    def drain(self, deadline_s: float) -> None:
+        """Refuse new sequences, and end running ones by `deadline_s` from now at the latest."""
+        self._drain_until_s = min(self._drain_until_s, self._clock() + deadline_s)
+        if not self.is_draining:
+            self.is_draining = True
+            log.info("draining", deadline_s=deadline_s, running=len(self._scheduler.running))
+
+    def end_late(self, now_s: float) -> None:
+        """End sequences whose own deadline, or the drain's, has passed."""
+        for seq in self._scheduler.expire(now_s):
+            self._reports.send_finish(seq)
+        if now_s > self._drain_until_s:
+            for seq in list(self._scheduler.sequences.values()):
+                text = "the worker's drain deadline has passed"
+                self._scheduler.fail(seq, ErrorCode.SHUTTING_DOWN, text)
+                self._reports.send_finish(seq)

@@ -1,0 +1,67 @@
+"""Owns the types of what other threads and the decode thread hand each other. Any thread puts, the decode thread takes.
+
+Queues carry them; nothing is shared beside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.protocol import Cancel, Drain, FromGateway, FromWorker, Submit, Trace
+from worker.constraints.constraint import Constraint
+from worker.schedule.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message of a gateway, with the payload frames behind it. The worker's own drain has no gateway."""
+
+    gateway: bytes
+    message: Submit | Cancel | Drain | Trace | FromGateway
+    frames: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledSubmit:
+    """A submission whose grammar has been compiled."""
+
+    gateway: bytes
+    message: Submit
+    frames: list[bytes]
+    constraint: Constraint
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnded:
+    """A gateway is gone, or has been silent for longer than its lease: its sequences end untold."""
+
+    gateway: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskReady:
+    """The mask of a sequence that sits out is built (`error` empty), or could not be."""
+
+    seq: Sequence
+    mask: npt.NDArray[np.int32]
+    took_s: float
+    error: str = ""
+
+
+Command = Received | CompiledSubmit | LeaseEnded | MaskReady
+Inbox = SimpleQueue[Command]
+
+
+class Outbox(Protocol):
+    """Where the decode thread leaves messages for the I/O thread. Never blocks."""
+
+    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
+        """For one gateway; payloads ride as further frames."""
+
+    def broadcast(self, message: FromWorker) -> None:
+        """For every gateway with a lease."""

@@ -1,0 +1,72 @@
+"""Owns how much of a step is left for prefill: tokens, crops and time. Pure; decode thread."""
+
+from __future__ import annotations
+
+from math import inf
+
+from worker.schedule.limits import SchedulerLimits
+from worker.schedule.pace import LEAST_TOKENS, ROW_TOKENS, Pace, load_of_step
+from worker.schedule.plan import Chunk, crops_of
+from worker.schedule.sequence import Sequence
+
+
+class StepBudget:
+    """What one step may still take beside its decode rows. `cut` takes from it."""
+
+    __slots__ = ("_crops", "_is_first", "_left_s", "_pace", "_page_tokens", "_tokens")
+
+    def __init__(self, limits: SchedulerLimits, pace: Pace, page_tokens: int, decode: list[Sequence]) -> None:
+        self._pace = pace
+        self._page_tokens = page_tokens
+        self._tokens = (limits.mixed_tokens if decode else limits.step_tokens) - len(decode)
+        self._crops = limits.mixed_crops if decode else limits.step_crops
+        self._is_first = True
+        self._left_s = pace.bound_s(decodes=bool(decode))
+        if self._left_s < inf:
+            self._left_s -= pace.costs.of(load_of_step([seq.num_computed for seq in decode], []))
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a prompt that was not begun could have a chunk of any use."""
+        return self._tokens > 0 and (self._is_first or self._tokens_in_time(0) > 0)
+
+    def cut(self, seq: Sequence) -> Chunk | None:
+        """The next piece of a prefill, or None when nothing of it fits.
+
+        Cut at page boundaries where it can be, since matrix products then round alike wherever the cut falls
+        (I8). The bidirectional prefix is never cut, nor a picture's crops: as the step's first chunk they may overdraw
+        the budget, or a busy batch would starve them.
+        """
+        start = seq.num_computed
+        left = seq.num_known - start
+        num = self._tokens_in_time(start)
+        if 0 < num < left <= num + ROW_TOKENS:  # so short a rest is slow for its length
+            shorter = left - ROW_TOKENS - 1
+            num = shorter if shorter > 2 * ROW_TOKENS else left
+        num = min(left, self._tokens, num)
+        if num < left:
+            page_tokens = self._page_tokens
+            aligned = (start + num) // page_tokens * page_tokens - start
+            num = aligned if aligned > 0 or not self._is_first else num
+        if start + num < seq.prefix_tokens:
+            num = seq.prefix_tokens - start if self._is_first else 0
+        if num <= 0:
+            return None
+        chunk = Chunk(seq, start, num, start + num == seq.num_known)
+        num_crops = crops_of(chunk)
+        took_s = self._pace.chunk_s(start, num, num_crops)
+        if not self._is_first and (num_crops > self._crops or (num_crops and took_s > self._left_s)):
+            return None
+        self._crops -= num_crops
+        self._left_s -= took_s
+        self._tokens -= num
+        self._is_first = False
+        return chunk
+
+    def _tokens_in_time(self, start: int) -> int:
+        """Tokens of a prompt behind `start` for which there is time: a few at least for the step's first prompt, and
+        none for another one where they would be few."""
+        num_tokens = self._pace.tokens_within(self._left_s, start)
+        if num_tokens < LEAST_TOKENS:
+            return LEAST_TOKENS if self._is_first else 0
+        return num_tokens

@@ -1,0 +1,53 @@
+"""Owns the queue of messages to gateways and the bell that wakes the I/O thread. Any thread leaves, the I/O thread takes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+
+from shared.protocol import FromWorker
+
+# eventfd_write without letting Python's lock go, as os.eventfd_write would: the I/O thread would take it at once and
+# the decode thread wait for it in the middle of a step. It has it when the decode thread waits for the device.
+_ring = ctypes.PyDLL(None).eventfd_write
+_ring.argtypes = (ctypes.c_int, ctypes.c_uint64)
+
+
+class WireOutbox:
+    """Implements `loop.inbox.Outbox`. `bell` is a descriptor that can be read while messages wait."""
+
+    def __init__(self) -> None:
+        self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._messages: deque[tuple[bytes | None, FromWorker, list[bytes]]] = deque()
+
+    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
+        """Leave a message for one gateway."""
+        self._messages.append((gateway, message, payloads or []))
+        _ring(self.bell, 1)
+
+    def broadcast(self, message: FromWorker) -> None:
+        """Leave a message for every gateway with a lease."""
+        self._messages.append((None, message, []))
+        _ring(self.bell, 1)
+
+    def wake(self) -> None:
+        """Ring without leaving anything."""
+        os.eventfd_write(self.bell, 1)
+
+    # ------------------------------------------------------------------ the I/O thread
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def take(self) -> tuple[bytes | None, FromWorker, list[bytes]]:
+        """The oldest message: its gateway (None: every one), itself, its payloads. Raises IndexError when none waits."""
+        return self._messages.popleft()
+
+    def hush(self) -> None:
+        """The bell was heard."""
+        os.eventfd_read(self.bell)
+
+    def close(self) -> None:
+        """Give the descriptor back; nothing may be left here afterwards."""
+        os.close(self.bell)
