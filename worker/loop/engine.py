@@ -195,7 +195,8 @@ class Engine:
         after_s = self._clock()
         if self._timer is not None and not plan.chunks and not plan.deferred:
             self._timer.on_launch(after_s - before_s)
-        self._recording.on_host(f"plan and launch {plan.step}", before_s, after_s)
+        if self._recording.is_on:
+            self._recording.on_host(f"plan and launch {plan.step}", before_s, after_s)
         return True
 
     def _launch(self, plan: StepPlan) -> None:
@@ -205,7 +206,7 @@ class Engine:
             self.metrics.on_sync("depth" if self.depth == 1 else "behind" if self._had_work else "idle")
         step = pipeline.launch(plan, self._clock(), follows=self._had_work)
         self.metrics.depth = len(pipeline)
-        self._heartbeat.on_launch()
+        self._heartbeat.on_launch(plan.expected_s)
         try:
             runner.launch_forward(step.slot, plan, self._heartbeat.on_progress)
         except OutOfDeviceMemory as error:

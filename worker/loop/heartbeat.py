@@ -43,10 +43,9 @@ class Heartbeat:
         """A step was read: the one behind it has the device."""
         self._last_commit_s = now_s
 
-    def on_launch(self) -> None:
+    def on_launch(self, expected_s: float) -> None:
         """A step is about to be queued: where that, or waiting for it, may take long, say so first."""
-        newest = self._pipeline.newest
-        if newest is not None and newest.plan.expected_s > LONG_S / SLACK:
+        if expected_s * SLACK > LONG_S:
             self.send()
 
     def on_progress(self) -> None:

@@ -7,7 +7,7 @@ either attends to, and crop of a picture. What a step really took is shared out 
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 LEAST_TOKENS = 32
 """Of a prompt, in a step that has room for none: however slow the device, prefill goes on."""
@@ -20,8 +20,7 @@ SHORT_S = 0.05  # where steps have no bound, shorter ones teach nothing that is 
 MOST_CHANGE = 4.0  # what one step may do to an estimate: a machine that stalls once is no slower than before
 
 
-@dataclass(frozen=True, slots=True)
-class StepLoad:
+class StepLoad(NamedTuple):
     """What a step is to do. Keys are those that its rows, or its tokens, attend to, summed over them."""
 
     num_rows: int = 0  # decode rows, and the tokens of short chunks
@@ -34,8 +33,7 @@ class StepLoad:
 NO_LOAD = StepLoad()
 
 
-@dataclass(frozen=True, slots=True)
-class StepCosts:
+class StepCosts(NamedTuple):
     """Seconds for each part of a step."""
 
     step_s: float
@@ -103,14 +101,14 @@ class Pace:
         if busy_s <= (0.0 if self.step_s or self.gap_s else SHORT_S):
             return
         expected_s = self.costs.of(load)
-        costs = astuple(self.costs)
+        costs = self.costs
         if self._is_guess:  # whatever the guess was wrong in, it was about the device
             self._is_guess = False
             factor = busy_s / expected_s
             self.costs = StepCosts(*[cost * factor for cost in costs])
             return
         change = math.log(min(MOST_CHANGE, max(1 / MOST_CHANGE, busy_s / expected_s)))
-        amounts = (1, *astuple(load))
+        amounts = (1, *load)
         self.costs = StepCosts(
             *[
                 cost * math.exp(GAIN * change * cost * amount / expected_s)
@@ -135,6 +133,8 @@ def load_of_chunk(start: int, num_tokens: int, num_crops: int) -> StepLoad:
 def load_of_step(contexts: list[int], chunks: list[StepLoad]) -> StepLoad:
     """Decode rows behind so many tokens each, and chunks."""
     num_rows, num_row_keys = len(contexts), sum(contexts) + len(contexts)
+    if not chunks:
+        return StepLoad(num_rows, num_row_keys)
     num_tokens = num_keys = num_crops = 0
     for chunk in chunks:
         num_rows += chunk.num_rows

@@ -20,6 +20,9 @@ from worker.schedule.refusal import Refusal
 from worker.schedule.sequence import Sequence
 from worker.schedule.waiting import WaitingQueue
 
+# Looked at for every row of every step: an enum's member costs a look-up each time.
+RUNNING, PREEMPTED, AWAITED, NO_MASK = Life.RUNNING, Life.PREEMPTED, MaskLife.AWAITED, MaskLife.NONE
+
 
 class Scheduler:
     """Sequences waiting and running, and the pages and rows they hold."""
@@ -115,7 +118,7 @@ class Scheduler:
         stalled: list[Sequence] = []
         page_tokens = self.pages.page_tokens
         for seq in self.running:
-            if seq.life is not Life.RUNNING or seq.mask is MaskLife.AWAITED:
+            if seq.life is not RUNNING or seq.mask is AWAITED:
                 continue
             if seq.num_computed < seq.num_known:
                 prefilling.append(seq)
@@ -145,7 +148,7 @@ class Scheduler:
         # A stalled decode row has first claim on pages: admitting now would only preempt again.
         while not blocked and self.free_rows and budget.has_room:
             best = self.waiting.peek()
-            if best is None or best.mask is MaskLife.AWAITED or not self._has_room(best):
+            if best is None or best.mask is AWAITED or not self._has_room(best):
                 break
             if self.cache is not None:
                 best.num_computed = best.cached_tokens = self.cache.match(best)
@@ -184,7 +187,7 @@ class Scheduler:
                 indexes.append(seq.num_sampled)
                 seq.num_sampled += 1
         tables = [table for seq in admitted if (table := self._place_automaton(seq)) is not None]
-        deferred = [i for i, seq in enumerate(samples) if seq.mask is not MaskLife.NONE]
+        deferred = [i for i, seq in enumerate(samples) if seq.mask is not NO_MASK]
         self._step += 1
         load = load_of_step(positions, [load_of_chunk(c.start, c.num_tokens, crops_of(c)) for c in chunks])
         adjusted = any([seq.is_adjusted for seq in samples])
@@ -274,7 +277,7 @@ class Scheduler:
             elif index + 1 >= seq.max_tokens:
                 self._finish(seq, FinishReason.LENGTH)
                 finished.append(seq)
-            elif seq.life is Life.PREEMPTED:
+            elif seq.life is PREEMPTED:
                 self._settle(seq)
         return out
 
