@@ -21,7 +21,7 @@ from worker.formats.open_source import open_source
 from worker.formats.pre_tokenizers import PRE_TOKENIZERS
 from worker.formats.tokenizer_json import AddedToken, byte_level_bpe
 from worker.models.card import make_card
-from worker.models.dense_config import read_dense
+from worker.models.families import llama
 from worker.models.settings import Settings
 
 DATA = Path(__file__).resolve().parents[3] / "data"
@@ -130,7 +130,7 @@ def test_ends_of_an_answer_from_every_place(tmp_path: Path) -> None:
     }
     source = Folder(folder(tmp_path, files, vocab_size=len(vocabulary())))
     assert source.end_tokens() == [1, 2]
-    sizes = read_dense(Settings(source.config, source.settings_file))
+    sizes = llama.read(Settings(source.config, source.settings_file))
     assert make_card(sizes, source, "llama").eos_ids == [3, 1, 2]
     assert Folder(folder(tmp_path / "bare")).end_tokens() == []
     other = folder(tmp_path / "map", {"special_tokens_map.json": {"eos_token": "<|eot_id|>"}})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import msgspec
 import pytest
 import torch
@@ -10,6 +13,7 @@ from loadtest.gpu.decode import ReplayingCpuDevice
 from loadtest.gpu.random_models import random_model
 from shared.protocol import Sampling, Submit, pack_i32
 from tests.unit.worker.loop.simulation import EPOCH
+from tests.unit.worker.models.dense_oracle import load, write
 from tests.unit.worker.models.paged_driver import Driver, Row
 from tests.unit.worker.step.test_torch_runner import Harness
 from worker.forward import KVCache, PrefillSegment, StepTokens, chunk_spans
@@ -50,6 +54,28 @@ def test_fused_equals_plain(shape: str, prefix: int) -> None:
     plain = run(model, prefix)
     model.fuses = True
     for found, expected in zip(run(model, prefix), plain, strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gemma2", {"num_hidden_layers": 2}),
+        ("gemma3", {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}),
+        ("olmo2", {"num_hidden_layers": 1}),
+        ("stablelm", {"num_hidden_layers": 1, "use_parallel_residual": True, "qk_layernorm": True}),
+    ],
+    ids=str,
+)
+def test_fused_families_equal_plain(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """What a family has of its own, with a GPU's kernels: norms on both sides, windows, caps, two rotations."""
+    write(tmp_path, family, **settings)
+    model = load(tmp_path)
+    assert isinstance(model, Dense)
+    plain = run(model, 0)
+    model.fuses = True
+    for found, expected in zip(run(model, 0), plain, strict=True):
         assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 

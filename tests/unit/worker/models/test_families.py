@@ -6,6 +6,7 @@ through pages, batches of rows and chunks, and the older spelling of config.json
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ import torch
 
 from tests.unit.worker.models import dense_oracle as dense
 from tests.unit.worker.models.dense_oracle import LLAMA3_ROPE, edit_config, load, respell, write
+from worker.formats.source import CheckpointError
+from worker.models.dense import Dense
+from worker.models.registry import nearest
+from worker.native.products import products
 
 YARN = {
     "rope_type": "yarn",
@@ -202,3 +207,144 @@ def test_gemma3_as_released_folders_spell_it(tmp_path: Path) -> None:
     model = load(tmp_path)
     _, hidden = dense.Driver(model).prefill(model.embed(torch.tensor(ids)), 0)
     assert dense.relative_error(model.logits(hidden), dense.oracle_logits(oracle, ids)) < dense.TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "one_call"),
+    [
+        ("qwen2", {}, True),
+        ("granite", {"residual_multiplier": 0.5, "attention_multiplier": 0.1}, True),
+        ("phi3", {}, True),
+        ("mistral", {}, True),
+        ("mistral", {"sliding_window": 256}, True),  # as wide as the context
+        ("mistral", {"sliding_window": 255}, False),
+        ("smollm3", {}, False),
+        ("gemma3", {}, False),
+        ("olmo2", {}, False),
+        ("stablelm", {}, False),
+    ],
+    ids=str,
+)
+def test_which_families_are_one_compiled_call(
+    family: str, settings: dict[str, Any], one_call: bool, tmp_path: Path
+) -> None:
+    compiled = products(torch.device("cpu"))
+    if compiled is None or not compiled.multiplies(torch.float32):
+        pytest.skip("no compiled products on this machine")
+    write(tmp_path, family, **settings)
+    model = load(tmp_path)
+    assert isinstance(model, Dense)
+    assert (model._stack is not None) == one_call
+
+
+def test_a_base_models_folder_without_the_prefix(tmp_path: Path) -> None:
+    """Saved as the model without its head, tensors are called `layers.0…`, not `model.layers.0…`."""
+    oracle = write(tmp_path, "llama", tie_word_embeddings=True)
+    hidden = torch.randn(2, dense.SIZES["hidden_size"])
+    expected = load(tmp_path).logits(hidden)
+    oracle.model.save_pretrained(tmp_path)
+    edit_config(tmp_path, architectures=["LlamaForCausalLM"])
+    assert torch.equal(load(tmp_path).logits(hidden), expected)
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        (["Qwen3MoeForCausalLM", "qwen3_moe"], "Qwen 3 (dense)"),
+        (["Qwen2_5_VLForConditionalGeneration"], "Qwen 2 and 2.5"),
+        (["Gemma3ForConditionalGeneration", "gemma3"], "Gemma 3"),
+        (["GraniteMoeForCausalLM"], "Granite 3"),
+        (["Phi3SmallForCausalLM"], "Phi-3"),
+        (["Mistral3ForConditionalGeneration"], "Mistral"),
+        (["Llama4ForCausalLM"], "Llama 2 and 3"),
+        (["Olmo3ForCausalLM"], "OLMo 2"),
+        (["BertModel"], None),
+        ([], None),
+    ],
+    ids=str,
+)
+def test_the_nearest_family(named: list[str], expected: str | None) -> None:
+    found = nearest(named)
+    assert found is None if expected is None else found is not None and found.title.startswith(expected)
+
+
+def test_a_refusal_says_what_is_served_in_words_people_know(tmp_path: Path) -> None:
+    write(tmp_path, "llama")
+    edit_config(tmp_path, architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe")
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path)
+    text = str(caught.value)
+    assert str(tmp_path / "config.json") in text and "Qwen3MoeForCausalLM" in text
+    assert "the nearest family that is served is Qwen 3 (dense)" in text
+    for words in ("Llama 2 and 3", "SmolLM2", "Mistral", "Gemma 3", "Phi-4-mini", "OLMo 2", "Moondream 2"):
+        assert words in text
+
+
+def test_a_copy_of_the_known_class_is_not_needed_and_another_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "phi3")
+    edit_config(
+        tmp_path, auto_map={"AutoConfig": "c.X", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    )
+    assert load(tmp_path).card.family == "phi3"
+    edit_config(tmp_path, auto_map={"AutoModelForCausalLM": "modeling_phi3.Other"})
+    with pytest.raises(CheckpointError, match="never run"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "asked", "served"),
+    [
+        ("llama", {}, None, 256),
+        ("llama", {}, 100, 100),
+        ("llama", {}, 1000, 256),
+        ("llama", {"rope_parameters": YARN | {"original_max_position_embeddings": 256}}, None, 256),
+        ("llama", {"rope_parameters": YARN | {"original_max_position_embeddings": 256}}, 1000, 1000),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 1000, 256),
+    ],
+    ids=str,
+)
+def test_the_context_is_the_models(
+    family: str, settings: dict[str, Any], asked: int | None, served: int, tmp_path: Path
+) -> None:
+    write(tmp_path, family, **settings)
+    if asked is not None:
+        edit_config(tmp_path, degas={"context_tokens": asked})
+    assert load(tmp_path).card.context_tokens == served
+
+
+def test_ends_are_those_of_both_files(tmp_path: Path) -> None:
+    write(tmp_path, "llama")
+    edit_config(tmp_path, eos_token_id=9)
+    said = {"eos_token_id": [5, 2], "repetition_penalty": 1.1, "min_p": 0.05, "bos_token_id": None}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    card = load(tmp_path).card
+    assert card.eos_ids == [5, 2, 9] and card.bos_id == 1
+    assert (card.default_repetition_penalty, card.default_min_p) == (1.1, 0.05)
+    (tmp_path / "generation_config.json").write_text(json.dumps(said | {"repetition_penalty": -1}))
+    with pytest.raises(CheckpointError, match="'repetition_penalty' is -1; it lies in"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("phi3", {"rope_parameters": LONGROPE | {"long_factor": [1.0]}}, "need 6 numbers each"),
+        ("phi3", {"rope_parameters": LONGROPE | {"short_factor": None}}, "'short_factor' is missing"),
+        (
+            "stablelm",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.2}},
+            "turns 3 dimensions",
+        ),
+        ("smollm3", {"no_rope_layers": [1]}, "'no_rope_layers' is not a list of 3"),
+        ("gemma3", {"use_bidirectional_attention": True}, "encoder"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar' is missing or not above 0"),
+        ("mistral", {"sliding_window": 0}, "'sliding_window'"),
+        ("granite", {"hidden_act": "relu"}, "'hidden_act' is 'relu'"),
+    ],
+    ids=str,
+)
+def test_refusals(family: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write(tmp_path, family)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
