@@ -6,8 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from worker.formats.errors import CheckpointError
 from worker.formats.json_files import read_object
+
+log = structlog.get_logger()
 
 # What families write at the end of a turn. Some of them are not the tokenizer's end of text, and some folders name
 # only that one.
@@ -66,6 +70,16 @@ def _chosen(found: Any, file: Path) -> str:
     others = [name for name in found if name not in ("tool_use", "rag")]
     chosen = others[0] if len(others) == 1 else next(iter(found))
     return str(found[chosen])
+
+
+def warn_missing(path: Path) -> None:
+    """Say that a model has no template, and what to do."""
+    log.warning(
+        "no_chat_template",
+        model=str(path),
+        means="chat has no form that this model was trained on; completions work",
+        to_do="serve an instruct model; or a folder, with the template in chat_template.jinja",
+    )
 
 
 def check_template(template: str, file: Path) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import structlog
-
-from worker.formats.chat_templates import check_template, find_template, turn_ends
+from worker.formats.chat_templates import check_template, find_template, turn_ends, warn_missing
 from worker.formats.folder_refusals import refuse_folder, refuse_settings
 from worker.formats.folder_tokenizer import end_token, find_tokenizer, marks_of, special_tokens
 from worker.formats.json_files import read_object
@@ -14,8 +12,6 @@ from worker.formats.model_names import name_of
 from worker.formats.moondream_tokenizer import is_moondream, refuse_stale
 from worker.formats.safetensors import Checkpoint
 from worker.formats.source import ProgressReport, Rename, Target
-
-log = structlog.get_logger()
 
 
 class Folder:
@@ -50,12 +46,7 @@ class Folder:
         """See `Source.chat_template`. Warns where there is none."""
         found = find_template(self.path)
         if not found and not is_moondream(self.config):
-            log.warning(
-                "no_chat_template",
-                folder=str(self.path),
-                means="chat has no form that this model was trained on; completions work",
-                to_do="put the template into chat_template.jinja in this folder, or serve an instruct model",
-            )
+            warn_missing(self.path)
         return check_template(found, self.path)
 
     def special_tokens(self) -> dict[str, str]:

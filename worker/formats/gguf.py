@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.formats.chat_templates import check_template, turn_ends
+from worker.formats.chat_templates import check_template, turn_ends, warn_missing
 from worker.formats.errors import CheckpointError
 from worker.formats.gguf_architectures import Architecture, architecture_of
 from worker.formats.gguf_blocks import unpacker
@@ -43,7 +43,7 @@ class Gguf:
             "bos_token_id": next(iter(special["bos_token_id"]), None),
             "eos_token_id": special["eos_token_id"],
         }
-        self.generation = _generation(whole)
+        self.generation = sampling_of(whole)
         self.model_id = name_of(path, name_of_parts(path))
         self.created = int(path.stat().st_mtime)
         self.num_bytes = whole.num_bytes
@@ -57,8 +57,11 @@ class Gguf:
         return make_tokenizer(self._container)
 
     def chat_template(self) -> str:
-        """See `Source.chat_template`."""
-        return check_template(chat_template(self._container), self.path)
+        """See `Source.chat_template`. Warns where there is none."""
+        found = chat_template(self._container)
+        if not found:
+            warn_missing(self.path)
+        return check_template(found, self.path)
 
     def special_tokens(self) -> dict[str, str]:
         """See `Source.special_tokens`: a container names ids only, and gateways have the tokenizer to spell them."""
@@ -182,7 +185,7 @@ class GgufTensors:
             self._report("weights", self._done_bytes, self.num_bytes)
 
 
-def _generation(container: Container) -> dict[str, Any]:
+def sampling_of(container: Container) -> dict[str, Any]:
     """What generation_config.json would say: the sampling that newer files recommend."""
     found = {
         ours: container.metadata[f"general.sampling.{theirs}"]

@@ -27,6 +27,7 @@ def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
             )
         )
 
+    ends = [token_id for token_id in source.end_tokens() if token_id < sizes.vocab_size]
     return ModelCard(
         model_id=str(said.get("model_id") or source.model_id),
         family=family,
@@ -34,7 +35,7 @@ def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
         vocab_size=sizes.vocab_size,
         bos_id=next(iter(ids("bos_token_id")), None),
         # Each may name ends that the others do not: a base model's config.json, an instruct model's generation_config.
-        eos_ids=list(dict.fromkeys([*ids("eos_token_id"), *source.end_tokens()])),
+        eos_ids=list(dict.fromkeys([*ids("eos_token_id"), *ends])),
         created=source.created,
         capabilities=["chat", "completions"],
         description=str(said.get("description") or ""),

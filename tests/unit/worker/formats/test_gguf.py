@@ -21,11 +21,12 @@ from tests.unit.worker.formats.tiny_gguf import (
     write_gguf,
 )
 from tests.unit.worker.models.paged_driver import Driver, quiet, relative_error
-from worker.formats.gguf import Gguf
+from worker.formats.gguf import Gguf, sampling_of
 from worker.formats.gguf_blocks import unpacker
+from worker.formats.gguf_container import read_container
 from worker.formats.open_source import open_source
 from worker.formats.source import CheckpointError, Target
-from worker.models.registry import FAMILIES, load_model
+from worker.models.registry import load_model
 
 CPU = torch.device("cpu")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -169,8 +170,6 @@ def check_logits(path: Path, oracle: Any) -> None:
 @pytest.mark.parametrize("architecture", sorted(KINDS))
 def test_each_served_family_answers_from_gguf(tmp_path: Path, architecture: str) -> None:
     path, oracle = written(tmp_path, architecture)
-    if type(oracle).__name__ not in FAMILIES:
-        pytest.skip(f"{type(oracle).__name__} is not served")
     check_logits(path, oracle)
 
 
@@ -377,6 +376,15 @@ def test_names_dates_and_sampling(tmp_path: Path) -> None:
     (snapshot / "m.gguf").write_bytes(path.read_bytes())
     assert Gguf(snapshot / "m.gguf").model_id == "org/some-model"
     del oracle
+
+
+def test_recommended_sampling(tmp_path: Path) -> None:
+    oracle = make_oracle("llama", rope_parameters=ROPE, num_hidden_layers=1)
+    path = write_gguf(tmp_path / "m.gguf", oracle, "llama", quant="F32")
+    container = read_container(path)
+    container.metadata["general.sampling.temp"] = 0.5
+    container.metadata["general.sampling.top_k"] = 20
+    assert sampling_of(container) == {"temperature": 0.5, "top_k": 20, "do_sample": True}
 
 
 @pytest.mark.slow

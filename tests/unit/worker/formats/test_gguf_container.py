@@ -108,6 +108,7 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
             read_container(path)
 
 
+@pytest.mark.slow
 def test_every_cut_is_noticed(tmp_path: Path, tiny: bytes) -> None:
     path = tmp_path / "m.gguf"
     for length in [*range(300), *range(300, len(tiny), 997)]:

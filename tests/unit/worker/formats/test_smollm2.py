@@ -27,7 +27,7 @@ def render(template: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_capital_of_france() -> None:
     file = smollm2()
     assert locate("smollm2") == file
