@@ -27,6 +27,7 @@ from worker.loop.reports import Outbox
 from worker.models.contract import Model
 from worker.models.registry import load_model
 from worker.native.build import forbid
+from worker.native.library import use_threads
 from worker.native.products import products
 from worker.schedule.automaton_slots import AutomatonSlots, TableLimits
 from worker.schedule.depth import DepthGovernor
@@ -184,7 +185,8 @@ def _open_device(config: WorkerConfig) -> Device:
         return CudaDevice()
     if not config.native:
         forbid()
-    return CpuDevice(num_threads=config.threads)
+    use_threads(config.threads)
+    return CpuDevice()
 
 
 def _dtype(config: WorkerConfig, device: Device, source: Source) -> torch.dtype:
@@ -193,8 +195,10 @@ def _dtype(config: WorkerConfig, device: Device, source: Source) -> torch.dtype:
     if device.torch_device.type == "cuda":
         return torch.bfloat16
     compiled = products(device.torch_device)
-    if compiled is not None and compiled.multiplies(torch.bfloat16):
-        return torch.bfloat16
+    if compiled is not None:
+        # Without bf16 arithmetic fp32 is several times as quick as emulating it, and weights that were saved in bf16 are kept
+        # in bf16 all the same (`Products.pack`).
+        return torch.bfloat16 if compiled.multiplies(torch.bfloat16) else torch.float32
     # By torch's operations a model that fits the caches gains little from bf16, and in fp32 batches agree to the
     # last token.
     return torch.float32 if source.num_bytes < SMALL_WEIGHTS_BYTES else torch.bfloat16

@@ -15,6 +15,7 @@ from worker.device.huge_pages import use_huge_pages
 from worker.formats.folder import open_source
 from worker.loop.engine import Command, Engine
 from worker.models.registry import load_model
+from worker.native.library import use_threads
 from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
@@ -56,7 +57,8 @@ class DegasSide:
         depth: int = 2,
         threads: int = 1,
     ) -> None:
-        device = CpuDevice(num_threads=threads)
+        use_threads(threads)
+        device = CpuDevice()
         with torch.inference_mode():
             self.model = load_model(open_source(folder), device.torch_device, dtype, lambda *_: None)
         use_huge_pages()

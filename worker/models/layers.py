@@ -68,7 +68,9 @@ class PackedLinear:
         gated: bool = False,
     ) -> None:
         self.out_features, self.in_features = weight.shape
-        native = products(weight.device if isinstance(weight, Tensor) else torch.device("cpu")) if pack else None
+        native = (
+            products(weight.device if isinstance(weight, Tensor) else torch.device("cpu")) if pack else None
+        )
         if not isinstance(weight, Tensor) and (native is None or not native.multiplies(torch.float32)):
             weight = weight.dequantised()
         dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32

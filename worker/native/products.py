@@ -146,7 +146,13 @@ class Products:
         return out
 
     def _run(
-        self, x: Tensor, packed: PackedWeight, residual: Tensor | None, out: Tensor, kind: int, unrounded: bool
+        self,
+        x: Tensor,
+        packed: PackedWeight,
+        residual: Tensor | None,
+        out: Tensor,
+        kind: int,
+        unrounded: bool,
     ) -> None:
         if x.dtype != packed.dtype:
             raise TypeError(f"activations are {x.dtype}, the weight is packed for {packed.dtype}")

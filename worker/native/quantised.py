@@ -104,7 +104,9 @@ def stacked(parts: Sequence[Quantised]) -> Quantised:
     """One weight of all parts' rows, such as q, k and v: as blocks if they are of one kind, else as levels."""
     first = parts[0]
     if isinstance(first, QuantisedWeight):
-        blocks = [part.blocks for part in parts if isinstance(part, QuantisedWeight) and part.kind == first.kind]
+        blocks = [
+            part.blocks for part in parts if isinstance(part, QuantisedWeight) and part.kind == first.kind
+        ]
         if len(blocks) == len(parts):
             together = torch.cat(blocks)
             return QuantisedWeight(first.kind, len(together), first.columns, together)
