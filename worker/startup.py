@@ -27,6 +27,7 @@ from worker.loop.inbox import Inbox, Outbox
 from worker.models.contract import Model
 from worker.models.registry import load_model
 from worker.native.build import forbid
+from worker.native.library import use_threads
 from worker.native.products import products
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
@@ -201,7 +202,8 @@ def _open_device(config: WorkerConfig) -> Device:
         return CudaDevice()
     if not config.native:
         forbid()
-    return CpuDevice(num_threads=config.threads)
+    use_threads(config.threads)
+    return CpuDevice()
 
 
 def _dtype(config: WorkerConfig, device: Device, source: Source) -> torch.dtype:

@@ -16,6 +16,7 @@ from worker.formats.open_source import open_source
 from worker.loop.engine import Engine
 from worker.loop.inbox import Inbox, Received
 from worker.models.registry import load_model
+from worker.native.library import use_threads
 from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
@@ -58,7 +59,8 @@ class DegasSide:
         depth: int = 2,
         threads: int = 1,
     ) -> None:
-        device = CpuDevice(num_threads=threads)
+        use_threads(threads)
+        device = CpuDevice()
         with torch.inference_mode():
             self.model = load_model(open_source(folder), device.torch_device, dtype, lambda *_: None)
         use_huge_pages()

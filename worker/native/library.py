@@ -17,8 +17,20 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def library(device: torch.device) -> CDLL | None:
-    """The operations, compiled at the first call; None where they cannot be had, or would leave threads idle."""
-    return load() if device.type == "cpu" and torch.get_num_threads() == 1 else None
+    """The operations, compiled at the first call; None where they cannot be had."""
+    return load() if device.type == "cpu" else None
+
+
+def use_threads(num_threads: int) -> None:
+    """From now on that many threads compute on the CPU. Call before a model loads, and never while a call is under way.
+
+    Where there are compiled operations their own threads share the work, and torch keeps to one: two teams that both
+    spin while they wait would take the cores from each other.
+    """
+    found = load()
+    if found is not None:
+        found.use_threads(num_threads)
+    torch.set_num_threads(num_threads if found is None else 1)
 
 
 def bind(kind: Callable[[CDLL], Bound], device: torch.device) -> Bound | None:

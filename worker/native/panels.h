@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t MOST_TOGETHER = 6;  // rows whose sums of a panel fit the registers
 constexpr int64_t EXPANDED_FLOATS = 288 * 16;  // of a panel: 18 KiB, which leaves room for six rows' inputs
-constexpr int64_t ROWS_BYTES = 256 << 10;      // of inputs, kept in the second-level cache from panel to panel
+constexpr int64_t ROWS_BYTES = 512 << 10;      // of inputs, kept in the second-level cache from panel to panel
 constexpr int64_t AHEAD_BYTES = 2048;
 
 // Said of a vector that is used several times: GCC would rather load it again for each.
@@ -123,7 +123,9 @@ void multiply_expanded(const float* x, int64_t stride, const float* weight, int6
     int64_t i = 0;
     for (; i + 4 <= depth; i += 4, ahead += 64) {
         __builtin_prefetch(ahead, 0, 2);
-        step(i), step(i + 1), step(i + 2), step(i + 3);
+        
+#pragma GCC unroll 1
+        for (int64_t j = i; j < i + 4; j++) step(j);
     }
     for (; i < depth; i++) step(i);
     for (int r = 0; r < ROWS; r++)

@@ -18,6 +18,7 @@ from worker.models.dense import Dense
 from worker.models.layers import PackedLinear
 from worker.models.moondream import Moondream
 from worker.native import build
+from worker.native.library import use_threads
 from worker.native.operations import Operations, operations
 from worker.native.products import Products, products
 
@@ -101,7 +102,12 @@ def test_products(multiplying: Products, dtype: torch.dtype, inputs: int, output
 
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype"),
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
 )
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "rotary", "page_tokens"),
@@ -194,8 +200,13 @@ def test_layers_in_one_call_equal_layers_one_by_one(
         return found, driver.cache.keys + driver.cache.values
 
     (whole, whole_cache), (single, single_cache) = run(True), run(False)
-    for got, want in zip(whole + whole_cache, single + single_cache, strict=True):
-        assert torch.equal(got, want)
+    use_threads(3)
+    shared, shared_cache = run(True)
+    use_threads(1)
+    for got, want, by_three in zip(
+        whole + whole_cache, single + single_cache, shared + shared_cache, strict=True
+    ):
+        assert torch.equal(got, want) and torch.equal(got, by_three)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -249,8 +260,7 @@ def test_what_cannot_be_native_is_not(native: Operations) -> None:
     assert not native.can_decode(torch.float16, torch.float16, 64, 64)
     assert not native.can_decode(torch.float32, torch.float32, 24, 16)
     assert not native.can_decode(torch.float32, torch.float32, 64, 24)
-    torch.set_num_threads(2)
-    assert operations(CPU) is None and products(CPU) is None
+    assert operations(torch.device("meta")) is None and products(torch.device("meta")) is None
 
 
 def test_no_compiler_or_a_failing_one_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
