@@ -1,10 +1,7 @@
-"""Owns cleaning up after a supervisor that was killed. A process of its own: `guard.py < pipe from the supervisor`.
+"""Owns cleaning up after a supervisor that was killed. A process of its own, which reads the supervisor's pipe.
 
-The kernel's parent-death signal reaches direct children only. Their own children (image processes, say) are
-in the same process groups, which this process kills when the pipe closes without having been told that they
-are gone; then it removes the runtime folder. It imports next to nothing and ignores the terminal.
-
-Lines: `watch PGID`, `forget PGID`, `folder PATH`, `done`.
+The kernel kills a killed supervisor's children, not their descendants: this process kills the children's process
+groups and removes the runtime folder. Lines: `watch PGID`, `forget PGID`, `folder PATH`, `done`.
 """
 
 import os

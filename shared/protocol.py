@@ -1,11 +1,8 @@
 """Owns every gateway⇄worker message, the protocol's version and its codec. Imported by every process.
 
-Messages are frozen, tagged, `array_like` msgspec structs: fields are appended with defaults, never
-reordered or removed. A frame list on the wire is `[message, payload, payload, …]`: large payloads (pixels,
-a tokenizer file) ride as raw frames behind the message that names them, in order.
-
-Token ids and other per-row integers travel packed, little-endian (`pack_i32`, `unpack_i32`), one message a
-step for all rows of one gateway.
+Fields are appended with defaults, never reordered or removed. On the wire a message is `[message, payload, payload, …]`:
+pixels and tokenizer files ride as raw frames behind it, in the order it names them. Integers of rows are packed
+little-endian (`pack_i32`, `pack_i64`).
 """
 
 from __future__ import annotations

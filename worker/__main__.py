@@ -1,9 +1,7 @@
 """Owns the worker process: its threads, signals and exit code. The main thread only waits.
 
-main     signals → a Drain command
-worker-io  the ROUTER socket
-grammar-compiler  grammars → constraints, with a process of its own
-decode   builds the model and runs the engine; the only thread that touches torch
+Threads: `worker-io` has the ROUTER socket; `grammar-compiler` turns grammars into constraints, with a process of its
+own; `decode` builds the model and runs the engine, and alone touches torch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Owns what a forward pass is given: its tokens, rows, prefill spans, pictures and KV memory. Decode thread.
 
-A forward runs over the *flattened* tokens of one step: first one token for each of `decode.num_rows` decode
-rows, then the chunks of the prefill segments, in order. N is their sum. All tensors live on the model's device.
-KV memory of a layer is two tensors `(num_pages, page_tokens, kv_heads, head_dim)`; token t of a sequence lives in
-page `block_table[t // page_tokens]` at offset `t % page_tokens`. Page 0 belongs to no sequence: padding writes there.
+A forward runs over the N *flattened* tokens of a step: one for each of `decode.num_rows` decode rows, then the chunks
+of the prefill segments in order. All tensors live on the model's device. Token t of a sequence lies in page
+`block_table[t // page_tokens]` at offset `t % page_tokens`; page 0 belongs to no sequence: padding writes there.
 """
 
 from __future__ import annotations

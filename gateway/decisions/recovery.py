@@ -1,10 +1,7 @@
 """Owns requests whose worker died before their first token: one retry each, one at a time. Pure; gateway's loop.
 
-A request that kills the worker takes innocent ones with it. Retrying all together would let it do so again,
-so the survivors are retried in single file: the next one goes only when the one before has shown a token or
-ended. Whoever is on probation when a worker crashes again is quarantined (see `is_guilty`); those still in the file
-lose nothing. One that has shown a token cannot be sent again (its client has read it) and ends with its worker.
-Requests that arrive meanwhile are not held up: they are not suspects.
+The one being retried is on probation until it shows a token or ends; the next one waits for that. docs/architecture.md
+says why ("When a worker dies").
 """
 
 from __future__ import annotations

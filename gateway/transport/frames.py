@@ -1,9 +1,7 @@
 """Owns writing WebSocket text frames from inside the core's callbacks, which cannot await. Gateway loop.
 
-aiohttp's `send_str` is a coroutine that waits, without a deadline, for a client that stopped reading. Frames are
-therefore built here (whole, unmasked, uncompressed text frames: a few lines of RFC 6455) and written by
-`BoundedWriter`. Pings, pongs and closes stay aiohttp's; both sides write whole frames from one loop, so they
-cannot interleave.
+aiohttp's `send_str` would wait without a deadline for a client that stopped reading, so whole text frames (RFC 6455)
+are built here and written by `BoundedWriter`. Pings, pongs and closes stay aiohttp's.
 """
 
 from __future__ import annotations

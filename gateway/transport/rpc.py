@@ -1,9 +1,7 @@
 """Owns the gRPC server: `vllm.grpc.engine.VllmEngine`, `grpc.health.v1` and reflection. Runs on the gateway's loop.
 
-The schema is the field's own (`smg-grpc-proto`), so routers that speak to vLLM speak to Degas. A thin shell: a
-call becomes `GenerateRequest`s, the core's callbacks only note tokens, and the call's own coroutine writes
-whatever has gathered since its last write. A slow client therefore gets fewer, larger chunks, and what is
-held for it is bounded by its own `max_tokens`.
+The core's callbacks only note tokens; each call's own coroutine writes what has gathered since its last write, so a
+slow client gets fewer, larger chunks, and `max_tokens` bounds what is held for it. The schema is `smg-grpc-proto`'s.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Owns the quick decode comparison: Degas's engine beside transformers' `generate` in one process. Main thread.
 
-For work on the engine itself: both sides of `degas bench engine`, without its processes. One compute thread, turn
-about, the same random weights. Rates count decoding only: tokens after each row's first, over the time since the
-last row's first. Only the ratios of neighbouring runs mean anything on a shared machine; `measure` returns their
-median. Beside the wall clock stands the process's CPU time, which other processes disturb far less.
+Both take turns with the same random weights on one compute thread. Rates count tokens after each row's first, over
+the time since the last row's first token, by the wall clock and by CPU time.
 """
 
 from __future__ import annotations

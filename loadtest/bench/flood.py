@@ -1,9 +1,7 @@
 """Owns `degas bench flood`: what a gateway does with far more requests than it can serve. Runs in the main thread.
 
-A real gateway and a real worker on the simulated device. A closed loop that fills rows and queue finds the saturated
-rate; then an open loop of short streamed requests arrives at multiples of it. The client speaks HTTP/1.1 over raw
-connections that are kept alive, because it shares the machine's cores with what it measures, and its own lateness is
-told beside every figure.
+A closed loop that fills rows and queue finds the saturated rate; then an open loop of short streamed requests arrives
+at multiples of it. The gateway and the worker are real processes; the device is simulated.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Owns `degas simulate`: the cost model, and the real loop run against it on a virtual clock. Main thread.
 
-Model (docs/performance.md): blocking = forward + sampling + host; pipelined = max(forward + sampling, host);
-speed-up = blocking / pipelined · (1 − z), where z ≈ 1/L is the zombie tax of answers of L tokens. "Simulated" is
-not that formula: it is the real engine, scheduler and pipeline on a device and a host that take exactly these
-times.
+docs/performance.md has the model's formula. "Simulated" does not use it: the real engine, scheduler and pipeline run
+with a device and a host that take exactly the given times.
 """
 
 from __future__ import annotations

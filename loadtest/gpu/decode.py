@@ -1,11 +1,7 @@
 """Owns the decode figures of a GPU: random models of true shapes through the real engine and runner. Main thread.
 
-    python -m loadtest.gpu.decode --shapes moondream2,qwen3-0.6b --rows 1,8,32,64,128 --out FOLDER
-
-Every row has a prompt of `--context` tokens, prefilled as a served request's would be; then all decode. A figure
-is the median over steps in which all rows decoded and nothing else ran. Beside each stands its floor: bytes of
-weights and KV that a step must read, over a copy bandwidth measured in the same run. Depth 1 is the plain
-blocking loop; depth 2 the pipeline. `--smoke` proves on a CPU that the script runs; its figures mean nothing.
+`python -m loadtest.gpu.decode --shapes moondream2,qwen3-0.6b --rows 1,8,32,64,128 --out FOLDER`; docs/gpu.md says how
+the figures are taken. `--smoke` proves on a CPU that the script runs; its figures mean nothing.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
 """Owns the kernels' figures on a GPU: each beside its torch reference and its floor, at the sizes models use. Main thread.
 
-    python -m loadtest.gpu.kernels --out FOLDER
-
-A floor is the fewest bytes a kernel must move over the bandwidth of a copy measured in the same run (for prefill,
-also operations over the rate of a large product). Times are of CUDA graph replays over several sets of buffers in
-turn, larger together than the L2, so that nothing is read from cache which a step would not find there; median of
-replays. Errors are against fp64 where a reference in fp64 fits. `--smoke` proves on a CPU that the script runs.
+`python -m loadtest.gpu.kernels --out FOLDER`; docs/gpu.md says how the figures are taken. `--smoke` proves on a CPU
+that the script runs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
 """Owns the comparison on a GPU with transformers' continuous batching: same weights, same prompts, same run. Main thread.
 
-    python -m loadtest.gpu.peer --shape qwen3-0.6b --rows 1,32 --out FOLDER
-
-Degas first (its engine and runner, depth 2), then transformers' `generate_batch` on the checkpoint that the same
-random weights were written to, greedy, with warm-up and graphs as it chooses. Rates count decoding only: a row's
-tokens after its first, from the moment the last row has its first to the end, where every row is still decoding.
-If this transformers has no continuous batching, or cannot run it here, that is printed and is no failure.
+`python -m loadtest.gpu.peer --shape qwen3-0.6b --rows 1,32 --out FOLDER`; docs/gpu.md says how the rates are taken.
+A transformers that has no continuous batching, or cannot run it here, is printed and is no failure.
 """
 
 from __future__ import annotations

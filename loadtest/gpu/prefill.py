@@ -1,12 +1,7 @@
 """Owns the prefill figures of a GPU: a prompt's host and device time by its length, eager against captured. Main thread.
 
-    python -m loadtest.gpu.prefill --shapes moondream2,qwen3-0.6b --out FOLDER
-
-A random model of true shape behind the real runner. A step prefills one prompt that ends, alone or in four equal chunks of
-four prompts, and samples behind it; it is launched, waited for, and launched again. Host µs: until all of it is
-queued. Device ms: between the step's own events, so that a device waiting for the host shows. Medians, the ways turn
-about. A length without a graph has no figures under "graph". `--smoke` proves on a CPU that the script runs; its
-figures mean nothing.
+`python -m loadtest.gpu.prefill --shapes moondream2,qwen3-0.6b --out FOLDER`; docs/gpu.md says how the figures are
+taken. `--smoke` proves on a CPU that the script runs; its figures mean nothing.
 """
 
 from __future__ import annotations

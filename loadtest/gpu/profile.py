@@ -1,9 +1,7 @@
 """Owns profiles of pipelined decode steps on a GPU: which kernels their time goes to. Main thread.
 
-    python -m loadtest.gpu.profile moondream2:1 moondream2:32 --out FOLDER
-
-For each SHAPE:ROWS a table by kernel on the screen, and a trace for chrome://tracing or Perfetto in the folder.
-`--smoke` proves on a CPU that the script runs.
+`python -m loadtest.gpu.profile moondream2:1 moondream2:32 --out FOLDER` prints a table by kernel for each SHAPE:ROWS and
+writes a trace for chrome://tracing or Perfetto. `--smoke` proves on a CPU that the script runs.
 """
 
 from __future__ import annotations

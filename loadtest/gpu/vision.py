@@ -1,12 +1,7 @@
 """Owns the vision encoder's figures on a GPU: milliseconds by number of crops, eager against captured. Main thread.
 
-    python -m loadtest.gpu.vision --out FOLDER
-
-A random encoder of the released Moondream's sizes. For each number of crops the encoder runs eagerly with torch's own
-operations, eagerly with the kernels, and as a captured graph, turn about; then whole pictures, from their uint8 frames on
-the device to input embeddings. Medians over repeats, each between two events, so that a device waiting for the host
-shows. The floor is operations over the rate of a large product measured in the same run. `--smoke` proves on a
-CPU that the script runs; its figures mean nothing.
+`python -m loadtest.gpu.vision --out FOLDER`; docs/gpu.md says how the figures are taken. `--smoke` proves on a CPU
+that the script runs; its figures mean nothing.
 """
 
 from __future__ import annotations

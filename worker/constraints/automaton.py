@@ -1,11 +1,7 @@
 """Owns token automata: constraints as tables over token classes, small enough to live on the device. numpy only.
 
-A regular constraint needs no parser at run time: a state is a number, a token's class is looked up, and the
-pair gives the next state and the allowed ids. The tables are built once on a compiler thread and shared by
-every sequence that uses them; a `TokenAutomaton` is one sequence's state over them and works on the host too,
-so the same constraint can run on either side.
-
-    state' = next_state[state, class_of[token]]        allowed ids of state = masks[mask_of[state]]
+state' = next_state[state, class_of[token]]; the allowed ids of a state are masks[mask_of[state]]. Tables are built once
+on a compiler thread and shared; a `TokenAutomaton` is one sequence's state over them, and works on the host too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Owns decode attention over paged KV memory: one query a row, the sequence split over programs. Decode thread.
 
-Flash-decoding (Dao, Haziza, Massa, Sizov 2023): a sequence's tokens are shared out over `num_splits` programs,
-each keeping a running softmax; a second kernel joins their parts. How many splits there are depends on shapes
-alone and how long each is on the row's length, read on the device: a captured graph serves rows of any length,
-and short rows are shared out as evenly as long ones. Pages as in vLLM's PagedAttention (Kwon et al. 2023).
+Flash-decoding (Dao, Haziza, Massa, Sizov 2023): `num_splits` programs share a sequence's tokens, each with a running
+softmax, and a second kernel joins their parts. The number of splits depends on shapes alone and their length on the row's
+length, read on the device, so a captured graph serves rows of any length. Pages as in vLLM (Kwon et al. 2023).
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
 """Owns attention of prefill chunks over paged KV memory, all chunks of a step in one launch. Decode thread.
 
-FlashAttention-2 (Dao 2023): a block of queries walks over the keys with a running softmax. A chunk's own keys
-are read from its pages as well: they were written just before, and one path serves cached context, prefix-cache
-hits and first chunks alike. A query sees keys up to itself, and the whole bidirectional prefix if it lies in it.
-
-The grid is a flat list of spans, up to 64 queries of a chunk each, by heads. What a span is lies on the device, so a
-captured graph serves any chunks that fit into its list. A grid of blocks by heads by chunks would have to be as large
-as one chunk of all tokens times the most chunks: for 768 tokens in up to 16 chunks 192 programs a head, of which at
-most 27 have work, against 28 in the list.
+FlashAttention-2 (Dao 2023): a block of queries walks over the keys with a running softmax. A chunk's own keys are read
+from its pages too, so one path serves cached context and first chunks. The grid is a flat list of spans (`chunk_spans`)
+by heads; what a span is lies on the device. A query sees keys up to itself, and all of a bidirectional prefix it is in.
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
 """Owns the choice of the next token from logits in one kernel: masks, temperature, filters, draw. Decode thread.
 
-The definition is `worker.step.sampler.stochastic`'s: ids in order of falling logit (ties: lowest id first), cut by
-top-k, top-p and min-p in turn, and drawn by inverse CDF *in that order*. So a seed gives the same token as on a
-CPU, up to sums that round differently. But nothing is sorted. In that order, "the first token with more than
-`t` before it" is found by its value v: the smallest with measure(x > v) below the bound. Each search halves the
-range of values; every pass over the row also finds the nearest actual values on both sides of the middle, so it
-ends exactly, and early (typically after about as many passes as log2(range / gap between neighbours)). Ties at v
-are then counted by id. Sorting-free sampling by pivots: FlashInfer's dual-pivot rejection sampling (Ye et al.
-2025) is the relative; this one is deterministic in its uniform. A row's logits stay in the L2 between passes.
+The definition is `worker.step.sampler.stochastic`'s, so a seed gives the same token as on a CPU, up to sums that round
+differently. Nothing is sorted: `_search` finds each cut and the drawn token by halving a range of values (docs/gpu.md,
+"Sampling without sorting").
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Owns when masks of host-constrained rows are built: with their step, or ahead of it for slow ones. Decode thread.
 
-A mask takes microseconds as a rule, but a grammar is a client's text, and some take tens of milliseconds a token:
-every row of the step would wait with them. A sequence whose mask was slow is *paced* from then on. Its next mask
-is built on a thread of this module as soon as its token is committed, and it sits out of steps until the mask is
-there; the others never wait for it. Nothing else changes for it, so its tokens are the same (I8, I10).
+A sequence whose mask was slow is *paced*: its next mask is built on a thread of this module as soon as its token is
+committed, and the sequence sits out of steps until the mask is there. Its tokens stay the same (I8, I10).
 """
 
 from __future__ import annotations

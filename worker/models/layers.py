@@ -1,9 +1,7 @@
 """Owns the building blocks every model family shares: linear layers packed for the device, norms. Decode thread.
 
-On a CPU the weights are reordered once for oneDNN. Measured on one thread: 1.2 to 1.9 times `F.linear` at batch
-1 to 32 in bf16 and up to 1.6 times in fp32, with GELU and residual sums done inside the product. As
-important: for all but very wide layers a packed product gives a row the same bits whatever the rows beside it,
-so a batched sequence equals itself run alone.
+On a CPU weights are reordered once, for the compiled products or for oneDNN (docs/architecture.md, "Devices"). For all
+but very wide layers a packed product gives a row the same bits whatever the rows beside it.
 """
 
 from __future__ import annotations

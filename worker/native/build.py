@@ -1,12 +1,7 @@
 """Owns compiling C++ for this very machine, once, and finding the result again. Decode thread, while a model loads.
 
-Nobody needs a compiler: without one, or with one that fails, the callers' torch path runs. What was compiled is
-kept in a folder that only this user may write to, under a name that changes with the source, the flags, the
-compiler and the processor.
-
-An image, which should hold no compiler and is read-only, is built on another machine than it runs on:
-`python -m worker.native.build` puts a library for each kind of processor beside the source, and the start
-takes the best one that its processor runs.
+Without a compiler, or with one that fails, the callers' torch path runs. `python -m worker.native.build` compiles for
+every kind of processor beside the source, for images, which hold no compiler (docs/architecture.md, "Devices").
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Owns which slots are in flight and in what order they commit. Pure; decode thread.
 
-A slot's life: free → launched (its forward is queued on the device, unconstrained rows sampled) → sampled
-(every row sampled, outputs on their way to the host) → committed, which makes it free again. At most
-`num_slots` are in flight; they commit in launch order (I2), and a slot is free only once its commit has
-read the host buffers (I4). Illegal transitions raise `PipelineError` and change nothing.
+A slot's life: free → launched (its forward is queued, unconstrained rows are sampled) → sampled (every row is sampled,
+outputs are on their way to the host) → committed (the host has read them, I4) and free again. Steps commit in launch
+order (I2). Illegal transitions raise `PipelineError` and change nothing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Owns the simulated device's runner: real staging and real slots around a fake model. Decode thread.
 
-The fake model's next token is a hash of the whole prefix *as it stands in the paged memory*, so any mix-up
-of slots, rows, pages or order changes tokens. On a virtual clock every interleaving is reproducible; in real
-time a step is held for a real GPU's published forward time without using the CPU, and the host code around
-it is the one that serves.
+The fake model's next token is a hash of the whole prefix *as it stands in the paged memory*, so any mix-up of slots,
+rows, pages or order changes tokens. On a virtual clock every interleaving is reproducible; in real time a step is held
+for a GPU's published forward time without using the CPU.
 """
 
 from __future__ import annotations

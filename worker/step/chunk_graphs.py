@@ -1,16 +1,8 @@
 """Owns the captured prefill chunks: which graphs there are, and which one serves a step's chunks. Decode thread.
 
-Launched one by one the some 200 kernels of a forward cost the host milliseconds, several times what the device needs
-for a short prompt. A graph is captured for a slot and a bucket of tokens: a forward of all the step's chunks, padded,
-from their input embeddings to their last hidden states. Embedding before it (words, pictures) and the head behind it
-(a row a prompt that ends) stay eager: what they run over changes from step to step. How the tokens fall into chunks
-is read on the device, from the slot's spans.
-
-Padding costs device time, so no bucket beyond the small ones adds more than an eighth. Chunk sets so large that their
-device time hides the launches run eagerly as they are, except around a picture's prefix and a short question.
-
-A padding token stands at position 0, writes to page 0, and belongs to no span: no kernel writes its attention, so its
-hidden state is whatever the memory held. That stays in its row, and what it writes to page 0 nobody reads.
+A graph is captured for a slot and a bucket of tokens: a forward of all the step's chunks, padded, from their input
+embeddings to their last hidden states. How the tokens fall into chunks is read on the device, from the slot's spans.
+docs/gpu.md ("Captured steps") says why, and what padding tokens do.
 """
 
 from __future__ import annotations

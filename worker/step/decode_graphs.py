@@ -1,12 +1,7 @@
 """Owns the captured decode steps: which there are, and which one serves a batch. Decode thread.
 
-A graph is captured for a slot (its inputs lie at the slot's addresses), a bucket of rows and a flavour. Flavours:
-
-TEXT   embeds words, runs the forward, samples every row. What greedy and drawn text rows need, and nothing of the
-       region model. One kernel serves greedy and drawn rows, so they share a graph.
-FULL   as TEXT, with the region encoders and decoders, and with masks and states of constraints that live on the
-       device: points, boxes, choices. A batch with one such row replays it whole, which changes no other row's token.
-GATED  runs the forward and keeps the logits: some row needs the host's mask, penalties or logprobs.
+A graph is captured for a slot (its inputs lie at the slot's addresses), a bucket of rows and a flavour; docs/gpu.md
+("Captured steps") says what each flavour holds, and why.
 """
 
 from __future__ import annotations

@@ -1,13 +1,7 @@
 """Owns the tensor side of a step on a torch device: stage → forward → sample → copy out. Decode thread.
 
-The only user of torch beside start-up. Nothing here blocks on the device except `wait`.
-
-Where steps are captured, a step that only decodes is one upload and one replay. In a mixed step the decode rows
-replay their graph as well, and the prefill chunks follow as a forward of their own, captured too where they are few
-tokens: chunks and rows belong to different sequences, and pages they share hold what earlier steps wrote, so neither
-reads what the other writes. The weights are read once more than in a joint forward. In return a row's products have
-the same shapes whoever prefills beside it, so that its tokens do not change (I8), and the device is busy while the
-host launches the rest.
+Nothing here blocks on the device except `wait`. Where steps are captured, decode rows replay their graph and prefill
+chunks follow as a forward of their own (docs/gpu.md, "Mixed steps"); elsewhere both share one forward.
 """
 
 from __future__ import annotations

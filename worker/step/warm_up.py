@@ -1,9 +1,7 @@
 """Owns what runs before a worker says that it is ready: every kernel once, then the graphs. Decode thread, at start.
 
-On a GPU the first run of anything is slow: Triton compiles, CUDA loads modules, cuBLAS chooses and allocates. So
-each kind of work serving will meet runs here over padding, which touches no live row or page. Kernels come before
-graphs: a graph that is missing is captured later at the price of a few eager steps, a kernel that is missing stops
-every stream while it is compiled. What does not fit into the time stays out, and is counted when it is met.
+Each kind of work that serving will meet runs over padding, which touches no live row or page. What does not fit into
+the time is left out, and counted when it is met. docs/gpu.md ("Start-up") has the order and its reason.
 """
 
 from __future__ import annotations
