@@ -6,13 +6,14 @@ import asyncio
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
 from tests.fake_worker import Action, End, FakeWorker, Token, ids_text, text_ids
 from tests.gateway_thread import GatewayThread
 
-ASK = [{"role": "user", "content": "what is it?"}]
+ASK: list[ChatCompletionMessageParam] = [{"role": "user", "content": "what is it?"}]
 
 
 def test_whole_answer(client: openai.OpenAI, worker: FakeWorker) -> None:
@@ -135,7 +136,7 @@ def test_picture_and_question(client: openai.OpenAI, worker: FakeWorker, picture
 
 def test_response_format_becomes_a_grammar(client: openai.OpenAI, worker: FakeWorker) -> None:
     worker.reply('{"a":1}')
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    schema: dict[str, object] = {"type": "object", "properties": {"a": {"type": "integer"}}}
     client.chat.completions.create(
         model="fake-vl",
         messages=ASK,

@@ -352,9 +352,9 @@ def test_websocket_lanes_run_at_once_and_echo_their_name(client: openai.OpenAI, 
         texts: dict[str, str] = {}
         done: set[str] = set()
         for event in connection:
-            assert event.stream_id is not None  # type: ignore[union-attr]
+            assert event.stream_id is not None
             if event.type == "response.output_text.delta":
-                texts[event.stream_id] = texts.get(event.stream_id, "") + event.delta  # type: ignore[index,arg-type]
+                texts[event.stream_id] = texts.get(event.stream_id, "") + event.delta
             if event.type == "response.completed":
                 done.add(str(event.stream_id))
                 if len(done) == 3:
@@ -501,11 +501,11 @@ def test_worker_death_fails_every_lane(client: openai.OpenAI) -> None:
                     break
             worker.die()
             begun_s = time.monotonic()
-            failed = []
+            failed: list[str] = []
             for event in connection:
                 if event.type == "response.failed":
                     assert event.response.error is not None and event.response.error.type == "worker_lost"
-                    failed.append(event.stream_id)
+                    failed.append(str(event.stream_id))
                     if len(failed) == 2:
                         break
             assert sorted(failed) == ["a", "b"] and time.monotonic() - begun_s < 10

@@ -7,6 +7,7 @@ import json
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import aiohttp
 import pytest
@@ -38,7 +39,7 @@ def body(max_tokens: int) -> dict[str, object]:
     }
 
 
-async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, object]]:
+async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
     async for line in response.content:
         if line.startswith(b"data: {"):
             yield json.loads(line[6:])
@@ -47,7 +48,7 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, ob
 async def test_killed_worker_gives_every_client_one_terminal_error_and_comes_back(sim_stack: Stack) -> None:
     async with fresh_connections() as session:
 
-        async def client() -> tuple[float, list[dict[str, object]]]:
+        async def client() -> tuple[float, list[dict[str, Any]]]:
             async with session.post(f"{sim_stack.url}/v1/completions", json=body(3000)) as response:
                 seen = [event async for event in events(response)]
                 return time.perf_counter(), seen

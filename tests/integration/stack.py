@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loadtest.bench.processes import WorkerProbe, free_port, wait_ready
+from loadtest.bench.processes import WorkerProbe, wait_ready
+from loadtest.peers.process import free_port
 
 
 @dataclass

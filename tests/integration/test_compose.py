@@ -125,12 +125,13 @@ def test_deploy_files_parse_and_ask_for_metrics_that_exist() -> None:
     from gateway.core.service import Service
     from gateway.scrape import Scrape
     from worker.loop.metrics import WorkerMetrics
+    from worker.step.contract import GraphCounts
 
     known = {
         family.name
         for family in Scrape(Service(GatewayConfig(workers=("ipc:///tmp/nobody.sock",)))).families()
     }
-    worker = WorkerMetrics()
+    worker = WorkerMetrics(GraphCounts())
     values = [name.partition("|")[0] for name in vars(worker)]
     known |= {f"degas_worker_{name}" for name in values} | {f"degas_worker_{name}_seconds" for name in values}
     beat = (

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import moondream
 import openai
 import pytest
+from openai.types.chat import ChatCompletionContentPartParam
 from PIL import Image, ImageDraw
 
 from tests.integration.stack import POCKET, Stack, stack
@@ -72,13 +73,13 @@ def test_moondream_client_gets_true_answers(served: Stack, picture: Image.Image)
 def test_openai_client_streams_and_counts(served: Stack, picture: Image.Image) -> None:
     client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused")
     model = client.models.list().data[0].id
-    content = [
+    content: list[ChatCompletionContentPartParam] = [
         {"type": "image_url", "image_url": {"url": data_url(picture)}},
         {"type": "text", "text": "What color is the circle?"},
     ]
     stream = client.chat.completions.create(
         model=model,
-        messages=[{"role": "user", "content": content}],  # type: ignore[list-item]
+        messages=[{"role": "user", "content": content}],
         stream=True,
         stream_options={"include_usage": True},
     )
@@ -105,13 +106,13 @@ def test_answers_do_not_depend_on_company(served: Stack, picture: Image.Image) -
             return moon.detect(picture, "square")["objects"]
         if number % 6 == 5:
             return moon.point(picture, "circle")["points"]
-        content = [
+        content: list[ChatCompletionContentPartParam] = [
             {"type": "image_url", "image_url": {"url": data_url(picture)}},
             {"type": "text", "text": questions[number % 6]},
         ]
         answer = client.chat.completions.create(
             model="pocket",
-            messages=[{"role": "user", "content": content}],  # type: ignore[list-item]
+            messages=[{"role": "user", "content": content}],
             temperature=1.5 if number % 2 else 0.0,
             seed=number,
             max_tokens=24,

@@ -21,7 +21,7 @@ from tests.http_client import ask
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("shared", "gateway", "worker", "loadtest", "pocket")
-LIMIT_S = 100.0
+LIMIT_S = 250.0
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import WSMsgType, web
 
@@ -18,25 +20,26 @@ class FakeServer:
     first_s: float = 0.0
     gap_s: float = 0.0
     serial: bool = False  # one request at a time, as a saturated server
-    fault: object = None
-    seen: Counter = field(default_factory=Counter)
-    bodies: list = field(default_factory=list)
-    headers: list = field(default_factory=list)
+    fault: Callable[[int], str | None] | None = None
+    seen: Counter[str] = field(default_factory=Counter)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
     sockets: int = 0
     url: str = ""
+    stop: Callable[[], Awaitable[None]] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._lock = asyncio.Lock()
         self._count = 0
 
-    def _next_fault(self):
+    def _next_fault(self) -> str | None:
         index, self._count = self._count, self._count + 1
         return self.fault(index) if self.fault else None
 
     @asynccontextmanager
-    async def _turn(self):
+    async def _turn(self) -> AsyncIterator[None]:
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -48,12 +51,12 @@ class FakeServer:
         finally:
             self.in_flight -= 1
 
-    async def _pace(self, num_tokens):
+    async def _pace(self, num_tokens: int) -> AsyncIterator[int]:
         for index in range(num_tokens):
             await asyncio.sleep(self.first_s if index == 0 else self.gap_s)
             yield index
 
-    async def stream_sse(self, request):
+    async def stream_sse(self, request: web.Request) -> web.StreamResponse:
         surface = "query" if request.path == "/v1/query" else "chat"
         body = await request.json()
         self.seen[surface] += 1
@@ -64,7 +67,7 @@ class FakeServer:
             error = {"error": {"message": "full", "type": "rate_limit", "param": None, "code": "queue_full"}}
             return web.json_response(error, status=429, headers={"Retry-After": "1"})
         if fault == "stray":
-            request.transport.write(b"0\r\n\r\n")  # what a body ended twice leaves for the next answer
+            _transport(request).write(b"0\r\n\r\n")  # what a body ended twice leaves for the next answer
         if fault == "plain500":
             return web.Response(status=500, text="boom")
         limit = body["settings"]["max_tokens"] if surface == "query" else body["max_completion_tokens"]
@@ -80,7 +83,7 @@ class FakeServer:
                     elif fault == "garbage":
                         await response.write(b"data: {nonsense\n\n")
                     elif fault == "reset":
-                        request.transport.abort()
+                        _transport(request).abort()
                     return response
                 if surface == "query":
                     chunk = {"chunk": f"w{index} ", "completed": False, "token_index": index}
@@ -96,14 +99,14 @@ class FakeServer:
         return response
 
     @staticmethod
-    async def _send(response, event):
+    async def _send(response: web.StreamResponse, event: object) -> None:
         await response.write(b": keep-alive\n\ndata: " + json.dumps(event).encode() + b"\n\n")
 
-    async def responses_ws(self, request):
+    async def responses_ws(self, request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         self.sockets += 1
-        tasks = set()
+        tasks: set[asyncio.Task[None]] = set()
         async for message in socket:
             if message.type != WSMsgType.TEXT:
                 continue
@@ -115,13 +118,15 @@ class FakeServer:
         await asyncio.gather(*tasks, return_exceptions=True)
         return socket
 
-    async def _respond(self, request, socket, event):
+    async def _respond(
+        self, request: web.Request, socket: web.WebSocketResponse, event: dict[str, Any]
+    ) -> None:
         lane = event["stream_id"]
         self.seen["responses"] += 1
         self.bodies.append(event)
         fault = self._next_fault()
 
-        async def send(kind, **values):
+        async def send(kind: str, **values: object) -> None:
             await socket.send_json({"type": kind, "stream_id": lane, "sequence_number": 0, **values})
 
         if fault == "busy":
@@ -136,20 +141,25 @@ class FakeServer:
                     await send("response.failed", response={"error": {"code": "worker_lost", "message": "x"}})
                     return
                 if index == 1 and fault == "reset":
-                    request.transport.abort()
+                    _transport(request).abort()
                     return
                 await send("response.output_text.delta", delta=f"w{index} ")
             usage = {"output_tokens": event["max_output_tokens"]}
             details = {"reason": "max_output_tokens"}
             await send("response.incomplete", response={"usage": usage, "incomplete_details": details})
 
-    async def ready(self, request):
+    async def ready(self, request: web.Request) -> web.Response:
         self.seen["readyz"] += 1
         return web.Response(status=200 if self.seen["readyz"] > 1 else 503)
 
 
+def _transport(request: web.Request) -> asyncio.WriteTransport:
+    assert isinstance(request.transport, asyncio.WriteTransport)
+    return request.transport
+
+
 @asynccontextmanager
-async def serving(server: FakeServer):
+async def serving(server: FakeServer) -> AsyncIterator[FakeServer]:
     """Serve on a loopback port; `stop` may be called early to play a death."""
     app = web.Application(client_max_size=4 << 20)
     app.router.add_post("/v1/query", server.stream_sse)
@@ -160,7 +170,7 @@ async def serving(server: FakeServer):
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    server.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     server.stop = runner.cleanup
     try:
         yield server

@@ -6,7 +6,9 @@ import asyncio
 import io
 import json
 import re
+from collections.abc import AsyncIterator
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -21,7 +23,7 @@ from tests.unit.loadtest.loadtest_fake_server import FakeServer, serving
 
 
 @pytest.fixture(autouse=True)
-async def _nothing_left_running():
+async def _nothing_left_running() -> AsyncIterator[None]:
     before = asyncio.all_tasks()
     yield
     await asyncio.sleep(0)
@@ -29,7 +31,7 @@ async def _nothing_left_running():
     assert not left
 
 
-async def run_against(server: FakeServer, **values) -> Result:
+async def run_against(server: FakeServer, **values: Any) -> Result:
     async with serving(server):
         return await run(Scenario(url=server.url, **{"seconds": 0.4, "rate": 100.0, **values}))
 
@@ -157,7 +159,9 @@ async def test_a_server_that_dies_midway_is_a_result_not_an_exception(
     monkeypatch.setattr("loadtest.client.LOST_AFTER_S", 0.05)
     server = FakeServer(first_s=0.005, gap_s=0.005)
     async with serving(server):
-        asyncio.get_running_loop().call_later(0.3, lambda: asyncio.ensure_future(server.stop()))
+        stop = server.stop
+        assert stop is not None
+        asyncio.get_running_loop().call_later(0.3, lambda: asyncio.ensure_future(stop()))
         result = await run(Scenario(url=server.url, rate=300.0, seconds=30.0))
     assert result.all.ok > 0 and result.stopped is not None
     assert result.all.sent == result.all.ok + result.all.errors.total()

@@ -14,7 +14,7 @@ VISION = VisionConfig(crop_size=98, overlap_margin=1, max_crops=6)
 
 
 def test_a_scene_and_its_questions_follow_from_the_seed() -> None:
-    def draw(index: int):
+    def draw(index: int) -> tuple[object, ...]:
         rng = scene_rng(3, index)
         scene = draw_scene(rng, VISION)
         asks = [Questioner(scene, rng).draw(kind) for kind in KINDS]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -58,7 +60,11 @@ def test_an_older_peer_may_leave_out_appended_fields() -> None:
 
 
 def test_an_older_workers_card_has_the_defaults_of_what_it_leaves_out() -> None:
-    appended = {"default_top_k": 20, "special_tokens": {"bos_token": "<s>"}, "default_min_p": 0.1}
+    appended: dict[str, Any] = {
+        "default_top_k": 20,
+        "special_tokens": {"bos_token": "<s>"},
+        "default_min_p": 0.1,
+    }
     appended |= {"default_repetition_penalty": 1.2}
     whole = msgspec.msgpack.decode(
         msgspec.msgpack.encode(wire.ModelCard("m", "qwen3", 100, 10, 0, [1], **appended))

@@ -11,7 +11,7 @@ from gateway.config import GATEWAY_SETTINGS, GatewayConfig
 from shared.settings import ConfigError, File, Section, as_text, read_file
 from worker.config import WORKER_SETTINGS
 
-BOTH = [WORKER_SETTINGS, GATEWAY_SETTINGS]
+BOTH: list[Section[Any]] = [WORKER_SETTINGS, GATEWAY_SETTINGS]
 EACH = [(section, name) for section in BOTH for name in section.settings]
 SPECIAL = {
     "threads": "77",
