@@ -31,7 +31,12 @@ def run(*words: str, **variables: str) -> Any:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeOptions]:
     """What `degas serve` hands to the supervisor, which does not run."""
     options: list[ServeOptions] = []
-    monkeypatch.setattr(supervisor, "serve", lambda given: options.append(given) or 0)
+
+    def serve(given: ServeOptions) -> int:
+        options.append(given)
+        return 0
+
+    monkeypatch.setattr(supervisor, "serve", serve)
     return options
 
 

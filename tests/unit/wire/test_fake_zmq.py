@@ -22,7 +22,7 @@ class FakeEnds:
     """A DEALER and a ROUTER over a wire that delivers at once when asked to settle."""
 
     def __init__(self) -> None:
-        self.loop = VirtualLoop(VirtualClock())
+        self.loop = VirtualLoop.on(VirtualClock())
         self.wire = Wire()
         self.dealer: Any = Context(self.loop, {"here": self.wire}).socket(zmq.DEALER)
         self.monitor: Any = self.dealer.get_monitor_socket(0)

@@ -185,7 +185,7 @@ def test_suspects_are_retried_in_single_file() -> None:
     world.nodes[0].die(0)
     world.loop.settle()
     world.restart(0)
-    while not world.all_ready:
+    while not world.all_ready():
         world.flow()
         world.clock.advance(0.1)
     for _ in range(3):
@@ -218,7 +218,7 @@ def test_a_silent_worker_is_lost_and_what_it_still_runs_is_cancelled() -> None:
         world.deliver()
         world.deliver()
     world.nodes[0].sim.engine.take_commands()
-    assert world.all_ready and not world.nodes[0].sim.scheduler.sequences
+    assert world.all_ready() and not world.nodes[0].sim.scheduler.sequences
     finish(world)
 
 

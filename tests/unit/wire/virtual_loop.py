@@ -5,11 +5,17 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, TypeVarTuple
 
 from worker.sim.timeline import VirtualClock
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorLike
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class Readable(Protocol):
@@ -29,6 +35,11 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self._timers: list[asyncio.TimerHandle] = []
         self._readers: dict[int, asyncio.Handle] = {}
 
+    @classmethod
+    def on(cls, clock: VirtualClock) -> Self:
+        """A loop on `clock`. What it leaves out of asyncio's interface raises NotImplementedError."""
+        return cls(clock)
+
     # ------------------------------------------------------------ what asyncio calls
 
     def time(self) -> float:
@@ -41,19 +52,19 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return True
 
     def call_soon(
-        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
 
     def call_later(
-        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
     def call_at(
-        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         timer = asyncio.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._timers, timer)
@@ -65,13 +76,17 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
 
-    def create_task(self, coro: Coroutine[Any, Any, Any], **_: Any) -> asyncio.Task[Any]:
+    def create_task(
+        self, coro: Generator[Any, None, T] | Coroutine[Any, Any, T], **_: object
+    ) -> asyncio.Task[T]:
         return asyncio.Task(coro, loop=self)
 
-    def add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> None:
+    def add_reader(self, fd: FileDescriptorLike, callback: Callable[[*Ts], object], *args: *Ts) -> None:
+        assert isinstance(fd, int)
         self._readers[fd] = asyncio.Handle(callback, args, self, None)
 
-    def remove_reader(self, fd: Any) -> bool:
+    def remove_reader(self, fd: FileDescriptorLike) -> bool:
+        assert isinstance(fd, int)
         return self._readers.pop(fd, None) is not None
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:

@@ -68,12 +68,12 @@ class Node:
         self.sim.runner.launch_forward = self._launch  # type: ignore[method-assign]
         self.router.bind()
 
-    def _launch(self, slot: int, plan: StepPlan, progress: Progress) -> None:
+    def _launch(self, slot_number: int, plan: StepPlan, progress: Progress) -> None:
         if self.device_lost:
             raise DeviceFault("illegal address")
         if any(KILL_TOKEN in chunk.seq.tokens[: chunk.seq.num_prompt] for chunk in plan.chunks):
             raise Killed
-        self._launch_forward(slot, plan, progress)
+        self._launch_forward(slot_number, plan, progress)
 
     @property
     def serves(self) -> bool:
@@ -200,7 +200,7 @@ class World:
     ) -> None:
         self.clock = VirtualClock()
         self.clock.advance(1.0)
-        self.loop = VirtualLoop(self.clock)
+        self.loop = VirtualLoop.on(self.clock)
         endpoints = [f"ipc:///worker-{number}" for number in range(num_workers)]
         self.wires = {endpoint: Wire() for endpoint in endpoints}
         config = GatewayConfig(
@@ -230,7 +230,7 @@ class World:
         for _ in range(4):  # a hello that comes before the worker serves is asked again
             self.flow(2)
             self.clock.advance(0.25)
-        assert self.all_ready
+        assert self.all_ready()
 
     def _new_node(self, between: Wire) -> Node:
         return Node(between, self.clock, next(self._epochs), self._options)
@@ -246,7 +246,6 @@ class World:
         """The gateway's side of each wire."""
         return [worker.link for worker in self.service.workers]
 
-    @property
     def all_ready(self) -> bool:
         """Whether the gateway serves from every worker's present epoch."""
         pairs = zip(self.links, self.nodes, strict=True)
@@ -448,14 +447,14 @@ class World:
             busy = any(node.sim.scheduler.has_work for node in self.nodes)
             if not busy:
                 draining = any(node.sim.engine.is_draining for node in self.nodes)
-                if not self.service.num_in_flight and self.all_ready and not draining:
+                if not self.service.num_in_flight and self.all_ready() and not draining:
                     break
                 self.clock.advance(0.24)
             assert self.clock.now() < until_s, "requests or workers are stuck"
         # Long enough for a stalled client to be cut off, and for a gateway whose lease ran out to hear of it.
         self.live(max(STALL_S, PROGRESS_S) + 1.0)
         for _ in range(8):
-            if not self.all_ready:
+            if not self.all_ready():
                 self.live(0.3)
         self.check()
         self._check_baseline()

@@ -32,6 +32,12 @@ class Bytes:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
 
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode("latin-1")
+
+    def is_shown(self, token_id: int) -> bool:
+        return True
+
 
 class Cancelled:
     """A running stream that counts its cancels."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 import pytest
@@ -23,6 +23,15 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}{{ mood }}"
 )
+
+
+class Files(TypedDict, total=False):
+    """What a worker announces beside its card."""
+
+    tokenizer_json: bytes
+    chat_template: bytes
+
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -32,6 +41,13 @@ def scored(*token_ids: int) -> Any:
     return lambda _: [*(Token(token_id, logprob=rival) for token_id in token_ids), End()]
 
 
+def piece(text: str) -> int:
+    """The id of a piece that is in the vocabulary."""
+    token_id = PIECES.token_to_id(text)
+    assert token_id is not None
+    return token_id
+
+
 def prompt_of(worker: FakeWorker) -> list[int]:
     return wire.unpack_i32(worker.submits[-1].prompt).tolist()
 
@@ -39,7 +55,7 @@ def prompt_of(worker: FakeWorker) -> list[int]:
 @pytest.mark.slow
 def test_a_completion_keeps_its_first_space_and_a_chat_answer_has_none() -> None:
     worker = FakeWorker(card=LLAMA, tokenizer_json=PIECES.to_str().encode(), chat_template=TEMPLATE.encode())
-    upon = [PIECES.token_to_id("▁upon"), PIECES.token_to_id("▁a")]
+    upon = [piece("▁upon"), piece("▁a")]
     worker.script = scored(*upon)
     with worker, GatewayThread(workers=[worker.endpoint]) as gateway:
         gateway.wait_ready()
@@ -161,9 +177,7 @@ def test_a_model_without_a_template_refuses_what_only_a_template_could_do(
         ({"chat_template": b"\xff"}, "utf-8"),
     ],
 )
-def test_a_model_that_cannot_be_used_is_told_of_once_and_is_not_loading(
-    files: dict[str, bytes], reason: str
-) -> None:
+def test_a_model_that_cannot_be_used_is_told_of_once_and_is_not_loading(files: Files, reason: str) -> None:
     with FakeWorker(**files) as worker, GatewayThread(workers=[worker.endpoint]) as gateway:
         gateway.wait_for(lambda: reason in gateway.gateway.service.readiness()[1])
         ready = ask(gateway.url, "/readyz")

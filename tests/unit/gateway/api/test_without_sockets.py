@@ -25,8 +25,12 @@ async def prepare(core: Core, path: str, **body: Any) -> list[GenerateRequest]:
     data = json.dumps(body).encode()
     if path == "responses":
         return [(await responses.prepare(core, parse_body(data), tenant="t")).request]
-    make = {"chat": chat.prepare, "completions": completions.prepare, "query": moondream.prepare_query}[path]
-    return (await make(core, data, request_id="r", tenant="t")).asked
+    if path == "chat":
+        return (await chat.prepare(core, data, request_id="r", tenant="t")).asked
+    if path == "completions":
+        return (await completions.prepare(core, data, request_id="r", tenant="t")).asked
+    assert path == "query"
+    return (await moondream.prepare_query(core, data, request_id="r", tenant="t")).asked
 
 
 @pytest.mark.parametrize(

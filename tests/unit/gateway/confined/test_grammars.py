@@ -18,7 +18,8 @@ from shared.errors import ErrorCode
 from shared.protocol import Grammar
 from tests.fake_worker import FakeWorker
 from tests.gateway_thread import GatewayThread
-from tests.unit.gateway.transport.test_boundary import CHAT, ask, chat
+from tests.http_client import ask
+from tests.unit.gateway.transport.test_boundary import CHAT, chat
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 

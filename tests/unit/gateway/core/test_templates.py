@@ -20,7 +20,7 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_t
 NAMED = msgspec.structs.replace(CARD, special_tokens=SPECIAL)
 
 _CALL = {"name": "weather", "arguments": {"city": "Genève", "days": [1, 2]}}
-_CALLED = [
+_CALLED: list[dict[str, Any]] = [
     {"role": "user", "content": "What is the weather?"},
     {
         "role": "assistant",

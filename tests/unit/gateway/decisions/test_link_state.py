@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,8 +63,8 @@ def test_illegal_moves_raise_and_change_nothing(moves: list[str]) -> None:
         "close": LinkState.CLOSED,
     }
     for epoch, move in enumerate(moves):
-        calls = {
-            "ready": lambda epoch=epoch: life.on_ready(ready(epoch), float(epoch)),
+        calls: dict[str, Callable[[], object]] = {
+            "ready": partial(life.on_ready, ready(epoch), float(epoch)),
             "lost": life.on_lost,
             "refuse": lambda: life.refuse("no"),
             "close": life.close,

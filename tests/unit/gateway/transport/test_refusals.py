@@ -12,7 +12,8 @@ import pytest
 from gateway.errors import error_headers
 from gateway.generation import RequestError
 from shared.errors import ErrorCode, FinishReason
-from tests.fake_worker import LIMITS, End, FakeWorker, Token, Wait
+from shared.protocol import Submit
+from tests.fake_worker import LIMITS, Action, End, FakeWorker, Token, Wait
 from tests.gateway_thread import GatewayThread
 from tests.http_client import Opened, ask
 
@@ -141,6 +142,11 @@ def test_out_of_memory_is_a_503_that_may_be_tried_again(worker: FakeWorker) -> N
         assert ask(gateway.url, CHAT, HELLO).status == 200
 
 
+def broken_off(_: Submit) -> list[Action]:
+    """A script: two tokens and an error."""
+    return [Token(75), Token(76), End(FinishReason.ERROR, ErrorCode.NUMERICAL_ERROR, "NaN")]
+
+
 def test_an_error_in_mid_stream_leaves_a_connection_that_serves_the_next_request(worker: FakeWorker) -> None:
     with GatewayThread(workers=[worker.endpoint]) as gateway:
         gateway.wait_ready()
@@ -151,8 +157,7 @@ def test_an_error_in_mid_stream_leaves_a_connection_that_serves_the_next_request
             ("/v1/responses", {"input": "hi"}),
             ("/v1/query", {"question": "hi"}),
         ):
-            end = End(FinishReason.ERROR, ErrorCode.NUMERICAL_ERROR, "NaN")
-            worker.script = lambda _, end=end: [Token(75), Token(76), end]
+            worker.script = broken_off
             status, headers, data = post(connection, path, json.dumps({**body, "stream": True}).encode())
             assert status == 200 and b"numerical_error" in data and "connection" not in headers
             worker.reply("fine")

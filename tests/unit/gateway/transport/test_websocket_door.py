@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+from websockets.sync.connection import Connection
 
 from tests.fake_worker import End, FakeWorker, Token, Wait, text_ids
 from tests.gateway_thread import GatewayThread
@@ -42,7 +43,7 @@ def dial(gateway: GatewayThread, **options: Any) -> ClientConnection:
     return connect(gateway.url.replace("http", "ws") + "/v1/responses", **options)
 
 
-def until(connection: ClientConnection, kind: str) -> dict[str, Any]:
+def until(connection: Connection, kind: str) -> dict[str, Any]:
     """Read up to an event of this type."""
     while True:
         event: dict[str, Any] = json.loads(connection.recv(timeout=10))
