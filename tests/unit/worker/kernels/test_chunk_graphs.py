@@ -48,7 +48,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Moondream:
     made = random_model("tiny-moondream", torch.device("cpu"), torch.float32).model
     assert isinstance(made, Moondream)
     made.card = msgspec.structs.replace(made.card, context_tokens=64)  # captured attention spans all of it
-    made._wte[NAN_WORD] = NAN
+    made._words[NAN_WORD] = NAN
     return made
 
 
