@@ -20,10 +20,8 @@ def test_every_file_named_exists(name: str) -> None:
 @pytest.mark.parametrize(
     ("file", "quoted"),
     [
-        (
-            "worker/models/families/qwen.py",
-            'QWEN3 = dense_family("qwen3", "Qwen 3 (dense)", "Qwen3ForCausalLM", read_qwen3)',
-        ),
+        ("worker/models/families/olmo2.py", "NormNames"),
+        ("worker/models/families/olmo2.py", "QkNorm.WIDTH"),
         ("tests/unit/worker/kernels/compile_all.py", 'compile_for(norm._norm_row, 8, {"DIM": 2048, '),
         ("tests/gpu/test_kernels.py", "test_norms_and_activations"),
         ("gateway/app.py", '("/v1/caption", moondream.prepare_caption)'),
