@@ -89,8 +89,7 @@ class PackedLinear:
             bias = None if bias is None else bias[order]
         self._packed = False
         if native is not None:
-            pack_weight = native.pack if isinstance(weight, Tensor) else native.pack_quantised
-            self._weight: Any = pack_weight(weight, bias)  # type: ignore[operator]
+            self._weight: Any = native.pack(weight, bias)
         else:
             assert isinstance(weight, Tensor)
             self._packed = pack and can_pack(weight.device, weight.dtype)
@@ -126,9 +125,9 @@ class PackedLinear:
         if self._native is not None:
             return self._native.unrounded(x, self._weight)
         if x.device.type == "cuda" and x.dtype != torch.float32:
-            summed = torch.mm(x.flatten(0, -2), self._weight.t(), out_dtype=torch.float32)
+            summed: Tensor = torch.mm(x.flatten(0, -2), self._weight.t(), out_dtype=torch.float32)
             summed = summed if self._bias is None else summed + self._bias
-            return summed.unflatten(0, x.shape[:-1])
+            return summed.view(*x.shape[:-1], self.out_features)
         return self(x).float()
 
     def gelu(self, x: Tensor) -> Tensor:
