@@ -89,10 +89,7 @@ class PackedLinear:
             bias = None if bias is None else bias[order]
         self._packed = False
         if native is not None:
-            if isinstance(weight, Tensor):
-                self._weight: Any = native.pack(weight, bias)
-            else:
-                self._weight = native.pack_quantised(weight, bias)
+            self._weight: Any = native.pack(weight, bias)
         else:
             assert isinstance(weight, Tensor)
             self._packed = pack and can_pack(weight.device, weight.dtype)
@@ -130,7 +127,7 @@ class PackedLinear:
         if x.device.type == "cuda" and x.dtype != torch.float32:
             summed: Tensor = torch.mm(x.flatten(0, -2), self._weight.t(), out_dtype=torch.float32)
             summed = summed if self._bias is None else summed + self._bias
-            return summed.view(*x.shape[:-1], -1)
+            return summed.view(*x.shape[:-1], self.out_features)
         return self(x).float()
 
     def gelu(self, x: Tensor) -> Tensor:

@@ -9,21 +9,7 @@ extern "C" {
 int vector_lanes() { return LANES; }
 int panel_outputs() { return PANEL; }
 void use_threads(int count) { set_threads(count); }
-int64_t bytes_packed(int format, int64_t outputs, int64_t inputs) { return packed_bytes(format, outputs, inputs); }
-int are_bfloat16(int64_t count, const float* weight) { return fit_bf16(count, weight); }
-void pack_bfloat16_for_float32(int64_t outputs, int64_t inputs, const void* weight, void* packed) {
-    pack_panels<Bf16>(outputs, inputs, (const uint16_t*)weight, (uint8_t*)packed);
-}
-void pack_blocks(int format, int64_t outputs, int64_t inputs, const int8_t* q, const float* scale, const float* least,
-                 int64_t scale_inputs, void* packed) {
-    pack_quantised(format, outputs, inputs, Quantised{q, scale, least, scale_inputs}, (uint8_t*)packed);
-}
-
 #define FOR_DTYPE(NAME, REAL)                                                                                           \
-    int can_multiply_##NAME() { return Weights<REAL>::are_taken(); }                                                    \
-    void pack_##NAME(int64_t outputs, int64_t inputs, const void* weight, void* packed) {                               \
-        Weights<REAL>::pack(outputs, inputs, (const REAL*)weight, packed);                                              \
-    }                                                                                                                   \
     void multiply_##NAME(const Linear* linear, int64_t rows, const void* x, const void* residual, void* out,            \
                          int64_t out_stride, int kind, int is_unrounded) {                                              \
         together([&](Team& team) {                                                                                      \

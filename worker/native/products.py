@@ -92,12 +92,17 @@ class Products:
         """The rows of a weight in the order that `GATE` reads."""
         return torch.arange(outputs).view(2, -1, self._lanes).transpose(0, 1).reshape(-1)
 
-    def pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedWeight:
+    def pack(self, weight: Tensor | Quantised, bias: Tensor | None = None) -> PackedWeight:
         """weight (out, in) → its elements in the order `multiply` reads them, for activations of its dtype.
+
+        One in a file's blocks is for fp32 activations, and keeps as many bits an element as the file has if that is Q8_0, Q4_0
+        or Q4_1.
 
         An fp32 weight that bf16 holds exactly, as one does that was saved in bf16, is kept in bf16: half the memory, the same
         products to the last bit.
         """
+        if not isinstance(weight, Tensor):
+            return self._pack_quantised(weight, bias)
         outputs, inputs = weight.shape
         weight = weight.contiguous()
         kept_in, pack = SAME, self._pack[weight.dtype]
@@ -113,8 +118,7 @@ class Products:
         pack(outputs, inputs, weight.data_ptr(), memory.data_ptr())
         return PackedWeight(memory, bias, inputs, outputs, kept_in, dtype)
 
-    def pack_quantised(self, weight: Quantised, bias: Tensor | None = None) -> PackedWeight:
-        """A weight in blocks, for fp32 activations: as many bits an element as the file has for Q8_0, Q4_0 and Q4_1."""
+    def _pack_quantised(self, weight: Quantised, bias: Tensor | None) -> PackedWeight:
         outputs, inputs = weight.shape
         kept_in = _FORMATS.get(weight.kind, INT8_REAL)
         levels: Levels = weight.levels()

@@ -43,9 +43,8 @@ class Levels:
 
     def dequantised(self) -> Tensor:
         """(rows, columns) fp32."""
-        values: Tensor = self.q.float().unflatten(1, (-1, self.scale_inputs))
-        values = values * self.scale.unsqueeze(-1)
-        return (values if self.least is None else values + self.least.unsqueeze(-1)).flatten(1)
+        values = self.q.float().view(len(self.q), -1, self.scale_inputs) * self.scale.unsqueeze(-1)
+        return torch.flatten(values if self.least is None else values + self.least.unsqueeze(-1), 1)
 
     def in_sixteens(self) -> Levels:
         """The same with a scale and an offset for every 16 columns."""

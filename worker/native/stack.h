@@ -6,9 +6,10 @@
 #include <vector>
 
 #include "attention.h"
+#include "product.h"
 #include "rows.h"
 #include "team.h"
-#include "weights.h"
+#include "units.h"
 
 namespace {
 
@@ -55,7 +56,8 @@ void multiply(Team& team, const Linear& linear, int64_t rows, const Model* x, co
     const Product<Model> product{linear.inputs, linear.outputs, x,    (const Model*)linear.bias,        residual, out,
                                  out_stride,    kind,           unrounded, after ? after->weight : nullptr};
     team.share((linear.outputs + PANEL - 1) / PANEL, 64 / PANEL, [&](int64_t first, int64_t last) {
-        Weights<Model>::multiply(linear.format, rows, product, linear.weight, first, last);
+        const auto multiply_panels = std::is_same<Model, float>::value ? multiply_panels_float32 : multiply_panels_bfloat16;
+        multiply_panels(linear.format, rows, &product, linear.weight, first, last);
     });
 }
 

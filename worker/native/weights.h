@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <cmath>
+
 #include "formats.h"
 #include "panels.h"
 

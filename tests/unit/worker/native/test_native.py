@@ -20,7 +20,7 @@ from worker.models.moondream import Moondream
 from worker.native import build
 from worker.native.library import use_threads
 from worker.native.operations import Operations, operations
-from worker.native.products import Products, products
+from worker.native.products import PLAIN, Products, products
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -286,6 +286,7 @@ def test_a_folder_others_may_write_to_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_an_image_brings_libraries_for_other_processors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,3 +309,36 @@ def test_an_image_brings_libraries_for_other_processors(
     assert build.prebuilt(build.SOURCE, tmp_path) is None
     made[0].rename(tmp_path / "exports-of-another-source.so")
     assert build.prebuilt(build.SOURCE, tmp_path) is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_machines_with_less_compute_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: Operations
+) -> None:
+    """The same source for narrower vectors than this processor's: AVX2, and none but x86-64's own, where torch multiplies."""
+    if platform.machine() != "x86_64":
+        pytest.skip("another kind of machine")
+    kinds = {"sse": (("-march=x86-64",), frozenset[str]())}
+    if build.KINDS["avx2"][1] <= build.processor_flags():
+        kinds["avx2"] = build.KINDS["avx2"]
+    for kind, needs in kinds.items():
+        monkeypatch.setattr(build, "KINDS", {kind: needs})
+        (tmp_path / kind).mkdir()
+        build.build_kinds(tmp_path / kind)
+        found = build.prebuilt(build.SOURCE, tmp_path / kind)
+        assert found is not None
+        torch.manual_seed(6)
+        x, weight = torch.randn(9, 64), torch.randn(64)
+        for narrow, wide in (
+            (Operations(found).rms_norm(x, weight, 1e-5), native.rms_norm(x, weight, 1e-5)),
+            (Operations(found).silu_gate(x), native.silu_gate(x)),
+        ):
+            assert relative_error(narrow, wide) < TOLERANCE[torch.float32]
+        assert torch.equal(Operations(found).largest(x)[1], native.largest(x)[1])
+        narrow_products = Products(found)
+        assert narrow_products.multiplies(torch.float32) == (kind == "avx2")
+        if kind == "avx2":
+            w = torch.randn(100, 64).bfloat16().float()
+            got = narrow_products.multiply(x, narrow_products.pack(w), None, PLAIN)
+            assert relative_error(got, F.linear(x, w)) < TOLERANCE[torch.float32]
