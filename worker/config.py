@@ -16,7 +16,7 @@ POCKET = "pocket"
 
 
 def default_threads() -> int:
-    """The cores this process may use but one, which is the gateway's; at least one."""
+    """The number of cores that this process may use, less one for the gateway; at least 1."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, num_cores - 1)
 
