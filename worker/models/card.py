@@ -20,7 +20,7 @@ def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
     said = described(config)
 
     def ids(name: str) -> list[int]:
-        """What both files say, generation_config.json first."""
+        """The ids that both files name, generation_config.json's first."""
         return list(
             dict.fromkeys(
                 one for given in (generation, config) for one in _ids(name, given, sizes.vocab_size)
