@@ -93,7 +93,7 @@ class DenseConfig:
         """How many dimensions of a head are rotated, the first ones."""
         return int(
             self.head_dim * self.ropes[0].fraction + 1e-6
-        )  # rounding may leave the product just below a whole number
+        )  # the product may be just below a whole number
 
 
 def read_dense(
@@ -186,7 +186,7 @@ def context_tokens(settings: Settings, ropes: tuple[RopeConfig, ...]) -> int:
 
 
 def described(settings: Settings) -> dict[str, Any]:
-    """The optional `degas` object of config.json, by which the owner of the folder overrides the model card."""
+    """The optional `degas` object of config.json: values that override what the rest of the folder says."""
     return settings.objects("degas")
 
 

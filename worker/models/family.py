@@ -1,4 +1,4 @@
-"""Owns what the registry knows of a family of models: its names, and how its config.json becomes a decoder. Decode thread."""
+"""Owns what the registry knows of a model family: its names, and how its config.json becomes a decoder. Decode thread."""
 
 from __future__ import annotations
 
