@@ -102,7 +102,7 @@ def build_worker(
     on_beat: Callable[[int, float], None] | None = None,
 ) -> Worker:
     """Build everything on the calling thread, which becomes the decode thread. Raises `ConfigError` or
-    `worker.formats.source.CheckpointError` with what to do about it."""
+    `worker.formats.errors.CheckpointError` with what to do about it."""
     runner: Runner
     if config.device == "sim" or config.model == "sim":
         card, payloads, num_pages = (

@@ -70,7 +70,7 @@ class Service:
     # ------------------------------------------------------------ life
 
     async def start(self) -> None:
-        """Connect to every worker of the configuration. Raises `gateway.config.ConfigError` for bad keys."""
+        """Connect to every worker of the configuration. Raises `shared.settings.ConfigError` for bad keys."""
         await self.images.start()
         for key, endpoint in enumerate(self.config.workers):
             link = WorkerLink(

@@ -121,7 +121,7 @@ class CudaDevice:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
     def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
-        """See `base.Device`. Not through `torch.cuda.graph`, which synchronises the device and empties the
+        """See `contract.Device`. Not through `torch.cuda.graph`, which synchronises the device and empties the
         allocator's cache each time: a graph may be captured while steps are in flight."""
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()

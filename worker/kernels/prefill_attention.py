@@ -28,9 +28,7 @@ _SPAN_STRIDE = tl.constexpr(SPAN_FIELDS)  # kernels may read globals only as con
 class Segments:
     """The prefill chunks of a step, uploaded once and used by every layer."""
 
-    spans: (
-        Tensor  # (S, 5) int32 contiguous, see `worker.step.staging.chunk_spans`; entries of zeros are empty
-    )
+    spans: Tensor  # (S, 5) int32 contiguous, see `worker.forward.chunk_spans`; entries of zeros are empty
     tables: Tensor  # (C, P) int32, rows may be strided; entries beyond a chunk's pages are not read
 
 
