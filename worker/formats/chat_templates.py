@@ -13,8 +13,8 @@ from worker.formats.json_files import read_object
 
 log = structlog.get_logger()
 
-# What families write at the end of a turn. Some of them are not the tokenizer's end of text, and some folders name
-# only that one.
+# The marks that families write at the end of a turn. Some are not the tokenizer's end of text, and some folders name
+# only the end of text.
 _TURN_ENDS = (
     *(
         "<|im_end|>",
@@ -83,7 +83,7 @@ def warn_missing(path: Path) -> None:
 
 
 def check_template(template: str, file: Path) -> str:
-    """Returns `text`. Raises CheckpointError, naming `file`, if it is no Jinja template.
+    """Returns `template`. Raises CheckpointError, naming `file`, if it is no Jinja template.
 
     Only its syntax is checked, and only where Jinja is installed: gateways render, workers do not.
     """
