@@ -36,7 +36,7 @@ class Guard:
         )
 
     def say(self, line: str) -> None:
-        """Tell one fact. A guard that died is not worth failing for."""
+        """Send the guard one line. A guard that has died is no reason to fail."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(line + "\n")
@@ -45,7 +45,7 @@ class Guard:
             pass
 
     def close(self) -> None:
-        """All is cleaned up: let it go."""
+        """Tell the guard that everything is cleaned up, so that it ends."""
         self.say("done")
         assert self._process.stdin is not None
         try:
@@ -59,7 +59,7 @@ _BEAT: Final = Struct("<Qd")
 
 
 class Beat(NamedTuple):
-    """What a worker writes as its sign of life: a number that changes, and how long it may now be silent."""
+    """What a worker writes as its sign of life: a number that changes with every heartbeat, and how long it may now be silent."""
 
     number: int = 0
     patience_s: float = 3.0
@@ -94,7 +94,7 @@ class Child:
             beat_fd = _open_beat()
             environment[beat_variable] = str(beat_fd)
         try:
-            # Not asyncio's subprocess: its wait() ends only when the pipe does, and a descendant may hold that.
+            # Not asyncio's subprocess: its wait() ends only when the pipe does, and a descendant may hold the pipe open.
             process = subprocess.Popen(
                 [*SCRIPT, str(LEASH), str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
@@ -112,20 +112,20 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process id, which is also its group's."""
+        """The child's process id, which is also its group's."""
         return self._process.pid
 
     def beat(self) -> Beat:
-        """Its last heartbeat."""
+        """The child's last heartbeat."""
         data = os.pread(self._beat_fd, _BEAT.size, 0) if self._beat_fd >= 0 else b""
         return Beat(*_BEAT.unpack(data)) if len(data) == _BEAT.size else Beat()
 
     def kill(self) -> None:
-        """End it and everything it started, now."""
+        """Kill the child and everything it started, now."""
         _signal_group(self.pid, signal.SIGKILL)
 
     async def stop(self, grace_s: float, cut_short: asyncio.Event) -> bool:
-        """Ask it to end; kill it after the grace, or as soon as `cut_short` is set. True if it ended by itself."""
+        """Ask the child to end; kill it after the grace, or as soon as `cut_short` is set. True if it ended by itself."""
         if not self.exited.done():
             try:
                 self._process.send_signal(signal.SIGTERM)
@@ -141,7 +141,7 @@ class Child:
         return by_itself
 
     async def kill_hung(self) -> None:
-        """Kill it, after asking for its threads' stacks: faulthandler answers SIGUSR1 even when Python is stuck."""
+        """Kill the child after asking for its threads' stacks: faulthandler answers SIGUSR1 even when Python is stuck."""
         try:
             self._process.send_signal(signal.SIGUSR1)
         except ProcessLookupError:

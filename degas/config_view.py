@@ -115,7 +115,7 @@ def _lines(one: Effective) -> Iterator[tuple[Setting, Any, str]]:
 
 
 def _plain(value: Any) -> Any:
-    """Without secrets and without types that JSON lacks."""
+    """The value without secrets and without types that JSON lacks."""
     if isinstance(value, SecretStr):
         return HIDDEN
     if isinstance(value, (tuple, list)):
@@ -128,7 +128,7 @@ def _shown(value: Any) -> str:
 
 
 def with_tables(text: str) -> str:
-    """The text of docs/operating.md with each section's table as the code has it now."""
+    """The text of docs/operating.md with each section's table made anew from the code."""
     for section in ALL:
         heading = f"`[{section.name}]`, `{section.prefix}…`\n\n"
         before, found, after = text.partition(heading)

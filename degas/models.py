@@ -20,7 +20,7 @@ from worker.formats.json_files import read_object
 from worker.formats.locate import POCKET, SMOLLM2, file_or_folder, gguf_files, locate, smollm2_file
 from worker.formats.model_names import name_of
 
-# What a worker and a gateway take beside the weights: themselves, and room for keys and values.
+# Memory that a worker and a gateway take beside the weights: the processes themselves, and room for keys and values.
 BESIDE_BYTES = 1 << 30
 SERVED_BYTES = 2  # of a weight once it is loaded: bf16
 
@@ -127,7 +127,7 @@ def _of_file(path: Path) -> tuple[str, str, int, int]:
 
 
 def _of_folder(path: Path) -> tuple[str, str, int, int]:
-    """The same of a folder; weights by their bytes, each of as many as config.json says."""
+    """The same for a folder; the number of weights is their bytes over the bytes of one weight, by config.json's dtype."""
     if not (path / "config.json").is_file():
         raise refuse_folder(path, "no config.json in this folder")
     config = read_object(path / "config.json")

@@ -69,7 +69,7 @@ class ServeOptions:
 
 
 def _inherited(foreign: str) -> dict[str, str]:
-    """Our variables but the other child's, and but the file's: what it says has been read, once, by us."""
+    """Our variables without the other child's, the supervisor's own, and DEGAS_CONFIG, whose file has been read already."""
     gone = (foreign, SERVE_PREFIX, FILE_VARIABLE)
     return {name: value for name, value in os.environ.items() if not name.startswith(gone)}
 

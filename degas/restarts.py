@@ -11,13 +11,13 @@ class RestartLimits:
 
     first_delay_s: float = 0.2
     max_delay_s: float = 10.0
-    healthy_s: float = 60.0  # ready for so long, and earlier deaths are forgotten
+    healthy_s: float = 60.0  # after being ready for so long, earlier deaths are forgotten
     quick_s: float = 5.0  # ready for less than this, or never, is a quick death
     max_quick_deaths: int = 5  # in a row: a crash loop
 
 
 class Restarts:
-    """Counts one child's deaths."""
+    """Counts one child's deaths and decides about the next start."""
 
     def __init__(self, limits: RestartLimits) -> None:
         self._limits = limits

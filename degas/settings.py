@@ -21,7 +21,7 @@ WORKER_GRACE_S: Final = 10.0
 BUILT_IN: Final = "default of degas serve"
 
 OWN_SOCKET: Final = {"worker": "endpoint", "gateway": "workers"}
-"""What joins the two, and is `degas serve`'s own affair when it runs both."""
+"""Settings that connect worker and gateway: when `degas serve` runs both, it sets them itself."""
 
 
 class ServeConfig(BaseModel):
@@ -49,7 +49,7 @@ ALL: Final[tuple[Section[Any], ...]] = (SERVE_SETTINGS, WORKER_SETTINGS, GATEWAY
 
 @dataclass(frozen=True, slots=True)
 class Effective:
-    """One section as it will be used: its configuration, and what was given, by whom."""
+    """One section as it will be used: its configuration, and which values were given, and where."""
 
     section: Section[Any]
     config: Any

@@ -25,12 +25,12 @@ class StartupView:
         self._told_s: dict[str, float] = {}
 
     def phase(self, role: str, name: str, seconds: float) -> None:
-        """A phase is over."""
+        """Show that a phase is over."""
         self._end_bar(f"{role} {name}")
         self._line(f"{role:<8} {name:<28} {seconds:7.2f} s")
 
     def progress(self, role: str, name: str, done: float, total: float) -> None:
-        """A phase is this far."""
+        """Show how far a phase is."""
         if total <= 0:
             return
         key = f"{role} {name}"
@@ -48,11 +48,11 @@ class StartupView:
             self._line(f"{role:<8} {name:<28} {100 * done / total:5.0f} %")
 
     def note(self, text: str, *, style: str = "") -> None:
-        """One line of news."""
+        """Show one line of text."""
         self._line(text, style)
 
     def close(self) -> None:
-        """No more bars."""
+        """Remove the bars."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None

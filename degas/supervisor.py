@@ -27,18 +27,20 @@ from degas.restarts import Restarts
 from degas.startup_view import StartupView
 
 TICK_S: Final = 0.1
-LATE_TICK_S: Final = 1.0  # we ourselves were stopped or starved: no reason to blame a child
+LATE_TICK_S: Final = (
+    1.0  # a tick later than this: the supervisor itself was stopped or starved, and blames no child
+)
 PROBE_INTERVAL_S: Final = 0.1
 HEALTH_INTERVAL_S: Final = 2.0
 STATUS_INTERVAL_S: Final = 1.0
 KILL_MARGIN_S: Final = 5.0  # what a child gets beyond its own deadline before it is killed
 MAX_IPC_PATH: Final = 107
-WRONG_SETTINGS: Final = 2  # a child's exit code for what no restart will mend
+WRONG_SETTINGS: Final = 2  # a child's exit code for settings that no restart will mend
 FORCED: Final = 130
 
 
 class Post:
-    """One child's place: who stands there, how often that changed, whether it is up."""
+    """One role's place: the child that runs in it, how often it was replaced, whether it is ready."""
 
     def __init__(self, role: str, restarts: Restarts) -> None:
         self.role = role
@@ -100,7 +102,7 @@ class Supervisor:
                     self._posts[role].halt.set()
                     await tasks[role]
         finally:
-            for post in self._posts.values():  # only after a fault of our own is anyone left
+            for post in self._posts.values():  # a child is left here only after a fault of our own
                 if post.child is not None:
                     post.child.kill()
                     await post.child.exited
@@ -206,7 +208,7 @@ class Supervisor:
                 return f"no decode progress for {beat.patience_s:.3g} s"
 
     async def _check_gateway(self, post: Post) -> str:
-        """See the gateway come up; later return when it has answered nothing for long."""
+        """Wait for the gateway to come up; later return when it has answered nothing for `gateway_silence_s`."""
         options = self._options
         answered_s = tick_s = time.monotonic()
         started_s = answered_s
@@ -250,7 +252,7 @@ class Supervisor:
         return on_line
 
     async def _announce(self) -> None:
-        """Say once that all is up, then each time it is so again."""
+        """Print that everything is up, the first time and again after each restart."""
         options = self._options
         num_times = 0
         while True:

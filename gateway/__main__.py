@@ -33,11 +33,11 @@ from shared.errors import ErrorCode
 from shared.logs import configure_logs
 from shared.settings import give_flags
 
-_LAST_WORDS_S: Final = 0.5  # between the last terminal event and closing connections
+_LAST_WORDS_S: Final = 0.5  # wait between the last terminal event and closing connections
 _MALFORMED_LINES_PER_S: Final = 10
 _GRPC_PACKAGES: Final = ("grpc", "grpc_health", "grpc_reflection", "google", "smg_grpc_proto")
 _NO_ADDRESS: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
-_LINGER_S: Final = 0.1  # reading on after an answer; `transport.http` has read what is worth reading
+_LINGER_S: Final = 0.1  # how long aiohttp reads on after an answer; `transport.http` has read on already
 
 log = structlog.get_logger(__name__)
 
@@ -90,7 +90,7 @@ class Gateway:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """The address at which the gateway answers."""
         host = "127.0.0.1" if self.config.host in ("0.0.0.0", "") else self.config.host
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
@@ -116,7 +116,7 @@ class Gateway:
     async def _start_grpc(self) -> None:
         if self.config.grpc_port is None:
             return
-        # Our children are new programs, never forks that would go on using gRPC: without this it remarks on each.
+        # gRPC warns at each fork; our children are new programs that never use it, so the warning is turned off.
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
         try:
             module = importlib.import_module("gateway.transport.rpc")
@@ -147,7 +147,7 @@ def _server_logger() -> logging.Logger:
 
 
 def _on_loop_fault(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What escaped a callback: where it happened, not what it held."""
+    """Log an exception that escaped a callback: where it happened, never the values it held."""
     fault = context.get("exception")
     log.error("loop_fault", **(fault_fields(fault) if fault is not None else {"error": "unknown"}))
 

@@ -30,9 +30,9 @@ class Access:
         return bool(self._keys)
 
     def tenant(self, key: str | None) -> str | None:
-        """The tenant a key belongs to; None for a wrong one. "" for everybody where no keys are set.
+        """The tenant that a key belongs to; None for a wrong key; "" for everybody where no keys are set.
 
-        Every key is compared, in constant time, whichever matches.
+        The key is compared with every configured one in constant time, so that timing shows nothing.
         """
         if not self._keys:
             return ""

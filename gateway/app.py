@@ -48,7 +48,7 @@ _PAGE_HEADERS: Final = {"Referrer-Policy": "no-referrer", "Cache-Control": "no-c
 class Asked(sse.Shape, Protocol):
     """A prepared request of any API: what to submit, and how to say the answer, whole or streamed."""
 
-    asked: list[GenerateRequest]
+    requests: list[GenerateRequest]
     stream: bool
 
     def answer(self, choices: list[Collected]) -> Json: ...
@@ -93,10 +93,12 @@ def _generation(service: Service, prepare: Prepare) -> Handler:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         data = await admit_body(request, service)
-        asked: Asked = await prepare(service, data, request_id=request[REQUEST_ID], tenant=request[TENANT])
-        if asked.stream:
-            return await sse.respond(request, config, service.metrics, service.submit, asked.asked, asked)
-        return json_response(asked.answer(await collect(service.submit, asked.asked)))
+        prepared: Asked = await prepare(service, data, request_id=request[REQUEST_ID], tenant=request[TENANT])
+        if prepared.stream:
+            return await sse.respond(
+                request, config, service.metrics, service.submit, prepared.requests, prepared
+            )
+        return json_response(prepared.answer(await collect(service.submit, prepared.requests)))
 
     return handle
 
@@ -156,7 +158,7 @@ def _recording(service: Service) -> Handler:
 
 
 def _add_page(app: web.Application) -> None:
-    """The page at `/` and each file beside it under its name: a fixed list, so no path can lead elsewhere."""
+    """Serve the page at `/` and each of its files under its name: a fixed list, so no path leads to other files."""
     if not (WEB_FOLDER / "index.html").is_file():
         return
     for file in sorted(WEB_FOLDER.rglob("*")):

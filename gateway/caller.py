@@ -1,4 +1,4 @@
-"""Owns how a request came in, as its span tells it: set by each transport, read by the core. Gateway's loop."""
+"""Owns how a request came in, for its trace span: each transport sets it, the core reads it. Gateway's loop."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B03
 
 
 def caller(route: str, trace_parent: str | None) -> Caller:
-    """As it is kept: a malformed `traceparent` counts as none, as the W3C recommendation wants it."""
+    """A `Caller`; a malformed `traceparent` counts as none, as the W3C recommendation wants it."""
     given = trace_parent or ""
     return Caller(route, given if TRACE_PARENT.fullmatch(given) else "")

@@ -24,8 +24,8 @@ _INVALID_ARGUMENT, _DEADLINE_EXCEEDED, _NOT_FOUND, _PERMISSION_DENIED = 3, 4, 5,
 _RESOURCE_EXHAUSTED, _FAILED_PRECONDITION, _ABORTED, _INTERNAL = 8, 9, 10, 13
 _UNAVAILABLE, _UNAUTHENTICATED, _CANCELLED = 14, 16, 1
 
-# A poison request and a missed deadline are 4xx on purpose: official SDKs repeat 408, 409, 429 and 5xx
-# by themselves, and repeating these two would only do the damage again.
+# QUARANTINED and DEADLINE_EXCEEDED are 4xx on purpose: official SDKs repeat 408, 409, 429 and 5xx by themselves,
+# and a repeat of these two would do the same damage again.
 STATUSES: Final[dict[ErrorCode, Status]] = {
     ErrorCode.INVALID_REQUEST: Status(400, 1007, _INVALID_ARGUMENT, "invalid_request_error"),
     ErrorCode.UNAUTHORIZED: Status(401, 3000, _UNAUTHENTICATED, "authentication_error"),
@@ -60,7 +60,7 @@ RETRY_AFTER_S: Final[dict[ErrorCode, float]] = {
     ErrorCode.OUT_OF_MEMORY: 1.0,
     ErrorCode.DEVICE_ERROR: 5.0,
 }
-"""What to say where the error itself does not know: every 429 and 503 names a time."""
+"""`Retry-After` in seconds for errors that carry none: every 429 and 503 names a time."""
 
 
 def http_status(error: RequestError) -> int:

@@ -1,4 +1,4 @@
-"""Owns how an unexpected exception is put into a log line: its type and where, never its message.
+"""Owns how an unexpected exception is put into a log line: its type and its place in the code, never its message.
 
 A message or a local variable may hold what a user wrote; a file name and a line number cannot.
 """

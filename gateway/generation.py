@@ -51,7 +51,7 @@ class ChatOptions:
 
 
 class TokenTexts(Protocol):
-    """What single tokens stand for, as log-probabilities show them."""
+    """The texts of single tokens, as log-probabilities show them."""
 
     def token_text(self, token_id: int) -> str:
         """One token's own text, special or not; "" for an id outside the vocabulary."""
@@ -60,7 +60,7 @@ class TokenTexts(Protocol):
         """The bytes one token stands for, which need not be whole characters."""
 
     def is_shown(self, token_id: int) -> bool:
-        """Whether its text is part of an answer: special tokens' is not."""
+        """Whether a token's text is part of an answer; special tokens' text is not."""
 
 
 class ServedModel(Protocol):
@@ -68,7 +68,7 @@ class ServedModel(Protocol):
 
     @property
     def card(self) -> ModelCard:
-        """What its worker says of it."""
+        """The model card that its worker announced."""
 
     @property
     def tokens(self) -> TokenTexts:
@@ -76,7 +76,7 @@ class ServedModel(Protocol):
 
     @property
     def has_template(self) -> bool:
-        """Whether it brought a chat template."""
+        """Whether the worker sent a chat template."""
 
     @property
     def drops_first_space(self) -> bool:
@@ -84,10 +84,10 @@ class ServedModel(Protocol):
 
     @property
     def start_ids(self) -> list[int]:
-        """What a plain text begins with: what the tokenizer's own post-processor puts there, or BOS."""
+        """The token ids that a plain text begins with: those of the tokenizer's post-processor, or BOS."""
 
     def room(self, num_prompt_ids: int, num_images: int = 0) -> int:
-        """How many tokens may be generated after such a prompt; at least 1, so that `Core.submit` explains."""
+        """How many tokens may be generated after such a prompt; at least 1, so that `Core.submit` refuses it."""
 
     async def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids, off the loop when the text is long. Special tokens' names in it are text unless parsed."""
@@ -193,7 +193,7 @@ class End:
 
 
 class Listener(Protocol):
-    """Told of a stream's events in order, on the loop. Exceptions are caught, counted and cancel the stream."""
+    """Hears a stream's events in order, on the loop. Its exceptions are caught and counted, and cancel the stream."""
 
     def on_delta(self, delta: Delta) -> None:
         """New text."""
@@ -228,7 +228,7 @@ class Core(Protocol):
         """Every model served now."""
 
     def check_capacity(self, model: ServedModel, tenant: str = "", num_new: int = 1) -> None:
-        """Raises what `submit` would for lack of a place: call it before expensive preparation."""
+        """Raises the error that `submit` would for lack of a place: call it before expensive preparation."""
 
     async def check_grammar(self, grammar: Grammar, *, param: str) -> Grammar:
         """The grammar as a worker takes it. Raises `RequestError` INVALID_GRAMMAR or QUEUE_FULL."""
@@ -254,10 +254,10 @@ class ServingCore(Core, Protocol):
 
     @property
     def metrics(self) -> HttpCounts:
-        """Where transports count."""
+        """The counters that transports add to."""
 
     def check_any_capacity(self, tenant: str) -> None:
-        """Raises what every `submit` would just now, whichever model it named: call it before reading a body."""
+        """Raises an error if `submit` would refuse a request for any model just now: call it before reading a body."""
 
     def readiness(self) -> tuple[bool, str]:
         """Whether new work would be served, and why not."""

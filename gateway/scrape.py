@@ -1,4 +1,4 @@
-"""Owns what `/metrics` tells: families of the gateway's figures and the workers' last beats. Gateway's loop."""
+"""Owns the content of `/metrics`: families of the gateway's figures and the workers' last beats. Gateway's loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gateway.core.service import Service
 from shared.histogram import Histogram
 from shared.protocol import HISTOGRAM_BUCKETS_S
 
-# What vLLM's dashboards ask for, and the histogram of ours that answers.
+# The names that vLLM's dashboards ask for, and our histogram for each.
 _VLLM_HISTOGRAMS: Final = {
     "vllm:time_to_first_token_seconds": "time_to_first_token_seconds",
     "vllm:inter_token_latency_seconds": "inter_token_latency_seconds",
@@ -173,12 +173,12 @@ def _worker_family(name: str, *, labelled: bool) -> CounterMetricFamily | GaugeM
 
 
 def _is_name(name: str) -> bool:
-    """Whether a worker's own name fits Prometheus; anything else is left out rather than failing the scrape."""
+    """Whether a worker's name for a figure is a Prometheus name; other names are left out, so that the scrape succeeds."""
     return name.isascii() and name.replace("_", "a").isalnum() and not name[0].isdigit()
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """As Prometheus wants them."""
+    """A histogram's buckets in Prometheus' form."""
     return list(zip(_BOUNDS, histogram.cumulative(), strict=True))
 
 

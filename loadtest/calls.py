@@ -41,7 +41,7 @@ class Call:
         self.last_s = 0.0
         self.end_s = 0.0
         self.gaps_s: list[float] = []
-        self.tokens: int | None = None  # the server's own count, where it says one
+        self.tokens: int | None = None  # the server's own count, if it sends one
         self.status = 0  # HTTP's, where there was one
         self.code = ""  # how it ended; empty while it runs
 
@@ -54,7 +54,7 @@ class Call:
         self.last_s = now_s
 
     def on_end(self, now_s: float, code: str = OK) -> None:
-        """It is over; only the first call counts."""
+        """Note the request's end; only the first call counts."""
         if not self.code:
             self.code = code
             self.end_s = now_s
@@ -101,7 +101,9 @@ class Tally:
     ttft: Histogram = field(default_factory=Histogram)
     gap: Histogram = field(default_factory=Histogram)
     total: Histogram = field(default_factory=Histogram)
-    refusal: Histogram = field(default_factory=Histogram)  # how long a refused request waited for its no
+    refusal: Histogram = field(
+        default_factory=Histogram
+    )  # how long refused requests waited for their refusal
 
     def on_call(self, call: Call) -> None:
         """Count a finished call."""

@@ -26,7 +26,7 @@ from loadtest.scenarios import MAX_IN_FLIGHT, Planned, Scenario, plan
 from loadtest.surfaces import build_body, lane_of
 
 LOST_AFTER: Final = 64
-"""This many requests in a row without an answer, over `LOST_AFTER_S`, and the server is taken for dead."""
+"""The server counts as dead after this many requests in a row without an answer, over at least `LOST_AFTER_S`."""
 LOST_AFTER_S: Final = 2.0
 _NO_ANSWER: Final = frozenset({"connection_refused", "disconnected", "client_overload"})
 _READY_POLL_S: Final = 0.1
@@ -34,7 +34,7 @@ _READY_POLL_S: Final = 0.1
 
 @dataclass(slots=True)
 class Second:
-    """What ended, or arrived, in one second of the run."""
+    """Counts of what ended, and what arrived, in one second of the run."""
 
     arrived: int = 0
     ok: int = 0
@@ -198,7 +198,7 @@ class _Run:
     async def _arrive_open(self) -> None:
         for planned in plan(self._scenario):
             delay_s = self._start_s + planned.due_s - time.perf_counter()
-            await asyncio.sleep(max(delay_s, 0.0))  # late: still let the reading tasks run
+            await asyncio.sleep(max(delay_s, 0.0))  # if late, sleep 0 so that the reading tasks run
             call = Call(planned.surface, self._start_s + planned.due_s)
             if self._num_open >= MAX_IN_FLIGHT:
                 call.on_end(time.perf_counter(), "client_overload")
@@ -223,7 +223,7 @@ class _Run:
             call = Call(planned.surface, now_s)
             await self._fire(planned, call)
             if call.code != OK:
-                await asyncio.sleep(0.01)  # a server that refuses at once is not to be hammered without pause
+                await asyncio.sleep(0.01)  # pause, so that a server that refuses at once is not flooded
 
     async def _fire(self, planned: Planned, call: Call) -> None:
         self._num_open += 1

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 Measured = TypeVar("Measured")
 Round = Mapping[str, Measured]
-"""What each engine measured in one round, by the engine's name; one that failed is not there."""
+"""The run of each engine in one round, by the engine's name; engines that failed are missing."""
 
 
 def median(values: Iterable[float | None]) -> float | None:
@@ -48,7 +48,7 @@ def same_share(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> float:
 
 
 def turns(names: Sequence[str], num_rounds: int) -> list[list[str]]:
-    """The order of each round: A B C, B C A, …, so that none always runs behind the same neighbour."""
+    """The order of each round (A B C, B C A, …), so that each engine runs first in some round."""
     if not names:
         return [[] for _ in range(num_rounds)]
     return [[*names[shift:], *names[:shift]] for shift in (index % len(names) for index in range(num_rounds))]

@@ -86,7 +86,7 @@ class Histogram:
     def curve(self, num_points: int = 120) -> list[tuple[float, float]]:
         """`(nines, ms)` along the percentile curve; `nines` is −log10(1 − quantile), so 0.9 → 1, 0.99 → 2.
 
-        It ends where the sample does: past one value in `count` a percentile is only the maximum again.
+        It ends at one value in `count`: beyond that every percentile is the maximum.
         """
         if len(self) == 0:
             return []

@@ -37,7 +37,7 @@ class Lanes:
                 call.sent_s = time.perf_counter()
                 socket = await connection.connect(self._session, self._url)
                 if call.ended:
-                    return  # the connection was lost, and with it the call, before it could leave
+                    return  # the connection was lost before the request could be sent; the call has ended with it
                 entry.sent = True
                 await socket.send_str(body.decode())
                 await entry.ended.wait()
@@ -100,7 +100,7 @@ class _Connection:
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
                     await self._socket.send_str(message)
             except (TimeoutError, aiohttp.ClientError, ConnectionError):
-                pass  # the reader sees the loss
+                pass  # the reader notices the lost connection
 
     async def close(self) -> None:
         if self._socket is not None:
@@ -134,13 +134,15 @@ class _Connection:
         except msgspec.DecodeError:
             fact = Fact(error="bad_event")
         if fact.lane is None:
-            if fact.error is not None:  # about the connection itself: nothing on it can be trusted to end
+            if (
+                fact.error is not None
+            ):  # an error of the connection itself: none of its responses may ever end
                 for lane in self.open.values():
                     lane.end(now_s, fact.error)
             return
         found = self.open.get(fact.lane)
         if found is None:
-            return  # the end of a request that gave up waiting
+            return  # a late end of a request that was given up
         if fact.text:
             found.call.on_text(now_s)
         if fact.tokens is not None:

@@ -1,6 +1,6 @@
 """Owns the small pictures the load test asks about. Runs once, before any measurement.
 
-Drawn here and not borrowed from the worker's training scenes: the load test imports nothing of the server.
+They are drawn here, not by `pocket`'s scenes, because the load test imports nothing else of ours.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Picture:
 def draw_picture(seed: int, *, size_px: int = 128, height_px: int = 0) -> Picture:
     """Draw one to four shapes, one to a quarter so that none hides another. Equal seeds give equal bytes.
 
-    `height_px` 0: a square; else what is below that is cut off.
+    `height_px` 0: a square; otherwise the picture is cut at this height.
     """
     rng = random.Random(seed)
     image = Image.new("RGB", (size_px, size_px), rng.choice(BACKGROUNDS))

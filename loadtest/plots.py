@@ -41,7 +41,7 @@ def percentile_plot(result: Result) -> str:
 
 
 def time_plot(result: Result) -> str:
-    """Each request where it was due: its first token and its end; failures stand on the axis."""
+    """Each request's first token and end over the time it was due; failures are drawn on the axis."""
     points = sorted(result.points, key=lambda point: point.due_s)
     if not points:
         return ""

@@ -1,4 +1,4 @@
-"""Owns a result's shapes for people and programs: the terminal's table and the JSON. No clock, no sockets."""
+"""Owns the forms of a result for people and programs: the terminal's table and the JSON. No clock, no sockets."""
 
 from __future__ import annotations
 

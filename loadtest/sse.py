@@ -46,7 +46,7 @@ async def stream(
     except msgspec.DecodeError:
         call.on_end(time.perf_counter(), "bad_event")
     finally:
-        call.on_end(time.perf_counter(), "unfinished")  # only reached unended when this task is cancelled
+        call.on_end(time.perf_counter(), "unfinished")  # changes a call only if this task was cancelled
 
 
 async def _stream(session: aiohttp.ClientSession, url: str, call: Call, body: bytes) -> None:
@@ -75,7 +75,7 @@ def _count_event(call: Call, event: bytes, read: Callable[[bytes], Fact], now_s:
         return
     for line in event.split(b"\n"):
         if not line.startswith(b"data:"):
-            continue  # comments, ids and event names say nothing that the data does not
+            continue  # comments, ids and event names add nothing to the data
         fact = read(line[5:].strip())
         if fact.text:
             call.on_text(now_s)

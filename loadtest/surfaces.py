@@ -88,7 +88,7 @@ _decode_response = msgspec.json.Decoder(_ResponseEvent).decode
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """What one stream event means for the measurement."""
+    """The parts of one stream event that are measured."""
 
     text: bool = False  # it carried output
     done: bool = False  # the stream ended well
@@ -221,6 +221,6 @@ def _output_tokens(event: _ResponseEvent) -> int | None:
 def _read_incomplete(event: _ResponseEvent) -> Fact:
     details = event.response.incomplete_details if event.response is not None else None
     reason = details.reason if details is not None else None
-    if reason == "max_output_tokens":  # the length was asked for: a good end
+    if reason == "max_output_tokens":  # a good end, because this length was asked for
         return Fact(done=True, tokens=_output_tokens(event), lane=event.stream_id)
     return Fact(error=reason or "response_incomplete", lane=event.stream_id)

@@ -1,4 +1,4 @@
-"""Owns how figures are laid out on a terminal: whatever its width, no cell is cut. Runs wherever it is printed."""
+"""Owns the layout of figures on a terminal of any width, in which no cell is cut. Runs wherever it is printed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Figures:
             while num_taken > 1 and not fits(self._turned(rows[:num_taken])):
                 num_taken -= 1
             table = self._turned(rows[:num_taken])
-            # Even one record may be too wide: then its texts go on in the next line.
+            # If even one record is too wide, its texts are wrapped.
             yield table if fits(table) else self._turned(rows[:num_taken], folds=True)
             rows = rows[num_taken:]
             if rows:
@@ -116,7 +116,7 @@ def of_objects(title: str, objects: Sequence[Mapping[str, object]]) -> Figures:
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names in words with their values as texts; what is in a group is called after both."""
+    """Names in words with their values as texts; a value in a group is named after the group and itself."""
     for key, value in values.items():
         name = prefix + key.replace("_", " ")
         if isinstance(value, Mapping):

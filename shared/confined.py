@@ -23,7 +23,7 @@ def command(module: str, memory_bytes: int) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """What the process sees: the import path and nothing else, so no keys and no proxies."""
+    """The process's variables: the import path and nothing else, so no keys and no proxies."""
     return {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "LC_ALL": "C.UTF-8"}
 
 
@@ -50,7 +50,7 @@ def write(stream: BinaryIO, header: bytes, *payload: bytes) -> None:
 
 
 def confine(memory_bytes: int) -> None:
-    """No allocation beyond this, no core dumps, no new files worth mentioning."""
+    """Limit this process: no allocation beyond `memory_bytes`, no core dumps, nothing written to files."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -62,4 +62,4 @@ def run_confined(serve: Callable[[BinaryIO, BinaryIO], None]) -> None:
     try:
         serve(sys.stdin.buffer, sys.stdout.buffer)
     except (KeyboardInterrupt, BrokenPipeError):
-        pass  # the parent is going, or gone
+        pass  # the parent is ending or has ended

@@ -1,4 +1,4 @@
-"""The one list of what can go wrong between processes, and nothing else. Imported by every process."""
+"""Owns the one list of what can go wrong between processes. Imported by every process."""
 
 from __future__ import annotations
 

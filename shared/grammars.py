@@ -29,7 +29,7 @@ class GrammarError(ValueError):
 
 
 def spell(grammar: Grammar) -> str:
-    """The grammar in llguidance's own JSON. Raises `GrammarError`; what it spells may still be refused."""
+    """The grammar in llguidance's own JSON, which llguidance may still refuse. Raises `GrammarError`."""
     try:
         num_bytes = len(grammar.source.encode())
     except UnicodeEncodeError:
@@ -130,7 +130,7 @@ def ascii_classes(pattern: str) -> str:
 def check_repeats(pattern: str) -> None:
     """Refuse patterns whose counted repeats expand to too much. Raises `GrammarError`.
 
-    A rough count, good for bombs such as (a{1,1000}){1,1000}: an atom weighs one, a repeat multiplies.
+    A rough count, enough to find bombs such as (a{1,1000}){1,1000}: an atom weighs one, a repeat multiplies.
     """
     groups = [0]
     last, at = 0, 0  # weight of the atom just read

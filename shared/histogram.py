@@ -9,7 +9,7 @@ from shared.protocol import HISTOGRAM_BUCKETS_S
 
 
 class Histogram:
-    """Durations in seconds over `HISTOGRAM_BUCKETS_S`, then everything above."""
+    """Counts of durations by the buckets of `HISTOGRAM_BUCKETS_S`, with one more for everything above."""
 
     __slots__ = ("counts", "total_s")
 
@@ -23,7 +23,7 @@ class Histogram:
         self.total_s += value_s
 
     def cumulative(self) -> list[float]:
-        """How many were at most each bound, then how many there were: Prometheus' form."""
+        """The number of durations up to each bound, then the number of all: Prometheus' form."""
         return list(accumulate(map(float, self.counts)))
 
     def export(self) -> list[float]:

@@ -71,7 +71,7 @@ class Sampling(Part, frozen=True):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     suppress_ids: list[int] = []
-    num_logprobs: int = -1  # -1: none; 0: the sampled token's only; n: and the n most likely
+    num_logprobs: int = -1  # -1: none; 0: the sampled token's; n: also those of the n most likely
     min_tokens: int = 0
 
 
@@ -217,7 +217,7 @@ class Finish(Part, frozen=True):
 
 
 class TokenValues(Part, frozen=True):
-    """The decoded coordinate (x or y) or size (width, height) of a spatial token, each in [0, 1]-ish floats."""
+    """The decoded coordinate (x or y) or size (width, height) of a spatial token: floats near [0, 1], not clamped."""
 
     sequence_id: int
     token_index: int
@@ -288,8 +288,10 @@ class Beat(Message, frozen=True):
     draining: bool = False
     metrics: dict[str, float] = {}
     histograms: dict[str, list[float]] = {}
-    drain_rate: float = 0.0  # sequences finished per second, lately
-    expected_s: float = 0.0  # how long the loop may now be silent, at work on steps: slow, not hung
+    drain_rate: float = 0.0  # sequences finished per second, over the last seconds
+    expected_s: float = (
+        0.0  # how long the loop may now be silent because its steps are slow, without being hung
+    )
 
 
 class TraceChunk(Message, frozen=True):

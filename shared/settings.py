@@ -22,12 +22,12 @@ Config = TypeVar("Config")
 SECTIONS: Final = ("worker", "gateway", "serve")
 FILE_VARIABLE: Final = "DEGAS_CONFIG"
 NONE: Final = "none"
-"""How text says that an optional setting is not set."""
+"""The text that leaves an optional setting unset."""
 
 _FORMS: Final = {bool: "true|false", int: "NUMBER", float: "NUMBER", str: "TEXT", dict: "JSON"}
 _UNITS: Final = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 _NEAR: Final = (
-    0.8  # how alike the second word of a variable and a section's name are to be one another's misspelling
+    0.8  # how alike a variable's second word must be to a section's name to be taken for a misspelling of it
 )
 
 
@@ -37,7 +37,7 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A value as somebody wrote it, a text or a value of TOML, and where."""
+    """A value as it was written, a text or a value of TOML, and where it was written."""
 
     value: Any
     origin: str
@@ -55,11 +55,11 @@ class Setting:
     is_optional: bool
     is_list: bool
     is_secret: bool
-    is_hidden: bool  # between our own processes: no business of people
+    is_hidden: bool  # used between our own processes and not shown to people
 
     @property
     def flag(self) -> str:
-        """As on the command line."""
+        """The setting's name as a flag on the command line."""
         return "--" + self.name.replace("_", "-")
 
     @property
@@ -140,7 +140,7 @@ class Section(Generic[Config]):
         return self.parse(self.gather(flags, environment, read_file(file, environment)))
 
     def texts(self, found: Mapping[str, Given]) -> dict[str, str]:
-        """The given values as a child's environment says them. Raises `ConfigError` for what a text cannot say."""
+        """The given values as variables for a child's environment. Raises `ConfigError` for values that no text expresses."""
         for name, given in found.items():
             if isinstance(given.value, (list, tuple)) and any("," in str(item) for item in given.value):
                 raise ConfigError(f"{name}: a value in {given.origin} holds a comma, which separates values")
@@ -232,7 +232,7 @@ def give_flags(command: Callable[..., Any], parameters: Iterable[inspect.Paramet
 
 
 def as_text(value: Any) -> str:
-    """A value as a flag or a variable says it."""
+    """A value as it is written in a flag or a variable."""
     if value is None:
         return NONE
     if isinstance(value, bool):
@@ -243,7 +243,7 @@ def as_text(value: Any) -> str:
 
 
 def _value(setting: Setting, given: Any) -> Any:
-    """None where text says so; what else a text means is the model's to decide."""
+    """None for the text "none"; the section's model parses every other text."""
     says_none = isinstance(given, str) and given.lower() in ("", NONE)
     return None if setting.is_optional and says_none else given
 

@@ -36,7 +36,7 @@ from worker.wire.transport import Transport
 log = structlog.get_logger()
 
 DRAIN_S = 20.0
-BEAT = Struct("<Qd")  # what `degas.child` reads: heartbeats so far, and seconds until the next at the latest
+BEAT = Struct("<Qd")  # read by `degas.child`: the heartbeats so far, and seconds that the next one may take
 
 
 class DecodeThread(threading.Thread):
@@ -96,7 +96,7 @@ class DecodeThread(threading.Thread):
         )
         card = worker.ready.model
         self._compiler.open(worker.payloads[0], card.vocab_size, card.eos_ids)
-        # What start-up made stays: no collection in the loop need ever walk torch's half a million objects.
+        # Objects made at start-up stay alive, so no collection in the loop should walk torch's half a million objects.
         gc.collect()
         gc.freeze()
         self._transport.announce(worker.ready, worker.payloads)
@@ -112,8 +112,8 @@ class DecodeThread(threading.Thread):
         worker.engine.run()
 
     def _on_beat(self, num_steps: int, expected_s: float) -> None:
-        """The supervisor watches this: the counter moves only while the decode loop turns, and beside it stands for
-        how long that may now stop."""
+        """Write the heartbeat that the supervisor watches: a counter that moves only while the decode loop runs, and for how
+        long the loop may now be silent."""
         self._num_beats += 1
         patience_s = expected_s + self._config.progress_timeout_s
         os.pwrite(self._config.beat_fd, BEAT.pack(self._num_beats, patience_s), 0)
@@ -143,14 +143,14 @@ def serve(config: WorkerConfig) -> int:
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal signals
         signals += 1
-        # A second signal is somebody losing patience.
+        # A second signal ends running sequences at once.
         inbox.put(Received(b"", Drain(DRAIN_S if signals == 1 else 0.0)))
         if signals > 2:
             os._exit(130)
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    # The supervisor asks for this before it kills a worker that hangs: where did every thread stand?
+    # The supervisor sends this signal before it kills a worker that hangs, to see where every thread stands.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     decode.start()
     while decode.is_alive():

@@ -16,7 +16,7 @@ POCKET = "pocket"
 
 
 def default_threads() -> int:
-    """The cores this process may use but one, which is the gateway's; at least one."""
+    """The number of cores that this process may use, less one for the gateway; at least 1."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, num_cores - 1)
 
@@ -37,7 +37,8 @@ class WorkerConfig(BaseModel):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="auto: bfloat16; float32 for a small model on a CPU without compiled bf16 products",
+        description="auto: bfloat16 on a GPU, and on a CPU that multiplies it, unless the model is small and there are no "
+        "compiled bf16 products; else float32",
     )
     context: int = Field(
         0,
@@ -56,7 +57,7 @@ class WorkerConfig(BaseModel):
     )
     native: bool = Field(
         True,
-        description="on a CPU with one compute thread: compile the decode step's operations for this processor, if "
+        description="on a CPU: compile the decode step's operations for this processor, if "
         "there is a C++ compiler (once, some seconds; kept in ~/.cache/degas). The images bring them ready for all "
         "x86-64 processors with AVX2. Off, or without either: torch alone",
     )

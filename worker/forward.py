@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the layout of a step is written without torch
+if TYPE_CHECKING:  # `worker.step.staging` lays out steps without torch
     from torch import Tensor
 
 SPAN_TOKENS = 64
 """Queries that one program of prefill attention takes: a chunk is laid out in spans of so many."""
 
 SPAN_FIELDS = 5
-"""Of a span: its first flattened token, its queries (0: none), the first one's position, the bidirectional prefix, the
+"""Fields of a span: first flattened token, number of queries (0: none), first query's position, bidirectional prefix,
 chunk whose block table it reads."""
 
 Span = tuple[int, int, int, int, int]
@@ -27,7 +27,7 @@ Span = tuple[int, int, int, int, int]
 def chunk_spans(chunk: int, first: int, num_tokens: int, start: int, prefix: int) -> list[Span]:
     """The spans of the step's chunk number `chunk`: tokens [first, first + num_tokens), at positions from `start`.
 
-    The last span comes first: it sees the most keys, and short ones then fill the gaps at the end.
+    The last span comes first: it sees the most keys, so the short spans fill the gaps at the end.
     """
     offsets = range((num_tokens - 1) // SPAN_TOKENS * SPAN_TOKENS, -1, -SPAN_TOKENS)
     return [(first + i, min(SPAN_TOKENS, num_tokens - i), start + i, prefix, chunk) for i in offsets]
@@ -54,7 +54,7 @@ class PrefillSegment:
 
 
 def check_prefix(chunk: PrefillSegment) -> None:
-    """Raise ValueError when the chunk ends inside a prefix that it also begins in: its rows need all of that."""
+    """Raise ValueError if the chunk begins and ends inside its prefix: its rows need the whole prefix."""
     num_keys = chunk.num_context + chunk.num_tokens
     if chunk.num_context < chunk.prefix_tokens and num_keys < chunk.prefix_tokens:
         raise ValueError(
@@ -63,7 +63,7 @@ def check_prefix(chunk: PrefillSegment) -> None:
 
 
 def nothing() -> None:
-    """No progress is told."""
+    """A progress call that does nothing."""
 
 
 @dataclass(slots=True)
@@ -74,12 +74,12 @@ class StepTokens:
     write_index: Tensor  # (N,) int64: page · page_tokens + offset, the cache line each token's K and V go to
     decode: DecodeRows | None = None
     prefills: list[PrefillSegment] = field(default_factory=list)
-    # The segments as they lie on the device, so that kernels need no upload of their own; or None. A captured forward
-    # has nothing else: its `prefills` is empty, and tokens of no span are padding, whose hidden states are anything.
+    # The segments as they lie on the device, so that kernels need no upload of their own; or None. A captured forward has
+    # only these: its `prefills` is empty, and tokens outside every span are padding with undefined hidden states.
     spans: Tensor | None = None  # (S, 5) int32, see `chunk_spans`; entries of zeros are empty
-    tables: Tensor | None = None  # (C, P) int32, unused entries anything
+    tables: Tensor | None = None  # (C, P) int32, unused entries undefined
     progress: Callable[[], None] = (
-        nothing  # called between layers that run while the host waits: it is slow, not hung
+        nothing  # called between layers if the host waits for them, to show that the loop does not hang
     )
 
 

@@ -1,4 +1,4 @@
-"""Owns building a worker: device, model, memory, engine, with each phase timed and told. Decode thread."""
+"""Owns building a worker: device, model, memory, engine; each phase is timed and reported. Decode thread."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Startup:
 
 @dataclass(slots=True)
 class Worker:
-    """A built worker: its engine and what `Hello` is answered with."""
+    """A built worker: its engine, and the answer to `Hello`."""
 
     engine: Engine
     ready: Ready
@@ -102,7 +102,7 @@ def build_worker(
     on_beat: Callable[[int, float], None] | None = None,
 ) -> Worker:
     """Build everything on the calling thread, which becomes the decode thread. Raises `ConfigError` or
-    `worker.formats.source.CheckpointError` with what to do about it."""
+    `worker.formats.errors.CheckpointError` with what to do about it."""
     runner: Runner
     if config.device == "sim" or config.model == "sim":
         card, payloads, num_pages = (
@@ -242,11 +242,11 @@ def _num_pages(config: WorkerConfig, device: Device, model: Model, context_token
     else:
         free_bytes = device.free_bytes()
         if encoder is not None:
-            # What a batch of crops needs: stream, qkv, MLP and their like, for eager runs too.
+            # Memory for a batch of crops: residual stream, qkv, MLP and the like, in eager runs as well.
             crop_bytes = ENCODER_WIDTHS * encoder.num_tokens * encoder.width * encoder.dtype.itemsize
             free_bytes -= config.step_crops * crop_bytes
     per_sequence = -(-context_tokens // config.page_tokens)
-    most = config.max_rows * per_sequence + 1  # more could never be used but by the prefix cache
+    most = config.max_rows * per_sequence + 1  # only the prefix cache could use more
     num_pages = min(free_bytes // page_bytes, 4 * most)
     least = -(-max(model.prefix_tokens, MIN_CONTEXT_TOKENS) // config.page_tokens) + 1
     if num_pages <= least:
@@ -299,7 +299,7 @@ def _shape(config: WorkerConfig, card: ModelCard, num_pages: int) -> StepShape:
 
 
 def _pace(config: WorkerConfig, model: Model) -> Pace:
-    """How long steps may take, and a first guess of what they cost: on a CPU that of a slow one."""
+    """The bounds on steps, and a first guess of their cost: on a CPU the guess is a slow processor's."""
     on_cpu = model.device.type == "cpu"
     step_s = config.step_s if config.step_s is not None else CPU_STEP_S if on_cpu else 0.0
     guess = guessed_costs(model.weight_bytes // model.dtype.itemsize, 5e9 if on_cpu else 1e13)

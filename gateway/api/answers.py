@@ -113,7 +113,7 @@ def chat_logprobs(infos: Sequence[TokenInfo], tokens: TokenTexts) -> Json:
 
 
 def token_logprobs(info: TokenInfo, tokens: TokenTexts) -> Json:
-    """One token and its most likely rivals, as the chat and the responses interfaces say them."""
+    """One token and the most likely ones in its place, in the form of the chat and responses interfaces."""
     top = [_scored(token_id, logprob, tokens) for token_id, logprob in info.top]
     return {**_scored(info.token_id, info.logprob, tokens), "top_logprobs": top}
 
@@ -124,7 +124,7 @@ def _scored(token_id: int, logprob: float, tokens: TokenTexts) -> Json:
 
 
 class Spelling:
-    """Spells the tokens of one answer one after another, as they join to its text, and counts its characters."""
+    """Gives the text of each token of one answer, as the texts join to the answer, and counts characters."""
 
     __slots__ = ("_decode", "_tokens", "offset")
 
@@ -134,7 +134,7 @@ class Spelling:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def step(self, token_id: int) -> tuple[str, int]:
-        """What the token adds, and where it begins. A character of several tokens counts at its last."""
+        """The text that the token adds, and the offset where it begins. A character of several tokens comes with its last."""
         start = self.offset
         if not self._tokens.is_shown(token_id):
             return self._tokens.token_text(token_id), start
@@ -144,7 +144,7 @@ class Spelling:
 
 
 def finite(logprob: float) -> float:
-    """JSON has no infinities: an impossible token is −9999, as OpenAI says it."""
+    """A log-probability as JSON, which has no infinities: −9999 stands for an impossible token, as at OpenAI."""
     return logprob if logprob > -9999.0 else -9999.0
 
 

@@ -37,7 +37,7 @@ _REFUSED: Final = (
 _OWN_VARIABLES: Final = frozenset(
     ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
 )
-"""What a template is given besides: these have fields of their own in the body, or are refused."""
+"""Names that `chat_template_kwargs` may not set: the body has fields of its own for them, or they are refused."""
 _MAX_VARIABLES_BYTES: Final = 16 << 10
 
 _encode = msgspec.json.encode
@@ -73,18 +73,20 @@ _decode = msgspec.json.Decoder(ChatBody).decode
 
 
 class Chat:
-    """One parsed and prepared request: what to submit, and how to say the answer."""
+    """One prepared request: the requests to submit, and the form of the answer."""
 
-    def __init__(self, request_id: str, body: ChatBody, asked: list[GenerateRequest]) -> None:
-        self.asked = asked
+    def __init__(self, request_id: str, body: ChatBody, requests: list[GenerateRequest]) -> None:
+        self.requests = requests
         self.stream = bool(body.stream)
-        self._tokens = asked[0].model.tokens
+        self._tokens = requests[0].model.tokens
         self._want_logprobs = bool(body.logprobs)
-        self._frame = ChunkFrame(f"chatcmpl-{request_id}", "chat.completion.chunk", asked[0].model_id, body)
+        self._frame = ChunkFrame(
+            f"chatcmpl-{request_id}", "chat.completion.chunk", requests[0].model_id, body
+        )
         self._head, self._tail = self._frame.head, self._frame.tail
-        # The hot path only joins bytes: everything around the text is made once.
+        # Made once, so that each token only joins bytes.
         self._before = [
-            self._head + b',"choices":[{"index":%d,"delta":{"content":' % i for i in range(len(asked))
+            self._head + b',"choices":[{"index":%d,"delta":{"content":' % i for i in range(len(requests))
         ]
         self._after = b'},"logprobs":null,"finish_reason":null}' + self._tail
 
@@ -95,7 +97,7 @@ class Chat:
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
         return b"".join(
             self._head + b',"choices":[{"index":%d,%b' % (i, delta) + self._tail
-            for i in range(len(self.asked))
+            for i in range(len(self.requests))
         )
 
     def delta(self, index: int, delta: Delta) -> bytes:
@@ -168,7 +170,7 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> C
 
 
 def _chat_options(body: ChatBody) -> ChatOptions | None:
-    """How the conversation is to be rendered, where the body says anything of it. Raises `RequestError`."""
+    """The body's options for rendering the conversation; None where it has none. Raises `RequestError`."""
     prefixed = [index for index, message in enumerate(body.messages) if message.prefix]
     last = len(body.messages) - 1
     for index in prefixed:

@@ -63,18 +63,18 @@ class Completion:
         self,
         request_id: str,
         body: CompletionBody,
-        asked: list[GenerateRequest],
+        requests: list[GenerateRequest],
         echoes: list[str],
         num_prompts: int,
     ) -> None:
-        self.asked = asked
+        self.requests = requests
         self.stream = bool(body.stream)
-        self._tokens = asked[0].model.tokens
+        self._tokens = requests[0].model.tokens
         self._echoes = echoes
-        self._num_choices = len(asked) // num_prompts
+        self._num_choices = len(requests) // num_prompts
         self._spellings = [Spelling(self._tokens, len(echo)) for echo in echoes]
         self._want_logprobs = body.logprobs is not None
-        self._frame = ChunkFrame(f"cmpl-{request_id}", _KIND, asked[0].model_id, body)
+        self._frame = ChunkFrame(f"cmpl-{request_id}", _KIND, requests[0].model_id, body)
 
     # ------------------------------------------------------------ the stream, see `transport.sse.Shape`
 
@@ -129,7 +129,7 @@ class Completion:
         )
 
     def _usage(self, ends: Sequence[End]) -> Json:
-        """As for chat, but several prompts count each."""
+        """OpenAI's `usage`; unlike chat's, it adds up several prompts."""
         usage = usage_object(ends)
         usage["prompt_tokens"] = sum(end.usage.prompt_tokens for end in ends[:: self._num_choices])
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
@@ -180,12 +180,12 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> C
         num_prompts=len(prompts),
     )
     length = Length(body.max_tokens, "max_tokens", default=_DEFAULT_MAX_TOKENS)
-    asked = make_requests(checked, request_id, [Prompt(ids) for _, ids in prompts], length)
+    requests = make_requests(checked, request_id, [Prompt(ids) for _, ids in prompts], length)
     echoes = []
     for text, ids in prompts:
         echo = (text if text is not None else model.decode(ids)) if body.echo else ""
         echoes += [echo] * count
-    return Completion(request_id, body, asked, echoes, len(prompts))
+    return Completion(request_id, body, requests, echoes, len(prompts))
 
 
 async def _read_prompts(core: Core, model: ServedModel, given: Any) -> list[tuple[str | None, list[int]]]:
@@ -206,7 +206,7 @@ async def _read_prompts(core: Core, model: ServedModel, given: Any) -> list[tupl
                 message = f"prompt: at most {core.config.max_prompt_chars} characters are accepted"
                 raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="prompt")
             prompts.append((item, model.start_ids + await model.encode(item, parse_special=True)))
-            # Sixty-four short prompts are one long one: streams have their turn between them.
+            # Many short prompts take as long as one long one: let the loop serve streams between them.
             await asyncio.sleep(0)
             continue
         try:

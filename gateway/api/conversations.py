@@ -62,7 +62,7 @@ class Conversations:
             self.remember(tenant, response_id, Turn(messages, turn.image, text))
 
     def recall(self, tenant: str, response_id: str) -> Turn | None:
-        """The turn, if this tenant's is still held."""
+        """The tenant's turn of this id, if it is still held."""
         turn = self._turns.get((tenant, response_id))
         if turn is not None:
             self._turns.move_to_end((tenant, response_id))

@@ -74,8 +74,8 @@ _decode_object = msgspec.json.Decoder(ObjectBody).decode
 class Answer:
     """One prepared request; `name` is the answer's field: answer, caption, objects or points."""
 
-    def __init__(self, request_id: str, name: str, asked: GenerateRequest, stream: bool) -> None:
-        self.asked = [asked]
+    def __init__(self, request_id: str, name: str, request: GenerateRequest, stream: bool) -> None:
+        self.requests = [request]
         self.stream = stream
         self._request_id = request_id
         self._name = name
@@ -108,7 +108,7 @@ class Answer:
         return b"data: " + _encode(last) + b"\n\n"
 
     def closing(self, ends: Sequence[End]) -> bytes:
-        """The last chunk said `completed`; there is no end mark."""
+        """Empty: the last chunk said `completed`, and these routes have no end mark."""
         return b""
 
     # ------------------------------------------------------------ the whole answer
@@ -187,7 +187,7 @@ async def _prepare_spatial(
 
 
 async def _check(core: Core, body: _Body, tenant: str) -> CheckedFields:
-    """The model and the settings, once everything cheap to refuse is refused."""
+    """Check the model and the settings, cheapest checks first. Raises `RequestError`."""
     refuse(body, ("spatial_refs",))
     settings = body.settings or Settings()
     if settings.variant is not None:

@@ -56,7 +56,7 @@ class Message(msgspec.Struct):
     prefix: bool | None = None  # of the last message: the answer goes on with it
 
     def for_template(self) -> Json:
-        """All a template may read of it, by the interface's own names."""
+        """Everything of the message that a template may read, under the interface's own names."""
         content: Any = self.content
         if isinstance(content, list):
             content = [{"type": "text", "text": part.text} for part in content if isinstance(part, TextPart)]
@@ -73,7 +73,7 @@ class Message(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the worker is asked: ids without the pictures' positions, and the pictures."""
+    """A prompt for the worker: token ids without the pictures' positions, and the pictures."""
 
     ids: list[int]
     images: list[PreparedImage] = field(default_factory=list)
@@ -144,12 +144,12 @@ async def _compose_template(model: ServedModel, messages: Sequence[Message], opt
         message = f"model {card.model_id} has no chat template; use /v1/completions"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
     ids = await model.encode_chat([message.for_template() for message in messages], options)
-    # Where the answer goes on with a message its first space is part of the text; in a turn of its own it is not.
+    # An answer that continues a message keeps its first space; an answer in a turn of its own drops it.
     return Prompt(ids, drop_space=model.drops_first_space and not options.continue_final_message)
 
 
 def _last_picture(messages: Sequence[Message]) -> tuple[str, str] | None:
-    """The most recent picture's URL and its field's name. Raises `RequestError` when its message has another."""
+    """The most recent picture's URL and its field's name. Raises `RequestError` when that message has two pictures."""
     for index in range(len(messages) - 1, -1, -1):
         content = messages[index].content
         if not isinstance(content, list):

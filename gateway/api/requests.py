@@ -1,7 +1,7 @@
-"""Owns the one way from checked fields to `GenerateRequest`s, whichever door they came in by. Gateway's loop.
+"""Owns the one way from checked fields to `GenerateRequest`s, for every interface. Gateway's loop.
 
-Every interface spells its fields its own way, puts them into `SamplingFields`, and calls `check_fields` and then
-`make_requests`: what is refused, and what reaches a worker, is decided here and nowhere else.
+Every interface puts its fields into `SamplingFields` and calls `check_fields`, then `make_requests`: these decide what is
+refused and what reaches a worker.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CheckedFields:
 class Length:
     """How long the answers may be: `asked` tokens, in the field `param`.
 
-    Where nothing is asked it is `default`, or the model's own where that is None, and in either case what still fits.
+    Without `asked` the length is `default`, or the model's own if that is None, cut to what still fits.
     """
 
     asked: int | None

@@ -131,7 +131,7 @@ ClientEvent = ResponseCreate | ResponseCancel | ResponseSteer | Authenticate
 
 
 class Envelope(msgspec.Struct):
-    """As much of a malformed message as is needed to answer on the right lane."""
+    """The part of a malformed message that is needed to answer on the right lane."""
 
     type: Any = None
     stream_id: Any = None
@@ -158,7 +158,7 @@ def parse_event(data: str) -> ClientEvent:
 
 
 def lane_of(data: str) -> str | None:
-    """The lane a malformed message meant, when that much can be read."""
+    """The lane that a malformed message names, if it can be read."""
     try:
         stream_id = _decode_envelope(data).stream_id
     except (msgspec.DecodeError, UnicodeError, RecursionError):

@@ -60,7 +60,7 @@ class Closed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What is fixed about a response before its first token; `body` is echoed in every lifecycle event."""
+    """The facts of a response that are fixed before its first token; every lifecycle event repeats `body`."""
 
     response_id: str
     model_id: str
@@ -186,7 +186,7 @@ class ResponseStream:
     # ------------------------------------------------------------ the core's listener
 
     def on_delta(self, delta: Delta) -> None:
-        """New text. Spatial tasks speak through `on_object`, so their token text is not shown."""
+        """Send new text. Spatial tasks send their text in `on_object`, so their tokens' text is not sent here."""
         if self.ended or self.opening.task != "text":
             return
         self.open()
@@ -227,7 +227,7 @@ class ResponseStream:
         if self.ended:
             return
         if end.reason is FinishReason.ERROR and not self._opened:
-            # Nothing was announced, so the transport can still refuse as if it had not begun.
+            # No event is out yet, so the transport can still answer with an error status.
             self.ended = True
             self.refusal = end.error or RequestError(ErrorCode.INTERNAL, "the stream failed")
             if self._on_closed is not None:

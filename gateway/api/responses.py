@@ -44,7 +44,7 @@ _INSTEAD: Final = {"max_tokens": "max_output_tokens", "response_format": "text.f
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a body asks for in words: texts by role in order, and the most recent picture."""
+    """A body's input: texts by role in order, and the most recent picture."""
 
     messages: tuple[tuple[str, str], ...]
     image_url: str | None = None
@@ -165,7 +165,7 @@ async def prepare(
 
 
 def _num_logprobs(body: CreateBody, task: str) -> int:
-    """As in `Sampling`. Raises `RequestError` where no token's text is shown that a log-probability could be of."""
+    """`num_logprobs` as in `Sampling`. Raises `RequestError` for a task whose answer shows no tokens' text."""
     by_include = LOGPROBS_INCLUDE in (body.include or ())
     if body.top_logprobs is None and not by_include:
         return -1
@@ -184,7 +184,7 @@ async def _compose(
     messages: tuple[tuple[str, str], ...],
     instructions: str | None,
 ) -> Prompt:
-    """The prompt without its picture. Moondream is asked the last user turn; models with a chat template get all of them."""
+    """The prompt without its picture. Moondream gets the last user turn; a model with a chat template gets all turns."""
     card = model.card
     if options.task == "caption":
         return Prompt(task_prompt(card, f"caption_{options.length}"), strip_start=True)
@@ -241,7 +241,7 @@ def _echo(body: CreateBody, request: GenerateRequest) -> Json:
 
 
 def recall(body: CreateBody, tenant: str, *stores: Conversations) -> Turn | None:
-    """The turn that `previous_response_id` names; earlier answers that `input` names by id take their places in it.
+    """The turn that `previous_response_id` names, with the earlier answers that `input` names by id put in their places.
 
     Raises `RequestError` for what is not held here any more.
     """

@@ -1,8 +1,7 @@
 """Owns what a JSON schema is taken to mean where JSON Schema leaves it open. Gateway's loop.
 
-An object whose schema lists its properties and says nothing about others may have any others, and a small model
-adds some until its tokens run out. Such objects are closed: whatever the closed schema allows, the open one
-does too. Other servers' constrained output does the same. `"additionalProperties": true` keeps an object open.
+An object that lists its properties and does not mention others is closed: a small model would add properties until its
+tokens run out. What the closed schema allows, the open one allows too. `"additionalProperties": true` keeps it open.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from gateway.api.parameters import Json
 _COMBINED: Final = frozenset(
     ("allOf", "not", "if", "dependentSchemas", "patternProperties", "unevaluatedProperties", "$dynamicRef")
 )
-"""With these a property may be another subschema's, so that closing this one could leave no answer at all."""
+"""Keywords that combine schemas: a property may be declared in another part, so closing one part could forbid everything."""
 _BESIDE: Final = ("$ref", "anyOf", "oneOf")
 _NAMED: Final = ("properties", "$defs", "definitions")
 _LISTED: Final = ("anyOf", "oneOf", "prefixItems")

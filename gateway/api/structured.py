@@ -1,4 +1,4 @@
-"""Owns what clients ask of an answer's form: which constraint, under which of its many names. Gateway's loop."""
+"""Owns reading the constraint on an answer's form, which clients ask for under many names. Gateway's loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.grammars import MAX_CHOICES, MAX_DEPTH, MAX_SOURCE_BYTES
 from shared.protocol import Grammar
 
 Wanted = tuple[Grammar, str]
-"""A constraint, and the field that asked for it."""
+"""A constraint, and the name of the field that holds it."""
 
 _KINDS: Final = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark"}
 

@@ -29,7 +29,7 @@ class Answer(msgspec.Struct, array_like=True):
 
 
 def judge(grammar: Grammar, tokenizer: LLTokenizer) -> Answer:
-    """Compile over plain bytes and walk a little: what exceeds llguidance's limits often does so only then."""
+    """Compile over plain bytes and take a few steps: many grammars exceed llguidance's limits only in the first steps."""
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
@@ -37,7 +37,7 @@ def judge(grammar: Grammar, tokenizer: LLTokenizer) -> Answer:
         if grammar.kind == "lark":
             try:
                 grammar = msgspec.structs.replace(grammar, source=any_to_lark(grammar.source))
-            except Exception as error:  # a converter from GBNF that raises what it likes
+            except Exception as error:  # the converter from GBNF raises many kinds
                 raise GrammarError(f"it is neither Lark nor GBNF: {error}") from None
         matcher = LLMatcher(tokenizer, spell(grammar), log_level=0)
     except GrammarError as error:

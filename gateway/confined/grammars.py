@@ -26,19 +26,21 @@ MAX_VERDICTS: Final = 512  # most are a few hundred bytes, none above 64 KiB
 TIMEOUT_S: Final = 2.0
 START_TIMEOUT_S: Final = 10.0
 PROCESS_BYTES: Final = 1 << 30
-FAILURE_KEPT_S: Final = 60.0  # a grammar that was too slow may have met a busy machine
+FAILURE_KEPT_S: Final = 60.0  # a grammar that was too slow is tried again: the machine may have been busy
 
 log = structlog.get_logger(__name__)
 _decode_answer = msgspec.msgpack.Decoder(Answer).decode
 
 
 class GrammarChecker:
-    """The process, who waits for it, and its verdicts so far."""
+    """The process, the callers that wait for it, and the verdicts so far."""
 
     def __init__(self, *, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
         self._turn = asyncio.Lock()
-        self._verdicts: OrderedDict[bytes, tuple[Answer, float]] = OrderedDict()  # and until when they count
+        self._verdicts: OrderedDict[bytes, tuple[Answer, float]] = (
+            OrderedDict()
+        )  # each with the time until it counts
         self.process: asyncio.subprocess.Process | None = None
         self.num_pending = 0
         self.num_compiled = 0

@@ -90,7 +90,7 @@ def prepare(data: bytes, job: Job) -> tuple[Answer, bytes, bytes]:
 
 
 def _decode(data: bytes, job: Job) -> Image.Image:
-    """Look at the header first: sizes and frames are judged before a pixel is decoded."""
+    """Decode the file after checking its size and frames by the header, before any pixel is decoded."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -110,7 +110,7 @@ def _decode(data: bytes, job: Job) -> Image.Image:
             raise Refused("animated pictures are not accepted; send a single frame")
         image.load()
         image = ImageOps.exif_transpose(image) or image
-        if image.has_transparency_data:  # what lies under full transparency is noise: show it on white
+        if image.has_transparency_data:  # pixels under full transparency hold noise: put the picture on white
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")

@@ -111,7 +111,7 @@ class ImageDecoder:
             raise RequestError(
                 ErrorCode.PAYLOAD_TOO_LARGE, f"a picture's file may have at most {limit} bytes", param=param
             )
-        # Decoding megabytes of base64 would stand still every stream for tens of milliseconds: the process does it.
+        # Decoding megabytes of base64 would stop every stream for tens of milliseconds, so the process decodes.
         try:
             data = data_url[match.end() :].encode("ascii")
         except UnicodeEncodeError:

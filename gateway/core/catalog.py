@@ -46,7 +46,7 @@ class AnnouncedModel:
 
     @property
     def longest(self) -> int:
-        """Tokens of prompt and answer together, at most."""
+        """Most tokens of prompt and answer together."""
         return min(self.card.context_tokens, self.limits.max_sequence_tokens or self.card.context_tokens)
 
     def room(self, num_prompt_ids: int, num_images: int = 0) -> int:
@@ -112,7 +112,7 @@ class AnnouncedModel:
         )
 
     def reads_alike(self, other: ServedModel) -> bool:
-        """Whether a request prepared for `other` means the same to this one."""
+        """Whether a request prepared for `other` means the same to this model."""
         return self is other or (
             isinstance(other, AnnouncedModel)
             and (self.card, self.tokens.digest) == (other.card, other.tokens.digest)
@@ -128,11 +128,11 @@ class Catalog:
         self._models: dict[str, AnnouncedModel] = {}
 
     def models(self) -> list[AnnouncedModel]:
-        """All of them, oldest first."""
+        """All announced models, oldest first."""
         return list(self._models.values())
 
     def announce(self, ready: wire.Ready, tokenizer_json: bytes, chat_template: bytes) -> AnnouncedModel:
-        """Take over what a worker says of its model; the newest announcement of a name counts.
+        """Store what a worker announced of its model; the newest announcement of a name replaces the older.
 
         Raises `gateway.core.tokens.TokenizerError`, UnicodeDecodeError or `RequestError` for files of no use.
         """
@@ -167,7 +167,7 @@ class Catalog:
     def current(self, model: ServedModel) -> AnnouncedModel:
         """The newest announcement of a model that a request was prepared for.
 
-        Raises `RequestError` LOADING where that one would read the request's token ids another way.
+        Raises `RequestError` LOADING if the newest one reads the request's token ids in another way.
         """
         newest = self._models.get(model.card.model_id)
         if newest is None or not newest.reads_alike(model):

@@ -1,7 +1,7 @@
 """Owns every request from its acceptance to its one end: sending, retries, deadlines. Gateway's loop.
 
-A request has exactly one `Flight`, on one worker or waiting for one. `Dispatch` is told of what happens to it by
-flights and by workers' links (through `gateway.core.service`), and by a timer.
+A request has exactly one `Flight`, on one worker or waiting for one. Flights, workers' links (through
+`gateway.core.service`) and a timer tell `Dispatch` what happens to it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Dispatch:
         return len(flights)
 
     def _send(self, flight: Flight, worker: Worker) -> None:
-        """Put a flight on a worker. Raises `RequestError`, and then it is nowhere."""
+        """Put a flight on a worker. After a `RequestError` the flight is on no worker and does not wait for one."""
         worker.take(flight, next(self._sequence_ids), max(0.001, flight.deadline_s - self._now()))
 
     # ------------------------------------------------------------ told by flights
@@ -107,7 +107,7 @@ class Dispatch:
     def on_started(self, flight: Flight) -> None:
         """See `FlightEvents`."""
         self._metrics.on_first_token(self._now() - flight.started_s)
-        if flight.request.images:  # pixels were kept for a retry only, and are megabytes
+        if flight.request.images:  # megabytes of pixels, which were kept only for a retry
             flight.request = replace(flight.request, images=[])
         if self.recovery.on_settled(flight):
             self.resume()
@@ -146,7 +146,7 @@ class Dispatch:
     # ------------------------------------------------------------ losses, retries and deadlines
 
     def on_lost(self, worker: Worker, error: RequestError) -> None:
-        """All on this worker is lost: streams that began end here, the others are retried once (see `Recovery`)."""
+        """A worker is lost: streams that began end here, its other requests are retried once (see `Recovery`)."""
         lost = list(worker.flights.by_id.values())
         worker.orphans = list(worker.flights.by_id)
         now_s = self._now()
@@ -209,5 +209,5 @@ class Dispatch:
                 flight.fail(RequestError(ErrorCode.DEADLINE_EXCEEDED, message))
             if len(self.recovery):
                 self.resume()
-        except Exception as fault:  # the timer must go on whatever one tick met
+        except Exception as fault:  # an error in one tick must not stop the timer
             log.error("dispatch_tick_failed", **fault_fields(fault))

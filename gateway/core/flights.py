@@ -23,19 +23,19 @@ log = structlog.get_logger(__name__)
 
 
 class FlightEvents(Protocol):
-    """What the owner of all flights is told, for placement and metrics."""
+    """The events that the owner of all flights hears, for placement and metrics."""
 
     def on_started(self, flight: Flight) -> None:
-        """The first token is here."""
+        """A flight's first token arrived."""
 
     def on_token_gap(self, gap_s: float) -> None:
         """Time between two tokens of one stream."""
 
     def on_landed(self, flight: Flight) -> None:
-        """The flight is over and off every map; its listener is told next."""
+        """The flight is over and in no map any more; its listener is told next."""
 
     def stop_sequence(self, flight: Flight) -> None:
-        """The worker should stop it: its outcome is settled here."""
+        """The worker should stop the flight's sequence: the gateway has settled its outcome."""
 
 
 class Flight:
@@ -75,13 +75,13 @@ class Flight:
         self.sequence_id = 0
         self.worker_key: int | None = None  # the worker holding it; None while it waits for one
         self.attempts = 0
-        self.num_crashes = 0  # of workers that were about to start it
-        self.crashed_alone = False  # one of them had nothing else to do
+        self.num_crashes = 0  # crashes of workers that held it before its first token
+        self.crashed_alone = False  # one of these workers held no other request
         self._events = events
 
     @property
     def landed(self) -> bool:
-        """Whether its one terminal event is out."""
+        """Whether its terminal event was delivered."""
         return self.state.end is not None
 
     def cancel(self) -> None:
@@ -92,13 +92,13 @@ class Flight:
             self.land()
 
     def fail(self, error: RequestError) -> None:
-        """End it with an error, unless it has ended."""
+        """End the flight with an error, unless it has ended."""
         if self.state.end is None:
             self.state.fail(error)
             self.land()
 
     def land(self) -> None:
-        """Take it off the maps and tell its listener; `state.end` is set. Called once."""
+        """Take the flight off the maps and tell its listener; `state.end` is set. Called once."""
         assert self.state.end is not None
         self._events.on_landed(self)
         try:
@@ -222,7 +222,7 @@ class Flights:
             flight.cancel()
 
     def _settle(self, flight: Flight) -> None:
-        """Its outcome is settled before the worker's own end: a stop string. The worker need not go on."""
+        """Land a flight that a stop string ended before the worker did, and have the worker stop it."""
         if flight.sequence_id in self.by_id:
             self._events.stop_sequence(flight)
             flight.land()

@@ -13,7 +13,7 @@ from gateway.generation import End
 from shared.errors import ErrorCode
 from shared.histogram import Histogram
 
-# Each histogram of this gateway's own, and what it tells.
+# The gateway's own histograms, each with its help text.
 HISTOGRAMS: Final = {
     "time_to_first_token_seconds": "Accepted request to first token",
     "inter_token_latency_seconds": "Between two tokens of one stream",

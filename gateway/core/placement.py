@@ -1,4 +1,4 @@
-"""Owns which worker takes a request: who serves what, who has room, and what is said when nobody has. Gateway's loop."""
+"""Owns which worker takes a request: who serves its model and has room, and the refusal if none has. Gateway's loop."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from shared.errors import ErrorCode
 
 @dataclass(slots=True)
 class Worker:
-    """One link, and what this gateway has on it."""
+    """One worker: its link, and the requests that this gateway has there."""
 
     key: int
     link: WorkerLink
     flights: Flights
     occupancy: Occupancy
     model: AnnouncedModel | None = None
-    orphans: list[int] = field(default_factory=list)  # sequences given up here, perhaps still running there
+    orphans: list[int] = field(
+        default_factory=list
+    )  # sequences that the gateway gave up and the worker may still run
 
     @property
     def takes_work(self) -> bool:
-        """Whether it serves and is not on its way out."""
+        """Whether the worker serves and does not drain."""
         return self.link.ready is not None and not (self.link.beat is not None and self.link.beat.draining)
 
     def take(self, flight: Flight, sequence_id: int, deadline_s: float) -> None:
-        """Send it a flight, to be done within `deadline_s`. Raises `RequestError`, and then it is nowhere."""
+        """Send the worker a flight, due within `deadline_s`. After a `RequestError` the flight is not on the worker."""
         request = flight.request
         flight.sequence_id = sequence_id
         submit = wire.Submit(
@@ -82,12 +84,12 @@ class Placement:
         return best
 
     def check(self, model: AnnouncedModel, tenant: str, num_new: int) -> None:
-        """Raises what `place` would; more than the roomiest worker holds counts as that many."""
+        """Raises the error that `place` would; more requests than the largest worker holds count as that many."""
         most = max((worker.occupancy.capacity for worker in self.workers if worker.model is model), default=1)
         self.place(model, tenant, min(num_new, most))
 
     def check_any(self, tenant: str) -> None:
-        """Raises what every `place` would just now, whichever model it was for."""
+        """Raises an error if `place` would refuse a request for any model just now."""
         self._check_open()
         refusal: RequestError | None = None
         for worker in self.workers:
@@ -100,7 +102,7 @@ class Placement:
             raise refusal
 
     def nobody(self, message: str) -> RequestError:
-        """Why there is no worker for a request: `message`, unless no waiting will bring one."""
+        """The error for a request without a worker: `message`, unless waiting will not bring one."""
         if self.workers and all(worker.link.refusal for worker in self.workers):
             return RequestError(ErrorCode.INTERNAL, self.workers[0].link.refusal)
         return RequestError(ErrorCode.LOADING, message)

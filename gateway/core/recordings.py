@@ -10,7 +10,7 @@ from shared.errors import ErrorCode
 
 
 class Recordings:
-    """The recordings asked for and not here yet."""
+    """The recordings that were asked for and have not arrived."""
 
     def __init__(self) -> None:
         self._awaited: dict[WorkerLink, asyncio.Future[bytes]] = {}
@@ -32,7 +32,7 @@ class Recordings:
             self._awaited.pop(link, None)
 
     def on_recording(self, link: WorkerLink, recording: bytes) -> None:
-        """A recording is here."""
+        """A recording arrived."""
         future = self._awaited.get(link)
         if future is not None and not future.done():
             future.set_result(recording)

@@ -1,7 +1,7 @@
 """Owns the streaming core's life, and what it knows of its workers and their models. Gateway's loop.
 
-Implements `gateway.generation.ServingCore` for interfaces and `WorkerEvents` for the links; what becomes of an
-accepted request is `gateway.core.dispatch`'s.
+Implements `gateway.generation.ServingCore` for interfaces and `WorkerEvents` for the links; `gateway.core.dispatch`
+follows accepted requests to their end.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Service:
     # ------------------------------------------------------------ life
 
     async def start(self) -> None:
-        """Connect to every worker of the configuration. Raises `gateway.config.ConfigError` for bad keys."""
+        """Connect to every worker of the configuration. Raises `shared.settings.ConfigError` for bad keys."""
         await self.images.start()
         for key, endpoint in enumerate(self.config.workers):
             link = WorkerLink(
@@ -205,14 +205,14 @@ class Service:
         except (TokenizerError, UnicodeDecodeError, RequestError) as error:
             link.disown(f"model {link.ready.model.model_id}: {error}")
             return
-        for other in self._workers:  # all workers of one name serve the newest announcement of it
+        for other in self._workers:  # every worker of this model now serves the newest announcement
             if other.model is not None and other.model.card.model_id == model.card.model_id:
                 other.model = model
         worker.model = model
         if before is not model:
             log.info("model_served", model=model.card.model_id, family=model.card.family)
         orphans, worker.orphans = worker.orphans, []
-        if link.epoch == link.lost_epoch:  # it was silent, not dead
+        if link.epoch == link.lost_epoch:  # the same process again: it was silent, not dead
             link.cancel(orphans)
         worker.occupancy = self._admission.occupancy(model.limits.max_rows, model.limits.max_waiting)
         self._dispatch.resume()

@@ -1,7 +1,7 @@
 """Owns telling a template's special tokens from the same words in a user's text. Runs on the template thread and the loop.
 
-What users wrote goes through the template with each special token's name replaced by a stand-in that nobody can guess;
-what is left in the rendered text is the template's own. Stand-ins are letters and digits, so that no filter changes them.
+Users' texts go through the template with each special token's name replaced by a random stand-in; special tokens in
+the rendered text then come from the template. Stand-ins are letters and digits, so that no filter changes them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SpecialText:
         self._either = re.compile(f"{self._stand_in.pattern}|({listed})") if self.names else self._stand_in
 
     def protect(self, value: Any) -> Any:
-        """A copy of plain data, stand-ins in every string's place of a name, or of what another could make one of."""
+        """A copy of plain data in which stand-ins replace names, and parts of names that a template could join to one."""
         if isinstance(value, str):
             return self._protect_text(value)
         if isinstance(value, Mapping):
@@ -38,11 +38,11 @@ class SpecialText:
         return value
 
     def restore(self, text: str) -> str:
-        """Rendered text as its reader should see it."""
+        """Rendered text with the names back in place of their stand-ins."""
         return self._stand_in.sub(self._restored, text) if _NONCE in text else text
 
     def has_stand_ins(self, text: str) -> bool:
-        """Whether anything in a rendered text is a user's and looks like a special token."""
+        """Whether a rendered text has stand-ins: words of a user that look like special tokens."""
         return _NONCE in text
 
     def alias(self, name: str) -> str:
@@ -62,7 +62,7 @@ class SpecialText:
         if self._find is None:
             return text
         text = self._find(lambda match: f"{_NONCE}n{self._numbers[match[0]]}q", text)
-        # A name cut in two strings would be whole again where a template joins them.
+        # A name that was split over two strings would be whole again when a template joins them.
         body = text.rstrip()
         for size in range(min(self._longest, len(body)), 0, -1):
             if body[-size:] in self._beginnings:

@@ -1,7 +1,7 @@
 """Owns chat templates: the model folder's Jinja text, compiled as transformers does, in a sandbox, within bounds.
 
-`render_async` runs on one thread kept for this; a template that does not come back within its deadline costs
-that thread, which is then replaced, and the request gets an error.
+`render_async` runs on one thread kept for this. When a template does not end within its deadline the thread is
+replaced, and the request gets an error.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Messages = Sequence[Mapping[str, Any]]
 _DEADLINE_S: Final = 2.0
 _MAX_TEMPLATE_CHARS: Final = 256 << 10
 _MAX_OUTPUT_CHARS: Final = 4 << 20
-_MAX_WORDS: Final = 500  # of an objection
+_MAX_WORDS: Final = 500  # characters of a template's own error message
 _REASONING: Final = (
     "reasoning_content",
     "thinking",
     "reasoning",
-)  # one thing, as templates and clients call it
+)  # the names that templates and clients use for the same field
 _END: Final = f"zq{secrets.token_hex(12)}end "  # marks where a message to be continued ends
 
 
@@ -74,7 +74,7 @@ class ChatTemplate:
         return self._special_text.restore(self.render_guarded(messages, options))
 
     def render_guarded(self, messages: Messages, options: ChatOptions) -> str:
-        """As `render`, users' words that look like special tokens still replaced (see `special_text`)."""
+        """As `render`, but users' words that look like special tokens stay replaced (see `special_text`)."""
         try:
             return self._render(messages, options)
         except RequestError as error:
@@ -112,7 +112,7 @@ class ChatTemplate:
             text = self._generate(_with_parsed_arguments(plain), variables)
         except (
             TypeError
-        ):  # a template that joins a call's arguments to text wants them as they are sent: JSON
+        ):  # a template that joins a call's arguments to text needs them as JSON text, as clients send them
             text = self._generate(plain, variables)
         return self._cut_at_end(text, end) if end else text
 
@@ -124,7 +124,7 @@ class ChatTemplate:
                 "continue_final_message: the model's chat template does not show the last message as it is"
             )
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="continue_final_message")
-        # A template that trims its messages has trimmed the mark's own space: what came before is then trimmed too.
+        # If the template has trimmed the space in front of the mark, trim the text before the mark as well.
         cut = text[:place] if text.startswith(_END, place) else text[:place].rstrip()
         return cut.replace(_END, "").replace(_END.strip(), "")
 
@@ -139,7 +139,7 @@ class ChatTemplate:
         return "".join(pieces)
 
     def _as_content(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Contents as this template reads them: text, or a list of parts where it shows nothing but those."""
+        """Contents in the form that this template reads: text, or a list of parts if it shows only parts."""
         if not any(isinstance(message.get("content"), list) for message in messages):
             return messages
         if self._wants_parts is None:
@@ -159,12 +159,12 @@ class ChatTemplate:
             return "probe" in self._template.render(
                 messages=messages, tools=None, add_generation_prompt=True, **self._special
             )
-        except Exception:  # it wants content of another kind
+        except Exception:  # the template takes another kind of content
             return False
 
 
 def _present(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without what it leaves out, its reasoning under every name that templates read."""
+    """A message without its empty fields, with its reasoning under every name that templates read."""
     present = {key: value for key, value in message.items() if value is not None}
     reasoning = next((present[name] for name in _REASONING if name in present), None)
     if reasoning is not None:
@@ -177,7 +177,7 @@ def _joined(parts: list[Any]) -> str:
 
 
 def _with_parsed_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Calls' arguments as objects: the interface has them as JSON text, and most templates write JSON of them anew."""
+    """Tool calls with their arguments as objects: clients send JSON text, and most templates write JSON again."""
     return [
         {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
         if isinstance(message.get("tool_calls"), list)
@@ -232,7 +232,7 @@ class _GenerationBlocks(Extension):
 
 
 class _Objection(TemplateError):
-    """What a template says through `raise_exception`."""
+    """Raised by a template through `raise_exception`."""
 
 
 class _Dict:
@@ -247,7 +247,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """`namespace` that keeps no underscored name: none of Python's own can be reached through it."""
+    """`namespace` that keeps no underscored name, so that a template reaches none of Python's attributes through it."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=…)` works, as in Jinja's
         self, *given = args
@@ -271,7 +271,7 @@ def _raise_exception(message: object) -> None:
 
 
 def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)  # the template's own wish: local time, as transformers has it
+    return datetime.now().strftime(format)  # local time, as in transformers
 
 
 def _to_json(

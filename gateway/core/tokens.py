@@ -27,8 +27,8 @@ class TokenizerError(Exception):
 class ModelTokens:
     """One tokenizer, and what detokenising with it needs.
 
-    SentencePiece's decoder drops a text's first space. Here it never does: a stream may go on with other text, and
-    single tokens' texts should join. `decode`, for whole texts, drops it itself.
+    SentencePiece's decoder drops a text's first space. This one keeps it, because a stream may continue other text and
+    single tokens' texts must join; `decode`, for whole texts, drops the space itself.
     """
 
     def __init__(self, tokenizer_json: bytes) -> None:
@@ -70,14 +70,14 @@ class ModelTokens:
         return ids
 
     def encode_parsed(self, text: str) -> list[int]:
-        """As `encode`, but special tokens written out in the text count."""
+        """As `encode`, but special tokens' names in the text become those tokens."""
         if self._parsing is None:
             self._parsing = _read(self._json)
         ids: list[int] = self._parsing.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_rendered(self, text: str) -> list[int]:
-        """As `encode_parsed` for what `ChatTemplate.render_guarded` gave: users' words stay text."""
+        """As `encode_parsed`, for the text of `ChatTemplate.render_guarded`: users' words stay text."""
         if not self.special_text.has_stand_ins(text):
             return self.encode_parsed(text)
         if self._aliased is None:
@@ -120,7 +120,7 @@ class ModelTokens:
         return WindowDetokenizer(self, skipped, self._partial_ids)
 
     def _with_aliases(self) -> tuple[Tokenizer, dict[int, int]]:
-        """A tokenizer that takes special tokens' names for text and their aliases for them, and the aliases' ids."""
+        """A tokenizer that reads special tokens' names as text and their aliases as the tokens; and the aliases' ids."""
         tokenizer = _read(self._json)
         tokenizer.encode_special_tokens = True
         own_ids: dict[int, int] = {}
@@ -171,8 +171,8 @@ class ByteDetokenizer:
 class WindowDetokenizer:
     """For every other decoder: decode a short window twice, with and without the new tokens.
 
-    Byte-fallback tokens wait for the first token that is none: their decoder judges a whole run of bytes at
-    once, so what a run spells is only settled when it ends.
+    Byte-fallback tokens wait for the first token of another kind: their decoder decodes a whole run of bytes at
+    once, so the text of a run is known only when the run ends.
     """
 
     __slots__ = ("_num_read", "_partial", "_skipped", "_tokens", "_window")
@@ -221,7 +221,7 @@ def _read(text: str) -> Tokenizer:
 
 
 def _without_first_space(decoder: Any) -> tuple[Any, bool]:
-    """A decoder's description with nothing in it that drops a text's first space, and whether anything did."""
+    """A decoder's description without the parts that drop a text's first space, and whether there were any."""
     if not isinstance(decoder, dict):
         return decoder, False
     if decoder.get("type") == "Sequence":

@@ -1,8 +1,8 @@
 """Owns OpenTelemetry traces: one span a generated sequence, under the caller's own. Gateway's loop; off by default.
 
 Finished spans go to a bounded queue that a thread of the OpenTelemetry SDK empties, so no request ever waits for
-a collector. Names are those of the `gen_ai` conventions, and of vLLM for the times they have none for. Like
-logs, spans hold ids, counts and codes: no prompt, no output, no stop string, no tenant.
+a collector. Names are those of the `gen_ai` conventions, and vLLM's for times that the conventions do not name. Spans
+hold ids, counts and codes: no prompt, no output, no stop string, no tenant.
 """
 
 from __future__ import annotations

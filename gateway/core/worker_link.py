@@ -1,6 +1,6 @@
-"""Owns the conversation with one worker: hello, epochs, heartbeats, what its messages mean. Runs on the gateway's loop.
+"""Owns the conversation with one worker: hello, epochs, heartbeats, its messages' meaning. Runs on the gateway's loop.
 
-`gateway.core.worker_socket` moves the frames; `gateway.decisions.link_state` keeps where the link stands.
+`gateway.core.worker_socket` moves the frames; `gateway.decisions.link_state` keeps the link's state.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from shared import protocol as wire
 from shared.errors import ErrorCode
 
 _TICK_S: Final = 0.25
-_ALMOST_S: Final = 1.0  # a supervisor may have ended a silent worker so much before its time is up here
+_ALMOST_S: Final = 1.0  # a supervisor may end a silent worker this much before the gateway gives it up
 _LEASE_S: Final = 5.0
 
 log = structlog.get_logger(__name__)
 
 
 class WorkerEvents(Protocol):
-    """Told what a worker says, in order, on the loop."""
+    """Hears what a worker says, in order, on the loop."""
 
     def on_ready(self, link: WorkerLink, tokenizer_json: bytes, chat_template: bytes) -> None:
         """A worker (or a new epoch of it) serves `link.ready`."""
@@ -47,7 +47,7 @@ class WorkerEvents(Protocol):
         """Everything in flight on this link is lost. The link goes on trying to reach a worker."""
 
     def on_recording(self, link: WorkerLink, recording: bytes) -> None:
-        """A recording that was asked for."""
+        """A recording that was asked for arrived."""
 
 
 class WorkerLink:
@@ -65,7 +65,7 @@ class WorkerLink:
     ) -> None:
         self.endpoint = endpoint
         self.anomalies: Counter[str] = Counter()
-        self.was_silent = False  # the worker last lost: it hung or was stopped, and did not crash
+        self.was_silent = False  # the worker last lost fell silent (it hung or was stopped) and did not crash
         self._events = events
         self._gateway_id = gateway_id
         self._now = now
@@ -81,7 +81,7 @@ class WorkerLink:
         self._tick()
 
     def close(self) -> None:
-        """Leave: no more events. Idempotent."""
+        """Close the link: no more events. Idempotent."""
         if self._life.state is LinkState.CLOSED or self._timer is None:
             return
         self._life.close()
@@ -196,7 +196,7 @@ class WorkerLink:
             if self.ready is None:
                 self._life.ask_soon()
             else:
-                self._send_hello()  # perhaps a restarted worker: ask
+                self._send_hello()  # perhaps from a restarted worker
             return
         self._life.on_beat(beat, self._now())
         self._events.on_beat(self, beat)
@@ -212,9 +212,9 @@ class WorkerLink:
             self._life.on_progress(self._now())
             return  # an answer to a repeated hello
         if self._life.state is LinkState.REFUSED and ready.epoch == self._life.refused_epoch:
-            return  # the same worker says the same again: it was told of once
+            return  # a repeat of an announcement that was handled already
         if self.ready is not None and ready.epoch == self.lost_epoch:
-            self.note("stale_epoch")  # the dead worker's last word, come late
+            self.note("stale_epoch")  # a late message of a dead worker
             return
         if len(frames) < 3:
             self.note("malformed", reason="Ready without its two payload frames")
@@ -250,7 +250,7 @@ class WorkerLink:
             self._events.on_lost(self, RequestError(ErrorCode.VERSION_SKEW, message))
 
     def _lose(self, error: RequestError) -> None:
-        """The serving worker is gone; there is one."""
+        """Handle the loss of the serving worker; call only while one serves."""
         self.was_silent = self._life.silent_s(self._now() + _ALMOST_S) > 0
         self._life.on_lost()
         self._events.on_lost(self, error)
@@ -263,7 +263,7 @@ class WorkerLink:
             if self._life.hello_due(now_s):
                 self._send_hello()
             elif self._life.silent_s(now_s):
-                self._socket.drain()  # what has arrived counts, however late this loop looks
+                self._socket.drain()  # read what has arrived before judging silence: this loop may be late
                 silent_s = self._life.silent_s(self._now())
                 if silent_s:
                     log.error("worker_silent", endpoint=self.endpoint, silent_s=round(silent_s, 1))
@@ -272,5 +272,5 @@ class WorkerLink:
             elif self._life.ping_due(now_s):
                 self._life.on_ping(now_s)
                 self._socket.send_quietly(wire.encode(wire.Ping(self.epoch, now_s)))
-        except Exception as fault:  # the timer must go on whatever one tick met
+        except Exception as fault:  # an error in one tick must not stop the timer
             self.note("failed_tick", **fault_fields(fault))

@@ -29,10 +29,10 @@ _WATCHED = zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HA
 
 
 class SocketEvents(Protocol):
-    """Told what happens on a socket, on the loop."""
+    """Hears what happens on a socket, on the loop."""
 
     def on_frames(self, frames: list[bytes]) -> None:
-        """One message. What is raised here is noted, and costs this message only."""
+        """One message. An exception raised here is counted and loses this message only."""
 
     def on_connected(self) -> None:
         """A connection was made."""
@@ -41,7 +41,7 @@ class SocketEvents(Protocol):
         """The connection was lost; what had arrived before is still to be drained."""
 
     def note(self, kind: str, **fields: object) -> None:
-        """Something went wrong that is only counted."""
+        """Count an anomaly that needs nothing else."""
 
 
 class WorkerSocket:
@@ -85,7 +85,7 @@ class WorkerSocket:
         self._socket.connect(self._endpoint)
 
     def close(self) -> None:
-        """Leave: no more events. Idempotent."""
+        """Close the socket: no more events. Idempotent."""
         if self._loop is None or not self._is_open:
             return
         self._is_open = False
@@ -116,16 +116,16 @@ class WorkerSocket:
             self._recheck()
 
     def send_quietly(self, message: bytes) -> None:
-        """Send one frame if anybody is there to take it."""
+        """Send one frame if a worker is connected."""
         try:
             self._socket.send(message, zmq.NOBLOCK)
         except zmq.ZMQError:
-            pass  # nobody there yet; a timer tries again
+            pass  # no worker is connected yet; a timer tries again
         finally:
             self._recheck()
 
     def _recheck(self) -> None:
-        """A send may have eaten the descriptor's edge: look, and drain in the loop's next turn."""
+        """A send may have consumed the descriptor's edge: check for messages, and drain in the loop's next turn."""
         if self._drain_scheduled or self._loop is None or not self._is_open:
             return
         if self._has_input():
@@ -142,7 +142,7 @@ class WorkerSocket:
             self.drain()
 
     def drain(self) -> None:
-        """Handle what has arrived, a burst of it; the rest in the loop's next turn."""
+        """Handle one burst of what has arrived; the rest follows in the loop's next turn."""
         self._drain_scheduled = False
         for _ in range(_BURST):
             if not self._is_open:

@@ -17,7 +17,7 @@ _MAX_RETRY_S = 60.0
 
 @dataclass(slots=True)
 class Occupancy:
-    """One worker's places: how many requests of this gateway hold one, and how fast it finishes them."""
+    """One worker's places: how many are taken by requests of this gateway, and how fast the worker finishes them."""
 
     max_rows: int
     max_waiting: int
@@ -30,12 +30,12 @@ class Occupancy:
 
     @property
     def capacity(self) -> int:
-        """Requests it may hold, running and waiting."""
+        """Requests that the worker may hold, running and waiting."""
         return self.max_rows + self.max_waiting
 
     @property
     def load(self) -> float:
-        """How full it is; 1 is full."""
+        """The share of its places that are taken; 1 is full."""
         return self.num_active / max(1, self.capacity)
 
     @property
@@ -56,7 +56,7 @@ class Occupancy:
             self.tenants[tenant] = left
         else:
             self.tenants.pop(tenant, None)
-        # Only a saturated worker shows its rate: what an idle one finishes says how little was asked of it.
+        # Only a saturated worker shows its rate; an idle one finishes as little as it was asked for.
         if self.num_active < self.max_rows:
             self._window_started_s = 0.0
         elif not self._window_started_s:
@@ -69,7 +69,7 @@ class Occupancy:
                 self._window_started_s = 0.0
 
     def on_beat(self, drain_rate: float, num_waiting: int) -> None:
-        """Take over a worker's own rate, which counts only while something waits there."""
+        """Use the worker's own rate while requests wait there."""
         if num_waiting > 0 and drain_rate > 0:
             self.reported_rate = drain_rate
 

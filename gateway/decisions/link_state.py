@@ -1,8 +1,8 @@
-"""Owns where one worker's link stands: its state, the epoch served, and what is due when. Pure; gateway's loop.
+"""Owns the state of one worker's link, the epoch served, and what is due when. Pure; gateway's loop.
 
-connecting → ready (a worker of our version answered) → connecting (it was lost), and from either to refused (the
-worker found is of no use; asked again, seldom) and to closed, which is the end. Illegal moves raise `LinkError` and
-change nothing.
+connecting → ready (a worker of our version answered) → connecting (that worker was lost); from either to refused (the
+worker found cannot be used; it is asked again, seldom), and from any to closed, the end. Illegal moves raise `LinkError`
+and change nothing.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from shared.protocol import Beat, Ready
 _HELLO_S: Final = 0.25
 _REFUSED_HELLO_S: Final = 5.0
 _PING_S: Final = 1.0
-_MOST_EXPECTED_S: Final = 600.0  # nobody is waited for any longer, whatever it says
-_EARLY: Final = 0.9  # of an interval: a timer that ticks a little early must not wait a whole turn more
+_MOST_EXPECTED_S: Final = 600.0  # the longest silence that a worker may announce
+_EARLY: Final = (
+    0.9  # share of an interval that must have passed, so that a tick that is a little early still counts
+)
 
 
 class LinkError(RuntimeError):
@@ -24,7 +26,7 @@ class LinkError(RuntimeError):
 
 
 class LinkState(Enum):
-    """Where a link stands."""
+    """The states of a link."""
 
     CONNECTING = "connecting"
     READY = "ready"
@@ -60,8 +62,8 @@ class LinkLife:
         self.state = LinkState.CONNECTING
         self.ready: Ready | None = None
         self.beat: Beat | None = None
-        self.lost_epoch = -1  # of the worker last lost
-        self.refusal = ""  # why the worker found is of no use, if so
+        self.lost_epoch = -1  # the epoch of the worker last lost
+        self.refusal = ""  # why the worker found cannot be used; empty if it can
         self.refused_epoch = -1  # of the worker whose announcement was refused
         self._patience_s = 0.0
         self._progress_s = 0.0
@@ -76,7 +78,7 @@ class LinkLife:
     # ------------------------------------------------------------ moves
 
     def on_ready(self, ready: Ready, now_s: float) -> None:
-        """A worker serves from now on. Raises `LinkError` while another does: that one is lost first."""
+        """A worker serves from now on. Raises `LinkError` while another serves: call `on_lost` for that one first."""
         self._move(LinkState.READY)
         self.ready, self.beat = ready, None
         self.refusal = ""
@@ -89,7 +91,7 @@ class LinkLife:
         self._forget()
 
     def refuse(self, reason: str) -> None:
-        """The worker found is of no use. Raises `LinkError` once closed."""
+        """The worker found cannot be used. Raises `LinkError` once closed."""
         self._move(LinkState.REFUSED)
         if self.ready is not None:
             self.refused_epoch = self.ready.epoch
@@ -119,7 +121,7 @@ class LinkLife:
         self._progress_s = now_s
 
     def on_beat(self, beat: Beat, now_s: float) -> None:
-        """The same, in its own words: they say too how long its steps should take from here, slow but not hung."""
+        """A heartbeat arrived: progress, and the time that the worker's steps should take from here."""
         if self.ready is not None:
             expected_s = beat.expected_s if 0 <= beat.expected_s <= _MOST_EXPECTED_S else 0.0
             self._patience_s = self.ready.limits.progress_timeout_s + expected_s
@@ -136,18 +138,18 @@ class LinkLife:
         self._hello_s = 0.0
 
     def hello_due(self, now_s: float) -> bool:
-        """Whether to ask who is there: nobody serves, and the last asking was long enough ago."""
+        """Whether a hello is due: no worker serves, and the last hello was long enough ago."""
         wait_s = _REFUSED_HELLO_S if self.state is LinkState.REFUSED else _HELLO_S
         return self.ready is None and now_s - self._hello_s >= wait_s * _EARLY
 
     def on_hello(self, now_s: float) -> None:
-        """A hello is sent."""
+        """A hello was sent."""
         self._hello_s = now_s
 
     def ping_due(self, now_s: float) -> bool:
-        """Whether the lease wants renewing."""
+        """Whether a ping is due to renew the lease."""
         return self.ready is not None and now_s - self._ping_s >= _PING_S * _EARLY
 
     def on_ping(self, now_s: float) -> None:
-        """A ping is sent."""
+        """A ping was sent."""
         self._ping_s = now_s

@@ -1,10 +1,10 @@
-"""Owns how many lines a second the log takes about clients' own faults: a flood must not also flood the log. Pure."""
+"""Owns how many lines a second the log takes about clients' own faults, so that a flood does not fill the log. Pure."""
 
 from __future__ import annotations
 
 
 class LogQuota:
-    """At most `lines_per_s` each second; what is left out is counted, and told with the next line let through."""
+    """Lets through `lines_per_s` lines a second; the next line let through tells how many were left out."""
 
     def __init__(self, lines_per_s: int) -> None:
         self._lines_per_s = lines_per_s

@@ -14,14 +14,14 @@ MAX_ATTEMPTS = 2
 
 
 class Retryable(Protocol):
-    """What is decided about: a request that was sent to a worker `attempts` times."""
+    """A request that was sent to a worker `attempts` times."""
 
     @property
     def attempts(self) -> int: ...
 
 
 class Suspect(Retryable, Protocol):
-    """The same, with what its workers ended like: `num_crashes` of them crashed, one of them with nothing else to do
+    """A request whose workers were lost: `num_crashes` of them crashed, one of them while it held nothing else
     (`crashed_alone`). A worker that fell silent was slow, stopped or hung, which says nothing about a request."""
 
     @property
@@ -32,7 +32,7 @@ class Suspect(Retryable, Protocol):
 
 
 def is_guilty(suspect: Suspect) -> bool:
-    """Whether there is evidence against it: a crash while it was alone, or one at each of its attempts."""
+    """Whether there is evidence against the request: a crash while it was alone, or a crash at each of its attempts."""
     return suspect.crashed_alone or suspect.num_crashes >= max(1, suspect.attempts)
 
 
@@ -58,7 +58,7 @@ class Recovery(Generic[F]):
         return len(self._file)
 
     def take(self, flight: F, now_s: float) -> bool:
-        """Accept a flight that lost its worker before its first token. False: it had its retry already."""
+        """Queue a flight that lost its worker before its first token. False if it had its retry already."""
         if flight is self._on_probation:
             self._on_probation = None
         if flight.attempts >= MAX_ATTEMPTS:
@@ -67,7 +67,7 @@ class Recovery(Generic[F]):
         return True
 
     def next(self) -> F | None:
-        """The flight to send now, which is then on probation; None while one is, or when nobody waits."""
+        """The flight to send now, which is then on probation; None while another is, or when none waits."""
         if self._on_probation is not None or not self._file:
             return None
         first = self._file.popleft()
@@ -75,13 +75,13 @@ class Recovery(Generic[F]):
         return first.flight
 
     def put_back(self, flight: F) -> None:
-        """It could not be sent (no worker has room): first again next time, its patience running on."""
+        """The flight could not be sent (no worker has room): it goes to the front again, with the same time limit."""
         assert flight is self._on_probation
         self._on_probation = None
         self._file.appendleft(_Waiting(flight, self._probation_until_s))
 
     def on_settled(self, flight: F) -> bool:
-        """It showed a token, or ended. True when that frees the place on probation."""
+        """The flight showed a token, or ended. True when it was the one on probation, so that the next may go."""
         if flight is self._on_probation:
             self._on_probation = None
             return True

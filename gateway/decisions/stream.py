@@ -62,7 +62,7 @@ class StopMatcher:
         return pending[: len(pending) - keep], None
 
     def flush(self) -> str:
-        """The held-back text: no stop string will complete any more."""
+        """The held-back text, once no stop string can complete any more."""
         held, self._held = self._held, ""
         return held
 
@@ -178,7 +178,7 @@ class StreamState:
             finish.cached_tokens,
             (timing.queue_s, timing.prefill_s, timing.decode_s),
         )
-        # A stop id is counted and not sent; only then may one more be counted than has arrived.
+        # The worker counts a stop id but does not send it, so its count may be one above what arrived.
         num_unsent = 1 if finish.reason is FinishReason.STOP else 0
         if (
             finish.completion_tokens > self.next_index + num_unsent
@@ -258,7 +258,7 @@ class StreamState:
         timing: tuple[float, float, float] | None = None,
     ) -> Usage:
         first_s = self._first_s - self._started_s if self._first_s else 0.0
-        if timing is None:  # the worker's own split is unknown: call the wait for the first token prefill
+        if timing is None:  # the worker sent no timing: count the wait for the first token as prefill
             timing = (0.0, first_s, self.last_s - self._first_s)
         return Usage(
             prompt_tokens=self._num_prompt if num_prompt is None else num_prompt,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-_LOOKS: Final = 4  # at a stalled client, per stall limit
+_LOOKS: Final = 4  # how often a stalled client is checked within the stall limit
 
 
 class BoundedWriter:
@@ -49,7 +49,7 @@ class BoundedWriter:
         self._timer: asyncio.TimerHandle | None = None
 
     def write(self, data: bytes) -> None:
-        """Send, or drop where the connection is already going. Raises nothing."""
+        """Send `data`, or drop it if the connection is closing. Raises nothing."""
         transport = self._transport
         if self.closed or transport.is_closing():
             return

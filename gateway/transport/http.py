@@ -34,7 +34,7 @@ TENANT: Final = web.RequestKey("tenant", str)
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
-_COMMONPLACE: Final = (429, 503)  # a flood must not also flood the log; metrics count them
+_COMMONPLACE: Final = (429, 503)  # not logged, so that a flood does not fill the log; metrics count them
 _FAULT_LINES_PER_S: Final = 50
 _DISCARDED_LIMITS: Final = 3
 _DISCARD_S: Final = 1.0
@@ -185,7 +185,7 @@ def error_response(
 
 
 def _of_http(error: web.HTTPException, request: web.Request) -> RequestError:
-    """What aiohttp's own refusals mean here."""
+    """The `RequestError` for one of aiohttp's own refusals."""
     if error.status == 404:
         return RequestError(
             ErrorCode.NOT_FOUND, "there is nothing at this path; see /v1/models, /v1/chat/completions"
@@ -206,7 +206,7 @@ async def admit_body(request: web.Request, core: ServingCore) -> bytes:
         try:
             core.check_any_capacity(request[TENANT])
         except RequestError:
-            # A client in the middle of its upload would meet a closed connection instead of this answer.
+            # Without this a client in the middle of its upload would see a closed connection instead of the answer.
             if not request.content.is_eof():
                 await _discard(request, core.config.max_body_bytes, core.config.body_timeout_s)
             raise
@@ -219,7 +219,7 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
     if encoding not in ("", "identity"):
         message = "compressed bodies are not accepted; send it without Content-Encoding"
         raise RequestError(ErrorCode.INVALID_REQUEST, message)
-    # Anything else a foreign web page could send here without a browser asking first (a preflight).
+    # A foreign web page could send any other content type without the browser asking first (a preflight).
     if request.content_type != "application/json":
         given = request.headers.get("Content-Type", "none")[:100]
         message = f"expected the header Content-Type: application/json, got {given}"
@@ -251,9 +251,9 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
 
 
 async def _discard(request: web.Request, limit: int, timeout_s: float = _DISCARD_S) -> None:
-    """Read on for a little: most clients look at an answer only after sending everything.
+    """Read the rest of a body for a moment: most clients look at an answer only after sending everything.
 
-    Whoever announces, or sends, far more than that gets the answer and a closed connection instead.
+    A client that announces or sends far more gets the answer and a closed connection.
     """
     if (request.content_length or 0) > _DISCARDED_LIMITS * limit:
         return

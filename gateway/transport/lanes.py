@@ -34,7 +34,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def error_event(error: RequestError, stream_id: str | None = None) -> bytes:
-    """The WebSocket's error event: what an HTTP answer would have said, with its status and headers."""
+    """The WebSocket's error event: the content, status and headers that an HTTP answer would have."""
     details = error_object(error)
     if error.code is ErrorCode.NOT_FOUND and error.param == "previous_response_id":
         details["code"] = "previous_response_not_found"  # the name clients of this API look for
@@ -91,7 +91,7 @@ class Lanes:
         self._shared_turns = conversations
         self._own_turns = Conversations(
             max_turns=64, max_bytes=16 << 20
-        )  # `store: false` lives and dies here
+        )  # turns with `store: false` are kept for this connection only
         self._tenant = tenant
         self._max_active = max_active
         self._max_pending = max_pending
@@ -107,7 +107,7 @@ class Lanes:
         return len(self._preparing) + len(self._streams)
 
     def on_message(self, data: str) -> None:
-        """Act on one client message. What is wrong with it is answered as an error event; the socket stays."""
+        """Act on one client message. A faulty message is answered with an error event; the socket stays open."""
         try:
             event = response_bodies.parse_event(data)
             match event:
@@ -211,7 +211,9 @@ class Lanes:
         if self._closed or not self._pending:
             return
         waiting, self._pending = self._pending, deque()
-        passed: set[str | None] = set()  # a lane is first come, first served even past a full connection
+        passed: set[str | None] = (
+            set()
+        )  # lanes whose first create could not start: later ones must wait behind it
         for pending in waiting:
             lane = pending.body.stream_id
             if lane not in passed and self._is_free(lane):

@@ -1,8 +1,7 @@
-"""Owns the quick no: a 429 as ready-made bytes, because a flood is mostly refusals. Gateway's loop.
+"""Owns the quick no: a 429 as ready-made bytes, because in a flood most answers are refusals. Gateway's loop.
 
-What a refusal says changes a few times a second at most, so all of it but the request's id is built once and
-reused, and it is written past aiohttp's own response, which would spend more on headers than admission
-spends on deciding. The connection stays open: a client told to come back should not have to connect again.
+All of a refusal but the request's id changes a few times a second at most, so it is built once and written past aiohttp's
+own response, which costs more than the admission's decision. The connection stays open for the client's next try.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class QuickNo(web.StreamResponse):
 
     @property
     def keep_alive(self) -> bool:
-        """Always: `Refusals` makes none for clients that ask for another end."""
+        """True: `Refusals` makes no quick answer for clients that want the connection closed."""
         return True
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
@@ -38,11 +37,11 @@ class QuickNo(web.StreamResponse):
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """There is nothing left to write."""
+        """Nothing: `prepare` has written everything."""
 
 
 class Refusals:
-    """Ready-made refusals, one kept for as long as it stays true."""
+    """Makes refusals; keeps the last one until its text or its second changes."""
 
     def __init__(self) -> None:
         self._said: tuple[str, float, int] = ("", 0.0, 0)
@@ -53,7 +52,7 @@ class Refusals:
         """The refusal as bytes; None for a client that needs more headers than these (CORS, HTTP/1.0, close)."""
         if request.version != HttpVersion11 or not request.keep_alive or "Origin" in request.headers:
             return None
-        # The wall clock's second is in the Date header; it decides nothing but when to build anew.
+        # The Date header holds the wall clock's second, so the bytes are built anew when it changes.
         said = (error.message, error.retry_after_s, int(time.time()))
         if said != self._said:
             self._said = said

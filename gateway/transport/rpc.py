@@ -46,7 +46,7 @@ Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 
 
 class Output:
-    """One of a call's sequences: notes what the core says, until the call's coroutine takes it."""
+    """One sequence of a call: collects the core's events until the call's coroutine takes them."""
 
     __slots__ = ("_wake", "end", "ids", "index", "infos", "running", "taken")
 
@@ -171,7 +171,7 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
             await wake.wait()
             wake.clear()
             for output in list(pending):
-                # Tokens may arrive during a write, so whether the sequence had ended is looked at first.
+                # Tokens may arrive during a write, so check for the sequence's end before taking them.
                 ended = output.end
                 chunk = output.take_chunk(num_prompt) if request.stream else None
                 if chunk is not None:
@@ -228,7 +228,7 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
     async def GetServerInfo(
         self, request: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse:
-        """What a router asks before it sends work: how many requests run, and which media are taken."""
+        """What a router needs before it sends work: how many requests run, and which media are taken."""
         return pb.GetServerInfoResponse(
             active_requests=sum(len(outputs) for outputs in self._running.values()),
             uptime_seconds=time.monotonic() - self._started_s,

@@ -61,7 +61,7 @@ def _fields(params: pb.SamplingParams) -> SamplingFields:
         "stop": list(params.stop),
         "logit_bias": {str(token_id): bias for token_id, bias in params.logit_bias.items()},
     }
-    for name in ("n", "top_p", "top_k", "repetition_penalty"):  # 0 is how this schema leaves them out
+    for name in ("n", "top_p", "top_k", "repetition_penalty"):  # in this schema 0 means "not given"
         if getattr(params, name) != 0:
             given[name] = getattr(params, name)
     for name in ("temperature", "max_tokens", "seed"):

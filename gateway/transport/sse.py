@@ -26,7 +26,7 @@ from gateway.generation import (
 )
 from gateway.transport.bounded import BoundedWriter
 
-_COMMIT_S: Final = 0.5  # without any event for so long, the headers go out alone
+_COMMIT_S: Final = 0.5  # after so long without an event the headers are sent alone
 
 HEADERS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -51,7 +51,7 @@ class EventWriter:
     def write(self, events: bytes) -> None:
         """Send one or more whole events. Never waits, never raises."""
         if not events:
-            return  # an empty chunk would end the body, and what follows would spoil the connection's next answer
+            return  # an empty chunk would end the body; later events would then corrupt the connection's next answer
         if self._writer is None:
             self._held.append(events)
             self.wake()
@@ -59,7 +59,7 @@ class EventWriter:
             self._writer.write(self._frame(events))
 
     def wake(self) -> None:
-        """Let `first` return though nothing was written."""
+        """Let `first` return although nothing was written."""
         if not self._something.done():
             self._something.set_result(None)
 
@@ -95,9 +95,9 @@ class EventWriter:
             self._writer.write(self._frame(held))
 
     async def finish(self) -> web.StreamResponse:
-        """End the body properly, after an error as well: the connection is then good for the next request.
+        """End the body properly, after an error as well, so that the connection can serve the next request.
 
-        Closing it there instead would reset whoever sends that request at the same moment.
+        Closing the connection instead would reset a client that sends its next request at that moment.
         """
         assert self._writer is not None
         self._writer.close()

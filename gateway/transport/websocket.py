@@ -1,8 +1,7 @@
 """Owns the route `/v1/responses` as a WebSocket: who may connect, how many, and for how long. Gateway's loop.
 
-The handshake decides what can be decided before upgrading: origin, key, number of connections. A browser cannot
-set headers, so one that brings no key may upgrade and send it as its first message; until then nothing else is
-accepted, and not for long.
+Origin, key and number of connections are checked before upgrading. A browser cannot set headers, so a browser without
+a key may upgrade and send the key as its first message, within a time limit and before any other message.
 """
 
 from __future__ import annotations
@@ -71,13 +70,13 @@ class WebSocketRoute:
         try:
             await self._converse(ws, request, tenant)
         except ConnectionError:
-            pass  # the client went while something was being sent
+            pass  # the client disconnected during a send
         finally:
             self._open.discard(ws)
         return ws
 
     async def close_all(self) -> None:
-        """Tell every client that the server goes. Streams have ended by now, or are ended here."""
+        """Close every connection because the server shuts down; streams that still run end here."""
         closing = [
             ws.close(code=WSCloseCode.SERVICE_RESTART, message=b"shutting down") for ws in list(self._open)
         ]

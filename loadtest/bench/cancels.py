@@ -1,7 +1,7 @@
-"""Owns `degas bench cancels`: random cancels against a real worker, then a look whether anything is left behind.
+"""Owns `degas bench cancels`: random cancels against a real worker, then a check that nothing is left behind.
 
-Runs in the main thread. Half of the sequences are cancelled over the wire while queued, in prefill or in
-flight; through a gateway, clients also just hang up.
+Runs in the main thread. Half of the sequences are cancelled over the wire while queued, in prefill or in flight; clients
+of a gateway also hang up.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FLAGS = [
 
 @dataclass(frozen=True)
 class Baseline:
-    """What must be the same before and after."""
+    """The figures that must be the same before and after."""
 
     running: int
     waiting: int
@@ -62,7 +62,7 @@ class Baseline:
 
 @dataclass(frozen=True)
 class CancelReport:
-    """What happened, and the state around it."""
+    """What happened, with the baseline before and after."""
 
     submitted: int
     cancelled: int
@@ -75,7 +75,7 @@ class CancelReport:
 
     @property
     def is_clean(self) -> bool:
-        """Everything back at its baseline."""
+        """Whether everything is back at its baseline."""
         return self.before == self.after and self.finished + self.rejected == self.submitted
 
     def to_json(self) -> dict[str, object]:
@@ -88,7 +88,9 @@ def run_cancels(count: int, *, hang_ups: int, seed: int = 0) -> CancelReport:
     with serving(FLAGS) as (url, probe):
         gateway_pid, worker_pid = gateway_and_worker()
         started_s = time.perf_counter()
-        asyncio.run(_hang_up(url, min(32, hang_ups), seed + 1))  # pools and caches reach their size first
+        asyncio.run(
+            _hang_up(url, min(32, hang_ups), seed + 1)
+        )  # so that pools and caches have reached their size
         time.sleep(1.0)
         before = _baseline(probe, worker_pid, gateway_pid)
         finished, rejected, cancelled = _storm(probe, count, seed)
@@ -121,7 +123,7 @@ def _baseline(probe: WorkerProbe, worker_pid: int, gateway_pid: int) -> Baseline
 
 
 def _storm(probe: WorkerProbe, count: int, seed: int) -> tuple[int, int, int]:
-    """Submit and cancel over a lease of our own, as fast as the worker's queue takes it."""
+    """Submit and cancel over a lease of the benchmark's own, as fast as the worker's queue takes submissions."""
     rng = random.Random(seed)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.DEALER)

@@ -250,7 +250,7 @@ def whole(option: str, given: str) -> tuple[int, ...]:
 
 
 def _say(line: str) -> None:
-    """Progress goes to stderr: stdout is for the table, or for JSON alone."""
+    """Print progress to stderr: stdout holds only the table or the JSON."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,7 @@
 """Owns `degas bench ttft`: does overlap cost time to first token? Blocking, pipelined, and pipelined with late launch.
 
-A simulated GPU in real time decodes background streams while single requests arrive at random moments; their
-first token is timed at the client. The three modes take turns. Runs in the main thread.
+A simulated GPU in real time decodes background streams while single requests arrive at random moments; the client times
+their first token. The three modes take turns. Runs in the main thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class FirstToken:
     mode: str
     p50_ms: float
     p90_ms: float
-    step_ms: float  # of the background streams, meanwhile
+    step_ms: float  # of the background streams during the probes
 
     def to_json(self) -> dict[str, object]:
         """Plain values."""

@@ -23,9 +23,9 @@ FACTORS: Final = (1.0, 2.0, 5.0, 10.0)
 PROMISED_GOODPUT: Final = {2.0: 0.95, 5.0: 0.90, 10.0: 0.85}  # of the saturated rate
 PROMISED_TTFT: Final = 1.5  # times the saturated p99
 PROMISED_REFUSAL_MS: Final = 20.0  # p99
-LATE_MS: Final = 5.0  # a client later than this in 1 of 100 requests measures itself
+LATE_MS: Final = 5.0  # if the client's own p99 lateness is above this, its figures are spoiled
 RETRY_FLOOR_S: Final = 0.1  # the gateway names no shorter time
-RETRY_FALLBACK_S: Final = 1.0  # and names this one while it knows no rate
+RETRY_FALLBACK_S: Final = 1.0  # the time the gateway names while it knows no rate
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 T = TypeVar("T")
@@ -52,7 +52,9 @@ class FloodRow:
     client_late_p99_ms: float
     client_cpu_pct: float
     gateway_cpu_pct: float
-    refusal_cpu_us: float  # of the gateway, over what the answers cost it; 0 where refusals are few
+    refusal_cpu_us: (
+        float  # the gateway's CPU time a refusal, beyond that of the answers; 0 where refusals are few
+    )
     keeps_promise: bool | None  # None: nothing is promised for this multiple
 
     def to_json(self) -> dict[str, object]:
@@ -71,7 +73,7 @@ def measure(
     factors: tuple[float, ...],
 ) -> list[FloodRow]:
     """The closed loop (factor 0), then each multiple of what it found; `rounds` times in turn."""
-    # A row is free only a step after its stream has ended: with a queue this long the gateway decides, not the worker.
+    # A row is free only one step after its stream has ended; with a queue this long the gateway refuses, not the worker.
     sizes = f"--max-rows {rows} --max-waiting {rows + queue}"
     flags = f"--device sim --sim-profile {profile} {sizes}".split()
     phases: list[list[Phase]] = []
@@ -211,7 +213,7 @@ def _row(phases: list[Phase], saturated: list[Phase]) -> FloodRow:
 def _is_measured(wait_s: float, phase: Phase) -> bool:
     """Whether a refusal's time is what the drain rate says, give or take half, and not the fallback.
 
-    The rate is the worker's at the phase's end; a time under the gateway's floor is told as the floor.
+    The rate is the worker's at the phase's end; the gateway names no time below its floor.
     """
     if phase.drain_rate <= 0:
         return False

@@ -1,6 +1,7 @@
 """Owns the client of `degas bench flood`: raw HTTP/1.1 over connections that are kept alive. One asyncio task and callbacks.
 
-It shares the machine's cores with what it measures, so it reads only as much of an answer as is counted.
+The client shares the machine's cores with the server that it measures, so it reads only as much of an answer as it counts,
+and records its own lateness.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Flood:
         return await self._finish()
 
     async def arrive(self, factor: float, rate: float, seconds: float) -> Phase:
-        """Poisson arrivals at `rate` a second, whatever becomes of them."""
+        """Send requests by Poisson arrivals at `rate` a second, whatever happens to earlier ones."""
         self._begin(factor, seconds)
         due_s = time.perf_counter()
         while due_s < self._end_s:
@@ -188,7 +189,7 @@ class Request:
         self._on_done = on_done
 
     def end(self, status: int) -> None:
-        """It is over; 0 is a connection that broke."""
+        """Note the request's end and status; 0 for a connection that broke."""
         self.status = status
         self.end_s = time.perf_counter()
         self._on_done(self)
@@ -216,7 +217,9 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         self._request, self._head = request, b""
         request.sent_s = time.perf_counter()
-        self._transport.write(request.data)  # one that was closed meanwhile says so by `connection_lost`
+        self._transport.write(
+            request.data
+        )  # if the connection was closed meanwhile, `connection_lost` is called
 
     def close(self) -> None:
         """Hang up."""

@@ -118,7 +118,7 @@ def _window(first: Beat, last: Beat, received_per_s: float, trace: bytes) -> Win
 
 
 async def read_stream(url: str, counts: list[int], index: int) -> None:
-    """One SSE client that only counts its events: the measuring must not cost what it measures."""
+    """One SSE client that only counts its events, so that measuring costs little."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     post_completion(writer, f"stream {index}", max_tokens=STREAM_TOKENS)

@@ -127,7 +127,7 @@ def measure_accuracy(num_scenes: int, seed: int | None, *, small: bool) -> dict[
     """Accuracy on held-out scenes through a real gateway and worker; `small` adds small things in big pictures,
     with many crops and (with the trainer's own forward) with the single global one."""
     with serving(["--device", "cpu"]) as (url, _):
-        served = cast(Answerer, ServedModel(url))  # answer_all is all that is called
+        served = cast(Answerer, ServedModel(url))  # only `answer_all` is called
         result = evaluate(served, num_scenes, UNSEEN_SEED if seed is None else seed)
         if small:
             result["small_many_crops"] = evaluate_small(served, num_scenes // 2)

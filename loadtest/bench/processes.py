@@ -85,7 +85,7 @@ class WorkerProbe:
         raise TimeoutError("no recording came back; are there streams to record?")
 
     def close(self) -> None:
-        """Leave."""
+        """Close the socket, which ends the lease."""
         self._socket.close()
         self._context.term()
 

@@ -1,4 +1,4 @@
-"""Owns the figures others have published and Degas is compared with."""
+"""Owns the figures that others have published and that Degas is compared with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PublishedRow:
 
     @property
     def tail_ms(self) -> float:
-        """The device's time of a step after the forward: sampling, and what is left between steps."""
+        """The device's time of a step beyond the forward: sampling, and idle time between steps."""
         return self.pipelined_ms - self.forward_ms
 
 

@@ -28,7 +28,7 @@ from worker.sim.timeline import VirtualClock
 from worker.step.contract import Progress
 from worker.step.staging import StepShape
 
-FIRST_TOKEN = OOM_TOKEN + 1  # ids up to it mean faults to the simulated device
+FIRST_TOKEN = OOM_TOKEN + 1  # the simulated device takes ids below this as faults
 WARM_UP_STEPS = 50
 MEASURED_TOKENS = 4000  # per row
 HOST_BEFORE = 0.6  # share of the host's time spent before a launch; the rest follows the commit
@@ -109,8 +109,8 @@ def _run(
 ) -> float:
     """Seconds a token of one stream takes, prompts costing nothing.
 
-    Every token of the fake model is an end with probability 1 / output_tokens: the loop learns of an end as it
-    would of a real answer's, one step late, and pays the zombie tax.
+    Every token of the fake model is an end with probability 1 / output_tokens. The loop learns of an end one step late,
+    as with real answers, and so pays for zombie rows.
     """
     profile = Profile("given", {1: forward_s, rows + 1: forward_s}, sample_s, 0.0, 0.0, 0.0)
     card = fake_card(vocab_size=output_tokens)

@@ -24,9 +24,9 @@ class Share:
     """Throughput with `structured_pct` per cent of the requests constrained."""
 
     structured_pct: int
-    where: str  # who enforces the constraint: device or host
+    where: str  # where the constraint is enforced: device or host
     tokens_per_s: float
-    relative: float  # to no constrained requests, in the same round
+    relative: float  # to the round's throughput without constrained requests
     zombie_pct: float
 
     def to_json(self) -> dict[str, object]:
@@ -75,7 +75,7 @@ def measure(shares: list[int], profile: str, rows: int, seconds: float, rounds: 
 async def _round(url: str, share: int, rows: int, seconds: float, probe: WorkerProbe) -> tuple[float, float]:
     """(tokens a second, per cent of zombie rows) with `rows` clients, `share` per cent asking for the pattern.
 
-    Counted by the worker: the free text is random bytes, and one in several completes no character to send.
+    The worker counts the tokens: free text is random bytes, and some of them complete no character to send.
     """
     stop_s = time.perf_counter() + seconds + 2.0
     clients = [_client(url, i, i * 100 < share * rows, stop_s) for i in range(rows)]

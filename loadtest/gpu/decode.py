@@ -75,10 +75,10 @@ class TimedRunner(TorchRunner):
 
 
 class ReplayingCpuDevice(CpuDevice):
-    """A CPU that claims to capture, so that a smoke run takes the path of captured graphs, padding and all."""
+    """A CPU that claims to capture graphs, so that a smoke run takes the path of captured graphs with its padding."""
 
     def __init__(self) -> None:
-        # With one thread weights would be laid out for the CPU's own operations, which no kernel reads.
+        # With one thread weights would be packed for the CPU's compiled operations, and kernels cannot read that.
         super().__init__(num_threads=2)
         self.captures = True
         self.shares_memory = False
@@ -90,7 +90,7 @@ def open_device(*, smoke: bool) -> Device:
 
 
 class Silence:
-    """Stands in for the I/O thread: the tokens are of no interest, a refusal is."""
+    """Stands in for the I/O thread: ignores tokens, and raises an error on a refusal."""
 
     def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
         """For one gateway. Raises RuntimeError on a refusal or a row that ended in an error."""
@@ -184,7 +184,7 @@ def run_rows(
     generator = torch.Generator().manual_seed(rows)
     sampling = Sampling(temperature=0.7, top_p=0.9, seed=1) if sampled else Sampling()
     warm = WARM_STEPS if steps > WARM_STEPS else 1
-    # Rows join as their prompts are prefilled: the first needs tokens until the last has arrived.
+    # Rows join as their prompts are prefilled, so the first row needs tokens enough to last until the last row joins.
     spare = -(-rows * context // (PREFILL_TOKENS - rows)) + warm + 3
     for sequence_id in range(rows):
         prompt = torch.randint(8, model.card.vocab_size, (context,), generator=generator).tolist()
@@ -248,7 +248,9 @@ def make_runner(
     most = max(row_counts)
     longest = made.model.card.context_tokens  # what captured attention spans
     if device.torch_device.type == "cpu":
-        longest = min(longest, row_tokens + PAGE_TOKENS)  # or the interpreter would take seconds a step
+        longest = min(
+            longest, row_tokens + PAGE_TOKENS
+        )  # with more the interpreter would take seconds a step
     runner = TimedRunner(
         made.model,
         device,
@@ -371,7 +373,7 @@ def main(
                 plain_too=plain_too,
                 sampled_rows={int(n) for n in sampled_rows.split(",") if n},
             )
-            # After every shape: a run that is cut off keeps what it has.
+            # Written after every shape, so that a run that is cut off keeps its results.
             record = {
                 "device": torch.cuda.get_device_name() if not smoke else "cpu (smoke)",
                 "torch": torch.__version__,

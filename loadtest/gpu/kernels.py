@@ -80,7 +80,7 @@ class Bench:
                 run()
         side.synchronize()
         graph = torch.cuda.CUDAGraph()
-        times = max(1, 16 // len(runs))  # enough work a replay that its launch does not show
+        times = max(1, 16 // len(runs))  # enough work in a replay to hide its launch
         with torch.cuda.graph(graph, stream=side):
             for run in runs * times:
                 run()
@@ -215,7 +215,7 @@ class Bench:
 
     def sampling(self, rows: int, vocab: int, temperature: float, top_k: int, top_p: float) -> Case:
         """Sampling against the sorting reference."""
-        # Coarse as a bf16 product leaves them.
+        # Logits are rounded to bf16, as a bf16 product gives them.
         logits = (torch.randn(rows, vocab, device=self.device) * 3).bfloat16().float()
 
         def full(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -309,7 +309,7 @@ class Measured:
 
     name: str
     kernel_us: float
-    again_us: float  # the same once more: a difference smaller than theirs is noise
+    again_us: float  # the same measured again: a difference smaller than between these two is noise
     reference_us: float
     floor_us: float
     error: float
@@ -367,7 +367,7 @@ def main(
                 continue
             try:
                 lines.append(measure(bench, case, bytes_per_s, flops_per_s))
-            except Exception as error:  # one kernel that does not compile must not hide the others' figures
+            except Exception as error:  # if one kernel does not compile, the others are still measured
                 failures.append(f"{case.name}: {type(error).__name__}: {str(error)[:300]}")
             record = {
                 "copy_bytes_per_s": bytes_per_s,

@@ -75,7 +75,7 @@ class ContinuousBatching:
         self._takes = inspect.signature(self._model.generate_batch).parameters
         self._settings: Any = transformers.GenerationConfig
         config: Any = getattr(transformers, "ContinuousBatchingConfig", None)
-        # On a GPU as it chooses; on a CPU it would take all memory there is for its cache.
+        # On a GPU transformers chooses its cache size; on a CPU it would take all memory.
         self._config = config(num_blocks=8, max_batch_tokens=64) if config and device.type == "cpu" else None
         if config is None and device.type == "cpu":
             raise RuntimeError("a smoke run needs ContinuousBatchingConfig, to bound its memory")

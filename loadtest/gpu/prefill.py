@@ -171,7 +171,7 @@ def main(
         for shape in shapes.split(","):
             lengths = [int(n) for n in tokens.split(",")]
             lines += run_shape(shape, device, lengths, repeats, token_buckets)
-            # After every shape: a run that is cut off keeps what it has.
+            # Written after every shape, so that a run that is cut off keeps its results.
             record = {
                 "device": "cpu (smoke)" if smoke else torch.cuda.get_device_name(),
                 "torch": torch.__version__,

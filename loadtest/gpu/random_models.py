@@ -1,7 +1,7 @@
 """Owns models of true shapes with random weights, made on the device without a file. Whichever thread calls.
 
-Speed does not depend on what the weights say, only on how many there are; so a machine that can reach nothing
-can measure real shapes. Shapes are those of the published config.json files.
+Speed depends on the number of weights, not on their values, so a machine without network can measure real shapes.
+Shapes are those of the published config.json files.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def random_model(
         else:
             tensor = torch.empty(size, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
         all_bytes += tensor.nbytes
-        # Of embeddings a step reads a row; of a tied table all of it, as the head.
+        # A step reads one row of an embedding table for each token, but all of a tied table, which is also the head.
         if name.startswith(
             ("text.blocks", "text.lm_head", "text.post_ln", "model.layers", "model.norm", "lm_head")
         ) or (name == "model.embed_tokens.weight" and raw.get("tie_word_embeddings")):

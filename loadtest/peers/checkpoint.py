@@ -83,7 +83,7 @@ def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat
     raw = json.loads((folder / "config.json").read_bytes())
     raw |= {
         "bos_token_id": None,
-        "eos_token_id": None,  # said, not left out: transformers would take 2 for the end, the others for a token
+        "eos_token_id": None,  # explicit, because transformers would otherwise take 2 for the end, and the others would not
         "dtype": str(dtype).removeprefix("torch."),
         "degas": raw["degas"] | {"model_id": MODEL_ID},
     }
@@ -95,7 +95,7 @@ def write_checkpoint(folder: Path, shape: str, dtype: torch.dtype = torch.bfloat
 
 
 def vocab_size(shape: str) -> int:
-    """Token ids of a shape are below this."""
+    """The number of token ids of a shape."""
     return int(RANDOM_SHAPES[SHAPES[shape]]["vocab_size"])
 
 

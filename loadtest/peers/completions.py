@@ -52,7 +52,7 @@ def build_body(model: str, prompt: str, max_tokens: int) -> bytes:
 
 
 class Reading:
-    """What a stream has said so far; fed bytes as they come. The time comes in."""
+    """The state of one stream, fed with bytes and the time at which they came."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
@@ -84,7 +84,7 @@ class Reading:
             self.has_ended = self.has_ended or choice.finish_reason is not None
 
     def close(self, now_s: float, max_tokens: int) -> None:
-        """The body is over. An answer with fewer tokens than asked for is a failure: it did less work."""
+        """The body has ended. An answer with fewer tokens than asked for counts as a failure, because it was less work."""
         if not self.has_ended:
             self._call.on_end(now_s, "truncated")
         elif not self._call.first_s:

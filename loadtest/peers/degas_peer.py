@@ -102,7 +102,7 @@ class DegasSide:
         self._next_id = 0
 
     def warm(self, prompts: list[list[int]], new_tokens: int) -> str:
-        """Run once; there is nothing to choose."""
+        """Run once, to warm up; Degas has nothing to choose."""
         self.run(prompts, new_tokens)
         return ""
 

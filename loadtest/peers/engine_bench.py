@@ -1,7 +1,7 @@
 """Owns `degas bench engine`: the same weights in several engines, each in a process of its own, turn about. Main thread.
 
-All engines are loaded once and stay; whoever's turn it is not is stopped where it is (SIGSTOP), so that no idle
-thread takes part in another's run. Prompts are token ids, answers are greedy and exactly as long as asked.
+All engines are loaded once and stay loaded; an engine whose turn it is not is stopped (SIGSTOP), so that its idle
+threads take no time from the others. Prompts are token ids, answers are greedy and exactly as long as asked.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Comparison:
         return table
 
     def _choices(self) -> str:
-        """What engines chose for themselves while warming up."""
+        """What each engine chose while warming up."""
         return "; ".join(
             f"{name} at {rows}: {note}"
             for rows, notes in self.notes.items()
@@ -201,7 +201,7 @@ class Field:
 
     @property
     def names(self) -> list[str]:
-        """Who is up, in the order of arrival."""
+        """The engines that are up, in the order in which they started."""
         return list(self._up)
 
     def start(self, peer: EnginePeer, home: Path, stack: ExitStack) -> None:
@@ -228,7 +228,7 @@ class Field:
         self._up[name].pause()
 
     def ask(self, name: str, op: str, prompts: list[list[int]], new_tokens: int) -> dict[str, Any] | None:
-        """One engine's answer, the others standing still; None when it fails, and then it is out."""
+        """One engine's answer while the others are stopped; None when it fails, which takes it out."""
         process = self._up[name]
         process.resume()
         try:

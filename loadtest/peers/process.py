@@ -41,7 +41,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def pinned(cores: list[int]) -> Iterator[None]:
-    """What is started inside may run on these cores only; an empty list: on all."""
+    """Processes that are started inside the block may run on these cores only; an empty list: on all."""
     if not cores or not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -172,11 +172,11 @@ class PeerProcess:
         return line
 
     def pause(self) -> None:
-        """Stop it where it is, so that its idle threads take nothing from its neighbours."""
+        """Stop the process (SIGSTOP), so that its idle threads take no time from the others."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Let the paused process go on."""
         self._signal(signal.SIGCONT)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -184,7 +184,7 @@ class PeerProcess:
             os.killpg(self._child.pid, number)
 
     def stop(self) -> None:
-        """End it; safe to call again."""
+        """End the process; safe to call again."""
         if self._child.returncode is None:
             stop(self._child, patience_s=0.5)
         for pipe in (self._child.stdin, self._child.stdout):

@@ -1,8 +1,8 @@
 """Owns `degas bench serve`: the same weights behind several servers, short streamed requests, turn about. Main thread.
 
-Closed loop: a fixed number of requests is kept in flight for a time, then the stragglers have a grace time to finish;
-what is unfinished then counts as such, and its wait so far as the least its first text took. All servers are
-up throughout; whoever's turn it is not is stopped where it is, but for Degas, whose two processes watch each other.
+Closed loop: a fixed number of requests is kept in flight, then the last ones have a grace time. A request unfinished after
+it counts as such, its wait so far as a lower bound of its time to first text. A server whose turn it is not is stopped,
+except Degas, whose processes watch each other.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ async def run_turn(
 
     async def one_after_another(session: aiohttp.ClientSession) -> None:
         nonlocal last_end_s
-        while True:  # at least one, however late this task comes to run
+        while True:  # at least one request, however late this task starts
             now_s = time.perf_counter()
             call = Call("completions", now_s)
             try:
@@ -225,7 +225,7 @@ async def run_turn(
                 if call.code == UNFINISHED:
                     tally.ttft.record((call.first_s or call.end_s) - now_s)
             if call.code != OK:
-                # A server that refuses at once is not to be hammered.
+                # Pause, so that a server that refuses at once is not flooded.
                 await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
             if time.perf_counter() >= start_s + seconds:
                 return
@@ -313,7 +313,7 @@ def measure(
             rounds = comparison.rounds.setdefault(in_flight, [])
             for order in turns(list(up), load.rounds):
                 say(f"{in_flight} in flight, round {len(rounds) + 1} of {load.rounds}")
-                # Enough that none comes twice in a turn: prefix caches are not what is compared.
+                # Enough prompts that none comes twice in a turn, because prefix caches are not compared.
                 prompts = [random_text(rng, load.prompt_tokens) for _ in range(20_000)]
                 rounds.append(play_round(comparison, up, order, in_flight, prompts, say))
     return comparison
@@ -327,7 +327,7 @@ def play_round(
     prompts: list[str],
     say: Say,
 ) -> dict[str, Turn]:
-    """Each server's turn, the others standing still. One that answers nothing is stopped and taken out of `up`."""
+    """Each server's turn while the others are stopped. A server that answers nothing is ended and taken out of `up`."""
     done: dict[str, Turn] = {}
     for name in order:
         running = up.get(name)
@@ -335,7 +335,7 @@ def play_round(
             continue
         running.signal(signal.SIGCONT)
         load = comparison.load
-        # First one that does not count: what an earlier turn left behind is over once it is answered.
+        # First send one request that is not counted: when it is answered, requests of an earlier turn are over.
         turn = asyncio.run(send_one(running, load))
         if turn.answered:
             turn = asyncio.run(run_turn(running, load, in_flight, prompts, load.seconds, load.grace_s))

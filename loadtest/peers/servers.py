@@ -141,7 +141,7 @@ def _llama_server(program: str) -> Callable[[Place], list[tuple[list[str], dict[
 
 
 def known_servers(pythons: Pythons, llama_server: str = "") -> tuple[list[Server], list[str]]:
-    """Degas and every server that can be started, in the table's order; and a line for each that is left out."""
+    """Degas and every server that can be started, in the table's order; and a line for each one left out."""
     servers, left_out = [Server(DEGAS, sys.executable, _degas, "/readyz", can_pause=False)], []
     if pythons.transformers:
         python = pythons.transformers
@@ -150,7 +150,7 @@ def known_servers(pythons: Pythons, llama_server: str = "") -> tuple[list[Server
             Server(
                 CONTINUOUS_SERVE,
                 python,
-                # Left to itself on a CPU it takes 60 % of the memory that is free: 128 pages of 256 tokens do.
+                # By default continuous batching takes 60 % of the free memory on a CPU; 128 pages of 256 tokens suffice.
                 _transformers(python, "--continuous-batching", "--cb-num-blocks", "128"),
                 "/health",
                 model_is_path=True,

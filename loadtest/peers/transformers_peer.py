@@ -24,7 +24,9 @@ class TransformersSide:
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        self._model.generation_config.eos_token_id = None  # `min_new_tokens` would forbid it, at a cost
+        self._model.generation_config.eos_token_id = (
+            None  # cheaper than forbidding the end by `min_new_tokens`
+        )
         self.cache = "dynamic"
 
     def warm(self, prompts: list[list[int]], new_tokens: int) -> str:
@@ -74,7 +76,7 @@ class ContinuousSide:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        # Sized for what is asked: left to itself on a CPU it takes most of the memory there is.
+        # Sized for the workload, because by default it takes most of the memory on a CPU.
         page_tokens = 32
         pages = max_rows * (-(-row_tokens // page_tokens) + 1)
         self._manager = self._model.init_continuous_batching(
@@ -110,7 +112,7 @@ class ContinuousSide:
 
 
 def make(spec: Spec) -> TransformersSide | ContinuousSide:
-    """Whichever of the two the command line names."""
+    """The engine that the command line names: `ContinuousSide` or `TransformersSide`."""
     torch.set_num_threads(spec.threads)
     transformers.utils.logging.disable_progress_bar()
     folder, dtype = Path(spec.folder), getattr(torch, spec.dtype)

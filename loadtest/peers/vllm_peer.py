@@ -12,7 +12,7 @@ class VllmSide:
     """`LLM.generate` on token ids."""
 
     def __init__(self, spec: Spec) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its CPU time is then this process's
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that its CPU time is counted in this process
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the parent binds
         self.version = f"vllm {load_attribute('vllm', '__version__')}"

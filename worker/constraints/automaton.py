@@ -21,12 +21,12 @@ I32 = npt.NDArray[np.int32]
 REFUSED = -1
 MAX_TABLE_CELLS = 1 << 20  # states × classes
 MAX_MASK_WORDS = 1 << 22  # different masks × words
-MAX_TOKEN_WORK = 6_000_000  # byte steps while tokens are walked through a text automaton: some 0.2 s
+MAX_TOKEN_WORK = 6_000_000  # bytes stepped through a text automaton while building token tables: some 0.2 s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenTables:
-    """One compiled constraint. State 0 starts; `end` absorbs: there only an end id is allowed, for ever."""
+    """One compiled constraint. Sequences start in state 0; `end` allows only end ids and is never left."""
 
     next_state: I32  # (states, classes); REFUSED where the token is not allowed
     class_of: I32  # (vocabulary,); class 0 is refused everywhere
@@ -150,7 +150,7 @@ def choice_tables(choices: Sequence[str], vocabulary: TokenBytes) -> TokenTables
 def text_tables(node: Node, vocabulary: TokenBytes) -> TokenTables:
     """Every tokenisation of every text the tree matches, then an end. Raises `Unsupported`."""
     dfa = build_dfa(node)
-    number = {0: 0}  # text state → token state: only those at a token's edge are states here
+    number = {0: 0}  # text state → token state: only text states at the end of a token become token states
     order = [0]
     rows = []
     work = 0
@@ -173,7 +173,7 @@ def text_tables(node: Node, vocabulary: TokenBytes) -> TokenTables:
 def _walk(
     dfa: Dfa, state: int, vocabulary: TokenBytes
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
-    """Every token that may follow in a state: (ids, states after them, byte steps it took)."""
+    """Every token that may follow in a state: (ids, states after them, number of bytes stepped)."""
     after = dfa.next_state[state][vocabulary.first]
     alive = np.flatnonzero(after >= 0)
     current = after[alive]
@@ -207,7 +207,9 @@ def _assemble(
 ) -> TokenTables:
     """Tables from each state's (allowed ids, next states). Tokens that behave alike everywhere share a class."""
     num, ends = len(rows), np.array(end_ids, np.int64)
-    rng = np.random.default_rng(num)  # any odd multipliers do: a clash is caught below
+    rng = np.random.default_rng(
+        num
+    )  # any odd multipliers do: the check below finds equal hashes of unequal columns
     hashes = np.zeros(vocab_size, np.uint64)
     for (ids, following), factor in zip(rows, _factors(rng, num), strict=True):
         hashes[ids] += (following.astype(np.uint64) + np.uint64(1)) * factor

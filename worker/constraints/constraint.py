@@ -22,4 +22,4 @@ class Constraint(Protocol):
         """Take the committed token. Raises ValueError when the grammar does not allow it."""
 
     def is_complete(self) -> bool:
-        """Nothing but an end may follow."""
+        """Whether only an end may follow."""

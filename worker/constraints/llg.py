@@ -26,7 +26,7 @@ _LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=200_000,
     step_max_items=2_000,  # bounds `advance`, which the decode thread waits for, to about a millisecond
-    max_lexer_states=50_000,  # 1 to 2 kB each: what one grammar can take of memory
+    max_lexer_states=50_000,  # 1 to 2 kB each: bounds the memory of one grammar
     max_grammar_size=200_000,
     verbose_errors=False,
 )
@@ -70,7 +70,7 @@ class LlgConstraint:
 
     def advance(self, token_id: int) -> None:
         matcher = self.matcher
-        if matcher.is_stopped():  # absorbing: an end may be sampled again and again
+        if matcher.is_stopped():  # the end state: end ids may be sampled again and again
             self.check()
             if token_id not in self._end_ids:
                 raise ValueError(f"token {token_id} after the end of the grammar")

@@ -16,7 +16,7 @@ MAX_SUBSET_WORK = 2_000_000  # NFA states looked at while subsets are built
 
 @dataclass(frozen=True, slots=True)
 class Dfa:
-    """State 0 starts. From every state the end can be reached; -1 is where it no longer can."""
+    """An automaton that starts in state 0. An end can be reached from every state; -1 stands for no further match."""
 
     next_state: npt.NDArray[np.int32]  # (states, 256)
     accepts: npt.NDArray[np.bool_]  # (states,)

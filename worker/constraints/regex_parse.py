@@ -24,21 +24,21 @@ class Byte:
 
 @dataclass(frozen=True, slots=True)
 class Cat:
-    """One after the other; of nothing, the empty text."""
+    """Parts one after the other; without parts, the empty text."""
 
     parts: tuple[Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Alt:
-    """One of these; of nothing, no text at all."""
+    """One of the parts; without parts, no text matches."""
 
     parts: tuple[Node, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """`low` to `high` times; None: without end."""
+    """A part repeated `low` to `high` times; None: without bound."""
 
     part: Node
     low: int

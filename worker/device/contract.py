@@ -10,8 +10,8 @@ import torch
 
 
 def pin(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor as a copy to `device` should find it: pinned, because from pageable memory the copy would hold
-    the host until the stream is through. torch gives a pinned block out again only once its copies are done."""
+    """The host tensor, pinned if `device` needs it: a copy from pageable memory would hold the host until the stream is
+    through. torch hands out a pinned block again only when its copies are done."""
     return host if device.type == "cpu" else host.pin_memory()
 
 
@@ -34,14 +34,14 @@ class Event(Protocol):
 
 
 class CaptureFailed(RuntimeError):
-    """The device could not record a graph. Its work still runs eagerly, which is slower and not wrong."""
+    """The device could not record a graph. The work still runs eagerly: slower, with the same results."""
 
 
 class Stream(Protocol):
     """An ordered queue of device work."""
 
     def record(self, event: Event | None = None) -> Event:
-        """Mark the end of what is queued now: with `event`, moved here from wherever it stood, or with a new one."""
+        """Mark the end of the work queued now, with `event` (which moves here) or with a new event."""
 
     def wait(self, event: Event) -> None:
         """Let later work of this stream start only after `event`."""
@@ -68,7 +68,7 @@ class Device(Protocol):
     shares_memory: bool  # whether pinned memory is the device's own, so that nothing needs to be uploaded
 
     def event(self) -> Event:
-        """An event to record again and again: none is made in the loop."""
+        """A new event, made at start-up and recorded again and again in the loop."""
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that copies to and from the device without blocking."""
@@ -76,8 +76,8 @@ class Device(Protocol):
     def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
         """Record `body`'s operations on the compute stream, where recording does not run them.
 
-        `warm_up` runs it first: libraries choose algorithms and kernels are compiled and loaded then, none of
-        which a recording survives. Without it, the same body must have run in the same shapes before. Raises
+        `warm_up` runs `body` first: libraries then choose algorithms, and kernels are compiled and loaded, which is not
+        possible during a recording. Without it the same body must have run in the same shapes before. Raises
         CaptureFailed.
         """
 

@@ -21,8 +21,8 @@ KEEP_BYTES = 1 << 30
 
 
 class CpuEvent:
-    """Passed as soon as it exists. `late` makes `query` deny that until waited for, so that tests can drive
-    the pipeline as deep as a device that is always behind the host would."""
+    """An event that has passed as soon as it exists. With `late`, `query` says False until the event was waited for, so
+    that tests drive the pipeline as deep as with a device that is always behind the host."""
 
     __slots__ = ("_late", "_recorded_s")
 
@@ -30,7 +30,7 @@ class CpuEvent:
         self.record(late)
 
     def record(self, late: bool) -> None:
-        """Move it to now."""
+        """Record the event at the present time."""
         self._late = late
         self._recorded_s = time.perf_counter()
 
@@ -61,7 +61,7 @@ class CpuStream:
         return event
 
     def wait(self, event: Event) -> None:
-        pass  # queued work has already run
+        pass  # nothing to wait for: queued work has run already
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
@@ -86,7 +86,7 @@ def has_bf16() -> bool:
 
 
 def available_bytes() -> int:
-    """Memory that may be had without pushing others out; 0 where the system does not say."""
+    """Memory that can be allocated without swapping; 0 where the system does not say."""
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
@@ -102,7 +102,7 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
         libc.mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
     except (OSError, AttributeError):
-        pass  # another libc: slower, not wrong
+        pass  # another libc has no mallopt: the worker only runs slower
 
 
 class CpuDevice:

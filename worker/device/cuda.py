@@ -15,11 +15,11 @@ import torch
 
 from worker.device.contract import CaptureFailed, Event, Graph, Stream
 
-WARM_UP_RUNS = 2  # the second meets the caches of the first: allocator blocks, cuBLAS workspaces
+WARM_UP_RUNS = 2  # the second run finds what the first has cached: allocator blocks, cuBLAS workspaces
 
 
 class CudaEvent:
-    """A timing event: the bubble is measured between them. CUDA makes it at its first record."""
+    """A timing event; the bubble is the time between two of them. CUDA makes it at its first record."""
 
     __slots__ = ("raw",)
 
@@ -55,7 +55,7 @@ class CudaStream:
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, CudaEvent)
-        self.raw.wait_event(event.raw)  # where the event stands now: recording it again later changes nothing
+        self.raw.wait_event(event.raw)  # waits for the event's last record; later records do not matter
 
     def use(self) -> AbstractContextManager[None]:
         return _Current(self.raw)
@@ -107,11 +107,11 @@ class CudaDevice:
         self.compute: Stream = self._compute
         # Small copies should slip in between kernels, not queue behind a batch of them.
         self.copy: Stream = CudaStream(self.torch_device, priority=-2)
-        # What was queued before this device was opened (another one's memory) comes first.
+        # Work that was queued before this device was opened (on another device's memory) comes first.
         self._compute.raw.wait_stream(torch.cuda.current_stream())
         torch.cuda.set_stream(self._compute.raw)
-        # All graphs replay on the one compute stream, in order, so they may share one memory pool (I1). Nothing
-        # in it outlives its replay: what a step leaves behind lies in its slot.
+        # All graphs replay on the one compute stream, in order, so they may share one memory pool (I1). Nothing in the
+        # pool is needed after a replay: a step's results lie in its slot.
         self._pool: Any = torch.cuda.graph_pool_handle()  # torch's own name for the type is private
 
     def event(self) -> Event:
@@ -121,7 +121,7 @@ class CudaDevice:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
     def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
-        """See `base.Device`. Not through `torch.cuda.graph`, which synchronises the device and empties the
+        """See `contract.Device`. Not through `torch.cuda.graph`, which synchronises the device and empties the
         allocator's cache each time: a graph may be captured while steps are in flight."""
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
@@ -133,7 +133,7 @@ class CudaDevice:
                 except torch.OutOfMemoryError as error:  # smaller shapes may still fit
                     torch.cuda.empty_cache()
                     raise CaptureFailed(f"no memory to run it: {str(error)[:300]}") from error
-                self._compute.raw.synchronize()  # a fault of the body shows here, not in the capture
+                self._compute.raw.synchronize()  # errors of the body are raised here, not during the capture
             gc.disable()  # a collected event or graph would call CUDA in the middle of the recording
             try:
                 # Other threads may use CUDA meanwhile; this one is checked.
@@ -143,7 +143,7 @@ class CudaDevice:
                 finally:
                     graph.capture_end()
             except Exception as error:
-                # The pool may still think that it records.
+                # After a failed capture the memory pool may still be in its recording state.
                 self._pool = torch.cuda.graph_pool_handle()
                 raise CaptureFailed(f"{type(error).__name__}: {str(error)[:300]}") from error
             finally:

@@ -27,7 +27,7 @@ def use_huge_pages(min_bytes: int = 2 * HUGE_BYTES) -> int:
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         lines = Path("/proc/self/maps").read_text().splitlines()
     except (OSError, AttributeError):
-        return 0  # another libc or no /proc: slower, not wrong
+        return 0  # another libc, or no /proc: the worker only runs slower
     for line in lines:
         span, mode, _, _, inode, *name = line.split(maxsplit=5)
         if not mode.startswith("rw-p") or inode != "0" or (name and name[0] != "[heap]"):

@@ -13,8 +13,8 @@ from worker.formats.json_files import read_object
 
 log = structlog.get_logger()
 
-# What families write at the end of a turn. Some of them are not the tokenizer's end of text, and some folders name
-# only that one.
+# The marks that families write at the end of a turn. Some are not the tokenizer's end of text, and some folders name
+# only the end of text.
 _TURN_ENDS = (
     *(
         "<|im_end|>",
@@ -29,7 +29,7 @@ _TURN_ENDS = (
     *("<|end_of_text|>", "<|endoftext|>", "<end_of_utterance>", "<|end_of_turn|>", "<|endofassistant|>"),
     *("<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "</s>", "[|endofturn|]", "<|end_of_role|>"),
 )
-_NO_END = ("<|end_of_role|>",)  # of Granite: ends the name of a role, in the middle of a turn
+_NO_END = ("<|end_of_role|>",)  # Granite's: ends the name of a role, in the middle of a turn
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 
@@ -55,7 +55,7 @@ def find_template(folder: Path) -> str:
 
 
 def _chosen(found: Any, file: Path) -> str:
-    """One template out of what a folder has under that name: a text, or a list (or object) of named ones."""
+    """One template out of the value in a folder's file: a text, or a list (or object) of named templates."""
     if found is None or isinstance(found, str):
         return found or ""
     if isinstance(found, list):
@@ -83,9 +83,9 @@ def warn_missing(path: Path) -> None:
 
 
 def check_template(template: str, file: Path) -> str:
-    """The same text. Raises CheckpointError, naming `file`, where it is no Jinja template.
+    """Returns `template`. Raises CheckpointError, naming `file`, if it is no Jinja template.
 
-    Only its grammar is looked at, and only where Jinja is installed; gateways alone render.
+    Only its syntax is checked, and only where Jinja is installed: gateways render, workers do not.
     """
     try:
         from jinja2 import Environment, TemplateSyntaxError

@@ -38,7 +38,7 @@ _INSTEAD = "take the model's own folder in bf16, or a GGUF file of it (Q4_K_M, Q
 
 
 def refuse_settings(folder: Path, config: dict[str, Any]) -> None:
-    """Raise CheckpointError where config.json, or a file beside it, says that the weights are of a kind nobody serves."""
+    """Raise CheckpointError where config.json, or a file beside it, says that the weights are of an unsupported kind."""
     file = folder / "config.json"
     method = config.get("quantization_config") or config.get("compression_config")
     if isinstance(config.get("quantization"), dict) and "group_size" in config["quantization"]:
@@ -63,7 +63,7 @@ def refuse_settings(folder: Path, config: dict[str, Any]) -> None:
 
 
 def refuse_folder(folder: Path, problem: str) -> CheckpointError:
-    """What to raise of a folder in which `problem` is: the reason behind it, if what else lies there tells one."""
+    """The error to raise for a folder that has `problem`; it names the cause if other files in the folder show one."""
     if not folder.exists():
         return CheckpointError("no such folder", file=folder)
     if not folder.is_dir():

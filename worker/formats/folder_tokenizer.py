@@ -94,7 +94,7 @@ def _of_model(folder: Path, path: Path) -> bytes:
         read_model(path),
         _added(folder),
         bos=_named(folder, "bos_token") if adds_bos else "",
-        # `legacy: false` puts the space in front of a text, no longer behind every special token as well.
+        # `legacy: false`: the space is put in front of a text only; otherwise also behind every special token.
         prefix_once=settings.get("legacy") is False,
     )
     return write_tokenizer(made, path)
@@ -133,7 +133,7 @@ def _of_merges(folder: Path) -> bytes:
 
 
 def _added(folder: Path) -> list[AddedToken]:
-    """Added tokens of the older files: added_tokens.json, and what tokenizer_config.json says of each."""
+    """Added tokens of the older files: added_tokens.json, with tokenizer_config.json's settings for each."""
     special = {
         _content(value)
         for name, value in read_object(folder / "special_tokens_map.json").items()

@@ -104,7 +104,7 @@ class GgufTensors:
         return name in self._tensors
 
     def take(self, name: str, *shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """See `Tensors.take`. Memory: the tensor itself, and a few megabytes of what it is unpacked from."""
+        """See `Tensors.take`. Memory: the tensor itself, and a few megabytes of the blocks that are unpacked."""
         stored, transposed = self._find(name, shape)
         unpack = unpacker(stored.type.name)
         if unpack is None:

@@ -35,7 +35,7 @@ _NORMS_AROUND = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-# What the config says already, or what is computed.
+# Tensors that are not taken: config.json has their values, or the model computes them.
 _DROPPED = re.compile(r"^rope_(freqs|factors_long|factors_short)\.weight$|\.attn_rot_embd\.weight$")
 _IN_LAYER = re.compile(r"^blk\.(\d+)\.([a-z0-9_]+)\.(weight|bias)$")
 _ON_TOP = re.compile(r"^([a-z_]+)\.(weight|bias)$")
@@ -96,7 +96,7 @@ class Architecture:
         } | self.extra(settings)
 
     def canonical(self, name: str) -> str | None:
-        """GGUF's name of a tensor → Hugging Face's; None for what is computed; itself where nobody knows it."""
+        """GGUF's name of a tensor → Hugging Face's; None for a tensor that is computed; an unknown name stays as it is."""
         if _DROPPED.search(name):
             return None
         match = _IN_LAYER.match(name)
@@ -115,13 +115,13 @@ class Architecture:
         return self.interleaved and match is not None and match[2] in ("attn_q", "attn_k")
 
     def is_offset(self, name: str) -> bool:
-        """Whether 1 is to be taken off this tensor (GGUF's name)."""
+        """Whether 1 is to be subtracted from this tensor (GGUF's name)."""
         return self.norm_offset and name.endswith("norm.weight")
 
 
 def _llama(settings: Settings) -> dict[str, Any]:
     if settings.has("blk.0.attn_q.bias") and not settings.has("blk.0.attn_output.bias"):
-        # Biases on q, k and v alone: this is how Qwen2 computes, and all that differs from a Llama.
+        # Biases on q, k and v alone make it a Qwen2, which differs from a Llama in nothing else.
         return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     return {
         "attention_bias": settings.has("blk.0.attn_output.bias"),
@@ -143,8 +143,8 @@ def _gemma(settings: Settings) -> dict[str, Any]:
         "hidden_activation": "gelu_pytorch_tanh",
         "hidden_act": "gelu_pytorch_tanh",
         "sliding_window": settings.count("attention.sliding_window", 4096),
-        # The file does not say what queries are scaled by: the largest of each kind by the width of a head as the
-        # model's width has it, all others by the keys'.
+        # The file does not hold the scale of queries. The largest model of each generation scales by model width / heads,
+        # all others by the width of a key head.
         "query_pre_attn_scalar": _gemma_scalar(settings),
         "attention_bias": False,
         "attn_logit_softcapping": settings.maybe_number("attn_logit_softcapping"),

@@ -1,7 +1,7 @@
-"""Owns what the values of ggml's block types are: (N, bytes of a block) uint8 → (N, values of a block) fp32. Any thread.
+"""Owns unpacking ggml's block types: (N, bytes of a block) uint8 → (N, values of a block) fp32. Any thread.
 
 Each function computes a type's values as ggml's reference does, in fp32 and in its order, so that they are equal to
-the last bit. Types without a function here are left to the `gguf` package where it is installed.
+the last bit. The `gguf` package, where it is installed, unpacks the types that have no function here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 
 
 
 def unpacker(name: str) -> Unpack | None:
-    """How blocks of that type are unpacked; None if nobody here knows."""
+    """The function that unpacks blocks of that type; None if there is none."""
     return _UNPACK.get(name) or _from_package(name)
 
 
@@ -157,7 +157,7 @@ _UNPACK: dict[str, Unpack] = {
 
 
 def _from_package(name: str) -> Unpack | None:
-    """The rarer types, by the reference's own code in numpy: slower, and a dependency that few need."""
+    """Unpacks the rarer types with the `gguf` package's numpy code: slower, and a dependency that few need."""
     try:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize

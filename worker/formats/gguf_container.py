@@ -1,8 +1,8 @@
 """Owns the GGUF container: its metadata and where its tensors lie, read with every bound checked. Any thread.
 
-A file is a stranger's: counts, lengths and offsets are held against what the file has left before anything is
-allocated for them. Reads go through the file, never a mapping, so that a file cut short under us is an error and
-not the end of the process.
+Files are not trusted: counts, lengths and offsets are checked against the rest of the file before memory is allocated
+for them. Reads go through the file, not a mapping, so a file that is cut short meanwhile raises an error and does not
+kill the process.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Container:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors, as they lie there."""
+        """Bytes of all tensors in the file."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
 
@@ -223,7 +223,7 @@ class _Reader:
         length = int.from_bytes(self._bytes(8), "little")
         if length > most:
             raise self._truncated(length)
-        # Vocabularies hold tokens that are no whole characters; such text is kept apart, not refused.
+        # Vocabularies hold tokens that are not whole characters; such text is kept as surrogates, not refused.
         return self._bytes(length).decode("utf-8", "surrogateescape")
 
     def _bytes(self, length: int) -> bytes:

@@ -1,7 +1,7 @@
 """Owns what a GGUF file says of rotary positions, as config.json's `rope_parameters`. Any thread.
 
 llama.cpp keeps Llama 3's and Phi's stretched frequencies as a tensor of divisors, one a rotary pair; the rule that
-made them is not in the file. Llama 3's is recognised by its result; any other is handed on as the list it is.
+made them is not in the file. Llama 3's rule is recognised by its divisors; any other list is passed on as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from worker.formats.gguf_settings import Settings
 from worker.formats.gguf_values import small_values
 
-# The only rule that released Llamas (3.1, 3.2, 3.3) were made with, but for its factor.
+# The one rule of the released Llamas (3.1, 3.2, 3.3), which differ only in its factor.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 

@@ -34,7 +34,7 @@ class Settings:
         return value
 
     def maybe_count(self, name: str) -> int | None:
-        """The same, or None where the file does not say or says 0."""
+        """As `count`, but None where the file has no such setting, or 0."""
         return self.count(name) if self._get(name) not in (None, 0) else None
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -47,11 +47,11 @@ class Settings:
         return float(value)
 
     def maybe_number(self, name: str) -> float | None:
-        """The same, or None where the file does not say."""
+        """As `number`, but None where the file has no such setting."""
         return None if self._get(name) is None else self.number(name)
 
     def text(self, name: str) -> str:
-        """A string; empty where the file does not say."""
+        """A string; empty where the file has no such setting."""
         value = self._get(name)
         if value is None:
             return ""

@@ -23,7 +23,7 @@ from worker.formats.tokenizer_json import (
 log = structlog.get_logger()
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-# Files from before the pre-tokenizer was noted (spring 2024) do not say; some architectures only ever had one.
+# Files from before spring 2024 do not name their pre-tokenizer; these architectures have only one.
 _UNSAID = {"qwen2": "qwen2", "qwen3": "qwen2", "stablelm": "stablelm2"}
 # Marks of Phi-3 after which its tokenizer eats spaces; its other marks do not.
 _PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
@@ -64,7 +64,7 @@ def token_ids(container: Container, texts: tuple[str, ...]) -> list[int]:
 
 
 def chat_template(container: Container) -> str:
-    """The default template; where there is none but exactly one named one, that. Empty: there is none."""
+    """The default template, or else the only named one; empty if there is neither."""
     metadata = container.metadata
     found = metadata.get("tokenizer.chat_template")
     if isinstance(found, str) and found:
@@ -85,7 +85,7 @@ class _Vocabulary:
         self.tokens = _strings(container, "tokenizer.ggml.tokens")
         if not self.tokens:
             raise CheckpointError("no 'tokenizer.ggml.tokens': the file has no tokenizer", file=self.path)
-        # An empty token has no text to be found by; it keeps its id under a name nobody writes.
+        # An empty token cannot be found in text; it keeps its id under a name that no text contains.
         self.tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(self.tokens)]
         self.types = self._numbers("token_type", "iu", _NORMAL)
         self.scores = self._numbers("scores", "fiu", 0)
@@ -119,7 +119,7 @@ class _Vocabulary:
         }
 
     def added(self) -> list[AddedToken]:
-        """The same as they stand in a tokenizer.json."""
+        """The marks in tokenizer.json's form."""
         eats = self.architecture == "phi3" and self.metadata.get("tokenizer.ggml.model") == "llama"
         return [
             AddedToken(
@@ -132,7 +132,7 @@ class _Vocabulary:
         ]
 
     def bos(self, default: bool) -> AddedToken | None:
-        """What is put before every text: only where the file asks for it, or says nothing and its kind always did."""
+        """The mark put before every text, if the file asks for it, or says nothing and files of its kind always have it."""
         index = self.metadata.get("tokenizer.ggml.bos_token_id")
         if not self.metadata.get("tokenizer.ggml.add_bos_token", default):
             return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from worker.formats.errors import CheckpointError
 
-# What a served folder needs. Not what repositories hold beside it: pickles, ONNX, the makers' own layouts.
+# The files that a served folder needs; repositories also hold pickles, ONNX and the makers' own layouts.
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "spiece.model", "merges.txt"]
 _UNWANTED = ["*/*.safetensors", "original/*", "onnx/*", "consolidated*"]
 
@@ -23,7 +23,7 @@ class HubName:
 
 
 def cache_folder() -> Path:
-    """Where the hub's library keeps what it fetched, by the same variables as it does."""
+    """The folder of the hub library's cache, found by the same variables as the library's."""
     named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if named:
         return Path(named).expanduser()
@@ -82,7 +82,7 @@ def fetch(wanted: HubName) -> Path:
         )
     except CheckpointError:
         raise
-    except Exception as error:  # the library's and its HTTP client's, of many kinds
+    except Exception as error:  # the library and its HTTP client raise many kinds
         return _cached(wanted, _reason(error, wanted))
 
 
@@ -111,7 +111,7 @@ def _reason(error: Exception, wanted: HubName) -> str:
 
 
 def _cached(wanted: HubName, reason: str) -> Path:
-    """What the cache has of it. Raises CheckpointError with the reason why it was not fetched."""
+    """The wanted model in the cache. Raises CheckpointError with the reason why it was not fetched."""
     folder = cache_folder() / ("models--" + wanted.repository.replace("/", "--"))
     called = wanted.repository + ("" if wanted.revision is None else f"@{wanted.revision}")
     problem = f"{called} is not in the cache ({cache_folder()}), and {reason}"

@@ -15,7 +15,7 @@ def refuse_pointer(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(len(_POINTER))
     except OSError:
-        return  # who opens it next says what is wrong
+        return  # opening the file raises a better error
     if start == _POINTER:
         raise CheckpointError(
             "a Git LFS pointer, not the file itself; run `git lfs pull` in this folder", file=path

@@ -29,7 +29,7 @@ def refuse_stale(tokenizer: bytes, config: dict[str, Any], folder: Path) -> None
     text = sections.get("text") if isinstance(sections, dict) else None
     size = text.get("vocab_size", _RELEASED_VOCABULARY) if isinstance(text, dict) else _RELEASED_VOCABULARY
     if size != _RELEASED_VOCABULARY:
-        return  # one of its family with a vocabulary of its own
+        return  # a model of the family with another vocabulary
     from tokenizers import Tokenizer
 
     reader = Tokenizer.from_str(tokenizer.decode())

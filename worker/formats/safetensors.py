@@ -40,7 +40,7 @@ class _Stored:
 
 
 class Checkpoint:
-    """An open checkpoint. `take` hands out each tensor once; `finish` refuses what nobody took.
+    """An open checkpoint. `take` hands out each tensor once; `finish` raises an error if a tensor was not taken.
 
     `rename` maps stored names to canonical ones; None drops a tensor that the model computes itself. Raises
     CheckpointError on anything but whole, consistent safetensors files.
@@ -102,7 +102,7 @@ class Checkpoint:
             self._left.discard(name)
             self._done_bytes += stored.num_bytes
             self._report("weights", self._done_bytes, self.num_bytes)
-        # A copy: the file may be replaced while it is mapped, and a truncated mapping kills the process.
+        # Copied, because the file may be replaced while it is mapped, and a truncated mapping kills the process.
         tensor = tensor.t() if stored.transposed else tensor
         return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
 
@@ -149,7 +149,7 @@ def _find_files(folder: Path) -> list[Path]:
 
 
 def _missing_prefix(names: set[str]) -> str:
-    """What every name lacks where the decoder was saved without its head: `layers.0…`, not `model.layers.0…`."""
+    """The prefix that is missing if the decoder was saved without its head: `layers.0…`, not `model.layers.0…`."""
     bare = "embed_tokens.weight" in names and not any(name.startswith("model.") for name in names)
     return "model." if bare else ""
 

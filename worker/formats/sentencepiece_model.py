@@ -64,7 +64,7 @@ def read_model(path: Path) -> PieceModel:
         raise CheckpointError(f"not a SentencePiece model: {error}", file=path) from None
     if not model.pieces:
         raise CheckpointError("a SentencePiece model without pieces", file=path)
-    # A mark with spaces in it is looked for in text as it was typed, where spaces are not yet ▁.
+    # Marks are looked for in the text as typed, before spaces become ▁, so their ▁ are written as spaces.
     model.pieces = [
         text.replace("▁", " ") if kind == _USER_DEFINED else text
         for text, kind in zip(model.pieces, model.kinds, strict=True)
@@ -77,7 +77,7 @@ def read_model(path: Path) -> PieceModel:
 def tokenizer_of_model(
     model: PieceModel, added: list[AddedToken], *, bos: str, prefix_once: bool
 ) -> dict[str, Any]:
-    """tokenizer.json's content. `added` has the last word on a mark; `bos`: put before every text, empty for none."""
+    """tokenizer.json's content. `added` overrides the model's marks; `bos` is put before every text, empty for none."""
     named = {token.id: token for token in added}
     for text, index in model.marks().items():
         named.setdefault(index, AddedToken(index, text, special=model.kinds[index] != _USER_DEFINED))

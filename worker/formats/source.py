@@ -39,13 +39,15 @@ Rename = Callable[[str], Target | None]
 class Packed:
     """A tensor as its file packs it: ggml's blocks, a row's after one another, rows in Hugging Face's order."""
 
-    type: str  # ggml's name, such as Q4_K; what its bytes mean is `gguf_blocks`' and the native kernels'
+    type: (
+        str  # ggml's name, such as Q4_K; `gguf_blocks` and `worker.native.quantised` know what its bytes mean
+    )
     shape: tuple[int, int]  # rows, values of a row
     data: Tensor  # (rows, bytes of a row) uint8 on the CPU
 
 
 class Tensors(Protocol):
-    """An open checkpoint's tensors. `take` hands out each once; `finish` refuses what nobody took."""
+    """An open checkpoint's tensors. `take` hands out each once; `finish` raises an error if a tensor was not taken."""
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -57,7 +59,7 @@ class Tensors(Protocol):
         ...
 
     def take_packed(self, name: str, *shape: int) -> Packed | None:
-        """The same as it is stored, where that is a matrix in quantised blocks; None, and nothing taken, otherwise.
+        """The tensor as it is stored, if it is a matrix in quantised blocks; otherwise None, and the tensor stays untaken.
 
         Raises CheckpointError when it is missing or of another shape.
         """
@@ -75,7 +77,7 @@ class Source(Protocol):
     settings_file: Path  # what an error about a setting names
     model_id: str  # what it is called unless its settings say otherwise
     created: int  # seconds since 1970
-    num_bytes: int  # of its weights, as they lie there
+    num_bytes: int  # of its weights on disk
     config: dict[str, Any]  # as config.json spells it
     generation: dict[str, Any]  # as generation_config.json spells it; empty where there is none
 
@@ -93,8 +95,8 @@ class Source(Protocol):
         ...
 
     def end_tokens(self) -> list[int]:
-        """Ids that end an answer beyond those of `generation` and `config`: the tokenizer's own end, and the end of
-        a turn of the family of its chat template. Possibly none; possibly named there already."""
+        """Ids that end an answer besides those of `generation` and `config`: the tokenizer's own end, and the end of a
+        turn in its chat template. May be empty, and may repeat ids of those two."""
         ...
 
     def special_tokens(self) -> dict[str, str]:

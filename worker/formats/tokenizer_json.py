@@ -36,7 +36,7 @@ class Spaces:
     """What SentencePiece does to a text before it looks for pieces, where spaces are written ▁."""
 
     prefix: bool  # a space is put before a text and behind every special token
-    prefix_once: bool = False  # before the text alone
+    prefix_once: bool = False  # a space is put before the text only
     characters: bytes = b""  # its compiled normalisation of single characters
     collapses: bool = False  # several spaces are one, and those at the end none
 
@@ -214,7 +214,7 @@ def check_tokenizer(text: bytes, file: Path) -> None:
 
     try:
         Tokenizer.from_str(text.decode())
-    except BaseException as error:  # the library raises plain Exception, and a BaseException when it panics
+    except BaseException as error:  # the library raises Exception, and a BaseException when it panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"the tokenizer cannot be used: {error}", file=file) from None

@@ -1,4 +1,4 @@
-"""Owns the one question kernels ask about their surroundings: compiled or interpreted. Decode thread."""
+"""Owns telling whether kernels are compiled or interpreted, and what follows from it. Decode thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_interpreted() -> bool:
 
 @lru_cache(maxsize=8)
 def num_multiprocessors(device: torch.device) -> int:
-    """How many programs of a large block run side by side; few for the interpreter, which runs one at a time."""
+    """How many multiprocessors the device has; few for the interpreter, which runs one program at a time."""
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

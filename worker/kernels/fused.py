@@ -18,8 +18,8 @@ from worker.kernels.rotary_kv_write import rotary_kv_write
 
 
 class FusedPlan:
-    """What all layers of one forward share. Nothing here reads the device: a plan whose chunks are described there
-    alone can be captured, as one of decode rows can.
+    """What all layers of one forward share. Nothing here reads the device, so a forward of decode rows, or of chunks
+    that are described on the device alone, can be captured.
 
     `rotations` are (N, 1, R/2) complex64 each, a rotation a token; a layer says which it uses. Raises ValueError when a chunk ends inside a
     bidirectional prefix that it also begins in.

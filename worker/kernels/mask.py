@@ -17,7 +17,7 @@ def _mask_row(logits_ptr, words_ptr, logits_stride, words_stride, VOCAB: tl.cons
     inside = ids < VOCAB
     word = tl.load(words_ptr + row * words_stride + ids // 32, mask=inside, other=-1)
     banned = ((word >> (ids % 32)) & 1) == 0
-    # Allowed logits are not touched: the kernel reads a 32nd of what it guards, and writes what it bans.
+    # Allowed logits are neither read nor written: the kernel reads one bit a logit and writes the banned ones.
     tl.store(logits_ptr + row * logits_stride + ids, -float("inf"), mask=inside & banned)
 
 

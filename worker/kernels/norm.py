@@ -37,7 +37,7 @@ def _norm_row(
         x += tl.load(residual_ptr + row * residual_stride + dims, mask=inside, other=0.0).to(tl.float32)
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * DIM + dims, rounded, mask=inside)
-        x = rounded.to(tl.float32)  # the norm of what later layers read
+        x = rounded.to(tl.float32)  # the norm is taken of the rounded sum, which later layers read
     if CENTRED:
         mean = tl.sum(x, 0) / DIM
         x = tl.where(inside, x - mean, 0.0)

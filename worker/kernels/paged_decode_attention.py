@@ -50,7 +50,7 @@ def _attend_split(
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(lengths_ptr + row)
-    # Whole blocks a split: boundaries fall where blocks do, and a short row leaves its last splits empty.
+    # A split is a number of whole blocks; a short row leaves its last splits empty.
     first = 0
     if WINDOW:
         first = tl.maximum(length - WINDOW, 0)
@@ -84,7 +84,7 @@ def _attend_split(
         key = tl.load(keys_ptr + cache_at, mask=seen[:, None], other=0.0)
         value = tl.load(values_ptr + cache_at, mask=seen[:, None], other=0.0)
         if GROUP == 1:
-            # One query a key: nothing for the matrix units to share, and they want at least 16.
+            # One query a key: matrix units would need at least 16 rows.
             scores = tl.sum(key.to(tl.float32) * single[None, :], 1)[None, :]
         elif WIDEN:
             scores = tl.dot(query, tl.trans(key.to(tl.float32)), input_precision="ieee")
@@ -186,7 +186,7 @@ def paged_decode_attention(
         most = min(max_tokens, window) if window else max_tokens
         num_splits = choose_splits(num_rows, kv_heads, most, num_multiprocessors(query.device))
     group = num_heads // kv_heads
-    parts = stats = out  # not read with one split
+    parts = stats = out  # placeholders: with one split these are not read
     if num_splits > 1:
         parts = torch.empty(
             (num_rows, num_heads, num_splits, head_dim), dtype=torch.float32, device=query.device

@@ -21,16 +21,14 @@ from worker.kernels.compiled import is_interpreted
 from worker.kernels.paged_decode_attention import LOG2_E
 
 BLOCK_KEYS = 64
-_SPAN_STRIDE = tl.constexpr(SPAN_FIELDS)  # in the form in which a kernel may read it
+_SPAN_STRIDE = tl.constexpr(SPAN_FIELDS)  # kernels may read globals only as constexpr
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
     """The prefill chunks of a step, uploaded once and used by every layer."""
 
-    spans: (
-        Tensor  # (S, 5) int32 contiguous, see `worker.step.staging.chunk_spans`; entries of zeros are empty
-    )
+    spans: Tensor  # (S, 5) int32 contiguous, see `worker.forward.chunk_spans`; entries of zeros are empty
     tables: Tensor  # (C, P) int32, rows may be strided; entries beyond a chunk's pages are not read
 
 
@@ -48,8 +46,8 @@ def make_segments(spans: Sequence[tuple[int, int, int, int]], tables: Sequence[T
     return Segments(packed, stacked)
 
 
-# Whether these happen to be multiples of 16 differs from step to step; a variant for each would be compiled while
-# requests wait.
+# Not specialised: whether these are multiples of 16 differs from step to step, and a variant for each would be
+# compiled while requests wait.
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["spans_ptr", "tables_ptr"])
 def _attend_chunk(
     query_ptr,
@@ -73,7 +71,7 @@ def _attend_chunk(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    # Heads vary fastest: spans with work stand before empty ones, and so do their programs.
+    # Heads vary fastest, so the programs of spans with work come before those of empty spans.
     head = tl.program_id(0)
     span = spans_ptr + tl.program_id(1) * _SPAN_STRIDE
     num_queries = tl.load(span + 1)
@@ -99,7 +97,7 @@ def _attend_chunk(
     best = tl.full([BLOCK_Q], -1e30, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     mixed = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
-    # The first query sees the first key of all; queries of a prefix see all of that, whatever the window.
+    # The block's first query sees the earliest key; queries in a prefix see the whole prefix, whatever the window.
     begin = 0
     if WINDOW:
         begin = tl.where(start < prefix, 0, tl.maximum(start - (WINDOW - 1), 0) // BLOCK_K * BLOCK_K)

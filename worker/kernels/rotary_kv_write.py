@@ -17,7 +17,7 @@ BLOCK_HEADS = 8
 
 @triton.jit
 def _finite(x):
-    """NaN and both infinities become 0: a masked NaN would still spoil the pages' next owner."""
+    """NaN and both infinities become 0: a NaN left in a page would spoil the page's next owner even where it is masked."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 

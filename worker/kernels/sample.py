@@ -88,14 +88,16 @@ def _search(
 ):
     """The smallest value v ≥ low with measure(x > v) < bound (≤ if INCLUSIVE), with count and mass above it.
 
-    `low` and `best` must be values of the row. The answer lies in [low, high]; both ends stay such values.
+    `low` and `best` must be values of the row. The answer lies in [low, high], whose ends stay values of the row.
     """
     high = best
     count = 0.0
     mass = 0.0
     while low < high:
         middle = low + (high - low) * 0.5
-        middle = tl.where(middle < high, middle, low)  # rounding must not make it high: nothing would shrink
+        middle = tl.where(
+            middle < high, middle, low
+        )  # if rounding made it `high`, the range would not shrink
         found_count, found_mass, over, under = _above(
             logits_ptr, words_ptr, allowed_ptr, scale, best, low, middle, VOCAB, MASKED, SUPPRESSED, BLOCK
         )
@@ -170,7 +172,7 @@ def _sample_row(
         nans += is_nan.to(tl.int32)
         raw_bests = tl.maximum(raw_bests, tl.where(is_nan, -float("inf"), raw))
         x = _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
-        better = x > bests  # false for a NaN, and for equals: the lowest id stays
+        better = x > bests  # false for a NaN, and for equal values, so that the lowest id stays
         best_ids = tl.where(better, ids, best_ids)
         bests = tl.where(better, x, bests)
     best = tl.max(bests, 0)
@@ -185,7 +187,7 @@ def _sample_row(
         top_k = tl.load(top_k_ptr + row).to(tl.float32)
         top_p = tl.load(top_p_ptr + row)
         min_p = tl.load(min_p_ptr + row)
-        # The lowest value that can be drawn, and how many of its ties (by id) may be: top-k, then top-p.
+        # The lowest value that may be drawn, and how many of its ties (by id) may be drawn: top-k, then top-p.
         _, _, low, _ = _above(
             logits_ptr,
             words_ptr,
@@ -250,7 +252,7 @@ def _sample_row(
             room = tl.ceil((top_p * total - mass) / tl.exp(low - best))
             ties = tl.minimum(kept, tl.maximum(room, 1.0))
         if tl.exp(low - best) < min_p:
-            # What is likely enough is cut off by value alone, ties and all.
+            # min-p cuts by value alone, so equal values stay or go together.
             _, _, low, _ = _above(
                 logits_ptr,
                 words_ptr,
@@ -306,7 +308,7 @@ def _sample_row(
 
 @triton.jit
 def _below(x):
-    """A little less, so that a strict comparison takes x itself in however its logarithm rounded."""
+    """A value slightly below x, so that a strict comparison includes x however its logarithm was rounded."""
     return x - tl.abs(x) * 2.4e-7
 
 

@@ -45,7 +45,7 @@ class Commands:
         self._drain_until_s = float("inf")
 
     def handle(self, command: Command) -> None:
-        """Do what it asks for."""
+        """Carry out one command."""
         if isinstance(command, Received):
             self._on_message(command)
         elif isinstance(command, CompiledSubmit):
@@ -54,7 +54,7 @@ class Commands:
             self._on_mask_ready(command)
         elif isinstance(command, LeaseEnded):
             for seq in self._scheduler.cancel_gateway(command.gateway):
-                self._reports.count_finish(seq)  # nobody is left to tell
+                self._reports.count_finish(seq)  # its gateway is gone, so no message is sent
 
     def _on_message(self, received: Received) -> None:
         gateway, message = received.gateway, received.message
@@ -75,7 +75,9 @@ class Commands:
     ) -> None:
         now_s = self._clock()
         if (gateway, message.sequence_id) in self._scheduler.sequences:
-            self._reports.metrics.duplicate_submits_total += 1  # a frame delivered twice: its sequence runs
+            self._reports.metrics.duplicate_submits_total += (
+                1  # a frame delivered twice: the sequence runs already
+            )
             return
         try:
             if message.epoch != self._epoch:

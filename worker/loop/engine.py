@@ -31,14 +31,14 @@ from worker.step.contract import OutOfDeviceMemory, Runner
 
 log = structlog.get_logger()
 
-MIN_WAIT_S = 20e-6  # a commit that took less found its outputs there: it did not wait for the device
+MIN_WAIT_S = 20e-6  # a shorter wait means that the outputs had arrived already
 
 
 class Engine:
     """The loop's state: a scheduler, a pipeline of slots, and whatever runs the steps.
 
-    `on_beat(steps, expected_s)` is called with every heartbeat. `wait_for_command` waits for so many seconds at most,
-    and takes what came; by default, on the inbox.
+    `on_beat(steps, expected_s)` is called with every heartbeat. `wait_for_command` waits for a command for so many
+    seconds at most; by default on the inbox.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Engine:
         self._timer = LaunchTimer() if late_launch else None
         self._governor = governor
         self._wait_for_command = wait_for_command or self._wait_on_inbox
-        self._waited_s = 0.0  # on the device and on the inbox, ever
-        self._had_work = False  # something could be launched whenever the loop last looked
+        self._waited_s = 0.0  # total time spent waiting for the device and the inbox
+        self._had_work = False  # the loop has found work each time it looked since the last launch
 
     @property
     def is_draining(self) -> bool:
-        """It takes no new sequences, and ends with the last one."""
+        """Whether the loop takes no new sequences and ends with the last one."""
         return self._commands.is_draining
 
     # ------------------------------------------------------------------ the loop
@@ -145,9 +145,9 @@ class Engine:
     # ------------------------------------------------------------------ when to launch
 
     def _early_by_s(self) -> float:
-        """For how long the device has enough to do that launching can wait for what may arrive; 0 if it has not.
+        """For how long launching can wait for new requests because the device is busy; 0 if it must not wait.
 
-        Only while an arrival could join the step: a free row, and nobody queued already.
+        Above 0 only while a new request could join the step: a row is free, and none is queued.
         """
         newest, scheduler = self.pipeline.newest, self.scheduler
         if self._timer is None or newest is None or len(self.pipeline) != 1 or self.depth == 1:
@@ -157,13 +157,13 @@ class Engine:
         return self._timer.launch_at_s(len(newest.plan.decode)) - self._clock()
 
     def _depth_now(self) -> int:
-        """Steps that may be in flight now. While an arrival could join, two at most: it would wait for a third."""
+        """Steps that may be in flight now; two at most while a new request could join, which would wait for a third."""
         if self._timer is not None and self.scheduler.free_rows:
             return min(self.depth, 2)
         return self.depth if self._governor is None else self._governor.depth
 
     def _wait_and_take(self, seconds: float) -> bool:
-        """Sleep until a command comes, for so long at most, and handle it; whether one came."""
+        """Sleep until a command comes, for `seconds` at most, and handle it; returns whether one came."""
         if seconds <= 0:
             return False
         before_s = self._clock()
@@ -182,7 +182,7 @@ class Engine:
     # ------------------------------------------------------------------ launching
 
     def _plan_and_launch(self, depth: int | None = None) -> bool:
-        """Launch the next step, if there is a slot for it and anything to do; whether it was."""
+        """Launch the next step if there is a free slot and work; returns whether a step was launched."""
         if not self.pipeline.can_launch(depth or self.depth):
             return False
         before_s = self._clock()
@@ -246,7 +246,7 @@ class Engine:
     # ------------------------------------------------------------------ committing
 
     def _commit(self, step: InFlight) -> None:
-        """Wait for the oldest step's outputs, accept them, and tell."""
+        """Wait for the oldest step's outputs, accept them, and report them to gateways."""
         before_s = self._clock()
         result = self.runner.wait(step.slot, step.plan)
         now_s = self._clock()
@@ -270,7 +270,7 @@ class Engine:
             self._recording.on_host(f"commit {plan.step}", now_s, self._clock())
             self._recording.on_commit(step, now_s, times)
         self.metrics.on_commit(plan, len(done.token_ids), done.num_zombies, times, wait_s)
-        if step.follows:  # else there was no work before it, and an idle device is no bubble
+        if step.follows:  # otherwise there was no work before it, so an idle device is no bubble
             self.metrics.on_bubble(times.idle_s)
             if self._governor is not None and self._governor.depth == self._depth_now():
                 self._governor.on_commit(times.busy_s, times.idle_s, len(plan.samples), done.num_zombies)
@@ -278,7 +278,7 @@ class Engine:
     # ------------------------------------------------------------------ failure
 
     def _shed(self, plan: StepPlan, error: OutOfDeviceMemory) -> None:
-        """The prompts of this step found no memory: they end, and the batch goes on. Their rows are zombies."""
+        """End the prompts of a step that found no device memory; the batch goes on, and their rows are zombies."""
         log.warning("out_of_memory", chunks=len(plan.chunks), detail=str(error)[:300])
         for chunk in plan.chunks:
             if chunk.seq.finish is None:
@@ -287,7 +287,7 @@ class Engine:
                 self._reports.send_finish(chunk.seq)
 
     def _give_up(self, error: Exception) -> None:
-        """The device is lost: one typed terminal event for each sequence, then a last word."""
+        """The device is lost: send one typed terminal event for each sequence, then `Fatal`."""
         log.error("decode_loop_failed", error=type(error).__name__, detail=str(error)[:500])
         text = f"the device failed: {type(error).__name__}"
         for seq in self.scheduler.abandon(ErrorCode.DEVICE_ERROR, text):

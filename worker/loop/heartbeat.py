@@ -1,7 +1,7 @@
 """Owns the worker's signs of life: when they are sent, and how long the next may take to come. Decode thread.
 
-A loop that hangs falls silent. One that is slow says beforehand how long its steps should take, and tells of progress
-from inside them where it can.
+A loop that hangs sends nothing. A loop that is slow announces how long its steps should take, and sends heartbeats from
+inside them where it can.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from worker.schedule.scheduler import Scheduler
 
 BEAT_INTERVAL_S = 0.5
 LONG_S = 1.0  # steps that should take longer are announced
-SLACK = 2.0  # a step may take so many times what it should, and is not thought to hang
+SLACK = 2.0  # a step may take so many times its expected time before it counts as hung
 
 
 class Heartbeat:
-    """`on_beat(steps, expected_s)` tells the supervisor what gateways are told."""
+    """Sends heartbeats to gateways, and the same to the supervisor by `on_beat(steps, expected_s)`."""
 
     def __init__(
         self,
@@ -40,11 +40,11 @@ class Heartbeat:
         self._last_commit_s = self._started_s
 
     def on_commit(self, now_s: float) -> None:
-        """A step was read: the one behind it has the device."""
+        """A step was committed: the device now runs the next one."""
         self._last_commit_s = now_s
 
     def on_launch(self, expected_s: float) -> None:
-        """A step is about to be queued: where that, or waiting for it, may take long, say so first."""
+        """A step is about to be queued: announce it first if queueing it, or waiting for it, may take long."""
         if expected_s * SLACK > LONG_S:
             self.send()
 
@@ -54,7 +54,7 @@ class Heartbeat:
             self.send()
 
     def send(self) -> None:
-        """Tell gateways and the supervisor."""
+        """Send a heartbeat to gateways and the supervisor."""
         now_s = self._clock()
         self.next_s = now_s + BEAT_INTERVAL_S
         expected_s = self._expected_s(now_s)

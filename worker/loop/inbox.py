@@ -1,6 +1,6 @@
 """Owns the types of what other threads and the decode thread hand each other. Any thread puts, the decode thread takes.
 
-Queues carry them; nothing is shared beside.
+Queues carry them; the threads share nothing else.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class CompiledSubmit:
 
 @dataclass(frozen=True, slots=True)
 class LeaseEnded:
-    """A gateway is gone, or has been silent for longer than its lease: its sequences end untold."""
+    """A gateway is gone, or was silent for longer than its lease: its sequences end without a message."""
 
     gateway: bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MaskReady:
-    """The mask of a sequence that sits out is built (`error` empty), or could not be."""
+    """The mask of a sequence that sits out was built (`error` empty) or could not be built."""
 
     seq: Sequence
     mask: npt.NDArray[np.int32]

@@ -23,7 +23,7 @@ from worker.schedule.sequence import Sequence
 
 I32 = npt.NDArray[np.int32]
 
-SLOW_S = 1e-3  # a row's mask that takes longer makes it paced; below half of it, it no longer is
+SLOW_S = 1e-3  # a slower mask makes its sequence paced; a mask quicker than half of this ends that
 MIN_PARALLEL_ROWS = 4  # below, handing rows to threads costs more than it saves
 MAX_THREADS = 8
 
@@ -46,12 +46,14 @@ class MaskFiller:
         self._clock = clock
         self._threads = threads
         self._parallel = MaskExecutor(num_threads) if num_threads > 1 else None
-        self._one_by_one = False  # a parallel fill was slow: the next one finds out whose fault it was
+        self._one_by_one = (
+            False  # after a slow parallel fill: time each mask of the next one, to find the slow row
+        )
         self.num_paced = 0
 
     def fill_deferred(self, masks: I32, plan: StepPlan) -> list[tuple[Sequence, str]]:
-        """Write the masks of a step's constrained rows; returns those whose grammar failed, with its words. They are
-        zombies then, like rows that have ended meanwhile: whatever they sample is skipped."""
+        """Write the masks of a step's constrained rows; returns the sequences whose grammar failed, with its message. Their
+        rows are then zombies, like rows that have ended meanwhile: what they sample is skipped."""
         rows: list[tuple[int, Sequence]] = []
         for i in plan.deferred:
             seq = plan.samples[i]
@@ -101,13 +103,13 @@ class MaskFiller:
             self.num_paced += 1
 
     def build_ahead(self, seq: Sequence, num_words: int) -> None:
-        """Start on the next mask of a paced sequence: its last token was committed just now."""
+        """Start building the next mask of a paced sequence, whose last token was just committed."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="masks")
         self._threads.submit(self._build, seq, np.empty(num_words, np.int32))
 
     def _build(self, seq: Sequence, mask: I32) -> None:
-        """On a thread. The constraint is nobody else's until `on_ready`: its sequence sits out."""
+        """Runs on a thread of the filler, which alone uses the constraint until `on_ready`: its sequence sits out."""
         assert seq.constraint is not None
         started_s = self._clock()
         error = ""
@@ -123,6 +125,6 @@ class MaskFiller:
         ready.seq.on_mask_ready(ready.mask, is_slow=ready.took_s > SLOW_S / 2)
 
     def close(self) -> None:
-        """Drop what has not begun. What has, ends within the grammar's own limits."""
+        """Drop masks that were not begun; those begun end within the grammar's limits."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)

@@ -31,8 +31,8 @@ class WorkerMetrics:
         self.rejected_total = 0
         self.duplicate_submits_total = 0
         self.sync_steps_total: dict[str, int] = {}  # by reason: `on_sync`
-        self.eager_steps_total = graphs.eager_steps_total  # without their graph, by kind
-        self.captures_total = graphs.captures_total  # of graphs: startup, late, failed
+        self.eager_steps_total = graphs.eager_steps_total  # steps that ran without a graph, by kind
+        self.captures_total = graphs.captures_total  # captured graphs by kind: startup, late, failed
         self.depth = 0  # steps in flight after the last launch
         self.step_host = Histogram()
         self.step_wait = Histogram()
@@ -56,8 +56,8 @@ class WorkerMetrics:
         self.step_wait.observe(wait_s)
 
     def on_sync(self, reason: str) -> None:
-        """A step the device was, or could have been, kept waiting for: `depth` (blocking mode), `idle` (no work
-        before it), `behind` (the host was late), `mask` (constrained rows had to see their last token)."""
+        """Count a step for which the device may have waited: `depth` (blocking mode), `idle` (no work before the step),
+        `behind` (the host was late), `mask` (constrained rows needed their last token)."""
         self.sync_steps_total[reason] = self.sync_steps_total.get(reason, 0) + 1
 
     def on_bubble(self, idle_s: float) -> None:

@@ -12,7 +12,7 @@ MAX_STEPS = 2000
 
 
 class Recording:
-    """Nothing, until `begin`; sent to who asked once it is complete."""
+    """Records steps from `begin` on, and sends the complete recording to the gateway that asked."""
 
     def __init__(self, outbox: Outbox, epoch: int) -> None:
         self._outbox = outbox
@@ -27,11 +27,11 @@ class Recording:
 
     @property
     def is_on(self) -> bool:
-        """Whether one runs."""
+        """Whether a recording runs."""
         return self._recorder is not None
 
     def on_host(self, name: str, start_s: float, end_s: float) -> None:
-        """The decode thread did something for so long."""
+        """Note what the decode thread did, and for how long."""
         if self._recorder is not None:
             self._recorder.span(HOST, name, start_s, end_s)
 

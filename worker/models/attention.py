@@ -1,7 +1,7 @@
 """Owns a forward's attention over paged memory, by the compiled operations or by torch. Decode thread.
 
 One `AttentionPlan` is built a forward; it holds what all layers share, so a layer costs two writes, two gathers and
-one product a kind of row. What torch does of it stands in `torch_attention`, the oracle of the GPU kernels too.
+one product for each kind of row. `torch_attention` holds the part done by torch, also the GPU kernels' reference.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class AttentionPlan:
                 self._native_write_index = write_index[: rows.num]
                 write_index = write_index[rows.num :]
                 decode, prefills = None, prefills if len(write_index) else []
-        # What the native operations leave to torch; without them, all.
+        # The rows that the native operations leave to torch; all rows without them.
         self._rest = TorchRows(decode, prefills, write_index, cache, space)
         if self._native is None:
             self._by_window[0] = self._rest
@@ -98,8 +98,8 @@ class AttentionPlan:
     ) -> Tensor:
         """As `attend`, from the qkv product (N, (H + 2·KH)·D); returns (N, H·D) in its dtype.
 
-        `split` is asked for the rows that no native operation takes. `qk_weight` and `eps` tell those what
-        `split` does besides rotating: RMS norm of each head of q and k by weights (H + KH, D) fp32.
+        `split` is called for the rows that no native operation takes. `qk_weight` (H + KH, D) fp32 and `eps` describe the
+        RMS norm of each head of q and k, which `split` also applies, to the native operations.
         """
         rotation, rows = self._rotations[kind.rotation], self._native_rows
         if self._native is None or rows is None or not kind.is_full:

@@ -20,7 +20,7 @@ def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
     said = described(config)
 
     def ids(name: str) -> list[int]:
-        """What both files say, generation_config.json first."""
+        """The ids that both files name, generation_config.json's first."""
         return list(
             dict.fromkeys(
                 one for given in (generation, config) for one in _ids(name, given, sizes.vocab_size)
@@ -34,7 +34,7 @@ def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
         context_tokens=sizes.context_tokens,
         vocab_size=sizes.vocab_size,
         bos_id=next(iter(ids("bos_token_id")), None),
-        # Each may name ends that the others do not: a base model's config.json, an instruct model's generation_config.
+        # Each file may name ends that the others lack: a base model's config.json, an instruct model's generation_config.
         eos_ids=list(dict.fromkeys([*ids("eos_token_id"), *ends])),
         created=source.created,
         capabilities=["chat", "completions"],

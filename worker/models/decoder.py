@@ -1,7 +1,7 @@
 """Owns the decoder that every family shares: embedding lookup, rotations, blocks, final norm and head. Decode thread.
 
-A family is its blocks, its embedding and its head. What blocks of all families have in common is small: they take the
-residual stream and add to it, layer by layer, by a GPU's kernels, or all in one compiled call.
+A family consists of its blocks, its embedding and its head. Every block takes the residual stream and adds to it: layer
+by layer, by a GPU's kernels, or all layers in one compiled call.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Block(Protocol):
     def fused(
         self, hidden: Tensor, gained: Tensor | None, plan: FusedPlan, layer: int
     ) -> tuple[Tensor, Tensor]:
-        """As `__call__` with a GPU's kernels. `gained` is what the block before adds to the residual stream: each
-        sum is taken with the norm behind it. Returns the stream, and what this block adds to it last."""
+        """As `__call__` with a GPU's kernels, each of which takes a residual sum and the norm after it. `gained` is what the
+        block before adds to the residual stream. Returns the stream, and what this block adds to it last."""
         ...
 
     def native_layer(self) -> Layer | None:

@@ -1,8 +1,8 @@
 """Owns the blocks of dense decoders: grouped-head attention and a gated MLP a layer, by a family's settings. Decode thread.
 
-At a few million parameters a decode step on a CPU is as much operator calls as it is arithmetic, so weights are
-arranged at load for few of them: q, k and v are one product, as are gate and up; a rotary pair is one complex
-number; residual sums ride in the products, and the factors of those are multiplied into the weights.
+A decode step of a small model on a CPU costs as much in operator calls as in arithmetic, so weights are arranged at load
+for few calls: q, k and v are one product, as are gate and up; a rotary pair is one complex number; products add the
+residual, and factors of sums are multiplied into weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from worker.kernels.fused import FusedPlan
 
 _COMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-_BARE = re.compile(r"(embed_tokens|layers|norm)\.")  # as a folder has them that was saved without its head
+_BARE = re.compile(r"(embed_tokens|layers|norm)\.")  # names in a folder that was saved without its head
 
 
 class Dense(Decoder):
@@ -41,7 +41,7 @@ class Dense(Decoder):
         blocks = [_Block(take, f"model.layers.{index}", sizes, index) for index in range(sizes.num_layers)]
         norm = _take_norm(take, "model.norm", sizes)
         weight = words if sizes.tied else take("lm_head.weight", sizes.vocab_size, sizes.dim)
-        # Rotated by numbers of this length, q and k make scores scaled by its square: exact, and on every path.
+        # q and k are rotated by numbers of this length, so scores are scaled by its square, exactly and on every path.
         length = sizes.score_scale**0.5
         super().__init__(
             card,
@@ -142,8 +142,8 @@ class _Block:
     def _split(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `attention.Split`. All in fp32."""
         num_heads, num_rotated, head_dim = self._num_heads, self._num_rotated, self._head_dim
-        # Nothing that is not finite reaches the cache: a masked NaN would still spoil the pages' next owner. The
-        # faulty row itself is found by its output, which keeps the NaN through the residual stream.
+        # Only finite values reach the cache, since a NaN in a page would spoil the page's next owner even where it is masked.
+        # The faulty row is found by its output, which keeps the NaN through the residual stream.
         heads = qkv.float().nan_to_num_(0.0, 0.0, 0.0).view(-1, 2 * num_rotated - num_heads, head_dim)
         rotated, value = heads.split((num_rotated, num_rotated - num_heads), 1)
         if self._qk_weight is not None:
@@ -273,7 +273,7 @@ def load_dense(
 
 
 def _canonical_name(stored: str, tied: bool | None) -> Target | None:
-    """None for what is computed here, and for the copy of tied embeddings that some checkpoints carry."""
+    """A tensor's name; None for tensors that are computed here, and for the copy of tied embeddings in some checkpoints."""
     if _COMPUTED.search(stored) or (tied and stored == "lm_head.weight"):
         return None
     return Target(f"model.{stored}" if _BARE.match(stored) else stored)

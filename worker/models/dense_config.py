@@ -15,9 +15,9 @@ from worker.models.rope import RopeConfig, most_context, parse_rope, usual_conte
 from worker.models.settings import Settings
 from worker.models.torch_attention import LayerAttention
 
-DEFAULT_CONTEXT_TOKENS = 8192  # where neither the folder nor whoever serves it names one
+DEFAULT_CONTEXT_TOKENS = 8192  # if neither the folder nor the worker's settings name a context
 
-_ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}  # whether it is the GELU
+_ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True}  # True: the activation is the GELU
 
 
 class QkNorm(Enum):
@@ -91,7 +91,9 @@ class DenseConfig:
     @property
     def rotary_dim(self) -> int:
         """How many dimensions of a head are rotated, the first ones."""
-        return int(self.head_dim * self.ropes[0].fraction + 1e-6)  # a quotient may lie just below
+        return int(
+            self.head_dim * self.ropes[0].fraction + 1e-6
+        )  # the product may be just below a whole number
 
 
 def read_dense(
@@ -141,7 +143,7 @@ def read_dense(
         context_tokens=context,
         eps=small,
         ropes=ropes,
-        # A window that no sequence outgrows is none.
+        # A window as long as the context has no effect.
         layers=tuple(
             LayerAttention(0 if layer.window >= context else layer.window, layer.cap, layer.rotation)
             for layer in layers[:num_layers]
@@ -172,7 +174,7 @@ def _check_rotations(config: DenseConfig, settings: Settings) -> None:
 
 
 def context_tokens(settings: Settings, ropes: tuple[RopeConfig, ...]) -> int:
-    """The context to serve: what whoever serves the folder asks for within what the model can, else the model's."""
+    """The context to serve: the one asked for, as far as the model holds it, else the model's."""
     named = settings.size("max_position_embeddings", DEFAULT_CONTEXT_TOKENS)
     most = min(most_context(rope, named) for rope in ropes)
     asked = described(settings).get("context_tokens")
@@ -184,7 +186,7 @@ def context_tokens(settings: Settings, ropes: tuple[RopeConfig, ...]) -> int:
 
 
 def described(settings: Settings) -> dict[str, Any]:
-    """The optional `degas` object of config.json: what whoever serves the folder wants said otherwise."""
+    """The optional `degas` object of config.json: values that override what the rest of the folder says."""
     return settings.objects("degas")
 
 

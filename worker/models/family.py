@@ -1,4 +1,4 @@
-"""Owns what a family of models is to the registry: its names, and how its config.json becomes a decoder. Decode thread."""
+"""Owns what the registry knows of a model family: its names, and how its config.json becomes a decoder. Decode thread."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def dense_family(name: str, title: str, architecture: str, read: Callable[[Setti
 
 
 def refuse_own_code(settings: Settings, family: Family) -> None:
-    """Raises CheckpointError where the folder wants a model class of its own; a copy of the known one is not needed."""
+    """Raises CheckpointError if the folder brings a model class of its own, other than a copy of the known class."""
     for kind, named in settings.objects("auto_map").items():
         wanted = str(named).rpartition(".")[2]
         if "Model" in kind and wanted not in family.architectures:

@@ -21,7 +21,7 @@ Take = Callable[..., Tensor]
 """`take(name, *shape, dtype=…)`: a checkpoint's tensor by canonical name, of that shape, on the model's device.
 Without `dtype` in the model's own."""
 
-# Reordering wants to know a typical batch; 32 measured best or equal from 1 to 128 rows.
+# Reordering for oneDNN needs a typical batch size; 32 measured best or equal from 1 to 128 rows.
 _PACK_ROWS = 32
 
 
@@ -41,8 +41,8 @@ class PackedLinear:
 
     Takes `weight` (out, in) and `bias` (out,) or None, on their final device and dtype, or a weight in a file's blocks for
     fp32 inputs on a CPU, which are multiplied as they are. Inputs are (..., in) in the same dtype; outputs (..., out).
-    `pack=False` keeps the plain product, for comparison. `gated`: the first half of the outputs gates the second, and
-    `silu_gate` is all that will be asked for.
+    `pack=False` keeps the plain product, for comparison. `gated`: the first half of the outputs gates the second, and only
+    `silu_gate` may be called.
     """
 
     __slots__ = (
@@ -100,7 +100,7 @@ class PackedLinear:
 
     @property
     def native(self) -> Linear | None:
-        """Where the packed weights lie, for a call over whole layers; None where they are not packed for that."""
+        """The addresses of the packed weights, for a call over whole layers; None if they are not packed for it."""
         if self._native is None:
             return None
         packed: PackedWeight = self._weight

@@ -49,7 +49,7 @@ _COMPUTED = re.compile(r"(^|\.)(freqs_cis|attn_mask|kv_cache\.\w+|rotary_emb\.in
 
 
 def canonical_name(stored: str) -> Target | None:
-    """A stored tensor's name in either layout → its name without `model.`; None for what we compute ourselves."""
+    """A stored tensor's name in either layout → its name without `model.`; None for tensors that are computed here."""
     name = stored.replace("._orig_mod", "").removeprefix("model.")
     if _COMPUTED.search(name):
         return None
@@ -84,8 +84,8 @@ class Moondream(Decoder):
         )
         self.config = config
         self.prefix_tokens = config.prefix_tokens
-        # Whether the host may look for rows that need the region model: cheap on a CPU, where it mostly saves the
-        # work. On a GPU it would stop the host, and in a captured graph it cannot be asked.
+        # Whether the host may look for rows that need the region model. On a CPU that is cheap and mostly saves the work; on
+        # a GPU it would make the host wait, and a captured graph cannot do it.
         self.looks = device.type == "cpu"
         self.vision = VisionEncoder(config.vision, take)
         self.region = RegionModel(config.region, take)
@@ -158,8 +158,8 @@ class _TextBlock:
     def _split(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `attention.Split`. All in fp32."""
         num_heads, num_rotated, head_dim = self._num_heads, self._num_rotated, self._head_dim
-        # Nothing that is not finite reaches the cache: a masked NaN would still spoil the pages' next owner. The
-        # faulty row itself is found by its output, which keeps the NaN through the residual stream.
+        # Only finite values reach the cache, since a NaN in a page would spoil the page's next owner even where it is masked.
+        # The faulty row is found by its output, which keeps the NaN through the residual stream.
         heads = qkv.float().nan_to_num_(0.0, 0.0, 0.0).view(qkv.shape[0], -1, head_dim)
         # Rotary embedding in fp32 and in place: one complex product over the heads of q and k.
         pairs = heads[:, :num_rotated, : head_dim // 2].view(-1, num_rotated, head_dim // 4, 2)

@@ -17,7 +17,7 @@ from worker.models.moondream_config import RegionConfig
 
 
 class RegionModel:
-    """Encoders and decoders of coordinates and sizes. Fourier features are computed in fp32 whatever the dtype:
+    """Encoders and decoders of coordinates and sizes. Fourier features are computed in fp32 in every dtype, because
     their phases reach hundreds of radians."""
 
     def __init__(self, config: RegionConfig, take: Take) -> None:

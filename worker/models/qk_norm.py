@@ -1,7 +1,7 @@
 """Owns what normalises queries and keys between their product and the rotation. Decode thread.
 
-Norms of a head by one weight are part of the compiled attention and of the GPU's kernels; others change the product
-before those see it.
+The compiled attention and the GPU's kernels apply norms that use one weight for every head; the norms here change the
+product before it reaches them.
 """
 
 from __future__ import annotations

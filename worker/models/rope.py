@@ -16,15 +16,15 @@ KINDS = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Frequencies of the rotation. `kind` is one of `KINDS`, or none for layers that turn nothing; the rest of a
-    kind's settings follow."""
+    """Frequencies of the rotation. `kind` is one of `KINDS`, or "none" for layers that do not rotate; the other fields
+    are settings of the kinds."""
 
     theta: float = 10000.0
     kind: str = "default"
-    fraction: float = 1.0  # of a head's dimensions that are turned, the first ones
+    fraction: float = 1.0  # share of a head's dimensions that are rotated, the first ones
     factor: float = 1.0
     original_tokens: int = 8192
-    attention_factor: float = 1.0  # what cosine and sine are multiplied by
+    attention_factor: float = 1.0  # multiplies cosine and sine
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -95,7 +95,7 @@ def parse_rope(
 
 
 def _original_tokens(config: Settings, settings: Settings) -> int:
-    """The context a model was first trained for. Phi-3 names it beside the rotary settings, which then counts."""
+    """The context that a model was first trained for. A value beside the rotary settings, as Phi-3 has it, comes first."""
     if config.get("original_max_position_embeddings") is not None:
         return config.size("original_max_position_embeddings")
     value = settings.get("original_max_position_embeddings")
@@ -131,16 +131,17 @@ def most_context(rope: RopeConfig, max_positions: int) -> int:
 
 
 def usual_context(rope: RopeConfig, max_positions: int) -> int:
-    """What is served unless the settings ask for more: with longrope what its short factors are for, since the long
-    ones would change the answers to short prompts as well."""
+    """The context served unless the settings ask for more. With longrope it is the one that the short factors are for,
+    because the long factors would change the answers to short prompts as well."""
     return min(max_positions, rope.original_tokens) if rope.kind == "longrope" else max_positions
 
 
 def inverse_frequencies(rope: RopeConfig, rotary_dim: int, context_tokens: int) -> Tensor:
     """(rotary_dim / 2,) fp32: radians a position turns each pair by.
 
-    `dynamic` is the default kind within the context that config.json names, and no more is served. `longrope` has one
-    set of factors for contexts of up to its original one, and another beyond; it is chosen once, by what is served.
+    `dynamic` equals the default kind within the context that config.json names, and no longer context is served.
+    `longrope` has one set of factors for contexts up to the original one, and another for longer contexts; the served
+    context chooses one for all prompts.
     """
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
     if rope.kind == "none":
@@ -168,7 +169,7 @@ def _yarn_ramp(rope: RopeConfig, rotary_dim: int) -> Tensor:
     """(rotary_dim / 2,) from 0, turned as before, to 1, stretched by `factor` (Peng et al. 2023)."""
 
     def pair(turns: float) -> float:
-        """The pair that makes so many turns within the original context."""
+        """The pair that makes `turns` turns within the original context."""
         return (
             rotary_dim * math.log(rope.original_tokens / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
         )

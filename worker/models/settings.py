@@ -17,7 +17,7 @@ class Settings:
         self.file = file
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value as it stands there."""
+        """The value as the file has it."""
         value = self.values.get(name)
         return default if value is None else value
 

@@ -1,7 +1,7 @@
 """Owns paged attention by torch: writing K and V to pages, and reading them back. Decode thread.
 
-For CPUs without the compiled operations, for layers that those do not compute, and as the oracle of the GPU kernels.
-It uses no host synchronisation: on a GPU the decode part can be captured for fixed shapes.
+Used on CPUs without the compiled operations, for layers that those do not compute, and as the reference of the GPU
+kernels. The host never waits for the device: on a GPU the decode part can be captured for fixed shapes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from worker.forward import DecodeRows, KVCache, PrefillSegment, check_prefix
 
-CAPPED_QUERIES = 256  # of a chunk at once where scores are capped: they then exist as a tensor
+CAPPED_QUERIES = (
+    256  # queries of a chunk computed at once where scores are capped, to bound the tensor of scores
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class LayerAttention:
 
     @property
     def is_full(self) -> bool:
-        """Whether scores of all keys count as they are."""
+        """Whether the layer sees all keys and does not cap scores."""
         return not self.window and not self.cap
 
 
@@ -51,8 +53,8 @@ class _Segment:
 class GatherSpace:
     """Memory that decode gathers K and V into, kept from step to step; one a model, grown on demand.
 
-    Allocated anew in every layer these megabytes go back to the system each time, and its page faults made
-    attention at 32 rows three times slower. CPUs only: a GPU's allocator keeps its memory, and captures it.
+    Allocated anew in every layer, these megabytes would go back to the system each time; the page faults made attention
+    at 32 rows three times slower. For CPUs only: a GPU's allocator keeps its memory.
     """
 
     def __init__(self) -> None:
@@ -119,9 +121,7 @@ class TorchRows:
         tables, lengths = rows.block_tables[:num], rows.lengths[:num, None]
         num_pages = min(-(-rows.max_tokens // page_tokens), tables.shape[1])
         columns = torch.arange(num_pages * page_tokens, device=lengths.device)
-        needed = (
-            -(-(self._window - 1) // page_tokens) + 1
-        )  # pages that a window can touch, wherever it begins
+        needed = -(-(self._window - 1) // page_tokens) + 1  # the most pages that a window can lie in
         if self._window > 0 and needed < num_pages:
             first = (lengths - self._window).clamp_(min=0) // page_tokens
             num_pages = needed
@@ -199,8 +199,8 @@ class TorchRows:
             torch.index_select(values, 0, pages, out=gathered_values)
         gathered_keys = gathered_keys.view(rows, -1, kv_heads, head_dim).transpose(1, 2)
         gathered_values = gathered_values.view(rows, -1, kv_heads, head_dim).transpose(1, 2)
-        # The query heads of a group stand as the query *positions* of its key head: one product for all of
-        # them, measured 1.5 to 7 times quicker than `enable_gqa`, and needing no group special case.
+        # The query heads of a group are passed as query *positions* of their key head, so one product serves them all:
+        # measured 1.5 to 7 times quicker than `enable_gqa`, and groups need no case of their own.
         grouped = query.reshape(rows, kv_heads, num_heads // kv_heads, head_dim)
         if self._widen:
             grouped, gathered_keys, gathered_values = (

@@ -39,20 +39,20 @@ KINDS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "avx512": (("-march=x86-64-v4",), _V4),
     "avx2": (("-march=x86-64-v3",), _V3),
 }
-"""Kinds of processors, the best first: the compiler's flags, and what Linux must say that the processor has."""
+"""Kinds of processors, the best first: the compiler's flags, and the processor flags that Linux must list."""
 
 log = structlog.get_logger("worker.native")
 _allowed = True
 
 
 def forbid() -> None:
-    """From now on nothing is compiled or loaded: the setting `native` is off. Call before any model loads."""
+    """Compile and load nothing from now on, because the setting `native` is off. Call before any model loads."""
     global _allowed
     _allowed = False
 
 
 def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
-    """The library built of `source`; None where that is not to be had, with the reason in the log.
+    """The library built from `source`; None if it cannot be built or loaded, with the reason in the log.
 
     `folder` keeps libraries from start to start; None for the user's cache. Compiling takes some 13 seconds of
     processor time on up to three cores, finding it again a millisecond.
@@ -106,7 +106,7 @@ def prebuilt(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
 
 
 def processor_flags() -> frozenset[str]:
-    """What Linux says that the first processor has; nothing elsewhere."""
+    """The flags that Linux lists for the first processor; empty on other systems."""
     flags = [line.partition(":")[2].split() for line in _processor().splitlines() if line.startswith("flags")]
     return frozenset(flags[0] if flags else ())
 
@@ -122,7 +122,7 @@ def _units(source: Path) -> list[Path]:
 
 
 def _name(source: Path, made_for: str) -> str:
-    """Another for every change of the source, its headers or the flags."""
+    """The library's name, which changes with the source, its headers and the flags."""
     digest = hashlib.sha256(repr(FLAGS).encode())
     for read in (*_units(source), *sorted(source.parent.glob("*.h"))):
         digest.update(read.read_bytes())
@@ -130,13 +130,13 @@ def _name(source: Path, made_for: str) -> str:
 
 
 def _key(compiler: str) -> str:
-    """This very machine, with this compiler."""
+    """A key for this machine's processor and this compiler."""
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=10, check=True).stdout
     return hashlib.sha256(version + compiler.encode() + _processor().encode()).hexdigest()[:16]
 
 
 def _processor() -> str:
-    """What `-march=native` looks at: a home folder may be shared by machines that differ."""
+    """The processor's properties that `-march=native` uses, because machines with different processors may share a home."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
@@ -149,7 +149,7 @@ def _private(folder: Path) -> Path:
     """The folder, made if need be. Raises RuntimeError when others could put a library there."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:  # no home, or one that cannot be written: compile anew at every start
+    except OSError:  # no home, or a home that is not writable: compile anew at every start
         return Path(tempfile.mkdtemp(prefix="degas-native-"))
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -13,7 +13,7 @@ from worker.native.build import SOURCE, compiled
 
 Bound = TypeVar("Bound")
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-"""The dtypes there are functions for, as the functions' names end."""
+"""The dtypes that have functions, with the ending of the functions' names."""
 
 
 def library(device: torch.device) -> CDLL | None:

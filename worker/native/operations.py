@@ -1,7 +1,7 @@
 """Owns calling the compiled CPU operations on tensors. Decode thread; no call holds Python's lock.
 
-What they replace, per layer of a decode step: some fifteen torch operations of a few microseconds each, and the
-gathering of every page before attention may look at it.
+In each layer of a decode step they replace some fifteen torch operations of a few microseconds each, and the copying of
+every page before attention reads it.
 """
 
 from __future__ import annotations

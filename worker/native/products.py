@@ -1,7 +1,7 @@
 """Owns calling the compiled products with weights packed for them. Decode thread; no call holds Python's lock.
 
-A step has four products a layer, and oneDNN spends 14 µs (some 45 with cold caches) on finding out what each of
-them is to run. Besides, its bf16 products on matrix registers round a row otherwise in one batch than in another.
+A step has four products a layer, and oneDNN spends 14 µs (some 45 with cold caches) on choosing the code for each. Its
+bf16 products on matrix registers also round a row differently in different batches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Owns weights as GGUF files hold them: ggml's blocks, and the levels, scales and offsets that they say. Decode thread.
 
-All kinds come down to `scale · q + least` with q of at most eight bits and a scale for every 16 or 32 inputs, which is exactly what ggml's
-reference computes for each: compiled products read that form, and nothing is rounded anew.
+Every kind is `scale · q + least` with q of at most eight bits and a scale for every 16 or 32 inputs, exactly as ggml's
+reference computes it. Compiled products read that form, so nothing is rounded again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Levels:
         return torch.flatten(values if self.least is None else values + self.least.unsqueeze(-1), 1)
 
     def in_sixteens(self) -> Levels:
-        """The same with a scale and an offset for every 16 columns."""
+        """These levels with a scale and an offset for every 16 columns."""
         times = self.scale_inputs // 16
         least = torch.zeros_like(self.scale) if self.least is None else self.least
         return Levels(self.q, self.scale.repeat_interleave(times, 1), least.repeat_interleave(times, 1))
@@ -118,7 +118,7 @@ def stacked(parts: Sequence[Quantised]) -> Quantised:
 
 
 _Parts = tuple[Tensor, Tensor, Tensor | None]
-"""Of N blocks: q (N, values) int8, scale (N, scales) fp32, least the same or None."""
+"""The parts of N blocks: q (N, values) int8, scale (N, scales) fp32, least (N, scales) fp32 or None."""
 
 
 def _half(blocks: Tensor, start: int) -> Tensor:
@@ -193,4 +193,4 @@ KINDS: dict[str, tuple[int, int, Callable[[Tensor], _Parts]]] = {
     "Q5_K": (256, 176, _q5_k),
     "Q6_K": (256, 210, _q6_k),
 }
-"""By ggml's name: values and bytes of a block, and what takes blocks apart."""
+"""By ggml's name: values and bytes of a block, and the function that takes blocks apart."""

@@ -1,8 +1,8 @@
 """Owns calling all layers of a step at once. Decode thread; the call does not hold Python's lock.
 
-Called one by one, some eighty operations of a few microseconds each cost as much again in Python at one row, and
-take its lock back from the I/O thread after every one. The results are those of the single operations, bit for
-bit: a step with a long prefill chunk, which needs torch, runs those.
+Called one by one, some eighty operations of a few microseconds cost as much again in Python at one row, and each takes
+Python's lock back from the I/O thread. The results equal those of the single operations bit for bit, which a step with
+a long prefill chunk runs, because it needs torch.
 """
 
 from __future__ import annotations

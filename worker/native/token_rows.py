@@ -1,8 +1,8 @@
 """Owns which tokens of a step the compiled attention takes, each as a row of its own, and what each may see. Decode thread.
 
-A row of decode sees all tokens of its sequence; so does a token of a prompt see those up to itself, or the whole of a
-bidirectional prefix: always a leading part. Torch's attention is a dozen operations a chunk in every layer, and keeps a
-step from being one call; short prompts are most of what is served.
+A decode row sees all tokens of its sequence; a prompt's token sees those up to itself, or a whole bidirectional prefix:
+always a leading part. So the tokens of short prompts can be rows too, where torch's attention would take a dozen
+operations a chunk in every layer and keep a step from being one call.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from worker.forward import PrefillSegment, StepTokens, check_prefix
 
 MOST_KEYS = 512
-"""Of a whole chunk's attention, unless queries are few. Measured without matrix registers: a whole forward was 1.15 to
-1.7 times as quick by rows up to here, and equal at 1,024, where torch's blocked product wins."""
+"""Most keys of a chunk that goes as rows, unless its queries are few. Measured without matrix registers: a whole
+forward was 1.15 to 1.7 times as quick by rows up to here, and equal at 1,024, where torch's blocked product wins."""
 FEW_QUERIES = 16
 
 

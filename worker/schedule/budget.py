@@ -27,7 +27,7 @@ class StepBudget:
 
     @property
     def has_room(self) -> bool:
-        """Whether a prompt that was not begun could have a chunk of any use."""
+        """Whether there is room for a useful chunk of a prompt that was not begun."""
         return self._tokens > 0 and (self._is_first or self._tokens_in_time(0) > 0)
 
     def cut(self, seq: Sequence) -> Chunk | None:
@@ -40,7 +40,7 @@ class StepBudget:
         start = seq.num_computed
         left = seq.num_known - start
         num = self._tokens_in_time(start)
-        if 0 < num < left <= num + ROW_TOKENS:  # so short a rest is slow for its length
+        if 0 < num < left <= num + ROW_TOKENS:  # a short rest would be slow for its length
             shorter = left - ROW_TOKENS - 1
             num = shorter if shorter > 2 * ROW_TOKENS else left
         num = min(left, self._tokens, num)
@@ -64,8 +64,8 @@ class StepBudget:
         return chunk
 
     def _tokens_in_time(self, start: int) -> int:
-        """Tokens of a prompt behind `start` for which there is time: a few at least for the step's first prompt, and
-        none for another one where they would be few."""
+        """Tokens of a prompt behind `start` that fit into the time: at least a few for the step's first prompt; for other
+        prompts none, if only a few would fit."""
         num_tokens = self._pace.tokens_within(self._left_s, start)
         if num_tokens < LEAST_TOKENS:
             return LEAST_TOKENS if self._is_first else 0

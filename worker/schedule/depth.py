@@ -9,7 +9,7 @@ from __future__ import annotations
 
 WINDOW_STEPS = 256  # steps one verdict is based on
 WINDOWS_BETWEEN_TRIALS = 40
-WORTH_TRYING = 0.01  # share of the device's time: with less idle at two, there is nothing to win
+WORTH_TRYING = 0.01  # idle share of the device's time at two steps in flight above which three are tried
 
 
 class DepthGovernor:
@@ -65,6 +65,6 @@ class DepthGovernor:
             self.depth = other  # the trial
             return
         self.depth = min(self.loss, key=self.loss.__getitem__)
-        # The other depth is measured anew when its turn comes.
+        # The other depth is measured again at its next trial.
         self._until_trial = WINDOWS_BETWEEN_TRIALS
         self.loss = {self.depth: self.loss[self.depth]}

@@ -1,4 +1,4 @@
-"""Owns the checks on a `Submit` and its turning into a `Sequence`. Pure; decode thread.
+"""Owns checking a `Submit` and turning it into a `Sequence`. Pure; decode thread.
 
 The gateway has checked the same bounds; a worker trusts no gateway.
 """
@@ -138,7 +138,7 @@ def _constraint(message: Submit, card: ModelCard, compiled: Constraint | None) -
                 ErrorCode.INVALID_REQUEST, f"{message.task} has a form of its own", "response_format"
             )
         if message.sampling.min_tokens:
-            # A finished grammar allows an end only, which min_tokens forbids: no token would be left.
+            # A complete grammar allows only an end, which min_tokens forbids, so no token could be chosen.
             raise Refusal(
                 ErrorCode.INVALID_REQUEST, "min_tokens does not go with structured output", "min_tokens"
             )

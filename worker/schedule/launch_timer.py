@@ -7,7 +7,7 @@ blocking loop would make it wait. Launching late gives that step back without le
 from __future__ import annotations
 
 SMOOTHING = 0.2
-MARGIN_S = 150e-6  # sleeping, waking and a bit of luck
+MARGIN_S = 150e-6  # for sleeping and waking, with some reserve
 HOST_FACTOR = 1.5  # planning and launching take this much of their usual time at worst
 
 
@@ -35,7 +35,7 @@ class LaunchTimer:
         if is_decode and waited and self._last_waited:
             period_s = now_s - self._last_commit_s
             known_s = self._period_s.get(num_rows)
-            # Falls at once, rises slowly: a guess too short costs nothing, one too long is a bubble.
+            # The guess falls at once and rises slowly: too short a guess costs nothing, too long a guess makes a bubble.
             if known_s is None or period_s < known_s:
                 self._period_s[num_rows] = period_s
             else:

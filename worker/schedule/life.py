@@ -13,7 +13,7 @@ class LifeError(RuntimeError):
 
 
 class Life(Enum):
-    """Where a sequence stands with the scheduler."""
+    """The states of a sequence in the scheduler."""
 
     WAITING = "waiting"  # queued: no row, no pages
     RUNNING = "running"  # has a row, and steps are planned for it
@@ -34,11 +34,11 @@ HOLDING = (Life.RUNNING, Life.PREEMPTED, Life.FINISHED)
 
 
 class MaskLife(Enum):
-    """Where the mask of a sequence's next token stands."""
+    """The states of the mask of a sequence's next token."""
 
-    NONE = "none"  # it needs none of the host
+    NONE = "none"  # the host builds no mask for it
     DUE = "due"  # built with its step
-    AWAITED = "awaited"  # so slow that it is built ahead, on a thread: the sequence sits out
+    AWAITED = "awaited"  # a slow mask that is being built ahead, on a thread; the sequence sits out
     READY = "ready"  # built ahead, and kept for its step
 
 

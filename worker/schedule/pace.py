@@ -10,18 +10,18 @@ import math
 from typing import NamedTuple
 
 LEAST_TOKENS = 32
-"""Of a prompt, in a step that has room for none: however slow the device, prefill goes on."""
+"""Tokens of a prompt that a step takes although none fit into its time, so that prefill goes on on any device."""
 
 ROW_TOKENS = 16
 """Chunks of so many tokens or fewer cost what rows cost: compiled attention takes them one token at a time."""
 
 GAIN = 0.5
-SHORT_S = 0.05  # where steps have no bound, shorter ones teach nothing that is asked for
-MOST_CHANGE = 4.0  # what one step may do to an estimate: a machine that stalls once is no slower than before
+SHORT_S = 0.05  # steps shorter than this are not learned from where steps have no bound
+MOST_CHANGE = 4.0  # the factor by which one step may change an estimate, because a machine may stall once
 
 
 class StepLoad(NamedTuple):
-    """What a step is to do. Keys are those that its rows, or its tokens, attend to, summed over them."""
+    """The work of a step. Numbers of keys are sums over the rows, or tokens, that attend to them."""
 
     num_rows: int = 0  # decode rows, and the tokens of short chunks
     num_row_keys: int = 0
@@ -44,7 +44,7 @@ class StepCosts(NamedTuple):
     crop_s: float
 
     def of(self, load: StepLoad) -> float:
-        """What a step with this load takes."""
+        """Seconds that a step with this load takes."""
         return (
             self.step_s
             + load.num_rows * self.row_s
@@ -78,11 +78,11 @@ class Pace:
         self._is_guess = True
 
     def bound_s(self, *, decodes: bool) -> float:
-        """What a step may take; infinite where there is no bound."""
+        """Seconds that a step may take; infinite where there is no bound."""
         return (self.gap_s if decodes else self.step_s) or math.inf
 
     def chunk_s(self, start: int, num_tokens: int, num_crops: int) -> float:
-        """What a chunk adds to its step: `num_tokens` of a prompt behind `start`, and crops."""
+        """Seconds that a chunk adds to its step: `num_tokens` of a prompt behind `start`, and crops."""
         return self.costs.of(load_of_chunk(start, num_tokens, num_crops)) - self.costs.step_s
 
     def tokens_within(self, seconds: float, start: int) -> int:
@@ -102,7 +102,9 @@ class Pace:
             return
         expected_s = self.costs.of(load)
         costs = self.costs
-        if self._is_guess:  # whatever the guess was wrong in, it was about the device
+        if (
+            self._is_guess
+        ):  # the first measured step scales the whole guess, because its error is the device's speed
             self._is_guess = False
             factor = busy_s / expected_s
             self.costs = StepCosts(*[cost * factor for cost in costs])

@@ -78,7 +78,7 @@ class PagePool:
             self.drop(page)
 
     def evict(self, page: int) -> None:
-        """A cached page becomes free: its contents are forgotten."""
+        """Make a cached page free: its contents are forgotten."""
         self._cached.remove(page)
         self._free.append(page)
 

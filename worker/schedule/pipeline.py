@@ -19,7 +19,7 @@ class PipelineError(RuntimeError):
 
 
 class SlotState(Enum):
-    """Where a slot stands."""
+    """The states of a slot."""
 
     FREE = "free"
     LAUNCHED = "launched"
@@ -34,7 +34,7 @@ class InFlight:
     plan: StepPlan
     state: SlotState
     launched_s: float
-    follows: bool  # work was there ever since the step before it: a gap between the two is a bubble
+    follows: bool  # there was work ever since the step before it, so a gap between the two is a bubble
 
 
 class Pipeline:
@@ -65,7 +65,7 @@ class Pipeline:
 
     @property
     def expected_s(self) -> float:
-        """What all steps in flight should take together."""
+        """Seconds that all steps in flight should take together."""
         return sum([step.plan.expected_s for step in self._in_flight])
 
     def can_launch(self, depth: int) -> bool:

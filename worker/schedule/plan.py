@@ -1,4 +1,4 @@
-"""Owns what a step is: its plan, what the host read of it, what its commit gave. Plain data; decode thread."""
+"""Owns the records of a step: its plan, what the host read of it, what its commit gave. Plain data; decode thread."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Chunk:
     seq: Sequence
     start: int
     num_tokens: int
-    is_last: bool  # reaches the end of what is known, so its last position is sampled
+    is_last: bool  # reaches the last known token, so its last position is sampled
 
 
 def crops_of(chunk: Chunk) -> int:
-    """Crops that the vision encoder runs for a chunk, if it has them to run."""
+    """The number of crops that the vision encoder runs for a chunk, unless their features are cached."""
     return sum([p.num_crops for p in chunk.seq.pictures if chunk.start < p.position + p.num_tokens])
 
 
@@ -40,7 +40,7 @@ class StepPlan:
 
     any_adjusted: bool = False  # some sample's logits are biased or penalised
     load: StepLoad = NO_LOAD
-    expected_s: float = 0.0  # what it should take
+    expected_s: float = 0.0  # how long it should take
 
     @property
     def num_tokens(self) -> int:

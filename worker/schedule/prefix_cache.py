@@ -30,7 +30,7 @@ class PrefixCache:
     def match(self, seq: Sequence) -> int:
         """Hold the longest remembered run of `seq`'s full pages; returns how many positions it covers.
 
-        At least one known position is left to compute: its logits are what the prefill is for.
+        At least one known position is left to compute, because the prefill must give the last position's logits.
         """
         assert not seq.pages
         page_tokens = self._pool.page_tokens
@@ -48,7 +48,7 @@ class PrefixCache:
 
     def insert(self, seq: Sequence, num_tokens: int) -> None:
         """Remember the full pages among `seq`'s first `num_tokens` positions, all committed."""
-        if seq.is_spatial:  # generated coordinates are embedded by value, which no token id tells
+        if seq.is_spatial:  # generated coordinates are embedded by value, which token ids do not determine
             num_tokens = min(num_tokens, seq.num_prompt)
         for number in range(num_tokens // self._pool.page_tokens):
             page = seq.pages[number]

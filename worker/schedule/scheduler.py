@@ -20,7 +20,7 @@ from worker.schedule.refusal import Refusal
 from worker.schedule.sequence import Sequence
 from worker.schedule.waiting import WaitingQueue
 
-# Looked at for every row of every step: an enum's member costs a look-up each time.
+# Read for every row of every step, and looking up an enum's member costs time.
 RUNNING, PREEMPTED, AWAITED, NO_MASK = Life.RUNNING, Life.PREEMPTED, MaskLife.AWAITED, MaskLife.NONE
 
 
@@ -54,8 +54,8 @@ class Scheduler:
         """Queue a new sequence. Raises `Refusal` when it can never fit, or the queue is full."""
         limits = self.limits
         limits.check(seq, self.pages.total * self.pages.page_tokens)
-        # Rows and queue together, as a gateway counts: a row whose sequence has ended is free for it at once, here
-        # only when nothing in flight holds it.
+        # Rows and queue are counted together, as gateways count: for a gateway a row is free as soon as its sequence has
+        # ended, here only when nothing in flight holds it.
         if len(self.sequences) >= limits.max_rows + limits.max_waiting:
             raise Refusal(
                 ErrorCode.QUEUE_FULL, f"{len(self.sequences)} sequences are running or waiting already"
@@ -145,7 +145,7 @@ class Scheduler:
             if chunk is None:
                 return chunks, admitted
             chunks.append(chunk)
-        # A stalled decode row has first claim on pages: admitting now would only preempt again.
+        # A stalled decode row gets pages first: a sequence admitted now would only be preempted again.
         while not blocked and self.free_rows and budget.has_room:
             best = self.waiting.peek()
             if best is None or best.mask is AWAITED or not self._has_room(best):
@@ -251,7 +251,7 @@ class Scheduler:
                 if self.cache is not None:
                     self.cache.insert(
                         seq, seq.num_prompt
-                    )  # questions about the same picture may start at once
+                    )  # so that other questions about the same picture can use the pages at once
             tokens.append(token_id)
             constraint = seq.constraint
             if constraint is not None:
@@ -272,7 +272,7 @@ class Scheduler:
             ids.append(token_id)
             source.append(i)
             if constraint is not None and constraint.is_complete():
-                self._finish(seq, FinishReason.STOP)  # only an end could follow: no step is spent on it
+                self._finish(seq, FinishReason.STOP)  # only an end could follow, so no step is run for it
                 finished.append(seq)
             elif index + 1 >= seq.max_tokens:
                 self._finish(seq, FinishReason.LENGTH)

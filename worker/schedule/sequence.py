@@ -69,7 +69,7 @@ class Sequence:
     row: int = -1
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0  # positions whose K and V a launched step writes
-    num_known: int = 0  # positions to prefill before decoding: all of `tokens` at (re)admission
+    num_known: int = 0  # positions to prefill before decoding: the length of `tokens` at (re)admission
     num_sampled: int = 0  # generated tokens, those in flight included
     inflight_refs: int = 0
     mask: MaskLife = MaskLife.NONE  # of its next token, as far as the host makes it
@@ -92,18 +92,18 @@ class Sequence:
 
     @property
     def in_prefill(self) -> bool:
-        """Some known position has not been launched yet."""
+        """Whether some known position has not been launched yet."""
         return self.num_computed < self.num_known
 
     @property
     def holds(self) -> bool:
-        """It may have a row and pages."""
+        """Whether the sequence may have a row and pages."""
         return self.life in HOLDING
 
     # ------------------------------------------------------------------ its life
 
     def move_to(self, life: Life) -> None:
-        """Go on. Raises LifeError, and changes nothing, where the table does not have the move."""
+        """Change the state. Raises LifeError, and changes nothing, for an illegal move."""
         self.life = moved(self.life, life)
 
     def end(self, reason: FinishReason, error: tuple[ErrorCode, str] | None = None) -> None:
@@ -113,7 +113,7 @@ class Sequence:
         self.error = error
 
     def place_automaton(self, place: int) -> None:
-        """Its automaton lies on the device from now on (place above 0), or no longer: who makes its masks follows."""
+        """The automaton lies on the device (place above 0), or not (place 0): then the host makes the masks."""
         needs_host = self.constraint is not None and not place
         if needs_host and self.mask is MaskLife.NONE:
             self.mask = mask_moved(self.mask, MaskLife.DUE)
@@ -123,11 +123,11 @@ class Sequence:
         self.table_place = place
 
     def on_slow_mask(self) -> None:
-        """The mask built with its step was slow: the next one is built ahead, and the sequence sits out until then."""
+        """The mask built with its step was slow: the next mask is built ahead, and the sequence sits out until it is ready."""
         self.mask = mask_moved(self.mask, MaskLife.AWAITED)
 
     def on_mask_ready(self, mask: npt.NDArray[np.int32], *, is_slow: bool) -> None:
-        """The mask built ahead is there. `is_slow`: the one behind it is to be built ahead too."""
+        """The mask built ahead is ready. `is_slow`: the mask after it is also built ahead."""
         self.mask = mask_moved(self.mask, MaskLife.READY)
         self.ready_mask = mask
         self.is_mask_slow = is_slow

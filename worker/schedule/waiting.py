@@ -33,7 +33,7 @@ class WaitingQueue:
         self._size += 1
 
     def push_front(self, seq: Sequence) -> None:
-        """Queue ahead of its tenant's others: a preempted sequence was there before them."""
+        """Queue a preempted sequence ahead of its tenant's others, which came after it."""
         self._lane(seq).appendleft(seq)
         self._size += 1
 

@@ -29,7 +29,7 @@ class Profile:
         )
 
     def slowed(self, name: str, factor: float) -> Profile:
-        """The same, so many times slower."""
+        """This profile with every time multiplied by `factor`."""
         return Profile(
             name,
             {rows: seconds * factor for rows, seconds in self.forward_s.items()},
@@ -82,7 +82,7 @@ QWEN3_06B = ModelShape("qwen3-0.6b", 1.2e9, 2 * 28 * 8 * 128 * 2)
 SHAPES = {shape.name: shape for shape in (MOONDREAM2, QWEN3_06B)}
 
 LAUNCH_S = 1.95e-3
-"""What a step cost beside moving bytes in the published runs: fitted to the six published forward times, which
+"""The time of a step beyond moving bytes in the published runs, fitted to the six published forward times, which
 it meets to 0.8 ms in the worst case (B200, 32 rows) and 0.2 ms at one row."""
 
 

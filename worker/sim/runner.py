@@ -25,7 +25,7 @@ NAN_TOKEN = 11
 """A prompt that holds this id makes its row's logits NaN at the generated index given by the id after it."""
 
 OOM_TOKEN = 12
-"""A chunk whose part of the prompt holds this id finds no memory: it is not run, and what its row samples is whatever was there."""
+"""A chunk whose part of the prompt holds this id finds no memory: it is not run, and its row samples old state."""
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -302,7 +302,9 @@ def _ids_of(words: I32) -> list[int]:
 
 
 def _finds_no_memory(chunk: Chunk) -> bool:
-    end = min(chunk.start + chunk.num_tokens, chunk.seq.num_prompt)  # what it generated does not count
+    end = min(
+        chunk.start + chunk.num_tokens, chunk.seq.num_prompt
+    )  # generated tokens are not part of the prompt
     return OOM_TOKEN in chunk.seq.tokens[chunk.start : end]
 
 
@@ -319,7 +321,7 @@ def _known_marks(plan: StepPlan) -> dict[tuple[int, int], int]:
     for i, chunk in enumerate(plan.chunks):
         seq, end = chunk.seq, chunk.start + chunk.num_tokens
         for picture in seq.pictures:
-            # Positions of a bidirectional prefix all depend on the whole picture, those before it too.
+            # All positions of a bidirectional prefix depend on the whole picture, also those before the picture.
             for position in range(chunk.start, min(end, picture.position + picture.num_tokens)):
                 known[i, position] = image_mark(picture.digest, position - picture.position)
         for index, value in seq.values.items():

@@ -1,8 +1,8 @@
 """Owns the simulated device's clock, streams and events: when queued work would have run. Decode thread.
 
-Operations are closures with a cost. They take effect in the order a real device would finish them, and as
-*late* as the host can observe: only when it asks for an event behind them. Host memory overwritten too early
-is therefore read overwritten, as it would be on a GPU that runs behind.
+Operations are closures with a cost. They take effect in the order in which a real device would finish them, and as late
+as the host can observe: when it asks for an event behind them. So host memory that is overwritten too early is read
+overwritten, as it would be by a GPU that runs behind.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SimEvent:
 
 
 class SimStream:
-    """An ordered queue: an operation starts when the one before it and everything waited for are over."""
+    """An ordered queue: an operation starts when the one before it, and every event that it waits for, is over."""
 
     __slots__ = ("_ready_s", "_timeline", "busy_until_s")
 

@@ -1,4 +1,6 @@
-"""Owns the input embeddings of prefill chunks: words, image features, coordinates known from before. Decode thread."""
+"""Owns the input embeddings of prefill chunks: words, image features, and coordinates that were generated before.
+Decode thread.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ class ChunkEmbedding:
         return hidden
 
     def _embed_known_values(self, chunk: Chunk, hidden: Tensor, ids: Tensor, at: int) -> None:
-        """A resumed spatial sequence: its generated coordinates are embedded by value again."""
+        """Embed a resumed spatial sequence's generated coordinates by value again."""
         seq = chunk.seq
         where: list[int] = []
         pairs: list[tuple[float, float]] = []

@@ -19,7 +19,7 @@ from worker.step.slot import Slot
 from worker.step.staging import num_spans, stage_chunk_padding
 
 MOST_CHUNKS = 16
-"""Chunks that always fit into a graph's spans; more do while their last spans are full enough."""
+"""Chunks that always fit into a graph's spans; more chunks fit if their last spans are nearly full."""
 SMALL_BUCKETS = (16, 32, 64, 96, 128, 192, 256)
 PREFIX_STEP = 32
 MOST_TOKENS = 1024
@@ -48,7 +48,7 @@ def chunk_buckets(most_tokens: int, prefix_tokens: int, weight_bytes: int) -> li
 def bucket_of(num_tokens: int, buckets: list[int]) -> int:
     """The bucket to pad so many tokens to; 0 where padding would not pay.
 
-    That is beyond the largest, and beyond the small ones where it would add more than an eighth.
+    Padding does not pay beyond the largest bucket, nor where it adds more than an eighth beyond the small buckets.
     """
     bucket = next((size for size in buckets if size >= num_tokens), 0)
     if num_tokens > SMALL_BUCKETS[-1] and 8 * (bucket - num_tokens) > num_tokens:
@@ -65,7 +65,7 @@ def span_capacity(bucket: int) -> int:
 class ChunkGraphs(GraphTable[()]):
     """Graphs of all slots over one input of embeddings and one output of hidden states, (most tokens, D) each.
 
-    One of each is enough: steps fill, replay and read them in order, on the one compute stream.
+    One input and one output are enough: steps fill, replay and read them in order on the one compute stream.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ChunkGraphs(GraphTable[()]):
     def pad(self, slot: Slot, chunks: list[Chunk]) -> int:
         """Pad a step's staged chunks up to the bucket that serves them, and return it; 0: they run eagerly as they are.
 
-        That is also the answer while the model does without the kernels, which alone read spans on the device.
+        It also returns 0 while the model runs without the kernels, because only kernels read spans on the device.
         """
         bucket = bucket_of(sum([chunk.num_tokens for chunk in chunks]), self.buckets)
         if not bucket or not self._model.fuses or num_spans(chunks) > span_capacity(bucket):

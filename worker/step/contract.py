@@ -24,12 +24,12 @@ class DeviceTimes(NamedTuple):
 
 
 class OutOfDeviceMemory(RuntimeError):
-    """The chunks of a step found no memory on the device; its decode rows are queued as ever."""
+    """The chunks of a step found no memory on the device; its decode rows are queued all the same."""
 
 
 @dataclass(slots=True)
 class GraphCounts:
-    """What became of captures, and how often one was missed; of all kinds together. For the metrics."""
+    """How captures ended, and how often steps ran without a graph, over all kinds of graphs. For the metrics."""
 
     eager_steps_total: dict[str, int] = field(default_factory=dict)  # by flavour, `chunk` and `vision`
     captures_total: dict[str, int] = field(default_factory=dict)  # startup, late, failed
@@ -44,11 +44,11 @@ class GraphCounts:
 
 
 Progress = Callable[[], None]
-"""Called from inside a step that runs while the host waits, between its parts: a sign of life may be due."""
+"""Called between the parts of a step that runs while the host waits, because a heartbeat may be due."""
 
 
 class Runner(Protocol):
-    """What the engine needs of whatever runs its steps: `torch_runner.TorchRunner`, or `sim.runner.SimRunner`."""
+    """The runner of the engine's steps: `worker.step.torch_runner.TorchRunner` or `worker.sim.runner.SimRunner`."""
 
     num_slots: int
     graph_counts: GraphCounts
@@ -72,7 +72,7 @@ class Runner(Protocol):
         """Whether the outputs have reached the host."""
 
     def wait(self, slot: int, plan: StepPlan) -> StepResult:
-        """Block until they have, and read them all (I4). Raises RuntimeError on a device fault."""
+        """Block until the outputs have reached the host, and read them all (I4). Raises RuntimeError on a device fault."""
 
     def device_times(self, slot: int) -> DeviceTimes:
         """The slot's last step, once it was waited for."""

@@ -56,8 +56,8 @@ class FeatureCache:
 
         def pixels(data: bytes, height: int, width: int) -> Tensor:
             on_host = self._model.device.type == "cpu"
-            # From pageable memory the copy would hold the host until the compute stream is through. torch keeps
-            # pinned blocks, and gives one out again only once the copies that read it are done.
+            # A copy from pageable memory would hold the host until the compute stream is through. torch keeps pinned
+            # blocks, and hands one out again only when the copies that read it are done.
             host = torch.empty((height, width, 3), dtype=torch.uint8, pin_memory=not on_host)
             host.numpy()[:] = np.frombuffer(data, np.uint8).reshape(height, width, 3)
             return host if on_host else host.to(self._model.device, non_blocking=True)

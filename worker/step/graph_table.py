@@ -1,8 +1,7 @@
 """Owns captured graphs by key: which one a step replays, and what runs where it is missing. Decode thread.
 
-Where a graph is missing (not captured in the time start-up had, or refused by the device) the same body runs
-eagerly over the same padded inputs, so that a token does not depend on it. What is asked for often is captured then,
-without running it first: the eager runs were that.
+Where a graph is missing (start-up had no time for it, or the device refused it) the same body runs eagerly over the same
+padded inputs, so tokens do not depend on it. After some eager runs the graph is captured, without a further warm-up run.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Rest = TypeVarTuple("Rest")
 
 
 class GraphTable(Generic[*Rest]):
-    """Graphs by slot, bucket and whatever else tells them apart.
+    """Graphs by slot, bucket and further parts of their key, such as the flavour.
 
     `body(slot, bucket, *rest)` is what they record; `kind_of(*rest)` is what its eager runs are counted under.
     """

@@ -33,7 +33,7 @@ class RowTables:
         self._adjusted: set[int] = set()  # rows whose biases are not all zero
 
     def allocate(self) -> None:
-        """Make every table now: where steps are captured, memory comes at start and nothing is moved later."""
+        """Make every table now: captured steps need memory that is allocated at start and does not move."""
         self._allocate_automata()
         self._allocate_adjustments()
 
@@ -72,8 +72,8 @@ class RowTables:
             self._adjusted.discard(row)
             return
         self._adjusted.add(row)
-        # Whole lists at a time, from pinned memory: an assignment a token is a launch each, and a Python list as an
-        # index is uploaded while the host waits.
+        # Whole lists are copied from pinned memory: assigning token by token would be a launch each, and a Python list as
+        # an index is uploaded while the host waits.
         if sampling.logit_bias:
             values = to_device(
                 torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32), self._device

@@ -27,7 +27,7 @@ def stochastic(
     limit = torch.where((top_k <= 0) | is_greedy, torch.where(is_greedy, 1, vocab), top_k)
     kept = rank.unsqueeze(0) < limit.unsqueeze(1)
     probs = ordered.masked_fill(~kept, -torch.inf).softmax(dim=-1)
-    # A token stays while the mass before it is below top_p: the most likely one always does.
+    # A token stays while the mass before it is below top_p, so the most likely one always stays.
     before = probs.cumsum(dim=-1) - probs
     probs = probs.masked_fill(before >= top_p.unsqueeze(1), 0.0)
     probs = probs.masked_fill(probs < min_p.unsqueeze(1) * probs[:, :1], 0.0)

@@ -26,7 +26,7 @@ class Slot:
         self.number = number
         self.shape = shape
         rows, pages = shape.max_rows, shape.max_pages
-        self.on_host = device.shares_memory  # then the "copy to the device" is no copy at all
+        self.on_host = device.shares_memory  # if so, nothing is copied to the device
         self.pinned = device.pinned((shape.num_words,), torch.int32)
         self.packed = self.pinned if self.on_host else self.pinned.to(device.torch_device, copy=True)
         self.host = Views(self.pinned.numpy(), shape)
@@ -61,8 +61,8 @@ class Slot:
         self.num_sampled = 0  # leading samples that the step's graph has sampled itself
 
         self.started: Event = device.event()
-        # The end of a step is read once more when the next one is committed, by which time this slot may be in
-        # flight again: two events in turn.
+        # The next step's commit reads this step's end event once more, when this slot may be in flight again. So two events
+        # are used in turn.
         self._sampled = (device.event(), device.event())
         self._turn = 0
         self._copied: Event = device.event()
@@ -85,7 +85,7 @@ class Slot:
         return self.picks[group, :num]
 
     def read(self, plan: StepPlan) -> StepResult:
-        """What the step's outputs say; its copy must have been waited for."""
+        """The step's outputs as a `StepResult`; the copy must have been waited for."""
         num = len(plan.samples)
         out = self.host_outputs_np[:num]
         floats = out.view(np.float32)

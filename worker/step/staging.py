@@ -81,7 +81,7 @@ class StepShape:
 
     @property
     def ends_start(self) -> int:
-        """Where the fields of rows whose prefill ends stand aside while padding takes their places."""
+        """Where the fields of rows whose prefill ends are kept while padding takes their places."""
         return self.chunks_start + 3 * self.chunk_tokens
 
     @property
@@ -138,10 +138,10 @@ class Views:
         self.ends: I32 = buffer[shape.ends_start : shape.spans_start].reshape(len(FIELDS), rows)
         self.spans: I32 = buffer[shape.spans_start : shape.chunk_tables_start].reshape(-1, SPAN_FIELDS)
         self.chunk_tables: I32 = buffer[shape.chunk_tables_start :].reshape(rows, pages)
-        # What the buffer shows already.
+        # What the buffer holds from the step before.
         self.held = [NOTHING] * rows  # of each decode row: the page list in its table, and how much of it
         self.samples: list[Sequence] = []
-        self.rows: list[int] = []  # of `samples`: a resumed sequence may be the same in another row
+        self.rows: list[int] = []  # the rows of `samples`, because a resumed sequence may have another row
         self.draws = False
 
 
@@ -155,7 +155,7 @@ def used_words(plan: StepPlan, shape: StepShape, padded_rows: int) -> int:
 def stage_rows(views: Views, plan: StepPlan) -> None:
     """Write the decode rows' inputs and every sample's sampling parameters.
 
-    A slot sees the same rows step after step: what its buffer still says of them is not written again.
+    A slot gets the same rows step after step, so fields that the buffer holds already are not written again.
     """
     ints, tables = views.ints, views.tables
     page_tokens = views.shape.page_tokens
@@ -209,7 +209,7 @@ def _stage_sampling(views: Views, plan: StepPlan, num: int, *, is_same: bool) ->
 
 
 def stage_padding(views: Views, start: int, end: int) -> None:
-    """Rows [start, end) compute nothing of use: they read one position of page 0 and write there."""
+    """Make rows [start, end) padding: they read one position of page 0 and write there."""
     ints = views.ints
     ints["rows"][start:end] = views.shape.max_rows
     ints["sample_rows"][start:end] = views.shape.max_rows

@@ -23,7 +23,7 @@ Which = slice | Tensor
 
 
 class Wants(NamedTuple):
-    """What sampling some rows takes. More than the rows need changes no token, and takes time."""
+    """The parts of sampling that some rows need. A part that no row needs changes no token, but takes time."""
 
     random: bool = False
     adjusted: bool = False  # biases and penalties
@@ -119,7 +119,7 @@ class StepSampler:
         return (best if logits is raw else self._largest(logits)[1]), bad
 
     def _largest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each row, and where it stands. `max` because `argmax` is several times slower on a CPU."""
+        """The largest logit of each row and its id. By `max`, because `argmax` is several times slower on a CPU."""
         if self._native is not None:
             return self._native.largest(logits)
         most, best = logits.max(dim=-1)

@@ -42,7 +42,7 @@ class DeviceTables:
         limits = self._limits
         states, classes = tables.next_state.shape
         base = place * limits.max_states
-        # A refused move stays where it is: only a zombie's garbage can ask for one, and nobody reads it.
+        # A refused move keeps the state: only a zombie's token can be refused, and its state is not used.
         moves = torch.from_numpy(tables.next_state)
         own = torch.arange(states, dtype=torch.int32).unsqueeze(1)
         moves = torch.where(moves < 0, own, moves) + base

@@ -205,7 +205,9 @@ class TorchRunner:
                 flavour = flavour_of(plan.decode)
                 graphs.run(slot, padded, flavour)
                 slot.num_sampled = 0 if flavour is Flavour.GATED else num_rows
-            if set_aside:  # the graph has read its padding: their places are the ending rows' again
+            if (
+                set_aside
+            ):  # the graph has read the padding: the fields of the ending rows go back to their places
                 slot.sections[:, num_rows:num].copy_(slot.ends[:, : num - num_rows])
             if plan.chunks:
                 try:
@@ -245,7 +247,7 @@ class TorchRunner:
         self._last_sampled = self.device.compute.record(slot.next_sampled())
         copied = slot.next_copied(has_outputs=num > 0)
         if num:
-            # Anchored at this step's own event: never behind whatever the compute stream is given next.
+            # The copy waits for this step's own event, not for work that the compute stream is given later.
             copy.wait(slot.sampled)
             with copy.use():
                 slot.host_outputs[:num].copy_(slot.outputs[:num], non_blocking=True)
@@ -341,7 +343,7 @@ class TorchRunner:
         slot.hidden[ends].copy_(hidden)
 
     def _encode_one_by_one(self, crops: Tensor) -> Tensor:
-        """(C, S, S, 3) uint8 → (C, num_tokens, width): where the host waits for it, it sees each crop done."""
+        """(C, S, S, 3) uint8 → (C, num_tokens, width), crop by crop, with `progress` called after each."""
         encoder = self.model.encoder
         assert encoder is not None
         encoded = []
@@ -351,7 +353,7 @@ class TorchRunner:
         return torch.cat(encoded)
 
     def _joint_forward(self, slot: Slot, plan: StepPlan) -> None:
-        """Decode rows and chunks in one forward, eagerly: what is quickest where nothing is captured."""
+        """Decode rows and chunks in one eager forward, the quickest way where nothing is captured."""
         num_rows = len(plan.decode)
         rows: StepTokens | None = None
         if num_rows:

@@ -35,8 +35,8 @@ def warm_up(
 ) -> int:
     """Run and capture what serving will need; returns how many tasks the time was too short for.
 
-    A no-op where nothing is captured: a CPU has no first time. No task is begun after `budget_s`; one that has
-    begun is finished.
+    A no-op where nothing is captured: on a CPU first runs are not slow. No task is begun after `budget_s`; a task that
+    was begun is finished.
     """
     if runner.graphs is None:
         return 0

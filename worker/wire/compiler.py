@@ -47,7 +47,7 @@ class _Pending:
     message: Submit
     frames: list[bytes]
     cancelled: bool = False
-    dropped: bool = False  # its gateway is gone: nobody is left to tell
+    dropped: bool = False  # its gateway is gone, so no answer is sent
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ class GrammarCompiler:
             return
         try:
             self._vocabulary = Vocabulary(tokenizer_json, vocab_size, end_ids)
-        except Exception as error:  # the library raises what it likes
+        except Exception as error:  # the library raises many kinds
             log.error("grammars_unavailable", error=type(error).__name__, detail=str(error)[:300])
             return
         self._setup = Setup(tokenizer_json, vocab_size, end_ids)
@@ -147,7 +147,7 @@ class GrammarCompiler:
     def _run(self) -> None:
         setup = self._setup
         assert setup is not None
-        # What a submission gets that was cancelled before its turn: it never runs.
+        # The constraint of a submission that was cancelled before its turn, and never runs.
         ended = TokenAutomaton(sequence_tables([[]], setup.end_ids, setup.vocab_size))
         process = self._process = CompilerProcess(setup)
         try:
@@ -175,7 +175,7 @@ class GrammarCompiler:
         process.end()
 
     def _hand_over(self, pending: _Pending, constraint: LlgConstraint | TokenAutomaton) -> None:
-        """Into the inbox under the lock: a cancellation is either noted before, or put there after."""
+        """Put the submission into the inbox under the lock, so that a cancellation is either noted before or follows it."""
         gateway, message = pending.gateway, pending.message
         with self._lock:
             key = (gateway, message.sequence_id)
@@ -302,7 +302,7 @@ class CompilerProcess:
         if process is None:
             raise EOFError
         assert process.stdin is not None and process.stdout is not None
-        # The process reads a message whole before it works on it: writing waits for nothing.
+        # The process reads a whole message before it works on it, so writing does not wait for the work.
         view = memoryview(confined.pack(data))
         while view:
             view = view[process.stdin.write(view) or 0 :]

@@ -1,8 +1,7 @@
-"""Owns compiling grammars where they can do no harm: a process of its own with bounded memory, jobs from stdin.
+"""Owns compiling grammars in a process of its own with bounded memory, which reads jobs from stdin.
 
-Started by `worker.wire.compiler` as `python -m worker.wire.compiler_process <memory bytes>` and killed when a job
-takes too long. Building an automaton is Python and would hold the decode thread's global lock for milliseconds;
-here it holds only its own.
+Started by `worker.wire.compiler` as `python -m worker.wire.compiler_process <memory bytes>` and killed when a job takes
+too long. Building an automaton is Python code; in the worker it would hold the decode thread's lock for milliseconds.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Table(msgspec.Struct, array_like=True):
 
 
 class Answer(msgspec.Struct, array_like=True):
-    """To each grammar: why it is refused, or its automaton, or neither: llguidance has to run it."""
+    """The answer to a grammar: why it is refused, or its automaton, or neither, if llguidance has to run it."""
 
     error: str = ""
     tables: list[Table] = []
@@ -59,7 +58,7 @@ def automaton_for(grammar: Grammar, tokens: TokenBytes) -> TokenTables:
 
 
 def answer(grammar: Grammar, vocabulary: Vocabulary, tokens: TokenBytes) -> Answer:
-    """Compile both ways; a short walk finds grammars whose masks exceed llguidance's limits."""
+    """Compile with llguidance and as an automaton; a few steps find grammars whose masks exceed llguidance's limits."""
     try:
         constraint = compile_llg(grammar, vocabulary)
         try:
@@ -90,7 +89,7 @@ def _walk(matcher: LLMatcher, vocabulary: Vocabulary) -> None:
 
 
 def tables_of(answer: Answer) -> TokenTables:
-    """The automaton as it came over the pipe."""
+    """The token tables of an automaton that came over the pipe."""
     arrays = [np.frombuffer(table.data, np.int32).reshape(table.shape).copy() for table in answer.tables]
     return TokenTables(arrays[0], arrays[1], arrays[2], arrays[3], answer.end)
 

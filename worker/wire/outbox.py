@@ -8,8 +8,8 @@ from collections import deque
 
 from shared.protocol import FromWorker
 
-# eventfd_write without letting Python's lock go, as os.eventfd_write would: the I/O thread would take it at once and
-# the decode thread wait for it in the middle of a step. It has it when the decode thread waits for the device.
+# eventfd_write that keeps Python's lock. os.eventfd_write releases it: the I/O thread would take the lock at once and
+# the decode thread wait for it in the middle of a step. So the I/O thread runs while the decode thread waits for the device.
 _ring = ctypes.PyDLL(None).eventfd_write
 _ring.argtypes = (ctypes.c_int, ctypes.c_uint64)
 
@@ -32,7 +32,7 @@ class WireOutbox:
         _ring(self.bell, 1)
 
     def wake(self) -> None:
-        """Ring without leaving anything."""
+        """Wake the I/O thread without leaving a message."""
         os.eventfd_write(self.bell, 1)
 
     # ------------------------------------------------------------------ the I/O thread
@@ -45,7 +45,7 @@ class WireOutbox:
         return self._messages.popleft()
 
     def hush(self) -> None:
-        """The bell was heard."""
+        """Reset the bell after the I/O thread has woken."""
         os.eventfd_read(self.bell)
 
     def close(self) -> None:

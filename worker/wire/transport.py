@@ -89,7 +89,7 @@ class Transport:
     # ------------------------------------------------------------------ any thread
 
     def start(self) -> None:
-        """Bind and serve. Raises what the bind raised."""
+        """Bind and serve. Raises the error of the bind."""
         self._thread.start()
         self._bound.wait()
         if self._error is not None:
@@ -101,7 +101,7 @@ class Transport:
 
     @property
     def is_announced(self) -> bool:
-        """Whether the worker serves."""
+        """Whether `Hello` is answered, because the worker serves."""
         return self._ready is not None
 
     def close(self, timeout_s: float = 2.0) -> None:
@@ -139,7 +139,7 @@ class Transport:
         poller.register(self._outbox.bell, zmq.POLLIN)
         try:
             while not self._closing or len(self._outbox):
-                # What this thread does holds the global lock against the decode thread: it looks only where told to.
+                # This thread's work takes the global lock from the decode thread, so it handles only what poll reports.
                 ready = [source for source, _ in poller.poll(POLL_MS)]
                 if self._outbox.bell in ready:
                     self._outbox.hush()
@@ -152,7 +152,7 @@ class Transport:
             self._outbox.close()
 
     def _turn(self, socket: zmq.Socket[bytes], *, has_messages: bool = True) -> None:
-        """What is to be sent, then a burst of what has come, then the leases."""
+        """Send messages from the outbox, then handle a burst of received ones, then check the leases."""
         self._flush(socket)
         if has_messages:
             for _ in range(BURST):
@@ -185,7 +185,7 @@ class Transport:
             self._end_lease(gateway, "gateway_gone")
 
     def _on_frames(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
-        """Decode one message; whatever is wrong with it concerns nobody else."""
+        """Decode and handle one message; a fault in it affects no other message."""
         gateway = frames[0]
         if len(frames) < 2 or len(frames[1]) > MAX_MESSAGE_BYTES:
             self._on_bad_frame(gateway, "empty or oversized message")

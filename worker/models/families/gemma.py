@@ -71,7 +71,7 @@ def _local_rope(settings: Settings) -> RopeConfig:
 
 
 def _cap(settings: Settings, name: str, default: float | None) -> float:
-    """0 for null: a cap that a folder leaves out is the family's, one that it names null is none."""
+    """The cap: the family's if the folder does not name one, 0 (no cap) if it names null."""
     if name not in settings.values:
         return default or 0.0
     return 0.0 if settings.values[name] is None else settings.above_0(name)

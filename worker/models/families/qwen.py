@@ -28,7 +28,7 @@ def read_qwen3(settings: Settings) -> DenseConfig:
 
 
 def _layers(settings: Settings) -> tuple[LayerAttention, ...]:
-    """Released models name a window and do not use it; where one is used, the upper layers do."""
+    """Released models name a window and do not use it; where `use_sliding_window` is set, the upper layers slide."""
     if not settings.flag("use_sliding_window") and settings.get("layer_types") is None:
         return (LayerAttention(),) * settings.size("num_hidden_layers")
     if not settings.flag("use_sliding_window"):

@@ -1,4 +1,4 @@
-"""Owns SmolLM3: every fourth layer turns nothing. Decode thread."""
+"""Owns SmolLM3: every fourth layer rotates nothing. Decode thread."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from worker.models.torch_attention import LayerAttention
 
 
 def read(settings: Settings) -> DenseConfig:
-    """`no_rope_layers` has a 1 for each layer that rotates, else every `no_rope_layer_interval`-th does not. Those
-    that do not may slide."""
+    """`no_rope_layers` has a 1 for each layer that rotates; without it every `no_rope_layer_interval`-th layer does not
+    rotate. Layers that do not rotate may slide."""
     num_layers = settings.size("num_hidden_layers")
     listed = settings.listed("no_rope_layers", num_layers)
     if listed is None:

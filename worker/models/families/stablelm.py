@@ -9,7 +9,7 @@ from worker.models.settings import Settings
 
 
 def read(settings: Settings) -> DenseConfig:
-    """Of the 12B, q and k heads have a LayerNorm each, and one norm feeds attention and MLP."""
+    """In the 12B model each head of q and k has a LayerNorm, and one norm feeds attention and MLP."""
     parallel = settings.flag("use_parallel_residual")
     return read_dense(
         settings,

@@ -26,11 +26,11 @@ async def prepare(core: Core, path: str, **body: Any) -> list[GenerateRequest]:
     if path == "responses":
         return [(await responses.prepare(core, parse_body(data), tenant="t")).request]
     if path == "chat":
-        return (await chat.prepare(core, data, request_id="r", tenant="t")).asked
+        return (await chat.prepare(core, data, request_id="r", tenant="t")).requests
     if path == "completions":
-        return (await completions.prepare(core, data, request_id="r", tenant="t")).asked
+        return (await completions.prepare(core, data, request_id="r", tenant="t")).requests
     assert path == "query"
-    return (await moondream.prepare_query(core, data, request_id="r", tenant="t")).asked
+    return (await moondream.prepare_query(core, data, request_id="r", tenant="t")).requests
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ async def test_coordinates_are_read_greedily_unless_a_temperature_is_asked_for()
         body: dict[str, Any] = {"image_url": url, "object": "cat", "settings": settings}
         data = json.dumps(body).encode()
         core = FakeCore(FakeModel(card))
-        (request,) = (await moondream.prepare_detect(core, data, request_id="r", tenant="")).asked
+        (request,) = (await moondream.prepare_detect(core, data, request_id="r", tenant="")).requests
         assert (request.sampling.temperature, request.sampling.suppress_ids) == (temperature, [])
         assert (request.task, request.max_objects, request.max_tokens) == ("detect", 50, 151)
 
