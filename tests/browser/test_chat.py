@@ -85,7 +85,8 @@ def test_an_answer_streams_in_with_its_figures(chat: Page) -> None:
     expect(exchange.locator(".f-first")).to_have_text(re.compile(r"\d+(\.\d+)? m?s"))
     expect(exchange.locator(".f-rate")).to_have_text(re.compile(r"\d"))
     expect(exchange.locator(".f-tokens")).to_have_text("1300")
-    assert exchange.locator(".beads").get_attribute("aria-label").startswith("First token after")
+    label = exchange.locator(".beads").get_attribute("aria-label")
+    assert label is not None and label.startswith("First token after")
     expect(chat.locator("#context-tokens")).to_contain_text("of 2,048 tokens")
 
 
@@ -181,11 +182,12 @@ def test_again_asks_the_same_once_more(chat: Page, chat_site: Site) -> None:
 def test_enter_sends_and_shift_enter_breaks_the_line(chat: Page, chat_site: Site) -> None:
     chat.keyboard.press("Enter")
     expect(chat.locator(".exchange")).to_have_count(0)
-    height = chat.locator("#message").bounding_box()["height"]
+    before = chat.locator("#message").bounding_box()
     chat.keyboard.type("one")
     chat.keyboard.press("Shift+Enter")
     chat.keyboard.type("two")
-    assert chat.locator("#message").bounding_box()["height"] > height
+    after = chat.locator("#message").bounding_box()
+    assert before is not None and after is not None and after["height"] > before["height"]
     chat.keyboard.press("Enter")
     expect(chat.locator(".exchange")).to_have_attribute("data-state", "done")
     expect(chat.locator("#message")).to_have_value("")

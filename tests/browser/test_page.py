@@ -88,7 +88,8 @@ def test_a_question_is_answered_token_by_token(page: Page, site: Site) -> None:
     assert len(lengths) > 3, "the answer appeared in one piece"
     expect(card.locator(".f-first")).to_have_text(re.compile(r"\d+(\.\d+)? m?s"))
     expect(card.locator(".f-rate")).to_have_text(re.compile(r"\d"))
-    assert card.locator(".beads").get_attribute("aria-label").startswith("First token after")
+    label = card.locator(".beads").get_attribute("aria-label")
+    assert label is not None and label.startswith("First token after")
     if site.worker is not None:
         expect(card.locator(".answer")).to_have_text("a red circle, a blue star and a green triangle")
         assert len(site.worker.submits[0].images) == 1, "the picture went along"

@@ -12,7 +12,7 @@ from loadtest.gpu.random_models import random_model
 from worker.device.cuda import CudaDevice
 from worker.forward import ImageCrops
 from worker.models.moondream import Moondream
-from worker.step.graph_table import GraphCounts
+from worker.step.contract import GraphCounts
 from worker.step.vision_graphs import VisionGraphs
 
 

@@ -180,7 +180,7 @@ def test_over_a_real_vocabulary_only_forced_spellings_differ() -> None:
 @pytest.mark.parametrize("max_objects", [0, 1, 3, 50])
 def test_spatial_automaton_equals_the_grammar(with_size: bool, max_objects: int) -> None:
     ids = {"coord_id": 5, "size_id": 6, "end_id": 0, "with_size": with_size, "max_objects": max_objects}
-    tables = spatial_tables(**ids, vocab_size=97)  # type: ignore[arg-type]
+    tables = spatial_tables(**ids, vocab_size=97)
     for seed in range(20):
         rng = random.Random(seed)
         grammar, automaton = SpatialGrammar(**ids), TokenAutomaton(tables)  # type: ignore[arg-type]

@@ -90,9 +90,9 @@ def test_a_beginning_is_added_only_where_the_file_asks(tmp_path: Path) -> None:
 Change = Callable[[gguf.GGUFWriter], None]
 
 
-def byte_file(path: Path, pre: str = "gpt-2", **settings: Any) -> Container:
+def byte_file(path: Path, **settings: Any) -> Container:
     writer = gguf.GGUFWriter(path, "qwen2")
-    add_byte_tokens(writer, 300, pre)
+    add_byte_tokens(writer, 300, "gpt-2")
     for name, value in settings.items():
         writer.kv_data[0].pop(f"tokenizer.{name}", None)
         if value is not None:

@@ -155,7 +155,7 @@ def test_empty_folder_and_missing_folder(tmp_path: Path) -> None:
 def split(folder: Path) -> dict[str, Any]:
     tensors = random_tensors()
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2])):
         file = f"model-{number}.safetensors"
         save_file({name: tensors[name] for name in part}, folder / file)

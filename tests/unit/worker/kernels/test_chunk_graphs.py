@@ -25,8 +25,9 @@ from worker.schedule.plan import Chunk, StepPlan
 from worker.schedule.sequence import Sequence
 from worker.step import chunk_graphs, graph_table
 from worker.step.chunk_graphs import ChunkGraphs, bucket_of, chunk_buckets, span_capacity
+from worker.step.contract import GraphCounts
 from worker.step.decode_graphs import Flavour
-from worker.step.graph_table import EAGER_RUNS_BEFORE_CAPTURE, GraphCounts, GraphTable
+from worker.step.graph_table import EAGER_RUNS_BEFORE_CAPTURE, GraphTable
 from worker.step.slot import Slot
 from worker.step.staging import StepShape, Views, num_spans, stage_chunk_padding, stage_chunks, used_words
 from worker.step.warm_up import _tasks

@@ -137,7 +137,7 @@ def test_a_fused_runner_gives_the_tokens_of_a_plain_one(monkeypatch: pytest.Monk
     """Prefill by staged segments, mixed steps, padded decode steps, the fused sampler: greedy and drawn rows."""
     model = random_model("tiny-qwen3", torch.device("cpu"), torch.float32).model
     model.card = msgspec.structs.replace(model.card, context_tokens=64)  # captured attention spans all of it
-    submits = []
+    submits: list[tuple[Submit, list[bytes]]] = []
     for number, prompt in enumerate([[5, 6, 7], list(range(8, 28)), [9]]):
         sampling = Sampling(temperature=0.8 * (number % 2), top_p=0.9, seed=number)
         submit = Submit(EPOCH, number, str(number), pack_i32(prompt), 3, sampling, ignore_eos=True)

@@ -53,7 +53,7 @@ from worker.sim.runner import (
     prefix_hash,
     value_of,
 )
-from worker.sim.timeline import Clock, VirtualClock
+from worker.sim.timeline import VirtualClock
 from worker.step.staging import StepShape
 
 GATEWAY = b"gateway-0"
@@ -146,7 +146,7 @@ class SimWorker:
         max_waiting: int = 64,
         max_sequence_tokens: int = 128,
         prefix_cache: bool = True,
-        clock: Clock | None = None,
+        clock: VirtualClock | None = None,
         profile: Profile = TEST,
         exact: bool = True,
         jitter_seed: int | None = None,
@@ -254,8 +254,8 @@ class SimWorker:
         assert not in_flight, "I5: a row in flight belongs to a released sequence"
         automata = scheduler.automata
         if automata is not None:
-            held = {seq.table_place for seq in scheduler.running if seq.table_place}
-            assert automata.num_held == len(held), "a table slot leaked"
+            places = {seq.table_place for seq in scheduler.running if seq.table_place}
+            assert automata.num_held == len(places), "a table slot leaked"
         held_pages = {page for seq in scheduler.running for page in seq.pages}
         assert len(held_pages) == self.pool.num_allocated, "I7"
         for seq in scheduler.waiting:

@@ -51,7 +51,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def submits(num: int, max_tokens: int, *, temperature: float = 0.0) -> list[tuple[Submit, list[bytes]]]:
     rng = random.Random(num)
-    found = []
+    found: list[tuple[Submit, list[bytes]]] = []
     for number in range(num):
         prompt = [1, *(rng.randrange(4, 160) for _ in range(rng.randint(1, 70)))]
         sampling = Sampling(temperature=temperature, top_p=0.95, seed=rng.randrange(1 << 60))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -54,8 +55,8 @@ class CountingConstraint:
         return self.inner.is_complete()
 
 
-def simulation(**options: object) -> Simulation:
-    return Simulation(card=CARD, max_rows=6, num_pages=128, **options)  # type: ignore[arg-type]
+def simulation(**options: Any) -> Simulation:
+    return Simulation(card=CARD, max_rows=6, num_pages=128, **options)
 
 
 def prompt_of(number: int) -> list[int]:
@@ -101,7 +102,7 @@ def test_preemption_resumes_with_the_same_state(kind: str) -> None:
     """Pages so few that rows are preempted and resumed: their constraints go on where they were."""
     plenty = run_constrained(kind)
     sim_options = {"num_slots": 2, "page_tokens": 2}
-    sim = Simulation(card=CARD, max_rows=6, num_pages=24, automata=kind == "device", **sim_options)  # type: ignore[arg-type]
+    sim = Simulation(card=CARD, max_rows=6, num_pages=24, automata=kind == "device", **sim_options)
     streams = []
     for number in range(9):
         grammar = GRAMMARS[number % 3]

@@ -211,10 +211,10 @@ def test_pictures_are_encoded_one_at_a_time_while_others_decode() -> None:
     steps: list[tuple[bool, int]] = []
     launch = sim.runner.launch_forward
 
-    def record(slot: int, plan: StepPlan, progress: Progress) -> None:
+    def record(slot_number: int, plan: StepPlan, progress: Progress) -> None:
         crops = sum(p.num_crops for c in plan.chunks for p in c.seq.pictures if c.start <= p.position)
         steps.append((bool(plan.decode), crops))
-        launch(slot, plan, progress)
+        launch(slot_number, plan, progress)
 
     sim.runner.launch_forward = record  # type: ignore[method-assign]
     first = [sim.submit([30], 6, image=bytes([i])) for i in range(3)]

@@ -90,14 +90,14 @@ def test_against_plain_loop(
         assert torch.equal(flat_values[tokens.write_index], value)
         start = 0
         for pages, first, length, prefix in spans:
-            index = [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in range(length)]
+            held = [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in range(length)]
             q_pos, k_pos = torch.arange(first, length)[:, None], torch.arange(length)[None]
             allowed = k_pos <= q_pos
             if kind.window:
                 allowed &= k_pos > q_pos - kind.window
             allowed |= (q_pos < prefix) & (k_pos < prefix)
             queries = query[start : start + length - first]
-            want = plain(queries, flat_keys[index], flat_values[index], allowed, kind.cap)
+            want = plain(queries, flat_keys[held], flat_values[held], allowed, kind.cap)
             got = found[start : start + length - first].double()
             tolerance = 1e-5 if dtype == torch.float32 else 2e-2
             assert float((got - want).abs().max()) < tolerance

@@ -16,6 +16,7 @@ import torch
 
 from tests.unit.worker.models import dense_oracle as dense
 from tests.unit.worker.models.dense_oracle import LLAMA3_ROPE, edit_config, load, respell, write
+from tests.unit.worker.models.paged_driver import Driver, relative_error
 from worker.formats.source import CheckpointError
 from worker.models.dense import Dense
 from worker.models.registry import nearest
@@ -178,8 +179,8 @@ def test_the_hubs_spelling_says_the_same(folder_and_oracle: tuple[Path, Any], tm
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     ids = dense.draw(40, 3)
     model = load(respell(tmp_path))
-    _, hidden = dense.Driver(model).prefill(model.embed(torch.tensor(ids)), 0)
-    error = dense.relative_error(model.logits(hidden), dense.oracle_logits(oracle, ids))
+    _, hidden = Driver(model).prefill(model.embed(torch.tensor(ids)), 0)
+    error = relative_error(model.logits(hidden), dense.oracle_logits(oracle, ids))
     assert error < dense.TOLERANCE
 
 
@@ -187,7 +188,7 @@ def test_the_hubs_spelling_says_the_same(folder_and_oracle: tuple[Path, Any], tm
 def test_long_factors_where_a_longer_context_is_asked_for(tmp_path: Path) -> None:
     """transformers takes the long factors for a sequence beyond the original context, and so does this server for
     all of them: positions in its cache must not depend on what comes later."""
-    rope = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
+    rope: dict[str, Any] = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16}
     oracle = write(tmp_path, "phi3", **rope)
     assert load(tmp_path).card.context_tokens == 16
     edit_config(tmp_path, degas={"context_tokens": 200})
@@ -205,8 +206,8 @@ def test_gemma3_as_released_folders_spell_it(tmp_path: Path) -> None:
     edit_config(tmp_path, layer_types=None, sliding_window_pattern=2, _sliding_window_pattern=None)
     ids = dense.draw(40, 3)
     model = load(tmp_path)
-    _, hidden = dense.Driver(model).prefill(model.embed(torch.tensor(ids)), 0)
-    assert dense.relative_error(model.logits(hidden), dense.oracle_logits(oracle, ids)) < dense.TOLERANCE
+    _, hidden = Driver(model).prefill(model.embed(torch.tensor(ids)), 0)
+    assert relative_error(model.logits(hidden), dense.oracle_logits(oracle, ids)) < dense.TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.unit.worker.models import dense_oracle as dense
 from tests.unit.worker.models.dense_oracle import edit_config, load, write
+from tests.unit.worker.models.paged_driver import Driver
 from worker.formats.source import CheckpointError
 from worker.forward import ImageCrops
 
@@ -28,7 +29,7 @@ def test_bfloat16_stays_near_fp32(tmp_path: Path) -> None:
     model = load(tmp_path, torch.bfloat16)
     assert model.dtype == torch.bfloat16
     ids = dense.draw(40, 4)
-    _, hidden = dense.Driver(model, kv_dtype=torch.float32).prefill(model.embed(torch.tensor(ids)), 0)
+    _, hidden = Driver(model, kv_dtype=torch.float32).prefill(model.embed(torch.tensor(ids)), 0)
     expected = dense.oracle_logits(oracle, ids)
     theirs = dense.oracle_logits(oracle.to(torch.bfloat16), ids)
     error = (model.logits(hidden) - expected).abs().mean()
@@ -37,7 +38,7 @@ def test_bfloat16_stays_near_fp32(tmp_path: Path) -> None:
 
 def test_nan_stays_in_its_row(folder: Path) -> None:
     model = load(folder)
-    driver = dense.Driver(model)
+    driver = Driver(model)
     rows = [driver.prefill(model.embed(torch.tensor(dense.draw(9, seed))), 0)[0] for seed in (1, 2)]
     embedded = model.embed(torch.tensor([7, 8]))
     embedded[0] = float("nan")

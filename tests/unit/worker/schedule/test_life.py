@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from shared.errors import ErrorCode, FinishReason
-from tests.unit.worker.schedule.examples import sequence
-from worker.constraints.automaton import TokenAutomaton
-from worker.schedule.intake import spatial_tables
+from tests.unit.worker.schedule.examples import mask_of, sequence
+from worker.constraints.automaton import TokenAutomaton, spatial_tables
 from worker.schedule.life import LIFE_MOVES, MASK_MOVES, Life, LifeError, MaskLife, mask_moved, moved
 from worker.sim.runner import fake_card
 
@@ -55,9 +54,9 @@ def test_a_sequence_finishes_once_and_keeps_its_first_reason() -> None:
 def test_masks_are_the_hosts_only_while_no_automaton_lies_on_the_device() -> None:
     assert sequence().mask is MaskLife.NONE
     seq = sequence(constraint=constrained())
-    assert seq.mask is MaskLife.DUE
+    assert mask_of(seq) is MaskLife.DUE
     seq.place_automaton(3)
-    assert seq.mask is MaskLife.NONE and seq.table_place == 3
+    assert mask_of(seq) is MaskLife.NONE and seq.table_place == 3
     seq.place_automaton(0)
     assert seq.mask is MaskLife.DUE
 
@@ -65,9 +64,9 @@ def test_masks_are_the_hosts_only_while_no_automaton_lies_on_the_device() -> Non
 def test_a_slow_mask_is_awaited_taken_once_and_awaited_again_while_it_stays_slow() -> None:
     seq = sequence(constraint=constrained())
     seq.on_slow_mask()
-    assert seq.mask is MaskLife.AWAITED
+    assert mask_of(seq) is MaskLife.AWAITED
     seq.on_mask_ready(MASK, is_slow=True)
-    assert seq.take_ready_mask() is MASK and seq.mask is MaskLife.AWAITED
+    assert seq.take_ready_mask() is MASK and mask_of(seq) is MaskLife.AWAITED
     seq.on_mask_ready(MASK, is_slow=False)
     seq.take_ready_mask()
     assert seq.mask is MaskLife.DUE and seq.ready_mask is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shared.errors import ErrorCode, FinishReason
-from tests.unit.worker.schedule.examples import plan_of, result_of, scheduler, sequence
+from tests.unit.worker.schedule.examples import life_of, plan_of, result_of, scheduler, sequence
 from worker.schedule.life import Life
 from worker.schedule.refusal import Refusal
 
@@ -16,7 +16,7 @@ def test_a_prompt_is_prefilled_and_then_decodes_a_token_a_step() -> None:
     steps.submit(seq)
     first = plan_of(steps)
     assert [(c.start, c.num_tokens, c.is_last) for c in first.chunks] == [(0, 3, True)]
-    assert first.samples == [seq] and seq.life is Life.RUNNING and seq.inflight_refs == 1
+    assert first.samples == [seq] and life_of(seq) is Life.RUNNING and seq.inflight_refs == 1
     second = plan_of(steps)
     assert second.decode == [seq] and second.positions == [3] and second.sample_indexes == [1]
     assert steps.plan(0.0) is None, "I12: a third token is never launched"
@@ -60,7 +60,7 @@ def test_a_row_that_ends_in_flight_is_a_zombie_until_its_last_commit() -> None:
     steps.submit(seq)
     first, second = plan_of(steps), plan_of(steps)
     assert steps.cancel(b"gateway", 0, FinishReason.CANCELLED) is seq
-    assert seq.life is Life.FINISHED and seq.pages, "I5"
+    assert life_of(seq) is Life.FINISHED and seq.pages, "I5"
     assert steps.cancel(b"gateway", 0, FinishReason.CANCELLED) is None
     assert steps.commit(first, result_of(first), 1.0).num_zombies == 1 and seq.pages
     assert steps.commit(second, result_of(second), 1.0).num_zombies == 1
@@ -102,7 +102,7 @@ def test_without_pages_the_youngest_is_preempted_and_comes_back_first() -> None:
         plan = plan_of(steps)
         steps.commit(plan, result_of(plan), 1.0)
     assert young.life is Life.WAITING and not young.pages and young.preemptions == 1
-    assert steps.waiting.peek() is young and old.life is Life.RUNNING
+    assert steps.waiting.peek() is young and life_of(old) is Life.RUNNING
     num_generated = young.num_generated
     while old.life is Life.RUNNING:
         plan = plan_of(steps)

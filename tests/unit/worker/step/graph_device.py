@@ -52,7 +52,7 @@ class _Recorder(TorchDispatchMode):
     """Lists operations as they run, and undoes what they do to memory that was there before."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.operations: list[tuple[Callable[..., Any], Any, Any, list[tuple[int, Tensor]]]] = []
         self.own: dict[int, Tensor] = {}  # by storage: what the graph allocated
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # written memory, and what it held

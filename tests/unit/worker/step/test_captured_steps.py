@@ -21,8 +21,9 @@ from worker.forward import ImageCrops
 from worker.loop.inbox import Received
 from worker.models.moondream import Moondream
 from worker.schedule.plan import StepPlan
+from worker.step.contract import GraphCounts
 from worker.step.decode_graphs import Flavour, bucket_sizes
-from worker.step.graph_table import EAGER_RUNS_BEFORE_CAPTURE, GraphCounts
+from worker.step.graph_table import EAGER_RUNS_BEFORE_CAPTURE
 from worker.step.slot import Slot
 from worker.step.vision_graphs import VisionGraphs, cut_pieces, piece_sizes
 from worker.step.warm_up import warm_up
@@ -74,7 +75,7 @@ def agree(found: list[Stream], expected: list[Stream]) -> None:
 
 def text(num: int, max_tokens: int, vocab: int, **sampling: Any) -> Submits:
     """Text rows of different lengths, half of them drawn."""
-    made = []
+    made: Submits = []
     for number in range(num):
         prompt = [3 + (7 * number + i) % (vocab - 8) for i in range(1 + 9 * number)]
         settings = Sampling(temperature=0.8 * (number % 2), top_p=0.9, seed=number, **sampling)
@@ -147,7 +148,10 @@ def test_a_prompt_that_finds_no_memory_ends_alone(tiny: Moondream, monkeypatch: 
         prefill(slot, plan, bucket)
 
     monkeypatch.setattr(runner, "_prefill", refuse_once)
-    large = (Submit(EPOCH, 99, "99", pack_i32([5] * 40), 9, Sampling(), ignore_eos=True), [])
+    large: tuple[Submit, list[bytes]] = (
+        Submit(EPOCH, 99, "99", pack_i32([5] * 40), 9, Sampling(), ignore_eos=True),
+        [],
+    )
     streams = harness.begin(submits)
     while not all(stream.tokens for stream in streams):
         harness.engine.tick()
@@ -207,7 +211,7 @@ class Counted(TorchDispatchMode):
     """Counts operations that are queued outside of replays."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -328,7 +332,9 @@ def test_warm_up_leaves_no_trace_and_covers_what_serving_meets(tiny: Moondream) 
     agree(harness.answer(submits), alone(tiny, submits))
     counts = harness.runner.graph_counts
     assert counts.eager_steps_total == {} and set(counts.captures_total) == {"startup"}
-    assert all(not memory[:-1].any() for memory in (harness.runner.rows.counts, harness.runner.rows.bias))
+    rows = harness.runner.rows
+    assert rows.counts is not None and rows.bias is not None
+    assert all(not memory[:-1].any() for memory in (rows.counts, rows.bias))
 
 
 def test_warm_up_ends_when_its_time_is_up(tiny: Moondream) -> None:
