@@ -21,12 +21,11 @@ from pathlib import Path
 import structlog
 
 COMPILERS = ("c++", "g++", "clang++")
-# gnu++17, not c++17: only then are products and sums contracted to fused ones.
+# gnu++17, because with c++17 compilers do not contract a product and a sum to a fused operation.
 FLAGS = ("-std=gnu++17", "-O3", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-pthread")
 COMPILE_S = 300.0
-SOURCE = Path(__file__).with_name(
-    "exports.cpp"
-)  # and the units beside it, which are compiled at the same time
+# The other units beside it are compiled at the same time.
+SOURCE = Path(__file__).with_name("exports.cpp")
 
 _V3 = frozenset(("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm"))
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 import pytest
 
 from loadtest.gpu.random_models import _words
+from shared.protocol import FromWorker
 from tests.unit.worker.models.dense_oracle import write
 from tests.unit.worker.models.test_families import LONGROPE
 from worker.config import ConfigError, WorkerConfig
@@ -19,7 +19,10 @@ from worker.startup import Startup, build_worker
 class Nobody:
     """An outbox that no one reads."""
 
-    def send(self, message: Any, payloads: Any = ()) -> None:
+    def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
+        """Drop it."""
+
+    def broadcast(self, message: FromWorker) -> None:
         """Drop it."""
 
 
