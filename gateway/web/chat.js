@@ -221,7 +221,7 @@ export class Chat {
     byId("chat-notice-undo").hidden = !canUndo;
   }
 
-  /** To a screen reader, once an answer is whole: word by word nobody could follow. */
+  /** Announces a whole answer to a screen reader; word by word it could not be followed. */
   say(text) {
     byId("said").textContent = text.length > SPOKEN_CHARS ? `${text.slice(0, SPOKEN_CHARS)} … and more.` : text;
   }

@@ -12,7 +12,7 @@ export class Composer {
     this.image = "";
     this.isEditing = false;
     this.isRunning = false;
-    // A finger has no Shift key: there Enter breaks the line and the button sends.
+    // Touch keyboards have no Shift+Enter, so on them Enter breaks the line and only the button sends.
     this.isTouch = matchMedia("(hover: none) and (pointer: coarse)").matches;
     this.field.enterKeyHint = this.isTouch ? "enter" : "send";
     byId("composer").addEventListener("submit", (event) => {

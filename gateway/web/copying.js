@@ -1,4 +1,4 @@
-// Owns copying to the clipboard, where the page may and where it may only pretend to be typed at.
+// Owns copying to the clipboard: by the clipboard's interface, or by a selection where the page may not use that.
 
 /** A small button that copies what `textOf()` gives when it is pressed, and says so. */
 export function copyButton(label, spoken, textOf) {

@@ -41,7 +41,7 @@ export class Exchange {
   }
 
   get isRunning() { return this.state === "waiting" || this.state === "streaming"; }
-  /** Whether the model is told of it in later turns: it is where there is an answer, if only the start of one. */
+  /** Whether later turns contain this exchange: only if it has an answer, or the start of one. */
   get isTold() { return this.text.trim() !== ""; }
 
   /** Waits for a first answer, or for another in place of what was there. */
@@ -163,7 +163,7 @@ export class Exchange {
     this.root.classList.toggle("last", isLast);
   }
 
-  /** As it is kept for the tab's life; a picture is too large to keep. */
+  /** The exchange as the tab stores it, without its picture, which is too large. */
   kept() {
     const { asked, text, state, code, tokens, usage, beads } = this;
     const times = beads.times.map((at) => Math.round((at - beads.askedAt) * 10) / 10);

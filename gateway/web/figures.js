@@ -17,7 +17,7 @@ export function showFigures(part, beads, tokens, lead = 1) {
   if (!times.length) return;
   const span = times.at(-1) - times[0];
   const counted = tokens ?? times.length;
-  // A rate needs a stretch of time.
+  // Too few tokens, or too short a time, give no rate.
   const rate = counted > lead + 2 && span > 10 ? ((counted - lead) / span) * 1000 : 0;
   part("f-first").textContent = ms(times[0] - askedAt);
   part("f-rate").textContent = rate ? number(rate, rate < 10 ? 1 : 0) : "–";

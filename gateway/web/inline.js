@@ -8,7 +8,7 @@ const LONGEST_HREF = 2_000;
 const MOST_NAMED = 4; // of a run of characters that are not seen; the others are counted
 
 // What changes the order of a line or cannot be seen: control characters, bidirectional overrides and isolates, tags.
-// And marks heaped on one letter, which no language does and laying out takes for ever.
+// Also many marks on one letter, which no language uses and which take very long to lay out.
 const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069\u{e0000}-\u{e007f}]+|(?<=\p{M}{12})\p{M}+/gu;
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const SPACE = /\s/u;

@@ -33,7 +33,7 @@ export class Lanes {
       const socket = new FarSocket(this.url, ["degas"]);
       const failed = () => {
         clearTimeout(timer);
-        socket.removeEventListener("close", failed); // the next attempt is not this one's to end
+        socket.removeEventListener("close", failed); // must not end the next attempt
         this.opening = null;
         reject(new Error("no connection"));
       };

@@ -25,7 +25,7 @@ export function startStudio(connections) {
   picture.surprise();
 }
 
-/** Shows the studio, or not; pasted and dropped pictures are its own only while it is shown. */
+/** Shows or hides the studio; it takes pasted and dropped pictures only while it is shown. */
 export function showStudio(visible) {
   isShown = visible;
   byId("studio-view").hidden = !visible;

@@ -1,5 +1,5 @@
-// Owns what stands between a CPU's products in a layer: rotation, KV write and paged attention of new tokens, a row
-// each. A row's result depends on nothing but the row, so a batched sequence equals itself run alone bit for bit.
+// Owns the operations between a layer's products on a CPU: rotation, KV write and paged attention of new tokens, each
+// token a row. A row's result depends on nothing but the row, so a batched sequence equals itself run alone bit for bit.
 
 #pragma once
 
@@ -21,7 +21,7 @@ void rotate_heads(const Model* from, float* to, int heads, int dim, int rotary, 
         Floats squares{};
         for (int i = 0; i < dim; i += LANES) {
             Floats x = load(from + i);
-            x = x - x == splat(0.0f) ? x : splat(0.0f);  // a masked NaN would spoil the pages' next owner
+            x = x - x == splat(0.0f) ? x : splat(0.0f);  // a NaN in a page would spoil the page's next owner
             squares += x * x;
             store(to + i, x);
         }
@@ -48,7 +48,7 @@ struct Run {
     const int32_t* table;
 };
 
-constexpr int64_t BLOCK_ROWS = 8;  // of one run, which share each key that is loaded
+constexpr int64_t BLOCK_ROWS = 8;  // rows of one run that share each loaded key
 
 // All rows' blocks. `runs` null: each row is one, with a line of `tables`.
 inline void list_blocks(int64_t rows, const Run* runs, const int32_t* tables, int64_t table_stride, const int32_t* lengths,
@@ -98,7 +98,7 @@ void decode_rows(Team& team, int64_t rows, const Model* qkv, Kept* keys, Kept* v
         }
     });
 
-    // By key heads only if there would be too few blocks for everybody: all heads of a page lie side by side.
+    // Split by key heads only if there are too few blocks for all threads, because all heads of a page lie side by side.
     list_blocks(rows, runs, tables, table_stride, lengths, shape, team.count() > 1 && rows < 16 * team.count(), blocks);
     team.share(blocks.size(), 1, [&](int64_t first, int64_t last) {
         for (int64_t number = first; number < last; number++) {

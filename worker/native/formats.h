@@ -1,5 +1,5 @@
-// Owns the formats that weights are kept in, and reading them as fp32: what a file holds, in another order and never
-// expanded in memory. Each gives exactly the number that the file's own dequantisation gives.
+// Owns the formats that weights are kept in, and reading them as fp32: a file's weights in another order, never expanded
+// in memory. Each weight is read as exactly the number that the file's own dequantisation gives.
 //
 // A panel is packed as (inputs / BLOCK) blocks, each its scales, then (BLOCK / STEP, PANEL) words of 32 bits: STEP inputs
 // of one output side by side.
@@ -17,7 +17,7 @@ namespace {
 
 enum Format { SAME, BF16, INT8, INT4, INT4_MIN, INT4_REAL, INT8_REAL };
 
-// What a file's block of weights says of each: weight = scale · q + least.
+// The content of a file's blocks: weight = scale · q + least.
 struct Quantised {
     const int8_t* q;              // (outputs, inputs)
     const float *scale, *least;   // (outputs, inputs / BLOCK); least may be null

@@ -1,8 +1,8 @@
-// Owns products of fp32 activations with weights of any format (formats.h), in fp32 arithmetic. A row's result is one sum in the
-// order of the inputs, whatever stands beside the row and whatever the format: that of the same weights in fp32.
+// Owns products of fp32 activations with weights of any format (formats.h), in fp32 arithmetic. A row's result is one sum
+// in the order of the inputs, whatever the other rows are: for every format the result of the same weights in fp32.
 //
-// Few rows are bound by memory: weights go from there to registers once, out of several panels at a time. For more rows,
-// parts of a panel are expanded into the first-level cache and multiplied there.
+// Few rows are bound by memory: weights are loaded into registers once, from several panels at a time. For more rows,
+// parts of a panel are expanded into the first-level cache and multiplied from there.
 
 #pragma once
 
@@ -15,7 +15,7 @@ constexpr int64_t EXPANDED_FLOATS = 288 * 16;  // of a panel: 18 KiB, which leav
 constexpr int64_t ROWS_BYTES = 512 << 10;      // of inputs, kept in the second-level cache from panel to panel
 constexpr int64_t AHEAD_BYTES = 2048;
 
-// Said of a vector that is used several times: GCC would rather load it again for each.
+// Keeps a vector that is used several times in a register; GCC would load it again for each use.
 inline void keep_loaded(Floats& x) {
 #if defined(__x86_64__)
     asm("" : "+v"(x));

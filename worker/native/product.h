@@ -1,4 +1,4 @@
-// Owns what a product is on a CPU, and what becomes of its sums: bias, activation, residual, where they are stored.
+// Owns the description of a product on a CPU, and what is done with its sums: bias, activation, residual, storing.
 
 #pragma once
 

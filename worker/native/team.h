@@ -62,7 +62,7 @@ public:
     template <typename Work>
     void share(int64_t count, int64_t grain, const Work& work) {
         if (!pool) return work((int64_t)0, count);
-        // Parts small enough that a thread whose core another process has taken holds little, and is waited for briefly.
+        // Parts are so small that the others wait only briefly for a thread whose core another process has taken.
         const int64_t even = (count + 4 * pool->count - 1) / (4 * pool->count), part = (even + grain - 1) / grain * grain;
         std::atomic<int64_t>& next = pool->next[turn % 2];
         for (int64_t first; (first = next.fetch_add(part, std::memory_order_relaxed)) < count;)
@@ -74,7 +74,7 @@ public:
         if (!pool) return;
         if (pool->arrived.fetch_add(1) + 1 == pool->count) {
             pool->arrived.store(0);
-            pool->next[(turn + 1) % 2].store(0);  // nobody has used it since the turn before this one
+            pool->next[(turn + 1) % 2].store(0);  // no thread has used it since the turn before this one
             pool->call();
         } else {
             pool->wait(turn);

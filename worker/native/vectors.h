@@ -1,7 +1,7 @@
 // Owns the vectors that the compiled operations compute with: as many floats as a register of the processor holds,
 // loaded from and stored to fp32 and bf16.
 //
-// Plain GCC and clang vectors, never wider than a register: a compiler keeps wider ones in memory. On x86 they are
+// GCC's and clang's vectors, never wider than a register, because compilers keep wider ones in memory. On x86 they are
 // `__m512` or `__m256` under another name, so that intrinsics take them as they are.
 
 #pragma once

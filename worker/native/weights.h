@@ -22,7 +22,7 @@
 
 namespace {
 
-// What there is for activations of a dtype: nothing, unless said below.
+// The products for activations of a dtype: none, unless specialised below.
 template <typename Real>
 struct Weights {
     static bool are_taken() { return false; }
