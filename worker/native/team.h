@@ -1,5 +1,5 @@
-// Owns the threads that share a call's work. They wait between calls: spinning for some fifty microseconds, since a step's next
-// call comes soon, then asleep, so that an idle server uses no processor and a busy neighbour gets the core.
+// Owns the threads that share a call's work. They wait between calls: spinning for a while, since a step's next call comes soon,
+// then asleep, so that an idle server uses no processor and a busy neighbour gets the core.
 
 #pragma once
 
@@ -18,16 +18,22 @@ inline void relax() {
 
 class Pool {
 public:
-    static constexpr int SPINS = 2000;
+    static constexpr int FEWEST_SPINS = 250, MOST_SPINS = 4000;
 
     explicit Pool(int count) : count(count) {}
 
-    // Until `turn` turns have been called, and one more.
+    // Until `turn` turns have been called, and one more. Who has spun in vain spins less the next time: where there are fewer
+    // cores than threads, whoever is waited for needs this one.
     void wait(uint64_t turn) {
-        for (int spin = 0; spin < SPINS; spin++) {
-            if (turns.load(std::memory_order_acquire) != turn) return;
+        static thread_local int spins = MOST_SPINS;
+        for (int spin = 0; spin < spins; spin++) {
+            if (turns.load(std::memory_order_acquire) != turn) {
+                spins = spins + spins / 4 < MOST_SPINS ? spins + spins / 4 : MOST_SPINS;
+                return;
+            }
             relax();
         }
+        spins = spins / 2 > FEWEST_SPINS ? spins / 2 : FEWEST_SPINS;
         std::unique_lock<std::mutex> lock(mutex);
         sleepers++;
         awake.wait(lock, [&] { return turns.load() != turn; });
