@@ -244,7 +244,7 @@ def as_text(value: Any) -> str:
 
 def _value(setting: Setting, given: Any) -> Any:
     """None for the text "none"; the section's model parses every other text."""
-    says_none = isinstance(given, str) and given.lower() in ("", NONE)
+    says_none = isinstance(given, str) and given.lower() == NONE
     return None if setting.is_optional and says_none else given
 
 

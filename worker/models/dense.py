@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,9 +21,20 @@ from worker.models.attention import AttentionPlan
 from worker.models.decoder import Decoder
 from worker.models.dense_config import DenseConfig
 from worker.models.head import Head
-from worker.models.layers import GatedMlp, LayerNorm, PackedLinear, RmsNorm, Take, take_norm
+from worker.models.layers import (
+    GatedMlp,
+    LayerNorm,
+    PackedLinear,
+    RmsNorm,
+    Take,
+    TakeWeight,
+    reads_blocks,
+    take_norm,
+    together,
+)
 from worker.models.qk_norm import head_weights, product_norm
 from worker.models.rope import pair_order, rotation_table
+from worker.native.quantised import KINDS, Quantised, QuantisedWeight
 from worker.native.stack import GatedLayer
 
 if TYPE_CHECKING:
@@ -35,12 +47,25 @@ _BARE = re.compile(r"(embed_tokens|layers|norm)\.")  # names in a folder that wa
 class Dense(Decoder):
     """A loaded dense decoder; implements `contract.Model`. It reads text only. Any float dtype works."""
 
-    def __init__(self, sizes: DenseConfig, card: ModelCard, take: Take, device: torch.device) -> None:
+    def __init__(
+        self,
+        sizes: DenseConfig,
+        card: ModelCard,
+        take: Take,
+        device: torch.device,
+        take_weight: TakeWeight | None = None,
+    ) -> None:
+        """`take_weight` hands out weights of products as the file holds them, where products read that; None: as `take`."""
         self.sizes = sizes
-        words = take("model.embed_tokens.weight", sizes.vocab_size, sizes.dim)
-        blocks = [_Block(take, f"model.layers.{index}", sizes, index) for index in range(sizes.num_layers)]
+        take_weight = take_weight or take
+        embedding = "model.embed_tokens.weight"
+        weight = take_weight(embedding if sizes.tied else "lm_head.weight", sizes.vocab_size, sizes.dim)
+        words = weight if sizes.tied and isinstance(weight, Tensor) else None
+        if words is None:
+            words = take(embedding, sizes.vocab_size, sizes.dim)
+        layers = range(sizes.num_layers)
+        blocks = [_Block(take, take_weight, f"model.layers.{i}", sizes, i) for i in layers]
         norm = _take_norm(take, "model.norm", sizes)
-        weight = words if sizes.tied else take("lm_head.weight", sizes.vocab_size, sizes.dim)
         # q and k are rotated by numbers of this length, so scores are scaled by its square, exactly and on every path.
         length = sizes.score_scale**0.5
         super().__init__(
@@ -61,7 +86,9 @@ class _Block:
     """One layer: attention, then the MLP, each between the norms that the settings name, added to the residual
     stream; or both side by side behind one norm."""
 
-    def __init__(self, take: Take, name: str, sizes: DenseConfig, index: int) -> None:
+    def __init__(
+        self, take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig, index: int
+    ) -> None:
         names, attention = sizes.norms, f"{name}.self_attn"
         self._kind = sizes.layers[index]
         self._parallel = sizes.parallel
@@ -77,13 +104,14 @@ class _Block:
             norm(names.after_attention),
         )
         self._before_mlp, self._after_mlp = norm(names.before_mlp), norm(names.after_mlp)
-        self._qkv = _take_qkv(take, attention, sizes)
+        self._qkv = _take_qkv(take, take_weight, attention, sizes)
         self._qk_weight = head_weights(take, attention, sizes)
         self._head_norm = RmsNorm(torch.ones(sizes.head_dim, device=self._qkv.device), sizes.eps)
         self._product_norm = product_norm(take, attention, sizes)
-        self._out = _take_scaled(take, f"{attention}.o_proj", sizes.dim, sizes.q_dim, sizes.out_bias, sizes)
-        gate_up = _take_gate_up(take, f"{name}.mlp", sizes)
-        down = _take_scaled(take, f"{name}.mlp.down_proj", sizes.dim, sizes.ff_dim, sizes.mlp_bias, sizes)
+        scaled = partial(_take_scaled, take, take_weight, sizes)
+        self._out = scaled(f"{attention}.o_proj", sizes.dim, sizes.q_dim, sizes.out_bias)
+        gate_up = _take_gate_up(take, take_weight, f"{name}.mlp", sizes)
+        down = scaled(f"{name}.mlp.down_proj", sizes.dim, sizes.ff_dim, sizes.mlp_bias)
         self._mlp = GatedMlp(gate_up, down, gelu=sizes.gelu)
 
     def __call__(self, hidden: Tensor, plan: AttentionPlan, layer: int) -> Tensor:
@@ -201,49 +229,69 @@ def _take_norm(take: Take, name: str, sizes: DenseConfig) -> LayerNorm | RmsNorm
     return RmsNorm(take(f"{name}.weight", sizes.dim), sizes.eps)
 
 
-def _take_qkv(take: Take, name: str, sizes: DenseConfig) -> PackedLinear:
+def _take_qkv(take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig) -> PackedLinear:
     """q, k and v as one product, the dimensions of each q and k head in rotary pairs (see `pair_order`)."""
-    order = pair_order(sizes.head_dim, sizes.rotary_dim)
     widths = (sizes.q_dim, sizes.kv_dim, sizes.kv_dim)
+    order = _qkv_order(sizes)
 
-    def stacked(kind: str, *inputs: int) -> Tensor:
+    def parts(take: TakeWeight, kind: str, *inputs: int) -> list[Tensor | Quantised]:
         if sizes.fused_projections:
-            parts = list(take(f"{name}.qkv_proj.{kind}", sum(widths), *inputs).split(widths))
-        else:
-            names = zip(("q_proj", "k_proj", "v_proj"), widths, strict=True)
-            parts = [take(f"{name}.{part}.{kind}", width, *inputs) for part, width in names]
-        for i in (0, 1):
-            heads = parts[i].view(-1, sizes.head_dim, *inputs)
-            parts[i] = heads[:, order.to(heads.device)].reshape(parts[i].shape)
-        return torch.cat(parts)
+            return [take(f"{name}.qkv_proj.{kind}", sum(widths), *inputs)]
+        names = zip(("q_proj", "k_proj", "v_proj"), widths, strict=True)
+        return [take(f"{name}.{part}.{kind}", width, *inputs) for part, width in names]
 
-    return PackedLinear(stacked("weight", sizes.dim), stacked("bias") if sizes.qkv_bias else None)
+    bias: Tensor | None = None
+    if sizes.qkv_bias:
+        stacked = together(parts(take, "bias"))
+        assert isinstance(stacked, Tensor)
+        bias = stacked[order.to(stacked.device)]
+    weight = together(parts(take_weight, "weight", sizes.dim))
+    ordered = weight[order.to(weight.device)] if isinstance(weight, Tensor) else weight.ordered(order)
+    return PackedLinear(ordered, bias)
 
 
-def _take_gate_up(take: Take, name: str, sizes: DenseConfig) -> PackedLinear:
-    def stacked(kind: str, *inputs: int) -> Tensor:
+def _qkv_order(sizes: DenseConfig) -> Tensor:
+    """Which row of q, k and v (all stacked) stands where: those of each q and k head in pairs, v's as they are."""
+    pairs = pair_order(sizes.head_dim, sizes.rotary_dim)
+    heads = torch.arange(sizes.num_heads + sizes.num_kv_heads).unsqueeze(1) * sizes.head_dim
+    rotated = (heads + pairs).flatten()
+    return torch.cat([rotated, torch.arange(len(rotated), len(rotated) + sizes.kv_dim)])
+
+
+def _take_gate_up(take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig) -> PackedLinear:
+    def stacked(take: TakeWeight, kind: str, *inputs: int) -> Tensor | Quantised:
         if sizes.fused_projections:
             return take(f"{name}.gate_up_proj.{kind}", 2 * sizes.ff_dim, *inputs)
-        return torch.cat(
+        return together(
             [take(f"{name}.{part}_proj.{kind}", sizes.ff_dim, *inputs) for part in ("gate", "up")]
         )
 
-    bias = stacked("bias") if sizes.mlp_bias else None
-    return PackedLinear(stacked("weight", sizes.dim), bias, gated=not sizes.gelu)
+    bias = stacked(take, "bias") if sizes.mlp_bias else None
+    assert bias is None or isinstance(bias, Tensor)
+    return PackedLinear(stacked(take_weight, "weight", sizes.dim), bias, gated=not sizes.gelu)
 
 
 def _take_scaled(
-    take: Take, name: str, outputs: int, inputs: int, biased: bool, sizes: DenseConfig
+    take: Take,
+    take_weight: TakeWeight,
+    sizes: DenseConfig,
+    name: str,
+    outputs: int,
+    inputs: int,
+    biased: bool,
 ) -> PackedLinear:
     """A product that adds to the residual stream, its factor multiplied in before the weights are rounded."""
 
-    def scaled(kind: str, *shape: int) -> Tensor:
-        tensor = take(f"{name}.{kind}", *shape)
+    def scaled(tensor: Tensor) -> Tensor:
         if sizes.residual_scale == 1.0:
             return tensor
         return (tensor.float() * sizes.residual_scale).to(tensor.dtype)
 
-    return PackedLinear(scaled("weight", outputs, inputs), scaled("bias", outputs) if biased else None)
+    bias = scaled(take(f"{name}.bias", outputs)) if biased else None
+    weight = take_weight(f"{name}.weight", outputs, inputs)
+    if isinstance(weight, Tensor) or sizes.residual_scale != 1.0:
+        weight = scaled(weight if isinstance(weight, Tensor) else weight.dequantised())
+    return PackedLinear(weight, bias)
 
 
 def load_dense(
@@ -266,7 +314,17 @@ def load_dense(
         weight_bytes += tensor.nbytes
         return tensor
 
-    model = Dense(sizes, card, take, device)
+    def take_weight(name: str, *shape: int) -> Tensor | Quantised:
+        nonlocal weight_bytes
+        if not reads_blocks(device, dtype):
+            return take(name, *shape)
+        packed = checkpoint.take_packed(name, *shape)
+        if packed is None or packed.type not in KINDS:
+            return take(name, *shape)
+        weight_bytes += packed.data.nbytes
+        return QuantisedWeight(packed.type, *packed.shape, packed.data)
+
+    model = Dense(sizes, card, take, device, take_weight)
     checkpoint.finish()
     model.weight_bytes = weight_bytes
     return model

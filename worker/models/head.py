@@ -13,6 +13,7 @@ from torch import Tensor
 
 from worker.models.layers import PackedLinear
 from worker.native.products import products
+from worker.native.quantised import Quantised
 
 KEPT_BYTES = 1 << 30
 """On a CPU a head of bf16 weights is kept in fp32 up to this size. Measured (AVX2, one thread, 49152×576 and
@@ -21,7 +22,7 @@ _BLOCK_ROWS = {"cpu": 256, "cuda": 16384}
 
 
 class Head:
-    """`x Wᵀ + b` in fp32 of a weight (V, D) and bias (V,) or None, on their final device and dtype.
+    """`x Wᵀ + b` in fp32 of a weight (V, D), a tensor or a file's blocks, and bias (V,) or None, on their final device and dtype.
 
     `scale` multiplies the logits; `cap` c then makes a logit l c·tanh(l/c), 0: leaves it.
     """
@@ -29,11 +30,15 @@ class Head:
     __slots__ = ("_bias", "_cap", "_multiply", "_scale", "_weight")
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, *, scale: float = 1.0, cap: float = 0.0
+        self, weight: Tensor | Quantised, bias: Tensor | None = None, *, scale: float = 1.0, cap: float = 0.0
     ) -> None:
         self._scale, self._cap = scale, cap
-        self._weight, self._bias = weight, None if bias is None else bias.float()
         self._multiply: Callable[[Tensor], Tensor]
+        self._bias: Tensor | None = None
+        if not isinstance(weight, Tensor):
+            self._multiply = PackedLinear(weight, bias).logits
+            return
+        self._weight, self._bias = weight, None if bias is None else bias.float()
         on_cpu = weight.device.type == "cpu"
         native = products(weight.device)
         if native is not None and native.can_multiply(weight.dtype, weight.shape[1], weight.shape[0]):

@@ -6,7 +6,7 @@ but very wide layers a packed product gives a row the same bits whatever the row
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from worker.native.operations import LANES, operations
 from worker.native.products import ADD, GATE, GELU, PLAIN, Linear, PackedWeight, Products, products
-from worker.native.quantised import Quantised
+from worker.native.quantised import Quantised, stacked
 
 Take = Callable[..., Tensor]
 """`take(name, *shape, dtype=…)`: a checkpoint's tensor by canonical name, of that shape, on the model's device.
 Without `dtype` in the model's own."""
+
+TakeWeight = Callable[..., "Tensor | Quantised"]
+"""As `Take`, for the weight (out, in) of a product; it may hand out the file's own blocks."""
 
 # Reordering for oneDNN needs a typical batch size; 32 measured best or equal from 1 to 128 rows.
 _PACK_ROWS = 32
@@ -34,6 +37,22 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype == torch.float32
+
+
+def reads_blocks(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products for activations of `dtype` multiply by a file's quantised blocks as they are."""
+    found = products(device)
+    return dtype == torch.float32 and found is not None and found.multiplies(dtype)
+
+
+def together(parts: Sequence[Tensor | Quantised]) -> Tensor | Quantised:
+    """One weight of all parts' rows, such as q, k and v: in blocks if all of them are."""
+    if len(parts) == 1:
+        return parts[0]
+    packed = [part for part in parts if not isinstance(part, Tensor)]
+    if len(packed) == len(parts):
+        return stacked(packed)
+    return torch.cat([part if isinstance(part, Tensor) else part.dequantised() for part in parts])
 
 
 class PackedLinear:
