@@ -27,7 +27,7 @@ pytestmark = [
 def smollm2() -> Iterator[str]:
     """The address of a server with SmolLM2."""
     flags = ["--device", "cpu", "--model", "smollm2", "--dtype", "float32"]
-    with stack(flags, progress_timeout_s="120") as running:
+    with stack(flags) as running:
         yield running.url
 
 
