@@ -45,7 +45,7 @@ _CSP: Final = (
 _PAGE_HEADERS: Final = {"Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
 
 
-class Asked(sse.Shape, Protocol):
+class PreparedRequest(sse.Shape, Protocol):
     """A prepared request of any API: what to submit, and how to say the answer, whole or streamed."""
 
     requests: list[GenerateRequest]
@@ -93,7 +93,9 @@ def _generation(service: Service, prepare: Prepare) -> Handler:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         data = await admit_body(request, service)
-        prepared: Asked = await prepare(service, data, request_id=request[REQUEST_ID], tenant=request[TENANT])
+        prepared: PreparedRequest = await prepare(
+            service, data, request_id=request[REQUEST_ID], tenant=request[TENANT]
+        )
         if prepared.stream:
             return await sse.respond(
                 request, config, service.metrics, service.submit, prepared.requests, prepared

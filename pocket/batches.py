@@ -22,7 +22,8 @@ from safetensors.numpy import load, save
 from tokenizers import Tokenizer
 
 from pocket.network import NetworkConfig, VisionConfig
-from pocket.questions import KINDS, NO_PICTURE_ANSWER, Ask, Questioner
+from pocket.phrases import Ask
+from pocket.questions import KINDS, NO_PICTURE_ANSWER, Questioner
 from pocket.scenes import COLOR_NAMES, SHAPES, Scene, Thing, draw_scene, scene_rng
 from pocket.tiling import cut_crops
 from pocket.tokenizer import ANSWER_ID, COORD_ID, EOS_ID, SIZE_ID, load_tokenizer

@@ -15,7 +15,8 @@ from PIL import Image
 
 from pocket.answers import Box, Point, Reply, Request
 from pocket.network import NetworkConfig, VisionConfig
-from pocket.questions import QUERY_KINDS, Ask, Questioner
+from pocket.phrases import Ask
+from pocket.questions import QUERY_KINDS, Questioner
 from pocket.scenes import Thing, draw_scene, scene_rng
 
 UNSEEN_SEED = 990_001  # training seeds are small numbers

@@ -4,102 +4,25 @@ Answers are canonical: one string per question and scene. Where a scene leaves t
 thing on the border between "left" and "center"), the question is not asked.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from collections.abc import Callable
 
 from numpy.random import Generator
 
+from pocket.phrases import (
+    Ask,
+    Task,
+    caption,
+    is_ordered,
+    join,
+    listing,
+    matching,
+    place_of,
+    plural,
+    with_article,
+)
 from pocket.scenes import COLOR_NAMES, SHAPES, Scene, Thing
 
-Task = Literal["query", "caption", "detect", "point"]
-
 NO_PICTURE_ANSWER = "please add a picture"
-_WORDS = ("no", "one", "two", "three", "four", "five", "six")
-_BORDER = 0.03  # a centre this close to a third of the picture is in neither of two places
-_ORDER_GAP = 0.025  # centres closer than this have no left-to-right order
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One question: `text` is the question, the caption's length, or the object to find."""
-
-    task: Task
-    kind: str
-    text: str
-    answer: str = ""
-    targets: tuple[Thing, ...] = ()
-    settled: bool = True  # False: listed in an order that is a matter of taste; trained on, not scored
-
-
-def plural(shape: str) -> str:
-    """The plural of a shape's name or of a word for any shape."""
-    return shape + ("es" if shape.endswith("s") else "s")
-
-
-def matching(things: Sequence[Thing], color: str | None, shape: str | None) -> tuple[Thing, ...]:
-    """The things of this colour and shape, left to right; None matches any."""
-    return tuple(t for t in things if color in (None, t.color) and shape in (None, t.shape))
-
-
-def place_of(thing: Thing) -> str | None:
-    """Which ninth of the picture a thing's centre lies in, or None near a border."""
-    if any(abs(v - third) < _BORDER for v in (thing.x, thing.y) for third in (1 / 3, 2 / 3)):
-        return None
-    across = "left" if thing.x < 1 / 3 else "right" if thing.x > 2 / 3 else ""
-    down = "top" if thing.y < 1 / 3 else "bottom" if thing.y > 2 / 3 else ""
-    return f"{down} {across}".strip() or "center"
-
-
-def _is_ordered(things: Sequence[Thing]) -> bool:
-    return all(b.x - a.x >= _ORDER_GAP for a, b in pairwise(things))
-
-
-def _join(parts: Sequence[str]) -> str:
-    if len(parts) < 2:
-        return "".join(parts)
-    return ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
-def _an(name: str) -> str:
-    return ("an " if name[0] in "aeiou" else "a ") + name
-
-
-def _listing(things: Sequence[Thing]) -> str:
-    return _join([_an(t.name) for t in things]) if things else "nothing"
-
-
-def caption(scene: Scene, length: str) -> Ask:
-    """The caption of a scene: "short", "normal" or "long"."""
-    things = scene.things
-    settled = _is_ordered(things)
-    if length == "short":
-        text = _listing(things) if things else "an empty picture"
-        return Ask("caption", "caption short", length, text[0].upper() + text[1:] + ".", settled=settled)
-    if not things:
-        text = (
-            "The picture is empty."
-            if length == "normal"
-            else "The picture is empty. There are no shapes in it."
-        )
-        return Ask("caption", f"caption {length}", length, text)
-    places = [place_of(t) for t in things]
-    settled = settled and None not in places
-    located = _join([f"{_an(t.name)} at the {_nearest(t)}" for t in things])
-    if length == "normal":
-        return Ask(
-            "caption", "caption normal", length, located[0].upper() + located[1:] + ".", settled=settled
-        )
-    noun = "shape" if len(things) == 1 else "shapes"
-    text = f"The picture shows {_WORDS[len(things)]} {noun}: {located}."
-    return Ask("caption", "caption long", length, text, settled=settled)
-
-
-def _nearest(thing: Thing) -> str:
-    across = "left" if thing.x < 1 / 3 else "right" if thing.x > 2 / 3 else ""
-    down = "top" if thing.y < 1 / 3 else "bottom" if thing.y > 2 / 3 else ""
-    return f"{down} {across}".strip() or "center"
 
 
 class Questioner:
@@ -165,7 +88,7 @@ class Questioner:
             "what is in the picture", "what do you see", "what is this", "what is there", "describe the picture",
             "what objects are in the picture", "what shapes are there", "list the objects", "what's in this picture",
         )  # fmt: skip
-        return self._query("what", text, _listing(self.things), settled=_is_ordered(self.things))
+        return self._query("what", text, listing(self.things), settled=is_ordered(self.things))
 
     def color(self) -> Ask | None:
         shape = self.pick(*SHAPES)
@@ -187,7 +110,7 @@ class Questioner:
             text = self.pick(
                 f"what color are the {plural(shape)}", f"which colors do the {plural(shape)} have"
             )
-        return self._query("color", text, _join(colors), settled=len(colors) == 1 or _is_ordered(found))
+        return self._query("color", text, join(colors), settled=len(colors) == 1 or is_ordered(found))
 
     def shape(self) -> Ask | None:
         color = self.pick(*COLOR_NAMES)
@@ -206,7 +129,7 @@ class Questioner:
         shapes = list(dict.fromkeys(t.shape for t in found))
         if len(shapes) > 2:
             return None
-        return self._query("shape", text, _join(shapes), settled=len(shapes) == 1 or _is_ordered(found))
+        return self._query("shape", text, join(shapes), settled=len(shapes) == 1 or is_ordered(found))
 
     def count(self) -> Ask:
         if self.rng.random() < 0.3:
@@ -243,16 +166,16 @@ class Questioner:
         if len(found) == 2:
             text = self.pick(f"where are the {self._name(color, shape, many=True)}", text)
         names = list(dict.fromkeys(p for p in places if p))
-        return self._query("where", text, _join(names), settled=_is_ordered(found))
+        return self._query("where", text, join(names), settled=is_ordered(found))
 
     def exists(self) -> Ask:
         color, shape = self._target(0.5)
         name = self._name(color, shape)
         many = self._name(color, shape, many=True)
         text = self.pick(
-            f"is there {_an(name)}", f"is there {_an(name)} in the picture", f"do you see {_an(name)}",
-            f"are there any {many}", f"is {_an(name)} in the picture", f"can you see {_an(name)}",
-            f"does the picture show {_an(name)}", f"are there {many} in the picture",
+            f"is there {with_article(name)}", f"is there {with_article(name)} in the picture", f"do you see {with_article(name)}",
+            f"are there any {many}", f"is {with_article(name)} in the picture", f"can you see {with_article(name)}",
+            f"does the picture show {with_article(name)}", f"are there {many} in the picture",
         )  # fmt: skip
         return self._query("exists", text, "yes" if matching(self.things, color, shape) else "no")
 
@@ -311,7 +234,7 @@ class Questioner:
         words = ("left of", "right of") if across else ("above", "below")
         word = words[0] if before else words[1]
         text = f"what is {'to the ' if across and self.rng.random() < 0.5 else ''}{word} the {name}"
-        return self._query("beside", text, _listing(found), settled=_is_ordered(found))
+        return self._query("beside", text, listing(found), settled=is_ordered(found))
 
     def extreme(self) -> Ask | None:
         if len(self.things) < 2:
@@ -344,7 +267,7 @@ class Questioner:
             f"which {noun} is the {word}",
             f"what is the {word} {noun} in the picture",
         )
-        return self._query("extreme", text, _an(thing.name))
+        return self._query("extreme", text, with_article(thing.name))
 
     def at(self) -> Ask | None:
         places = [place_of(t) for t in self.things]
@@ -362,7 +285,7 @@ class Questioner:
             f"what is at the {place}", f"what is in the {place}", f"what is at the {place} of the picture",
             f"what do you see at the {place}",
         )  # fmt: skip
-        return self._query("at", text, _listing(found), settled=_is_ordered(found))
+        return self._query("at", text, listing(found), settled=is_ordered(found))
 
     def _find(self, task: Task) -> Ask:
         if self.rng.random() < 0.2:
@@ -377,7 +300,7 @@ class Questioner:
         how = self.rng.random()
         text = text[0].upper() + text[1:] if how < 0.12 else text.upper() if how < 0.14 else text
         found = matching(self.things, color, shape)
-        return Ask(task, task, text, targets=found, settled=_is_ordered(found))
+        return Ask(task, task, text, targets=found, settled=is_ordered(found))
 
     def detect(self) -> Ask:
         return self._find("detect")

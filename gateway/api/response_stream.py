@@ -298,7 +298,7 @@ class ResponseStream:
             **self.opening.body,
         }
         if status == "completed":
-            response["completed_at"] = int(time.time())
+            response["completed_at"] = int(time.time())  # the field is a date, in seconds since 1970
         if end is not None:
             response["degas"] = self._timings(end)
             if end.error is not None:

@@ -43,7 +43,7 @@ _INSTEAD: Final = {"max_tokens": "max_output_tokens", "response_format": "text.f
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class InputRead:
     """A body's input: texts by role in order, and the most recent picture."""
 
     messages: tuple[tuple[str, str], ...]
@@ -56,10 +56,10 @@ class Asked:
         return next((text for role, text in reversed(self.messages) if role == "user"), "").strip()
 
 
-def read_input(body: CreateBody, max_chars: int) -> Asked:
+def read_input(body: CreateBody, max_chars: int) -> InputRead:
     """Flatten `input` to texts and a picture. Raises `RequestError` for what Degas does not take."""
     if isinstance(body.input, str):
-        asked = Asked((("user", body.input),))
+        asked = InputRead((("user", body.input),))
     else:
         asked = _read_items(body.input or ())
     size = sum(len(text) for _, text in asked.messages) + len(body.instructions or "")
@@ -69,7 +69,7 @@ def read_input(body: CreateBody, max_chars: int) -> Asked:
     return asked
 
 
-def _read_items(items: Sequence[Item]) -> Asked:
+def _read_items(items: Sequence[Item]) -> InputRead:
     messages: list[tuple[str, str]] = []
     picture: tuple[str | None, str] = (None, "input")
     for index, item in enumerate(items):
@@ -88,7 +88,7 @@ def _read_items(items: Sequence[Item]) -> Asked:
             message = "one picture a message is supported; an earlier message's is replaced by a later one's"
             raise RequestError(ErrorCode.UNSUPPORTED, message, param=found[1][1])
         picture = found[0] if found else picture
-    return Asked(tuple(messages), *picture)
+    return InputRead(tuple(messages), *picture)
 
 
 def _read_parts(parts: Sequence[Part], where: str) -> tuple[str, list[tuple[str, str]]]:
@@ -179,7 +179,7 @@ def _num_logprobs(body: CreateBody, task: str) -> int:
 async def _compose(
     core: Core,
     model: ServedModel,
-    asked: Asked,
+    asked: InputRead,
     options: DegasOptions,
     messages: tuple[tuple[str, str], ...],
     instructions: str | None,

@@ -26,17 +26,25 @@ TransformersPython = Annotated[
     str, typer.Option(help="Python of transformers' environment; empty leaves it out.")
 ]
 VllmPython = Annotated[str, typer.Option(help="Python of an environment with vLLM's CPU build.")]
+Profile = Annotated[str, typer.Option(help="Whose step times: rtx3090, a100, h100, h200, b200, small.")]
+BatchSizes = Annotated[str, typer.Option(help="Batch sizes, comma separated.")]
+Seconds = Annotated[float, typer.Option(help="Measured time of each run.")]
+Rounds = Annotated[int, typer.Option(help="Turns that each of the compared gets.")]
+RandomShape = Annotated[str, typer.Option(help="Random Llama: 30m, 0.5b, or tiny for a smoke run.")]
+PromptTokens = Annotated[int, typer.Option(help="Tokens in.")]
+ComputeThreads = Annotated[int, typer.Option(help="Compute threads of each engine or server.")]
+Cores = Annotated[
+    str, typer.Option(help="Cores the engines or servers may use, comma separated; empty: any.")
+]
 LlamaCppPython = Annotated[str, typer.Option(help="Python with llama-cpp-python[server] and gguf.")]
 
 
 @app.command()
 def loop(
     device: Annotated[str, typer.Option(help="Only 'sim' for now: steps held for a GPU's time.")] = "sim",
-    profile: Annotated[
-        str, typer.Option(help="Whose step times: rtx3090, a100, h100, h200, b200, small.")
-    ] = "b200",
-    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
-    seconds: Annotated[float, typer.Option(help="Measured time of each run.")] = 4.0,
+    profile: Profile = "b200",
+    rows: BatchSizes = "1,8,32",
+    seconds: Seconds = 4.0,
     depth: Annotated[int, typer.Option(help="Steps in flight of the pipelined run, 2 to 4.")] = 2,
     picture: Annotated[
         Path | None, typer.Option(help="Draw both timelines of the last batch size as SVG.")
@@ -86,10 +94,10 @@ def cancels(
 
 @app.command()
 def ttft(
-    profile: Annotated[str, typer.Option(help="Whose step times.")] = "b200",
+    profile: Profile = "b200",
     rows: Annotated[int, typer.Option(help="Background streams.")] = 16,
     probes: Annotated[int, typer.Option(help="Requests timed in each round.")] = 60,
-    rounds: Annotated[int, typer.Option(help="Turns each mode gets.")] = 3,
+    rounds: Rounds = 3,
     as_json: JsonFlag = False,
 ) -> None:
     """Time to first token under load: blocking, pipelined, and pipelined with late launch, turn about."""
@@ -101,12 +109,12 @@ def ttft(
 
 @app.command()
 def flood(
-    profile: Annotated[str, typer.Option(help="Whose step times.")] = "b200",
+    profile: Profile = "b200",
     rows: Annotated[int, typer.Option(help="Sequences the worker runs at once.")] = 8,
     queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 8,
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
-    seconds: Annotated[float, typer.Option(help="Measured time of each run.")] = 4.0,
-    rounds: Annotated[int, typer.Option(help="Turns each multiple gets.")] = 2,
+    seconds: Seconds = 4.0,
+    rounds: Rounds = 2,
     as_json: JsonFlag = False,
 ) -> None:
     """Short requests at 1, 2, 5 and 10 times what can be served: goodput, time to first token, refusals."""
@@ -128,13 +136,13 @@ def flood(
 
 @app.command()
 def engine(
-    shape: Annotated[str, typer.Option(help="Random Llama: 30m, 0.5b, or tiny for a smoke run.")] = "30m",
-    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens in.")] = 32,
+    shape: RandomShape = "30m",
+    rows: BatchSizes = "1,8,32",
+    prompt_tokens: PromptTokens = 32,
     new_tokens: Annotated[int, typer.Option(help="Tokens out.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Turns each engine gets.")] = 5,
-    threads: Annotated[int, typer.Option(help="Compute threads of each engine.")] = 1,
-    cores: Annotated[str, typer.Option(help="Cores the engines may use, comma separated; empty: any.")] = "",
+    rounds: Rounds = 5,
+    threads: ComputeThreads = 1,
+    cores: Cores = "",
     transformers_python: TransformersPython = sys.executable,
     vllm_python: VllmPython = "",
     llama_cpp_python: LlamaCppPython = "",
@@ -159,15 +167,15 @@ def engine(
 
 @app.command()
 def serve(
-    shape: Annotated[str, typer.Option(help="Random Llama: 30m, 0.5b, or tiny for a smoke run.")] = "30m",
+    shape: RandomShape = "30m",
     in_flight: Annotated[str, typer.Option(help="Requests at once, comma separated.")] = "1,16,64",
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens in.")] = 32,
+    prompt_tokens: PromptTokens = 32,
     new_tokens: Annotated[int, typer.Option(help="Tokens out.")] = 16,
     seconds: Annotated[float, typer.Option(help="New requests are sent for so long in each turn.")] = 8.0,
     grace: Annotated[float, typer.Option(help="Seconds the last requests of a turn have to end.")] = 20.0,
-    rounds: Annotated[int, typer.Option(help="Turns each server gets.")] = 3,
-    threads: Annotated[int, typer.Option(help="Compute threads of each server.")] = 1,
-    cores: Annotated[str, typer.Option(help="Cores the servers may use, comma separated; empty: any.")] = "",
+    rounds: Rounds = 3,
+    threads: ComputeThreads = 1,
+    cores: Cores = "",
     transformers_python: TransformersPython = sys.executable,
     vllm_python: VllmPython = "",
     llama_cpp_python: LlamaCppPython = "",
@@ -203,7 +211,7 @@ def serve(
 
 @app.command()
 def decode(
-    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
+    rows: BatchSizes = "1,8,32",
     new_tokens: Annotated[int, typer.Option(help="Tokens each row decodes.")] = 64,
     repeats: Annotated[int, typer.Option(help="Turns each side gets.")] = 5,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of both sides.")] = "float32",

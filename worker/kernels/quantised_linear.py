@@ -22,7 +22,7 @@ BLOCK_IN = 128
 
 
 @dataclass(frozen=True, slots=True)
-class QuantisedWeight:
+class IntegerWeight:
     """A weight (out, in) as integers: int8 (out, in), or int4 packed (out, in / 2), even inputs in the low nibble."""
 
     packed: Tensor  # int8; for 4 bits uint8
@@ -31,7 +31,7 @@ class QuantisedWeight:
     group: int
 
 
-def quantise(weight: Tensor, bits: int = 8, group: int | None = None) -> QuantisedWeight:
+def quantise(weight: Tensor, bits: int = 8, group: int | None = None) -> IntegerWeight:
     """Round a (out, in) weight to `bits` (8 or 4). `group` None: one scale a row; else a multiple of 128 (or in)."""
     outputs, inputs = weight.shape
     group = group or inputs
@@ -43,10 +43,10 @@ def quantise(weight: Tensor, bits: int = 8, group: int | None = None) -> Quantis
     if bits == 4:
         nibbles = (rounded + 8).to(torch.uint8)
         rounded = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
-    return QuantisedWeight(rounded.contiguous(), scales.contiguous(), bits, group)
+    return IntegerWeight(rounded.contiguous(), scales.contiguous(), bits, group)
 
 
-def dequantise(weight: QuantisedWeight) -> Tensor:
+def dequantise(weight: IntegerWeight) -> Tensor:
     """The (out, in) fp32 weight that the integers stand for: the reference's."""
     packed = weight.packed
     if weight.bits == 4:
@@ -117,7 +117,7 @@ def _product(
     tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=exists & inside[None, :])
 
 
-def quantised_linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None = None) -> Tensor:
+def quantised_linear(x: Tensor, weight: IntegerWeight, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b. x (N, in), N ≤ 16, fp32, bf16 or fp16, rows may be strided; returns (N, out) in x's dtype.
 
     The reference is `x @ dequantise(weight).T + bias`.

@@ -199,11 +199,11 @@ class SimRunner:
         self.copy.queue(copy_out, self.profile.copy_s)
         slot.copied = self.copy.record()
 
-    def mask_rows(self, slot: int) -> I32:
-        return self.slots[slot].host_masks
+    def mask_rows(self, slot_number: int) -> I32:
+        return self.slots[slot_number].host_masks
 
-    def is_done(self, slot: int) -> bool:
-        copied = self.slots[slot].copied
+    def is_done(self, slot_number: int) -> bool:
+        copied = self.slots[slot_number].copied
         return copied is not None and copied.query()
 
     def wait(self, slot_number: int, plan: StepPlan) -> StepResult:

@@ -53,26 +53,26 @@ class Runner(Protocol):
     num_slots: int
     graph_counts: GraphCounts
 
-    def launch_forward(self, slot: int, plan: StepPlan, progress: Progress) -> None:
-        """Queue uploads and the forward of `plan` on `slot`; a device that runs it at once calls `progress` meanwhile.
+    def launch_forward(self, slot_number: int, plan: StepPlan, progress: Progress) -> None:
+        """Queue uploads and the forward of `plan` in the slot; a device that runs it at once calls `progress` meanwhile.
 
         Raises `OutOfDeviceMemory` when only the chunks could not be queued: what their rows sample means nothing.
         """
 
-    def launch_sampling(self, slot: int, plan: StepPlan, picks: list[int], *, masked: bool) -> None:
-        """Queue sampling of the samples at `picks`. `masked`: `mask_rows(slot)` holds their masks, by sample."""
+    def launch_sampling(self, slot_number: int, plan: StepPlan, picks: list[int], *, masked: bool) -> None:
+        """Queue sampling of the samples at `picks`. `masked`: `mask_rows(slot_number)` holds their masks, by sample."""
 
-    def launch_copy(self, slot: int, plan: StepPlan) -> None:
+    def launch_copy(self, slot_number: int, plan: StepPlan) -> None:
         """Queue the copy of the outputs to the host."""
 
-    def mask_rows(self, slot: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    def mask_rows(self, slot_number: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
         """The slot's host mask buffer, (max_rows, words): row i belongs to sample i."""
 
-    def is_done(self, slot: int) -> bool:
+    def is_done(self, slot_number: int) -> bool:
         """Whether the outputs have reached the host."""
 
-    def wait(self, slot: int, plan: StepPlan) -> StepResult:
+    def wait(self, slot_number: int, plan: StepPlan) -> StepResult:
         """Block until the outputs have reached the host, and read them all (I4). Raises RuntimeError on a device fault."""
 
-    def device_times(self, slot: int) -> DeviceTimes:
+    def device_times(self, slot_number: int) -> DeviceTimes:
         """The slot's last step, once it was waited for."""

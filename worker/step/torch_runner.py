@@ -255,11 +255,11 @@ class TorchRunner:
                     slot.host_top[:num].copy_(slot.top[:num], non_blocking=True)
             copy.record(copied)
 
-    def mask_rows(self, slot: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-        return self.slots[slot].host_masks_np
+    def mask_rows(self, slot_number: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+        return self.slots[slot_number].host_masks_np
 
-    def is_done(self, slot: int) -> bool:
-        copied = self.slots[slot].copied
+    def is_done(self, slot_number: int) -> bool:
+        copied = self.slots[slot_number].copied
         return copied is not None and copied.query()
 
     def wait(self, slot_number: int, plan: StepPlan) -> StepResult:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pocket.network import VisionConfig
-from pocket.questions import KINDS, Questioner, matching, place_of
+from pocket.phrases import matching, place_of
+from pocket.questions import KINDS, Questioner
 from pocket.scenes import MAX_THINGS, Thing, draw_scene, scene_rng
 from pocket.tiling import cut_crops, picture_tiling
 
