@@ -1,0 +1,181 @@
+"""Owns files that lack their end: how much of a picture is missing, and what is there when that is little.
+
+Runs in a picture process. What was never decoded is found by decoding twice, over two different fills.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Final
+
+from PIL import Image, ImageChops, ImageFile
+
+from gateway.confined.pictures.essence import Essence, Refused
+
+MAX_MISSING: Final = 1 / 16  # of the pixels
+_END: Final = b"\xff\xd9"
+_NOISE: Final = bytes((37 * number + 11) % 251 for number in range(512)) + _END
+_START_OF_SCAN: Final = re.compile(rb"\xff\xda")
+
+
+def open_file(essence: Essence, data: bytes | None = None) -> ImageFile.ImageFile:
+    """Read the header only. Raises what Pillow raises."""
+    source = io.BytesIO(essence.data if data is None else data)
+    image = Image.open(source, formats=(essence.format,))
+    assert isinstance(image, ImageFile.ImageFile)
+    return image
+
+
+def load(image: ImageFile.ImageFile, essence: Essence) -> Image.Image:
+    """Decode. Raises `Refused` where too much is missing, and whatever Pillow raises for other damage."""
+    try:
+        image.load()
+    except OSError as error:
+        if "truncated" not in str(error):
+            raise
+        if essence.format == "JPEG":
+            return _cut_jpeg(essence)
+        return _cut_rows(essence)
+    if essence.format == "JPEG" and _is_blank_at_end(image):
+        _check_end(image, essence)
+    return image
+
+
+def _decode(essence: Essence, data: bytes) -> Image.Image:
+    image = open_file(essence, data)
+    image.load()
+    return image
+
+
+def _cut_jpeg(essence: Essence) -> Image.Image:
+    """A JPEG whose data ends before its end mark: the decoder makes up the rest once the mark is added."""
+    data = essence.data.rstrip(b"\xff")
+    image = _decode(essence, data + _END)
+    if image.tobytes() == _decode(essence, data + _NOISE).tobytes():  # all pixels came before the cut
+        return image
+    if essence.progressive:
+        if not _has_every_coefficient(essence.data):
+            raise Refused(
+                "the JPEG is damaged: it is cut off, and as it is progressive, only a coarse form of it is here"
+            )
+        return image
+    missing = _blank_share(image)
+    if missing > MAX_MISSING:
+        raise Refused(_too_much("JPEG", missing))
+    return image
+
+
+def _check_end(image: Image.Image, essence: Essence) -> None:
+    """A JPEG that ends in grey may have been cut before somebody closed it. Raises `Refused` where it was."""
+    missing = _blank_share(image)
+    end = essence.data.rfind(_END)
+    if essence.progressive or missing <= MAX_MISSING or end < 0:
+        return
+    try:
+        other = _decode(essence, essence.data[:end] + _NOISE)
+    except OSError:
+        return
+    if image.tobytes() != other.tobytes():
+        raise Refused(_too_much("JPEG", missing))
+
+
+def _blank_level(image: Image.Image) -> tuple[int, ...]:
+    """What the decoder puts where there was no data: the middle of every channel."""
+    return {"CMYK": (127, 127, 127, 127)}.get(image.mode, (128,) * len(image.getbands()))
+
+
+def _is_blank_at_end(image: Image.Image) -> bool:
+    pixel = image.getpixel((image.width - 1, image.height - 1))
+    found = pixel if isinstance(pixel, tuple) else (pixel,)
+    return found == _blank_level(image)
+
+
+def _blank_share(image: Image.Image) -> float:
+    """The share of pixels that are blank, from the first blank one in the last rows that hold others."""
+    differs: Image.Image | None = None
+    for channel, level in zip(image.split(), _blank_level(image), strict=True):
+        own = channel.point([255 * (value != level) for value in range(256)])
+        differs = own if differs is None else ImageChops.lighter(differs, own)
+    assert differs is not None
+    box = differs.getbbox()
+    top = 0 if box is None else max(0, box[3] - 16)  # rows of blocks are 8 or 16 pixels high
+    num_blank = differs.crop((0, top, image.width, image.height)).histogram()[0]
+    return num_blank / (image.width * image.height)
+
+
+def _has_every_coefficient(data: bytes) -> bool:
+    """Whether the scans before the last one hold a first form of all coefficients of every channel."""
+    scans = [match.start() for match in _START_OF_SCAN.finditer(data)]
+    known: dict[int, set[int]] = {}
+    channels: set[int] = set()
+    for at in scans:
+        count = data[at + 4] if at + 4 < len(data) else 0
+        ids = data[at + 5 : at + 5 + 2 * count : 2]
+        spectrum = data[at + 5 + 2 * count : at + 8 + 2 * count]
+        if len(spectrum) < 3:
+            return False
+        channels.update(ids)
+        if at == scans[-1]:
+            break
+        for channel in ids:
+            known.setdefault(channel, set()).update(range(spectrum[0], spectrum[1] + 1))
+    return all(len(known.get(channel, ())) == 64 for channel in channels)
+
+
+def _cut_rows(essence: Essence) -> Image.Image:
+    """A file of rows: what two fills leave different was never decoded, and becomes white."""
+    if essence.format not in ("PNG", "GIF", "BMP"):
+        raise Refused(f"the {essence.format} is damaged: it is cut off")
+    image, other = (_decode_over(essence, fill) for fill in (0, 255))
+    rows = _differing_rows(image, other)
+    if rows is None:
+        return image
+    share = (rows[1] - rows[0]) / image.height
+    if share > MAX_MISSING:
+        raise Refused(_too_much(essence.format, share))
+    if image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    white = 65535 if image.mode.startswith("I") else 255
+    num_channels = len(image.getbands())
+    image.paste(white if num_channels == 1 else (white,) * num_channels, (0, rows[0], image.width, rows[1]))
+    return image
+
+
+def _differing_rows(image: Image.Image, other: Image.Image) -> tuple[int, int] | None:
+    """The first row in which they differ, and the one behind the last."""
+    data, other_data = image.tobytes(), other.tobytes()
+    stride = len(data) // image.height
+    rows = range(0, len(data), stride)
+    differing = [
+        number for number, at in enumerate(rows) if data[at : at + stride] != other_data[at : at + stride]
+    ]
+    return (differing[0], differing[-1] + 1) if differing else None
+
+
+def _decode_over(essence: Essence, fill: int) -> Image.Image:
+    image = open_file(essence)
+    prepare = image.load_prepare
+
+    def load_prepare() -> None:
+        prepare()
+        num_channels = len(image.getbands())
+        colour = fill if num_channels == 1 else (fill,) * num_channels
+        for tile in image.tile:
+            if tile.extents is not None:
+                image.im.paste(colour, tile.extents)
+
+    image.load_prepare = load_prepare  # type: ignore[method-assign]
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+    try:
+        image.load()
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    return image
+
+
+def _too_much(name: str, share: float) -> str:
+    return (
+        f"the {name} is damaged: it is cut off, {share:.0%} of its pixels are missing, "
+        f"and at most {MAX_MISSING:.0%} may be"
+    )
