@@ -6,7 +6,8 @@ Runs in a picture process. Transforms of the last few profiles are remembered.
 from __future__ import annotations
 
 import io
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, reduce
 from typing import Final
 
 from PIL import Image, ImageChops, ImageCms
@@ -21,9 +22,12 @@ _NO_DIFFERENCE: Final = 2  # levels of 255: such a profile is sRGB written down 
 _TO_8_BITS: Final = [(value + 128) // 257 for value in range(65536)]
 
 
-def to_rgb(image: Image.Image, essence: Essence) -> Image.Image:
-    """The picture in sRGB, not yet upright; what is transparent is white."""
-    colours, alpha = _split(image, essence)
+def to_rgb(image: Image.Image, essence: Essence, low: Image.Image | None = None) -> Image.Image:
+    """The picture in sRGB, not yet upright; what is transparent is white.
+
+    `low` holds the lower 8 bits of an RGB picture of 16 bits, where its transparent colour has as many.
+    """
+    colours, alpha = _split(image, essence, low)
     if essence.profile and not (image.mode.startswith("I") and essence.gamma):
         colours = _apply(colours, essence.profile)
     colours = colours.convert("RGB")
@@ -33,7 +37,9 @@ def to_rgb(image: Image.Image, essence: Essence) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
 
 
-def _split(image: Image.Image, essence: Essence) -> tuple[Image.Image, Image.Image | None]:
+def _split(
+    image: Image.Image, essence: Essence, low: Image.Image | None
+) -> tuple[Image.Image, Image.Image | None]:
     """Colours as L, RGB or CMYK, and alpha where there is any."""
     key = essence.key
     if image.mode.startswith("I"):  # 16 bits of grey
@@ -53,13 +59,20 @@ def _split(image: Image.Image, essence: Essence) -> tuple[Image.Image, Image.Ima
         image = image.convert("RGB")
     if not key or len(key) != len(image.getbands()):
         return image, None
+    if low is not None:
+        high_key, low_key = [sample >> 8 for sample in key], [sample & 255 for sample in key]
+        return image, ImageChops.lighter(_differs(image, high_key), _differs(low, low_key))
     highest = (1 << min(essence.depth, 8)) - 1
-    alpha = None
-    for channel, sample in zip(image.split(), key, strict=True):
-        level = sample * 255 // highest
-        differs = channel.point([255 * (value != level) for value in range(256)])
-        alpha = differs if alpha is None else ImageChops.lighter(alpha, differs)
-    return image, alpha
+    return image, _differs(image, [sample * 255 // highest for sample in key])
+
+
+def _differs(image: Image.Image, key: Sequence[int]) -> Image.Image:
+    """255 where any channel is not at its level of the key, else 0."""
+    masks = [
+        channel.point([255 * (value != level) for value in range(256)])
+        for channel, level in zip(image.split(), key, strict=True)
+    ]
+    return reduce(ImageChops.lighter, masks)
 
 
 def _curve(gamma: float) -> list[int]:
@@ -70,15 +83,22 @@ def _curve(gamma: float) -> list[int]:
 
 
 def _apply(image: Image.Image, profile: bytes) -> Image.Image:
+    if image.mode == "L":
+        levels = _grey_levels(profile)
+        return image if levels is None else image.point(levels)
     found = _transform(profile, image.mode)
-    if found is None and image.mode == "L":
-        found = _transform(profile, "RGB")
-        image = image.convert("RGB") if found is not None else image
-    if found is None:
-        return image
-    changed = ImageCms.applyTransform(image, found)
-    assert changed is not None
-    return changed
+    return image if found is None else _changed(image, found)
+
+
+@lru_cache(maxsize=8)
+def _grey_levels(profile: bytes) -> list[int] | None:
+    """What each level of grey comes to; profiles of colours say it too."""
+    ramp = Image.frombytes("L", (256, 1), bytes(range(256)))
+    if (found := _transform(profile, "L")) is not None:
+        return list(_changed(ramp, found).getchannel("G").tobytes())
+    if (found := _transform(profile, "RGB")) is not None:
+        return list(_changed(ramp.convert("RGB"), found).getchannel("G").tobytes())
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -88,28 +108,30 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if _MODES.get(source.profile.xcolor_space.ljust(4)) != mode or source.profile.device_class in (
-            "link",
-            "nmcl",
-            "abst",
-        ):
+        space, kind = source.profile.xcolor_space.ljust(4), source.profile.device_class
+        if _MODES.get(space) != mode or kind in ("link", "nmcl", "abst"):
             return None
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-        probe = _probe(mode)
-        changed = ImageCms.applyTransform(probe, transform)
+        # A table of grey is made once, and exactly; the others work through millions of pixels, and quickly.
+        flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+        target = ImageCms.createProfile("sRGB")
+        found = ImageCms.buildTransform(source, target, mode, "RGB", flags=flags)
+        if mode == "RGB" and _is_srgb(found):
+            return None
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
-    assert changed is not None
-    if mode == "CMYK":
-        return transform
-    ranges = ImageChops.difference(changed, probe.convert("RGB")).getextrema()
-    return transform if max(pair[1] for pair in ranges if isinstance(pair, tuple)) > _NO_DIFFERENCE else None
+    return found
 
 
-def _probe(mode: str) -> Image.Image:
-    """Every colour on a coarse lattice."""
-    if mode != "RGB":
-        return Image.linear_gradient("L").convert(mode)
+def _is_srgb(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether it changes nothing, tried on a coarse lattice of colours: most profiles are sRGB's."""
     levels = [round(255 * step / (_PROBE_STEPS - 1)) for step in range(_PROBE_STEPS)]
     pixels = bytes(value for r in levels for g in levels for b in levels for value in (r, g, b))
-    return Image.frombytes("RGB", (_PROBE_STEPS**2, _PROBE_STEPS), pixels)
+    probe = Image.frombytes("RGB", (_PROBE_STEPS**2, _PROBE_STEPS), pixels)
+    ranges = ImageChops.difference(_changed(probe, transform), probe).getextrema()
+    return all(isinstance(pair, tuple) and pair[1] <= _NO_DIFFERENCE for pair in ranges)
+
+
+def _changed(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    changed = ImageCms.applyTransform(image, transform)
+    assert changed is not None
+    return changed

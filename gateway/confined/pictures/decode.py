@@ -76,11 +76,19 @@ def decode(data: bytes, *, max_pixels: int, min_side: int) -> Image.Image:
 
 def _upright_rgb(image: ImageFile.ImageFile, essence: Essence) -> Image.Image:
     uncovered = _uncovered(image)
-    rgb = to_rgb(damage.load(image, essence), essence)
+    low = _low_bytes(essence) if essence.depth == 16 and len(essence.key) == 3 else None
+    rgb = to_rgb(damage.load(image, essence), essence, low)
     for box in uncovered:
         rgb.paste("white", box)
     turn = _TURNS.get(essence.orientation)
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def _low_bytes(essence: Essence) -> Image.Image:
+    """The lower half of each sample of 16 bits: Pillow reads the upper ones, or these if told the other order."""
+    image = damage.open_file(essence)
+    image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
+    return damage.load(image, essence)
 
 
 def _uncovered(image: ImageFile.ImageFile) -> list[tuple[int, int, int, int]]:

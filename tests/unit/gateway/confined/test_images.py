@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gateway.confined.image_process import Answer, Job, Refused, prepare
+from gateway.confined.image_process import Answer, Job, prepare
+from gateway.confined.pictures.essence import Refused
 from shared.protocol import ImageSpec
 from tests.fake_worker import FakeWorker
 from tests.gateway_thread import GatewayThread
