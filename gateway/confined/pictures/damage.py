@@ -17,6 +17,7 @@ MAX_MISSING: Final = 1 / 16  # of the pixels
 _END: Final = b"\xff\xd9"
 _NOISE: Final = bytes((37 * number + 11) % 251 for number in range(512)) + _END
 _START_OF_SCAN: Final = re.compile(rb"\xff\xda")
+_SEGMENT: Final = re.compile(rb"\xff[\xc4\xcc\xda-\xdd\xe0-\xef\xfe]")  # between scans
 
 
 def open_file(essence: Essence, data: bytes | None = None) -> ImageFile.ImageFile:
@@ -50,20 +51,36 @@ def _decode(essence: Essence, data: bytes) -> Image.Image:
 
 def _cut_jpeg(essence: Essence) -> Image.Image:
     """A JPEG whose data ends before its end mark: the decoder makes up the rest once the mark is added."""
-    data = essence.data.rstrip(b"\xff")
+    data = _without_cut_segment(essence.data, essence.pixels_at).rstrip(b"\xff")
+    scans = [match.start() for match in _START_OF_SCAN.finditer(data, essence.pixels_at)]
     image = _decode(essence, data + _END)
-    if image.tobytes() == _decode(essence, data + _NOISE).tobytes():  # all pixels came before the cut
-        return image
-    if essence.progressive:
-        if not _has_every_coefficient(essence.data):
-            raise Refused(
-                "the JPEG is damaged: it is cut off, and as it is progressive, only a coarse form of it is here"
-            )
-        return image
-    missing = _blank_share(image)
-    if missing > MAX_MISSING:
+    # What follows the last pixel changes nothing; where pixels are missing, it would be taken for them.
+    is_whole = image.tobytes() == _decode(essence, data + _NOISE).tobytes()
+    if essence.progressive or len(scans) > 1:
+        if not _is_fine(data, scans if is_whole else scans[:-1], len(image.getbands())):
+            raise Refused("the JPEG is damaged: it is cut off, and only a coarse form of the picture is here")
+    elif not is_whole and (missing := _blank_share(image)) > MAX_MISSING:
         raise Refused(_too_much("JPEG", missing))
     return image
+
+
+def _without_cut_segment(data: bytes, pixels_at: int) -> bytes:
+    """Without the tables or the header of a scan whose end is missing."""
+    last = max((match.start() for match in _SEGMENT.finditer(data, pixels_at)), default=len(data))
+    length = int.from_bytes(data[last + 2 : last + 4], "big")
+    return data[:last] if last + 2 + max(length, 2) > len(data) else data
+
+
+def _is_fine(data: bytes, scans: list[int], num_channels: int) -> bool:
+    """Whether these scans give every coefficient of every channel, but for the last bits of one channel."""
+    lacking: dict[tuple[int, int], int] = {}  # bits, by channel and coefficient
+    for at in scans:
+        spectrum = at + 5 + 2 * data[at + 4]
+        first, last, bits = data[spectrum : spectrum + 3]
+        for channel in data[at + 5 : spectrum : 2]:
+            lacking.update(((channel, number), bits & 15) for number in range(first, last + 1))
+    coarse = {channel for (channel, _), bits in lacking.items() if bits}
+    return len(lacking) == 64 * num_channels and max(lacking.values()) <= 1 and len(coarse) <= 1
 
 
 def _check_end(image: Image.Image, essence: Essence) -> None:
@@ -92,35 +109,18 @@ def _is_blank_at_end(image: Image.Image) -> bool:
 
 
 def _blank_share(image: Image.Image) -> float:
-    """The share of pixels that are blank, from the first blank one in the last rows that hold others."""
+    """The share of pixels that are blank, at the end and in the last rows of blocks that hold others."""
     differs: Image.Image | None = None
     for channel, level in zip(image.split(), _blank_level(image), strict=True):
         own = channel.point([255 * (value != level) for value in range(256)])
         differs = own if differs is None else ImageChops.lighter(differs, own)
     assert differs is not None
     box = differs.getbbox()
-    top = 0 if box is None else max(0, box[3] - 16)  # rows of blocks are 8 or 16 pixels high
-    num_blank = differs.crop((0, top, image.width, image.height)).histogram()[0]
-    return num_blank / (image.width * image.height)
-
-
-def _has_every_coefficient(data: bytes) -> bool:
-    """Whether the scans before the last one hold a first form of all coefficients of every channel."""
-    scans = [match.start() for match in _START_OF_SCAN.finditer(data)]
-    known: dict[int, set[int]] = {}
-    channels: set[int] = set()
-    for at in scans:
-        count = data[at + 4] if at + 4 < len(data) else 0
-        ids = data[at + 5 : at + 5 + 2 * count : 2]
-        spectrum = data[at + 5 + 2 * count : at + 8 + 2 * count]
-        if len(spectrum) < 3:
-            return False
-        channels.update(ids)
-        if at == scans[-1]:
-            break
-        for channel in ids:
-            known.setdefault(channel, set()).update(range(spectrum[0], spectrum[1] + 1))
-    return all(len(known.get(channel, ())) == 64 for channel in channels)
+    bottom = 0 if box is None else box[3]
+    # Rows of blocks are 8 or 16 pixels high, and colours run over a block's edge by a pixel.
+    num_blank = differs.crop((0, max(0, bottom - 18), image.width, image.height)).histogram()[0]
+    num_mixed = 2 * image.width if num_blank else 0
+    return (num_blank + num_mixed) / (image.width * image.height)
 
 
 def _cut_rows(essence: Essence) -> Image.Image:

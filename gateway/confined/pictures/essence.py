@@ -32,6 +32,7 @@ class Essence:
     key: tuple[int, ...] = field(default=())  # one sample a channel, in the file's own depth: transparent
     depth: int = 8  # bits of a sample of `key`
     progressive: bool = False
+    pixels_at: int = 0  # where in `data` a JPEG's first scan begins
 
 
 ANIMATED = "animated pictures are not accepted; send a single frame"

@@ -74,12 +74,14 @@ def read(data: bytes) -> Essence:
         raise Refused("the JPEG is damaged: its pixels come before its size")
     numbers = range(1, num_profile_parts + 1)
     whole = bool(profile_parts) and all(number in profile_parts for number in numbers)
+    header = b"".join(kept)
     return Essence(
         "JPEG",
-        b"".join(kept) + data[at:],
+        header + data[at:],
         orientation=orientation(exif),
         profile=b"".join(profile_parts[number] for number in numbers) if whole else b"",
         progressive=frame == 0xC2,
+        pixels_at=len(header),
     )
 
 
