@@ -7,9 +7,9 @@ parameters, padding or none, a fragment. No state.
 from __future__ import annotations
 
 import base64
+import binascii
 import re
 from typing import Final, NamedTuple
-from urllib.parse import unquote_to_bytes
 
 EXPECTED: Final = "expected a data URL: data:image/png;base64,…"
 _AROUND: Final = "".join(map(chr, range(0x21)))  # what the URL standard cuts off at both ends
@@ -17,7 +17,8 @@ _MAX_HEADER: Final = 2048
 _REMOTE: Final = re.compile(r"[\0- ]*(?:https?|file|ftp|blob|s3|gs):", re.IGNORECASE)
 _SPACE: Final = b"\t\n\f\r "
 _STRANGE: Final = re.compile(rb"[^A-Za-z0-9+/]")
-_SLICE: Final = 1 << 20
+_MAX_BARE: Final = 1000
+_BARE_PERCENT: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 
 
 class NotADataUrl(ValueError):
@@ -48,11 +49,12 @@ def split(url: str) -> Split:
 
 def decoded_bytes(url: str, parts: Split) -> int:
     """How long the file is that the body holds, to within the padding; a lower bound where escapes are many."""
-    num_chars = len(url) - parts.begin
-    num_chars -= 2 * url.count("%", parts.begin)
+    end = url.find("#", parts.begin)
+    end = len(url) if end < 0 else end
+    num_chars = end - parts.begin - 2 * url.count("%", parts.begin, end)
     if not parts.is_base64:
         return num_chars
-    num_chars -= sum(url.count(space, parts.begin) for space in "\t\n\r ")
+    num_chars -= sum(url.count(space, parts.begin, end) for space in "\t\n\r ")
     return num_chars * 3 // 4 - 2
 
 
@@ -82,14 +84,8 @@ def unpack(body: bytes, *, is_base64: bool) -> bytes:
 
 
 def _unescape(body: bytes) -> bytes:
-    """Undo percent-encoding, in pieces: the library makes an object of every escape."""
-    pieces: list[bytes] = []
-    begin = 0
-    while begin < len(body):
-        end = begin + _SLICE
-        escape = body.rfind(b"%", end - 2, end)
-        if escape > begin:
-            end = escape
-        pieces.append(unquote_to_bytes(body[begin:end]))
-        begin = end
-    return b"".join(pieces)
+    """Undo percent-encoding, at the speed of the library's reader of `=XX`: a picture may be all escapes."""
+    body, num_bare = _BARE_PERCENT.subn(b"%25", body, _MAX_BARE)  # one that escapes nothing stands for itself
+    if num_bare == _MAX_BARE:
+        raise NotADataUrl("the data URL is not percent-encoded: many % in it are not followed by two digits")
+    return binascii.a2b_qp(body.replace(b"=", b"=3D").replace(b"%", b"="))

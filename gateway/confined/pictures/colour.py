@@ -30,11 +30,13 @@ def to_rgb(image: Image.Image, essence: Essence, low: Image.Image | None = None)
     colours, alpha = _split(image, essence, low)
     if essence.profile and not (image.mode.startswith("I") and essence.gamma):
         colours = _apply(colours, essence.profile)
-    colours = colours.convert("RGB")
+    if colours.mode != "RGB":
+        colours = colours.convert("RGB")
     if alpha is None:
         return colours
-    colours.putalpha(alpha)
-    return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    on_white = Image.new("RGB", colours.size, "white")
+    on_white.paste(colours, mask=alpha)
+    return on_white
 
 
 def _split(

@@ -40,7 +40,7 @@ def read(data: bytes) -> Essence:
     at = 2
     while True:
         at = data.find(b"\xff", at)
-        while data[at + 1 : at + 2] == b"\xff":  # any number of fill bytes
+        while at >= 0 and data[at + 1 : at + 2] == b"\xff":  # any number of fill bytes
             at += 1
         if at < 0 or at + 4 > len(data):
             raise Refused(f"the JPEG is damaged: it is cut off in its header, after {len(data)} bytes")
