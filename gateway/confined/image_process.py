@@ -8,17 +8,22 @@ secrets, and is killed when a job takes too long. A job is a `Job` and the body 
 from __future__ import annotations
 
 import hashlib
-from typing import BinaryIO
+import math
+from typing import BinaryIO, Final
 
 import msgspec
 from PIL import Image
 
 from gateway.confined import data_urls
-from gateway.confined.pictures.decode import decode, start
+from gateway.confined.pictures.decode import LARGE_PIXELS, Decoded, decode_for, start
 from gateway.confined.pictures.essence import NoPicture, Refused
 from shared.confined import read, run_confined, write
 from shared.protocol import ImageSpec
-from shared.tiling import canvas_for
+from shared.tiling import Canvas, canvas_for
+
+# How much larger than its target a picture stays along each axis: reduced by a JPEG's decoder, and by averages.
+_SPARE: Final = 1.5
+_SPARE_OF_AVERAGES: Final = 2.0
 
 
 class Job(msgspec.Struct, array_like=True):
@@ -56,22 +61,32 @@ def unpack(body: bytes, job: Job) -> bytes:
 
 
 def prepare(data: bytes, job: Job) -> tuple[Answer, bytes, bytes]:
-    """Decode one file and cut it to what the model wants. Raises `Refused`."""
-    image = decode(data, max_pixels=job.max_pixels, min_side=job.min_side)
+    """Decode one file and cut it to what the model wants. Raises `Refused`.
+
+    Both pictures are Lanczos of the whole one. From a megapixel on, a size that is far beyond theirs is averaged away
+    before: pixels are then within 1.5 levels of 255 of that on average, 99 of 100 within 8.
+    """
     spec = job.spec
-    tiles_h, tiles_w, height, width = canvas_for(
-        image.height,
-        image.width,
-        crop_size=spec.crop_size,
-        patch_size=spec.patch_size,
-        margin_patches=spec.margin_patches,
-        max_crops=spec.max_crops,
-    )
-    crop = image.resize((spec.crop_size, spec.crop_size), Image.Resampling.LANCZOS).tobytes()
-    if (height, width) == (spec.crop_size, spec.crop_size):
-        canvas = crop
-    else:
-        canvas = image.resize((width, height), Image.Resampling.LANCZOS).tobytes()
+
+    def canvas_of(width: int, height: int) -> Canvas:
+        return canvas_for(
+            height,
+            width,
+            crop_size=spec.crop_size,
+            patch_size=spec.patch_size,
+            margin_patches=spec.margin_patches,
+            max_crops=spec.max_crops,
+        )
+
+    def enough(width: int, height: int) -> tuple[int, int]:
+        canvas = canvas_of(width, height)
+        wide, high = max(canvas.width, spec.crop_size), max(canvas.height, spec.crop_size)
+        return math.ceil(_SPARE * wide), math.ceil(_SPARE * high)
+
+    decoded = decode_for(data, max_pixels=job.max_pixels, min_side=job.min_side, wanted=enough)
+    tiles_h, tiles_w, height, width = canvas_of(decoded.width, decoded.height)
+    crop = _resize(decoded, spec.crop_size, spec.crop_size)
+    canvas = crop if (height, width) == (spec.crop_size, spec.crop_size) else _resize(decoded, width, height)
     digest = hashlib.sha256(crop)
     digest.update(canvas)
     answer = Answer(
@@ -83,6 +98,12 @@ def prepare(data: bytes, job: Job) -> tuple[Answer, bytes, bytes]:
         digest=digest.digest(),
     )
     return answer, crop, canvas
+
+
+def _resize(decoded: Decoded, width: int, height: int) -> bytes:
+    gap = _SPARE_OF_AVERAGES if decoded.width * decoded.height >= LARGE_PIXELS else None
+    image = decoded.image
+    return image.resize((width, height), Image.Resampling.LANCZOS, decoded.box, gap).tobytes()
 
 
 def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:

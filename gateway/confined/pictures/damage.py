@@ -39,7 +39,7 @@ def load(image: ImageFile.ImageFile, essence: Essence) -> Image.Image:
             return _cut_jpeg(essence)
         return _cut_rows(essence)
     if essence.format == "JPEG" and _is_blank_at_end(image):
-        _check_end(image, essence)
+        _check_end(essence)
     return image
 
 
@@ -83,8 +83,9 @@ def _is_fine(data: bytes, scans: list[int], num_channels: int) -> bool:
     return len(lacking) == 64 * num_channels and max(lacking.values()) <= 1 and len(coarse) <= 1
 
 
-def _check_end(image: Image.Image, essence: Essence) -> None:
+def _check_end(essence: Essence) -> None:
     """A JPEG that ends in grey may have been cut before somebody closed it. Raises `Refused` where it was."""
+    image = _decode(essence, essence.data)
     missing = _blank_share(image)
     end = essence.data.rfind(_END)
     if essence.progressive or missing <= MAX_MISSING or end < 0:

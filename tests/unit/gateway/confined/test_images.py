@@ -81,6 +81,25 @@ def test_orientation_is_undone_and_transparency_is_white() -> None:
     assert turned.tiles_h > turned.tiles_w
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_large_jpegs_are_decoded_smaller_within_the_stated_bound(orientation: int) -> None:
+    rng = np.random.default_rng(orientation)
+    image = Image.new("RGB", (1203, 1001))
+    for size in (4, 16, 64, 256):  # finer detail is fainter, as in photographs
+        layer = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+        image = Image.blend(image, layer.resize(image.size, Image.Resampling.BICUBIC), 2.0 / size**0.5)
+    turn = files.segment(0xE1, b"Exif\0\0" + files.exif(orientation))
+    data = files.with_segments(encoded(image, "JPEG", quality=90), turn)
+    answer, *got = prepare(data, job())
+    whole = Image.fromarray(
+        files.turned(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), orientation)
+    )
+    for pixels, shape in zip(got, ((56, 56), (answer.canvas_width, answer.canvas_height)), strict=True):
+        want = np.asarray(whole.resize(shape, Image.Resampling.LANCZOS)).reshape(-1).astype(int)
+        difference = np.abs(np.frombuffer(pixels, np.uint8) - want)
+        assert difference.mean() <= 1.5 and np.percentile(difference, 99) <= 8
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "YCbCr"])
 def test_every_common_mode_is_turned_to_rgb(mode: str) -> None:
     kind = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
