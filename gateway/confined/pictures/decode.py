@@ -77,7 +77,7 @@ def decode_for(data: bytes, *, max_pixels: int, min_side: int, wanted: Wanted) -
     except MemoryError:
         raise Refused("decoding the picture takes more memory than allowed", too_large=True) from None
     except Exception as error:
-        raise Refused(f"the {kind}'s header cannot be read: {_words(error)}") from None
+        raise Refused(f"the {kind} is damaged, its header cannot be read: {_words(error)}") from None
     width, height = image.size
     if width * height > max_pixels:
         message = f"the picture is {width}×{height}; at most {max_pixels} pixels are accepted"

@@ -5,6 +5,7 @@ The picture is the first of the file: previews and gain maps behind it (MPF) do 
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from gateway.confined.pictures.essence import Essence, Refused
@@ -13,7 +14,7 @@ from gateway.confined.pictures.orientation import orientation
 _START_OF_SCAN: Final = 0xDA
 _END: Final = 0xD9
 _FRAMES: Final = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
-_WITHOUT_LENGTH: Final = (0x00, 0x01, *range(0xD0, 0xD9))
+_MARKER: Final = re.compile(rb"\xff[^\xff\x00\x01\xd0-\xd8]")  # those that have a segment, and the end
 _TABLES: Final = (0xC4, 0xCC, 0xDB, 0xDD)  # and the restart interval
 _READ: Final = "baseline and progressive JPEGs of 8 bits with Huffman coding are accepted"
 _OTHER_FRAMES: Final = {
@@ -39,15 +40,11 @@ def read(data: bytes) -> Essence:
     frame = 0
     at = 2
     while True:
-        at = data.find(b"\xff", at)
-        while at >= 0 and data[at + 1 : at + 2] == b"\xff":  # any number of fill bytes
-            at += 1
-        if at < 0 or at + 4 > len(data):
+        found = _MARKER.search(data, at)
+        if found is None or found.start() + 4 > len(data):
             raise Refused(f"the JPEG is damaged: it is cut off in its header, after {len(data)} bytes")
+        at = found.start()
         marker = data[at + 1]
-        if marker in _WITHOUT_LENGTH:
-            at += 2
-            continue
         if marker == _END:
             raise Refused("the JPEG is damaged: it ends before its pixels begin")
         if marker == _START_OF_SCAN:
@@ -94,8 +91,11 @@ def _decides_colours(marker: int, segment: bytes) -> bool:
 
 def _check_frame(segment: bytes) -> None:
     if len(segment) < 6:
-        raise Refused("the JPEG's header is damaged: its frame has no size")
+        raise Refused("the JPEG is damaged: its frame has no size")
     if segment[0] != 8:
         raise Refused(f"the JPEG has {segment[0]} bits a sample; {_READ}")
+    height, width = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
+    if not (height and width):
+        raise Refused(f"the JPEG is damaged: its header says {width}×{height} pixels")
     if segment[5] not in (1, 3, 4):
         raise Refused(f"the JPEG has {segment[5]} channels; 1, 3 and 4 are accepted")

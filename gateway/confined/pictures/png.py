@@ -37,9 +37,11 @@ def read(data: bytes) -> Essence:
     chunks = _read_chunks(data)
     if len(chunks.header) != 13:
         raise Refused(f"the PNG is damaged: it is cut off in its header, after {len(data)} bytes")
-    depth, colour_type = chunks.header[8], chunks.header[9]
+    width, height, depth, colour_type = struct.unpack_from(">IIBB", chunks.header)
+    if not (width and height):
+        raise Refused(f"the PNG is damaged: its header says {width}×{height} pixels")
     if depth not in _DEPTHS.get(colour_type, ()):
-        raise Refused(f"the PNG's header is damaged: no PNG has colour type {colour_type} with {depth} bits")
+        raise Refused(f"the PNG is damaged: no PNG has colour type {colour_type} with {depth} bits")
     pixels = _still(chunks)
     if not pixels:
         raise Refused(f"the PNG is damaged: it holds no pixels{_cut(data) if chunks.is_cut else ''}")

@@ -236,5 +236,11 @@ def test_headers_that_end_early() -> None:
     for end in range(3, data.index(b"\xff\xda") + 4, 7):
         with pytest.raises(Refused, match="damaged"):
             read(data[:end])
+    at = data.index(b"\xff\xc0") + 5
+    with pytest.raises(Refused, match="says 48×0 pixels"):
+        read(data[:at] + b"\0\0" + data[at + 2 :])
+    for nothing in (b"\xff\xd8" + b"\xff" * 1_000_000, b"\xff\xd8\xff" * 300_000):
+        with pytest.raises(Refused, match="cut off in its header"):
+            read(nothing)
     with pytest.raises(Refused, match="ends before its pixels"):
         read(b"\xff\xd8\xff\xd9" * 3)

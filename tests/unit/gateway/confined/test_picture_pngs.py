@@ -229,6 +229,8 @@ def test_damage_to_what_pixels_need_is_told_apart() -> None:
     with pytest.raises(Refused, match="colour type 2 with 4 bits"):
         impossible = chunk(b"IHDR", struct.pack(">IIBBBBB", 30, 30, 4, 2, 0, 0, 0))
         read(data[:8] + impossible + data[33:])
+    with pytest.raises(Refused, match="says 0×5 pixels"):
+        read(data[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 0, 5, 8, 2, 0, 0, 0)) + data[33:])
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 0x10
     with pytest.raises(Refused, match="damaged"):
