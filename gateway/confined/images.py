@@ -97,7 +97,7 @@ class ImageDecoder:
             parts = data_urls.split(url)
         except data_urls.NotADataUrl as error:
             raise RequestError(ErrorCode.INVALID_REQUEST, str(error), param=param) from None
-        if data_urls.decoded_bytes(url, parts) > limit:
+        if len(url) > limit and data_urls.decoded_bytes(url, parts) > limit:
             message = f"a picture's file may have at most {limit} bytes"
             raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param=param)
         # Decoding megabytes of base64 would stop every stream for tens of milliseconds, so the process decodes.

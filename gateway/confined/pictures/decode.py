@@ -69,6 +69,8 @@ def decode_for(data: bytes, *, max_pixels: int, min_side: int, wanted: Wanted) -
     Raises `Refused`.
     """
     kind = kind_of(data)
+    if kind == "AVIF" and not AvifImagePlugin.SUPPORTED:
+        raise Refused("this build of Pillow reads no AVIF; JPEG, PNG and WEBP are accepted")
     essence = _READERS[kind](data) if kind in _READERS else Essence(kind, data)
     try:
         image = damage.open_file(essence)
