@@ -5,6 +5,7 @@ AVIF says in boxes of its own how a picture is turned; orientation in EXIF does 
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from typing import Final
@@ -13,6 +14,9 @@ from gateway.confined.pictures.essence import Essence
 from gateway.confined.pictures.profiles import coded_profile
 
 _INSIDE: Final = {b"meta": 4, b"iprp": 0, b"ipco": 0}  # boxes that hold boxes, and what comes before these
+_EXIF_ITEM: Final = re.compile(
+    rb"(infe(?:\x02.{5}|\x03.{7})..)Exif", re.DOTALL
+)  # versions 2 and 3 of the box
 _MAX_BOXES: Final = 4096
 
 
@@ -32,7 +36,7 @@ def read(data: bytes) -> Essence:
                 profile = profile or coded_profile(*struct.unpack_from(">HH", content, 4))
     essence = bytearray(data)
     for begin, end in hidden:  # an item of a kind that the decoder passes over: damaged EXIF stops it
-        essence[begin:end] = essence[begin:end].replace(b"Exif\0", b"free\0")
+        essence[begin:end] = _EXIF_ITEM.sub(rb"\1free", data[begin:end])
     return Essence("AVIF", bytes(essence), profile=b"" if has_icc else profile)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import struct
 
 import numpy as np
@@ -84,6 +85,14 @@ def test_avif_turns_by_its_own_boxes(orientation: int) -> None:
     data = encoded(PICTURE, "AVIF", quality=100, subsampling="4:4:4", exif=files.exif(orientation))
     want = files.turned(SCENE, orientation)
     assert np.abs(read(data).astype(int) - want).max() <= 3
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "maker", orientation
+    described = encoded(PICTURE, "AVIF", quality=100, subsampling="4:4:4", exif=exif)
+    header = re.search(rb"II\*\0|MM\0\*", described)
+    assert header is not None
+    at = header.start()
+    for broken in (described, described.replace(described[at + 4 : at + 12], b"\xff" * 8)):
+        assert np.abs(read(broken).astype(int) - want).max() <= 3
     boxed = encoded(PICTURE, "AVIF", quality=100, subsampling="4:4:4", xmp=XMP)
     assert np.abs(read(boxed).astype(int) - SCENE).max() <= 3
 
