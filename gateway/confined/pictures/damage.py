@@ -98,22 +98,23 @@ def _check_end(essence: Essence) -> None:
         raise Refused(_too_much("JPEG", missing))
 
 
-def _blank_level(image: Image.Image) -> tuple[int, ...]:
-    """What the decoder puts where there was no data: the middle of every channel."""
-    return {"CMYK": (127, 127, 127, 127)}.get(image.mode, (128,) * len(image.getbands()))
+def _blank_levels(image: Image.Image) -> tuple[int, ...]:
+    """What the decoder puts into every channel where there was no data: its middle. Inks are inverted, some twice."""
+    return (127, 128) if image.mode == "CMYK" else (128,)
 
 
 def _is_blank_at_end(image: Image.Image) -> bool:
     pixel = image.getpixel((image.width - 1, image.height - 1))
-    found = pixel if isinstance(pixel, tuple) else (pixel,)
-    return found == _blank_level(image)
+    levels = _blank_levels(image)
+    return all(value in levels for value in (pixel if isinstance(pixel, tuple) else (pixel,)))
 
 
 def _blank_share(image: Image.Image) -> float:
     """The share of pixels that are blank, at the end and in the last rows of blocks that hold others."""
     differs: Image.Image | None = None
-    for channel, level in zip(image.split(), _blank_level(image), strict=True):
-        own = channel.point([255 * (value != level) for value in range(256)])
+    is_other = [255 * (value not in _blank_levels(image)) for value in range(256)]
+    for channel in image.split():
+        own = channel.point(is_other)
         differs = own if differs is None else ImageChops.lighter(differs, own)
     assert differs is not None
     box = differs.getbbox()
