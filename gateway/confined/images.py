@@ -7,7 +7,6 @@ Nothing is ever fetched: a remote URL is refused.
 from __future__ import annotations
 
 import asyncio
-import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,13 +14,13 @@ import msgspec
 import structlog
 
 from gateway.config import GatewayConfig
+from gateway.confined import data_urls
 from gateway.confined.children import ask, end_child, start_child
 from gateway.confined.image_process import Answer, Job
 from gateway.generation import PreparedImage, RequestError
 from shared.errors import ErrorCode
 from shared.protocol import ImageInput, ImageSpec
 
-_DATA_URL = re.compile(r"data:([a-zA-Z0-9.+/-]{0,100})(;[a-zA-Z0-9=.+_-]{1,100})*;base64,", re.ASCII)
 _MAX_PENDING: Final = 256
 _MAX_PENDING_BYTES: Final = 256 << 20
 
@@ -45,7 +44,7 @@ class ImageDecoder:
         self._tasks: list[asyncio.Task[None]] = []
         self.processes: set[asyncio.subprocess.Process] = set()
         self.num_pending = 0
-        self.pending_bytes = 0  # of files in base64
+        self.pending_bytes = 0  # of files as they are sent
 
     async def start(self) -> None:
         """Start the processes; they are ready when the first job comes, or a moment later."""
@@ -65,8 +64,7 @@ class ImageDecoder:
 
     async def prepare(self, data_url: str, spec: ImageSpec, *, param: str) -> PreparedImage:
         """Decode and resize. Raises `RequestError` INVALID_REQUEST, PAYLOAD_TOO_LARGE or QUEUE_FULL."""
-        data = self._file(data_url, param)
-        job = Job(spec, self._config.max_image_pixels, self._config.min_image_side)
+        job, data = self._read_url(data_url, spec, param)
         pending = _Pending(job, data, asyncio.get_running_loop().create_future())
         if self._queue.full() or (self.num_pending and self.pending_bytes + len(data) > _MAX_PENDING_BYTES):
             message = f"{self.num_pending} pictures are waiting to be decoded"
@@ -92,33 +90,22 @@ class ImageDecoder:
         )
         return PreparedImage(wire, pixels[: answer.global_bytes], pixels[answer.global_bytes :])
 
-    def _file(self, data_url: str, param: str) -> bytes:
-        """The file inside a data URL, still in base64."""
-        match = _DATA_URL.match(data_url)
-        if match is None:
-            if data_url[:6].lower().startswith(("http:", "https:", "file:", "ftp:")):
-                message = (
-                    "pictures are not fetched from URLs; send the file itself as data:image/png;base64,…"
-                )
-            else:
-                message = "expected a base64 data URL: data:image/png;base64,…"
-            raise RequestError(ErrorCode.INVALID_REQUEST, message, param=param)
-        if match[1] and not match[1].startswith("image/") and match[1] != "application/octet-stream":
-            message = f"expected a picture, got {match[1][:100]}"
-            raise RequestError(ErrorCode.INVALID_REQUEST, message, param=param)
-        limit = self._config.max_image_bytes
-        if (len(data_url) - match.end()) * 3 // 4 > limit + 2:
-            raise RequestError(
-                ErrorCode.PAYLOAD_TOO_LARGE, f"a picture's file may have at most {limit} bytes", param=param
-            )
-        # Decoding megabytes of base64 would stop every stream for tens of milliseconds, so the process decodes.
+    def _read_url(self, url: str, spec: ImageSpec, param: str) -> tuple[Job, bytes]:
+        """The job for a data URL and its body, still encoded."""
+        limit = int(self._config.max_image_bytes)
         try:
-            data = data_url[match.end() :].encode("ascii")
-        except UnicodeEncodeError:
-            raise RequestError(ErrorCode.INVALID_REQUEST, "the data URL is not base64", param=param) from None
-        if not data:
+            parts = data_urls.split(url)
+        except data_urls.NotADataUrl as error:
+            raise RequestError(ErrorCode.INVALID_REQUEST, str(error), param=param) from None
+        if len(url) > limit and data_urls.decoded_bytes(url, parts) > limit:
+            message = f"a picture's file may have at most {limit} bytes"
+            raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param=param)
+        # Decoding megabytes of base64 would stop every stream for tens of milliseconds, so the process decodes.
+        body = url[parts.begin :].encode("utf-8", "replace")
+        if not body:
             raise RequestError(ErrorCode.INVALID_REQUEST, "the picture is empty", param=param)
-        return data
+        job = Job(spec, self._config.max_image_pixels, self._config.min_image_side, limit, parts.is_base64)
+        return job, body
 
     # ------------------------------------------------------------ processes
 

@@ -242,6 +242,23 @@ def pocket(
     show(accuracy_table(result), [result], as_json=as_json)
 
 
+@app.command()
+def pictures(
+    megapixels: Annotated[str, typer.Option(help="Sizes of JPEGs: some of 0.5, 2, 12.")] = "0.5,2,12",
+    models: Annotated[str, typer.Option(help="Whose crops: some of moondream, pocket.")] = "moondream,pocket",
+    rounds: Annotated[int, typer.Option(help="Turns each way gets.")] = 7,
+    as_json: JsonFlag = False,
+) -> None:
+    """Prepared pictures a second and core, from data URL to crops, beside decoding all pixels, turn about."""
+    from loadtest.bench.pictures import measure, pictures_table
+
+    try:
+        done = measure([float(size) for size in megapixels.split(",")], models.split(","), rounds)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    show(pictures_table(done), [row.to_json() for row in done], as_json=as_json)
+
+
 class _Comparison(Protocol):
     left_out: list[str]
 

@@ -15,6 +15,7 @@ from loadtest.bench.cancels import Baseline, CancelReport
 from loadtest.bench.first_token import FirstToken
 from loadtest.bench.flood import FloodRow, flood_table
 from loadtest.bench.loop import LoopRow
+from loadtest.bench.pictures import PictureRow, measure, pictures_table
 from loadtest.bench.simulate import command as simulate
 from loadtest.bench.structured import Share
 from loadtest.tables import Figures, of_objects, show
@@ -54,6 +55,7 @@ TABLES = {
     "structured": cli.structured_table([Share(20, "device", 12345.0, 0.987, 12.3)] * 8, 32, "b200"),
     "cancels": of_objects("cancels", [CANCELS]),
     "decode": cli.decode_table([DECODED] * 3, "bfloat16"),
+    "pictures": pictures_table([PictureRow(12.0, "moondream", 1_326_000, 123.4, 31.2, 2.95, 0.28, 1.0)] * 6),
     "pocket": cli.accuracy_table({"query": 0.98765, "small_many_crops": {"query": 0.5, "scenes": 150}}),
     "simulate": of_objects("gain", [SIMULATED] * 16),
 }
@@ -111,6 +113,13 @@ def test_a_line_has_a_cell_for_each_column() -> None:
 def test_json_is_a_list_of_objects(capsys: pytest.CaptureFixture[str]) -> None:
     show(TABLES["loop"], [row.to_json() for row in LOOP], as_json=True)
     assert json.loads(capsys.readouterr().out) == [asdict(row) for row in LOOP]
+
+
+def test_pictures_are_measured_both_ways() -> None:
+    (row,) = measure([0.5], ["pocket"], 1)
+    assert row.mean_difference == 0 and row.pictures_per_s > 0 and row.file_bytes > 10_000
+    with pytest.raises(ValueError, match="none of moondream, pocket"):
+        measure([0.5], ["other"], 1)
 
 
 def test_every_bench_can_say_it_in_json() -> None:

@@ -12,17 +12,20 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from gateway.confined.image_process import Answer, Job, Refused, prepare
+from gateway.confined.image_process import Answer, Job, prepare
+from gateway.confined.pictures.essence import Refused
 from shared.protocol import ImageSpec
 from tests.fake_worker import FakeWorker
 from tests.gateway_thread import GatewayThread
 from tests.http_client import Answer as HttpAnswer
 from tests.http_client import ask
+from tests.unit.gateway.confined import picture_files as files
+from tests.unit.gateway.confined.picture_files import encoded
 
 MOONDREAM = ImageSpec(crop_size=378, patch_size=14, margin_patches=4, max_crops=12, num_tokens=729)
 SMALL = ImageSpec(crop_size=56, patch_size=7, margin_patches=1, max_crops=4, num_tokens=64)
@@ -32,24 +35,15 @@ def job(spec: ImageSpec = SMALL) -> Job:
     return Job(spec, max_pixels=64_000_000, min_side=4)
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **fields: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **fields)
-    return file.getvalue()
-
-
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds next to nothing."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-        + chunk(b"IEND", b"")
+        + files.chunk(b"IHDR", header)
+        + files.chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + files.chunk(b"IEND", b"")
     )
 
 
@@ -85,6 +79,25 @@ def test_orientation_is_undone_and_transparency_is_white() -> None:
     tall = Image.new("RGB", (600, 200), "blue")
     turned = prepare(encoded(tall, "JPEG", exif=exif), job(SMALL))[0]
     assert turned.tiles_h > turned.tiles_w
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_large_jpegs_are_decoded_smaller_within_the_stated_bound(orientation: int) -> None:
+    rng = np.random.default_rng(orientation)
+    image = Image.new("RGB", (1203, 1001))
+    for size in (4, 16, 64, 256):  # finer detail is fainter, as in photographs
+        layer = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
+        image = Image.blend(image, layer.resize(image.size, Image.Resampling.BICUBIC), 2.0 / size**0.5)
+    turn = files.segment(0xE1, b"Exif\0\0" + files.exif(orientation))
+    data = files.with_segments(encoded(image, "JPEG", quality=90), turn)
+    answer, *got = prepare(data, job())
+    whole = Image.fromarray(
+        files.turned(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), orientation)
+    )
+    for pixels, shape in zip(got, ((56, 56), (answer.canvas_width, answer.canvas_height)), strict=True):
+        want = np.asarray(whole.resize(shape, Image.Resampling.LANCZOS)).reshape(-1).astype(int)
+        difference = np.abs(np.frombuffer(pixels, np.uint8) - want)
+        assert difference.mean() <= 1.5 and np.percentile(difference, 99) <= 8
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "YCbCr"])
@@ -151,6 +164,66 @@ def test_only_data_urls_with_pictures(gateway: GatewayThread, url: str, word: st
     answer = query(gateway, url)
     assert answer.status == 400 and word in answer.error["message"], answer.body
     assert answer.error["param"] == "image_url"
+
+
+def url_of(data: bytes, before: str = "data:image/png;base64,") -> str:
+    return before + base64.b64encode(data).decode()
+
+
+def circle(mode: str, ink: int, paper: int) -> Image.Image:
+    image = Image.new(mode, (64, 64), paper)
+    ImageDraw.Draw(image).ellipse((16, 16, 48, 48), fill=ink)
+    return image
+
+
+def rows_of_the_past() -> list[tuple[str, str, Image.Image]]:
+    """Pictures that browsers show and that once were refused or read wrongly: name, URL, what is shown."""
+    scene = Image.fromarray(files.scene())
+    grey = circle("L", 0, 255)
+    wide = np.asarray(grey).astype(np.uint16)[..., None] * 257
+    jpeg = encoded(scene, "JPEG", quality=95)
+    shown = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    second = Image.new("RGB", (48, 32), "lime")
+    turn = files.segment(0xE1, b"Exif\0\0" + files.exif(6, rational=(-1, 0)))
+    text = files.chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes((1 << 20) + 2)))
+    png = encoded(scene)
+    lines = base64.encodebytes(png).decode()
+    return [
+        (
+            "a preview behind the picture",
+            url_of(encoded(scene, "MPO", save_all=True, append_images=[second], quality=95)),
+            shown,
+        ),
+        ("16 bits of grey", url_of(files.png(wide, 16, 0)), grey),
+        ("16 bits of colour", url_of(files.png(wide.repeat(3, 2), 16, 2)), grey),
+        (
+            "orientation beside a resolution of -1/0",
+            url_of(files.with_segments(jpeg, turn)),
+            shown.transpose(Image.Transpose.ROTATE_270),
+        ),
+        ("text that unpacks to a megabyte", url_of(png[:33] + text + png[33:]), scene),
+        ("a JPEG without its last two bytes", url_of(jpeg[:-2]), shown),
+        ("capital letters and lines", "DATA:IMAGE/PNG;BASE64," + lines, scene),
+        ("parameters", url_of(png, "data:image/png;charset=utf-8;name=x.png;base64,"), scene),
+        ("no padding", url_of(png + b"x" * (len(png) % 3 == 0)).rstrip("="), scene),
+        ("percent-encoded", "data:," + "".join(f"%{byte:02x}" for byte in png), scene),
+        ("another type than declared", url_of(png, "data:text/plain;base64,"), scene),
+        ("AVIF", url_of(encoded(scene, "AVIF", quality=100, subsampling="4:4:4")), scene),
+    ]
+
+
+def test_what_was_refused_or_read_wrongly_once(gateway: GatewayThread, worker: FakeWorker) -> None:
+    wrong: list[str] = []
+    for name, url, shown in rows_of_the_past():
+        answer = query(gateway, url)
+        if answer.status != 200:
+            wrong.append(f"{name}: {answer.error['message']}")
+            continue
+        got = worker.payloads[-1][0]
+        assert query(gateway, url_of(encoded(shown.convert("RGB")))).status == 200
+        if max(abs(a - b) for a, b in zip(got, worker.payloads[-1][0], strict=True)) > 4:
+            wrong.append(f"{name}: other pixels")
+    assert not wrong
 
 
 def test_too_large_files_and_pictures_are_413(worker: FakeWorker) -> None:
