@@ -221,12 +221,17 @@ def _format(text: TextOptions | None) -> Wanted | None:
 def _echo(body: CreateBody, request: GenerateRequest) -> Json:
     """The request's own fields as every response object repeats them."""
     return {
+        "background": False,
         "instructions": body.instructions,
         "max_output_tokens": request.max_tokens,
+        "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata or {},
         "parallel_tool_calls": bool(body.parallel_tool_calls),
         "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
         "reasoning": _reasoning(body.reasoning),
+        "safety_identifier": body.safety_identifier,
+        "service_tier": "default",
         "store": body.store is not False,
         "temperature": request.sampling.temperature,
         "text": _text(body.text),

@@ -210,7 +210,7 @@ def test_refused_fields_are_named_with_their_path(kind: type[Known]) -> None:
         prompts.ToolCall: ("chat", "messages[2].tool_calls[0]"),
         bodies.Part: ("responses", "input[1].content[1]"),
         moondream.Settings: ("query", "settings"),
-    }[kind]  # type: ignore[index]
+    }[kind]
     decode, body = VALID[route]
     for name in kind.REFUSED:
         changed = copy.deepcopy(body)
