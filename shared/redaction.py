@@ -17,7 +17,7 @@ _VALUE: Final = r"[^\s,;\"'\\(){}\[\]<>]+"
 _LOOKS_SECRET: Final = re.compile(
     r"(?P<before>openai-insecure-api-key\.|\b(?:bearer|basic)\s+"
     r"|\b(?:authorization|proxy-authorization|x-moondream-auth|x-api-key|api[_-]?keys?|cookie|password|secret)"
-    r"\\?[\"']?\s*[:=]\s*(?:b?\\?[\"'])?(?!(?:bearer|basic)\s))" + _VALUE,
+    r"\\?[\"']?\s*[:=]\s*[\[({]*(?:b?\\?[\"'])?(?!(?:bearer|basic)\s))" + _VALUE,
     re.IGNORECASE,
 )
 

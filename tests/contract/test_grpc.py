@@ -20,10 +20,9 @@ from shared.protocol import TokenLogprobs, pack_i32, unpack_i32
 from tests.contract.test_responses import picture_url
 from tests.fake_worker import CARD, End, FakeWorker, Token, Wait, ids_text, text_ids
 from tests.gateway_thread import GatewayThread
+from tests.keys import KEY
 
 pytestmark = pytest.mark.slow
-
-KEY = "correct-key-1"
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import pytest
 from gateway.transport.http import HOLDINGS
 from tests.fake_worker import End, FakeWorker, Token, Wait, text_ids
 from tests.gateway_thread import GatewayThread
+from tests.keys import KEY
 from tests.raw_socket import HANDSHAKE, Heard, RawSocket
 
 CHAT = "/v1/chat/completions"
-KEY = "key-of-the-door-tests"
 
 
 @pytest.fixture(scope="module")

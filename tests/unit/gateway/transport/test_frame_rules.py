@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tests.fake_worker import End, FakeWorker, Token, Wait, text_ids
 from tests.gateway_thread import GatewayThread
+from tests.keys import KEY, WRONG_KEY
 from tests.raw_socket import BINARY, CLOSE, PING, PONG, TEXT, RawSocket, frame
 
-KEY = "key-of-the-frame-tests"
 LIMIT = 64 << 10
 CONTINUATION = 0
 CREATE = json.dumps({"type": "response.create", "input": "hi"}).encode()
@@ -222,7 +222,7 @@ def test_strangers_may_send_one_small_message(locked: GatewayThread) -> None:
     with opened(locked, origin) as client:
         client.send(frame(PING) * 40)
         assert client.close_code() == 1008
-    wrong = json.dumps({"type": "degas.authenticate", "api_key": "key-of-nobody-else"}).encode()
+    wrong = json.dumps({"type": "degas.authenticate", "api_key": WRONG_KEY}).encode()
     with opened(locked, origin) as client:
         client.send(frame(TEXT, wrong) + frame(TEXT, CREATE.ljust(100_000)))
         assert event(client, "error")["status"] == 401
