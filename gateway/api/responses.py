@@ -157,7 +157,11 @@ async def prepare(
 
 def _check_options(options: DegasOptions) -> None:
     """Raises `RequestError` for an argument that the task has no use for."""
-    used = {"caption": ("length",), "detect": ("object", "max_objects"), "point": ("object", "max_objects")}
+    used = {
+        "caption": ("length", "object"),
+        "detect": ("object", "max_objects"),
+        "point": ("object", "max_objects"),
+    }
     defaults = DegasOptions()
     for name in ("length", "object", "max_objects"):
         if name not in used.get(options.task, ()) and getattr(options, name) != getattr(defaults, name):

@@ -104,6 +104,8 @@ class Door(RequestHandler):
         Whether it has closed both is known only once something is sent to it: then its system objects. A client that
         has just sent its request is given a moment first.
         """
+        if self._half_closed:
+            return True  # aiohttp read on after a pause, and met the same end again
         if (
             self._payload_parser is not None
             or self._answered >= self._request_count

@@ -131,6 +131,23 @@ def test_cors_for_configured_origins(worker: FakeWorker) -> None:
         assert "access-control-allow-origin" not in other.headers
 
 
+@pytest.mark.parametrize(
+    "origin", ["app://obsidian.md", "tauri://localhost", "null", "https://a.b.example.com"]
+)
+def test_a_configured_origin_may_reach_into_a_private_network(worker: FakeWorker, origin: str) -> None:
+    configured = "app://obsidian.md,tauri://localhost,null,https://*.example.com"
+    private = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Private-Network": "true"}
+    with GatewayThread(workers=[worker.endpoint], cors_origins=configured) as gateway:
+        answer = ask(gateway.url, CHAT, method="OPTIONS", headers={"Origin": origin, **private})
+        assert answer.status == 204 and answer.headers["access-control-allow-origin"] == origin
+        assert answer.headers["access-control-allow-private-network"] == "true"
+        del private["Access-Control-Request-Private-Network"]
+        answer = ask(gateway.url, CHAT, method="OPTIONS", headers={"Origin": origin, **private})
+        assert "access-control-allow-private-network" not in answer.headers
+        other = {"Origin": "https://b.example", "Access-Control-Request-Private-Network": "true", **private}
+        assert ask(gateway.url, CHAT, method="OPTIONS", headers=other).status == 403
+
+
 def test_openais_own_client_in_a_browser_may_send_its_headers(worker: FakeWorker) -> None:
     """The headers Chromium asks about for `openai` in JavaScript, and the rule it judges the answer by."""
     wanted = (
