@@ -196,7 +196,13 @@ class WebSocketRoute:
                 if tenant is None:
                     return
             guard.unlock(self._config.max_body_bytes, self._holdings.holding(tenant))
-            lanes = opened = Lanes(self._core, writer, self._conversations, tenant=tenant)
+            lanes = opened = Lanes(
+                self._core,
+                writer,
+                self._conversations,
+                tenant=tenant,
+                waiting=self._holdings.holding(tenant),
+            )
             life = LifeSign(writer.bounded, PING, self._config.life_sign_s, lambda: opened.is_busy)
             while True:
                 message = await ws.receive()

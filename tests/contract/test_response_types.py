@@ -12,9 +12,9 @@ from openai.types.responses import Response, ResponsesServerEvent, ResponseStrea
 from websockets.sync.client import connect
 
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import TokenLogprobs, pack_i32
+from shared.protocol import Submit, TokenLogprobs, pack_i32
 from tests.contract.test_responses import picture_url
-from tests.fake_worker import End, FakeWorker, Token, Wait, text_ids
+from tests.fake_worker import Action, End, FakeWorker, Token, Wait, text_ids
 from tests.gateway_thread import GatewayThread
 from tests.http_client import Opened, ask
 
@@ -95,11 +95,14 @@ def gateway(worker: FakeWorker) -> Iterator[GatewayThread]:
 def fresh_script(worker: FakeWorker) -> None:
     token = text_ids("a")[0]
     logprobs = TokenLogprobs(0, 0, -0.5, pack_i32([token, 11]), [-0.5, -2.0])
-    worker.script = lambda submit: (
-        [Token(token, logprob=logprobs if submit.sampling.num_logprobs >= 0 else None)] * 3 + [End()]
-        if submit.task == "text"
-        else [End()]
-    )
+
+    def script(submit: Submit) -> list[Action]:
+        if submit.task != "text":
+            return [End()]
+        wanted = logprobs if submit.sampling.num_logprobs >= 0 else None
+        return [*[Token(token, logprob=wanted)] * 3, End()]
+
+    worker.script = script
 
 
 def extras(value: Any, path: str = "$") -> list[str]:
