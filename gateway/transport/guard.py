@@ -58,7 +58,8 @@ class FrameGuard:
             self._waits = False
             held, self._held = self._held, b""
             self._transport.resume_reading()
-            self.feed_data(held)
+            if held:
+                self.feed_data(held)
 
     def feed_eof(self) -> None:
         """The connection is gone."""
@@ -82,13 +83,10 @@ class FrameGuard:
         except WebSocketError as fault:
             self._fail(fault)
             return False, b""
-        if taken < len(data):
-            if not self._closes:
-                self._waits = True
-                self._held = data[taken:]
-                self._transport.pause_reading()
-            data = data[:taken]
-        self._reader.feed_data(data)
+        if self._waits:
+            self._held = data[taken:]
+            self._transport.pause_reading()
+        self._reader.feed_data(data[:taken] if taken < len(data) else data)
         if self._holding is not None:
             self._holding.set(0 if self._is_between() else self._message_bytes)
         return False, b""
@@ -120,6 +118,7 @@ class FrameGuard:
             if not self._is_control and not self._in_message:
                 self._message_bytes = 0
                 if self._holding is None:  # one whole message: the rest waits until its key was looked at
+                    self._waits = True
                     return place
         return place
 

@@ -21,6 +21,7 @@ from gateway.api.response_bodies import Authenticate
 from gateway.config import GatewayConfig
 from gateway.decisions.holdings import Holdings
 from gateway.errors import websocket_close
+from gateway.faults import fault_fields
 from gateway.generation import RequestError, ServingCore
 from gateway.transport.door import OFFERED_KEY, PROTOCOLS
 from gateway.transport.frames import PING, FrameWriter
@@ -35,9 +36,8 @@ HEARTBEAT_S: Final = 20.0
 AUTHENTICATE_WITHIN_S: Final = 10.0
 CLOSE_WITHIN_S: Final = 2.0
 VERSION: Final = "13"
-_LINGER_S: Final = (
-    0.5  # a client in the middle of a message sees the close code if it is read on for a moment
-)
+# A client in the middle of a message sees the close code only if it is read on for a moment.
+LINGER_S: Final = 0.2
 
 _OVER: Final = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 
@@ -139,9 +139,12 @@ class WebSocketRoute:
         try:
             await self._converse(ws, guard, request, tenant)
             if guard.fault is not None:
-                await asyncio.sleep(_LINGER_S)  # ends as soon as the client leaves
+                await asyncio.sleep(LINGER_S)  # ends as soon as the client leaves
         except ConnectionError:
             pass  # the client disconnected during a send
+        except Exception as fault:  # an HTTP answer cannot follow any more
+            log.error("websocket_failed", **fault_fields(fault))
+            await ws.close(code=WSCloseCode.INTERNAL_ERROR)
         finally:
             self._open.discard(ws)
         return ws

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 def worker() -> Iterator[FakeWorker]:
     with FakeWorker() as worker:
         worker.script = lambda _: [
-            Wait(0.9),
+            Wait(0.7),
             *map(Token, text_ids("so ")),
-            Wait(0.6),
+            Wait(0.3),
             *map(Token, text_ids("late")),
             End(),
         ]
@@ -33,7 +33,7 @@ def worker() -> Iterator[FakeWorker]:
 
 @pytest.fixture(scope="module")
 def gateway(worker: FakeWorker) -> Iterator[GatewayThread]:
-    with GatewayThread(workers=[worker.endpoint], life_sign_s=0.2) as gateway:
+    with GatewayThread(workers=[worker.endpoint], life_sign_s=0.1) as gateway:
         gateway.wait_ready()
         yield gateway
 

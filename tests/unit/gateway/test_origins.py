@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.config import ConfigError, load
@@ -60,6 +60,7 @@ def test_what_would_never_match_is_refused_at_start(given_: str) -> None:
 LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
 
 
+@settings(deadline=None, max_examples=30)
 @given(
     st.lists(LABEL, min_size=1, max_size=3),
     st.sampled_from(["https://{}.example.com", "HTTPS://{}.Example.com"]),
@@ -88,6 +89,7 @@ def test_and_for_nothing_else(origin: str) -> None:
     assert not Origins([read_origin("https://*.example.com")]).allow(origin)
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.sampled_from(sorted(set(TAKEN.values()) - {"*", "https://*.example.com"})), st.text(max_size=5))
 def test_the_others_match_exactly(origin: str, more: str) -> None:
     origins = Origins([origin])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared import redaction
@@ -90,11 +90,13 @@ def test_every_writer_is_redacted(form: str) -> None:
         "api_keys=('{}',)",
     ],
 )
+@settings(max_examples=20, deadline=None)
 @given(secret=st.from_regex(r"[A-Za-z0-9_.~+/=-]{6,40}", fullmatch=True))
 def test_what_looks_like_a_secret_goes(text: str, secret: str) -> None:
     assert secret not in redact(text.format(secret)).replace(redaction.MASK, "")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60), st.text(min_size=4, max_size=20), st.text(max_size=60))
 def test_known_secrets_go_wherever_they_are(before: str, secret: str, behind: str) -> None:
     known, pattern = set(redaction._known), redaction._known_pattern

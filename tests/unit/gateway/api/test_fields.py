@@ -139,7 +139,7 @@ PLACES = [(name, path) for name, (_, body) in VALID.items() for path, _ in objec
 
 
 @pytest.mark.parametrize(("name", "path"), PLACES, ids=[f"{name}:{path}" for name, path in PLACES])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     unknown=st.from_regex(r"[a-z_]{1,12}x_q", fullmatch=True), value=st.sampled_from([1, None, {}, "a", [{}]])
 )

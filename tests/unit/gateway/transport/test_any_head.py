@@ -124,7 +124,7 @@ def gateway() -> Iterator[GatewayThread]:
         yield gateway
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=FIRST, lines=st.lists(LINES, max_size=5), body=BODIES, sound_host=st.integers(0, 9))
 def test_one_answer_in_the_one_shape(
     gateway: GatewayThread,

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.transport import websocket
 from tests.fake_worker import End, FakeWorker, Token, Wait, text_ids
 from tests.gateway_thread import GatewayThread
 from tests.keys import KEY, WRONG_KEY
@@ -21,6 +22,14 @@ from tests.raw_socket import BINARY, CLOSE, PING, PONG, TEXT, RawSocket, frame
 LIMIT = 64 << 10
 CONTINUATION = 0
 CREATE = json.dumps({"type": "response.create", "input": "hi"}).encode()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_lingering() -> Iterator[None]:
+    """Each fault would cost its test that long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(websocket, "LINGER_S", 0.01)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +175,7 @@ FRAMES = st.builds(
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(frames=st.lists(FRAMES, max_size=6), junk=st.binary(max_size=20), cut=st.integers(1, 300))
 def test_whatever_comes_one_close_answers_it(
     gateway: GatewayThread, capsys: pytest.CaptureFixture[str], frames: list[bytes], junk: bytes, cut: int
@@ -227,6 +236,11 @@ def test_strangers_may_send_one_small_message(locked: GatewayThread) -> None:
         client.send(frame(TEXT, wrong) + frame(TEXT, CREATE.ljust(100_000)))
         assert event(client, "error")["status"] == 401
         assert client.close_code() == 3000
+    with opened(locked, origin) as client:  # one message is one, however the bytes come
+        client.send(frame(TEXT, wrong))
+        client.send(frame(TEXT, CREATE))
+        assert event(client, "error")["status"] == 401
+        assert client.close_code() == 3000
 
 
 def test_what_is_sent_behind_the_key_waits_for_it(locked: GatewayThread) -> None:
@@ -264,6 +278,20 @@ def holdings(gateway: GatewayThread) -> int:
     runner = gateway.gateway._runner
     assert runner is not None
     return runner.app[HOLDINGS].of("")
+
+
+def test_a_bug_behind_the_handshake_closes_with_1011(
+    gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("it held: nobody may log this")
+
+    monkeypatch.setattr(websocket, "Lanes", broken)
+    with opened(gateway) as client:
+        client.send(frame(TEXT, CREATE))
+        assert client.close_code() == 1011
+    said = capsys.readouterr()
+    assert "websocket_failed" in said.out and "nobody may log" not in said.out + said.err
 
 
 def test_a_waiting_socket_is_pinged(gateway: GatewayThread, worker: FakeWorker) -> None:
