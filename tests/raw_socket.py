@@ -149,4 +149,6 @@ def frame(
     if not masked:
         return head + payload
     mask = b"\x01\x02\x03\x04"
-    return head + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
+    over = (mask * (len(payload) // 4 + 1))[: len(payload)]
+    masked_payload = int.from_bytes(payload, "big") ^ int.from_bytes(over, "big")
+    return head + mask + masked_payload.to_bytes(len(payload), "big")

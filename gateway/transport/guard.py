@@ -40,7 +40,8 @@ class FrameGuard:
         self._is_control = False
         self._in_message = False  # fragments are expected
         self._message_bytes = 0
-        self._closes = False  # a close frame came: nothing behind it counts
+        self._closes = False  # the frame under way is a close frame
+        self._is_over = False  # it came: nothing behind it counts
         self._on_fault: Callable[[WebSocketError], None] | None = None
         self.fault: WebSocketError | None = None
 
@@ -61,6 +62,14 @@ class FrameGuard:
             if held:
                 self.feed_data(held)
 
+    def dismiss(self) -> None:
+        """The key is wrong: whatever still comes is read and forgotten, and nobody waits for a close frame in it."""
+        self.fault = WebSocketError(WSCloseCode.POLICY_VIOLATION, "the key is wrong")
+        if self._waits:
+            self._waits, self._held = False, b""
+            self._transport.resume_reading()
+        self._reader.feed_eof()
+
     def feed_eof(self) -> None:
         """The connection is gone."""
         self._held = b""
@@ -70,20 +79,19 @@ class FrameGuard:
 
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
         """See aiohttp's reader. A frame that breaks the rules ends the connection with its close code."""
-        if self.fault is not None:
-            return (
-                False,
-                b"",
-            )  # read on and forget: bytes left unread would reset the connection before its close
+        if self.fault is not None or self._is_over:
+            # Read on and forget: bytes left unread would reset the connection before its close frame is read.
+            return False, b""
         if self._waits:
             self._held += data
             return False, b""
         try:
-            taken = self._walk(data)
+            taken, waits = self._walk(data)
         except WebSocketError as fault:
             self._fail(fault)
             return False, b""
-        if self._waits:
+        if waits:
+            self._waits = True
             self._held = data[taken:]
             self._transport.pause_reading()
         self._reader.feed_data(data[:taken] if taken < len(data) else data)
@@ -101,8 +109,11 @@ class FrameGuard:
     def _is_between(self) -> bool:
         return not self._in_message and (self._payload_left == 0 or self._is_control)
 
-    def _walk(self, data: bytes) -> int:
-        """Check the frames in `data`; returns how much of it may be passed on. Raises `WebSocketError`."""
+    def _walk(self, data: bytes) -> tuple[int, bool]:
+        """Check the frames in `data`. Raises `WebSocketError`.
+
+        Returns how much of it may be passed on, and whether the rest has to wait for the key.
+        """
         place, end = 0, len(data)
         while place < end:
             if self._payload_left:
@@ -114,13 +125,13 @@ class FrameGuard:
             if self._payload_left or self._head:
                 continue
             if self._closes:
-                return place
+                self._is_over = True
+                return place, False
             if not self._is_control and not self._in_message:
                 self._message_bytes = 0
                 if self._holding is None:  # one whole message: the rest waits until its key was looked at
-                    self._waits = True
-                    return place
-        return place
+                    return place, True
+        return place, False
 
     def _read_head(self, data: bytes, place: int) -> int:
         """Take bytes of a frame's head, and act on it once it is whole; returns the place behind them."""

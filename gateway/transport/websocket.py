@@ -195,7 +195,7 @@ class WebSocketRoute:
         )
         try:
             if tenant is None:
-                tenant = await self._first_message_tenant(ws, writer)
+                tenant = await self._first_message_tenant(ws, guard, writer)
                 if tenant is None:
                     return
             guard.unlock(self._config.max_body_bytes, self._holdings.holding(tenant))
@@ -224,7 +224,7 @@ class WebSocketRoute:
             if lanes is not None:
                 lanes.close()
 
-    async def _first_message_tenant(self, ws: Socket, writer: FrameWriter) -> str | None:
+    async def _first_message_tenant(self, ws: Socket, guard: FrameGuard, writer: FrameWriter) -> str | None:
         """Wait for the key. None when the connection ended instead, with the reason sent."""
         try:
             async with asyncio.timeout(AUTHENTICATE_WITHIN_S):
@@ -250,6 +250,7 @@ class WebSocketRoute:
                     return tenant
                 error = RequestError(ErrorCode.UNAUTHORIZED, "the API key is wrong")
         writer.write(error_event(error))
+        guard.dismiss()
         await ws.close(code=websocket_close(error), message=b"unauthorized")
         return None
 
