@@ -67,6 +67,7 @@ class _IncompleteDetails(msgspec.Struct, gc=False):
 
 
 class _ResponseBody(msgspec.Struct, gc=False):
+    status: str = ""
     usage: _ResponseUsage | None = None
     error: _ErrorBody | None = None
     incomplete_details: _IncompleteDetails | None = None
@@ -223,4 +224,7 @@ def _read_incomplete(event: _ResponseEvent) -> Fact:
     reason = details.reason if details is not None else None
     if reason == "max_output_tokens":  # a good end, because this length was asked for
         return Fact(done=True, tokens=_output_tokens(event), lane=event.stream_id)
-    return Fact(error=reason or "response_incomplete", lane=event.stream_id)
+    was_cancelled = event.response is not None and event.response.status == "cancelled"
+    return Fact(
+        error=reason or ("cancelled" if was_cancelled else "response_incomplete"), lane=event.stream_id
+    )

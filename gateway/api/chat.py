@@ -13,26 +13,18 @@ from gateway.api.chunks import ChunkFrame
 from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
     Count,
+    Effort,
     Json,
     SamplingFields,
+    Verbosity,
     choice_count,
     decode_body,
     invalid,
-    refuse,
 )
 from gateway.api.prompts import Message, compose_chat
 from gateway.api.requests import Length, check_fields, make_requests
 from gateway.generation import ChatOptions, Core, Delta, End, GenerateRequest, RequestError, SpatialObject
 from shared.errors import ErrorCode
-
-_REFUSED: Final = (
-    "tools",
-    "functions",
-    "function_call",
-    "audio",
-    "web_search_options",
-    "chat_template",
-)
 
 _OWN_VARIABLES: Final = frozenset(
     ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
@@ -43,8 +35,20 @@ _MAX_VARIABLES_BYTES: Final = 16 << 10
 _encode = msgspec.json.encode
 
 
-class ChatBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+class ChatBody(SamplingFields, kw_only=True):
     """The request's JSON."""
+
+    REFUSED = (
+        "tools",
+        "functions",
+        "function_call",
+        "audio",
+        "web_search_options",
+        "moderation",
+        "chat_template",
+    )
+    # No served model thinks on demand or has a say in its length; a prediction only saves time.
+    IGNORED = (*SamplingFields.IGNORED, "prediction", "verbosity", "reasoning_effort", "parallel_tool_calls")
 
     messages: Annotated[list[Message], Meta(max_length=4096)]
     max_completion_tokens: Count | None = None
@@ -54,18 +58,18 @@ class ChatBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
     prediction: Any = None
-    verbosity: str | None = None
-    reasoning_effort: str | None = None
+    verbosity: Verbosity | None = None
+    reasoning_effort: Effort | None = None
     reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Json | None = None
-    # refused when they ask for something
     tools: Any = None
     functions: Any = None
     function_call: Any = None
     audio: Any = None
     web_search_options: Any = None
+    moderation: Any = None
     chat_template: Any = None
 
 
@@ -147,7 +151,6 @@ class Chat:
 async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> Chat:
     """Check a body and prepare everything that can fail before submitting. Raises `RequestError`."""
     body = decode_body(_decode, data)
-    refuse(body, _REFUSED)
     if body.reasoning:
         raise invalid("reasoning is offered by /v1/query only", "reasoning")
     if body.tool_choice not in (None, "none", "auto"):

@@ -146,10 +146,10 @@ def usage_object(usage: Usage) -> Json:
 
 def incomplete_details(end: End | None) -> Json | None:
     """Why a response is incomplete, or None when it is not."""
-    if end is None or end.reason in (FinishReason.STOP, FinishReason.ERROR):
+    if end is None or end.reason in (FinishReason.STOP, FinishReason.ERROR, FinishReason.CANCELLED):
         return None
-    reason = "max_output_tokens" if end.reason is FinishReason.LENGTH else end.reason.value
-    return {"reason": reason}
+    # The API's own list of reasons knows no deadline; `degas.finish_reason` says it.
+    return {"reason": "max_output_tokens"} if end.reason is FinishReason.LENGTH else {}
 
 
 def error_object(error: RequestError) -> Json:

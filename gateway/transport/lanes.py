@@ -18,6 +18,7 @@ from gateway.api import response_bodies, responses
 from gateway.api.conversations import Conversations
 from gateway.api.response_bodies import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer
 from gateway.api.response_stream import ResponseStream
+from gateway.decisions.holdings import Holding
 from gateway.errors import error_headers, error_object, http_status
 from gateway.faults import fault_fields
 from gateway.generation import Core, End, RequestError, Usage
@@ -82,6 +83,7 @@ class Lanes:
         conversations: Conversations,
         *,
         tenant: str,
+        waiting: Holding,
         max_active: int = MAX_ACTIVE_LANES,
         max_pending: int = MAX_PENDING,
     ) -> None:
@@ -99,12 +101,18 @@ class Lanes:
         self._streams: dict[str | None, ResponseStream] = {}
         self._pending: deque[Pending] = deque()
         self._pending_bytes = 0
+        self._waiting = waiting  # the same bytes, beside what the tenant's other connections hold
         self._closed = False
 
     @property
     def num_active(self) -> int:
         """Responses being prepared or streamed."""
         return len(self._preparing) + len(self._streams)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the client waits for something."""
+        return bool(self.num_active or self._pending)
 
     def on_message(self, data: str) -> None:
         """Act on one client message. A faulty message is answered with an error event; the socket stays open."""
@@ -126,6 +134,7 @@ class Lanes:
         """The connection is gone: cancel everything at once."""
         self._closed = True
         self._pending.clear()
+        self._waiting.set(0)
         for task in self._preparing.values():
             task.cancel()
         for stream in list(self._streams.values()):
@@ -137,14 +146,20 @@ class Lanes:
         if self._is_free(body.stream_id):
             self._begin(body)
             return
-        if len(self._pending) >= self._max_pending or self._pending_bytes + size_bytes > MAX_PENDING_BYTES:
+        total_bytes = self._pending_bytes + size_bytes
+        is_full = len(self._pending) >= self._max_pending or total_bytes > MAX_PENDING_BYTES
+        if is_full or not self._waiting.may_take(total_bytes):
             raise RequestError(
                 ErrorCode.QUEUE_FULL,
                 f"{len(self._pending)} responses wait on this connection already; let some finish first",
                 param="stream_id",
             )
         self._pending.append(Pending(body, size_bytes))
-        self._pending_bytes += size_bytes
+        self._count(size_bytes)
+
+    def _count(self, more_bytes: int) -> None:
+        self._pending_bytes += more_bytes
+        self._waiting.set(self._pending_bytes)
 
     def _is_free(self, lane: str | None) -> bool:
         return (
@@ -217,7 +232,7 @@ class Lanes:
         for pending in waiting:
             lane = pending.body.stream_id
             if lane not in passed and self._is_free(lane):
-                self._pending_bytes -= pending.size_bytes
+                self._count(-pending.size_bytes)
                 self._begin(pending.body)
             else:
                 passed.add(lane)
@@ -234,7 +249,7 @@ class Lanes:
         lane = event.stream_id
         dropped = [pending for pending in self._pending if pending.body.stream_id == lane]
         self._pending = deque(pending for pending in self._pending if pending.body.stream_id != lane)
-        self._pending_bytes -= sum(pending.size_bytes for pending in dropped)
+        self._count(-sum(pending.size_bytes for pending in dropped))
         if lane in self._preparing:
             self._preparing[lane].cancel()
         if lane in self._streams:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Final
 
-import grpc
 import structlog
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -20,16 +18,15 @@ from grpc_reflection.v1alpha import reflection
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
-from gateway.access import Access, key_of
+from gateway.access import Access
 from gateway.caller import CALLER, caller
 from gateway.config import GatewayConfig
-from gateway.errors import grpc_status, retry_after_s
 from gateway.generation import Delta, End, RequestError, RunningStream, ServingCore, SpatialObject, TokenInfo
+from gateway.transport.rpc_door import MAX_METADATA_BYTES, Context, RpcDoor, abort, tenant_of
 from gateway.transport.rpc_requests import read_request
 from shared.errors import ErrorCode, FinishReason
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["VllmEngine"].full_name
-OPEN_METHODS: Final = frozenset({"/grpc.health.v1.Health/Check"})
 HEALTH_POLL_S: Final = 0.5
 FINISH_REASONS: Final = {
     FinishReason.STOP: "stop",
@@ -39,10 +36,6 @@ FINISH_REASONS: Final = {
 }
 
 log = structlog.get_logger(__name__)
-
-_CODES = {code.value[0]: code for code in grpc.StatusCode}
-
-Context: TypeAlias = "aio.ServicerContext[Any, Any]"
 
 
 class Output:
@@ -240,50 +233,6 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
         )
 
 
-async def abort(context: Context, error: RequestError) -> NoReturn:
-    """End the call with an error's status; its finer code and a wait travel as trailing metadata."""
-    trailing: list[tuple[str, str]] = [("degas-code", error.code.value)]
-    if error.param:
-        trailing.append(("degas-param", error.param))
-    wait_s = retry_after_s(error)
-    if wait_s > 0:
-        trailing.append(("grpc-retry-pushback-ms", str(round(wait_s * 1000))))
-    await context.abort(_CODES[grpc_status(error)], error.message, tuple(trailing))
-    raise AssertionError("abort returned")
-
-
-def tenant_of(access: Access, metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
-    """The caller's tenant by the key in its metadata; None when a key is needed and is not there, or is wrong."""
-    given = dict(metadata or ()).get("authorization")
-    return access.tenant(key_of({"Authorization": given}) if isinstance(given, str) else None)
-
-
-class KeyCheck(aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
-    """Refuses every method without a key, except the health check that probes use."""
-
-    def __init__(self, access: Access) -> None:
-        self._access = access
-        self._refuse = grpc.unary_unary_rpc_method_handler(self._answer)
-
-    @staticmethod
-    async def _answer(request: object, context: Context) -> None:
-        await abort(
-            context,
-            RequestError(ErrorCode.UNAUTHORIZED, "an API key is needed in the metadata: authorization"),
-        )
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        """See `grpc.aio.ServerInterceptor`."""
-        is_open = details.method in OPEN_METHODS
-        if not is_open and tenant_of(self._access, details.invocation_metadata) is None:
-            return self._refuse
-        return await continuation(details)
-
-
 class GrpcServer:
     """A running server; `port` is the one it listens on."""
 
@@ -300,16 +249,20 @@ class GrpcServer:
 
 async def start_grpc(core: ServingCore, config: GatewayConfig) -> GrpcServer:
     """Listen on `config.grpc_port` and serve until `stop`. Raises OSError when the port is taken."""
+    ping_ms = max(1000, round(config.life_sign_s * 1000))
     options = [
         ("grpc.so_reuseport", 0),  # a taken port is an error, not a shared one
         ("grpc.max_receive_message_length", config.max_body_bytes),
         ("grpc.max_concurrent_streams", 1024),
-        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.keepalive_time_ms", ping_ms),  # HTTP/2 pings, as long as a call waits
         ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),  # 0: any number of them
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
     access = Access(config)
-    server = aio.server(interceptors=[KeyCheck(access)], options=options)
+    server = aio.server(interceptors=[RpcDoor(access, config)], options=options)
     engine = Engine(core, config, access)
     pb_grpc.add_VllmEngineServicer_to_server(engine, server)
     probe = health.aio.HealthServicer()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 
 import msgspec
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
@@ -28,6 +30,7 @@ async def read_request(
     """One `GenerateRequest` a sample. Raises `RequestError` naming the field at fault."""
     model = core.model(None)
     params = request.sampling_params
+    _refuse_unknown(request)
     _refuse_unsupported(request)
     fields = _fields(params)
     num_logprobs = params.logprobs if params.HasField("logprobs") else -1
@@ -71,6 +74,19 @@ def _fields(params: pb.SamplingParams) -> SamplingFields:
         if isinstance(value, float) and not math.isfinite(value):
             raise invalid("a finite number is expected", name)
     return decode_body(lambda _: msgspec.convert(given, SamplingFields), b"")
+
+
+def _refuse_unknown(message: Message, path: str = "") -> None:
+    """Raises `RequestError` for a field that this version of the schema does not know, at any level."""
+    for unknown in UnknownFieldSet(message):
+        param = f"{path}{unknown.field_number}"
+        raise invalid("this field number is not known here; leave it out", param)
+    for field, value in message.ListFields():
+        if field.message_type is None or field.message_type.GetOptions().map_entry:
+            continue
+        inner = [value] if isinstance(value, Message) else value
+        for one in inner:
+            _refuse_unknown(one, f"{path}{field.name}.")
 
 
 def _refuse_unsupported(request: pb.GenerateRequest) -> None:

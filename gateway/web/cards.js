@@ -117,7 +117,7 @@ export class Card {
     else if (!this.text && response.status !== "cancelled") this.part("answer").textContent = "No answer.";
     if (usage.output_tokens) this.tokens = usage.output_tokens;
     if (timing.time_to_first_token_s) this.part("figures").title = serversAccount(timing);
-    const reason = response.incomplete_details?.reason;
+    const reason = timing.finish_reason === "deadline" ? "deadline" : response.incomplete_details?.reason;
     if (response.status === "cancelled") this.settle("stopped");
     else {
       this.settle("done");

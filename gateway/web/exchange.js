@@ -108,7 +108,7 @@ export class Exchange {
     this.usage = response.usage ?? null;
     if (this.usage?.output_tokens) this.tokens = this.usage.output_tokens;
     if (timing.time_to_first_token_s) this.part("figures").title = serversAccount(timing);
-    const reason = response.incomplete_details?.reason;
+    const reason = timing.finish_reason === "deadline" ? "deadline" : response.incomplete_details?.reason;
     this.settle(response.status === "cancelled" ? "stopped" : "done");
     if (LIMITS[reason]) this.note(LIMITS[reason](this.tokens ?? 0));
     else if (this.state === "done" && this.before && this.before === this.text) this.note("Word for word the same. With a temperature above 0, in Settings, it may differ.");

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.fake_worker import FakeWorker
 from tests.gateway_thread import GatewayThread
+from tests.keys import ANY_KEY
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def gateway(worker: FakeWorker) -> Iterator[GatewayThread]:
 
 @pytest.fixture
 def client(gateway: GatewayThread) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=ANY_KEY, max_retries=0) as client:
         yield client
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +20,9 @@ from shared.protocol import TokenLogprobs, pack_i32, unpack_i32
 from tests.contract.test_responses import picture_url
 from tests.fake_worker import CARD, End, FakeWorker, Token, Wait, ids_text, text_ids
 from tests.gateway_thread import GatewayThread
+from tests.keys import KEY
 
 pytestmark = pytest.mark.slow
-
-KEY = "correct-key-1"
 
 
 @pytest.fixture(scope="module")
@@ -290,3 +291,55 @@ def test_a_taken_port_is_an_error(gateway: GatewayThread, worker: FakeWorker) ->
         GatewayThread(workers=[worker.endpoint], grpc_port=gateway.gateway.grpc_port),
     ):
         pass
+
+
+# ---------------------------------------------------------------- what is still arriving, what is unknown
+
+
+GENERATE = "/vllm.grpc.engine.VllmEngine/Generate"
+
+
+def unfinished(port: int | None, metadata: Any = ()) -> Any:
+    """A call whose message never comes."""
+    channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+    never = threading.Event()
+    call = channel.stream_stream(GENERATE)(iter(never.wait, None), metadata=metadata, timeout=20)
+    try:
+        list(call)
+    except grpc.RpcError as error:
+        return error
+    finally:
+        never.set()
+        channel.close()
+    raise AssertionError("it was answered")
+
+
+def test_a_stranger_is_refused_before_its_message_comes(worker: FakeWorker) -> None:
+    with GatewayThread(workers=[worker.endpoint], grpc_port=0, api_keys=KEY, body_timeout_s=0.4) as gateway:
+        gateway.wait_ready()
+        started_s = time.monotonic()
+        assert unfinished(gateway.gateway.grpc_port).code() is grpc.StatusCode.UNAUTHENTICATED
+        assert time.monotonic() - started_s < 0.4
+        for _ in range(3):  # nor does it have to wait for other strangers' probes
+            with grpc.insecure_channel(f"127.0.0.1:{gateway.gateway.grpc_port}") as channel:
+                probe = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            assert probe.status == health_pb2.HealthCheckResponse.SERVING
+        error = unfinished(gateway.gateway.grpc_port, [("authorization", f"Bearer {KEY}")])
+        assert dict(error.trailing_metadata())["degas-code"] == ErrorCode.SLOW_CLIENT
+
+
+@pytest.mark.parametrize(
+    ("place", "param"),
+    [("", "1900"), ("sampling_params", "sampling_params.1900"), ("media_refs", "media_refs.1900")],
+)
+def test_unknown_fields_are_refused_by_number(stub: Any, place: str, param: str) -> None:
+    request = pb.GenerateRequest(text="hi", sampling_params=pb.SamplingParams(max_tokens=5))
+    unknown = b"\xe0\x76\x01"  # field 1900, a varint
+    message = getattr(request, place) if place else request
+    message.MergeFromString(unknown)
+    if place:
+        getattr(request, place).SetInParent()
+    with pytest.raises(grpc.RpcError) as caught:
+        list(stub.Generate(request, timeout=10))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert dict(caught.value.trailing_metadata())["degas-param"] == param

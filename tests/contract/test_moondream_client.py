@@ -11,6 +11,7 @@ from PIL import Image
 from shared import protocol as wire
 from tests.fake_worker import FakeWorker, text_ids
 from tests.gateway_thread import GatewayThread
+from tests.keys import KEY, OTHER_KEY
 
 
 def test_query(gateway: GatewayThread, worker: FakeWorker, picture: Image.Image) -> None:
@@ -88,10 +89,10 @@ def test_what_is_not_offered_is_refused_by_name(gateway: GatewayThread, picture:
 
 
 def test_keys(worker: FakeWorker, picture: Image.Image) -> None:
-    with GatewayThread(workers=[worker.endpoint], api_keys="secret-key-1,secret-key-2") as gateway:
+    with GatewayThread(workers=[worker.endpoint], api_keys=f"{KEY},{OTHER_KEY}") as gateway:
         gateway.wait_ready()
         with pytest.raises(urllib.error.HTTPError) as caught:
             moondream.vl(endpoint=f"{gateway.url}/v1").query(picture, "what?")
         assert caught.value.code == 401
-        model = moondream.vl(endpoint=f"{gateway.url}/v1", api_key="secret-key-2")
+        model = moondream.vl(endpoint=f"{gateway.url}/v1", api_key=OTHER_KEY)
         assert model.query(picture, "what?")["answer"]

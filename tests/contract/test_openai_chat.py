@@ -12,6 +12,7 @@ from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
 from tests.fake_worker import Action, End, FakeWorker, Token, ids_text, text_ids
 from tests.gateway_thread import GatewayThread
+from tests.keys import ANY_KEY
 
 ASK: list[ChatCompletionMessageParam] = [{"role": "user", "content": "what is it?"}]
 
@@ -175,7 +176,7 @@ def test_the_client_retries_a_full_queue_by_itself(gateway: GatewayThread, worke
         return [*map(Token, text_ids("ok")), End()]
 
     worker.script = script
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=2) as client:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=ANY_KEY, max_retries=2) as client:
         assert (
             client.chat.completions.create(model="fake-vl", messages=ASK).choices[0].message.content == "ok"
         )
@@ -204,7 +205,7 @@ def test_closing_a_stream_cancels_in_the_worker(client: openai.OpenAI, worker: F
 
 async def test_a_cancelled_task_cancels_in_the_worker(gateway: GatewayThread, worker: FakeWorker) -> None:
     worker.hold()
-    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none") as client:
+    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=ANY_KEY) as client:
         asking = asyncio.create_task(client.chat.completions.create(model="fake-vl", messages=ASK))
         await asyncio.to_thread(worker.wait_submits, 1)
         asking.cancel()

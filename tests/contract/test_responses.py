@@ -18,6 +18,7 @@ from PIL import Image
 from shared.errors import ErrorCode, FinishReason
 from tests.fake_worker import CARD, Action, End, FakeWorker, Token, Wait, ids_text, text_ids
 from tests.gateway_thread import GatewayThread
+from tests.keys import ANY_KEY
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +57,7 @@ def fresh_script(worker: FakeWorker) -> None:
 
 @pytest.fixture
 def client(gateway: GatewayThread) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=ANY_KEY, max_retries=0) as client:
         yield client
 
 
@@ -471,7 +472,7 @@ async def test_async_session_with_lanes(gateway: GatewayThread) -> None:
         max_lanes=8, max_events_per_lane=512, max_events=2048, max_bytes_per_lane=1 << 20, max_bytes=1 << 22
     )
     async with (
-        openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="any") as client,
+        openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=ANY_KEY) as client,
         client.responses.connect() as connection,
         AsyncResponsesWebSocketSession(connection, limits=limits) as session,
     ):
@@ -487,7 +488,7 @@ def test_worker_death_fails_every_lane(client: openai.OpenAI) -> None:
         gateway.wait_ready()
         worker.script = endless
         with (
-            openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="any") as own,
+            openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=ANY_KEY) as own,
             own.responses.connect() as connection,
         ):
             for lane in ("a", "b"):

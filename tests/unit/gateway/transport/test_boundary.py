@@ -17,9 +17,9 @@ from shared.errors import ErrorCode
 from tests.fake_worker import LIMITS, End, FakeWorker, Token, Wait, text_ids
 from tests.gateway_thread import GatewayThread
 from tests.http_client import Opened, ask, raw
+from tests.keys import KEY, OTHER_KEY, WRONG_KEY
 
 CHAT = "/v1/chat/completions"
-KEY = "a-secret-key"
 
 
 def chat(text: str = "hi", **fields: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_no_host_at_all_is_a_400(gateway: GatewayThread) -> None:
 
 @pytest.fixture
 def locked(worker: FakeWorker) -> Iterator[GatewayThread]:
-    with GatewayThread(workers=[worker.endpoint], api_keys=f"other-key,{KEY}") as gateway:
+    with GatewayThread(workers=[worker.endpoint], api_keys=f"{OTHER_KEY},{KEY}") as gateway:
         gateway.wait_ready()
         yield gateway
 
@@ -82,11 +82,11 @@ def test_keys_open_by_either_header(locked: GatewayThread, worker: FakeWorker) -
     ):
         assert ask(locked.url, CHAT, chat(), headers=headers).status == 200
     assert len({submit.tenant for submit in worker.submits}) == 1 and worker.submits[0].tenant
-    ask(locked.url, CHAT, chat(), headers={"X-Moondream-Auth": "other-key"})
+    ask(locked.url, CHAT, chat(), headers={"X-Moondream-Auth": OTHER_KEY})
     assert worker.submits[-1].tenant != worker.submits[0].tenant
 
 
-@pytest.mark.parametrize("key", ["", "wrong", KEY + "x", KEY[:-1], "ü"])
+@pytest.mark.parametrize("key", ["", WRONG_KEY, KEY + "x", KEY[:-1], "ü"])
 def test_a_wrong_key_is_a_401_without_a_hint(locked: GatewayThread, key: str) -> None:
     header = f"Bearer {key}".encode()
     answer = raw(
@@ -129,6 +129,23 @@ def test_cors_for_configured_origins(worker: FakeWorker) -> None:
             assert "x-request-id" in (opened.response.getheader("access-control-expose-headers") or "")
         other = ask(gateway.url, "/v1/models", headers={**headers, "Origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize(
+    "origin", ["app://obsidian.md", "tauri://localhost", "null", "https://a.b.example.com"]
+)
+def test_a_configured_origin_may_reach_into_a_private_network(worker: FakeWorker, origin: str) -> None:
+    configured = "app://obsidian.md,tauri://localhost,null,https://*.example.com"
+    private = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Private-Network": "true"}
+    with GatewayThread(workers=[worker.endpoint], cors_origins=configured) as gateway:
+        answer = ask(gateway.url, CHAT, method="OPTIONS", headers={"Origin": origin, **private})
+        assert answer.status == 204 and answer.headers["access-control-allow-origin"] == origin
+        assert answer.headers["access-control-allow-private-network"] == "true"
+        del private["Access-Control-Request-Private-Network"]
+        answer = ask(gateway.url, CHAT, method="OPTIONS", headers={"Origin": origin, **private})
+        assert "access-control-allow-private-network" not in answer.headers
+        other = {"Origin": "https://b.example", "Access-Control-Request-Private-Network": "true", **private}
+        assert ask(gateway.url, CHAT, method="OPTIONS", headers=other).status == 403
 
 
 def test_openais_own_client_in_a_browser_may_send_its_headers(worker: FakeWorker) -> None:

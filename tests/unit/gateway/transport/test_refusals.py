@@ -16,11 +16,11 @@ from shared.protocol import Submit
 from tests.fake_worker import LIMITS, Action, End, FakeWorker, Token, Wait
 from tests.gateway_thread import GatewayThread
 from tests.http_client import Opened, ask
+from tests.keys import KEY
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 POSTS = (CHAT, "/v1/completions", "/v1/responses", "/v1/query", "/v1/caption", "/v1/detect", "/v1/point")
-KEY = "a-secret-key"
 
 
 @pytest.fixture

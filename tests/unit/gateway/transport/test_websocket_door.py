@@ -15,10 +15,10 @@ from websockets.sync.connection import Connection
 
 from tests.fake_worker import End, FakeWorker, Token, Wait, text_ids
 from tests.gateway_thread import GatewayThread
+from tests.keys import KEY, WRONG_KEY
 
 pytestmark = pytest.mark.slow
 
-KEY = "correct-key-1"
 HELLO = json.dumps({"type": "response.create", "input": "hi"})
 
 
@@ -81,9 +81,9 @@ def test_a_key_as_first_message_opens(locked: GatewayThread) -> None:
     "options",
     [
         {},
-        {"additional_headers": {"Authorization": "Bearer wrong-key-1"}},
+        {"additional_headers": {"Authorization": f"Bearer {WRONG_KEY}"}},
         {"additional_headers": {"Cookie": f"key={KEY}"}},
-        {"subprotocols": ["realtime", "openai-insecure-api-key.wrong-key-1"]},
+        {"subprotocols": ["realtime", f"openai-insecure-api-key.{WRONG_KEY}"]},
     ],
 )
 def test_without_the_key_the_handshake_is_refused(locked: GatewayThread, options: dict[str, Any]) -> None:
@@ -92,7 +92,9 @@ def test_without_the_key_the_handshake_is_refused(locked: GatewayThread, options
     assert caught.value.response.status_code == 401
 
 
-@pytest.mark.parametrize("first", [HELLO, '{"type":"degas.authenticate","api_key":"wrong-key-1"}', "[", "{}"])
+@pytest.mark.parametrize(
+    "first", [HELLO, json.dumps({"type": "degas.authenticate", "api_key": WRONG_KEY}), "[", "{}"]
+)
 def test_a_browser_without_the_key_gets_one_error_and_is_closed(locked: GatewayThread, first: str) -> None:
     with dial(locked, **page_origin(locked)) as connection:
         connection.send(first)
