@@ -13,6 +13,7 @@ from typing import Protocol
 
 import structlog
 
+from gateway.decisions.recovery import Record
 from gateway.decisions.stream import Discontinuity, StreamState
 from gateway.faults import fault_fields
 from gateway.generation import Delta, GenerateRequest, Listener, RequestError
@@ -43,11 +44,9 @@ class Flight:
 
     __slots__ = (
         "_events",
-        "attempts",
-        "crashed_alone",
         "deadline_s",
         "listener",
-        "num_crashes",
+        "record",
         "request",
         "request_id",
         "sequence_id",
@@ -74,10 +73,13 @@ class Flight:
         self.deadline_s = deadline_s
         self.sequence_id = 0
         self.worker_key: int | None = None  # the worker holding it; None while it waits for one
-        self.attempts = 0
-        self.num_crashes = 0  # crashes of workers that held it before its first token
-        self.crashed_alone = False  # one of these workers held no other request
+        self.record = Record()  # of the workers it lost
         self._events = events
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is."""
+        return self.request.tenant
 
     @property
     def landed(self) -> bool:
