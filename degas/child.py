@@ -145,9 +145,13 @@ class Child:
     ) -> Child | None:
         """The same for a worker, in milliseconds; None where the nursery has none."""
         beat_fd = _open_beat()
-        process = await nursery.fork(environment, beat_fd, beat_variable)
+        process = None
+        try:
+            process = await nursery.fork(environment, beat_fd, beat_variable)
+        finally:
+            if process is None:
+                os.close(beat_fd)
         if process is None:
-            os.close(beat_fd)
             return None
         guard.say(f"watch {process.pid}")
         return cls(process, guard, beat_fd, on_line)

@@ -93,6 +93,7 @@ class Nursery:
             return None
         read_fd, write_fd = os.pipe()
         stdout = os.fdopen(read_fd, "rb", buffering=0)
+        forked = None
         try:
             loop = asyncio.get_running_loop()
             if not self._loaded:
@@ -107,14 +108,16 @@ class Nursery:
             socket.send_fds(channel, [json.dumps(request).encode()], [write_fd, beat_fd])
             async with asyncio.timeout(FORK_TIMEOUT_S):
                 answer = await loop.sock_recv(channel, 256)
-            return Forked(int(json.loads(answer)["pid"]), stdout)
+            forked = Forked(int(json.loads(answer)["pid"]), stdout)
+            return forked
         except (OSError, ValueError, KeyError, TimeoutError):
-            stdout.close()
             self.failed = not self._loaded  # it could not even load: the worker's own start will say why
             self.close()
             return None
         finally:
             os.close(write_fd)
+            if forked is None:
+                stdout.close()
 
     def close(self) -> None:
         """End it; workers that were forked from it go on."""

@@ -129,7 +129,14 @@ class Supervisor:
 
     async def _keep(self, post: Post) -> None:
         while not self._stopping.is_set():
-            child = post.child = await self._start(post)
+            starting = asyncio.create_task(self._start(post))
+            stopping = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if not starting.done():  # libraries were still being loaded
+                starting.cancel()
+                return None
+            child = post.child = starting.result()
             cause = await self._watch(post, child)
             code = await child.exited
             ready_for_s = post.on_death(time.monotonic())

@@ -1,0 +1,168 @@
+"""Owns the server of `degas bench chaos`: `degas serve` as a process, its pids, and what it holds at rest. Main thread.
+
+Everything is started here and ended here, by pid; what the server itself started ends with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+START_TIMEOUT_S: Final = 300.0
+STOP_TIMEOUT_S: Final = 20.0
+READY_LINE: Final = "DEGAS-READY "
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the server holds when nothing is asked of it."""
+
+    processes: int
+    gateway_descriptors: int
+    gateway_threads: int
+    supervisor_descriptors: int
+    supervisor_threads: int
+    worker_descriptors: int
+    worker_threads: int
+    requests: int
+    running: int
+    used_pages: int
+    zombies: int
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running `degas serve`."""
+
+    url: str
+    pid: int
+    status: Path
+
+    def pid_of(self, role: str) -> int | None:
+        """The worker or the gateway that serves, by the supervisor's status file; None while there is none."""
+        try:
+            post = json.loads(self.status.read_text())[role]
+        except (OSError, ValueError, KeyError):
+            return None
+        pid = post["pid"]
+        return int(pid) if post["ready"] and pid is not None and Path(f"/proc/{pid}").exists() else None
+
+    def is_ready(self) -> bool:
+        """Whether new work is served."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/readyz", timeout=5.0) as reply:
+                return bool(reply.status == 200)
+        except OSError:
+            return False
+
+    def held(self) -> Held:
+        """Counted now. Raises OSError or KeyError while the worker is away."""
+        worker, gateway = self.pid_of("worker"), self.pid_of("gateway")
+        if worker is None or gateway is None:
+            raise OSError("no worker serves")
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=5.0) as reply:
+            figures = _figures(reply.read().decode())
+        total, free = figures["degas_worker_total_pages"], figures["degas_worker_free_pages"]
+        family = _family(self.pid)
+        return Held(
+            processes=len(family),
+            gateway_descriptors=_count(gateway, "fd"),
+            gateway_threads=_count(gateway, "task"),
+            supervisor_descriptors=_count(self.pid, "fd"),
+            supervisor_threads=_count(self.pid, "task"),
+            worker_descriptors=_count(worker, "fd"),
+            worker_threads=_count(worker, "task"),
+            requests=int(figures["degas_requests_in_flight"] + figures["degas_requests_recovering"]),
+            running=int(figures["degas_worker_num_running"] + figures["degas_worker_num_waiting"]),
+            used_pages=int(total - free),
+            zombies=sum(state == "Z" for _, state in family.values()),
+        )
+
+    def gateway_bytes(self) -> int:
+        """The gateway's resident memory; 0 while there is none."""
+        pid = self.pid_of("gateway")
+        try:
+            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        except (OSError, ValueError, IndexError):
+            return 0
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def serving(flags: Sequence[str]) -> Iterator[Server]:
+    """`degas serve` with these flags on free ports, from its readiness to its end. Raises RuntimeError if it does not start."""
+    with TemporaryDirectory(prefix="degas-chaos-") as folder_name:
+        folder = Path(folder_name)
+        status, log = folder / "status.json", folder / "log"
+        command = [sys.executable, "-m", "degas", "serve", "--port", "0", "--grpc-port", "none"]
+        command += ["--report", "true", "--status-file", str(status), "--log-level", "error", *flags]
+        with log.open("wb") as output:
+            child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        try:
+            yield Server(_wait_started(child, log), child.pid, status)
+        except BaseException:
+            sys.stderr.write(log.read_text(errors="replace")[-3000:])
+            raise
+        finally:
+            child.send_signal(signal.SIGTERM)
+            try:
+                child.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                child.kill()  # what it started dies with it
+                child.wait()
+
+
+def _wait_started(child: subprocess.Popen[bytes], log: Path) -> str:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline_s and child.poll() is None:
+        for line in log.read_text(errors="replace").splitlines():
+            if line.startswith(READY_LINE):
+                return str(json.loads(line.removeprefix(READY_LINE))["url"])
+        time.sleep(0.05)
+    raise RuntimeError("degas serve did not become ready")
+
+
+def _count(pid: int, what: str) -> int:
+    return len(os.listdir(f"/proc/{pid}/{what}"))
+
+
+def _family(pid: int) -> dict[int, tuple[int, str]]:
+    """The process and all its descendants: parent and state of each."""
+    parents: dict[int, tuple[int, str]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents[int(entry)] = (int(fields[1]), fields[0])
+    found = {pid: parents.get(pid, (0, "?"))}
+    while True:
+        more = {p: value for p, value in parents.items() if value[0] in found and p not in found}
+        if not more:
+            return found
+        found |= more
+
+
+def _figures(text: str) -> dict[str, float]:
+    """Prometheus lines by name, labels left out; those of one name are added."""
+    figures: dict[str, float] = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            name = name.partition("{")[0]
+            figures[name] = figures.get(name, 0.0) + float(value)
+    return figures
