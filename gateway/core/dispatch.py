@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import count
 from typing import Final
 
@@ -108,8 +107,6 @@ class Dispatch:
     def on_started(self, flight: Flight) -> None:
         """See `FlightEvents`."""
         self._metrics.on_first_token(self._now() - flight.started_s)
-        if flight.request.images:  # megabytes of pixels, which were kept only for a retry
-            flight.request = replace(flight.request, images=[])
         self._on_settled(flight)
 
     def _on_settled(self, flight: Flight) -> None:
@@ -160,7 +157,7 @@ class Dispatch:
         crashed = not worker.link.was_silent
         for flight in lost:
             self._take_off(flight)
-        unstarted = [flight for flight in lost if flight.state.next_index == 0]
+        unstarted = [flight for flight in lost if not flight.has_shown]
         draining = self._placement.draining
         verdicts = (
             []

@@ -60,7 +60,7 @@ class Blow:
     terminal_s: list[float] = field(default_factory=list)  # from the blow to each begun stream's error
     unstarted: int = 0
     served: int = 0
-    unserved: Counter[str] = field(default_factory=Counter)
+    unserved: dict[str, int] = field(default_factory=dict)
 
     def count(self, asked: Iterable[Asked]) -> None:
         """Find what became of those that were under way."""
@@ -77,7 +77,8 @@ class Blow:
                 if one.first_s or (one.num_terminal and not one.code):
                     self.served += 1
                 else:
-                    self.unserved[one.code or "no terminal event"] += 1
+                    code = one.code or "no terminal event"
+                    self.unserved[code] = self.unserved.get(code, 0) + 1
 
     @property
     def ready_again_s(self) -> float:
@@ -144,7 +145,7 @@ class ChaosReport:
         """Plain values."""
         return {
             **asdict(self),
-            "ready_again_s": [round(blow.ready_again_s, 3) for blow in self.blows],
+            "ready_again_s": [round(blow.ready_again_s, 3) if blow.ready_s else None for blow in self.blows],
             "unstarted": self.unstarted,
             "served": self.served,
             "promises": self.promises(),
@@ -154,7 +155,7 @@ class ChaosReport:
     def table(self) -> Figures:
         """One line for each promise."""
         terminal_s = [seconds for blow in self.blows for seconds in blow.terminal_s]
-        lost = sum((blow.unserved for blow in self.blows), Counter())
+        lost = sum((Counter(blow.unserved) for blow in self.blows), Counter())
         share = 100 * self.served / self.unstarted if self.unstarted else 100.0
         moved = {
             name: f"{value} → {asdict(self.after)[name]}"

@@ -169,7 +169,7 @@ class WatchedService(Service):
     def on_lost(self, link: WorkerLink, error: RequestError) -> None:
         self.num_losses += 1
         flights = list(self._by_link[link].flights.by_id.values())
-        before = [(flight, flight.state.next_index > 0) for flight in flights]
+        before = [(flight, flight.has_shown) for flight in flights]
         if not link.was_silent:
             self.crashes.append({flight.request_id for flight in flights})
         super().on_lost(link, error)
