@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from loadtest.bench.chaos_client import Asked, Clients, Habits, until
-from loadtest.bench.chaos_server import Held, Server, serving
+from loadtest.bench.chaos_server import Held, Readiness, Server, absence, serving
 from loadtest.tables import Figures
 
 TERMINAL_S: Final = 1.0
@@ -28,6 +28,9 @@ FORGIVEN_KILLS: Final = 2
 ANSWER_TIMEOUT_S: Final = 45.0
 REST_TIMEOUT_S: Final = 20.0
 AWAY_TIMEOUT_S: Final = 15.0
+NOTICE_S: Final = {signal.SIGKILL: 2.0, signal.SIGSTOP: 10.0}
+"""How soon the server must have noticed a blow."""
+
 WARM_UP_S: Final = 2.0
 FLAGS: Final = {
     "sim": ("--device", "sim", "--sim-profile", "rtx3090"),
@@ -207,6 +210,8 @@ async def _torment(server: Server, plan: Plan) -> ChaosReport:
     started_s = time.perf_counter()
     clients = Clients(server.url, plan.clients, habits, seed=plan.seed)
     memory: list[tuple[float, int]] = []
+    readiness = Readiness(server.url)
+    readiness.start()
     watching = asyncio.create_task(_watch_memory(server, memory))
     running = asyncio.create_task(clients.run(plan.seconds))
     blows: list[Blow] = []
@@ -215,7 +220,7 @@ async def _torment(server: Server, plan: Plan) -> ChaosReport:
         for number, kind in enumerate(kinds):
             due_s = started_s + (number + 1) * plan.kill_every_s
             await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-            blow = await _strike(server, kind)
+            blow = await _strike(server, readiness, kind)
             if blow is not None:
                 blows.append(blow)
         await running
@@ -223,6 +228,7 @@ async def _torment(server: Server, plan: Plan) -> ChaosReport:
         clients.stop()
         running.cancel()
         watching.cancel()
+        readiness.end()
         await asyncio.gather(running, watching, return_exceptions=True)
     after = await _at_rest(server, before)
     for blow in blows:
@@ -254,7 +260,7 @@ def _schedule(plan: Plan) -> list[signal.Signals]:
     return kinds[: len(kinds) // 2 + 1] + [signal.SIGSTOP] * num_stops + kinds[len(kinds) // 2 + 1 :]
 
 
-async def _strike(server: Server, kind: signal.Signals) -> Blow | None:
+async def _strike(server: Server, readiness: Readiness, kind: signal.Signals) -> Blow | None:
     """Send the serving worker a signal and wait until the server is ready again; None where there was none to send it to."""
     found: list[int] = []
 
@@ -271,19 +277,16 @@ async def _strike(server: Server, kind: signal.Signals) -> Blow | None:
     except ProcessLookupError:
         return None
 
-    async def is_ready() -> bool:
-        return await asyncio.to_thread(server.is_ready)
+    within_s = NOTICE_S[kind]
+    seen: tuple[float, float] | None = None
 
-    end_s = time.perf_counter() + AWAY_TIMEOUT_S
-    while await is_ready() and time.perf_counter() < end_s:
-        await asyncio.sleep(0.005)
-    blow.felt_s = time.perf_counter()
-    end_s = time.perf_counter() + 4 * AWAY_TIMEOUT_S
-    while time.perf_counter() < end_s:
-        if await is_ready():
-            blow.ready_s = time.perf_counter()
-            break
-        await asyncio.sleep(0.02)
+    def is_back() -> bool:
+        nonlocal seen
+        seen = absence(readiness.answers, blow.at_s, within_s)
+        return seen is not None and seen[1] > 0
+
+    await until(is_back, within_s + AWAY_TIMEOUT_S)
+    blow.felt_s, blow.ready_s = seen or (blow.at_s, 0.0)
     return blow
 
 

@@ -10,17 +10,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
+from urllib.parse import urlsplit
 
 START_TIMEOUT_S: Final = 300.0
 STOP_TIMEOUT_S: Final = 20.0
+POLL_S: Final = 0.01
 READY_LINE: Final = "DEGAS-READY "
 
 
@@ -58,14 +62,6 @@ class Server:
         pid = post["pid"]
         return int(pid) if post["ready"] and pid is not None and Path(f"/proc/{pid}").exists() else None
 
-    def is_ready(self) -> bool:
-        """Whether new work is served."""
-        try:
-            with urllib.request.urlopen(f"{self.url}/readyz", timeout=5.0) as reply:
-                return bool(reply.status == 200)
-        except OSError:
-            return False
-
     def held(self) -> Held:
         """Counted now. Raises OSError or KeyError while the worker is away."""
         worker, gateway = self.pid_of("worker"), self.pid_of("gateway")
@@ -97,6 +93,55 @@ class Server:
         except (OSError, ValueError, IndexError):
             return 0
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Readiness(threading.Thread):
+    """Asks all the time whether the server is ready, on a connection that it keeps. A thread of its own: the clients' loop is
+    busy, and an absence may be short."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(name="chaos-readiness", daemon=True)
+        self.answers: list[tuple[float, bool]] = []  # when, and whether
+        self._address = urlsplit(url)
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        connection = HTTPConnection(self._address.hostname or "", self._address.port, timeout=5.0)
+        while not self._ended.wait(POLL_S):
+            try:
+                connection.request("GET", "/readyz")
+                reply = connection.getresponse()
+                reply.read()
+                is_ready = reply.status == 200
+            except (OSError, HTTPException):
+                connection.close()
+                is_ready = False
+            self.answers.append((time.perf_counter(), is_ready))
+        connection.close()
+
+    def end(self) -> None:
+        """Stop asking."""
+        self._ended.set()
+        self.join()
+
+
+def absence(
+    answers: Sequence[tuple[float, bool]], after_s: float, within_s: float
+) -> tuple[float, float] | None:
+    """When the server first said that it is not ready, and when that it is again (0: not yet); None: nothing was noticed.
+
+    An absence that fell between two answers is taken to be as long as the longest time without one.
+    """
+    later = [answer for answer in answers if answer[0] > after_s]
+    gone = next(
+        (i for i, (at_s, ready) in enumerate(later) if not ready and at_s <= after_s + within_s), None
+    )
+    if gone is not None:
+        return later[gone][0], next((at_s for at_s, ready in later[gone:] if ready), 0.0)
+    if not later or later[-1][0] < after_s + within_s:
+        return None
+    times_s = [after_s, *(at_s for at_s, _ in later if at_s <= after_s + within_s)]
+    return max(zip(times_s, times_s[1:], strict=False), key=lambda pair: pair[1] - pair[0])
 
 
 @contextmanager
