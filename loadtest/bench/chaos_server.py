@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -141,7 +142,7 @@ def absence(
     if not later or later[-1][0] < after_s + within_s:
         return None
     times_s = [after_s, *(at_s for at_s, _ in later if at_s <= after_s + within_s)]
-    return max(zip(times_s, times_s[1:], strict=False), key=lambda pair: pair[1] - pair[0])
+    return max(pairwise(times_s), key=lambda pair: pair[1] - pair[0])
 
 
 @contextmanager
