@@ -71,7 +71,7 @@ class Server:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=5.0) as reply:
             figures = _figures(reply.read().decode())
         total, free = figures["degas_worker_total_pages"], figures["degas_worker_free_pages"]
-        family = _family(self.pid)
+        family = self.family()
         return Held(
             processes=len(family),
             gateway_descriptors=_count(gateway, "fd"),
@@ -85,6 +85,21 @@ class Server:
             used_pages=int(total - free),
             zombies=sum(state == "Z" for _, state in family.values()),
         )
+
+    def family(self) -> dict[int, tuple[int, str]]:
+        """The supervisor and all its descendants: parent and state of each."""
+        everybody: dict[int, tuple[int, str]] = {}
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                try:
+                    fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+                except OSError:
+                    continue
+                everybody[int(entry)] = (int(fields[1]), fields[0])
+        found = {self.pid: everybody.get(self.pid, (0, "?"))}
+        while more := {p: v for p, v in everybody.items() if v[0] in found and p not in found}:
+            found |= more
+        return found
 
     def gateway_bytes(self) -> int:
         """The gateway's resident memory; 0 while there is none."""
@@ -183,24 +198,6 @@ def _wait_started(child: subprocess.Popen[bytes], log: Path) -> str:
 
 def _count(pid: int, what: str) -> int:
     return len(os.listdir(f"/proc/{pid}/{what}"))
-
-
-def _family(pid: int) -> dict[int, tuple[int, str]]:
-    """The process and all its descendants: parent and state of each."""
-    parents: dict[int, tuple[int, str]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            parents[int(entry)] = (int(fields[1]), fields[0])
-    found = {pid: parents.get(pid, (0, "?"))}
-    while True:
-        more = {p: value for p, value in parents.items() if value[0] in found and p not in found}
-        if not more:
-            return found
-        found |= more
 
 
 def _figures(text: str) -> dict[str, float]:
