@@ -105,6 +105,7 @@ class ChaosReport:
     blows: list[Blow]
     before: Held
     after: Held
+    other_deaths: int  # of workers, by nobody's hand
     slope_bytes_per_s: float
     seconds: float
 
@@ -135,7 +136,7 @@ class ChaosReport:
                 blow.ready_again_s <= READY_S for blow in self.blows[:FORGIVEN_KILLS]
             )
             and all(blow.ready_s for blow in self.blows),
-            "everything at its baseline": self.before == self.after,
+            "everything at its baseline": self.before == self.after and not self.other_deaths,
             "memory does not grow": self.slope_bytes_per_s <= SLOPE_BYTES_PER_S,
         }
 
@@ -165,6 +166,8 @@ class ChaosReport:
             for name, value in asdict(self.before).items()
             if asdict(self.after)[name] != value
         }
+        if self.other_deaths:
+            moved["workers that died by nobody's hand"] = str(self.other_deaths)
         facts = {
             "one terminal event each": f"{self.exactly_one} of {self.stayed} requests whose client stayed ({self.hung_up} hung "
             f"up, {self.refused} were refused at the door); errors: {_counts(self.errors)}",
@@ -247,6 +250,7 @@ async def _torment(server: Server, plan: Plan) -> ChaosReport:
         blows=blows,
         before=before,
         after=after,
+        other_deaths=server.deaths() - len(blows),
         slope_bytes_per_s=_slope(memory[len(memory) // 2 :]),
         seconds=time.perf_counter() - started_s,
     )

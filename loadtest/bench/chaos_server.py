@@ -63,6 +63,13 @@ class Server:
         pid = post["pid"]
         return int(pid) if post["ready"] and pid is not None and Path(f"/proc/{pid}").exists() else None
 
+    def deaths(self) -> int:
+        """How many workers have died so far."""
+        try:
+            return int(json.loads(self.status.read_text())["worker"]["deaths"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
     def held(self) -> Held:
         """Counted now. Raises OSError or KeyError while the worker is away."""
         worker, gateway = self.pid_of("worker"), self.pid_of("gateway")
