@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Final
 
 PR_SET_CHILD_SUBREAPER: Final = 36
+LOAD_TIMEOUT_S: Final = 120.0
 FORK_TIMEOUT_S: Final = 10.0
 COMMAND: Final = (sys.executable, "-m", "degas.rooms", "degas.nursery")
 
@@ -97,7 +98,8 @@ class Nursery:
         try:
             loop = asyncio.get_running_loop()
             if not self._loaded:
-                self._loaded = bool(await loop.sock_recv(channel, 64))
+                async with asyncio.timeout(LOAD_TIMEOUT_S):
+                    self._loaded = bool(await loop.sock_recv(channel, 64))
             if not self._loaded:
                 raise ConnectionResetError
             request = {

@@ -29,8 +29,11 @@ MODULES: Final = ("worker.__main__", "worker.startup", "worker.formats.source")
 def main() -> None:
     """Load, say so on the socket whose descriptor is the only argument, and fork a worker for each message there."""
     channel = socket.socket(fileno=int(sys.argv[1]))
-    for module in MODULES:
-        import_module(module)
+    try:
+        for module in MODULES:
+            import_module(module)
+    except Exception:
+        sys.exit(1)  # a worker started in the ordinary way meets the same, and says what to do about it
     if len(os.listdir("/proc/self/task")) > 1:
         sys.exit("a library has started a thread of its own, so no worker can be forked")
     gc.collect()

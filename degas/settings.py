@@ -42,7 +42,7 @@ class ServeConfig(BaseModel):
     status_file: str | None = Field(None, description="kept up to date for `python -m degas.health file`")
     preload: bool = Field(
         True,
-        description="keep the worker's libraries loaded in a process of their own (about 100 MB), from which a worker that died "
+        description="keep the worker's libraries loaded in a process of their own (some 20 MB beside what the worker shares with it), from which a worker that died "
         "is replaced seconds sooner. Linux only",
     )
     report: bool = Field(False, description="print a DEGAS-READY line with the address once all is up")
