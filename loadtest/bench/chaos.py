@@ -106,6 +106,7 @@ class ChaosReport:
     before: Held
     after: Held
     other_deaths: int  # of workers, by nobody's hand
+    endings: list[str]  # the supervisor's words
     slope_bytes_per_s: float
     seconds: float
 
@@ -167,7 +168,7 @@ class ChaosReport:
             if asdict(self.after)[name] != value
         }
         if self.other_deaths:
-            moved["workers that died by nobody's hand"] = str(self.other_deaths)
+            moved["workers that died by nobody's hand"] = f"{self.other_deaths} ({'; '.join(self.endings)})"
         facts = {
             "one terminal event each": f"{self.exactly_one} of {self.stayed} requests whose client stayed ({self.hung_up} hung "
             f"up, {self.refused} were refused at the door); errors: {_counts(self.errors)}",
@@ -251,6 +252,7 @@ async def _torment(server: Server, plan: Plan) -> ChaosReport:
         before=before,
         after=after,
         other_deaths=server.deaths() - len(blows),
+        endings=server.endings(),
         slope_bytes_per_s=_slope(memory[len(memory) // 2 :]),
         seconds=time.perf_counter() - started_s,
     )

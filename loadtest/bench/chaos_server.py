@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 START_TIMEOUT_S: Final = 300.0
 STOP_TIMEOUT_S: Final = 20.0
+LOG: Final = "log"
 POLL_S: Final = 0.01
 READY_LINE: Final = "DEGAS-READY "
 
@@ -69,6 +70,11 @@ class Server:
             return int(json.loads(self.status.read_text())["worker"]["deaths"])
         except (OSError, ValueError, KeyError):
             return 0
+
+    def endings(self) -> list[str]:
+        """What the supervisor said of every child that ended, and why."""
+        text = (self.status.parent / LOG).read_text(errors="replace")
+        return [line for line in text.splitlines() if " ended (" in line or "killing it" in line]
 
     def held(self) -> Held:
         """Counted now. Raises OSError or KeyError while the worker is away."""
@@ -172,7 +178,7 @@ def serving(flags: Sequence[str]) -> Iterator[Server]:
     """`degas serve` with these flags on free ports, from its readiness to its end. Raises RuntimeError if it does not start."""
     with TemporaryDirectory(prefix="degas-chaos-") as folder_name:
         folder = Path(folder_name)
-        status, log = folder / "status.json", folder / "log"
+        status, log = folder / "status.json", folder / LOG
         command = [sys.executable, "-m", "degas", "serve", "--port", "0", "--grpc-port", "none"]
         command += ["--report", "true", "--status-file", str(status), "--log-level", "error", *flags]
         with log.open("wb") as output:

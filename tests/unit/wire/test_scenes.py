@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from gateway.core.placement import OWN_WAIT_S
 from gateway.generation import RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
@@ -265,16 +266,58 @@ def test_five_kills_in_a_row_make_nobody_guilty_who_was_not_alone() -> None:
     assert not any(error_of(client) is ErrorCode.QUARANTINED for client in clients)
 
 
-def test_suspects_have_a_worker_of_their_own() -> None:
+def test_of_two_workers_a_poison_request_takes_its_own_and_nobody_else_suffers() -> None:
     world = World(num_workers=2, supervised=True, max_rows=4, num_pages=256)
     clients = [world.submit([30, KILL_TOKEN if i == 7 else 21, i + 20], 1) for i in range(16)]
-    begun = [world.submit(long_prompt(i), 24) for i in range(2)]
     for _ in range(4):
         world.live(1.5)
     finish(world)
     assert [i for i, client in enumerate(clients) if error_of(client) is not None] == [7]
     assert error_of(clients[7]) is ErrorCode.QUARANTINED
-    assert len(begun) == 2
+
+
+def test_suspects_have_a_worker_of_their_own_while_there_is_evidence() -> None:
+    world = World(num_workers=2, max_rows=4, num_pages=256)
+    suspect = world.submit([30, 21], 4)
+    world.deliver()
+    number = next(
+        iter(world.service.workers[i].key for i in (0, 1) if world.service.workers[i].flights.by_id)
+    )
+    world.nodes[number].die(0)  # it was alone there
+    world.loop.settle()
+    world.clock.advance(1.0)
+    world.loop.settle()
+    assert attempts(world, [suspect]) == [1], (
+        "it waits for a worker of its own, lest it take the last one along"
+    )
+    world.restart(number)
+    for _ in range(20):
+        for node in world.nodes:  # they announce themselves, and begin nothing
+            node.tick() if not node.transport.is_announced else node.turn()
+        world.deliver()
+        if attempts(world, [suspect]) == [2]:
+            break
+        world.clock.advance(0.1)
+        world.loop.settle()
+    own = world.service._placement.reserved
+    assert own is not None and len(own.flights.by_id) == 1
+    newcomers = [world.submit([30, 40 + i], 2) for i in range(5)]
+    assert len(own.flights.by_id) == 1, "newcomers go elsewhere"
+    finish(world)
+    assert [error_of(client) for client in (suspect, *newcomers)] == [None] * 6
+
+
+def test_a_suspect_does_not_wait_for_ever_for_a_worker_of_its_own() -> None:
+    world = World(num_workers=2, max_rows=4)
+    suspect = world.submit([30, 21], 4)
+    world.deliver()
+    number = next(
+        iter(world.service.workers[i].key for i in (0, 1) if world.service.workers[i].flights.by_id)
+    )
+    world.nodes[number].die(0)
+    world.live(OWN_WAIT_S + 1.0)
+    assert suspect.ids
+    finish(world)
 
 
 def test_a_worker_without_a_place_does_not_end_what_was_accepted() -> None:
