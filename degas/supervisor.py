@@ -225,7 +225,11 @@ class Supervisor:
     async def _check_worker(self, post: Post, child: Child) -> str:
         """Return when the worker hangs: still loading after the limit, or no decode progress once ready."""
         deadline_s = time.monotonic() + self._options.start_timeout_s
-        beat, beat_s, tick_s = Beat(), 0.0, time.monotonic()
+        beat, beat_s, tick_s = (
+            Beat(),
+            time.monotonic(),
+            time.monotonic(),
+        )  # ready, perhaps, before the first look
         while True:
             await asyncio.sleep(TICK_S)
             now_s = time.monotonic()

@@ -57,6 +57,10 @@ def test_a_dead_worker_is_forked_anew_and_nothing_outlives_the_supervisor() -> N
         third = next_worker(server, second)
         assert parent_of(third) == server.pid
 
+        assert not [line for line in server.endings() if "no decode progress" in line], (
+            "killed as soon as it was ready"
+        )
+
         family = list(server.family())
         os.kill(server.pid, signal.SIGKILL)
         until(lambda: not any(command_of(pid) for pid in family), LIMIT_S)
