@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import IO, Final, NamedTuple, Protocol
+
+from degas.forks import Nursery
 
 LEASH: Final = Path(__file__).with_name("leash.py")
 GUARD: Final = Path(__file__).with_name("guard.py")
@@ -24,6 +26,11 @@ OUTPUT_S: Final = 1.0
 
 class Guard:
     """The supervisor's end of the guard process: tells it what would have to be cleaned up."""
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -65,12 +72,28 @@ class Beat(NamedTuple):
     patience_s: float = 3.0
 
 
+class Process(Protocol):
+    """What a child needs of its process: a `subprocess.Popen`, or one that was forked for us."""
+
+    @property
+    def pid(self) -> int:
+        """Its id."""
+
+    @property
+    def stdout(self) -> IO[bytes] | None:
+        """Its output."""
+
+    def wait(self) -> int:
+        """Block until it has ended; its exit code."""
+
+    def send_signal(self, number: int) -> None:
+        """Raises ProcessLookupError when it is gone."""
+
+
 class Child:
     """A running child, leader of its own process group and session."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], guard: Guard, beat_fd: int, on_line: Callable[[str], None]
-    ) -> None:
+    def __init__(self, process: Process, guard: Guard, beat_fd: int, on_line: Callable[[str], None]) -> None:
         self._process = process
         self._guard = guard
         self._beat_fd = beat_fd
@@ -107,6 +130,29 @@ class Child:
             if beat_fd >= 0:
                 os.close(beat_fd)
             raise
+        guard.say(f"watch {process.pid}")
+        return cls(process, guard, beat_fd, on_line)
+
+    @classmethod
+    async def fork(
+        cls,
+        nursery: Nursery,
+        environment: Mapping[str, str],
+        *,
+        guard: Guard,
+        on_line: Callable[[str], None],
+        beat_variable: str,
+    ) -> Child | None:
+        """The same for a worker, in milliseconds; None where the nursery has none."""
+        beat_fd = _open_beat()
+        process = None
+        try:
+            process = await nursery.fork(environment, beat_fd, beat_variable)
+        finally:
+            if process is None:
+                os.close(beat_fd)
+        if process is None:
+            return None
         guard.say(f"watch {process.pid}")
         return cls(process, guard, beat_fd, on_line)
 
@@ -187,7 +233,7 @@ def _signal_group(group: int, number: signal.Signals) -> None:
         pass
 
 
-async def _read_lines(process: subprocess.Popen[bytes], on_line: Callable[[str], None]) -> None:
+async def _read_lines(process: Process, on_line: Callable[[str], None]) -> None:
     assert process.stdout is not None
     stream = asyncio.StreamReader(limit=MAX_LINE_BYTES)
     pipe, _ = await asyncio.get_running_loop().connect_read_pipe(

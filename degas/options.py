@@ -35,6 +35,7 @@ class ServeOptions:
     gateway_settings: Mapping[str, str] = field(default_factory=dict)
     worker_command: tuple[str, ...] = (sys.executable, "-m", "degas.rooms", "worker")
     gateway_command: tuple[str, ...] = (sys.executable, "-m", "degas.rooms", "gateway")
+    preload: bool = True  # fork workers from a process that has loaded their libraries
     drain_s: float = 25.0  # how long streams may go on after SIGTERM
     worker_grace_s: float = 10.0
     start_timeout_s: float = 900.0

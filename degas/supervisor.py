@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from degas.child import Beat, Child, Guard, describe_exit
+from degas.child import LEASH, SCRIPT, Beat, Child, Guard, describe_exit
+from degas.forks import Nursery, reap_orphans
 from degas.options import BEAT_VARIABLE, OptionsError, ServeOptions, claim_port
 from degas.probe import base_url, fetch_status
 from degas.restarts import Restarts
@@ -33,6 +34,7 @@ LATE_TICK_S: Final = (
 PROBE_INTERVAL_S: Final = 0.1
 HEALTH_INTERVAL_S: Final = 2.0
 STATUS_INTERVAL_S: Final = 1.0
+REAP_INTERVAL_S: Final = 1.0
 KILL_MARGIN_S: Final = 5.0  # what a child gets beyond its own deadline before it is killed
 MAX_IPC_PATH: Final = 107
 WRONG_SETTINGS: Final = 2  # a child's exit code for settings that no restart will mend
@@ -85,11 +87,15 @@ class Supervisor:
             loop.add_signal_handler(number, self._on_signal)
         folder = make_runtime_folder(self._options.runtime_parent)
         self._guard = Guard()
+        self._nursery: Nursery | None = None
         self._guard.say(f"folder {folder}")
         if len(self._posts) > 1:
             self._endpoint = f"ipc://{folder}/worker.sock"
+        if self._options.preload and "worker" in self._posts:
+            leash = (*SCRIPT, str(LEASH))
+            self._nursery = Nursery(self._options.worker_environment(self._endpoint), leash)
         tasks = {role: asyncio.create_task(self._keep(post), name=role) for role, post in self._posts.items()}
-        side_tasks = [asyncio.create_task(self._announce())]
+        side_tasks = [asyncio.create_task(self._announce()), asyncio.create_task(self._reap())]
         if self._options.status_file is not None:
             side_tasks.append(asyncio.create_task(self._write_status(self._options.status_file)))
         try:
@@ -109,6 +115,8 @@ class Supervisor:
             for task in (*side_tasks, *tasks.values()):
                 task.cancel()
             await asyncio.gather(*side_tasks, *tasks.values(), return_exceptions=True)
+            if self._nursery is not None:
+                self._nursery.close()
             self._view.close()
             if self._options.status_file is not None:
                 self._options.status_file.unlink(missing_ok=True)
@@ -121,7 +129,14 @@ class Supervisor:
 
     async def _keep(self, post: Post) -> None:
         while not self._stopping.is_set():
-            child = post.child = self._start(post)
+            starting = asyncio.create_task(self._start(post))
+            stopping = asyncio.create_task(self._stopping.wait())
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            if not starting.done():  # libraries were still being loaded
+                starting.cancel()
+                return None
+            child = post.child = starting.result()
             cause = await self._watch(post, child)
             code = await child.exited
             ready_for_s = post.on_death(time.monotonic())
@@ -140,24 +155,43 @@ class Supervisor:
                     f"(last: {cause}); not trying again. What it said is above",
                     1,
                 )
-            self._view.note(
-                f"{post.role} ended ({cause}); starting it again in {delay_s:.1f} s", style="yellow"
-            )
+            when = f" in {delay_s:.1f} s" if delay_s else ""
+            self._view.note(f"{post.role} ended ({cause}); starting it again{when}", style="yellow")
             await _wait_any(self._stopping, timeout_s=delay_s)
         return None
 
-    def _start(self, post: Post) -> Child:
-        is_worker = post.role == "worker"
+    async def _start(self, post: Post) -> Child:
         options = self._options
+        on_line = self._reader_of(post)
+        if post.role == "gateway":
+            environment = options.gateway_environment(self._endpoint)
+            return Child.start(options.gateway_command, environment, guard=self._guard, on_line=on_line)
+        environment = options.worker_environment(self._endpoint)
+        if self._nursery is not None:
+            child = await Child.fork(
+                self._nursery, environment, guard=self._guard, on_line=on_line, beat_variable=BEAT_VARIABLE
+            )
+            if child is not None:
+                return child
         return Child.start(
-            options.worker_command if is_worker else options.gateway_command,
-            options.worker_environment(self._endpoint)
-            if is_worker
-            else options.gateway_environment(self._endpoint),
+            options.worker_command,
+            environment,
             guard=self._guard,
-            on_line=self._reader_of(post),
-            beat_variable=BEAT_VARIABLE if is_worker else None,
+            on_line=on_line,
+            beat_variable=BEAT_VARIABLE,
         )
+
+    async def _reap(self) -> None:
+        """Descendants whose parents were killed become our children, whose exit codes someone has to collect."""
+        while True:
+            await asyncio.sleep(REAP_INTERVAL_S)
+            own = {
+                self._guard.pid,
+                *(post.child.pid for post in self._posts.values() if post.child is not None),
+            }
+            if self._nursery is not None and self._nursery.pid is not None:
+                own.add(self._nursery.pid)
+            reap_orphans(own)
 
     async def _watch(self, post: Post, child: Child) -> str | None:
         """Return when the child is gone; the cause is a text if it had to be killed."""
@@ -191,7 +225,11 @@ class Supervisor:
     async def _check_worker(self, post: Post, child: Child) -> str:
         """Return when the worker hangs: still loading after the limit, or no decode progress once ready."""
         deadline_s = time.monotonic() + self._options.start_timeout_s
-        beat, beat_s, tick_s = Beat(), 0.0, time.monotonic()
+        beat, beat_s, tick_s = (
+            Beat(),
+            time.monotonic(),
+            time.monotonic(),
+        )  # ready, perhaps, before the first look
         while True:
             await asyncio.sleep(TICK_S)
             now_s = time.monotonic()

@@ -18,7 +18,7 @@ from worker.config import ConfigError, WorkerConfig
 from worker.device.contract import Device
 from worker.device.cpu import CpuDevice, available_bytes, has_bf16
 from worker.device.cuda import CudaDevice
-from worker.device.huge_pages import use_huge_pages
+from worker.device.huge_pages import mapped, use_huge_pages
 from worker.formats.locate import EMBEDDED, locate
 from worker.formats.open_source import open_source
 from worker.formats.source import Source
@@ -119,6 +119,7 @@ def build_worker(
     else:
         with startup.phase("device"):
             device = _open_device(config)
+        known = mapped()
         with startup.phase("load weights"):
             source = open_source(locate(config.model))
             if config.model in EMBEDDED:
@@ -130,7 +131,7 @@ def build_worker(
             with torch.inference_mode():
                 model = load_model(source, device.torch_device, dtype, startup.progress)
         if device.torch_device.type == "cpu":
-            log.info("huge_pages", moved_bytes=use_huge_pages())
+            log.info("huge_pages", moved_bytes=use_huge_pages(besides=known))
         payloads = [tokenizer, template.encode()]
         card = _asked_context(model.card, config)
         num_pages = config.num_pages or _num_pages(config, device, model, card.context_tokens)

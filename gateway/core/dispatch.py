@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import count
 from typing import Final
 
@@ -21,9 +20,10 @@ from gateway.core.flights import Flight
 from gateway.core.metrics import Metrics
 from gateway.core.placement import Placement, Worker
 from gateway.core.tracing import Tracing
-from gateway.decisions.recovery import Recovery, is_guilty
+from gateway.decisions.recovery import Recovery, Verdict
 from gateway.faults import fault_fields
 from gateway.generation import GenerateRequest, Listener, RequestError
+from shared import protocol as wire
 from shared.errors import ErrorCode
 
 _TICK_S: Final = 0.25
@@ -107,9 +107,15 @@ class Dispatch:
     def on_started(self, flight: Flight) -> None:
         """See `FlightEvents`."""
         self._metrics.on_first_token(self._now() - flight.started_s)
-        if flight.request.images:  # megabytes of pixels, which were kept only for a retry
-            flight.request = replace(flight.request, images=[])
-        if self.recovery.on_settled(flight):
+        self._on_settled(flight)
+
+    def _on_settled(self, flight: Flight) -> None:
+        """A flight showed a token, or ended."""
+        if not flight.record.num_attempts > 1 and not len(self.recovery):
+            return
+        is_over = self.recovery.on_settled(flight)
+        self._note_recovery()
+        if is_over:
             self.resume()
 
     def on_token_gap(self, gap_s: float) -> None:
@@ -127,8 +133,7 @@ class Dispatch:
         self._metrics.on_end(flight.state.end, elapsed_s)
         if self._tracing is not None:
             self._tracing.end(flight, flight.state.end, elapsed_s)
-        if self.recovery.on_settled(flight):
-            self.resume()
+        self._on_settled(flight)
 
     def stop_sequence(self, flight: Flight) -> None:
         """See `FlightEvents`."""
@@ -146,60 +151,100 @@ class Dispatch:
     # ------------------------------------------------------------ losses, retries and deadlines
 
     def on_lost(self, worker: Worker, error: RequestError) -> None:
-        """A worker is lost: streams that began end here, its other requests are retried once (see `Recovery`)."""
+        """A worker is lost: streams that began end here, its other requests are tried again (see `Recovery`)."""
         lost = list(worker.flights.by_id.values())
         worker.orphans = list(worker.flights.by_id)
-        now_s = self._now()
-        draining = self._placement.draining
-        num_retried = 0
         crashed = not worker.link.was_silent
         for flight in lost:
             self._take_off(flight)
-            flight.num_crashes += crashed
-            flight.crashed_alone |= crashed and len(lost) == 1
-            if flight.state.next_index == 0 and not draining and self.recovery.take(flight, now_s):
-                num_retried += 1
-            elif flight.state.next_index == 0 and flight.attempts > 1 and is_guilty(flight):
+        unstarted = [flight for flight in lost if not flight.has_shown]
+        draining = self._placement.draining
+        verdicts = (
+            []
+            if draining
+            else self.recovery.on_loss(unstarted, self._now(), num_held=len(lost), crashed=crashed)
+        )
+        retried = {flight for flight, verdict in verdicts if verdict is Verdict.RETRY}
+        guilty = {flight for flight, verdict in verdicts if verdict is Verdict.QUARANTINE}
+        if self._placement.reserved is worker:
+            self._placement.reserved = None
+        self._note_recovery()
+        for flight in lost:
+            if flight in guilty:
                 message = "its worker crashed each time this request was started; it will not be tried again"
                 flight.fail(RequestError(ErrorCode.QUARANTINED, message))
-            else:
+            elif flight not in retried:
                 flight.fail(error)
         if lost:
-            log.warning("flights_lost", num_ended=len(lost) - num_retried, num_retried=num_retried)
+            log.warning(
+                "flights_lost",
+                num_ended=len(lost) - len(retried),
+                num_retried=len(retried),
+                num_quarantined=len(guilty),
+            )
         self._metrics.on_worker_lost()
         self.resume()
 
+    def on_rejected(self, worker: Worker, rejected: wire.Rejected) -> None:
+        """A worker has no place for a request that was accepted here before: it waits again. Others end."""
+        flight = worker.flights.by_id.get(rejected.sequence_id)
+        if flight is None or rejected.code is not ErrorCode.QUEUE_FULL or flight.record.num_attempts < 2:
+            worker.flights.on_rejected(rejected)
+            return
+        self._take_off(flight)
+        flight.record.num_attempts -= 1
+        self.recovery.put_back(flight)
+        self._note_recovery()
+
     def resume(self) -> None:
-        """Send the next suspect, if a worker has room for it."""
-        while (flight := self.recovery.next()) is not None:
-            if flight.landed:
-                self.recovery.on_settled(flight)
-                continue
+        """Send those whose turn it is to be tried again, as far as workers have room for them."""
+        while batch := self.recovery.next_round(self._now()):
+            num_sent = sum(self._send_again(flight) for flight in batch)
+            self._note_recovery()
+            if num_sent < len(batch):
+                return  # the timer tries again
+
+    def _send_again(self, flight: Flight) -> bool:
+        """False: it has to wait. Otherwise it is on a worker, or has ended."""
+        try:
+            model = self._catalog.current(flight.request.model)
+        except RequestError:
+            message = "the worker died, and another model took its place"
+            return self._end_again(flight, RequestError(ErrorCode.WORKER_LOST, message))
+        waited_s = self._now() - flight.record.lost_s
+        worker = self._placement.place_again(model, is_suspect=flight.record.level > 0, waited_s=waited_s)
+        if worker is not None:
             try:
-                model = self._catalog.current(flight.request.model)
-            except RequestError:
-                self.recovery.on_settled(flight)
-                message = "the worker died, and another model took its place"
-                flight.fail(RequestError(ErrorCode.WORKER_LOST, message))
-                continue
-            try:
-                worker = self._placement.place(model, flight.request.tenant, 1)
                 self._send(flight, worker)
             except RequestError as error:
-                if error.code in (ErrorCode.LOADING, ErrorCode.QUEUE_FULL, ErrorCode.WORKER_LOST):
-                    self.recovery.put_back(flight)
-                    return
-                self.recovery.on_settled(flight)
-                flight.fail(error)
-                continue
-            flight.state = model.stream(flight.request, flight.started_s)
-            return
+                if error.code not in (ErrorCode.QUEUE_FULL, ErrorCode.WORKER_LOST):
+                    return self._end_again(flight, error)
+            else:
+                flight.state = model.stream(flight.request, flight.started_s)
+                return True
+        self.recovery.put_back(flight)
+        return False
+
+    def _end_again(self, flight: Flight, error: RequestError) -> bool:
+        self.recovery.on_settled(flight)
+        flight.fail(error)
+        return True
+
+    def _note_recovery(self) -> None:
+        """Newcomers' places depend on who waits here, and on whether there is anybody suspicious."""
+        self._placement.num_returning = len(self.recovery)
+        if not self.recovery.has_suspects:
+            self._placement.reserved = None
+
+    def _is_served(self, flight: Flight) -> bool:
+        return self._placement.serves(flight.request.model.card.model_id)
 
     def _tick(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._tick)
         try:
             now_s = self._now()
-            for flight in self.recovery.expired(now_s):
+            self.recovery.on_time(now_s)
+            for flight in self.recovery.expired(now_s, self._is_served):
                 flight.fail(RequestError(ErrorCode.WORKER_LOST, "the worker died and none took its place"))
             late = [f for f in self.flights if now_s > f.deadline_s + _DEADLINE_GRACE_S]
             for flight in late:
@@ -207,7 +252,7 @@ class Dispatch:
                 allowed_s = flight.deadline_s - flight.started_s
                 message = f"the request was not finished after {allowed_s:g} s"
                 flight.fail(RequestError(ErrorCode.DEADLINE_EXCEEDED, message))
-            if len(self.recovery):
-                self.resume()
+            self.resume()
+            self._note_recovery()
         except Exception as fault:  # an error in one tick must not stop the timer
             log.error("dispatch_tick_failed", **fault_fields(fault))

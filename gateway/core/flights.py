@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
 
+from gateway.decisions.recovery import Record
 from gateway.decisions.stream import Discontinuity, StreamState
 from gateway.faults import fault_fields
 from gateway.generation import Delta, GenerateRequest, Listener, RequestError
@@ -43,11 +45,10 @@ class Flight:
 
     __slots__ = (
         "_events",
-        "attempts",
-        "crashed_alone",
         "deadline_s",
+        "has_shown",
         "listener",
-        "num_crashes",
+        "record",
         "request",
         "request_id",
         "sequence_id",
@@ -74,15 +75,26 @@ class Flight:
         self.deadline_s = deadline_s
         self.sequence_id = 0
         self.worker_key: int | None = None  # the worker holding it; None while it waits for one
-        self.attempts = 0
-        self.num_crashes = 0  # crashes of workers that held it before its first token
-        self.crashed_alone = False  # one of these workers held no other request
+        self.has_shown = False  # its client was given a part of the answer, which cannot be sent again
+        self.record = Record()  # of the workers it lost
         self._events = events
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is."""
+        return self.request.tenant
 
     @property
     def landed(self) -> bool:
         """Whether its terminal event was delivered."""
         return self.state.end is not None
+
+    def show(self) -> None:
+        """A part of the answer goes to its client."""
+        if not self.has_shown:
+            self.has_shown = True
+            if self.request.images:  # megabytes of pixels, which were kept only for another attempt
+                self.request = replace(self.request, images=[])
 
     def cancel(self) -> None:
         """See `RunningStream.cancel`."""
@@ -186,6 +198,7 @@ class Flights:
         else:
             self._events.on_token_gap(now_s - last_s)
         if event is not None:
+            flight.show()
             try:
                 if isinstance(event, Delta):
                     flight.listener.on_delta(event)
@@ -201,6 +214,7 @@ class Flights:
         state = flight.state
         delta = state.on_finish(finish)
         if delta is not None:
+            flight.show()
             try:
                 flight.listener.on_delta(delta)
             except Exception as fault:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from gateway.core.catalog import AnnouncedModel
 from gateway.core.flights import Flight, Flights
@@ -12,6 +13,9 @@ from gateway.decisions.admission import Admission, Occupancy
 from gateway.generation import RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode
+
+AHEAD: Final = 2001  # what a request that is tried again gains in priority: clients may ask for −1000 to 1000
+OWN_WAIT_S: Final = 5.0  # how long a suspect waits for a worker of its own
 
 
 @dataclass(slots=True)
@@ -48,14 +52,14 @@ class Worker:
             task=request.task,
             max_objects=request.max_objects,
             tenant=request.tenant,
-            priority=request.priority,
+            priority=request.priority - (AHEAD if flight.record.num_attempts else 0),
             deadline_s=deadline_s,
             grammar=request.grammar,
             ignore_eos=request.ignore_eos,
         )
         payloads = [frame for image in request.images for frame in (image.global_crop, image.canvas)]
         self.link.submit(submit, payloads)
-        flight.attempts += 1
+        flight.record.num_attempts += 1
         flight.worker_key = self.key
         self.flights.by_id[sequence_id] = flight
         self.occupancy.enter(request.tenant)
@@ -67,21 +71,53 @@ class Placement:
     def __init__(self, admission: Admission, on_refused: Callable[[ErrorCode], None]) -> None:
         self.workers: list[Worker] = []
         self.draining = False
+        self.num_returning = (
+            0  # accepted requests that wait to be tried again: their places are not given away
+        )
+        self.reserved: Worker | None = (
+            None  # for suspects: newcomers go to other workers as long as there are any
+        )
         self._admission = admission
         self._on_refused = on_refused
 
     def place(self, model: AnnouncedModel, tenant: str, num_new: int) -> Worker:
-        """The ready worker with the most room. Raises `RequestError`."""
+        """The ready worker with the most room for a newcomer. Raises `RequestError`."""
         self._check_open()
-        ready = [worker for worker in self.workers if worker.model is model and worker.takes_work]
+        ready = self._ready(model)
         if not ready:
             raise self.nobody("no worker serves this model at the moment")
-        best = min(ready, key=lambda worker: worker.occupancy.load)
+        shared = [worker for worker in ready if worker is not self.reserved]
+        best = min(shared or ready, key=lambda worker: worker.occupancy.load)
         refusal = self._refusal(best, tenant, num_new)
         if refusal is not None:
             self._on_refused(refusal.code)
             raise refusal
         return best
+
+    def place_again(self, model: AnnouncedModel, *, is_suspect: bool, waited_s: float) -> Worker | None:
+        """A worker for a request that was accepted before and lost its own; None while there is none with room.
+
+        A suspect gets the same worker as other suspects, which newcomers then avoid, where several serve its model;
+        while the others are being started again it waits up to `OWN_WAIT_S` for that, lest it take the last one along.
+        """
+        ready = self._ready(model)
+        several = sum(worker.model is model for worker in self.workers) > 1
+        if is_suspect and several and len(ready) < 2 and waited_s < OWN_WAIT_S:
+            return None
+        if is_suspect and len(ready) > 1:
+            if self.reserved not in ready:
+                self.reserved = min(ready, key=lambda worker: worker.occupancy.num_active)
+            ready = [worker for worker in ready if worker is self.reserved]
+        elif len(ready) > 1:
+            ready = [worker for worker in ready if worker is not self.reserved]
+        best = min(ready, key=lambda worker: worker.occupancy.load, default=None)
+        return best if best is not None and best.occupancy.num_free > 0 else None
+
+    def serves(self, model_id: str) -> bool:
+        """Whether some worker serves a model of this name and takes work."""
+        return any(
+            w.takes_work and w.model is not None and w.model.card.model_id == model_id for w in self.workers
+        )
 
     def check(self, model: AnnouncedModel, tenant: str, num_new: int) -> None:
         """Raises the error that `place` would; more requests than the largest worker holds count as that many."""
@@ -120,13 +156,16 @@ class Placement:
             return False, "no worker is configured (workers)"
         return False, "no worker is ready"
 
+    def _ready(self, model: AnnouncedModel) -> list[Worker]:
+        return [worker for worker in self.workers if worker.model is model and worker.takes_work]
+
     def _check_open(self) -> None:
         if self.draining:
             raise RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down")
 
     def _refusal(self, worker: Worker, tenant: str, num_new: int) -> RequestError | None:
         try:
-            self._admission.check(worker.occupancy, tenant, num_new)
+            self._admission.check(worker.occupancy, tenant, num_new, self.num_returning)
         except RequestError as error:
             return error
         return None

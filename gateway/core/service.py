@@ -227,7 +227,7 @@ class Service:
     def on_rejected(self, link: WorkerLink, rejected: wire.Rejected) -> None:
         """See `WorkerEvents`."""
         self.metrics.on_refused(rejected.code)
-        self._by_link[link].flights.on_rejected(rejected)
+        self._dispatch.on_rejected(self._by_link[link], rejected)
 
     def on_beat(self, link: WorkerLink, beat: wire.Beat) -> None:
         """See `WorkerEvents`."""

@@ -34,6 +34,11 @@ class Occupancy:
         return self.max_rows + self.max_waiting
 
     @property
+    def num_free(self) -> int:
+        """Places left."""
+        return self.capacity - self.num_active
+
+    @property
     def load(self) -> float:
         """The share of its places that are taken; 1 is full."""
         return self.num_active / max(1, self.capacity)
@@ -91,12 +96,12 @@ class Admission:
         """The places of a worker with these bounds, cut to this gateway's own queue bound."""
         return Occupancy(max_rows, min(max_waiting, self.max_queue))
 
-    def check(self, held: Occupancy, tenant: str, num_new: int = 1) -> None:
-        """Raises `RequestError` QUEUE_FULL when `num_new` more requests have no place."""
+    def check(self, held: Occupancy, tenant: str, num_new: int = 1, num_ahead: int = 0) -> None:
+        """Raises `RequestError` QUEUE_FULL when `num_new` more requests have no place beside `num_ahead` who come first."""
         if num_new > held.capacity:
             message = f"{num_new} sequences at once; this server holds at most {held.capacity}"
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="n")
-        total = held.num_active
+        total = held.num_active + num_ahead
         num_waiting = max(0, total + num_new - held.max_rows)
         if total + num_new > held.capacity:
             message = f"{total} requests are running or waiting, and there is room for {held.capacity}"

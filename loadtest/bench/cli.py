@@ -93,6 +93,32 @@ def cancels(
 
 
 @app.command()
+def chaos(
+    model: Annotated[str, typer.Option(help="sim, the simulated device, or pocket.")] = "sim",
+    clients: Annotated[int, typer.Option(help="Clients that ask all the time, 1 to 2000.")] = 200,
+    seconds: Annotated[float, typer.Option(help="How long they ask.")] = 40.0,
+    kill_every: Annotated[float, typer.Option(help="Seconds from one kill of the worker to the next.")] = 7.0,
+    stops: Annotated[int, typer.Option(help="Kills that are a SIGSTOP instead.")] = 1,
+    hang_ups: Annotated[float, typer.Option(help="Share of requests whose client just leaves.")] = 0.1,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer, half to twice as many.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the clients' habits.")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Kill the worker under load, again and again: what clients are told, what is served, and what is left behind."""
+    from loadtest.bench.chaos import Plan, run_chaos
+    from loadtest.peers.process import end_on_sigterm
+
+    end_on_sigterm()
+    plan = Plan(model, clients, seconds, kill_every, stops, hang_ups, tokens, seed)
+    try:
+        report = run_chaos(plan)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    show(report.table(), [report.to_json()], as_json=as_json)
+    raise typer.Exit(0 if report.is_clean else 1)
+
+
+@app.command()
 def ttft(
     profile: Profile = "b200",
     rows: Annotated[int, typer.Option(help="Background streams.")] = 16,

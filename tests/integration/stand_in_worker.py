@@ -49,6 +49,8 @@ print("DEGAS-PHASE {not json", flush=True)
 print("x" * (3 << 20), flush=True)  # a line too long to keep must not end the reader
 say("READY", endpoint=os.environ["DEGAS_WORKER_ENDPOINT"], model="stand-in", startup_s={})
 beats = 0
+if FAULTY and FAULT == "late-beat":
+    time.sleep(0.4)
 while True:
     hung = FAULTY and FAULT == "hang" and beats >= 3
     if FAULTY and FAULT == "die" and beats >= 3:

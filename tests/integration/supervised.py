@@ -19,9 +19,10 @@ if __name__ == "__main__":
                 worker_command=(sys.executable, "-I", "-S", str(HERE / "stand_in_worker.py")),
                 gateway_command=(sys.executable, "-I", "-S", str(HERE / "stand_in_gateway.py")),
                 worker_settings={"model": "stand-in"},
+                preload=False,
                 drain_s=0.5,
                 worker_grace_s=-4.7,  # with the supervisor's own margin: 0.3 s
-                restarts=RestartLimits(first_delay_s=0.02, max_delay_s=0.1, quick_s=0.5),
+                restarts=RestartLimits(first_delay_s=0.02, max_delay_s=0.1, brief_s=0.5, max_brief_lives=5),
                 status_file=Path(os.environ["STAND_IN_FOLDER"]) / "status" / "status.json",
                 runtime_parent=Path(os.environ["STAND_IN_FOLDER"]) / "run",
                 report=True,

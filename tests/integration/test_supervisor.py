@@ -152,6 +152,17 @@ def test_a_hung_worker_is_replaced(start: Callable[..., Supervised]) -> None:
     assert not is_running(supervised.pids()["worker-0"])
 
 
+def test_a_worker_that_is_ready_before_the_first_look_is_given_its_time(
+    start: Callable[..., Supervised],
+) -> None:
+    supervised = start(STAND_IN="late-beat")
+    supervised.wait_ready()
+    time.sleep(0.6)  # it beats after 0.4
+    supervised.process.terminate()
+    assert supervised.wait_exit() == 0
+    assert "no decode progress" not in supervised.output()
+
+
 def test_a_stopped_worker_is_replaced(start: Callable[..., Supervised]) -> None:
     supervised = start()
     supervised.wait_ready()

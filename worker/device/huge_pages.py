@@ -8,16 +8,37 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # asm-generic/mman-common.h; the second since Linux 6.1
 HUGE_BYTES = 2 << 20
 
+Span: TypeAlias = tuple[int, int]
 
-def use_huge_pages(min_bytes: int = 2 * HUGE_BYTES) -> int:
-    """Ask for huge pages behind the heap and every anonymous mapping of `min_bytes` or more.
 
-    Returns the bytes that the kernel moved at once; 0 where it cannot, or is told not to (`never`).
+def mapped() -> list[Span]:
+    """The heap and every anonymous mapping of this process as it is now: addresses from and to. Empty where nobody says."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    spans = []
+    for line in lines:
+        span, mode, _, _, inode, *name = line.split(maxsplit=5)
+        if mode.startswith("rw-p") and inode == "0" and (not name or name[0] == "[heap]"):
+            start, _, end = span.partition("-")
+            spans.append((int(start, 16), int(end, 16)))
+    return spans
+
+
+def use_huge_pages(min_bytes: int = 2 * HUGE_BYTES, *, besides: Sequence[Span] = ()) -> int:
+    """Ask for huge pages behind the heap and every anonymous mapping of `min_bytes` or more, `besides` those given.
+
+    What was mapped before the weights came holds none of them, and may be shared with the process that this one was
+    forked from: moving it takes time and memory. Returns the bytes that the kernel moved at once; 0 where it cannot, or
+    is told not to (`never`).
     """
     if not sys.platform.startswith("linux"):
         return 0
@@ -25,17 +46,23 @@ def use_huge_pages(min_bytes: int = 2 * HUGE_BYTES) -> int:
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        lines = Path("/proc/self/maps").read_text().splitlines()
     except (OSError, AttributeError):
-        return 0  # another libc, or no /proc: the worker only runs slower
-    for line in lines:
-        span, mode, _, _, inode, *name = line.split(maxsplit=5)
-        if not mode.startswith("rw-p") or inode != "0" or (name and name[0] != "[heap]"):
-            continue
-        start, end = (int(bound, 16) for bound in span.split("-"))
+        return 0  # another libc: the worker only runs slower
+    for start, end in without(mapped(), besides):
         start, end = -(-start // HUGE_BYTES) * HUGE_BYTES, end // HUGE_BYTES * HUGE_BYTES
         if end - start < min_bytes:
             continue
         if libc.madvise(start, end - start, MADV_HUGEPAGE) == 0:
             moved_bytes += (end - start) * (libc.madvise(start, end - start, MADV_COLLAPSE) == 0)
     return moved_bytes
+
+
+def without(spans: Sequence[Span], gone: Sequence[Span]) -> list[Span]:
+    """What is left of `spans` where those of `gone` are cut out; in order."""
+    left = sorted(spans)
+    for low, high in gone:
+        cut = []
+        for start, end in left:
+            cut += [(start, min(end, low)), (max(start, high), end)]
+        left = [(start, end) for start, end in cut if start < end]
+    return left

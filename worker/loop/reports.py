@@ -17,6 +17,7 @@ from shared.protocol import (
 )
 from worker.loop.inbox import Outbox
 from worker.loop.metrics import WorkerMetrics
+from worker.schedule.drain_rate import DrainRate
 from worker.schedule.plan import Committed, StepPlan, StepResult
 from worker.schedule.refusal import Refusal
 from worker.schedule.scheduler import Scheduler
@@ -33,7 +34,7 @@ class Reports:
         self._clock = clock
         self._epoch = epoch
         self.metrics = metrics
-        self._finished_lately: list[float] = []
+        self._drain_rate = DrainRate()
 
     def send_step(self, plan: StepPlan, done: Committed, result: StepResult) -> None:
         """One `StepOutputs` for each gateway that has a row or an end in this commit."""
@@ -83,7 +84,7 @@ class Reports:
         metrics.queue_time.observe(timing.queue_s)
         metrics.prefill_time.observe(timing.prefill_s)
         metrics.decode_time.observe(timing.decode_s)
-        self._finished_lately.append(now_s)
+        self._drain_rate.on_end(now_s)
         code, text = seq.error or (None, "")
         assert seq.finish is not None
         return Finish(
@@ -124,20 +125,14 @@ class Reports:
                 draining,
                 gauges,
                 self.metrics.export_histograms(),
-                self.drain_rate(self._clock()),
+                self._drain_rate.per_s(self._clock(), len(scheduler.waiting)),
                 expected_s,
             )
         )
 
-    def drain_rate(self, now_s: float) -> float:
-        """Sequences finished per second over the last five."""
-        lately = [at for at in self._finished_lately if at > now_s - 5.0]
-        self._finished_lately = lately
-        return len(lately) / 5.0
-
     def retry_after_s(self, num_waiting: int) -> float:
         """When a place in the queue should be free, by the rate at which sequences have ended lately."""
-        rate = self.drain_rate(self._clock())
+        rate = self._drain_rate.per_s(self._clock(), num_waiting)
         return min(30.0, (num_waiting + 1) / rate) if rate else 1.0
 
 

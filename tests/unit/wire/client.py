@@ -79,6 +79,7 @@ class Client:
     submitted_s: float = 0.0
     refused: ErrorCode | None = None
     end: End | None = None
+    ended_s: float = 0.0
     left: bool = False  # cancelled, hung up, raised, or was cut off
     was_slow: bool = False
     text: str = ""
@@ -116,7 +117,7 @@ class Client:
     def on_end(self, end: End) -> None:
         if self.end is not None:
             self._fault("two terminal events")
-        self.end = end
+        self.end, self.ended_s = end, self.loop.time()
         self._write({"end": end.reason.value})
         self.loop.call_soon(self.writer.close)
         if self.habits.at_end is not None:

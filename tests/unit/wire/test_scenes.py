@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from gateway.core.placement import OWN_WAIT_S
 from gateway.generation import RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
@@ -171,16 +172,34 @@ def test_a_crash_ends_what_began_and_retries_what_did_not(num_arriving: int) -> 
 
 def test_a_poison_request_is_quarantined_and_nobody_else() -> None:
     world = World(supervised=True)
-    # One token each: a suspect that has shown one is no longer alone, and the next may take it along.
+    # One token each: a request that has shown one is no longer alone, and the next may take it along.
     clients = [world.submit([30, KILL_TOKEN if i == 2 else 21, i + 20], 1) for i in range(5)]
     finish(world)
     assert [error_of(client) for client in clients] == [None, None, ErrorCode.QUARANTINED, None, None]
     assert world.submits[clients[2].request.request_id] == 2
 
 
-def test_suspects_are_retried_in_single_file() -> None:
-    world = World(max_rows=4)
-    clients = [world.submit([30, 20 + i], 4) for i in range(3)]
+def test_a_poison_request_among_forty_is_found_and_nobody_else_suffers() -> None:
+    world = World(supervised=True, max_rows=4, num_pages=256)
+    clients = [world.submit([30, KILL_TOKEN if i == 23 else 21, i % 40 + 20], 1) for i in range(40)]
+    finish(world)
+    assert [i for i, client in enumerate(clients) if error_of(client) is not None] == [23]
+    assert error_of(clients[23]) is ErrorCode.QUARANTINED
+    assert world.submits[clients[23].request.request_id] <= 5
+
+
+def test_two_of_the_same_poison_among_many() -> None:
+    world = World(supervised=True, max_rows=4, num_pages=256)
+    poison = (3, 30)
+    clients = [world.submit([30, KILL_TOKEN if i in poison else 21, i % 40 + 20], 1) for i in range(40)]
+    finish(world)
+    ends = {i: error_of(client) for i, client in enumerate(clients) if error_of(client) is not None}
+    assert ends == dict.fromkeys(poison, ErrorCode.QUARANTINED)
+
+
+def lose_all(world: World, num: int, max_tokens: int = 4) -> list[Client]:
+    """So many requests on a worker that is killed before any of them has shown a token; another has just started."""
+    clients = [world.submit([30, 20 + i % 60], max_tokens, tenant="ab"[i % 2]) for i in range(num)]
     world.deliver()
     world.nodes[0].die(0)
     world.loop.settle()
@@ -188,12 +207,131 @@ def test_suspects_are_retried_in_single_file() -> None:
     while not world.all_ready():
         world.flow()
         world.clock.advance(0.1)
-    for _ in range(3):
+    return clients
+
+
+def attempts(world: World, clients: list[Client]) -> list[int]:
+    """How often each was sent."""
+    return [world.submits[client.request.request_id] for client in clients]
+
+
+def test_few_are_tried_again_one_by_one_and_a_slow_one_holds_nobody_up_for_long() -> None:
+    world = World(max_rows=4)
+    clients = lose_all(world, 3)
+    assert attempts(world, clients) == [2, 1, 1]
+    for _ in range(5):  # no token comes: the worker does not go on
         world.clock.advance(0.3)
         world.loop.settle()
-    assert sorted(world.submits[client.request.request_id] for client in clients) == [1, 1, 2]
+    assert attempts(world, clients) == [2, 2, 2], (
+        "a round that does no harm for a second is followed by one twice as large"
+    )
     finish(world)
     assert [error_of(client) for client in clients] == [None] * 3
+
+
+def test_many_are_tried_again_in_growing_rounds_tenants_in_turn_ahead_of_newcomers() -> None:
+    world = World(max_rows=2, num_pages=64)
+    clients = lose_all(world, 40)
+    assert attempts(world, clients) == [2] * 2 + [1] * 38, "the sixteenth part, the oldest of each tenant"
+    newcomers = [world.submit([30, 80 + i], 4, tenant="c") for i in range(10)]
+    finish(world)
+    assert [error_of(client) for client in clients + newcomers] == [None] * 50
+    assert max(client.ended_s for client in clients) <= min(client.ended_s for client in newcomers[2:])
+
+
+def test_places_of_those_who_wait_are_not_given_away() -> None:
+    world = World(max_rows=2, max_waiting=6)
+    clients = lose_all(world, 8)
+    late = world.submit([30, 89], 2)
+    assert late.refused is ErrorCode.QUEUE_FULL
+    finish(world)
+    assert [error_of(client) for client in clients] == [None] * 8
+
+
+def test_five_kills_in_a_row_make_nobody_guilty_who_was_not_alone() -> None:
+    world = World(max_rows=4, num_pages=256)
+    clients = lose_all(world, 60)
+    for _ in range(4):
+        world.flow(3)
+        world.nodes[0].die(0)
+        world.loop.settle()
+        world.restart(0)
+        while not world.all_ready():
+            world.flow()
+            world.clock.advance(0.1)
+    finish(world)
+    began = {client.request.request_id for client in clients if client.ids}
+    failed = {client.request.request_id for client in clients if error_of(client) is not None}
+    assert failed <= began, "some that never began were not served"
+    assert not any(error_of(client) is ErrorCode.QUARANTINED for client in clients)
+
+
+def test_of_two_workers_a_poison_request_takes_its_own_and_nobody_else_suffers() -> None:
+    world = World(num_workers=2, supervised=True, max_rows=4, num_pages=256)
+    clients = [world.submit([30, KILL_TOKEN if i == 7 else 21, i + 20], 1) for i in range(16)]
+    for _ in range(4):
+        world.live(1.5)
+    finish(world)
+    assert [i for i, client in enumerate(clients) if error_of(client) is not None] == [7]
+    assert error_of(clients[7]) is ErrorCode.QUARANTINED
+
+
+def test_suspects_have_a_worker_of_their_own_while_there_is_evidence() -> None:
+    world = World(num_workers=2, max_rows=4, num_pages=256)
+    suspect = world.submit([30, 21], 4)
+    world.deliver()
+    number = next(
+        iter(world.service.workers[i].key for i in (0, 1) if world.service.workers[i].flights.by_id)
+    )
+    world.nodes[number].die(0)  # it was alone there
+    world.loop.settle()
+    world.clock.advance(1.0)
+    world.loop.settle()
+    assert attempts(world, [suspect]) == [1], (
+        "it waits for a worker of its own, lest it take the last one along"
+    )
+    world.restart(number)
+    for _ in range(20):
+        for node in world.nodes:  # they announce themselves, and begin nothing
+            node.tick() if not node.transport.is_announced else node.turn()
+        world.deliver()
+        if attempts(world, [suspect]) == [2]:
+            break
+        world.clock.advance(0.1)
+        world.loop.settle()
+    own = world.service._placement.reserved
+    assert own is not None and len(own.flights.by_id) == 1
+    newcomers = [world.submit([30, 40 + i], 2) for i in range(5)]
+    assert len(own.flights.by_id) == 1, "newcomers go elsewhere"
+    finish(world)
+    assert [error_of(client) for client in (suspect, *newcomers)] == [None] * 6
+
+
+def test_a_suspect_does_not_wait_for_ever_for_a_worker_of_its_own() -> None:
+    world = World(num_workers=2, max_rows=4)
+    suspect = world.submit([30, 21], 4)
+    world.deliver()
+    number = next(
+        iter(world.service.workers[i].key for i in (0, 1) if world.service.workers[i].flights.by_id)
+    )
+    world.nodes[number].die(0)
+    world.live(OWN_WAIT_S + 1.0)
+    assert suspect.ids
+    finish(world)
+
+
+def test_a_worker_without_a_place_does_not_end_what_was_accepted() -> None:
+    world = World(max_rows=2)
+    clients = lose_all(world, 2)
+    node = world.nodes[0]
+    sequence_id = next(iter(world.service.workers[0].flights.by_id))
+    between = node.between
+    between._arrive([wire.encode(wire.Rejected(node.epoch, sequence_id, ErrorCode.QUEUE_FULL, "full"))])
+    world.loop.settle()
+    world.lossy = True  # the worker was not asked, and still runs it
+    assert all(client.end is None for client in clients)
+    finish(world)
+    assert [error_of(client) for client in clients] == [None] * 2
 
 
 def test_a_device_fault_has_its_own_code() -> None:

@@ -12,7 +12,7 @@ from gateway.config import GatewayConfig
 from gateway.core.flights import Flight
 from gateway.core.service import Service
 from gateway.core.worker_link import WorkerLink
-from gateway.decisions.recovery import is_guilty
+from gateway.decisions.recovery import MAX_ATTEMPTS, Verdict, judge
 from gateway.generation import GenerateRequest, RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
@@ -31,7 +31,6 @@ from worker.wire.transport import Transport
 KILL_TOKEN = 12
 """A prompt that holds this id kills the worker that runs it, without a word."""
 
-MAX_ATTEMPTS = 2
 DEADLINE_S = 20.0
 PROGRESS_S = 3.0
 RETRY_WAIT_S = 6.0
@@ -164,27 +163,40 @@ class WatchedService(Service):
         self._context = context  # type: ignore[assignment]
         self.images = NoPictures()  # type: ignore[assignment]
         self.num_losses = 0
+        self.crashes: list[set[str]] = []  # what each worker that crashed held
         self.faults: list[str] = []
 
     def on_lost(self, link: WorkerLink, error: RequestError) -> None:
         self.num_losses += 1
         flights = list(self._by_link[link].flights.by_id.values())
-        before = [(flight, flight.state.next_index > 0, flight.attempts) for flight in flights]
+        before = [(flight, flight.has_shown) for flight in flights]
+        if not link.was_silent:
+            self.crashes.append({flight.request_id for flight in flights})
         super().on_lost(link, error)
-        for flight, started, attempts in before:
+        for flight, started in before:
             end = flight.state.end
             code = end.error.code if end is not None and end.error is not None else None
-            if started:
-                promised: list[ErrorCode | None] = [error.code]
-            elif attempts >= MAX_ATTEMPTS:
-                guilty = not (self.draining and attempts < 2) and is_guilty(flight)
-                promised = [ErrorCode.QUARANTINED] if guilty else [error.code]
-            else:
-                promised = [error.code] if self.draining else [None]
-            if code not in promised:
-                self.faults.append(f"{flight.request_id} {started=} {attempts=} got {code}, not {promised}")
+            promised = {
+                Verdict.RETRY: None,
+                Verdict.QUARANTINE: ErrorCode.QUARANTINED,
+                Verdict.GIVE_UP: error.code,
+            }[judge(flight.record)]
+            if started or self.draining:
+                promised = error.code
+            if code is not promised:
+                self.faults.append(
+                    f"{flight.request_id} {started=} {flight.record} got {code}, not {promised}"
+                )
+            if code is ErrorCode.QUARANTINED:
+                self._check_evidence(flight.request_id)
             if flight in flights and flight.sequence_id in self._by_link[link].flights.by_id:
                 self.faults.append(f"{flight.request_id} is still on the worker that was lost")
+
+    def _check_evidence(self, request_id: str) -> None:
+        """Quarantined: it was alone once and crashed twice, or there in three crashes at least."""
+        held = [crash for crash in self.crashes if request_id in crash]
+        if len(held) < 2 or (len(held) < 3 and {request_id} not in held):
+            self.faults.append(f"{request_id} was quarantined without evidence: {held}")
 
     @property
     def unlanded(self) -> list[Flight]:
@@ -381,10 +393,14 @@ class World:
                 assert self.epochs[number] == link.epoch, "a flight on a worker of another epoch"
                 assert flight.sequence_id == number and flight.worker_key == worker.key and not flight.landed
                 assert flight.request_id in by_request, "a flight on a worker that nobody waits for"
-        suspect = self.service._dispatch.recovery._on_probation
-        assert suspect is None or not suspect.state.next_index, "on probation, though it has shown a token"
-        suspects = [f for f in self.service.unlanded if f.attempts > 1 and f.worker_key is not None]
-        assert sum(not f.state.next_index for f in suspects) <= 1, "two suspects are tried at once"
+        recovery = self.service._dispatch.recovery
+        for flight in recovery.on_trial:
+            assert not flight.state.next_index and not flight.landed, "on trial, though it has shown a token"
+            assert flight.worker_key is not None, "on trial, and on no worker"
+        assert sum(flight.record.level > 1 for flight in recovery.on_trial) <= 1, (
+            "two suspects are tried at once"
+        )
+        assert self.service._placement.num_returning == len(recovery)
         num_placed = sum(len(worker.flights.by_id) for worker in self.service.workers)
         assert num_placed + self.service.num_recovering == len(by_request), "a flight that is nowhere"
         assert self.service._dispatch.idle.is_set() == (not by_request)
@@ -462,7 +478,7 @@ class World:
     def _check_baseline(self) -> None:
         service = self.service
         assert not service.num_in_flight and not service.num_recovering
-        assert service._dispatch.recovery._on_probation is None
+        assert not service._dispatch.recovery.on_trial and service._placement.reserved is None
         for worker, node in zip(service.workers, self.nodes, strict=True):
             assert not worker.flights.by_id and not worker.occupancy.num_active and not worker.orphans
             node.sim.check_at_rest()
