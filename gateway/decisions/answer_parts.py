@@ -245,9 +245,7 @@ def _joined(parts: list[Part]) -> list[Part]:
             joined[-1] = Said(last.text + part.text)
         elif isinstance(part, Thought) and isinstance(last, Thought):
             joined[-1] = Thought(last.text + part.text)
-        elif (
-            isinstance(part, CallArguments) and isinstance(last, CallArguments) and part.index == last.index
-        ):
+        elif isinstance(part, CallArguments) and isinstance(last, CallArguments) and part.index == last.index:
             joined[-1] = CallArguments(last.index, last.text + part.text)
         else:
             joined.append(part)

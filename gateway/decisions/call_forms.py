@@ -327,7 +327,9 @@ def _python_calls(text: str) -> list[CallEvent] | None:
         for call in listed.elts:
             if not isinstance(call, ast.Call) or call.args:
                 return None
-            arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+            arguments: dict[str | None, Any] = {
+                keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords
+            }
             if None in arguments:
                 return None
             events.append(CallEvent(ast.unparse(call.func), json.dumps(arguments, ensure_ascii=False)))

@@ -9,6 +9,7 @@ from typing import Any
 
 from gateway.config import GatewayConfig, load
 from gateway.generation import (
+    ChatFormat,
     ChatOptions,
     GenerateRequest,
     Listener,
@@ -41,6 +42,7 @@ class FakeModel:
 
     card: wire.ModelCard = CARD
     has_template: bool = False
+    chat_format: ChatFormat | None = None
     drops_first_space: bool = False
     start_ids: list[int] = field(default_factory=lambda: [0])
     tokens: FakeTokens = field(default_factory=FakeTokens)
@@ -58,6 +60,9 @@ class FakeModel:
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[int]:
         self.rendered.append((messages, options))
         return text_ids("|".join(f"{message['role']}:{message['content']}" for message in messages))
+
+    def special_id(self, text: str) -> int | None:
+        return None
 
     def decode(self, token_ids: list[int]) -> str:
         return ids_text(token_ids)

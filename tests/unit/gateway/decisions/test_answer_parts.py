@@ -22,7 +22,10 @@ from gateway.decisions.answer_parts import (
 Calls = list[tuple[str, object]]
 
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-9, 9) | st.text(st.sampled_from('ab"\\{}[]<>/|é\n '), max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.text(st.sampled_from('ab"\\{}[]<>/|é\n '), max_size=8),
     lambda inner: (
         st.lists(inner, max_size=3) | st.dictionaries(st.text("ab<", max_size=3), inner, max_size=3)
     ),
@@ -76,7 +79,12 @@ def written(dialect: str, calls: Calls) -> str:
 
 
 @settings(max_examples=150, deadline=None)
-@given(dialect=st.sampled_from(sorted(DIALECTS)), calls=CALLS, thought=st.sampled_from(["", "so\n\nit is"]), data=st.data())
+@given(
+    dialect=st.sampled_from(sorted(DIALECTS)),
+    calls=CALLS,
+    thought=st.sampled_from(["", "so\n\nit is"]),
+    data=st.data(),
+)
 def test_every_dialect_reads_back_what_was_called_however_it_is_cut(
     dialect: str, calls: Calls, thought: str, data: st.DataObject
 ) -> None:
@@ -175,7 +183,9 @@ def test_what_is_no_call_is_said(dialect: str, text: str) -> None:
 
 
 def test_thinking_opened_by_the_prompt_and_thinking_that_never_ends() -> None:
-    said, thought, _ = read(AnswerReader(None, ThinkingTags(), thinks_first=True), ["hm", "m</thi", "nk>\n\nyes"])
+    said, thought, _ = read(
+        AnswerReader(None, ThinkingTags(), thinks_first=True), ["hm", "m</thi", "nk>\n\nyes"]
+    )
     assert (said, thought) == ("yes", "hmm")
     said, thought, _ = read(AnswerReader(None, ThinkingTags()), ["\n<think>", "for ever "])
     assert (said, thought) == ("", "for ever ")
