@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from gateway.api.parameters import Json, invalid
+from gateway.api.schemas import close_objects
 from gateway.api.structured import Wanted, schema_grammar
 from gateway.generation import ChatFormat, RequestError, ServedModel
 from shared.errors import ErrorCode
@@ -71,7 +72,8 @@ class ToolsAsked:
             return None
         allowed = [tool for tool in self.tools if self.named in (None, tool.function.name)]
         definitions = {
-            f"tool_{i}": _moved(_parameters(tool.function), f"#/$defs/tool_{i}")
+            # Closed where that loses nothing: a small model would add arguments until its tokens run out.
+            f"tool_{i}": _moved(close_objects(_parameters(tool.function)), f"#/$defs/tool_{i}")
             for i, tool in enumerate(allowed)
         }
         calls = [

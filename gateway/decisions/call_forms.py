@@ -187,7 +187,7 @@ class _JsonCall:
         call = whole.get("function") if isinstance(whole, dict) and "name" not in whole else whole
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return
-        arguments = next((call[name] for name in _ARGUMENTS if name in call), {})
+        arguments: Any = next((call[name] for name in _ARGUMENTS if name in call), {})
         if isinstance(arguments, str):
             arguments = _loads(arguments) if arguments.strip() else {}
         if arguments is None:
