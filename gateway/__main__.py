@@ -29,8 +29,10 @@ from gateway.core.service import Service
 from gateway.decisions.quota import LogQuota
 from gateway.faults import fault_fields
 from gateway.generation import RequestError
+from gateway.transport.door import DoorRunner
 from shared.errors import ErrorCode
 from shared.logs import configure_logs
+from shared.redaction import hide
 from shared.settings import give_flags
 
 _LAST_WORDS_S: Final = 0.5  # wait between the last terminal event and closing connections
@@ -46,6 +48,7 @@ class Gateway:
     """A running gateway. `port` is the real one, also where 0 was asked for."""
 
     def __init__(self, config: GatewayConfig) -> None:
+        hide(*config.key_texts())
         self.config = config
         self.service = Service(config)
         self.port = 0
@@ -56,7 +59,7 @@ class Gateway:
     async def start(self) -> None:
         """Listen and connect to the workers. Raises OSError (port taken) or `ConfigError`."""
         config = self.config
-        runner = web.AppRunner(
+        runner = DoorRunner(
             create_app(self.service),
             handler_cancellation=True,  # a client that leaves ends its handler, and with it its streams, at once
             keepalive_timeout=config.idle_timeout_s,  # counts from connecting: also the deadline of the header
@@ -118,6 +121,7 @@ class Gateway:
             return
         # gRPC warns at each fork; our children are new programs that never use it, so the warning is turned off.
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C++ core writes to stderr past every logger
         try:
             module = importlib.import_module("gateway.transport.rpc")
         except ModuleNotFoundError as error:

@@ -6,10 +6,10 @@ import hashlib
 import hmac
 import re
 from collections.abc import Mapping
-from urllib.parse import urlsplit
 
 from gateway.config import GatewayConfig
 from gateway.generation import RequestError
+from gateway.origins import Origins, same_site
 from shared.errors import ErrorCode
 
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(:(?P<port>\d{1,5}))?", re.ASCII)
@@ -22,7 +22,7 @@ class Access:
         self._keys = [key.encode() for key in config.key_texts()]
         self._tenants = [hashlib.sha256(key).hexdigest()[:16] for key in self._keys]
         self._hosts = config.host_names()
-        self._origins = frozenset(origin.lower() for origin in config.cors_origins)
+        self._origins = Origins(config.cors_origins)
 
     @property
     def needs_key(self) -> bool:
@@ -66,9 +66,7 @@ class Access:
 
     def cors_origin(self, origin: str | None) -> str | None:
         """The value for `Access-Control-Allow-Origin`, or None when this origin gets none."""
-        if origin is None or not self._origins:
-            return None
-        return origin if "*" in self._origins or origin.lower() in self._origins else None
+        return origin if origin is not None and self._origins.allow(origin) else None
 
     def origin_allowed(self, origin: str | None, host: str | None) -> bool:
         """Whether a browser page from `origin` may open a WebSocket: the page itself, or a configured origin.
@@ -77,11 +75,7 @@ class Access:
         """
         if origin is None or self.cors_origin(origin) is not None:
             return True
-        try:
-            parts = urlsplit(origin)
-        except ValueError:
-            return False
-        return bool(parts.netloc) and host is not None and parts.netloc.lower() == host.lower()
+        return same_site(origin, host)
 
 
 def key_of(headers: Mapping[str, str]) -> str | None:

@@ -13,10 +13,20 @@ from gateway.api.answers import Collected, collect
 from gateway.api.parameters import Json
 from gateway.config import GatewayConfig
 from gateway.core.service import Service
+from gateway.decisions.holdings import Holdings
 from gateway.generation import GenerateRequest, RequestError
 from gateway.scrape import Scrape
 from gateway.transport import sse
-from gateway.transport.http import REQUEST_ID, TENANT, Boundary, Handler, admit_body, json_response, public
+from gateway.transport.http import (
+    HOLDINGS,
+    REQUEST_ID,
+    TENANT,
+    Boundary,
+    Handler,
+    admit_body,
+    json_response,
+    public,
+)
 from gateway.transport.websocket import register_websocket
 from shared.errors import ErrorCode
 
@@ -64,6 +74,7 @@ def create_app(service: Service) -> web.Application:
     app = web.Application(middlewares=[boundary.middleware], client_max_size=config.max_body_bytes)
     app.on_response_prepare.append(boundary.on_prepare)
     app[SERVICE] = service
+    app[HOLDINGS] = holdings = Holdings(config.max_unfinished_bytes)
     router = app.router
     for path, prepare in (
         ("/v1/chat/completions", chat.prepare),
@@ -82,7 +93,7 @@ def create_app(service: Service) -> web.Application:
         router.add_get(path, _ready(service))
     router.add_get("/metrics", _metrics(service))
     router.add_get("/debug/trace", _recording(service))
-    register_websocket(app, service, config)
+    register_websocket(app, service, config, holdings)
     _add_page(app)
     return app
 

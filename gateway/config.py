@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from gateway.origins import read_origin
 from shared.settings import ConfigError as ConfigError
 from shared.settings import Section
 
@@ -57,12 +58,19 @@ class GatewayConfig(BaseModel):
     public: tuple[str, ...] = Field(
         (), description="routes open without a key where keys are set: page, readiness, metrics"
     )
-    cors_origins: tuple[str, ...] = Field((), description="https://app.example, or * for any")
+    cors_origins: tuple[str, ...] = Field(
+        (), description="https://app.example, https://*.app.example, app://name, null; or * for any"
+    )
     allowed_hosts: tuple[str, ...] = Field(
         (), description="accepted Host names without port; none: loopback names and `host`; *: any"
     )
 
     max_body_bytes: ByteSize = Field(ByteSize(24 << 20), ge=1 << 10, description="largest body of a request")
+    max_unfinished_bytes: ByteSize = Field(
+        ByteSize(256 << 20),
+        ge=1 << 10,
+        description="bodies and messages still arriving, all of one key's together",
+    )
     max_queue: int = Field(128, ge=0, description="requests waiting per worker beyond its rows")
     max_wait_s: float = Field(30.0, gt=0, description="refuse when the queue would take longer than this")
     max_connections: int = Field(10_000, ge=1, description="WebSockets open at once")
@@ -74,6 +82,9 @@ class GatewayConfig(BaseModel):
     drain_deadline_s: float = Field(25.0, ge=0, description="how long streams may go on after SIGTERM")
     write_buffer_bytes: ByteSize = Field(
         ByteSize(256 << 10), ge=4 << 10, description="unread output kept for one client"
+    )
+    life_sign_s: float = Field(
+        10.0, ge=0.05, description="a stream that waits says so at least this often: a comment, a ping"
     )
     slow_client_s: float = Field(10.0, gt=0, description="a client that reads nothing for so long is cut off")
 
@@ -156,10 +167,7 @@ class GatewayConfig(BaseModel):
     @field_validator("cors_origins")
     @classmethod
     def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in value:
-            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
-                raise ValueError(f"{origin!r} is not an origin such as https://app.example, or *")
-        return value
+        return tuple(map(read_origin, value))
 
     @field_validator("api_keys")
     @classmethod
@@ -171,6 +179,10 @@ class GatewayConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> GatewayConfig:
+        if self.max_unfinished_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_unfinished_bytes {self.max_unfinished_bytes} must hold one body: at least {self.max_body_bytes}"
+            )
         if self.max_image_bytes * 4 // 3 > self.max_body_bytes:
             raise ValueError(
                 f"max_image_bytes {self.max_image_bytes} cannot arrive in max_body_bytes {self.max_body_bytes}: "

@@ -17,7 +17,11 @@ from loadtest.page import html_report
 from loadtest.report import terminal_report, to_json
 from loadtest.scenarios import Scenario, ScenarioError, Slo
 
-app = typer.Typer(no_args_is_help=True, help="Measure a running Degas from the outside.")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # its report would show variables, the API key among them
+    help="Measure a running Degas from the outside.",
+)
 
 WARMUP_REQUESTS = 16
 

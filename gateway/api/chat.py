@@ -13,12 +13,13 @@ from gateway.api.chunks import ChunkFrame
 from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
     Count,
+    Effort,
     Json,
     SamplingFields,
+    Verbosity,
     choice_count,
     decode_body,
     invalid,
-    refuse,
 )
 from gateway.api.prompts import Message, compose_chat
 from gateway.api.requests import Length, check_fields, make_requests
@@ -37,14 +38,6 @@ from gateway.generation import (
 )
 from shared.errors import ErrorCode
 
-_REFUSED: Final = (
-    "functions",
-    "function_call",
-    "audio",
-    "web_search_options",
-    "chat_template",
-)
-
 _OWN_VARIABLES: Final = frozenset(
     ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template")
 )
@@ -54,8 +47,19 @@ _MAX_VARIABLES_BYTES: Final = 16 << 10
 _encode = msgspec.json.encode
 
 
-class ChatBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+class ChatBody(SamplingFields, kw_only=True):
     """The request's JSON."""
+
+    REFUSED = (
+        "functions",
+        "function_call",
+        "audio",
+        "web_search_options",
+        "moderation",
+        "chat_template",
+    )
+    # No served model has a say in its answer's length; a prediction only saves time.
+    IGNORED = (*SamplingFields.IGNORED, "prediction", "verbosity")
 
     messages: Annotated[list[Message], Meta(max_length=4096)]
     max_completion_tokens: Count | None = None
@@ -65,19 +69,19 @@ class ChatBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
     prediction: Any = None
-    verbosity: str | None = None
-    reasoning_effort: str | None = None
+    verbosity: Verbosity | None = None
+    reasoning_effort: Effort | None = None
     reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Json | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     enable_thinking: bool | None = None
-    # refused when they ask for something
     functions: Any = None
     function_call: Any = None
     audio: Any = None
     web_search_options: Any = None
+    moderation: Any = None
     chat_template: Any = None
 
 
@@ -240,7 +244,6 @@ def _finish(end: End | None, has_calls: bool) -> str:
 async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> Chat:
     """Check a body and prepare everything that can fail before submitting. Raises `RequestError`."""
     body = decode_body(_decode, data)
-    refuse(body, _REFUSED)
     if body.reasoning:
         raise invalid("reasoning is offered by /v1/query only", "reasoning")
     tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)

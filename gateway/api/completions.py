@@ -18,7 +18,6 @@ from gateway.api.parameters import (
     choice_count,
     decode_body,
     invalid,
-    refuse,
 )
 from gateway.api.prompts import Prompt
 from gateway.api.requests import Length, check_fields, make_requests
@@ -42,13 +41,14 @@ _encode = msgspec.json.encode
 TokenIds = Annotated[list[Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]], Meta(min_length=1)]
 
 
-class CompletionBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+class CompletionBody(SamplingFields, kw_only=True):
     """The request's JSON. `prompt` is checked by hand: msgspec cannot tell its four forms apart."""
+
+    REFUSED = ("suffix",)
 
     prompt: Any
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    # refused when they ask for something
     suffix: str | None = None
     best_of: int | None = None
 
@@ -159,7 +159,6 @@ class Completion:
 async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> Completion:
     """Check a body and prepare everything that can fail before submitting. Raises `RequestError`."""
     body = decode_body(_decode, data)
-    refuse(body, ("suffix",))
     if body.echo and body.logprobs is not None:
         raise RequestError(
             ErrorCode.UNSUPPORTED, "echo: logprobs of the prompt are not computed", param="echo"

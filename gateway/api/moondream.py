@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
 
 from gateway.api.answers import Collected, metrics_object
+from gateway.api.fields import Known
 from gateway.api.parameters import (
     MAX_OBJECTS,
     Count,
     Json,
     SamplingFields,
     decode_body,
-    refuse,
 )
 from gateway.api.prompts import Prompt, task_prompt
 from gateway.api.requests import CheckedFields, Length, Objects, check_fields, make_requests
@@ -26,8 +26,10 @@ _encode = msgspec.json.encode
 Argument = Annotated[str, Meta(min_length=1, max_length=1 << 16)]
 
 
-class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class Settings(Known, kw_only=True):
     """`settings` of every route."""
+
+    REFUSED = ("variant",)
 
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
@@ -37,7 +39,9 @@ class Settings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     variant: str | None = None
 
 
-class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _Body(Known, kw_only=True):
+    REFUSED: ClassVar[tuple[str, ...]] = ("spatial_refs",)
+
     model: str | None = None
     settings: Settings | None = None
     stream: bool | None = None
@@ -46,6 +50,8 @@ class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 class QueryBody(_Body, kw_only=True):
     """`/v1/query`."""
+
+    REFUSED = (*_Body.REFUSED, "reasoning")
 
     question: Argument
     image_url: str | None = None
@@ -137,10 +143,7 @@ class Answer:
 async def prepare_query(core: Core, data: bytes, *, request_id: str, tenant: str) -> Answer:
     """`/v1/query`. Raises `RequestError`."""
     body = decode_body(_decode_query, data)
-    if body.reasoning:
-        raise RequestError(
-            ErrorCode.UNSUPPORTED, "reasoning is not supported by this server", param="reasoning"
-        )
+    _refuse_setting(body, "max_objects")
     checked = await _check(core, body, tenant)
     model = checked.model
     ids = task_prompt(model.card, "query", await model.encode(body.question.strip()))
@@ -153,6 +156,7 @@ async def prepare_query(core: Core, data: bytes, *, request_id: str, tenant: str
 async def prepare_caption(core: Core, data: bytes, *, request_id: str, tenant: str) -> Answer:
     """`/v1/caption`. Raises `RequestError`."""
     body = decode_body(_decode_caption, data)
+    _refuse_setting(body, "max_objects")
     checked = await _check(core, body, tenant)
     card = checked.model.card
     if f"caption_{body.length}" not in card.templates:
@@ -178,6 +182,7 @@ async def _prepare_spatial(
     core: Core, data: bytes, task: str, name: str, request_id: str, tenant: str
 ) -> Answer:
     body = decode_body(_decode_object, data)
+    _refuse_setting(body, "max_tokens")
     checked = await _check(core, body, tenant)
     model = checked.model
     ids = task_prompt(model.card, task, await model.encode(" " + body.object.strip()))
@@ -186,13 +191,21 @@ async def _prepare_spatial(
     return _answer(name, checked, body, Prompt(ids, [image]), request_id, objects)
 
 
+def _refuse_setting(body: _Body, name: str) -> None:
+    """Raises `RequestError` for a setting that this route has no use for."""
+    if body.settings is not None and getattr(body.settings, name) is not None:
+        other = (
+            "answers are as long as max_objects says"
+            if name == "max_tokens"
+            else "it goes with detect and point"
+        )
+        param = f"settings.{name}"
+        raise RequestError(ErrorCode.UNSUPPORTED, f"{param} is not used here: {other}", param=param)
+
+
 async def _check(core: Core, body: _Body, tenant: str) -> CheckedFields:
     """Check the model and the settings, cheapest checks first. Raises `RequestError`."""
-    refuse(body, ("spatial_refs",))
     settings = body.settings or Settings()
-    if settings.variant is not None:
-        message = "settings.variant is not supported by this server"
-        raise RequestError(ErrorCode.UNSUPPORTED, message, param="settings.variant")
     fields = SamplingFields(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
     return await check_fields(core, core.model(body.model), fields, tenant=tenant)
 

@@ -1,7 +1,6 @@
 """Owns the fields that OpenAI's generation endpoints share: their bounds, checks and meaning.
 
-A field is used, or accepted because leaving it out changes nothing, or refused by name. Nothing that changes
-the answer is ignored silently.
+Which fields are known at all, and what becomes of the others, is the rule in `gateway.api.fields`.
 """
 
 from __future__ import annotations
@@ -9,11 +8,12 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from gateway.api.fields import Known, check_refused
 from gateway.generation import RequestError
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard, Sampling
@@ -29,6 +29,8 @@ _INT64: Final = 1 << 63
 
 Json = dict[str, Any]
 T = TypeVar("T")
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Verbosity = Literal["low", "medium", "high"]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
@@ -37,14 +39,19 @@ _PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _UNKNOWN = re.compile(r"unknown field `(?P<name>[^`]*)`")
 
 
-class StreamOptions(msgspec.Struct):
+class StreamOptions(Known, kw_only=True):
     """`stream_options`."""
 
+    IGNORED = ("include_obfuscation",)  # padding, which this server never sends
+
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
-class JsonSchema(msgspec.Struct):
+class JsonSchema(Known, kw_only=True):
     """`response_format.json_schema`."""
+
+    IGNORED = ("name", "description")
 
     schema: Json | None = None
     name: str | None = None
@@ -52,28 +59,40 @@ class JsonSchema(msgspec.Struct):
     strict: bool | None = None
 
 
-class ResponseFormat(msgspec.Struct):
+class ResponseFormat(Known, kw_only=True):
     """`response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+class StructuredOutputs(Known, kw_only=True):
     """`structured_outputs`, vLLM's name for constraints beyond JSON. One of the first five."""
+
+    IGNORED = ("disable_fallback", "disable_any_whitespace")
 
     json: Json | str | None = None
     json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
-    # accepted: they change nothing about the answer here
     disable_fallback: bool | None = None
     disable_any_whitespace: bool | None = None
 
 
-class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class SamplingFields(Known, kw_only=True):
     """What `/v1/chat/completions` and `/v1/completions` have in common."""
+
+    IGNORED: ClassVar[tuple[str, ...]] = (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "prompt_cache_options",
+    )
 
     model: str | None = None
     stream: bool | None = None
@@ -99,7 +118,6 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    # accepted: they change nothing about the answer
     user: str | None = None
     metadata: Any = None
     store: bool | None = None
@@ -107,12 +125,13 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: Any = None
 
 
 def decode_body(decode: Callable[[bytes], T], data: bytes) -> T:
-    """Parse JSON to a struct. Raises `RequestError` naming the field at fault and what it may be."""
+    """Parse JSON to a struct, by the rule in `fields`. Raises `RequestError` naming the field and what it may be."""
     try:
-        return decode(data)
+        body = decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         text = str(error)
         where = _PATH.search(text)
@@ -126,20 +145,14 @@ def decode_body(decode: Callable[[bytes], T], data: bytes) -> T:
         raise invalid(text[:500], param[:200] if param else None) from None
     except RecursionError:
         raise invalid("the JSON is nested too deeply", None) from None
+    check_refused(body)
+    return body
 
 
 def invalid(text: str, param: str | None) -> RequestError:
     """An INVALID_REQUEST about one field."""
     message = f"{param}: {text[0].lower()}{text[1:]}" if param else text
     return RequestError(ErrorCode.INVALID_REQUEST, message, param=param)
-
-
-def refuse(fields: msgspec.Struct, names: tuple[str, ...]) -> None:
-    """Raises `RequestError` UNSUPPORTED for the first of these fields that asks for something."""
-    for name in names:
-        if getattr(fields, name) not in (None, False, [], {}, ""):
-            message = f"{name} is not supported by this server; leave it out"
-            raise RequestError(ErrorCode.UNSUPPORTED, message, param=name)
 
 
 def stops(value: str | list[str] | None) -> list[str]:

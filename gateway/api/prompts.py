@@ -14,6 +14,8 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from gateway.api.fields import Known
+from gateway.api.histories import check_no_history, check_shown
 from gateway.api.parameters import Json
 from gateway.api.spoken import Reading, opens_thinking, reading_of
 from gateway.api.tools import ToolsAsked, told
@@ -21,41 +23,97 @@ from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, S
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard
 
-_PASSED: Final = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+_PASSED: Final = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 _WITHOUT_LANGUAGE: Final = ("sim", "fake")  # stand-ins for a model: any rendering is as good as another
 
 
-class ImageUrl(msgspec.Struct):
+class ImageUrl(Known, kw_only=True):
     """`image_url` of a content part."""
 
+    IGNORED = ("detail",)  # pictures are read at the one size that the model has
+
     url: str
-    detail: str | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
-class TextPart(msgspec.Struct, tag_field="type", tag="text"):
+class TextPart(Known, tag_field="type", tag="text", kw_only=True):
     """A piece of text."""
 
+    IGNORED = ("cache_control", "prompt_cache_breakpoint")  # the prefix cache needs no marks
+
     text: str
+    cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
 
 
-class ImagePart(msgspec.Struct, tag_field="type", tag="image_url"):
+class ImagePart(Known, tag_field="type", tag="image_url", kw_only=True):
     """A picture."""
 
+    IGNORED = ("cache_control", "prompt_cache_breakpoint", "uuid")
+
     image_url: ImageUrl
+    cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
+    uuid: str | None = None
 
 
-class Message(msgspec.Struct):
+class FunctionCall(Known, kw_only=True):
+    """`function` of a tool call."""
+
+    name: str
+    arguments: str | Json | None = None
+
+
+class ToolCall(Known, kw_only=True):
+    """A call that an earlier answer made."""
+
+    REFUSED = ("custom",)
+    IGNORED = ("index",)  # its place in a stream, which clients leave in what they put together
+
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCall
+    index: int | None = None
+    custom: Any = None
+
+    def for_template(self) -> Json:
+        """As templates read it."""
+        told = {"id": self.id, "type": self.type, "function": msgspec.to_builtins(self.function)}
+        return {name: value for name, value in told.items() if value is not None}
+
+
+class Message(Known, kw_only=True):
     """One turn of a conversation."""
+
+    REFUSED = ("audio", "function_call", "refusal")
+    IGNORED = (
+        "annotations",
+        "cache_control",
+        "id",
+        "provider_specific_fields",
+        "reasoning_details",
+        "thinking_blocks",
+    )
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[TextPart | ImagePart], Meta(max_length=256)] | None = None
     name: str | None = None
-    tool_calls: list[Json] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=256)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     thinking: str | None = None
     prefix: bool | None = None  # of the last message: the answer goes on with it
+    # what clients leave in answers that they send back
+    annotations: Any = None
+    audio: Any = None
+    cache_control: Any = None
+    function_call: Any = None
+    id: Any = None
+    provider_specific_fields: Any = None
+    reasoning_details: Any = None
+    refusal: Any = None
+    thinking_blocks: Any = None
 
     def for_template(self) -> Json:
         """Everything of the message that a template may read, under the interface's own names."""
@@ -64,6 +122,8 @@ class Message(msgspec.Struct):
             content = [{"type": "text", "text": part.text} for part in content if isinstance(part, TextPart)]
         role = "system" if self.role == "developer" else self.role
         given = {name: getattr(self, name) for name in _PASSED if getattr(self, name) is not None}
+        if self.tool_calls is not None:
+            given["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return {"role": role, "content": content, **given}
 
     def text(self) -> str:
@@ -109,6 +169,7 @@ async def compose_chat(
         raise RequestError(ErrorCode.UNSUPPORTED, message, param=_asked_for(options))
     reading = reading_of(model, tools, is_constrained=is_constrained)
     if takes_questions(model.card):
+        check_no_history(model, [message.for_template() for message in messages])
         return replace(await _compose_question(core, model, messages), reading=reading)
     prompt = await _compose_template(model, messages, options or ChatOptions(), tools)
     return replace(prompt, reading=replace(reading, thinks_first=opens_thinking(model, reading, prompt.ids)))
@@ -160,11 +221,13 @@ async def _compose_template(
         message = f"model {card.model_id} has no chat template; use /v1/completions"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
     turns = [message.for_template() for message in messages]
+    places: Sequence[int] = range(len(turns))
     if model.chat_format is not None and not model.chat_format.shows_tools:
-        turns = told(tools, turns)
+        turns, places = told(tools, turns)
     elif tools is not None:
         options = replace(options, tools=tools.for_template())
     ids = await model.encode_chat(turns, options)
+    await check_shown(model, turns, options, ids, places)
     # An answer that continues a message keeps its first space; an answer in a turn of its own drops it.
     return Prompt(ids, drop_space=model.drops_first_space and not options.continue_final_message)
 

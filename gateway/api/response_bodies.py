@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
+from gateway.api.fields import Known
 from gateway.api.parameters import (
     MAX_OBJECTS,
     MAX_TOP_LOGPROBS,
     Count,
+    Effort,
     Json,
     SamplingFields,
+    Verbosity,
     decode_body,
 )
 from gateway.generation import RequestError
@@ -30,39 +33,81 @@ MAX_PARTS: Final = 256
 _LANE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
 
 
-class Part(msgspec.Struct):
+class Part(Known, kw_only=True):
     """One piece of a message's content."""
+
+    REFUSED = ("file_id", "file_data", "file_url", "filename", "input_audio", "refusal")
+    IGNORED = ("annotations", "detail", "logprobs", "prompt_cache_breakpoint")
 
     type: str
     text: str | None = None
     image_url: str | None = None
-    file_id: str | None = None
+    annotations: Any = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
+    file_data: Any = None
+    file_id: Any = None
+    file_url: Any = None
+    filename: Any = None
+    input_audio: Any = None
+    logprobs: Any = None
+    prompt_cache_breakpoint: Any = None
+    refusal: Any = None
 
 
-class Item(msgspec.Struct):
+class Item(Known, kw_only=True):
     """One input item; a message unless `type` says otherwise."""
+
+    IGNORED = ("phase", "status")
 
     type: str = "message"
     role: str = "user"
     content: str | Annotated[list[Part], Meta(max_length=MAX_PARTS)] | None = None
     id: str | None = None
+    phase: Any = None
+    status: Any = None
 
 
-class Format(msgspec.Struct):
+class Format(Known, kw_only=True):
     """`text.format`: free text, or JSON to a schema."""
 
+    IGNORED = ("name", "description")
+
     type: Literal["text", "json_object", "json_schema"] = "text"
+    name: Annotated[str, Meta(max_length=256)] | None = None
+    description: str | None = None
     schema: Json | None = None
     strict: bool | None = None
 
+    def echo(self) -> Json:
+        """As a response object repeats it."""
+        if self.type != "json_schema":
+            return {"type": self.type}
+        told = {"name": self.name or "schema", "description": self.description, "strict": self.strict}
+        return {"type": self.type, "schema": self.schema, **told}
 
-class TextOptions(msgspec.Struct):
+
+class TextOptions(Known, kw_only=True):
     """`text`: the shape of the answer."""
 
+    IGNORED = ("verbosity",)
+
     format: Format | None = None
+    verbosity: Verbosity | None = None
 
 
-class DegasOptions(msgspec.Struct, forbid_unknown_fields=True):
+class Reasoning(Known, kw_only=True):
+    """`reasoning`: repeated in the response; no served model thinks on demand."""
+
+    IGNORED = ("effort", "summary", "generate_summary", "context", "mode")
+
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    context: Literal["auto", "current_turn", "all_turns"] | None = None
+    mode: str | None = None
+
+
+class DegasOptions(Known, kw_only=True):
     """The extension field `degas`: which of the model's tasks, and its argument."""
 
     task: Literal["query", "caption", "detect", "point"] = "query"
@@ -71,8 +116,26 @@ class DegasOptions(msgspec.Struct, forbid_unknown_fields=True):
     max_objects: Annotated[int, Meta(ge=1, le=MAX_OBJECTS)] | None = None
 
 
-class CreateBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+class CreateBody(SamplingFields, kw_only=True):
     """The fields of a create request."""
+
+    REFUSED = (
+        "tools",
+        "background",
+        "background_options",
+        "conversation",
+        "prompt",
+        "moderation",
+        "context_management",
+        "access_programs",
+        "image",
+    )
+    IGNORED: ClassVar[tuple[str, ...]] = (
+        *SamplingFields.IGNORED,
+        "max_tool_calls",
+        "parallel_tool_calls",
+        "reasoning",
+    )
 
     input: str | Annotated[list[Item], Meta(max_length=MAX_ITEMS)] | None = None
     instructions: str | None = None
@@ -83,17 +146,15 @@ class CreateBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     text: TextOptions | None = None
     generate: bool | None = None
     degas: DegasOptions | None = None
-    # accepted: they change nothing about the answer here
     metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
-    truncation: str | None = None
+    truncation: Literal["auto", "disabled"] | None = None
     parallel_tool_calls: bool | None = None
     tool_choice: Any = None
     max_tool_calls: int | None = None
-    reasoning: Any = None
-    prompt_cache_options: Any = None
-    # refused when they ask for something
+    reasoning: Reasoning | None = None
     tools: Any = None
     background: bool | None = None
+    background_options: Any = None
     conversation: Any = None
     prompt: Any = None
     moderation: Any = None
@@ -102,28 +163,41 @@ class CreateBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     image: Any = None
 
 
-class ResponseCreate(CreateBody, tag="response.create", kw_only=True, forbid_unknown_fields=True):
+class ResponseCreate(CreateBody, tag="response.create", kw_only=True):
     """WebSocket: start a response on a lane."""
 
+    IGNORED = (*CreateBody.IGNORED, "event_id")
+
+    event_id: Any = None
     stream_id: str | None = None
 
 
-class ResponseCancel(msgspec.Struct, tag="response.cancel"):
+class ResponseCancel(Known, tag="response.cancel", kw_only=True):
     """WebSocket: stop one response by its id, or all of a lane's. What has already finished is left alone."""
 
+    IGNORED = ("event_id",)
+
+    event_id: Any = None
     response_id: str | None = None
     stream_id: str | None = None
 
 
-class ResponseSteer(msgspec.Struct, tag="response.steer"):
+class ResponseSteer(Known, tag="response.steer", kw_only=True):
     """WebSocket: known to the API, refused here."""
 
+    event_id: Any = None
+    input: Any = None
+    response_id: str | None = None
+    stream_id: str | None = None
     previous_response_id: str | None = None
 
 
-class Authenticate(msgspec.Struct, tag="degas.authenticate"):
+class Authenticate(Known, tag="degas.authenticate", kw_only=True):
     """WebSocket: the key as first message, for browsers, which cannot set headers."""
 
+    IGNORED = ("event_id",)
+
+    event_id: Any = None
     api_key: Annotated[str, Meta(max_length=1024)]
 
 

@@ -14,11 +14,10 @@ from gateway.api.parameters import (
     TOKENS_PER_OBJECT,
     Json,
     invalid,
-    refuse,
 )
 from gateway.api.prompts import Message, Prompt, compose_chat, takes_questions, task_prompt
 from gateway.api.requests import Length, Objects, check_fields, make_requests
-from gateway.api.response_bodies import CreateBody, DegasOptions, Item, Part, TextOptions
+from gateway.api.response_bodies import CreateBody, DegasOptions, Item, Part, Reasoning, TextOptions
 from gateway.api.response_events import response_id_of
 from gateway.api.response_stream import Opening
 from gateway.api.structured import Wanted, schema_grammar
@@ -29,16 +28,6 @@ from shared.protocol import Grammar
 LOGPROBS_INCLUDE: Final = "message.output_text.logprobs"
 
 _ROLES: Final = ("user", "assistant", "system", "developer")
-_REFUSED: Final = (
-    "tools",
-    "background",
-    "conversation",
-    "prompt",
-    "moderation",
-    "context_management",
-    "access_programs",
-    "image",
-)
 _INSTEAD: Final = {"max_tokens": "max_output_tokens", "response_format": "text.format"}
 
 
@@ -130,14 +119,16 @@ async def prepare(
     stream_id: str | None = None,
 ) -> Prepared:
     """Check a body and prepare everything that can fail before submitting. Raises `RequestError`."""
-    refuse(body, _REFUSED)
     for name, instead in _INSTEAD.items():
         if getattr(body, name) is not None:
             raise RequestError(ErrorCode.UNSUPPORTED, f"{name} is called {instead} here", param=name)
     if body.n not in (None, 1):
         raise invalid("one answer a response", "n")
+    if body.tool_choice not in (None, "none", "auto"):
+        raise invalid("there are no tools to choose from", "tool_choice")
     model = core.model(body.model)
     options = body.degas or DegasOptions()
+    _check_options(options)
     asked = read_input(body, core.config.max_prompt_chars)
     task = options.task if options.task in TOKENS_PER_OBJECT else "text"
     checked = await check_fields(
@@ -162,6 +153,15 @@ async def prepare(
     (request,) = make_requests(checked, response_id, [prompt], length, objects)
     opening = Opening(response_id, request.model_id, task, _echo(body, request), stream_id)
     return Prepared(request, opening, Turn(messages, image))
+
+
+def _check_options(options: DegasOptions) -> None:
+    """Raises `RequestError` for an argument that the task has no use for."""
+    used = {"caption": ("length",), "detect": ("object", "max_objects"), "point": ("object", "max_objects")}
+    defaults = DegasOptions()
+    for name in ("length", "object", "max_objects"):
+        if name not in used.get(options.task, ()) and getattr(options, name) != getattr(defaults, name):
+            raise invalid(f"{options.task} has no use for it; leave it out", f"degas.{name}")
 
 
 def _num_logprobs(body: CreateBody, task: str) -> int:
@@ -201,9 +201,9 @@ async def _compose(
         raise RequestError(
             ErrorCode.UNSUPPORTED, f"model {card.model_id} takes no pictures", param=asked.image_param
         )
-    turns = [Message(role, text) for role, text in messages]  # type: ignore[arg-type]  # roles were checked
+    turns = [Message(role=role, content=text) for role, text in messages]  # type: ignore[arg-type]  # roles were checked
     if instructions:
-        turns.insert(0, Message("system", instructions))
+        turns.insert(0, Message(role="system", content=instructions))
     return await compose_chat(core, model, turns)
 
 
@@ -220,24 +220,36 @@ def _format(text: TextOptions | None) -> Wanted | None:
 
 def _echo(body: CreateBody, request: GenerateRequest) -> Json:
     """The request's own fields as every response object repeats them."""
-    wanted = body.text.format if body.text is not None else None
     return {
         "instructions": body.instructions,
         "max_output_tokens": request.max_tokens,
         "metadata": body.metadata or {},
         "parallel_tool_calls": bool(body.parallel_tool_calls),
         "previous_response_id": body.previous_response_id,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": _reasoning(body.reasoning),
         "store": body.store is not False,
         "temperature": request.sampling.temperature,
-        "text": {"format": {"type": "text"} if wanted is None else msgspec.to_builtins(wanted)},
+        "text": _text(body.text),
         "tool_choice": "none",
         "tools": [],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": request.sampling.top_p,
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
         "user": body.user,
     }
+
+
+def _text(given: TextOptions | None) -> Json:
+    wanted = given.format if given is not None else None
+    verbosity = given.verbosity if given is not None else None
+    return {
+        "format": {"type": "text"} if wanted is None else wanted.echo(),
+        "verbosity": verbosity or "medium",
+    }
+
+
+def _reasoning(given: Reasoning | None) -> Json:
+    return {"effort": None, "summary": None} if given is None else msgspec.to_builtins(given)
 
 
 def recall(body: CreateBody, tenant: str, *stores: Conversations) -> Turn | None:

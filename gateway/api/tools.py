@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from gateway.api.fields import Known
 from gateway.api.parameters import Json, invalid
 from gateway.api.schemas import close_objects
 from gateway.api.structured import Wanted, schema_grammar
@@ -26,7 +27,7 @@ _MAX_FORCED_CALLS: Final = 8
 _encode = msgspec.json.encode
 
 
-class Function(msgspec.Struct, forbid_unknown_fields=True):
+class Function(Known):
     """A function that can be called."""
 
     name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -35,11 +36,14 @@ class Function(msgspec.Struct, forbid_unknown_fields=True):
     strict: bool | None = None
 
 
-class Tool(msgspec.Struct, forbid_unknown_fields=True):
+class Tool(Known):
     """One entry of `tools`."""
+
+    IGNORED = ("cache_control",)
 
     type: Literal["function"]
     function: Function
+    cache_control: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +125,25 @@ def read_tools(tools: Sequence[Tool] | None, choice: Any, is_parallel: bool | No
     return ToolsAsked(offered, mode in ("required", "named"), named, is_parallel is not False)
 
 
-def told(asked: ToolsAsked | None, messages: list[Json]) -> list[Json]:
-    """A conversation for a model whose template shows no tools: they, calls and results become text."""
+def told(asked: ToolsAsked | None, messages: Sequence[Json]) -> tuple[list[Json], list[int]]:
+    """A conversation for a model whose template shows no tools: they, calls and results become text.
+
+    The second list has, for each message that is left, the place of the one it comes from.
+    """
+    turns: list[Json] = []
+    places: list[int] = []
     if asked is not None:
-        others = [message for message in messages if message["role"] != "system"]
-        return [{"role": "system", "content": _instructions(asked, messages)}, *_as_text(others)]
-    if any(message["role"] in ("tool", "function") or message.get("tool_calls") for message in messages):
-        return _as_text(messages)
-    return messages
+        turns, places = [{"role": "system", "content": _instructions(asked, messages)}], [0]
+    for place, message in enumerate(messages):
+        if message["role"] == "system" and asked is not None:
+            continue  # it stands before the instructions
+        turn = _as_text(message)
+        if turn is not message and turn["role"] == "user" and turns and turns[-1].get("role") == "user":
+            turns[-1] = {"role": "user", "content": f"{_text(turns[-1])}\n{turn['content']}"}
+            continue  # results of one turn's calls are one turn
+        turns.append(turn)
+        places.append(place)
+    return turns, places
 
 
 def check_takes_tools(model: ServedModel, asked: ToolsAsked) -> None:
@@ -201,22 +216,14 @@ def _instructions(asked: ToolsAsked, messages: Sequence[Json]) -> str:
     )
 
 
-def _as_text(messages: Sequence[Json]) -> list[Json]:
-    spoken: list[Json] = []
-    for message in messages:
-        if message["role"] in ("tool", "function"):
-            text = f"<tool_response>\n{_text(message)}\n</tool_response>"
-            if spoken and spoken[-1].get("role") == "user" and spoken[-1]["content"].startswith("<tool_res"):
-                spoken[-1]["content"] += "\n" + text
-            else:
-                spoken.append({"role": "user", "content": text})
-        elif message.get("tool_calls"):
-            calls = [_call_text(call) for call in message["tool_calls"]]
-            text = "\n".join(filter(None, (_text(message), *calls)))
-            spoken.append({"role": "assistant", "content": text})
-        else:
-            spoken.append(message)
-    return spoken
+def _as_text(message: Json) -> Json:
+    """The message, without calls and results other than as text."""
+    if message["role"] in ("tool", "function"):
+        return {"role": "user", "content": f"<tool_response>\n{_text(message)}\n</tool_response>"}
+    if message.get("tool_calls"):
+        calls = [_call_text(call) for call in message["tool_calls"]]
+        return {"role": "assistant", "content": "\n".join(filter(None, (_text(message), *calls)))}
+    return message
 
 
 def _call_text(call: Any) -> str:

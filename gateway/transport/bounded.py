@@ -65,6 +65,11 @@ class BoundedWriter:
             self._drained_bytes = self._written_bytes - unread
             self._timer = self._loop.call_later(self._stall_s / _LOOKS, self._look)
 
+    @property
+    def written_bytes(self) -> int:
+        """All that was written so far."""
+        return self._written_bytes
+
     def close(self) -> None:
         """Write nothing more. Idempotent."""
         self.closed = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
+from typing import Final
 
 from gateway.transport.bounded import BoundedWriter
 
@@ -16,6 +17,9 @@ _SHORT = struct.Struct("!BB").pack
 _MEDIUM = struct.Struct("!BBH").pack
 _LONG = struct.Struct("!BBQ").pack
 _TEXT_FINAL = 0x81
+
+PING: Final = b"\x89\x00"
+"""A ping without a payload, as it is sent."""
 
 
 def text_frame(payload: bytes) -> bytes:
@@ -31,7 +35,7 @@ def text_frame(payload: bytes) -> bytes:
 class FrameWriter:
     """Sends text messages without waiting; a client that does not take them is cut off and `on_stalled` called."""
 
-    __slots__ = ("_writer",)
+    __slots__ = ("bounded",)
 
     def __init__(
         self,
@@ -41,12 +45,12 @@ class FrameWriter:
         limit_bytes: int,
         stall_s: float,
     ) -> None:
-        self._writer = BoundedWriter(transport, on_stalled, limit_bytes=limit_bytes, stall_s=stall_s)
+        self.bounded = BoundedWriter(transport, on_stalled, limit_bytes=limit_bytes, stall_s=stall_s)
 
     def write(self, payload: bytes) -> None:
         """Send one text message. Once closed it is dropped: the connection's end is already under way."""
-        self._writer.write(text_frame(payload))
+        self.bounded.write(text_frame(payload))
 
     def close(self) -> None:
         """Write nothing more. Idempotent."""
-        self._writer.close()
+        self.bounded.close()

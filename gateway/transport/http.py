@@ -15,15 +15,17 @@ from typing import Final, TypeVar
 
 import msgspec
 import structlog
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from gateway.access import Access
 from gateway.caller import CALLER, caller
 from gateway.config import GatewayConfig
+from gateway.decisions.holdings import Holdings
 from gateway.decisions.quota import LogQuota
 from gateway.errors import error_body, error_headers, http_status
 from gateway.faults import fault_fields
 from gateway.generation import HttpCounts, RequestError, ServingCore
+from gateway.transport.door import EXPECTATION
 from gateway.transport.refusal import Refusals
 from shared.errors import ErrorCode
 
@@ -32,12 +34,16 @@ H = TypeVar("H", bound=Callable[..., Awaitable[web.StreamResponse]])
 
 TENANT: Final = web.RequestKey("tenant", str)
 REQUEST_ID: Final = web.RequestKey("request_id", str)
+HOLDINGS: Final = web.AppKey("holdings", Holdings)
+"""Bytes of bodies and messages that are still arriving, by tenant."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 _COMMONPLACE: Final = (429, 503)  # not logged, so that a flood does not fill the log; metrics count them
 _FAULT_LINES_PER_S: Final = 50
 _DISCARDED_LIMITS: Final = 3
 _DISCARD_S: Final = 1.0
+_KEY_HEADERS: Final = (b"authorization", b"x-moondream-auth")
+_PASSED_ON: Final = ("Allow", "Sec-WebSocket-Version", "Upgrade")  # of aiohttp's refusals
 _EXPOSED: Final = "x-request-id, retry-after, retry-after-ms"
 _ALLOWED_HEADERS: Final = "authorization, *"  # SDKs add headers of their own; `*` does not cover the key's
 
@@ -95,10 +101,11 @@ class Boundary:
             quick = None
             if error.code is ErrorCode.QUEUE_FULL:
                 quick = self._refusals.answer(error, request, request_id)
-            return quick or error_response(error)
+            return quick or _last_if_unread(error_response(error), request)
         except web.HTTPException as error:
             status = error.status
-            return error_response(_of_http(error, request), status=status, headers=error.headers)
+            answer = error_response(_of_http(error, request), status=status, headers=error.headers)
+            return _last_if_unread(answer, request)
         except ConnectionError:
             return web.Response(status=499)  # the client left; nobody reads this
         except asyncio.CancelledError:
@@ -118,6 +125,7 @@ class Boundary:
                 log.info("http", **fields, elapsed_ms=elapsed_ms, **more)
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        _check_headers(request)
         self._access.check_host(request.headers.get("Host"))
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return self._preflight(request)
@@ -140,6 +148,8 @@ class Boundary:
             "Access-Control-Allow-Headers": _ALLOWED_HEADERS,
             "Access-Control-Max-Age": "600",
         }
+        if request.headers.get("Access-Control-Request-Private-Network") == "true":
+            headers["Access-Control-Allow-Private-Network"] = "true"
         return web.Response(status=204, headers=headers)
 
     async def on_prepare(self, request: web.Request, response: web.StreamResponse) -> None:
@@ -148,7 +158,7 @@ class Boundary:
         if REQUEST_ID in request:
             headers["x-request-id"] = request[REQUEST_ID]
         headers["X-Content-Type-Options"] = "nosniff"
-        headers["Server"] = "degas"
+        headers.popall("Server", None)  # aiohttp's, with its version
         origin = self._access.cors_origin(request.headers.get("Origin"))
         if origin is not None:
             headers["Access-Control-Allow-Origin"] = origin
@@ -179,9 +189,29 @@ def error_response(
     )
     if error.code is ErrorCode.PAYLOAD_TOO_LARGE:
         response.force_close()  # the rest of the body is not worth reading
-    if headers is not None and "Allow" in headers:
-        response.headers["Allow"] = headers["Allow"]
+    for name in _PASSED_ON if headers is not None else ():
+        if headers is not None and name in headers:
+            response.headers[name] = headers[name]
     return response
+
+
+def _last_if_unread(response: web.Response, request: web.Request) -> web.Response:
+    """A body that is still on its way would be read as the next request: the connection ends instead."""
+    if not request.content.is_eof():
+        response.force_close()
+    return response
+
+
+def _check_headers(request: web.Request) -> None:
+    """Raises `RequestError` for bytes outside ASCII in a header; a key's are compared as they are. 417 for `Expect`."""
+    for name, value in request.raw_headers:
+        if not value.isascii() and name.lower() not in _KEY_HEADERS:
+            said = name.decode("latin-1")[:100]
+            message = f"the header {said} holds bytes outside ASCII; encode them or leave it out"
+            raise RequestError(ErrorCode.INVALID_REQUEST, message)
+    expectation = request.get(EXPECTATION)
+    if expectation is not None and expectation.strip().lower() != "100-continue":
+        raise web.HTTPExpectationFailed(reason="only Expect: 100-continue is met here")
 
 
 def _of_http(error: web.HTTPException, request: web.Request) -> RequestError:
@@ -231,6 +261,8 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
         raise too_large
     pieces: list[bytes] = []
     size = 0
+    holding = request.app[HOLDINGS].holding(request[TENANT])
+    _invite(request)
     try:
         async with asyncio.timeout(config.body_timeout_s):
             async for piece in request.content.iter_any():
@@ -238,6 +270,11 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
                 if size > limit:
                     await _discard(request, limit)
                     raise too_large
+                if not holding.may_take(size):
+                    await _discard(request, limit)
+                    message = "too much is being uploaded with this key at once; let some of it finish first"
+                    raise RequestError(ErrorCode.QUEUE_FULL, message)
+                holding.set(size)
                 pieces.append(piece)
     except TimeoutError:
         message = f"the body did not arrive within {config.body_timeout_s:g} s"
@@ -247,7 +284,17 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
     except Exception as error:  # aiohttp reports broken chunking as one of several payload errors
         message = f"the body cannot be read ({type(error).__name__})"
         raise RequestError(ErrorCode.INVALID_REQUEST, message) from None
+    finally:
+        holding.set(0)
     return b"".join(pieces)
+
+
+def _invite(request: web.Request) -> None:
+    """Send `100 Continue` to a client that waits for it: only now is it known that its body will be read."""
+    if EXPECTATION not in request or request.content.is_eof() or request.version != HttpVersion11:
+        return
+    if request.transport is not None:
+        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 async def _discard(request: web.Request, limit: int, timeout_s: float = _DISCARD_S) -> None:
@@ -255,7 +302,7 @@ async def _discard(request: web.Request, limit: int, timeout_s: float = _DISCARD
 
     A client that announces or sends far more gets the answer and a closed connection.
     """
-    if (request.content_length or 0) > _DISCARDED_LIMITS * limit:
+    if (request.content_length or 0) > _DISCARDED_LIMITS * limit or EXPECTATION in request:
         return
     size = 0
     try:

@@ -106,6 +106,11 @@ class Lanes:
         """Responses being prepared or streamed."""
         return len(self._preparing) + len(self._streams)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the client waits for something."""
+        return bool(self.num_active or self._pending)
+
     def on_message(self, data: str) -> None:
         """Act on one client message. A faulty message is answered with an error event; the socket stays open."""
         try:

@@ -6,8 +6,10 @@ own response, which costs more than the admission's decision. The connection sta
 
 from __future__ import annotations
 
+import secrets
 import time
 from email.utils import formatdate
+from http import HTTPStatus
 
 from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
@@ -16,28 +18,51 @@ from gateway.errors import error_body, error_headers, http_status
 from gateway.generation import RequestError
 
 
-class QuickNo(web.StreamResponse):
-    """An answer that is bytes already. The connection is kept alive."""
+class ReadyAnswer(web.StreamResponse):
+    """An answer that is bytes already, its head included."""
 
-    def __init__(self, status: int, data: bytes) -> None:
+    def __init__(self, status: int, data: bytes, *, keep_alive: bool) -> None:
         super().__init__(status=status)
-        self._data = data
+        self.data = data
+        self._stays = keep_alive
+
+    def force_close(self) -> None:
+        """Close the connection after it; its head is not changed any more."""
+        self._stays = False
 
     @property
     def keep_alive(self) -> bool:
-        """True: `Refusals` makes no quick answer for clients that want the connection closed."""
-        return True
+        """Whether the connection serves another request. The head must agree."""
+        return self._stays
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Write all of it. Raises ConnectionError when the client is gone."""
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError("the client left")
-        transport.write(self._data)
+        transport.write(self.data)
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Nothing: `prepare` has written everything."""
+
+
+def ready_answer(error: RequestError, *, status: int | None = None) -> ReadyAnswer:
+    """An error outside any request that the boundary saw: its parser refused it. The connection ends with it."""
+    body = error_body(error)
+    status = status or http_status(error)
+    headers = {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        **error_headers(error),
+        "X-Content-Type-Options": "nosniff",
+        "x-request-id": secrets.token_hex(12),
+        "Date": formatdate(usegmt=True),
+        "Connection": "close",
+    }
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+    return ReadyAnswer(status, f"{first}{head}\r\n".encode() + body, keep_alive=False)
 
 
 class Refusals:
@@ -48,16 +73,19 @@ class Refusals:
         self._before = b""  # up to the value of x-request-id
         self._after = b""
 
-    def answer(self, error: RequestError, request: web.Request, request_id: str) -> QuickNo | None:
+    def answer(self, error: RequestError, request: web.Request, request_id: str) -> ReadyAnswer | None:
         """The refusal as bytes; None for a client that needs more headers than these (CORS, HTTP/1.0, close)."""
         if request.version != HttpVersion11 or not request.keep_alive or "Origin" in request.headers:
             return None
+        if not request.content.is_eof():
+            return None  # a body that nobody will read: the connection has to end
         # The Date header holds the wall clock's second, so the bytes are built anew when it changes.
         said = (error.message, error.retry_after_s, int(time.time()))
         if said != self._said:
             self._said = said
             self._build(error, said[2])
-        return QuickNo(http_status(error), self._before + request_id.encode() + self._after)
+        data = self._before + request_id.encode() + self._after
+        return ReadyAnswer(http_status(error), data, keep_alive=True)
 
     def _build(self, error: RequestError, now_s: int) -> None:
         body = error_body(error)
@@ -66,7 +94,6 @@ class Refusals:
             "Content-Length": str(len(body)),
             **error_headers(error),
             "X-Content-Type-Options": "nosniff",
-            "Server": "degas",
             "Date": formatdate(now_s, usegmt=True),
         }
         lines = [f"HTTP/1.1 {http_status(error)} Too Many Requests"]

@@ -25,8 +25,12 @@ from gateway.generation import (
     SpatialObject,
 )
 from gateway.transport.bounded import BoundedWriter
+from gateway.transport.door import Door
+from gateway.transport.life import LifeSign
 
 _COMMIT_S: Final = 0.5  # after so long without an event the headers are sent alone
+
+_WAITING: Final = b": waiting\n\n"  # a comment, which clients pass over
 
 HEADERS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -44,6 +48,7 @@ class EventWriter:
         self._metrics = metrics
         self._held: list[bytes] = []
         self._writer: BoundedWriter | None = None
+        self._life: LifeSign | None = None
         self._is_chunked = request.version >= HttpVersion11
         self._response = web.StreamResponse(headers=HEADERS)
         self._something = asyncio.get_running_loop().create_future()
@@ -93,6 +98,8 @@ class EventWriter:
         held, self._held = b"".join((opening, *self._held)), []
         if held:
             self._writer.write(self._frame(held))
+        self._life = LifeSign(self._writer, self._frame(_WAITING), self._config.life_sign_s)
+        self._tell_door(self._life.say)
 
     async def finish(self) -> web.StreamResponse:
         """End the body properly, after an error as well, so that the connection can serve the next request.
@@ -100,7 +107,7 @@ class EventWriter:
         Closing the connection instead would reset a client that sends its next request at that moment.
         """
         assert self._writer is not None
-        self._writer.close()
+        self.abandon()
         await self._response.write_eof()
         return self._response
 
@@ -108,6 +115,16 @@ class EventWriter:
         """Write nothing more."""
         if self._writer is not None:
             self._writer.close()
+        if self._life is not None:
+            self._life.close()
+            self._life = None
+            self._tell_door(None)
+
+    def _tell_door(self, say: Callable[[], None] | None) -> None:
+        """What the connection may write to find out whether a client that stopped sending still listens."""
+        door = self._request.protocol
+        if isinstance(door, Door):
+            door.say = say
 
     def _frame(self, events: bytes) -> bytes:
         if not self._is_chunked:

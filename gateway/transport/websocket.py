@@ -7,43 +7,111 @@ a key may upgrade and send the key as its first message, within a time limit and
 from __future__ import annotations
 
 import asyncio
+import base64
 import weakref
 from typing import Final
 
 import structlog
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import HttpVersion11, WSCloseCode, WSMessage, WSMsgType, web
 
 from gateway.access import Access, key_of
 from gateway.api import response_bodies
 from gateway.api.conversations import Conversations
 from gateway.api.response_bodies import Authenticate
 from gateway.config import GatewayConfig
+from gateway.decisions.holdings import Holdings
 from gateway.errors import websocket_close
 from gateway.generation import RequestError, ServingCore
-from gateway.transport.frames import FrameWriter
+from gateway.transport.door import OFFERED_KEY, PROTOCOLS
+from gateway.transport.frames import PING, FrameWriter
+from gateway.transport.guard import FrameGuard
 from gateway.transport.http import authenticates_itself
 from gateway.transport.lanes import Lanes, error_event
+from gateway.transport.life import LifeSign
 from gateway.transport.responses_route import ResponsesRoute
 from shared.errors import ErrorCode
 
-PROTOCOLS: Final = ("degas", "realtime", "responses")
-KEY_PROTOCOL: Final = "openai-insecure-api-key."
 HEARTBEAT_S: Final = 20.0
 AUTHENTICATE_WITHIN_S: Final = 10.0
 CLOSE_WITHIN_S: Final = 2.0
+VERSION: Final = "13"
+_LINGER_S: Final = (
+    0.5  # a client in the middle of a message sees the close code if it is read on for a moment
+)
+
+_OVER: Final = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 
 log = structlog.get_logger(__name__)
+
+
+class Socket(web.WebSocketResponse):
+    """aiohttp's, told of faults by the guard, and with the close codes that RFC 6455 (7.4) allows."""
+
+    _guard: FrameGuard | None = None
+
+    def attach(self, request: web.Request) -> FrameGuard:
+        """The guard in front of its reader. Raises ConnectionError when the client has left."""
+        guard = getattr(request.protocol, "guard", None)
+        if guard is None or self._reader is None:
+            raise ConnectionResetError("the client left")
+        assert isinstance(guard, FrameGuard)
+        guard.attach(self._reader.set_exception)
+        self._guard = guard
+        return guard
+
+    async def answer_close(self, message: WSMessage) -> None:
+        """Answer a client's close frame with its own code, or with 1002 where nobody may send such a code."""
+        if message.type is WSMsgType.CLOSE:
+            code = message.data or WSCloseCode.OK
+            await self.close(code=code if _may_be_sent(code) else WSCloseCode.PROTOCOL_ERROR, drain=False)
+
+    def _close_transport(self) -> None:
+        if (
+            self._guard is None or self._guard.fault is None
+        ):  # else the route closes it, after reading on for a moment
+            super()._close_transport()
+
+
+def _may_be_sent(code: int) -> bool:
+    return code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
+def _check_handshake(request: web.Request) -> None:
+    """Raises `RequestError`, or 426 for another version of the protocol."""
+    headers = request.headers
+    asks = headers.get("Upgrade", "").strip().lower() == "websocket"
+    names = [name.strip().lower() for name in headers.get("Connection", "").split(",")]
+    if not asks or "upgrade" not in names:
+        message = "GET here opens a WebSocket; send POST for plain HTTP"
+        raise RequestError(ErrorCode.INVALID_REQUEST, message)
+    if headers.get("Sec-WebSocket-Version", "").strip() != VERSION:
+        raise web.HTTPUpgradeRequired(
+            reason=f"WebSocket version {VERSION} is spoken here",
+            headers={"Sec-WebSocket-Version": VERSION, "Upgrade": "websocket"},
+        )
+    try:
+        key = base64.b64decode(headers.get("Sec-WebSocket-Key", "").strip(), validate=True)
+    except ValueError:
+        key = b""
+    if len(key) != 16 or request.version != HttpVersion11 or len(headers.getall("Sec-WebSocket-Key")) > 1:
+        message = (
+            "the WebSocket handshake is malformed: Sec-WebSocket-Key is 16 bytes in base64, over HTTP/1.1"
+        )
+        raise RequestError(ErrorCode.INVALID_REQUEST, message)
 
 
 class WebSocketRoute:
     """The route's open connections, and the turns they and the POST route share."""
 
-    def __init__(self, core: ServingCore, config: GatewayConfig, conversations: Conversations) -> None:
+    def __init__(
+        self, core: ServingCore, config: GatewayConfig, conversations: Conversations, holdings: Holdings
+    ) -> None:
         self._core = core
         self._config = config
         self._access = Access(config)
         self._conversations = conversations
-        self._open: weakref.WeakSet[web.WebSocketResponse] = weakref.WeakSet()
+        self._holdings = holdings
+        self._open: weakref.WeakSet[Socket] = weakref.WeakSet()
 
     async def serve(self, request: web.Request) -> web.StreamResponse:
         """Handle one connection, from handshake to close. Raises `RequestError` before upgrading."""
@@ -55,20 +123,23 @@ class WebSocketRoute:
         tenant = self._handshake_tenant(request)
         if len(self._open) >= self._config.max_connections:
             raise RequestError(ErrorCode.QUEUE_FULL, f"{len(self._open)} WebSockets are open already")
-        ws = web.WebSocketResponse(
+        _check_handshake(request)
+        ws = Socket(
             heartbeat=HEARTBEAT_S,
             timeout=CLOSE_WITHIN_S,
+            autoclose=False,
             compress=False,
-            max_msg_size=self._config.max_body_bytes,
+            # The guard sets the limit; this one would refuse a message of exactly so many bytes.
+            max_msg_size=self._config.max_body_bytes + 1,
             protocols=PROTOCOLS,
         )
-        if not ws.can_prepare(request):
-            message = "GET here opens a WebSocket; send POST for plain HTTP"
-            raise RequestError(ErrorCode.INVALID_REQUEST, message)
         await ws.prepare(request)
+        guard = ws.attach(request)
         self._open.add(ws)
         try:
-            await self._converse(ws, request, tenant)
+            await self._converse(ws, guard, request, tenant)
+            if guard.fault is not None:
+                await asyncio.sleep(_LINGER_S)  # ends as soon as the client leaves
         except ConnectionError:
             pass  # the client disconnected during a send
         finally:
@@ -86,15 +157,7 @@ class WebSocketRoute:
 
     def _handshake_tenant(self, request: web.Request) -> str | None:
         """The tenant; None for a browser that may still send its key. Raises `RequestError` UNAUTHORIZED."""
-        offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
-        key = next(
-            (
-                name.strip().removeprefix(KEY_PROTOCOL)
-                for name in offered
-                if name.strip().startswith(KEY_PROTOCOL)
-            ),
-            None,
-        )
+        key = request.get(OFFERED_KEY)
         if key is None:
             key = key_of(request.headers)
         if key is None and self._access.needs_key and request.headers.get("Origin") is not None:
@@ -106,11 +169,14 @@ class WebSocketRoute:
             )
         return tenant
 
-    async def _converse(self, ws: web.WebSocketResponse, request: web.Request, tenant: str | None) -> None:
+    async def _converse(
+        self, ws: Socket, guard: FrameGuard, request: web.Request, tenant: str | None
+    ) -> None:
         transport = request.transport
         if transport is None:
             return
         lanes: Lanes | None = None
+        life: LifeSign | None = None
 
         def on_stalled() -> None:
             self._core.metrics.num_slow_clients += 1
@@ -129,19 +195,27 @@ class WebSocketRoute:
                 tenant = await self._first_message_tenant(ws, writer)
                 if tenant is None:
                     return
-            lanes = Lanes(self._core, writer, self._conversations, tenant=tenant)
-            async for message in ws:
+            guard.unlock(self._config.max_body_bytes, self._holdings.holding(tenant))
+            lanes = opened = Lanes(self._core, writer, self._conversations, tenant=tenant)
+            life = LifeSign(writer.bounded, PING, self._config.life_sign_s, lambda: opened.is_busy)
+            while True:
+                message = await ws.receive()
+                if message.type in _OVER:
+                    break
                 if message.type is WSMsgType.TEXT:
                     lanes.on_message(message.data)
                 elif message.type is WSMsgType.BINARY:
                     error = RequestError(ErrorCode.UNSUPPORTED, "messages are JSON text, not binary")
                     writer.write(error_event(error))
+            await ws.answer_close(message)
         finally:
             writer.close()
+            if life is not None:
+                life.close()
             if lanes is not None:
                 lanes.close()
 
-    async def _first_message_tenant(self, ws: web.WebSocketResponse, writer: FrameWriter) -> str | None:
+    async def _first_message_tenant(self, ws: Socket, writer: FrameWriter) -> str | None:
         """Wait for the key. None when the connection ended instead, with the reason sent."""
         try:
             async with asyncio.timeout(AUTHENTICATE_WITHIN_S):
@@ -152,6 +226,7 @@ class WebSocketRoute:
             )
         else:
             if message.type is not WSMsgType.TEXT:
+                await ws.answer_close(message)
                 return None
             error = RequestError(
                 ErrorCode.UNAUTHORIZED, "an API key is needed: send degas.authenticate first"
@@ -170,10 +245,12 @@ class WebSocketRoute:
         return None
 
 
-def register_websocket(app: web.Application, core: ServingCore, config: GatewayConfig) -> None:
+def register_websocket(
+    app: web.Application, core: ServingCore, config: GatewayConfig, holdings: Holdings
+) -> None:
     """Add `/v1/responses`: GET opens the WebSocket, POST is its twin over plain HTTP. They share their turns."""
     conversations = Conversations()
-    socket_route = WebSocketRoute(core, config, conversations)
+    socket_route = WebSocketRoute(core, config, conversations, holdings)
     post_route = ResponsesRoute(core, conversations)
 
     @authenticates_itself
