@@ -113,8 +113,8 @@ class ServedModel(Protocol):
         Rendered off the loop and within a deadline. Raises `RequestError`: UNSUPPORTED without a template.
         """
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of all ids at once, special tokens left out."""
+    def decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:
+        """The text of all ids at once, special tokens left out unless kept."""
 
     def special_id(self, text: str) -> int | None:
         """The id of the special token with this name, if there is one."""

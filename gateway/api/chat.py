@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from gateway.api.answers import Collected, chat_logprobs, finish_reason, usage_object
+from gateway.api.answers import Collected, EventShape, chat_logprobs, finish_reason, usage_object
 from gateway.api.chunks import ChunkFrame
 from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
@@ -88,7 +88,7 @@ class ChatBody(SamplingFields, kw_only=True):
 _decode = msgspec.json.Decoder(ChatBody).decode
 
 
-class Chat:
+class Chat(EventShape):
     """One prepared request: the requests to submit, and the form of the answer."""
 
     def __init__(

@@ -51,7 +51,8 @@ def _used(messages: Told) -> list[tuple[str, str]]:
     """Pairs of role and field that occur and might be passed over, in order."""
     used: dict[tuple[str, str], None] = {}
     for message in messages:
-        names = (*_FIELDS, "content") if message["role"] in _RESULT_ROLES else _FIELDS
+        # A result's name only repeats its call's.
+        names = ("content",) if message["role"] in _RESULT_ROLES else _FIELDS
         for name in names:
             if message.get(name):
                 used[message["role"], name] = None

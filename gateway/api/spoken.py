@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
+from gateway.api.parameters import Json
 from gateway.api.tools import ToolsAsked, call_id, shown_marks
 from gateway.decisions.answer_parts import (
     DIALECTS,
@@ -27,6 +30,14 @@ class Call:
     id: str
     name: str
     arguments: str = ""
+
+    def value(self) -> Json:
+        """The arguments as an object; those of a call that was cut off are none."""
+        try:
+            found = msgspec.json.decode(self.arguments)
+        except (msgspec.DecodeError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 @dataclass(slots=True)

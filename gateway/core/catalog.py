@@ -73,9 +73,9 @@ class AnnouncedModel:
     async def _off_loop(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
         return encode(text) if len(text) <= _INLINE_CHARS else await asyncio.to_thread(encode, text)
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:
         """See `ServedModel.decode`."""
-        return self.tokens.decode(token_ids)
+        return self.tokens.decode(token_ids, keep_special=keep_special)
 
     def special_id(self, text: str) -> int | None:
         """See `ServedModel.special_id`."""

@@ -64,7 +64,7 @@ class FakeModel:
     def special_id(self, text: str) -> int | None:
         return None
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:
         return ids_text(token_ids)
 
 
