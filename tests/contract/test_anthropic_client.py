@@ -153,7 +153,7 @@ def test_refusals_are_the_clients_own_exceptions(claude: anthropic.Anthropic, wo
     body = missing.value.body
     assert isinstance(body, dict) and body["type"] == "error" and body["error"]["type"] == "not_found_error"
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
-        claude.messages.create(model="fake-vl", max_tokens=10_000_000, messages=ASK)
+        claude.messages.create(model="fake-vl", max_tokens=5000, messages=ASK)
     with pytest.raises(anthropic.BadRequestError, match="colour: this parameter is not known"):
         claude.messages.create(model="fake-vl", max_tokens=4, messages=ASK, extra_body={"colour": 1})
     with pytest.raises(anthropic.BadRequestError, match=r"content\[0\]"):
