@@ -79,8 +79,8 @@ class Access:
 
 
 def key_of(headers: Mapping[str, str]) -> str | None:
-    """The key a client sent, as OpenAI's clients do or as Moondream's do."""
+    """The key a client sent, as OpenAI's clients do, or as Anthropic's or Moondream's do."""
     scheme, _, key = headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer" and key.strip():
         return key.strip()
-    return headers.get("X-Moondream-Auth") or None
+    return headers.get("X-Api-Key") or headers.get("X-Moondream-Auth") or None

@@ -8,13 +8,13 @@ from typing import Any, Final, Protocol
 
 from aiohttp import web
 
-from gateway.api import chat, completions, models, moondream
+from gateway.api import anthropic, chat, completions, models, moondream, ollama, ollama_models, tokenize
 from gateway.api.answers import Collected, collect
 from gateway.api.parameters import Json
 from gateway.config import GatewayConfig
 from gateway.core.service import Service
 from gateway.decisions.holdings import Holdings
-from gateway.generation import GenerateRequest, RequestError
+from gateway.generation import Core, GenerateRequest, RequestError
 from gateway.scrape import Scrape
 from gateway.transport import sse
 from gateway.transport.http import (
@@ -26,6 +26,7 @@ from gateway.transport.http import (
     admit_body,
     json_response,
     public,
+    read_body,
 )
 from gateway.transport.websocket import register_websocket
 from shared.errors import ErrorCode
@@ -79,13 +80,25 @@ def create_app(service: Service) -> web.Application:
     for path, prepare in (
         ("/v1/chat/completions", chat.prepare),
         ("/v1/completions", completions.prepare),
+        ("/v1/messages", anthropic.prepare),
+        ("/api/chat", ollama.prepare_chat),
+        ("/api/generate", ollama.prepare_generate),
         ("/v1/query", moondream.prepare_query),
         ("/v1/caption", moondream.prepare_caption),
         ("/v1/detect", moondream.prepare_detect),
         ("/v1/point", moondream.prepare_point),
     ):
         router.add_post(path, _generation(service, prepare))
-    router.add_get("/v1/models", _models(service))
+    router.add_post("/v1/messages/count_tokens", _told(service, anthropic.count_tokens))
+    router.add_post("/tokenize", _told(service, tokenize.tokenize))
+    router.add_post("/detokenize", _told(service, tokenize.detokenize))
+    router.add_post("/api/show", _told(service, ollama_models.show))
+    router.add_get("/api/tags", _listed(service, ollama_models.tags))
+    router.add_get("/api/ps", _listed(service, ollama_models.running))
+    router.add_get("/api/version", _listed(service, lambda _: ollama_models.version()))
+    for name in ollama_models.REFUSED:
+        router.add_route("*", f"/api/{name}", _refused(name))
+    router.add_get("/v1/models", _listed(service, models.list_models))
     router.add_get("/v1/models/{model_id:.+}", _model(service))
     for path in ("/healthz", "/health"):
         router.add_get(path, _live)
@@ -111,14 +124,33 @@ def _generation(service: Service, prepare: Prepare) -> Handler:
             return await sse.respond(
                 request, config, service.metrics, service.submit, prepared.requests, prepared
             )
-        return json_response(prepared.answer(await collect(service.submit, prepared.requests)))
+        choices = await collect(service.submit, prepared.requests) if prepared.requests else []
+        return json_response(prepared.answer(choices))
 
     return handle
 
 
-def _models(service: Service) -> Handler:
+def _listed(service: Service, tell: Callable[[Core], object]) -> Handler:
+    """A handler that says what is served."""
+
     async def handle(request: web.Request) -> web.StreamResponse:
-        return json_response(models.list_models(service))
+        return json_response(tell(service))
+
+    return handle
+
+
+def _told(service: Service, tell: Callable[[Core, bytes], Awaitable[object]]) -> Handler:
+    """A handler that answers a body at once, without a worker."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return json_response(await tell(service, await read_body(request, service.config)))
+
+    return handle
+
+
+def _refused(name: str) -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        raise ollama_models.refusal(name)
 
     return handle
 

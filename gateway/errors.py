@@ -52,6 +52,18 @@ STATUSES: Final[dict[ErrorCode, Status]] = {
     ErrorCode.INTERNAL: Status(500, 1011, _INTERNAL, "server_error"),
 }
 
+_ANTHROPIC_TYPES: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
 RETRY_AFTER_S: Final[dict[ErrorCode, float]] = {
     ErrorCode.QUEUE_FULL: 1.0,
     ErrorCode.LOADING: 2.0,
@@ -88,8 +100,28 @@ def error_object(error: RequestError) -> dict[str, object]:
     }
 
 
-def error_body(error: RequestError) -> bytes:
-    """OpenAI's error shape as JSON."""
+def anthropic_error(error: RequestError) -> dict[str, object]:
+    """Anthropic's error shape."""
+    kind = _ANTHROPIC_TYPES.get(http_status(error), "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def ollama_error(error: RequestError) -> dict[str, object]:
+    """Ollama's error shape: words alone."""
+    return {"error": error.message}
+
+
+def has_own_errors(path: str) -> bool:
+    """Whether the interface that `path` belongs to has another error shape than OpenAI's."""
+    return path.startswith(("/v1/messages", "/api/"))
+
+
+def error_body(error: RequestError, path: str = "") -> bytes:
+    """The error as JSON, in the shape of the interface that `path` belongs to; OpenAI's for all others."""
+    if path.startswith("/v1/messages"):
+        return msgspec.json.encode(anthropic_error(error))
+    if path.startswith("/api/"):
+        return msgspec.json.encode(ollama_error(error))
     return msgspec.json.encode({"error": error_object(error)})
 
 

@@ -48,6 +48,17 @@ class ChatOptions:
     add_generation_prompt: bool = True  # end with the mark that opens the assistant's turn
     continue_final_message: bool = False  # end within the last message, for the model to go on with it
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] | None = None  # as OpenAI writes them
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """What a chat template tells of its model's habits."""
+
+    shows_tools: bool  # it writes the tools into the prompt itself, in the way the model was trained on
+    dialect: str  # how calls are written: a key of `gateway.decisions.answer_parts.DIALECTS`
+    thinking: tuple[str, str] | None = None  # the marks around thinking
+    can_skip_thinking: bool = False  # it reads `enable_thinking`
 
 
 class TokenTexts(Protocol):
@@ -79,6 +90,10 @@ class ServedModel(Protocol):
         """Whether the worker sent a chat template."""
 
     @property
+    def chat_format(self) -> ChatFormat | None:
+        """The habits its template tells of; None without a template."""
+
+    @property
     def drops_first_space(self) -> bool:
         """Whether its tokenizer's own decoder leaves out a text's first space, as SentencePiece does."""
 
@@ -98,8 +113,11 @@ class ServedModel(Protocol):
         Rendered off the loop and within a deadline. Raises `RequestError`: UNSUPPORTED without a template.
         """
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The text of all ids at once, special tokens left out."""
+    def decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:
+        """The text of all ids at once, special tokens left out unless kept."""
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token with this name, if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +138,7 @@ class GenerateRequest:
     priority: int = 0
     deadline_s: float = 0.0
     grammar: Grammar | None = None
-    echo_special: bool = False
+    shown_ids: Sequence[int] = ()  # special tokens whose text is part of the answer
     ignore_eos: bool = False  # run to max_tokens whatever the model says, as benchmarks do
     strip_start: bool = False  # drop white space before the first visible character
     drop_space: bool = False  # drop one space, if the answer begins with it

@@ -10,11 +10,13 @@ import codecs
 from collections.abc import Callable, Sequence
 
 from gateway.api.parameters import Json
+from gateway.errors import error_body
 from gateway.generation import (
     Delta,
     End,
     GenerateRequest,
     Listener,
+    RequestError,
     RunningStream,
     SpatialObject,
     TokenInfo,
@@ -22,6 +24,17 @@ from gateway.generation import (
     Usage,
 )
 from shared.errors import FinishReason
+
+
+class EventShape:
+    """What streamed answers have in common, as server-sent events have it; see `transport.sse.Shape`."""
+
+    media_type: str = "text/event-stream; charset=utf-8"
+    waiting: bytes = b": waiting\n\n"  # a comment, which clients pass over
+
+    def failure(self, error: RequestError) -> bytes:
+        """An error in mid-stream."""
+        return b"data: " + error_body(error) + b"\n\n"
 
 
 class Collected:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from gateway.api.answers import Collected, chat_logprobs, finish_reason, usage_object
+from gateway.api.answers import Collected, EventShape, chat_logprobs, finish_reason, usage_object
 from gateway.api.chunks import ChunkFrame
 from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
@@ -23,7 +23,19 @@ from gateway.api.parameters import (
 )
 from gateway.api.prompts import Message, compose_chat
 from gateway.api.requests import Length, check_fields, make_requests
-from gateway.generation import ChatOptions, Core, Delta, End, GenerateRequest, RequestError, SpatialObject
+from gateway.api.spoken import Reading, SpokenReader
+from gateway.api.tools import MAX_TOOLS, Tool, check_takes_tools, read_tools
+from gateway.decisions.answer_parts import CallArguments, CallOpened, Part, Said, Thought
+from gateway.generation import (
+    ChatOptions,
+    Core,
+    Delta,
+    End,
+    GenerateRequest,
+    RequestError,
+    SpatialObject,
+    TokenInfo,
+)
 from shared.errors import ErrorCode
 
 _OWN_VARIABLES: Final = frozenset(
@@ -39,7 +51,6 @@ class ChatBody(SamplingFields, kw_only=True):
     """The request's JSON."""
 
     REFUSED = (
-        "tools",
         "functions",
         "function_call",
         "audio",
@@ -47,8 +58,8 @@ class ChatBody(SamplingFields, kw_only=True):
         "moderation",
         "chat_template",
     )
-    # No served model thinks on demand or has a say in its length; a prediction only saves time.
-    IGNORED = (*SamplingFields.IGNORED, "prediction", "verbosity", "reasoning_effort", "parallel_tool_calls")
+    # No served model has a say in its answer's length; a prediction only saves time.
+    IGNORED = (*SamplingFields.IGNORED, "prediction", "verbosity")
 
     messages: Annotated[list[Message], Meta(max_length=4096)]
     max_completion_tokens: Count | None = None
@@ -64,7 +75,8 @@ class ChatBody(SamplingFields, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Json | None = None
-    tools: Any = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
+    enable_thinking: bool | None = None
     functions: Any = None
     function_call: Any = None
     audio: Any = None
@@ -76,11 +88,15 @@ class ChatBody(SamplingFields, kw_only=True):
 _decode = msgspec.json.Decoder(ChatBody).decode
 
 
-class Chat:
+class Chat(EventShape):
     """One prepared request: the requests to submit, and the form of the answer."""
 
-    def __init__(self, request_id: str, body: ChatBody, requests: list[GenerateRequest]) -> None:
+    def __init__(
+        self, request_id: str, body: ChatBody, requests: list[GenerateRequest], reading: Reading | None = None
+    ) -> None:
         self.requests = requests
+        self._reading = reading or Reading()
+        self._choices = None if self._reading.is_plain else [_Choice(self._reading) for _ in requests]
         self.stream = bool(body.stream)
         self._tokens = requests[0].model.tokens
         self._want_logprobs = bool(body.logprobs)
@@ -105,7 +121,11 @@ class Chat:
         )
 
     def delta(self, index: int, delta: Delta) -> bytes:
-        """One chunk."""
+        """One chunk; where the answer is read in parts, one for each part."""
+        if self._choices is not None:
+            choice = self._choices[index]
+            choice.infos.extend(delta.logprobs or ())
+            return self._parts(index, choice, choice.reader.feed(delta.text))
         text = _encode(delta.text)
         if not delta.logprobs:
             return self._before[index] + text + self._after
@@ -123,9 +143,29 @@ class Chat:
 
     def end(self, index: int, end: End) -> bytes:
         """The chunk with the finish reason."""
-        reason = _encode(finish_reason(end))
+        last, calls = b"", False
+        if self._choices is not None:
+            spoken = self._choices[index]
+            last = self._parts(index, spoken, spoken.reader.close())
+            calls = bool(spoken.reader.calls)
+        reason = _encode(_finish(end, calls))
         choice = b',"choices":[{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b}' % (index, reason)
-        return self._head + choice + self._tail
+        return last + self._head + choice + self._tail
+
+    def _parts(self, index: int, choice: _Choice, parts: Sequence[Part]) -> bytes:
+        """A chunk for each part; the first one has the log-probabilities of the tokens since the last chunk."""
+        chunks = []
+        for part in parts:
+            logprobs = chat_logprobs(choice.infos, self._tokens) if choice.infos else None
+            choice.infos.clear()
+            said = {
+                "index": index,
+                "delta": _delta_of(part, choice.reader),
+                "logprobs": logprobs,
+                "finish_reason": None,
+            }
+            chunks.append(self._head + b',"choices":[' + _encode(said) + self._tail)
+        return b"".join(chunks)
 
     def closing(self, ends: Sequence[End]) -> bytes:
         """Usage, if asked for, and the end mark."""
@@ -138,14 +178,67 @@ class Chat:
         said = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": message,
                 "logprobs": chat_logprobs(choice.infos, self._tokens) if self._want_logprobs else None,
-                "finish_reason": finish_reason(choice.end),
+                "finish_reason": _finish(choice.end, "tool_calls" in message),
             }
-            for index, choice in enumerate(choices)
+            for index, (choice, message) in enumerate((one, self._message(one)) for one in choices)
         ]
         ends = [choice.end for choice in choices if choice.end is not None]
         return self._frame.whole("chat.completion", said, usage_object(ends))
+
+    def _message(self, choice: Collected) -> Json:
+        message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+        if self._reading.is_plain:
+            return message
+        spoken = self._reading.reader().whole(choice.text)
+        message["content"] = spoken.text or (None if spoken.calls else "")
+        if spoken.thought:
+            message["reasoning_content"] = spoken.thought
+        if spoken.calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in spoken.calls
+            ]
+        return message
+
+
+class _Choice:
+    """One choice of a stream that is read in parts: its reader, and log-probabilities not written yet."""
+
+    __slots__ = ("infos", "reader")
+
+    def __init__(self, reading: Reading) -> None:
+        self.reader = reading.reader()
+        self.infos: list[TokenInfo] = []
+
+
+def _delta_of(part: Part, reader: SpokenReader) -> Json:
+    match part:
+        case Said(text):
+            return {"content": text}
+        case Thought(text):
+            return {"reasoning_content": text}
+        case CallOpened(index, name):
+            call = {
+                "index": index,
+                "id": reader.calls[index].id,
+                "type": "function",
+                "function": {"name": name, "arguments": ""},
+            }
+            return {"tool_calls": [call]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def _finish(end: End | None, has_calls: bool) -> str:
+    """OpenAI's reason: an answer that ended of itself after calls waits for their results."""
+    reason = finish_reason(end)
+    return "tool_calls" if has_calls and reason == "stop" else reason
 
 
 async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> Chat:
@@ -153,27 +246,44 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> C
     body = decode_body(_decode, data)
     if body.reasoning:
         raise invalid("reasoning is offered by /v1/query only", "reasoning")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise invalid("there are no tools to choose from", "tool_choice")
+    tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("needs logprobs to be true", "top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise invalid("give either max_tokens or max_completion_tokens", "max_tokens")
-    options = _chat_options(body)
     model = core.model(body.model)
+    options = _chat_options(body, thinks=model.has_template)
     count = choice_count(body, core.config.max_n)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else -1
-    checked = await check_fields(core, model, body, tenant=tenant, num_logprobs=num_logprobs, count=count)
-    prompt = await compose_chat(core, model, body.messages, options)
+    if tools is not None:
+        check_takes_tools(model, tools)
+    checked = await check_fields(
+        core,
+        model,
+        body,
+        tenant=tenant,
+        num_logprobs=num_logprobs,
+        count=count,
+        wanted=None if tools is None else tools.constraint(),
+    )
+    is_constrained = checked.grammar is not None
+    if is_constrained and tools is not None and not tools.is_forced:
+        raise invalid("a constrained answer cannot call tools; leave one of the two out", "tools")
+    prompt = await compose_chat(
+        core, model, body.messages, options, tools=tools, is_constrained=is_constrained
+    )
     if body.max_completion_tokens is not None:
         length = Length(body.max_completion_tokens, "max_completion_tokens")
     else:
         length = Length(body.max_tokens, "max_tokens")
-    return Chat(request_id, body, make_requests(checked, request_id, [prompt], length))
+    return Chat(request_id, body, make_requests(checked, request_id, [prompt], length), prompt.reading)
 
 
-def _chat_options(body: ChatBody) -> ChatOptions | None:
-    """The body's options for rendering the conversation; None where it has none. Raises `RequestError`."""
+def _chat_options(body: ChatBody, *, thinks: bool) -> ChatOptions | None:
+    """The body's options for rendering the conversation; None where it has none. Raises `RequestError`.
+
+    `thinks`: the model has a template, which may read how much to think; without one there is nothing to say it to.
+    """
     prefixed = [index for index, message in enumerate(body.messages) if message.prefix]
     last = len(body.messages) - 1
     for index in prefixed:
@@ -186,8 +296,13 @@ def _chat_options(body: ChatBody) -> ChatOptions | None:
     if continues and body.add_generation_prompt:
         message = "an answer either goes on with the last message or opens a turn of its own; leave one out"
         raise invalid(message, "add_generation_prompt")
-    variables = body.chat_template_kwargs or {}
+    variables = dict(body.chat_template_kwargs or {})
     _check_variables(variables)
+    if body.reasoning_effort is not None and thinks:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+        variables.setdefault("enable_thinking", body.reasoning_effort not in ("none", "minimal"))
+    if body.enable_thinking is not None:
+        variables["enable_thinking"] = body.enable_thinking
     opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     if opens and not variables:
         return None

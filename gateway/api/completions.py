@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
-from gateway.api.answers import Collected, Spelling, finish_reason, finite, usage_object
+from gateway.api.answers import Collected, EventShape, Spelling, finish_reason, finite, usage_object
 from gateway.api.chunks import ChunkFrame
 from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
@@ -56,7 +56,7 @@ class CompletionBody(SamplingFields, kw_only=True):
 _decode = msgspec.json.Decoder(CompletionBody).decode
 
 
-class Completion:
+class Completion(EventShape):
     """One parsed and prepared request. Choice i continues prompt i // n."""
 
     def __init__(

@@ -28,10 +28,12 @@ def check_no_history(model: ServedModel, messages: Told) -> None:
             raise _passed_over(model, f"messages[{index}].role")
 
 
-async def check_shown(model: ServedModel, messages: Told, options: ChatOptions, ids: list[int]) -> None:
+async def check_shown(
+    model: ServedModel, messages: Told, options: ChatOptions, ids: list[int], places: Sequence[int]
+) -> None:
     """`ids` are these messages, rendered. Raises `RequestError` UNSUPPORTED for a field that does not show in them.
 
-    Messages of one role are looked at together: a template treats them alike.
+    Messages of one role are looked at together: a template treats them alike. `places` are the messages' places in the body.
     """
     for role, name in _used(messages):
         first = next(i for i, message in enumerate(messages) if message["role"] == role and message.get(name))
@@ -42,14 +44,15 @@ async def check_shown(model: ServedModel, messages: Told, options: ChatOptions, 
             shows = True  # the template needs it
         if not shows:
             place = "role" if name == "content" else name
-            raise _passed_over(model, f"messages[{first}].{place}")
+            raise _passed_over(model, f"messages[{places[first]}].{place}")
 
 
 def _used(messages: Told) -> list[tuple[str, str]]:
     """Pairs of role and field that occur and might be passed over, in order."""
     used: dict[tuple[str, str], None] = {}
     for message in messages:
-        names = (*_FIELDS, "content") if message["role"] in _RESULT_ROLES else _FIELDS
+        # A result's name only repeats its call's.
+        names = ("content",) if message["role"] in _RESULT_ROLES else _FIELDS
         for name in names:
             if message.get(name):
                 used[message["role"], name] = None

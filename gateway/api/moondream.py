@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from gateway.api.answers import Collected, metrics_object
+from gateway.api.answers import Collected, EventShape, metrics_object
 from gateway.api.fields import Known
 from gateway.api.parameters import (
     MAX_OBJECTS,
@@ -77,7 +77,7 @@ _decode_caption = msgspec.json.Decoder(CaptionBody).decode
 _decode_object = msgspec.json.Decoder(ObjectBody).decode
 
 
-class Answer:
+class Answer(EventShape):
     """One prepared request; `name` is the answer's field: answer, caption, objects or points."""
 
     def __init__(self, request_id: str, name: str, request: GenerateRequest, stream: bool) -> None:

@@ -8,7 +8,7 @@ messages, which its prompt has no place for, do not reach it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -17,6 +17,8 @@ from msgspec import Meta
 from gateway.api.fields import Known
 from gateway.api.histories import check_no_history, check_shown
 from gateway.api.parameters import Json
+from gateway.api.spoken import Reading, opens_thinking, reading_of
+from gateway.api.tools import ToolsAsked, told
 from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, ServedModel
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard
@@ -139,12 +141,22 @@ class Prompt:
     images: list[PreparedImage] = field(default_factory=list)
     strip_start: bool = False  # the model's answers begin with a space that belongs to its template
     drop_space: bool = False  # as `GenerateRequest.drop_space`
+    reading: Reading = field(default_factory=Reading)
 
 
 async def compose_chat(
-    core: Core, model: ServedModel, messages: Sequence[Message], options: ChatOptions | None = None
+    core: Core,
+    model: ServedModel,
+    messages: Sequence[Message],
+    options: ChatOptions | None = None,
+    *,
+    tools: ToolsAsked | None = None,
+    is_constrained: bool = False,
 ) -> Prompt:
-    """The prompt for a conversation. `options` are those a client gave, if any. Raises `RequestError`."""
+    """The prompt for a conversation, and how its answers are read. Raises `RequestError`.
+
+    `options` are those a client gave, if any; `is_constrained`: the answer's form is asked for, other than by `tools`.
+    """
     if not messages:
         raise RequestError(ErrorCode.INVALID_REQUEST, "messages: at least one is needed", param="messages")
     size, max_chars = sum(len(message.text()) for message in messages), core.config.max_prompt_chars
@@ -155,10 +167,12 @@ async def compose_chat(
     if asks_otherwise and options is not None:
         message = f"model {model.card.model_id} has no chat template that could follow this"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param=_asked_for(options))
+    reading = reading_of(model, tools, is_constrained=is_constrained)
     if takes_questions(model.card):
         check_no_history(model, [message.for_template() for message in messages])
-        return await _compose_question(core, model, messages)
-    return await _compose_template(model, messages, options or ChatOptions())
+        return replace(await _compose_question(core, model, messages), reading=reading)
+    prompt = await _compose_template(model, messages, options or ChatOptions(), tools)
+    return replace(prompt, reading=replace(reading, thinks_first=opens_thinking(model, reading, prompt.ids)))
 
 
 def _asked_for(options: ChatOptions) -> str:
@@ -191,7 +205,9 @@ async def _compose_question(core: Core, model: ServedModel, messages: Sequence[M
     return Prompt(task_prompt(model.card, "query", ids), images, strip_start=True)
 
 
-async def _compose_template(model: ServedModel, messages: Sequence[Message], options: ChatOptions) -> Prompt:
+async def _compose_template(
+    model: ServedModel, messages: Sequence[Message], options: ChatOptions, tools: ToolsAsked | None
+) -> Prompt:
     card = model.card
     picture = _last_picture(messages)
     if picture is not None:
@@ -204,9 +220,14 @@ async def _compose_template(model: ServedModel, messages: Sequence[Message], opt
     if not model.has_template:
         message = f"model {card.model_id} has no chat template; use /v1/completions"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
-    told = [message.for_template() for message in messages]
-    ids = await model.encode_chat(told, options)
-    await check_shown(model, told, options, ids)
+    turns = [message.for_template() for message in messages]
+    places: Sequence[int] = range(len(turns))
+    if model.chat_format is not None and not model.chat_format.shows_tools:
+        turns, places = told(tools, turns)
+    elif tools is not None:
+        options = replace(options, tools=tools.for_template())
+    ids = await model.encode_chat(turns, options)
+    await check_shown(model, turns, options, ids, places)
     # An answer that continues a message keeps its first space; an answer in a turn of its own drops it.
     return Prompt(ids, drop_space=model.drops_first_space and not options.continue_final_message)
 

@@ -137,6 +137,7 @@ def make_requests(
                     # A constrained answer begins where its constraint does: nothing in front of it is dropped.
                     strip_start=prompt.strip_start and checked.grammar is None,
                     drop_space=prompt.drop_space and checked.grammar is None,
+                    shown_ids=prompt.reading.shown_ids,
                 )
             )
     return made

@@ -11,7 +11,7 @@ from gateway.config import GatewayConfig
 from gateway.core.templates import ChatTemplate
 from gateway.core.tokens import ModelTokens
 from gateway.decisions.stream import StreamState
-from gateway.generation import ChatOptions, GenerateRequest, RequestError, ServedModel
+from gateway.generation import ChatFormat, ChatOptions, GenerateRequest, RequestError, ServedModel
 from shared import protocol as wire
 from shared.errors import ErrorCode
 
@@ -31,6 +31,11 @@ class AnnouncedModel:
     def has_template(self) -> bool:
         """See `ServedModel.has_template`."""
         return self.template is not None
+
+    @property
+    def chat_format(self) -> ChatFormat | None:
+        """See `ServedModel.chat_format`."""
+        return None if self.template is None else self.template.format
 
     @property
     def drops_first_space(self) -> bool:
@@ -68,9 +73,13 @@ class AnnouncedModel:
     async def _off_loop(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
         return encode(text) if len(text) <= _INLINE_CHARS else await asyncio.to_thread(encode, text)
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:
         """See `ServedModel.decode`."""
-        return self.tokens.decode(token_ids)
+        return self.tokens.decode(token_ids, keep_special=keep_special)
+
+    def special_id(self, text: str) -> int | None:
+        """See `ServedModel.special_id`."""
+        return self.tokens.special_id(text)
 
     def num_prompt(self, num_ids: int, num_images: int) -> int:
         """Tokens of a prompt, its pictures' included."""
@@ -101,7 +110,7 @@ class AnnouncedModel:
     def stream(self, request: GenerateRequest, started_s: float) -> StreamState:
         """A fresh output state for a request."""
         return StreamState(
-            self.tokens.detokenizer(keep_special=request.echo_special),
+            self.tokens.detokenizer(shown=request.shown_ids),
             started_s=started_s,
             num_prompt=self.num_prompt(len(request.prompt_ids), len(request.images)),
             stops=request.stop,

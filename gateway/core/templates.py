@@ -21,6 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from gateway.core.chat_format import read_format
 from gateway.core.tokens import ModelTokens
 from gateway.generation import ChatOptions, RequestError
 from shared.errors import ErrorCode
@@ -60,6 +61,7 @@ class ChatTemplate:
         except (TemplateError, RecursionError) as error:
             raise RequestError(ErrorCode.INTERNAL, f"the chat template does not compile: {error}") from None
         self.source = source
+        self.format = read_format(source)
         self._special_text = tokens.special_text
         self._special = card.special_tokens or {
             name: tokens.token_text(token_id)
@@ -102,7 +104,7 @@ class ChatTemplate:
         plain = [_present(message) for message in self._special_text.protect(list(messages))]
         end = _mark_end(plain) if options.continue_final_message else ""
         variables = {
-            "tools": None,
+            "tools": self._special_text.protect(options.tools),
             "documents": None,
             **self._special,
             **self._special_text.protect(options.variables),

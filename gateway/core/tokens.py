@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -47,7 +47,8 @@ class ModelTokens:
         self._parsing: Tokenizer | None = None
         self._aliased: tuple[Tokenizer, dict[int, int]] | None = None
         self._special = [token for token in layout.get("added_tokens", []) if token.get("special")]
-        self.special_ids = frozenset(token["id"] for token in self._special)
+        self._special_ids: dict[str, int] = {token["content"]: token["id"] for token in self._special}
+        self.special_ids = frozenset(self._special_ids.values())
         self.special_text = SpecialText([token["content"] for token in self._special])
         self.start_ids: list[int] | None = None  # None: the file does not say how a text begins
         if layout.get("post_processor") is not None:
@@ -112,9 +113,13 @@ class ModelTokens:
         """Whether an answer shows its text: special tokens' is left out."""
         return token_id not in self.special_ids
 
-    def detokenizer(self, *, keep_special: bool = False) -> ByteDetokenizer | WindowDetokenizer:
-        """A fresh one for one stream."""
-        skipped = frozenset[int]() if keep_special else self.special_ids
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token with this name, if there is one."""
+        return self._special_ids.get(text)
+
+    def detokenizer(self, *, shown: Collection[int] = ()) -> ByteDetokenizer | WindowDetokenizer:
+        """A fresh one for one stream. `shown`: special tokens that have their text in it."""
+        skipped = self.special_ids.difference(shown) if shown else self.special_ids
         if self._token_bytes is not None:
             return ByteDetokenizer(self._token_bytes, skipped)
         return WindowDetokenizer(self, skipped, self._partial_ids)

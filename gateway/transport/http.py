@@ -22,7 +22,7 @@ from gateway.caller import CALLER, caller
 from gateway.config import GatewayConfig
 from gateway.decisions.holdings import Holdings
 from gateway.decisions.quota import LogQuota
-from gateway.errors import error_body, error_headers, http_status
+from gateway.errors import error_body, error_headers, has_own_errors, http_status
 from gateway.faults import fault_fields
 from gateway.generation import HttpCounts, RequestError, ServingCore
 from gateway.transport.door import EXPECTATION
@@ -42,7 +42,7 @@ _COMMONPLACE: Final = (429, 503)  # not logged, so that a flood does not fill th
 _FAULT_LINES_PER_S: Final = 50
 _DISCARDED_LIMITS: Final = 3
 _DISCARD_S: Final = 1.0
-_KEY_HEADERS: Final = (b"authorization", b"x-moondream-auth")
+_KEY_HEADERS: Final = (b"authorization", b"x-api-key", b"x-moondream-auth")
 _PASSED_ON: Final = ("Allow", "Sec-WebSocket-Version", "Upgrade")  # of aiohttp's refusals
 _EXPOSED: Final = "x-request-id, retry-after, retry-after-ms"
 _ALLOWED_HEADERS: Final = "authorization, *"  # SDKs add headers of their own; `*` does not cover the key's
@@ -99,12 +99,14 @@ class Boundary:
         except RequestError as error:
             status, code = http_status(error), error.code.value
             quick = None
-            if error.code is ErrorCode.QUEUE_FULL:
+            if error.code is ErrorCode.QUEUE_FULL and not has_own_errors(request.path):
                 quick = self._refusals.answer(error, request, request_id)
-            return quick or _last_if_unread(error_response(error), request)
+            return quick or _last_if_unread(error_response(error, path=request.path), request)
         except web.HTTPException as error:
             status = error.status
-            answer = error_response(_of_http(error, request), status=status, headers=error.headers)
+            answer = error_response(
+                _of_http(error, request), status=status, headers=error.headers, path=request.path
+            )
             return _last_if_unread(answer, request)
         except ConnectionError:
             return web.Response(status=499)  # the client left; nobody reads this
@@ -113,7 +115,8 @@ class Boundary:
         except Exception as fault:
             status, code = 500, ErrorCode.INTERNAL.value
             log.error("handler_failed", **fault_fields(fault))
-            return error_response(RequestError(ErrorCode.INTERNAL, "an internal error; the log knows more"))
+            internal = RequestError(ErrorCode.INTERNAL, "an internal error; the log knows more")
+            return error_response(internal, path=request.path)
         finally:
             self._metrics.on_response(route, status)
             elapsed_ms = round((time.monotonic() - started_s) * 1000, 1)
@@ -178,11 +181,15 @@ def json_response(value: object, *, status: int = 200) -> web.Response:
 
 
 def error_response(
-    error: RequestError, *, status: int | None = None, headers: Mapping[str, str] | None = None
+    error: RequestError,
+    *,
+    status: int | None = None,
+    headers: Mapping[str, str] | None = None,
+    path: str = "",
 ) -> web.Response:
-    """An error in OpenAI's shape, with its `Retry-After`."""
+    """An error in the shape of the interface at `path`, with its `Retry-After`."""
     response = web.Response(
-        body=error_body(error),
+        body=error_body(error, path),
         status=status or http_status(error),
         content_type="application/json",
         headers=error_headers(error),

@@ -14,13 +14,13 @@ from typing import Final, Protocol
 from aiohttp import HttpVersion11, web
 
 from gateway.config import GatewayConfig
-from gateway.errors import error_body
 from gateway.generation import (
     Delta,
     End,
     GenerateRequest,
     HttpCounts,
     Listener,
+    RequestError,
     RunningStream,
     SpatialObject,
 )
@@ -30,10 +30,10 @@ from gateway.transport.life import LifeSign
 
 _COMMIT_S: Final = 0.5  # after so long without an event the headers are sent alone
 
-_WAITING: Final = b": waiting\n\n"  # a comment, which clients pass over
+EVENTS: Final = "text/event-stream; charset=utf-8"
+WAITING: Final = b": waiting\n\n"  # a comment, which clients pass over
 
 HEADERS: Final = {
-    "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
@@ -42,15 +42,24 @@ HEADERS: Final = {
 class EventWriter:
     """One response's body. Events written before `open` wait for it."""
 
-    def __init__(self, request: web.Request, config: GatewayConfig, metrics: HttpCounts) -> None:
+    def __init__(
+        self,
+        request: web.Request,
+        config: GatewayConfig,
+        metrics: HttpCounts,
+        *,
+        media_type: str = EVENTS,
+        waiting: bytes = WAITING,
+    ) -> None:
         self._request = request
+        self._waiting = waiting
         self._config = config
         self._metrics = metrics
         self._held: list[bytes] = []
         self._writer: BoundedWriter | None = None
         self._life: LifeSign | None = None
         self._is_chunked = request.version >= HttpVersion11
-        self._response = web.StreamResponse(headers=HEADERS)
+        self._response = web.StreamResponse(headers={"Content-Type": media_type, **HEADERS})
         self._something = asyncio.get_running_loop().create_future()
 
     def write(self, events: bytes) -> None:
@@ -98,7 +107,7 @@ class EventWriter:
         held, self._held = b"".join((opening, *self._held)), []
         if held:
             self._writer.write(self._frame(held))
-        self._life = LifeSign(self._writer, self._frame(_WAITING), self._config.life_sign_s)
+        self._life = LifeSign(self._writer, self._frame(self._waiting), self._config.life_sign_s)
         self._tell_door(self._life.say)
 
     async def finish(self) -> web.StreamResponse:
@@ -137,7 +146,10 @@ class EventWriter:
 
 
 class Shape(Protocol):
-    """How one API spells a stream of `n` choices as events, each a whole `data: …` line and blank line."""
+    """How one API spells a stream of `n` choices as events, each whole: `data: …` and a blank line, or a line of JSON."""
+
+    media_type: str
+    waiting: bytes  # said when there is nothing else to say for long
 
     def opening(self) -> bytes:
         """Before anything else; may be empty."""
@@ -153,6 +165,9 @@ class Shape(Protocol):
 
     def closing(self, ends: Sequence[End]) -> bytes:
         """All choices are over, without an error."""
+
+    def failure(self, error: RequestError) -> bytes:
+        """The stream ends with an error."""
 
 
 class _Choice:
@@ -189,7 +204,7 @@ async def respond(
     shape: Shape,
 ) -> web.StreamResponse:
     """Submit all choices and stream them. Raises `RequestError` while the answer can still be an HTTP status."""
-    writer = EventWriter(request, config, metrics)
+    writer = EventWriter(request, config, metrics, media_type=shape.media_type, waiting=shape.waiting)
     done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     choices: list[_Choice] = []
 
@@ -215,7 +230,7 @@ async def respond(
         if failed is None:
             writer.write(shape.closing(ends))
         else:
-            writer.write(b"data: " + error_body(failed) + b"\n\n")
+            writer.write(shape.failure(failed))
         return await writer.finish()
     finally:
         writer.abandon()

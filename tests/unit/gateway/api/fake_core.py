@@ -9,6 +9,7 @@ from typing import Any
 
 from gateway.config import GatewayConfig, load
 from gateway.generation import (
+    ChatFormat,
     ChatOptions,
     GenerateRequest,
     Listener,
@@ -41,6 +42,7 @@ class FakeModel:
 
     card: wire.ModelCard = CARD
     has_template: bool = False
+    chat_format: ChatFormat | None = None
     drops_first_space: bool = False
     start_ids: list[int] = field(default_factory=lambda: [0])
     tokens: FakeTokens = field(default_factory=FakeTokens)
@@ -59,7 +61,10 @@ class FakeModel:
         self.rendered.append((messages, options))
         return text_ids("|".join(f"{message['role']}:{message['content']}" for message in messages))
 
-    def decode(self, token_ids: list[int]) -> str:
+    def special_id(self, text: str) -> int | None:
+        return None
+
+    def decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:
         return ids_text(token_ids)
 
 

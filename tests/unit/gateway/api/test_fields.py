@@ -17,7 +17,7 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
-from gateway.api import chat, completions, moondream, prompts
+from gateway.api import anthropic, chat, completions, moondream, ollama, ollama_models, prompts, tokenize
 from gateway.api import response_bodies as bodies
 from gateway.api.fields import Known
 from gateway.api.parameters import decode_body
@@ -79,8 +79,43 @@ RESPONSES: dict[str, Any] = {
     "reasoning": {"effort": "low", "summary": "auto"},
     "degas": {"task": "query"},
 }
+TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
+MESSAGES: dict[str, Any] = {
+    "model": "m",
+    "system": [{"type": "text", "text": "s", "cache_control": {"free": 1}}],
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "t"},
+                {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}},
+                {"type": "image", "source": {"type": "url", "url": "data:,"}},
+            ],
+        },
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "h", "signature": "s"},
+                {"type": "tool_use", "id": "1", "name": "f", "input": {"free": 1}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "r"}]}
+            ],
+        },
+    ],
+    "tools": [{"name": "f", "input_schema": SCHEMA}],
+    "tool_choice": {"type": "tool", "name": "f"},
+    "thinking": {"type": "enabled", "budget_tokens": 1024},
+}
+OLLAMA: dict[str, Any] = {"model": "m", "options": {"temperature": 0.5}, "format": SCHEMA, "keep_alive": "5m"}
+OLLAMA_CALL = {"function": {"name": "f", "arguments": {"free": 1}}}
 CREATE = {"type": "response.create", "stream_id": "a", "event_id": "e", **RESPONSES}
 SETTINGS = {"temperature": 0.5, "max_tokens": 5}
+FREE_HERE = {"messages": ("input_schema", "input"), "api": ("format", "arguments", "parameters"), "chat": ("parameters",)}
+"""Likewise, of single interfaces."""
 FREE = ("metadata", "logit_bias", "schema", "json", "chat_template_kwargs", "prediction", "cache_control")
 """Fields whose own content is the client's, and checked where it is used."""
 
@@ -105,6 +140,27 @@ VALID: dict[str, tuple[Decode, dict[str, Any]]] = {
         lambda data: bodies.parse_event(data.decode()),
         {"type": "degas.authenticate", "api_key": "none"},
     ),
+    "messages": (
+        decoder(anthropic._decode_messages),
+        {**MESSAGES, "max_tokens": 5, "metadata": {"user_id": "u"}},
+    ),
+    "messages/count": (decoder(anthropic._decode_count), MESSAGES),
+    "api/chat": (
+        decoder(ollama._decode_chat),
+        {
+            **OLLAMA,
+            "messages": [{"role": "assistant", "content": "c", "tool_calls": [OLLAMA_CALL]}],
+            "tools": [TOOL],
+        },
+    ),
+    "api/generate": (decoder(ollama._decode_generate), {**OLLAMA, "prompt": "p"}),
+    "api/show": (decoder(ollama_models._decode_show), {"model": "m"}),
+    "chat with tools": (decoder(chat._decode), {**CHAT, "tools": [TOOL]}),
+    "chat/tokenize": (
+        decoder(tokenize._decode_tokenize),
+        {"messages": CHAT["messages"], "tools": [TOOL]},
+    ),
+    "chat/detokenize": (decoder(tokenize._decode_detokenize), {"tokens": [1]}),
     "query": (
         decoder(moondream._decode_query),
         {"question": "q", "image_url": "data:,", "settings": SETTINGS},
@@ -117,16 +173,17 @@ VALID: dict[str, tuple[Decode, dict[str, Any]]] = {
 }
 
 
-def objects(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def objects(value: Any, route: str, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Every object with its path, those left out whose content is free."""
+    free = (*FREE, *next((more for start, more in FREE_HERE.items() if route.startswith(start)), ()))
     if isinstance(value, dict):
         yield path, value
         for name, inner in value.items():
-            if name not in FREE:
-                yield from objects(inner, f"{path}.{name}" if path else name)
+            if name not in free:
+                yield from objects(inner, route, f"{path}.{name}" if path else name)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from objects(inner, f"{path}[{index}]")
+            yield from objects(inner, route, f"{path}[{index}]")
 
 
 @pytest.mark.parametrize("name", VALID)
@@ -135,7 +192,7 @@ def test_the_bodies_are_valid(name: str) -> None:
     decode(json.dumps(body).encode())
 
 
-PLACES = [(name, path) for name, (_, body) in VALID.items() for path, _ in objects(body)]
+PLACES = [(name, path) for name, (_, body) in VALID.items() for path, _ in objects(body, name)]
 
 
 @pytest.mark.parametrize(("name", "path"), PLACES, ids=[f"{name}:{path}" for name, path in PLACES])
@@ -146,7 +203,7 @@ PLACES = [(name, path) for name, (_, body) in VALID.items() for path, _ in objec
 def test_an_unknown_field_is_refused_by_its_path(name: str, path: str, unknown: str, value: Any) -> None:
     decode, body = VALID[name]
     changed = copy.deepcopy(body)
-    dict(objects(changed))[path][unknown] = value
+    dict(objects(changed, name))[path][unknown] = value
     with pytest.raises(RequestError) as caught:
         decode(json.dumps(changed).encode())
     assert caught.value.code is ErrorCode.INVALID_REQUEST
@@ -214,10 +271,10 @@ def test_refused_fields_are_named_with_their_path(kind: type[Known]) -> None:
     decode, body = VALID[route]
     for name in kind.REFUSED:
         changed = copy.deepcopy(body)
-        dict(objects(changed))[where][name] = "asked"
+        dict(objects(changed, route))[where][name] = "asked"
         with pytest.raises(RequestError) as caught:
             decode(json.dumps(changed).encode())
         param = f"{where}.{name}" if where else name
         assert (caught.value.code, caught.value.param) == (ErrorCode.UNSUPPORTED, param)
-        dict(objects(changed))[where][name] = None
+        dict(objects(changed, route))[where][name] = None
         decode(json.dumps(changed).encode())

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.api import chat, completions, moondream
+from gateway.api import anthropic, chat, completions, moondream, ollama, ollama_models, tokenize
 from tests.fake_worker import FakeWorker
 from tests.gateway_thread import GatewayThread
 from tests.http_client import ask
@@ -18,6 +18,13 @@ from tests.http_client import ask
 ROUTES = {
     "/v1/chat/completions": chat.ChatBody,
     "/v1/completions": completions.CompletionBody,
+    "/v1/messages": anthropic.MessagesBody,
+    "/v1/messages/count_tokens": anthropic.CountBody,
+    "/api/chat": ollama.ChatBody,
+    "/api/generate": ollama.GenerateBody,
+    "/api/show": ollama_models.ShowBody,
+    "/tokenize": tokenize.TokenizeBody,
+    "/detokenize": tokenize.DetokenizeBody,
     "/v1/query": moondream.QueryBody,
     "/v1/caption": moondream.CaptionBody,
     "/v1/detect": moondream.ObjectBody,

@@ -158,7 +158,7 @@ def test_prefill_and_template_variables(templated: FakeWorker) -> None:
         assert asked(messages=[user, begun], **both) == ("invalid_request", "add_generation_prompt")
         refused = ask(gateway.url, CHAT, {"messages": [user], "chat_template_kwargs": {"tone": "x"}})
         assert refused.status == 400 and "no x" in refused.error["message"]
-        assert asked(messages=[user], tools=[{"type": "function"}]) == ("unsupported", "tools")
+        assert asked(messages=[user], tools=[{"type": "function"}]) == ("invalid_request", "tools[0]")
 
 
 def test_a_model_without_a_template_refuses_what_only_a_template_could_do(
