@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway.api.schemas import close_objects
+from gateway.schemas.closing import close_objects
 
 NAME = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 CLOSED_NAME = NAME | {"additionalProperties": False}

@@ -1,0 +1,179 @@
+"""Owns what of a schema constrains an answer: annotations, defaults and what holds of every value are taken out. Pure.
+
+What is left is what counts in the size limit, and what is compiled. Whatever cannot be kept is refused in words, or, where
+the client is lenient, left out.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any, Final
+
+from gateway.schemas.patterns import translate
+from gateway.schemas.tree import Json, every, rebuild
+from shared.grammars import GrammarError
+
+FORMATS: Final = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+)
+"""Formats that are kept. Any other is an annotation, as JSON Schema has it."""
+_CONSTRAINTS: Final = frozenset(
+    (
+        "$schema", "$id", "id", "$anchor", "$ref", "$dynamicRef", "$recursiveRef", "$dynamicAnchor", "$recursiveAnchor",
+        "$defs", "definitions", "anyOf", "oneOf", "allOf", "not", "if", "then", "else", "const", "enum", "type",
+        "items", "additionalItems", "prefixItems", "minItems", "maxItems", "uniqueItems", "contains", "minContains",
+        "maxContains", "unevaluatedItems", "properties", "additionalProperties", "patternProperties", "required",
+        "minProperties", "maxProperties", "propertyNames", "dependencies", "dependentRequired", "dependentSchemas",
+        "unevaluatedProperties", "minLength", "maxLength", "pattern", "format", "minimum", "maximum",
+        "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+    )
+)  # fmt: skip
+_COUNTS: Final = (
+    "minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties", "minContains", "maxContains",
+)  # fmt: skip
+_NUMBERS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_DROPPED_WHEN_EMPTY: Final = ("required", "dependencies", "dependentRequired", "dependentSchemas", "patternProperties", "allOf")
+_EXACT: Final = 1 << 53  # whole numbers up to here are the same in every reader of JSON
+MAX_MULTIPLE: Final = 50_000  # remainders an automaton has to tell apart
+_OLD_DRAFTS: Final = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
+
+
+def constraints_of(root: Any, *, lenient: bool, wide: bool = False) -> Any:
+    """The schema without what constrains nothing; `wide`: with patterns read wide, and no formats. Raises `GrammarError`."""
+    steps = _ref_steps(root)
+    is_old = isinstance(root, dict) and any(draft in str(root.get("$schema")) for draft in _OLD_DRAFTS)
+
+    def clean(made: Json, original: Json) -> Json:
+        kept = {key: value for key, value in made.items() if key in _CONSTRAINTS or (key in steps and original is root)}
+        _drop_idle(kept, is_old)
+        if wide:
+            kept.pop("format", None)
+        for key in _COUNTS:
+            if key in kept:
+                kept[key] = _count(kept[key])
+        for name in ("pattern", "multipleOf"):
+            if name in kept:
+                try:
+                    if name == "multipleOf":
+                        _keep_multiple(kept)
+                    else:
+                        kept[name] = _pattern(kept[name], wide)
+                except GrammarError:
+                    if not lenient:
+                        raise
+                    del kept[name]
+        if lenient:
+            _drop_unkept(kept)
+        elif isinstance(kept.get("patternProperties"), dict):
+            kept["patternProperties"] = {
+                _pattern(name, wide): part for name, part in kept["patternProperties"].items()
+            }
+        for key in (*_NUMBERS, "const", "enum"):
+            if key in kept and not _is_exact(kept[key]):
+                if not lenient:
+                    raise GrammarError(f"{key} has a number beyond ±2^53, which readers of JSON round")
+                del kept[key]
+        return kept
+
+    return rebuild(root, clean)
+
+
+def _ref_steps(root: Any) -> set[str]:
+    """The first steps of references within the document: schemas may be kept under names that JSON Schema does not know."""
+    refs = (node.get("$ref") for node in every(root))
+    return {ref[2:].split("/")[0] for ref in refs if isinstance(ref, str) and ref.startswith("#/")}
+
+
+def _drop_idle(kept: Json, is_old: bool) -> None:
+    """Take out what holds of every value."""
+    if kept.get("uniqueItems") is False:
+        del kept["uniqueItems"]
+    most = kept.get("maxItems")
+    if kept.get("uniqueItems") is True and isinstance(most, int) and most <= 1:
+        del kept["uniqueItems"]
+    if isinstance(kept.get("format"), str) and kept["format"] not in FORMATS:
+        del kept["format"]
+    for key in _DROPPED_WHEN_EMPTY:
+        if key in kept and kept[key] in ([], {}):
+            del kept[key]
+    if "if" not in kept:
+        kept.pop("then", None)
+        kept.pop("else", None)
+    elif "then" not in kept and "else" not in kept:
+        del kept["if"]
+    if "contains" not in kept or (kept.get("minContains") == 0 and "maxContains" not in kept):
+        for key in ("contains", "minContains", "maxContains"):
+            kept.pop(key, None)
+    for key in ("propertyNames", "unevaluatedProperties", "unevaluatedItems", "additionalItems"):
+        if kept.get(key) is True or kept.get(key) == {}:
+            del kept[key]
+    if kept.get("not") is False:
+        del kept["not"]
+    if "prefixItems" in kept and not is_old:
+        kept.pop("additionalItems", None)  # a keyword of older drafts, by which llguidance would forget the prefix
+
+
+def _drop_unkept(kept: Json) -> None:
+    patterns = kept.get("patternProperties")
+    if isinstance(patterns, dict):
+        try:
+            kept["patternProperties"] = {_pattern(name, False): part for name, part in patterns.items()}
+        except GrammarError:
+            del kept["patternProperties"]
+            kept.pop("additionalProperties", None)  # it spoke of the properties that no pattern matches
+
+
+def _count(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():  # 2.0 is a count too
+        return int(value)
+    return value
+
+
+def _pattern(value: Any, wide: bool) -> Any:
+    return translate(value, wide=wide) if isinstance(value, str) else value
+
+
+def _keep_multiple(kept: Json) -> None:
+    """`multipleOf` as llguidance reads it exactly. Raises `GrammarError`."""
+    value = kept["multipleOf"]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e15:
+        raise GrammarError(f"multipleOf is {value!r}; a number above 0 is needed")
+    exact = Decimal(repr(value)).normalize()
+    digits = int(Decimal((0, exact.as_tuple().digits, max(0, int(exact.as_tuple().exponent)))))
+    if digits > MAX_MULTIPLE:
+        raise GrammarError(
+            f"multipleOf {value!r}: at most {MAX_MULTIPLE} remainders can be told apart, as 0.01 to 499.99 or 1 to {MAX_MULTIPLE}"
+        )
+    if _survives(value):
+        return
+    # llguidance scales a float by tens until it is whole, and 0.07 never is. A multiple of half and of a fifth is a
+    # multiple of the whole.
+    for twos in (2, 4, 8, 16):
+        for fives in (5, 25):
+            parts = [float(exact / twos), float(exact / fives)]
+            if all(Decimal(repr(part)) * by == exact and _survives(part) for part, by in zip(parts, (twos, fives), strict=True)):
+                del kept["multipleOf"]
+                kept["allOf"] = [*kept.get("allOf", []), *({"multipleOf": part} for part in parts)]
+                return
+    raise GrammarError(f"multipleOf {value!r} has too many digits")
+
+
+def _survives(value: float) -> bool:
+    """Whether llguidance reads this number as what it says."""
+    scaled, tens = float(value), 0
+    while not scaled.is_integer() and tens < 20:
+        scaled, tens = scaled * 10, tens + 1
+    return scaled <= 0xFFFFFFFF and Decimal(int(scaled)).scaleb(-tens) == Decimal(repr(value))
+
+
+def _is_exact(value: Any) -> bool:
+    level = [value]
+    while level:
+        node = level.pop()
+        if isinstance(node, dict):
+            level.extend(node.values())
+        elif isinstance(node, list):
+            level.extend(node)
+        elif isinstance(node, int) and not isinstance(node, bool) and abs(node) > _EXACT:
+            return False
+    return True
