@@ -99,5 +99,3 @@ def bytes_in_use() -> int:
     mallinfo.restype = _Mallinfo
     said = mallinfo()
     return int(said.uordblks + said.hblkhd)
-
-

@@ -124,7 +124,7 @@ def complaint(schema: Any, text: str) -> str:
         for error in validator.iter_errors(value):
             return f"{'/'.join(map(str, error.absolute_schema_path))}: {error.message}"[:300]
     except jsonschema.ValidationError as error:
-        return error.message[:300]
+        return str(error.message)[:300]
     except (InvalidOperation, OverflowError):
         return ""
     except Exception as error:  # the schema is none: its validator cannot say anything
@@ -138,7 +138,10 @@ def check(schema: Any, samples: int, seed: int) -> Checked:
     strict = judge(Grammar("json_schema", text), _tokenizer())
     if strict.error:
         lenient = judge(
-            Grammar("json_schema", json.dumps({**schema, "x-guidance": {"lenient": True}}, ensure_ascii=False)), _tokenizer()
+            Grammar(
+                "json_schema", json.dumps({**schema, "x-guidance": {"lenient": True}}, ensure_ascii=False)
+            ),
+            _tokenizer(),
         )
         return Checked(strict.error, lenient.error)
     said = Checked("", "")
@@ -163,10 +166,16 @@ def _one(job: tuple[str, Any, int, int]) -> Found:
 
     outcome, data = run_forked(work, b"", CPU_S * (2 + samples))
     if outcome.how != DONE:
-        why = f"longer than {CPU_S:g} s of CPU time" if outcome.how == CUT else f"the process died ({outcome.signal})"
+        why = (
+            f"longer than {CPU_S:g} s of CPU time"
+            if outcome.how == CUT
+            else f"the process died ({outcome.signal})"
+        )
         return Found(name, why, why, cpu_s=outcome.cpu_s)
     said = msgspec.msgpack.decode(data, type=Checked)
-    return Found(name, said.strict, said.lenient, said.num_answers, list(said.wrong), said.failed, outcome.cpu_s)
+    return Found(
+        name, said.strict, said.lenient, said.num_answers, list(said.wrong), said.failed, outcome.cpu_s
+    )
 
 
 def kind_of(reason: str) -> str:
@@ -208,7 +217,12 @@ def main(arguments: list[str]) -> int:
     if options.details is not None:
         with options.details.open("w") as file:
             for one in found:
-                file.write(json.dumps([one.name, one.strict, one.lenient, one.num_answers, one.wrong, one.failed, one.cpu_s]) + "\n")
+                file.write(
+                    json.dumps(
+                        [one.name, one.strict, one.lenient, one.num_answers, one.wrong, one.failed, one.cpu_s]
+                    )
+                    + "\n"
+                )
     return int(any(one.wrong or one.failed for one in found))
 
 
@@ -225,7 +239,9 @@ def report(found: list[Found]) -> None:
     print(f"{sum(bool(one.failed) for one in found)} accepted grammars failed in the middle of an answer")
     times = sorted(one.cpu_s for one in found)
     if times:
-        print(f"CPU time with answers: median {times[len(times) // 2]:.3f} s, 99 % {times[int(0.99 * (len(times) - 1))]:.3f} s")
+        print(
+            f"CPU time with answers: median {times[len(times) // 2]:.3f} s, 99 % {times[int(0.99 * (len(times) - 1))]:.3f} s"
+        )
     print("refused strictly:")
     for reason, count in Counter(kind_of(one.strict) for one in found if one.strict).most_common(25):
         print(f"  {count:5}  {reason}")

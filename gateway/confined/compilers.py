@@ -126,7 +126,9 @@ class Lane:
 class Compilers:
     """The two lanes."""
 
-    def __init__(self, *, quick_cpu_s: float = QUICK_CPU_S, cpu_s: float = CPU_S, patience: float = PATIENCE) -> None:
+    def __init__(
+        self, *, quick_cpu_s: float = QUICK_CPU_S, cpu_s: float = CPU_S, patience: float = PATIENCE
+    ) -> None:
         self.cpu_s = cpu_s
         self.quick = Lane(2, min(quick_cpu_s, cpu_s), patience)
         self.slow = Lane(1, cpu_s, patience)

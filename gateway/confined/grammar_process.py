@@ -41,21 +41,21 @@ def judge(grammar: Grammar, tokenizer: LLTokenizer) -> Answer:
             except Exception as error:  # the converter from GBNF raises many kinds
                 raise GrammarError(f"it is neither Lark nor GBNF: {error}") from None
         if grammar.kind != "json_schema":
-            error = _try(grammar, tokenizer)
-            return Answer(error, "" if error else grammar.source)
+            why = _try(grammar, tokenizer)
+            return Answer(why, "" if why else grammar.source)
         source = prepare(grammar.source, lambda schema: _is_empty(schema, tokenizer))
-        error = _try(Grammar("json_schema", source), tokenizer)
-        if error:
+        why = _try(Grammar("json_schema", source), tokenizer)
+        if why:
             for other in simpler(source):  # lenient: what cannot be kept is left out
                 if not _try(Grammar("json_schema", other), tokenizer):
                     return Answer("", other)
-        return Answer(error, "" if error else source)
+        return Answer(why, "" if why else source)
     except GrammarError as error:
         return Answer(str(error))
 
 
 def _try(grammar: Grammar, tokenizer: LLTokenizer) -> str:
-    """Why the grammar is refused, or "". """
+    """Why the grammar is refused, or ""."""
     from llguidance import LLMatcher, LLParserLimits
 
     before = bytes_in_use()

@@ -24,7 +24,9 @@ MAX_PENDING: Final = 256
 MAX_PENDING_EACH: Final = 64  # of one tenant
 MAX_VERDICTS: Final = 512
 MAX_VERDICT_BYTES: Final = 16 << 20
-FAILURE_KEPT_S: Final = 60.0  # a grammar whose process died twice is tried again later: that may have had other causes
+FAILURE_KEPT_S: Final = (
+    60.0  # a grammar whose process died twice is tried again later: that may have had other causes
+)
 
 _decode_answer = msgspec.msgpack.Decoder(Answer).decode
 
@@ -34,7 +36,9 @@ class GrammarChecker:
 
     def __init__(self, compilers: Compilers | None = None) -> None:
         self.compilers = compilers or Compilers()
-        self._verdicts: OrderedDict[bytes, tuple[Answer, float]] = OrderedDict()  # with the time until it counts
+        self._verdicts: OrderedDict[bytes, tuple[Answer, float]] = (
+            OrderedDict()
+        )  # with the time until it counts
         self._verdict_bytes = 0
         self._jobs: dict[bytes, asyncio.Task[Answer]] = {}
         self._pending: Counter[str] = Counter()
@@ -55,6 +59,7 @@ class GrammarChecker:
                 if len(self._jobs) >= MAX_PENDING or self._pending[tenant] >= MAX_PENDING_EACH:
                     message = f"{self._pending[tenant]} grammars are waiting to be compiled"
                     raise RequestError(ErrorCode.QUEUE_FULL, message, retry_after_s=1.0)
+                self._pending[tenant] += 1
                 job = self._jobs[key] = asyncio.create_task(self._judge(key, grammar, tenant))
                 job.add_done_callback(_look_at)
             # Others may wait for the same job: one that goes leaves it running.
@@ -97,7 +102,6 @@ class GrammarChecker:
 
     async def _judge(self, key: bytes, grammar: Grammar, tenant: str) -> Answer:
         """One job, whatever happens; its verdict is remembered."""
-        self._pending[tenant] += 1
         try:
             try:
                 body = msgspec.msgpack.encode(grammar)
@@ -109,7 +113,10 @@ class GrammarChecker:
                 message = "compiling a grammar takes very long at the moment"
                 raise RequestError(ErrorCode.QUEUE_FULL, message, retry_after_s=2.0)
             if said.how == CUT:
-                verdict, kept_s = Answer(f"compiling it takes longer than {self.compilers.cpu_s:g} s"), math.inf
+                verdict, kept_s = (
+                    Answer(f"compiling it takes longer than {self.compilers.cpu_s:g} s"),
+                    math.inf,
+                )
             elif said.how == DIED:
                 verdict, kept_s = Answer("compiling it takes more than it is allowed"), FAILURE_KEPT_S
             else:

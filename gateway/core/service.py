@@ -140,9 +140,7 @@ class Service:
         served = [worker.model for worker in self._workers]
         return [model for model in self._catalog.models() if any(model is other for other in served)]
 
-    async def check_grammar(
-        self, grammar: wire.Grammar, *, param: str, tenant: str = ""
-    ) -> wire.Grammar:
+    async def check_grammar(self, grammar: wire.Grammar, *, param: str, tenant: str = "") -> wire.Grammar:
         """See `Core.check_grammar`."""
         return await self.grammars.check(grammar, param=param, tenant=tenant)
 

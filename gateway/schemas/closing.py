@@ -73,7 +73,9 @@ def _shared(root: Any) -> set[int]:
 def _in_place(schema: Json, root: Any) -> list[Any]:
     """The schemas that speak of the same value as this one."""
     parts = [
-        part for place, part in inner(schema) if place[0] in IN_PLACE or place[0] in ("dependentSchemas", "dependencies")
+        part
+        for place, part in inner(schema)
+        if place[0] in IN_PLACE or place[0] in ("dependentSchemas", "dependencies")
     ]
     ref = schema.get("$ref")
     if isinstance(ref, str):

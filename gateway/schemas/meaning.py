@@ -6,7 +6,9 @@ the client is lenient, left out.
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
+from math import gcd
 from typing import Any, Final
 
 from gateway.schemas.patterns import translate
@@ -32,9 +34,17 @@ _COUNTS: Final = (
     "minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties", "minContains", "maxContains",
 )  # fmt: skip
 _NUMBERS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-_DROPPED_WHEN_EMPTY: Final = ("required", "dependencies", "dependentRequired", "dependentSchemas", "patternProperties", "allOf")
+_DROPPED_WHEN_EMPTY: Final = (
+    "required",
+    "dependencies",
+    "dependentRequired",
+    "dependentSchemas",
+    "patternProperties",
+    "allOf",
+)
 _EXACT: Final = 1 << 53  # whole numbers up to here are the same in every reader of JSON
-MAX_MULTIPLE: Final = 50_000  # remainders an automaton has to tell apart
+MAX_MULTIPLE: Final = 10_000  # remainders an automaton has to tell apart
+_CONTROL: Final = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f]")
 _OLD_DRAFTS: Final = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 
 
@@ -44,7 +54,11 @@ def constraints_of(root: Any, *, lenient: bool, wide: bool = False) -> Any:
     is_old = isinstance(root, dict) and any(draft in str(root.get("$schema")) for draft in _OLD_DRAFTS)
 
     def clean(made: Json, original: Json) -> Json:
-        kept = {key: value for key, value in made.items() if key in _CONSTRAINTS or (key in steps and original is root)}
+        kept = {
+            key: value
+            for key, value in made.items()
+            if key in _CONSTRAINTS or (key in steps and original is root)
+        }
         _drop_idle(kept, is_old)
         if wide:
             kept.pop("format", None)
@@ -62,17 +76,22 @@ def constraints_of(root: Any, *, lenient: bool, wide: bool = False) -> Any:
                     if not lenient:
                         raise
                     del kept[name]
-        if lenient:
-            _drop_unkept(kept)
-        elif isinstance(kept.get("patternProperties"), dict):
-            kept["patternProperties"] = {
-                _pattern(name, wide): part for name, part in kept["patternProperties"].items()
-            }
-        for key in (*_NUMBERS, "const", "enum"):
-            if key in kept and not _is_exact(kept[key]):
+        if isinstance(kept.get("patternProperties"), dict):
+            try:
+                kept["patternProperties"] = _patterned(kept)
+            except GrammarError:
                 if not lenient:
-                    raise GrammarError(f"{key} has a number beyond ±2^53, which readers of JSON round")
+                    raise
+                del kept["patternProperties"]
+                kept.pop("additionalProperties", None)  # it spoke of the properties that no pattern matches
+        for key in (*_NUMBERS, "const", "enum"):
+            why = _unspeakable(kept[key]) if key in kept else ""
+            if why and not lenient:
+                raise GrammarError(f"{key} has {why}")
+            if why:
                 del kept[key]
+        if not lenient:
+            _check_least(kept)
         return kept
 
     return rebuild(root, clean)
@@ -110,17 +129,25 @@ def _drop_idle(kept: Json, is_old: bool) -> None:
     if kept.get("not") is False:
         del kept["not"]
     if "prefixItems" in kept and not is_old:
-        kept.pop("additionalItems", None)  # a keyword of older drafts, by which llguidance would forget the prefix
+        kept.pop(
+            "additionalItems", None
+        )  # a keyword of older drafts, by which llguidance would forget the prefix
 
 
-def _drop_unkept(kept: Json) -> None:
-    patterns = kept.get("patternProperties")
-    if isinstance(patterns, dict):
-        try:
-            kept["patternProperties"] = {_pattern(name, False): part for name, part in patterns.items()}
-        except GrammarError:
-            del kept["patternProperties"]
-            kept.pop("additionalProperties", None)  # it spoke of the properties that no pattern matches
+def _patterned(kept: Json) -> Json:
+    """`patternProperties` by patterns that hold in every reading. A name that matches in one reading only is left out of a closed
+    object; in an open one it keeps to the pattern's schema and to that of other names. Raises `GrammarError`."""
+    others = kept.get("additionalProperties", True)
+    made: Json = {}
+    for name, part in kept["patternProperties"].items():
+        narrow, broad = translate(name), translate(name, wide=True)
+        if narrow == broad or others is False:
+            made[narrow] = part
+        elif others is True or others == {}:
+            made[broad] = part
+        else:
+            made[broad] = {"allOf": [part, others]}
+    return made
 
 
 def _count(value: Any) -> Any:
@@ -141,19 +168,23 @@ def _keep_multiple(kept: Json) -> None:
     exact = Decimal(repr(value)).normalize()
     digits = int(Decimal((0, exact.as_tuple().digits, max(0, int(exact.as_tuple().exponent)))))
     if digits > MAX_MULTIPLE:
-        raise GrammarError(
-            f"multipleOf {value!r}: at most {MAX_MULTIPLE} remainders can be told apart, as 0.01 to 499.99 or 1 to {MAX_MULTIPLE}"
-        )
+        raise GrammarError(f"multipleOf {value!r}: at most {MAX_MULTIPLE} remainders can be told apart")
     if _survives(value):
         return
-    # llguidance scales a float by tens until it is whole, and 0.07 never is. A multiple of half and of a fifth is a
-    # multiple of the whole.
-    for twos in (2, 4, 8, 16):
-        for fives in (5, 25):
-            parts = [float(exact / twos), float(exact / fives)]
-            if all(Decimal(repr(part)) * by == exact and _survives(part) for part, by in zip(parts, (twos, fives), strict=True)):
+    # llguidance scales a float by tens until it is whole, and 0.07 never is. A multiple of two parts of it, whose shares have
+    # no factor in common, is a multiple of the whole.
+    shares = sorted(
+        {2**twos * 5**fives * more for twos in range(9) for fives in range(5) for more in (1, digits)}
+    )
+    parts = [(share, float(exact / share)) for share in shares if exact / share * share == exact]
+    parts = [
+        (share, part) for share, part in parts if Decimal(repr(part)) == exact / share and _survives(part)
+    ]
+    for i, (share, part) in enumerate(parts):
+        for other_share, other in parts[:i]:
+            if gcd(share, other_share) == 1:
                 del kept["multipleOf"]
-                kept["allOf"] = [*kept.get("allOf", []), *({"multipleOf": part} for part in parts)]
+                kept["allOf"] = [*kept.get("allOf", []), {"multipleOf": part}, {"multipleOf": other}]
                 return
     raise GrammarError(f"multipleOf {value!r} has too many digits")
 
@@ -166,14 +197,27 @@ def _survives(value: float) -> bool:
     return scaled <= 0xFFFFFFFF and Decimal(int(scaled)).scaleb(-tens) == Decimal(repr(value))
 
 
-def _is_exact(value: Any) -> bool:
+def _unspeakable(value: Any) -> str:
+    """What of a constant no answer can say to the letter; "" for nothing."""
     level = [value]
     while level:
         node = level.pop()
         if isinstance(node, dict):
-            level.extend(node.values())
+            level += [*node, *node.values()]
         elif isinstance(node, list):
-            level.extend(node)
+            level += node
         elif isinstance(node, int) and not isinstance(node, bool) and abs(node) > _EXACT:
-            return False
-    return True
+            return "a number beyond ±2^53, which readers of JSON round"
+        elif isinstance(node, str) and _CONTROL.search(node):
+            return "a control character, which answers do not spell"
+    return ""
+
+
+def _check_least(kept: Json) -> None:
+    """Names that are not listed may come twice in an answer, and count once. Raises `GrammarError`."""
+    least, needed = kept.get("minProperties"), kept.get("required", [])
+    if isinstance(least, int) and isinstance(needed, list) and least > len(needed) + 1:
+        if "patternProperties" in kept or kept.get("additionalProperties") is not False:
+            raise GrammarError(
+                "minProperties above 1 needs names that are required: names that are not listed could repeat"
+            )

@@ -2,7 +2,7 @@ r"""Owns rewriting a schema's `pattern` into the syntax llguidance reads, withou
 
 JSON Schema's patterns are ECMAScript's, and validators run them by the engine of their own language. Where engines
 disagree (`\d`, `.`, `\W` over all of Unicode), the narrow reading allows only texts that all of them accept, the wide
-one allows what any of them does. No text under a pattern holds NUL: llguidance would otherwise let `\"` and `\\` in.
+one allows what any of them does. NUL, which no answer spells, is left out: with it llguidance lets `\"` and `\\` in.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class _Translator:
 
     def run(self) -> str:
         pattern = self.pattern
-        if pattern.startswith("(?i)"):  # no flag of ECMAScript's patterns, but of those people write for Python
+        if pattern.startswith(
+            "(?i)"
+        ):  # no flag of ECMAScript's patterns, but of those people write for Python
             self.at = 4
             self.out.append("(?i)")
         while self.at < len(pattern):
@@ -56,7 +58,7 @@ class _Translator:
             elif char == "[":
                 self.out.append(self.set())
             elif char == ".":
-                self.out.append("(?s:.)" if self.wide else rf"[^\x00{_LINE_ENDS}]")
+                self.out.append(r"[^\x00]" if self.wide else rf"[^\x00{_LINE_ENDS}]")
             elif char == "(":
                 self.out.append(self.group())
             elif char == "{":
@@ -68,7 +70,7 @@ class _Translator:
         return "".join(self.out)
 
     def quoted(self, code: int) -> str:
-        if code == 0 and not self.wide:
+        if code == 0:
             raise self.refuse("asks for NUL")
         return _quoted(code)
 
@@ -195,7 +197,7 @@ class _Translator:
                 continue
             if high < low:
                 raise self.refuse("has a range upside down")
-            if not (negated or self.wide):
+            if not negated:
                 low = max(low, 1)
             if low <= high:
                 parts.append(_quoted(low) if low == high else f"{_quoted(low)}-{_quoted(high)}")
@@ -204,7 +206,7 @@ class _Translator:
         inside = "".join(parts)
         if not negated:
             return f"[{inside}]"
-        return f"[^{inside}]" if self.wide else rf"[^\x00{inside}]"
+        return rf"[^\x00{inside}]"
 
     def member(self, wide: bool) -> int | str:
         char = self.pattern[self.at]

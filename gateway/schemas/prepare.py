@@ -16,7 +16,22 @@ from gateway.schemas.width import check_width
 from shared.grammars import MAX_SCHEMA_BYTES, GrammarError, read_schema
 
 LENIENT: Final = {"x-guidance": {"lenient": True}}
-_PLAIN: Final = frozenset(("type", "properties", "required", "items", "enum", "const", "anyOf", "$ref", "$defs", "definitions", "$schema", "$id"))
+_PLAIN: Final = frozenset(
+    (
+        "type",
+        "properties",
+        "required",
+        "items",
+        "enum",
+        "const",
+        "anyOf",
+        "$ref",
+        "$defs",
+        "definitions",
+        "$schema",
+        "$id",
+    )
+)
 
 
 def prepare(source: str, is_empty: IsEmpty) -> str:
@@ -25,7 +40,9 @@ def prepare(source: str, is_empty: IsEmpty) -> str:
     if not isinstance(root, dict):
         return source
     made = constraints_of(root, lenient=lenient)
-    num_bytes = len(json.dumps(made, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
+    num_bytes = len(
+        json.dumps(made, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    )
     if num_bytes > MAX_SCHEMA_BYTES:
         raise GrammarError(f"a schema may have at most {MAX_SCHEMA_BYTES} bytes, annotations not counted")
     made = rewrite(made)
@@ -43,7 +60,22 @@ def simpler(prepared: str) -> list[str]:
     root, lenient = read_schema(prepared)
     if not (lenient and isinstance(root, dict)):
         return []
-    no_bounds = rebuild(root, lambda made, _: _without(made, ("pattern", "format", "multipleOf", "patternProperties", "minLength", "maxLength", "minItems", "maxItems")))
+    no_bounds = rebuild(
+        root,
+        lambda made, _: _without(
+            made,
+            (
+                "pattern",
+                "format",
+                "multipleOf",
+                "patternProperties",
+                "minLength",
+                "maxLength",
+                "minItems",
+                "maxItems",
+            ),
+        ),
+    )
     plain = rebuild(root, lambda made, _: {key: value for key, value in made.items() if key in _PLAIN})
     kind = root.get("type")
     shape = {"type": kind} if isinstance(kind, str | list) else {}

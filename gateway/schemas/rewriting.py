@@ -83,7 +83,9 @@ def _choose(made: Json) -> None:
             count *= len(other)
         if count + len(ways) > _MAX_WAYS:
             return
-        for missing in product(*others):  # none where another branch asks for nothing more: this one never holds alone
+        for missing in product(
+            *others
+        ):  # none where another branch asks for nothing more: this one never holds alone
             ways.append({"type": "object", "required": mine, "properties": dict.fromkeys(missing, False)})
     if not ways:
         return
@@ -98,7 +100,7 @@ def _condition(made: Json) -> None:
         return
     then, otherwise = made.pop("then", True), made.pop("else", True)
     del made["if"]
-    ways = [{"required": needed, "allOf": [then]}]
+    ways: list[Json] = [{"required": needed, "allOf": [then]}]
     ways += [{"properties": {name: False}, "allOf": [otherwise]} for name in needed]
     _also(made, {"anyOf": ways})
 

@@ -19,8 +19,8 @@ SINGLE: Final = (
 IN_PLACE: Final = ("anyOf", "oneOf", "allOf", "not", "if", "then", "else", "$ref")
 """Keywords whose schemas are about the same value as the schema that holds them."""
 
-Step = str | int
-Place = tuple[Step, ...]
+Place = tuple[Any, ...]
+"""Steps from a schema to one inside it: a keyword, and behind some a name or an index."""
 
 
 def inner(schema: Json) -> Iterator[tuple[Place, Any]]:

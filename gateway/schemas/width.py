@@ -45,7 +45,9 @@ def _width(schema: Any, root: Any, widths: dict[int, int], depth: int) -> int:
         total += _width(part, root, widths, depth + 1) - 1
     alternatives = [_width(part, root, widths, depth + 1) for part in _list(schema, "anyOf")]
     if alternatives:
-        total = sum(total - 1 + width for width in alternatives) if optional else total - 1 + sum(alternatives)
+        total = (
+            sum(total - 1 + width for width in alternatives) if optional else total - 1 + sum(alternatives)
+        )
     widths[id(schema)] = total
     return total
 

@@ -16,7 +16,9 @@ from worker.constraints.regex_parse import EMPTY, Alt, Cat, Node, Repeat, Unsupp
 _ANNOTATIONS = frozenset(("title", "description", "default", "examples", "$schema", "$id", "$comment"))
 _INTEGER = parse(r"-?(?:0|[1-9][0-9]*)")
 _NUMBER = parse(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
-_CHARACTER = parse(r"[^\x00-\x1f\"\\\x7f]|\\[\"\\bfnrt]")  # one spelling each, as `shared.grammars.ESCAPES` has it
+_CHARACTER = parse(
+    r"[^\x00-\x1f\"\\\x7f]|\\[\"\\bfnrt]"
+)  # one spelling each, as `shared.grammars.ESCAPES` has it
 _SPACE = parse(WHITESPACE)
 _COMMA = Cat((_SPACE, literal(","), _SPACE))
 _MAX_DEPTH = 16
