@@ -24,7 +24,7 @@ _SILENT: Final = frozenset(("$defs", "definitions", "$schema", "$id", "id", "$an
 
 def close_objects(root: Any) -> Any:
     """The schema with its objects closed. There must be no `oneOf` left: its branches are compared as they were written."""
-    if any("$dynamicRef" in node or "$recursiveRef" in node for node in every(root)):
+    if any(_leads_away(node, root) for node in every(root)):
         return root
     shared = _shared(root)
 
@@ -34,6 +34,14 @@ def close_objects(root: Any) -> Any:
         return made
 
     return rebuild(root, close, skip=("not", "if"))
+
+
+def _leads_away(schema: Json, root: Any) -> bool:
+    """Whether a schema refers to one that cannot be told from here: it may be a part of any object."""
+    if "$dynamicRef" in schema or "$recursiveRef" in schema:
+        return True
+    ref = schema.get("$ref")
+    return isinstance(ref, str) and target(root, ref) is None
 
 
 def _closes(schema: Json) -> bool:

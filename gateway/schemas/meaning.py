@@ -12,7 +12,7 @@ from math import gcd
 from typing import Any, Final
 
 from gateway.schemas.patterns import translate
-from gateway.schemas.tree import Json, every, rebuild
+from gateway.schemas.tree import Json, rebuild
 from shared.grammars import GrammarError
 
 FORMATS: Final = frozenset(
@@ -50,15 +50,10 @@ _OLD_DRAFTS: Final = ("draft-03", "draft-04", "draft-06", "draft-07", "2019-09")
 
 def constraints_of(root: Any, *, lenient: bool, wide: bool = False) -> Any:
     """The schema without what constrains nothing; `wide`: with patterns read wide, and no formats. Raises `GrammarError`."""
-    steps = _ref_steps(root)
     is_old = isinstance(root, dict) and any(draft in str(root.get("$schema")) for draft in _OLD_DRAFTS)
 
-    def clean(made: Json, original: Json) -> Json:
-        kept = {
-            key: value
-            for key, value in made.items()
-            if key in _CONSTRAINTS or (key in steps and original is root)
-        }
+    def clean(made: Json, _: Json) -> Json:
+        kept = {key: value for key, value in made.items() if key in _CONSTRAINTS}
         _drop_idle(kept, is_old)
         if wide:
             kept.pop("format", None)
@@ -95,12 +90,6 @@ def constraints_of(root: Any, *, lenient: bool, wide: bool = False) -> Any:
         return kept
 
     return rebuild(root, clean)
-
-
-def _ref_steps(root: Any) -> set[str]:
-    """The first steps of references within the document: schemas may be kept under names that JSON Schema does not know."""
-    refs = (node.get("$ref") for node in every(root))
-    return {ref[2:].split("/")[0] for ref in refs if isinstance(ref, str) and ref.startswith("#/")}
 
 
 def _drop_idle(kept: Json, is_old: bool) -> None:
@@ -216,8 +205,8 @@ def _unspeakable(value: Any) -> str:
 def _check_least(kept: Json) -> None:
     """Names that are not listed may come twice in an answer, and count once. Raises `GrammarError`."""
     least, needed = kept.get("minProperties"), kept.get("required", [])
-    if isinstance(least, int) and isinstance(needed, list) and least > len(needed) + 1:
-        if "patternProperties" in kept or kept.get("additionalProperties") is not False:
-            raise GrammarError(
-                "minProperties above 1 needs names that are required: names that are not listed could repeat"
-            )
+    is_open = "patternProperties" in kept or kept.get("additionalProperties") is not False
+    if is_open and isinstance(least, int) and isinstance(needed, list) and least > len(needed) + 1:
+        raise GrammarError(
+            "minProperties above 1 needs names that are required: names that are not listed could repeat"
+        )

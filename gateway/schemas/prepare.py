@@ -10,6 +10,7 @@ from typing import Any, Final
 from gateway.schemas.closing import close_objects
 from gateway.schemas.meaning import constraints_of
 from gateway.schemas.one_of import IsEmpty, decide
+from gateway.schemas.references import gather
 from gateway.schemas.rewriting import rewrite
 from gateway.schemas.tree import Json, every, rebuild
 from gateway.schemas.width import check_width
@@ -39,6 +40,7 @@ def prepare(source: str, is_empty: IsEmpty) -> str:
     root, lenient = read_schema(source)
     if not isinstance(root, dict):
         return source
+    root = gather(root)
     made = constraints_of(root, lenient=lenient)
     num_bytes = len(
         json.dumps(made, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")

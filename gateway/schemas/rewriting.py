@@ -83,10 +83,11 @@ def _choose(made: Json) -> None:
             count *= len(other)
         if count + len(ways) > _MAX_WAYS:
             return
-        for missing in product(
-            *others
-        ):  # none where another branch asks for nothing more: this one never holds alone
-            ways.append({"type": "object", "required": mine, "properties": dict.fromkeys(missing, False)})
+        # None where another branch asks for nothing more: this one never holds alone.
+        ways += [
+            {"type": "object", "required": mine, "properties": dict.fromkeys(missing, False)}
+            for missing in product(*others)
+        ]
     if not ways:
         return
     del made["oneOf"]  # what is no object matches every branch, so none of them
