@@ -21,10 +21,10 @@ MAX_REPEATS: Final = 100_000  # what a pattern's counted repeats may expand to, 
 MAX_DEPTH: Final = 64
 
 LIMITS: Final[dict[str, Any]] = {
-    "max_items_in_row": 4_000,
+    "max_items_in_row": 3_000,
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
-    "step_max_items": 20_000,
+    "step_max_items": 12_000,
     "max_lexer_states": 50_000,
     "max_grammar_size": 200_000,
     "verbose_errors": False,

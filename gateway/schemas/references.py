@@ -13,7 +13,8 @@ def gather(root: Json) -> Json:
     moved: dict[str, str] = {}  # reference → where its target stands now
     found: Json = {}
     level: list[Json] = list(every(root))
-    taken = root.get("$defs") if isinstance(root.get("$defs"), dict) else {}
+    defined = root.get("$defs")
+    taken: Json = defined if isinstance(defined, dict) else {}
     while level:
         ref = level.pop().get("$ref")
         if not isinstance(ref, str) or ref in moved:

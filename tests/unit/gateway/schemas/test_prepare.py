@@ -36,7 +36,7 @@ def leniently(schema: dict[str, Any]) -> str:
 def accepts(source: str, text: str) -> bool:
     matcher = LLMatcher(_tokenizer(), spell(Grammar("json_schema", source)), log_level=0)
     data = list(text.encode())
-    return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
+    return matcher.try_consume_tokens(data) == len(data) and bool(matcher.is_accepting())
 
 
 def answers_are_valid(schema: Any, source: str, *, seed: int = 0, num: int = 6) -> int:
@@ -170,7 +170,9 @@ OVERLAPPING = {
         ({"type": "array", "items": {"type": "null"}, "uniqueItems": True}, "uniqueItems"),
     ],
 )  # fmt: skip
-def test_refused_in_words_and_left_out_where_the_client_is_lenient(schema: dict[str, Any], words: str) -> None:
+def test_refused_in_words_and_left_out_where_the_client_is_lenient(
+    schema: dict[str, Any], words: str
+) -> None:
     with pytest.raises(GrammarError, match=re.escape(words)):
         strictly(schema)
     assert leniently(schema)
@@ -195,7 +197,9 @@ def test_many_optional_properties_are_kept_to_the_end_or_refused_by_count() -> N
             strictly(schema)
 
 
-@pytest.mark.parametrize("pattern", [r"a\d\w\s[\d_]", r"[^a-c\w]\D\W\S", "x.y", r"[\]\-^]", r"\u{1F642}\uD83D\uDE42", "(?<n>a|b)+"])
+@pytest.mark.parametrize(
+    "pattern", [r"a\d\w\s[\d_]", r"[^a-c\w]\D\W\S", "x.y", r"[\]\-^]", r"\u{1F642}\uD83D\uDE42", "(?<n>a|b)+"]
+)
 def test_patterns_are_narrow_for_answers_and_wide_for_comparison(pattern: str) -> None:
     python = pattern.replace(r"\u{1F642}\uD83D\uDE42", "🙂🙂").replace("(?<n>", "(?P<n>")
     source = json.dumps({"type": "string", "pattern": translate(pattern), "maxLength": 8})
@@ -208,7 +212,13 @@ def test_patterns_are_narrow_for_answers_and_wide_for_comparison(pattern: str) -
 
 
 def test_deep_and_odd_schemas_are_refused_without_a_traceback() -> None:
-    for source in ("[1]", '{"properties":3,"anyOf":"x"}', '{"items":{"$ref":"#/nothing"}}', '{"oneOf":{}}', '{"pattern":5}'):
+    for source in (
+        "[1]",
+        '{"properties":3,"anyOf":"x"}',
+        '{"items":{"$ref":"#/nothing"}}',
+        '{"oneOf":{}}',
+        '{"pattern":5}',
+    ):
         answer = judge(Grammar("json_schema", source), _tokenizer())
         assert answer.error or answer.source
     with pytest.raises(GrammarError):
@@ -218,7 +228,7 @@ def test_deep_and_odd_schemas_are_refused_without_a_traceback() -> None:
 # ---------------------------------------------------------------------- schemas drawn at random
 
 NAMES = st.sampled_from(["a", "b", 'q"', "é", "x-1", "A"])
-PATTERNS = st.sampled_from(["^[^\"]+$", "^[a-c]{1,3}$", r"\d", r"^\S*$", "^.$", r"^[^\\x]$", "a|b", r"^\W"])
+PATTERNS = st.sampled_from(['^[^"]+$', "^[a-c]{1,3}$", r"\d", r"^\S*$", "^.$", r"^[^\\x]$", "a|b", r"^\W"])
 
 
 def _objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -259,7 +269,11 @@ def _level(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         _objects(inner),
         st.fixed_dictionaries(
             {"type": st.just("array"), "items": inner},
-            optional={"minItems": st.integers(0, 2), "maxItems": st.integers(2, 3), "uniqueItems": st.just(False)},
+            optional={
+                "minItems": st.integers(0, 2),
+                "maxItems": st.integers(2, 3),
+                "uniqueItems": st.just(False),
+            },
         ),
         st.builds(lambda parts: {"anyOf": parts}, several),
         st.builds(lambda parts: {"oneOf": parts}, several),
