@@ -56,7 +56,8 @@ def limits_of(grammar: Grammar) -> dict[str, Any]:
 
 def reason(text: str) -> str:
     """llguidance's own words without its state dump, on one line and short enough for a message."""
-    return " ".join(text.split("<state>", 1)[0].replace("<non-verbose/>", "").split())[:300]
+    words = " ".join(text.split("<state>", 1)[0].replace("<non-verbose/>", "").split())[:300]
+    return "no text satisfies it" if words == "NoExtensionBias" else words
 
 
 def spell(grammar: Grammar) -> str:

@@ -79,6 +79,7 @@ def constraints_of(root: Any, *, lenient: bool, wide: bool = False) -> Any:
                     raise
                 del kept["patternProperties"]
                 kept.pop("additionalProperties", None)  # it spoke of the properties that no pattern matches
+        _clamp(kept)
         for key in (*_NUMBERS, "const", "enum"):
             why = _unspeakable(kept[key]) if key in kept else ""
             if why and not lenient:
@@ -184,6 +185,24 @@ def _survives(value: float) -> bool:
     while not scaled.is_integer() and tens < 20:
         scaled, tens = scaled * 10, tens + 1
     return scaled <= 0xFFFFFFFF and Decimal(int(scaled)).scaleb(-tens) == Decimal(repr(value))
+
+
+def _clamp(kept: Json) -> None:
+    """Bounds beyond ±2^53 at ±2^53: readers of JSON round what lies beyond, and an automaton of its digits is large."""
+    for key, most in (
+        ("maximum", _EXACT),
+        ("exclusiveMaximum", _EXACT),
+        ("minimum", -_EXACT),
+        ("exclusiveMinimum", -_EXACT),
+    ):
+        value = kept.get(key)
+        if (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and (value > most) == (most > 0)
+            and value != most
+        ):
+            kept[key] = most
 
 
 def _unspeakable(value: Any) -> str:

@@ -79,6 +79,7 @@ X = {"properties": {"x": {"type": "integer"}}, "required": ["x"]}
         ({"type": "string", "format": "uuid4"}, ['"x"'], ["1"]),
         ({"type": "string", "format": "date"}, ['"2024-02-01"'], ['"x"']),
         ({"type": "number", "multipleOf": 0.07}, ["0.07", "0.21", "7"], ["0.08", "1"]),
+        ({"type": "integer", "minimum": -9.7e26, "maximum": 9223372036854775807}, ["5", "-5"], ["1.5"]),
         ({"type": "number", "multipleOf": 0.01, "title": "t"}, ["0.29", "-3.5"], ["0.001"]),
         # Said otherwise.
         (
@@ -166,6 +167,9 @@ OVERLAPPING = {
         ({"type": "string", "pattern": r"^(a)\1$"}, "refers back"),
         ({"type": "integer", "multipleOf": 1999993}, "at most 10000 remainders"),
         ({"const": 12345678901234567890}, "beyond ±2^53"),
+        ({"minimum": 12345678901234567890}, "beyond ±2^53"),
+        ({"const": "\u0001"}, "control character"),
+        ({"type": "string", "pattern": r"^\cA$"}, "no text satisfies it"),
         ({"type": "object", "additionalProperties": {"type": "null"}, "minProperties": 3}, "could repeat"),
         ({"type": "array", "items": {"type": "null"}, "uniqueItems": True}, "uniqueItems"),
     ],
