@@ -79,7 +79,7 @@ def constraints_of(root: Any, *, lenient: bool, wide: bool = False) -> Any:
                     raise
                 del kept["patternProperties"]
                 kept.pop("additionalProperties", None)  # it spoke of the properties that no pattern matches
-        _clamp(kept)
+        _clamp(kept, wide)
         for key in (*_NUMBERS, "const", "enum"):
             why = _unspeakable(kept[key]) if key in kept else ""
             if why and not lenient:
@@ -187,7 +187,7 @@ def _survives(value: float) -> bool:
     return scaled <= 0xFFFFFFFF and Decimal(int(scaled)).scaleb(-tens) == Decimal(repr(value))
 
 
-def _clamp(kept: Json) -> None:
+def _clamp(kept: Json, wide: bool) -> None:
     """Bounds beyond ±2^53 at ±2^53: readers of JSON round what lies beyond, and an automaton of its digits is large."""
     for key, most in (
         ("maximum", _EXACT),
@@ -202,7 +202,10 @@ def _clamp(kept: Json) -> None:
             and (value > most) == (most > 0)
             and value != most
         ):
-            kept[key] = most
+            if wide:
+                del kept[key]
+            else:
+                kept[key] = most
 
 
 def _unspeakable(value: Any) -> str:

@@ -45,7 +45,11 @@ def decide(root: Any, wide: Any, is_empty: IsEmpty, *, lenient: bool) -> Any:
 
 class _Judge:
     def __init__(self, root: Any, is_empty: IsEmpty) -> None:
-        self.root = root
+        is_old = any(
+            draft in str(root.get("$schema")) for draft in ("draft-03", "draft-04", "draft-06", "draft-07")
+        )
+        self.read = _references_alone if is_old else _as_it_is
+        self.root = root = self.read(root)
         self.is_empty = is_empty
         self.num_pairs = 0
         refers_to_root = any(node.get("$ref") in ("#", "#/") for node in every(root))
@@ -54,7 +58,7 @@ class _Judge:
 
     def check(self, schema: Json) -> None:
         """Raises `GrammarError` when two branches of the schema's `oneOf` may overlap."""
-        branches = schema["oneOf"]
+        branches = [self.read(branch) for branch in schema["oneOf"]]
         beside = {key: value for key, value in schema.items() if key in ("type", "properties", "required")}
         for i, one in enumerate(branches):
             for j in range(i):
@@ -108,6 +112,25 @@ class _Judge:
                 break
             schema = found
         return schema
+
+
+def _as_it_is(schema: Any) -> Any:
+    return schema
+
+
+def _references_alone(schema: Any) -> Any:
+    """The schema as validators of older drafts read it: beside a `$ref` nothing counts."""
+
+    def alone(made: Json, _: Json) -> Json:
+        if "$ref" not in made:
+            return made
+        return {
+            key: value
+            for key, value in made.items()
+            if key in ("$ref", "$schema", "$id", "$defs", "definitions")
+        }
+
+    return rebuild(schema, alone)
 
 
 def _kinds(schema: Json) -> frozenset[str]:

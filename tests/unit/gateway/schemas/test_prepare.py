@@ -162,6 +162,15 @@ OVERLAPPING = {
         (OVERLAPPING, "oneOf: an answer could match branch 1 and branch 2 at once. Use anyOf"),
         ({"$defs": {"x": OVERLAPPING}, "items": {"$ref": "#/$defs/x"}}, "oneOf: an answer could match"),
         ({"oneOf": [{"type": "integer"}, {"type": "number", "minimum": 0}]}, "oneOf: an answer could match"),
+        ({"oneOf": [{"maximum": 1e20}, {"exclusiveMinimum": 9007199254740992}], "type": "integer"}, "oneOf"),
+        (
+            {
+                "$schema": "http://json-schema.org/draft-07/schema#",
+                "oneOf": [{"$ref": "#/definitions/x", "type": "null"}, {"$ref": "#/definitions/x", "type": "string"}],
+                "definitions": {"x": {"type": ["null", "string"]}},
+            },
+            "oneOf",
+        ),
         ({"oneOf": [{"type": "string", "format": "ipv4"}, {"type": "string", "format": "ipv6"}]}, "oneOf"),
         ({"type": "string", "pattern": "^(?!a)b"}, "looks ahead"),
         ({"type": "string", "pattern": r"^(a)\1$"}, "refers back"),
