@@ -248,7 +248,7 @@ class Core(Protocol):
     def check_capacity(self, model: ServedModel, tenant: str = "", num_new: int = 1) -> None:
         """Raises the error that `submit` would for lack of a place: call it before expensive preparation."""
 
-    async def check_grammar(self, grammar: Grammar, *, param: str) -> Grammar:
+    async def check_grammar(self, grammar: Grammar, *, param: str, tenant: str = "") -> Grammar:
         """The grammar as a worker takes it. Raises `RequestError` INVALID_GRAMMAR or QUEUE_FULL."""
 
     async def prepare_image(self, model: ServedModel, data_url: str, *, param: str) -> PreparedImage:

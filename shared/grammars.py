@@ -13,9 +13,30 @@ from shared.protocol import Grammar
 
 KINDS: Final = ("json_schema", "json_object", "regex", "choice", "lark")
 MAX_SOURCE_BYTES: Final = 64 << 10
+MAX_SCHEMA_BYTES: Final = 256 << 10  # of a JSON schema, its annotations not counted
+MAX_WRITTEN_BYTES: Final = 2 << 20  # of a JSON schema with everything that comes with it
 MAX_CHOICES: Final = 2048
+MAX_GRAMMAR_BYTES: Final = 24 << 20  # of memory, compiled and tried
 MAX_REPEATS: Final = 100_000  # what a pattern's counted repeats may expand to, nested ones multiplied
 MAX_DEPTH: Final = 64
+
+LIMITS: Final[dict[str, Any]] = {
+    "max_items_in_row": 3_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 12_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
+"""llguidance's limits for schemas, expressions and choices. A schema's own bound (`gateway.schemas.width`) and the trials are
+well within them, so that what was accepted does not fail in the middle of an answer."""
+
+LARK_LIMITS: Final[dict[str, Any]] = LIMITS | {"max_items_in_row": 2_000, "step_max_items": 2_000}
+"""For Lark, whose ambiguity may grow with the answer: a token is taken in about a millisecond, which decoding waits for."""
+
+ESCAPES: Final = 'nrbtf\\"'
+"""What may stand behind a backslash in JSON's strings: one spelling a character, so that keys and patterns are kept decoded."""
 
 WHITESPACE: Final = "[ ]?"
 """White space between JSON's tokens: one space or none. Unbounded space is where small models loop for ever."""
@@ -28,15 +49,27 @@ class GrammarError(ValueError):
     """A grammar that cannot be used; the message is for its sender."""
 
 
+def limits_of(grammar: Grammar) -> dict[str, Any]:
+    """llguidance's limits for a grammar of this kind."""
+    return LARK_LIMITS if grammar.kind == "lark" else LIMITS
+
+
+def reason(text: str) -> str:
+    """llguidance's own words without its state dump, on one line and short enough for a message."""
+    words = " ".join(text.split("<state>", 1)[0].replace("<non-verbose/>", "").split())[:300]
+    return "no text satisfies it" if words == "NoExtensionBias" else words
+
+
 def spell(grammar: Grammar) -> str:
     """The grammar in llguidance's own JSON, which llguidance may still refuse. Raises `GrammarError`."""
     try:
         num_bytes = len(grammar.source.encode())
     except UnicodeEncodeError:
         raise GrammarError("the grammar holds half a surrogate pair") from None
-    if num_bytes > MAX_SOURCE_BYTES:
-        raise GrammarError(f"a grammar may have at most {MAX_SOURCE_BYTES} bytes")
     kind, source = grammar.kind, grammar.source
+    most = MAX_WRITTEN_BYTES if kind == "json_schema" else MAX_SOURCE_BYTES
+    if num_bytes > most:
+        raise GrammarError(f"a grammar may have at most {most} bytes")
     if kind == "json_object":
         return _spell_schema({"type": "object"}, lenient=False)
     if kind == "json_schema":
@@ -196,7 +229,7 @@ def _spell_lark(lark: str) -> str:
 
 
 def _spell_schema(schema: Any, *, lenient: bool) -> str:
-    options = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
+    options = {"whitespace_pattern": WHITESPACE, "lenient": lenient, "json_allowed_escapes": ESCAPES}
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     return json.dumps({"grammars": [{"name": "start", "json_schema": {**schema, "x-guidance": options}}]})

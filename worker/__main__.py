@@ -1,7 +1,7 @@
 """Owns the worker process: its threads, signals and exit code. The main thread only waits.
 
-Threads: `worker-io` has the ROUTER socket; `grammar-compiler` turns grammars into constraints, with a process of its
-own; `decode` builds the model and runs the engine, and alone touches torch.
+Threads: `worker-io` has the ROUTER socket; `grammar-compiler-quick` and `-slow` turn grammars into
+constraints, each with a process of its own; `decode` builds the model and runs the engine, and alone touches torch.
 """
 
 from __future__ import annotations

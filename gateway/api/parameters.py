@@ -64,6 +64,8 @@ class ResponseFormat(Known, kw_only=True):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema: Json | None = None  # of a json_object, as some servers take it
+    strict: bool | None = None
 
 
 class StructuredOutputs(Known, kw_only=True):

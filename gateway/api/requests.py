@@ -95,7 +95,7 @@ async def check_fields(
         min_tokens=fields.min_tokens or 0,
         priority=fields.priority or 0,
         ignore_eos=bool(fields.ignore_eos),
-        grammar=await grammar(core, fields, wanted),
+        grammar=await grammar(core, fields, wanted, tenant=tenant),
     )
 
 

@@ -215,7 +215,7 @@ def _format(text: TextOptions | None) -> Wanted | None:
     wanted = text.format if text is not None else None
     if wanted is None or wanted.type == "text":
         return None
-    if wanted.type == "json_object":
+    if wanted.type == "json_object" and wanted.schema is None:
         return Grammar("json_object", "{}"), "text.format"
     if wanted.schema is None:
         raise invalid("json_schema needs a schema", "text.format.schema")

@@ -7,9 +7,8 @@ from typing import Any, Final
 import msgspec
 
 from gateway.api.parameters import Json, ResponseFormat, SamplingFields, invalid
-from gateway.api.schemas import close_objects
 from gateway.generation import Core
-from shared.grammars import MAX_CHOICES, MAX_DEPTH, MAX_SOURCE_BYTES
+from shared.grammars import MAX_CHOICES, MAX_SOURCE_BYTES, MAX_WRITTEN_BYTES
 from shared.protocol import Grammar
 
 Wanted = tuple[Grammar, str]
@@ -18,7 +17,9 @@ Wanted = tuple[Grammar, str]
 _KINDS: Final = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark"}
 
 
-async def grammar(core: Core, fields: SamplingFields, more: Wanted | None = None) -> Grammar | None:
+async def grammar(
+    core: Core, fields: SamplingFields, more: Wanted | None = None, *, tenant: str = ""
+) -> Grammar | None:
     """The constraint a body asks for, checked by compiling it. Raises `RequestError` naming the field."""
     found = _wanted(fields)
     if more is not None:
@@ -30,7 +31,7 @@ async def grammar(core: Core, fields: SamplingFields, more: Wanted | None = None
     (asked, param) = found[0]
     if fields.min_tokens:
         raise invalid(f"does not go with {param}: a finished answer could not end", "min_tokens")
-    return await core.check_grammar(asked, param=param)
+    return await core.check_grammar(asked, param=param, tenant=tenant)
 
 
 def format_grammar(asked: ResponseFormat | None) -> Wanted | None:
@@ -38,6 +39,8 @@ def format_grammar(asked: ResponseFormat | None) -> Wanted | None:
     if asked is None or asked.type == "text":
         return None
     if asked.type == "json_object":
+        if asked.schema is not None:
+            return schema_grammar(asked.schema, "response_format.schema", strict=asked.strict)
         return Grammar("json_object", "{}"), "response_format"
     param = "response_format.json_schema.schema"
     wanted = asked.json_schema
@@ -47,18 +50,15 @@ def format_grammar(asked: ResponseFormat | None) -> Wanted | None:
 
 
 def schema_grammar(schema: Json, param: str, *, strict: bool | None) -> Wanted:
-    """A JSON schema, within bounds of size and depth. Raises `RequestError`.
+    """A JSON schema, as the client wrote it. Raises `RequestError`.
 
-    Objects that list their properties have no others (see `schemas`). Where `strict` is false, they may, and keywords
+    Objects that list their properties have no others (see `gateway.schemas`). Where `strict` is false, they may, and keywords
     that cannot be kept are left out of the constraint instead of refused.
     """
-    _check_depth(schema, param)
-    if strict is not False:
-        schema = close_objects(schema)
     options = {"x-guidance": {"lenient": True}} if strict is False else {}
     text = msgspec.json.encode({key: value for key, value in schema.items() if key != "x-guidance"} | options)
-    if len(text) > MAX_SOURCE_BYTES:
-        raise invalid(f"a schema may have at most {MAX_SOURCE_BYTES} bytes", param)
+    if len(text) > MAX_WRITTEN_BYTES:
+        raise invalid(f"a schema may have at most {MAX_WRITTEN_BYTES} bytes, annotations included", param)
     return Grammar("json_schema", text.decode()), param
 
 
@@ -105,17 +105,3 @@ def constraint(name: str, value: Any, param: str) -> Wanted:
     if len(value.encode()) > MAX_SOURCE_BYTES:
         raise invalid(f"at most {MAX_SOURCE_BYTES} bytes are accepted", param)
     return Grammar(_KINDS[name], value), param
-
-
-def _check_depth(schema: Json, param: str) -> None:
-    level: list[Any] = [schema]
-    for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise invalid(f"a schema may be nested at most {MAX_DEPTH} levels deep", param)

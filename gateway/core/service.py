@@ -140,9 +140,9 @@ class Service:
         served = [worker.model for worker in self._workers]
         return [model for model in self._catalog.models() if any(model is other for other in served)]
 
-    async def check_grammar(self, grammar: wire.Grammar, *, param: str) -> wire.Grammar:
+    async def check_grammar(self, grammar: wire.Grammar, *, param: str, tenant: str = "") -> wire.Grammar:
         """See `Core.check_grammar`."""
-        return await self.grammars.check(grammar, param=param)
+        return await self.grammars.check(grammar, param=param, tenant=tenant)
 
     async def prepare_image(self, model: ServedModel, data_url: str, *, param: str) -> PreparedImage:
         """See `Core.prepare_image`. Refuses before decoding when the answer would be QUEUE_FULL anyway."""

@@ -149,7 +149,7 @@ WRONG: dict[str, tuple[dict[str, Any], Refused]] = {
     "no regex": ({"regex": "("}, Refused("invalid_grammar", "regex")),
     "no choices": ({"choice": []}, Refused("invalid_request", "choice")),
     "no schema": ({"json": "[]"}, Refused("invalid_request", "json")),
-    "deep schema": ({"json": '{"items":' * 80 + "{}" + "}" * 80}, Refused("invalid_request", "json")),
+    "deep schema": ({"json": '{"items":' * 80 + "{}" + "}" * 80}, Refused("invalid_grammar", "json")),
 }
 
 

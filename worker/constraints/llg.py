@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
-from shared.grammars import GrammarError, spell
+from shared.grammars import GrammarError, limits_of, reason, spell
 from shared.protocol import Grammar
 from worker.constraints.constraint import Constraint
 
@@ -21,15 +21,6 @@ I32 = npt.NDArray[np.int32]
 MaskExecutor = LLExecutor
 
 _REFUSED = "doesn't satisfy the grammar"
-_LIMITS = LLParserLimits(
-    max_items_in_row=2000,
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=200_000,
-    step_max_items=2_000,  # bounds `advance`, which the decode thread waits for, to about a millisecond
-    max_lexer_states=50_000,  # 1 to 2 kB each: bounds the memory of one grammar
-    max_grammar_size=200_000,
-    verbose_errors=False,
-)
 
 
 class Vocabulary:
@@ -92,7 +83,9 @@ class LlgConstraint:
 
 def compile_llg(grammar: Grammar, vocabulary: Vocabulary) -> LlgConstraint:
     """Compile within llguidance's limits. Raises `GrammarError`. Releases the global lock while it works."""
-    matcher = LLMatcher(vocabulary.tokenizer, spell(grammar), log_level=0, limits=_LIMITS)
+    matcher = LLMatcher(
+        vocabulary.tokenizer, spell(grammar), log_level=0, limits=LLParserLimits(**limits_of(grammar))
+    )
     if matcher.is_error():
         raise GrammarError(reason(matcher.get_error()))
     return LlgConstraint(matcher, vocabulary.end_ids)
@@ -111,8 +104,3 @@ def fill_in_parallel(
         masks.shape[0],
     )
     return [(i, reason(matcher.get_error())) for i, matcher in batch if matcher.is_error()]
-
-
-def reason(text: str) -> str:
-    """llguidance's own words without its state dump, on one line and short enough for a message."""
-    return " ".join(text.split("<state>", 1)[0].replace("<non-verbose/>", "").split())[:300]

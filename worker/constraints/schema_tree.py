@@ -17,8 +17,8 @@ _ANNOTATIONS = frozenset(("title", "description", "default", "examples", "$schem
 _INTEGER = parse(r"-?(?:0|[1-9][0-9]*)")
 _NUMBER = parse(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _CHARACTER = parse(
-    r"[^\x00-\x1f\"\\\x7f]|\\(?:[\"\\bfnrt]|u00(?:0[0-9a-fA-F]|1[0-9a-fA-F]|7[fF]))"
-)  # no \/, and \u for control characters only
+    r"[^\x00-\x1f\"\\\x7f]|\\[\"\\bfnrt]"
+)  # one spelling each, as `shared.grammars.ESCAPES` has it
 _SPACE = parse(WHITESPACE)
 _COMMA = Cat((_SPACE, literal(","), _SPACE))
 _MAX_DEPTH = 16

@@ -1,26 +1,26 @@
-"""Owns compiling grammars in a process of its own with bounded memory, which reads jobs from stdin.
+"""Owns compiling grammars in a process of its own with bounded memory, which forks for each job it reads from stdin.
 
-Started by `worker.wire.compiler` as `python -m worker.wire.compiler_process <memory bytes>` and killed when a job takes
-too long. Building an automaton is Python code; in the worker it would hold the decode thread's lock for milliseconds.
+Started by `worker.wire.compile_child` as `python -m worker.wire.compiler_process <memory bytes>`. Building an automaton is
+Python code; in the worker it would hold the decode thread's lock for milliseconds.
 """
 
 from __future__ import annotations
 
+import gc
 from typing import BinaryIO
 
 import msgspec
 import numpy as np
-from llguidance import LLMatcher
 
 from shared.confined import read, run_confined, write
-from shared.grammars import ascii_classes, read_choices, read_schema
+from shared.forked_jobs import bytes_in_use, serve_forked
+from shared.grammars import MAX_GRAMMAR_BYTES, ascii_classes, read_choices, read_schema
 from shared.protocol import Grammar
+from shared.trials import Trial
 from worker.constraints.automaton import TokenBytes, TokenTables, choice_tables, text_tables
 from worker.constraints.llg import Vocabulary, compile_llg
 from worker.constraints.regex_parse import Unsupported, parse
 from worker.constraints.schema_tree import schema_tree
-
-TRIAL_STEPS = 32
 
 
 class Setup(msgspec.Struct, array_like=True):
@@ -39,11 +39,13 @@ class Table(msgspec.Struct, array_like=True):
 
 
 class Answer(msgspec.Struct, array_like=True):
-    """The answer to a grammar: why it is refused, or its automaton, or neither, if llguidance has to run it."""
+    """The answer to a grammar: why it is refused, or its automaton, or neither, if llguidance has to run it, and the memory it
+    takes, as measured here."""
 
     error: str = ""
     tables: list[Table] = []
     end: int = 0
+    num_bytes: int = 0
 
 
 def automaton_for(grammar: Grammar, tokens: TokenBytes) -> TokenTables:
@@ -58,34 +60,31 @@ def automaton_for(grammar: Grammar, tokens: TokenBytes) -> TokenTables:
 
 
 def answer(grammar: Grammar, vocabulary: Vocabulary, tokens: TokenBytes) -> Answer:
-    """Compile with llguidance and as an automaton; a few steps find grammars whose masks exceed llguidance's limits."""
+    """Compile with llguidance and as an automaton; some steps find grammars whose masks exceed llguidance's limits."""
+    before = bytes_in_use()
     try:
         constraint = compile_llg(grammar, vocabulary)
+        num_bytes = max(0, bytes_in_use() - before)
+        tables: TokenTables | None
         try:
             tables = automaton_for(grammar, tokens)
         except Unsupported:
-            _walk(constraint.matcher, vocabulary)
+            tables = None
+        if tables is None:
+            gc.collect()
+            started_bytes = bytes_in_use()
+            Trial(constraint.matcher, vocabulary.end_ids, vocabulary.tokenizer.tokenize_bytes).run()
             constraint.check()
-            return Answer()
+            num_bytes += max(0, bytes_in_use() - started_bytes)
+            if num_bytes > MAX_GRAMMAR_BYTES:
+                return Answer(f"compiled it takes more than {MAX_GRAMMAR_BYTES >> 20} MiB")
+            return Answer(num_bytes=num_bytes)
     except ValueError as error:
         return Answer(str(error) or "the grammar cannot be compiled")
     arrays = (tables.next_state, tables.class_of, tables.mask_of, tables.masks)
-    return Answer("", [Table(list(array.shape), array.tobytes()) for array in arrays], tables.end)
-
-
-def _walk(matcher: LLMatcher, vocabulary: Vocabulary) -> None:
-    words = np.zeros((vocabulary.vocab_size + 31) // 32, np.int32)
-    rng = np.random.default_rng(0)
-    for _ in range(TRIAL_STEPS):
-        matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        if matcher.is_error():
-            return
-        allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
-        if not len(allowed):
-            return
-        token_id = int(allowed[rng.integers(len(allowed))])
-        if token_id in vocabulary.end_ids or not matcher.consume_token(token_id):
-            return
+    return Answer(
+        "", [Table(list(array.shape), array.tobytes()) for array in arrays], tables.end, tables.num_bytes
+    )
 
 
 def tables_of(answer: Answer) -> TokenTables:
@@ -99,17 +98,24 @@ def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
     first = read(stdin)
     if first is None:
         return
-    setup = msgspec.msgpack.decode(first[0], type=Setup)
+    setup = msgspec.msgpack.decode(first[1], type=Setup)
     vocabulary = Vocabulary(setup.tokenizer_json, setup.vocab_size, setup.end_ids)
     tokens = TokenBytes(vocabulary.token_bytes, setup.end_ids)
-    write(stdout, msgspec.msgpack.encode(Answer()))
     decode = msgspec.msgpack.Decoder(Grammar).decode
-    while message := read(stdin):
+
+    def work(body: bytes) -> bytes:
         try:
-            said = answer(decode(message[0]), vocabulary, tokens)
+            said = answer(decode(body), vocabulary, tokens)
         except MemoryError:
             said = Answer("compiling the grammar takes more memory than allowed")
-        write(stdout, msgspec.msgpack.encode(said))
+        return msgspec.msgpack.encode(said)
+
+    work(
+        msgspec.msgpack.encode(Grammar("json_object", "{}"))
+    )  # what is loaded when first used is loaded before the forks
+    gc.freeze()
+    write(stdout, b"")
+    serve_forked(stdin, stdout, work)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class FakeCore:
         if num_new > self.num_places:
             raise RequestError(ErrorCode.QUEUE_FULL, "full")
 
-    async def check_grammar(self, grammar: wire.Grammar, *, param: str) -> wire.Grammar:
+    async def check_grammar(self, grammar: wire.Grammar, *, param: str, tenant: str = "") -> wire.Grammar:
         return grammar
 
     async def prepare_image(self, model: ServedModel, data_url: str, *, param: str) -> PreparedImage:

@@ -12,7 +12,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from shared.grammars import MAX_CHOICES, GrammarError, ascii_classes, check_repeats, spell
+from shared.grammars import ESCAPES, MAX_CHOICES, GrammarError, ascii_classes, check_repeats, spell
 from shared.protocol import Grammar
 from worker.constraints.constraint import Constraint
 from worker.constraints.llg import LlgConstraint, Vocabulary, compile_llg
@@ -197,7 +197,11 @@ def test_ordinary_repeats_pass() -> None:
 def test_spelling_ignores_the_clients_own_options() -> None:
     source = '{"type":"null","x-guidance":{"whitespace_pattern":"x*","lenient":true}}'
     spelled = json.loads(spell(Grammar("json_schema", source)))["grammars"][0]["json_schema"]
-    assert spelled["x-guidance"] == {"whitespace_pattern": "[ ]?", "lenient": True}
+    assert spelled["x-guidance"] == {
+        "whitespace_pattern": "[ ]?",
+        "lenient": True,
+        "json_allowed_escapes": ESCAPES,
+    }
 
 
 def test_types() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gateway.api.schemas import close_objects
+from gateway.schemas.closing import close_objects
 
 NAME = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 CLOSED_NAME = NAME | {"additionalProperties": False}
@@ -27,6 +27,15 @@ CLOSED_NAME = NAME | {"additionalProperties": False}
                 "$defs": {"N": CLOSED_NAME},
                 "properties": {"n": {"$ref": "#/$defs/N"}},
                 "title": "T",
+                "additionalProperties": False,
+            },
+        ),
+        # A schema that says nothing of the object's properties stands beside it.
+        (
+            {"items": {"allOf": [NAME]}, "properties": {"a": {"type": "string"}}},
+            {
+                "items": {"allOf": [NAME]},
+                "properties": {"a": {"type": "string"}},
                 "additionalProperties": False,
             },
         ),
@@ -59,9 +68,19 @@ def test_closed(schema: dict[str, Any], closed: dict[str, Any]) -> None:
         NAME | {"required": ["name", "other"]},  # closed, nothing would satisfy it
         NAME | {"patternProperties": {"^x": {}}},
         {"allOf": [NAME, {"properties": {"age": {"type": "integer"}}}]},
-        {"items": {"allOf": [NAME]}, "properties": {"a": {"type": "string"}}},
+        {"items": {"allOf": [NAME]}},
         NAME | {"anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
         NAME | {"$ref": "#/$defs/More"},
+        NAME | {"anyOf": [{"properties": {"x": {"type": "integer"}}, "required": ["x"]}]},
+        NAME | {"dependentRequired": {"name": ["other"]}},
+        NAME | {"minProperties": 2},
+        # A definition that is one part of another object somewhere is closed nowhere.
+        {
+            "$defs": {"N": NAME, "M": {"anyOf": [{"$ref": "#/$defs/N"}, {"type": "null"}]}},
+            "items": {"$ref": "#/$defs/N"},
+            "contains": {"allOf": [{"$ref": "#/$defs/M"}, {"required": ["age"]}]},
+        },
+        {"not": NAME},
         {"properties": "not an object", "anyOf": "nor a list", "$defs": 3},
     ],
 )
