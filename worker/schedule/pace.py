@@ -102,7 +102,9 @@ class Pace:
             return
         expected_s = self.costs.of(load)
         costs = self.costs
-        if self.is_guess:  # the first measured step scales the whole guess, because its error is the device's speed
+        if (
+            self.is_guess
+        ):  # the first measured step scales the whole guess, because its error is the device's speed
             self.is_guess = False
             factor = busy_s / expected_s
             self.costs = StepCosts(*[cost * factor for cost in costs])
