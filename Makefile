@@ -37,7 +37,7 @@ mutants: $(VENV)/.dev  ## plant faults in the loop, one at a time, and show that
 	@$(BIN)/python -m tests.mutants $(ARGS)
 
 soak: $(VENV)/.dev  ## the long runs of the tests that have a short one: state machine, cancels
-	@$(BIN)/python -m pytest --timeout=3600 tests/soak/soak_loop.py tests/soak/soak_slow_device.py $(ARGS)
+	@$(BIN)/python -m pytest --timeout=3600 tests/soak/soak_loop.py $(ARGS)
 
 constraints: $(VENV)/.dev  ## write constraints.txt from what is installed in .venv
 	@{ grep '^#' constraints.txt; $(PIP) freeze --all --exclude-editable \

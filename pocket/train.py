@@ -159,8 +159,9 @@ def run(
             folder, optimizer, {"step": step, "elapsed_s": elapsed_s(), "steps": steps, "seed": seed}
         )
         if out is not None:
-            prepare(out, config, seed)
+            out.mkdir(parents=True, exist_ok=True)
             (out / "tokenizer.json").write_text(tokenizer_path.read_text())
+            prepare(out, config, seed)
             which = "master" if step >= steps else "average"
             save_weights(out / "model.safetensors", optimizer.state, which, torch.bfloat16)
 

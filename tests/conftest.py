@@ -14,15 +14,36 @@ from tests.keys import MARK
 # One thread of computation a process: `make test` runs as many processes as it may use cores. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Files that take far longer than a second for each of their slow tests: how many more seconds of one core, roughly.
+# Only the order depends on it. `pytest --durations=0` shows what has changed.
+LONGEST = {
+    "tests/browser/test_smollm2.py": 20,
+    "tests/fault/test_worker_faults.py": 10,
+    "tests/integration/test_peers.py": 12,
+    "tests/integration/test_text_model.py": 10,
+    "tests/unit/pocket/test_training.py": 12,
+    "tests/unit/wire/test_state_machine.py": 18,
+    "tests/unit/worker/kernels/test_attention.py": 15,
+    "tests/unit/worker/kernels/test_chunk_graphs.py": 15,
+    "tests/unit/worker/kernels/test_compiles.py": 15,
+    "tests/unit/worker/kernels/test_fused_forward.py": 30,
+    "tests/unit/worker/kernels/test_sample.py": 12,
+    "tests/unit/worker/loop/test_state_machine.py": 12,
+    "tests/unit/worker/models/test_families.py": 25,
+    "tests/unit/worker/native/test_native.py": 40,
+    "tests/unit/worker/step/test_captured_steps.py": 20,
+}
+
 # For `tests.mutants`, to whom a first failure is enough.
 settings.register_profile("unshrunk", phases=(Phase.explicit, Phase.reuse, Phase.generate))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In several processes: files with many slow tests first, so that no process is left alone with one at the end."""
+    """In several processes: the longest files first, so that no process is left alone with one at the end."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
-        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-        items.sort(key=lambda item: -slow[item.path])
+        seconds = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        seconds.update({config.rootpath / name: seconds_of_file for name, seconds_of_file in LONGEST.items()})
+        items.sort(key=lambda item: -seconds[item.path])
 
 
 @pytest.hookimpl(wrapper=True)

@@ -27,7 +27,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from math import ceil
+from socket import socketpair
 from types import TracebackType
 
 import msgspec
@@ -220,6 +223,10 @@ class FakeWorker:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._thread: threading.Thread | None = None
         self._new_submit = threading.Condition()
+        # Rung when the thread has something to do besides frames and time: it sleeps otherwise.
+        self._bell, self._bell_ear = socketpair()
+        self._bell.setblocking(False)
+        self._bell_ear.setblocking(False)
 
     # ------------------------------------------------------------ scripting
 
@@ -286,6 +293,7 @@ class FakeWorker:
     def die(self) -> None:
         """Close the socket without a word, as a SIGKILL would; returns once it is closed."""
         self._stop.set()
+        self._ring()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -303,6 +311,7 @@ class FakeWorker:
     def thaw(self) -> None:
         """Undo `freeze`."""
         self._frozen = False
+        self._ring()
 
     def hold(self) -> None:
         """Stop tokens; beats go on."""
@@ -311,6 +320,7 @@ class FakeWorker:
     def release(self) -> None:
         """Undo `hold`."""
         self._held = False
+        self._ring()
 
     def send_raw(self, frames: list[bytes]) -> None:
         """Send these frames to every gateway seen."""
@@ -321,6 +331,11 @@ class FakeWorker:
 
         with self._lock:
             self._commands.append(send)
+        self._ring()
+
+    def _ring(self) -> None:
+        with suppress(BlockingIOError):  # it has been rung often enough
+            self._bell.send(b"!")
 
     # ------------------------------------------------------------ life
 
@@ -338,6 +353,8 @@ class FakeWorker:
         """End the thread and remove the socket's folder."""
         self.die()
         self._context.term()
+        self._bell.close()
+        self._bell_ear.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -369,10 +386,17 @@ class FakeWorker:
         self._socket = socket
         started.set()
         next_beat_s = next_tick_s = 0.0
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(self._bell_ear, zmq.POLLIN)
         try:
             while not self._stop.is_set():
-                now_s = time.monotonic()
-                if socket.poll(max(0, int((min(next_tick_s, next_beat_s) - now_s) * 1000))):
+                is_at_work = self.num_active and not (self._frozen or self._held)
+                until_s = min(next_tick_s, next_beat_s) if is_at_work else next_beat_s
+                ready = dict(poller.poll(max(0, ceil((until_s - time.monotonic()) * 1000))))
+                if self._bell_ear.fileno() in ready:
+                    self._bell_ear.recv(4096)
+                if socket in ready:
                     for _ in range(1000):
                         if not socket.poll(0):
                             break

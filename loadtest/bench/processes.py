@@ -10,15 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import zmq
 
 from loadtest.peers.process import free_port
+from loadtest.peers.waiting import Watched, wait_ready, wait_until
 from shared.protocol import (
     PROTOCOL_VERSION,
     Beat,
@@ -33,56 +32,66 @@ from shared.protocol import (
     schema_hash,
 )
 
-START_TIMEOUT_S = 120.0
-
 
 class WorkerProbe:
-    """A second lease-holder beside the gateway: reads `Beat`s straight from the worker."""
+    """A second lease-holder beside the gateway: reads `Beat`s straight from the worker.
 
-    def __init__(self, endpoint: str) -> None:
+    Every wait ends with an error when one of `processes` has ended.
+    """
+
+    def __init__(self, endpoint: str, processes: Sequence[Watched] = ()) -> None:
         self.endpoint = endpoint
+        self._processes = processes
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
         self._socket.connect(endpoint)
-        self.ready = self._say_hello()
+        try:
+            self.ready = wait_until(self._say_hello, "the worker answers hello", processes)
+        except BaseException:
+            self.close()
+            raise
 
-    def _say_hello(self) -> Ready:
-        hello = encode(Hello(PROTOCOL_VERSION, schema_hash(), "bench", 30.0))
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline_s:
-            self._socket.send(hello)
-            if self._socket.poll(500):
-                message = decode_from_worker(self._socket.recv_multipart()[0])
-                if isinstance(message, Ready):
-                    return message
-                if isinstance(message, Fatal):
-                    raise RuntimeError(message.message)
-        raise TimeoutError("the worker did not answer hello")
+    def _say_hello(self) -> Ready | None:
+        self._socket.send(encode(Hello(PROTOCOL_VERSION, schema_hash(), "bench", 30.0)))
+        while self._socket.poll(250):
+            message = decode_from_worker(self._socket.recv_multipart()[0])
+            if isinstance(message, Ready):
+                return message
+            if isinstance(message, Fatal):
+                raise RuntimeError(message.message)
+        return None
 
     def beat(self) -> Beat:
         """The next heartbeat sent from now on."""
         while self._socket.poll(0):
             self._socket.recv_multipart()
         self._socket.send(encode(Ping(self.ready.epoch)))
-        deadline_s = time.monotonic() + 10
-        while time.monotonic() < deadline_s:
-            if self._socket.poll(1000):
+
+        def received() -> Beat | None:
+            while self._socket.poll(250):
                 message = decode_from_worker(self._socket.recv_multipart()[0])
                 if isinstance(message, Beat):
                     return message
-        raise TimeoutError("the worker's decode thread is silent")
+            return None
+
+        return wait_until(
+            received, "the worker's decode thread sends a heartbeat", self._processes, timeout_s=10
+        )
 
     def trace(self, num_steps: int) -> bytes:
         """Record the worker's next steps; returns the Chrome-trace JSON."""
         self._socket.send(encode(Trace(num_steps)))
-        deadline_s = time.monotonic() + 30
-        while time.monotonic() < deadline_s:
-            if self._socket.poll(1000):
+
+        def received() -> bytes | None:
+            while self._socket.poll(250):
                 frames = self._socket.recv_multipart()
                 if isinstance(decode_from_worker(frames[0]), TraceChunk):
                     return frames[1]
-        raise TimeoutError("no recording came back; are there streams to record?")
+            return None
+
+        what = "a recording comes back (it needs streams to record)"
+        return wait_until(received, what, self._processes, timeout_s=30)
 
     def close(self) -> None:
         """Close the socket, which ends the lease."""
@@ -91,12 +100,12 @@ class WorkerProbe:
 
 
 @contextmanager
-def running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(name: str, command: list[str], environment: dict[str, str], log: Path) -> Iterator[Watched]:
     """A child process, stopped (then killed) on the way out."""
     with log.open("wb") as output:
         child = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=output)
     try:
-        yield child
+        yield Watched(name, child, log)
     finally:
         child.send_signal(signal.SIGINT)
         try:
@@ -133,19 +142,16 @@ def serving(
             "warning",
             *worker_flags,
         ]
+        gateway = [sys.executable, "-m", "degas.rooms", "gateway"]
         with (
-            running(worker, {}, folder / "worker.log"),
-            running([sys.executable, "-m", "degas.rooms", "gateway"], settings, folder / "gateway.log"),
+            running("the worker", worker, {}, folder / "worker.log") as worker_process,
+            running("the gateway", gateway, settings, folder / "gateway.log") as gateway_process,
         ):
             url = f"http://127.0.0.1:{port}"
+            processes = (worker_process, gateway_process)
+            probe = WorkerProbe(endpoint, processes)
             try:
-                probe = WorkerProbe(endpoint)
-                wait_ready(url)
-            except Exception:
-                for name in ("worker.log", "gateway.log"):
-                    sys.stderr.write((folder / name).read_text()[-2000:])
-                raise
-            try:
+                wait_ready(url, processes)
                 yield url, probe
             finally:
                 probe.close()
@@ -160,18 +166,3 @@ def gateway_and_worker() -> tuple[int, int]:
             if name in command:
                 found[name] = int(task)
     return found[b"gateway"], found[b"worker"]
-
-
-def wait_ready(url: str) -> None:
-    """Poll readiness. Raises TimeoutError."""
-    deadline_s = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=2) as response:
-                if response.status == 200:
-                    return
-        except OSError:
-            pass
-        if time.monotonic() > deadline_s:
-            raise TimeoutError(f"{url}/readyz does not become ready")
-        time.sleep(0.05)

@@ -6,9 +6,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +23,12 @@ from loadtest.peers.catalog import (
     not_given,
 )
 from loadtest.peers.process import PeerError, environment, last_words, start, stop
+from loadtest.peers.waiting import ProcessEnded, Watched, wait_ready
 
 TRANSFORMERS_SERVE: Final = "transformers serve"
 CONTINUOUS_SERVE: Final = "transformers serve (cb)"
 LLAMA_CPP_SERVE: Final = "llama_cpp.server"
 LLAMA_SERVER: Final = "llama-server"
-READY_POLL_S: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,16 +196,14 @@ class RunningServer:
             raise
 
     def _wait_ready(self, timeout_s: float) -> None:
-        deadline_s = time.monotonic() + timeout_s
-        while time.monotonic() < deadline_s:
-            if any(child.poll() is not None for child in self._children):
-                raise PeerError(f"{self.server.name} ended: {last_words(self._log)}")
-            try:
-                with urllib.request.urlopen(self.url + self.server.ready_path, timeout=2):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(READY_POLL_S)
-        raise PeerError(f"{self.server.name} was not ready within {timeout_s:g} s: {last_words(self._log)}")
+        name, path = self.server.name, self.server.ready_path
+        try:
+            watched = [Watched(name, child, self._log) for child in self._children]
+            wait_ready(self.url, watched, path=path, timeout_s=timeout_s)
+        except ProcessEnded:
+            raise PeerError(f"{name} ended: {last_words(self._log)}") from None
+        except TimeoutError:
+            raise PeerError(f"{name} was not ready within {timeout_s:g} s: {last_words(self._log)}") from None
 
     def cpu_s(self) -> float:
         """CPU seconds of its processes and their children so far; 0.0 where there is no /proc."""

@@ -83,23 +83,28 @@ def site() -> Iterator[Site]:
         yield Site(gateway.url, worker)
 
 
+def open_page(browser: Browser, url: str, **context_options: object) -> Visit:
+    """A page in a context of its own, which the caller closes."""
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context_options})  # type: ignore[arg-type]
+    page = context.new_page()
+    page.set_default_timeout(15_000)
+    one = Visit(page, context)
+    page.on("console", lambda said: one.complaints.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: one.complaints.append(str(error)))
+    page.goto(url)
+    return one
+
+
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
     """Open a page; `visit(url, color_scheme="dark", …)` takes what a browser context takes."""
     visits: list[Visit] = []
 
-    def open_page(url: str, **context_options: object) -> Visit:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context_options})  # type: ignore[arg-type]
-        page = context.new_page()
-        page.set_default_timeout(15_000)
-        one = Visit(page, context)
-        page.on("console", lambda said: one.complaints.append(said.text) if said.type == "error" else None)
-        page.on("pageerror", lambda error: one.complaints.append(str(error)))
-        visits.append(one)
-        page.goto(url)
-        return one
+    def opened(url: str, **context_options: object) -> Visit:
+        visits.append(open_page(browser, url, **context_options))
+        return visits[-1]
 
-    yield open_page
+    yield opened
     for one in visits:
         one.context.close()
 

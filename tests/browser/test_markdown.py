@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from tests.browser.chat_worker import HOSTILE, chat_worker
-from tests.browser.conftest import Site, Visit
+from tests.browser.conftest import Site, Visit, open_page
 from tests.gateway_thread import GatewayThread
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -30,13 +30,22 @@ def site() -> Iterator[Site]:
         yield Site(gateway.url, worker)
 
 
-@pytest.fixture
-def chat(site: Site, visit: Callable[..., Visit]) -> Iterator[Page]:
-    """Its page, ready; complaints of the browser (policy violations among them) fail the test."""
-    opened = visit(site.url)
+@pytest.fixture(scope="module")
+def opened(browser: Browser, site: Site) -> Iterator[Visit]:
+    """Its page, ready. Tests share it: what they render they render into nodes of their own."""
+    opened = open_page(browser, site.url)
     opened.page.wait_for_selector("#chat-view:not([hidden])")
+    yield opened
+    opened.context.close()
+
+
+@pytest.fixture
+def chat(opened: Visit) -> Iterator[Page]:
+    """The page; complaints of the browser (policy violations among them) fail the test."""
     yield opened.page
-    assert opened.complaints == []
+    complaints, opened.complaints = opened.complaints, []
+    assert complaints == []
+    assert opened.page.locator("#exchanges > *").count() == 0
 
 
 def anchor(href: str, label: str) -> str:
@@ -174,7 +183,6 @@ HUGE = {
 @pytest.mark.parametrize("name", HUGE)
 def test_a_huge_answer_is_rendered(chat: Page, name: str) -> None:
     """What grows with the square of its length would not come back within the test's time."""
-    chat.set_default_timeout(60_000)
     depth = chat.evaluate(
         """async ([text]) => {
           const { Prose } = await import("/markdown.js");
@@ -188,6 +196,7 @@ def test_a_huge_answer_is_rendered(chat: Page, name: str) -> None:
             for (let up = node; up !== root; up = up.parentElement) depth += 1;
             deepest = Math.max(deepest, depth);
           }
+          root.remove();
           return [wide, deepest];
         }""",
         [HUGE[name]],
@@ -195,7 +204,10 @@ def test_a_huge_answer_is_rendered(chat: Page, name: str) -> None:
     assert depth[0] <= 0 and depth[1] <= 450
 
 
-def test_a_hostile_answer_does_nothing(chat: Page) -> None:
+def test_a_hostile_answer_does_nothing(site: Site, visit: Callable[..., Visit]) -> None:
+    fresh = visit(site.url)
+    chat = fresh.page
+    chat.wait_for_selector("#chat-view:not([hidden])")
     asked: list[str] = []
     chat.on("request", lambda request: asked.append(request.url))
     chat.on("popup", lambda _: pytest.fail("a window was opened"))
@@ -217,3 +229,4 @@ def test_a_hostile_answer_does_nothing(chat: Page) -> None:
     assert exchange.locator(".prose .unseen").count() >= 4
     assert not [url for url in asked if "example" in url]
     assert HOSTILE.count("hacked") > 5
+    assert fresh.complaints == []

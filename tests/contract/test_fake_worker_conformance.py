@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import pytest
 import zmq
 
+from loadtest.peers.waiting import Watched, wait_until
 from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
 from tests.fake_worker import FakeWorker, text_ids
@@ -20,12 +22,19 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
+class Place(NamedTuple):
+    """Where a worker answers, and its process if it is a real one."""
+
+    endpoint: str
+    processes: tuple[Watched, ...] = ()
+
+
 @pytest.fixture(scope="module", params=["fake", "real"])
-def endpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     if request.param == "fake":
         with FakeWorker() as worker:
             worker.reply("x" * 2000)
-            yield worker.endpoint
+            yield Place(worker.endpoint)
         return
     address = f"ipc://{tmp_path_factory.mktemp('w')}/w"
     command = [
@@ -40,9 +49,11 @@ def endpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         "--log-level",
         "error",
     ]
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    log = tmp_path_factory.mktemp("log") / "worker.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=output)
     try:
-        yield address
+        yield Place(address, (Watched("the worker", process, log),))
     finally:
         process.kill()
         process.wait()
@@ -51,11 +62,12 @@ def endpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 class Peer:
     """A gateway reduced to its socket."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, place: Place) -> None:
+        self._processes = place.processes
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
-        self._socket.connect(endpoint)
+        self._socket.connect(place.endpoint)
         self.ready: wire.Ready | None = None
         self.payloads: list[bytes] = []
 
@@ -82,15 +94,16 @@ class Peer:
 
     def greet(self) -> wire.Ready:
         """Hello, again and again as a gateway does, until Ready."""
-        for _ in range(60):
+
+        def greeted() -> wire.Ready | None:
             self.send(wire.Hello(wire.PROTOCOL_VERSION, wire.schema_hash(), "peer"))
             try:
                 self.until(lambda message: isinstance(message, wire.Ready), 0.5)
             except TimeoutError:
-                continue
-            assert self.ready is not None
+                return None
             return self.ready
-        raise TimeoutError("no Ready came")
+
+        return wait_until(greeted, "Ready answers Hello", self._processes, timeout_s=30)
 
     def submit(self, sequence_id: int, **fields: object) -> None:
         assert self.ready is not None
@@ -104,8 +117,8 @@ class Peer:
 
 
 @pytest.fixture
-def peer(endpoint: str) -> Iterator[Peer]:
-    peer = Peer(endpoint)
+def peer(place: Place) -> Iterator[Peer]:
+    peer = Peer(place)
     yield peer
     peer.close()
 
@@ -141,9 +154,9 @@ def test_ready_brings_a_card_and_two_payloads(peer: Peer) -> None:
     assert again.epoch == ready.epoch
 
 
-def test_another_version_is_refused(endpoint: str, peer: Peer) -> None:
+def test_another_version_is_refused(place: Place, peer: Peer) -> None:
     peer.greet()
-    other = Peer(endpoint)
+    other = Peer(place)
     try:
         other.send(wire.Hello(99, "other", "old"))
         (fatal, *_) = other.until(lambda message: isinstance(message, wire.Fatal))

@@ -17,10 +17,24 @@ from tests.integration.stack import SIM, Stack, stack, until
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def sim_stack() -> Iterator[Stack]:
+@pytest.fixture(scope="module")
+def only_stack() -> Iterator[Stack]:
     with stack(SIM) as running:
         yield running
+
+
+@pytest.fixture
+def sim_stack(only_stack: Stack) -> Stack:
+    """The one stack of this file, serving and with nothing to do, whatever the test before did to it."""
+    if only_stack.worker is None or only_stack.worker.poll() is not None:
+        only_stack.start_worker()
+    only_stack.wait_ready()
+    probe = only_stack.probe()
+    try:
+        until(lambda: probe.beat().num_running == 0, 10.0)
+    finally:
+        probe.close()
+    return only_stack
 
 
 def fresh_connections() -> aiohttp.ClientSession:

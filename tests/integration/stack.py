@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loadtest.bench.processes import WorkerProbe, wait_ready
+from loadtest.bench.processes import WorkerProbe
 from loadtest.peers.process import free_port
+from loadtest.peers.waiting import Watched, wait_ready
 
 
 @dataclass
@@ -54,14 +55,20 @@ class Stack:
             )
         return self.gateway
 
+    @property
+    def processes(self) -> list[Watched]:
+        """What was started here."""
+        both = (("the worker", self.worker, "worker.log"), ("the gateway", self.gateway, "gateway.log"))
+        return [Watched(name, child, self.folder / log) for name, child, log in both if child is not None]
+
     def wait_ready(self) -> None:
-        wait_ready(self.url)
+        wait_ready(self.url, self.processes)
 
     def probe(self) -> WorkerProbe:
-        return WorkerProbe(self.endpoint)
+        return WorkerProbe(self.endpoint, self.processes[:1] if self.worker is not None else ())
 
     def logs(self) -> str:
-        return "\n".join(path.read_text()[-4000:] for path in sorted(self.folder.glob("*.log")))
+        return "\n".join(f"{watched.name} said:\n{watched.last_lines()}" for watched in self.processes)
 
     def stop(self) -> None:
         for child in (self.gateway, self.worker):

@@ -8,16 +8,15 @@ import json
 import re
 import socket
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from gateway.config import GatewayConfig
+from loadtest.peers.waiting import Watched, wait_until
 from tests.integration.compose_local import ROOT, LocalService, load_compose
 from worker.config import WorkerConfig
 
@@ -170,18 +169,13 @@ def test_deploy_files_parse_and_ask_for_metrics_that_exist() -> None:
 # ------------------------------------------------------------------ as processes
 
 
-def until(
-    condition: Callable[[], Any], what: str, services: list[LocalService], limit_s: float = 60.0
-) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while not condition():
-        for service in services:
-            ended = service.process is not None and service.process.poll() is not None
-            assert not ended, f"{service.name} ended: {service.log.read_text()[-3000:]}"
-        assert time.monotonic() < deadline_s, f"gave up waiting: {what}\n" + "\n".join(
-            service.log.read_text()[-3000:] for service in services
-        )
-        time.sleep(0.05)
+def until(condition: Callable[[], bool], what: str, services: list[LocalService]) -> None:
+    watched = [
+        Watched(service.name, service.process, service.log)
+        for service in services
+        if service.process is not None
+    ]
+    wait_until(condition, what, watched, timeout_s=60)
 
 
 @pytest.fixture

@@ -14,15 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.peers.waiting import Watched, wait_until
+
 pytestmark = pytest.mark.slow
 LIMIT_S = 30.0
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline_s = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"gave up waiting: {what}"
-        time.sleep(0.01)
 
 
 def is_running(pid: int) -> bool:
@@ -53,9 +48,13 @@ class Supervised:
     def output(self) -> str:
         return (self.folder / "out").read_text()
 
+    def until(self, condition: Callable[[], object], what: str, *, ends: bool = False) -> None:
+        """Wait for the condition; `ends`: although the supervisor may have ended."""
+        watched = [] if ends else [Watched("the supervisor", self.process, self.folder / "out")]
+        wait_until(condition, what, watched, timeout_s=LIMIT_S)
+
     def wait_ready(self) -> str:
-        until(lambda: "DEGAS-READY" in self.output() or self.process.poll() is not None, "ready")
-        assert self.process.poll() is None, self.output()
+        self.until(lambda: "DEGAS-READY" in self.output(), "ready")
         line = next(line for line in self.output().splitlines() if line.startswith("DEGAS-READY"))
         return str(json.loads(line.partition(" ")[2])["url"])
 
@@ -63,8 +62,7 @@ class Supervised:
         return {path.stem: int(path.read_text()) for path in self.folder.glob("[a-z]*.pid")}
 
     def wait_started(self, name: str) -> None:
-        until(lambda: name in self.pids() or self.process.poll() is not None, name)
-        assert name in self.pids(), self.output()
+        self.until(lambda: name in self.pids(), f"{name} starts")
 
     def wait_exit(self) -> int:
         return self.process.wait(LIMIT_S)
@@ -72,8 +70,8 @@ class Supervised:
     def assert_nothing_left(self) -> None:
         pids = self.pids()
         assert pids
-        until(lambda: not any(is_running(pid) for pid in pids.values()), f"all of {pids} gone")
-        until(lambda: not list((self.folder / "run").iterdir()), "runtime folder gone")
+        self.until(lambda: not any(map(is_running, pids.values())), f"all of {pids} gone", ends=True)
+        self.until(lambda: not list((self.folder / "run").iterdir()), "runtime folder gone", ends=True)
 
 
 @pytest.fixture
@@ -99,7 +97,7 @@ def test_starts_tells_and_stops_cleanly(start: Callable[..., Supervised], number
     supervised = start()
     url = supervised.wait_ready()
     status = supervised.folder / "status" / "status.json"
-    until(lambda: status.exists() and json.loads(status.read_text())["worker"]["ready"], "status")
+    supervised.until(lambda: status.exists() and json.loads(status.read_text())["worker"]["ready"], "status")
     folders = list((supervised.folder / "run").iterdir())
     assert len(folders) == 1 and folders[0].stat().st_mode & 0o777 == 0o700
     environment = json.loads((supervised.folder / "worker-environment.json").read_text())
@@ -126,7 +124,7 @@ def test_a_dead_worker_is_started_again_and_its_descendants_are_not_left(
     first = supervised.pids()
     os.kill(first["worker-0"], signal.SIGKILL)
     supervised.wait_started("worker-1")
-    until(lambda: "serving again" in supervised.output(), "serving again")
+    supervised.until(lambda: "serving again" in supervised.output(), "serving again")
     assert not is_running(first["grandchild-0"])
     assert is_running(first["gateway-0"])
     assert "signal SIGKILL" in supervised.output()
@@ -139,7 +137,7 @@ def test_a_dead_gateway_is_started_again_on_its_port(start: Callable[..., Superv
     supervised = start()
     url = supervised.wait_ready()
     os.kill(supervised.pids()["gateway-0"], signal.SIGKILL)
-    until(lambda: "serving again" in supervised.output(), "serving again")
+    supervised.until(lambda: "serving again" in supervised.output(), "serving again")
     socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=5).close()
     assert "worker-1" not in supervised.pids()
 
@@ -147,7 +145,7 @@ def test_a_dead_gateway_is_started_again_on_its_port(start: Callable[..., Superv
 def test_a_hung_worker_is_replaced(start: Callable[..., Supervised]) -> None:
     supervised = start(STAND_IN="hang@0")
     supervised.wait_started("worker-1")
-    until(lambda: "serving again" in supervised.output(), "serving again")
+    supervised.until(lambda: "serving again" in supervised.output(), "serving again")
     assert "no decode progress" in supervised.output()
     assert not is_running(supervised.pids()["worker-0"])
 
@@ -217,7 +215,7 @@ def test_a_second_signal_does_not_wait(start: Callable[..., Supervised]) -> None
     supervised = start(STAND_IN_GATEWAY="slow")
     supervised.wait_ready()
     supervised.process.terminate()
-    until((supervised.folder / "worker-while-draining").exists, "drain begun")
+    supervised.until((supervised.folder / "worker-while-draining").exists, "drain begun")
     supervised.process.terminate()
     assert supervised.wait_exit() == 130
     supervised.assert_nothing_left()

@@ -65,8 +65,11 @@ class StepBudget:
 
     def _tokens_in_time(self, start: int) -> int:
         """Tokens of a prompt behind `start` that fit into the time: at least a few for the step's first prompt; for other
-        prompts none, if only a few would fit."""
+        prompts none, if only a few would fit. Until a step was measured nothing is known to fit into a bound: by a guess
+        a device far slower than guessed would get a step that is announced as short, and be killed as hung."""
         num_tokens = self._pace.tokens_within(self._left_s, start)
+        if self._pace.is_guess and self._left_s < inf:
+            num_tokens = 0
         if num_tokens < LEAST_TOKENS:
             return LEAST_TOKENS if self._is_first else 0
         return num_tokens

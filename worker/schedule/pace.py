@@ -69,13 +69,13 @@ class Pace:
     0 is no bound.
     """
 
-    __slots__ = ("_is_guess", "costs", "gap_s", "step_s")
+    __slots__ = ("costs", "gap_s", "is_guess", "step_s")
 
     def __init__(self, guess: StepCosts, *, step_s: float = 0.0, gap_s: float = 0.0) -> None:
         self.step_s = step_s
         self.gap_s = gap_s
         self.costs = guess  # as they are known now
-        self._is_guess = True
+        self.is_guess = True  # no step has been measured yet: the costs may be off by any factor
 
     def bound_s(self, *, decodes: bool) -> float:
         """Seconds that a step may take; infinite where there is no bound."""
@@ -103,9 +103,9 @@ class Pace:
         expected_s = self.costs.of(load)
         costs = self.costs
         if (
-            self._is_guess
+            self.is_guess
         ):  # the first measured step scales the whole guess, because its error is the device's speed
-            self._is_guess = False
+            self.is_guess = False
             factor = busy_s / expected_s
             self.costs = StepCosts(*[cost * factor for cost in costs])
             return

@@ -40,6 +40,7 @@ class Process:
             text=True,
         )
         self.lines: list[str] = []
+        self._has_ended = False
         self._arrived = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -50,6 +51,9 @@ class Process:
             with self._arrived:
                 self.lines.append(line)
                 self._arrived.notify_all()
+        with self._arrived:
+            self._has_ended = True
+            self._arrived.notify_all()
 
     def wait_event(self, name: str, timeout_s: float = 20.0) -> dict[str, Any]:
         """The first log line with this event."""
@@ -61,10 +65,10 @@ class Process:
             return None
 
         with self._arrived:
-            if not self._arrived.wait_for(lambda: found() is not None, timeout_s):
-                raise TimeoutError(f"no {name} among {self.lines}")
+            self._arrived.wait_for(lambda: found() is not None or self._has_ended, timeout_s)
             event = found()
-        assert event is not None
+            if event is None:
+                raise TimeoutError(f"no {name} among {self.lines}; exit code: {self.popen.poll()}")
         return event
 
     def end(self) -> int:

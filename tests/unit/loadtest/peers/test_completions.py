@@ -114,7 +114,7 @@ class FakeRunning:
 async def up(server: FakeServer) -> AsyncIterator[FakeRunning]:
     app = web.Application()
     app.router.add_post("/v1/completions", server.answer)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)  # an answer that hangs is not waited for
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()

@@ -59,6 +59,16 @@ def text(rng: random.Random, num_tokens: int) -> list[int]:
     return [rng.randrange(20, 90) for _ in range(num_tokens)]
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_guess_that_is_far_too_quick_makes_no_silent_first_step(depth: int) -> None:
+    """The longest prompt comes first of all, to a device of which nothing was measured yet."""
+    pace = Pace(guessed_costs(1, 1e9), step_s=STEP_S, gap_s=GAP_S)
+    sim, _ = slow_worker(SLOW.slowed("slower", 10), pace, depth=depth)
+    streams = [sim.submit(text(random.Random(1), num), 3) for num in (CONTEXT - 4, 20, 30)]
+    sim.run()
+    assert all(stream.finish is not None for stream in streams)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 2])
 def test_prompts_to_the_context_limit_thirty_two_at_once(depth: int) -> None:

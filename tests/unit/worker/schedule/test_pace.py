@@ -25,6 +25,13 @@ def true_s(load: StepLoad) -> float:
     return SLOW.of(load)
 
 
+def known(costs: StepCosts, *, step_s: float = 0.0, gap_s: float = 0.0) -> Pace:
+    """A pace whose costs were measured."""
+    pace = Pace(costs, step_s=step_s, gap_s=gap_s)
+    pace.is_guess = False
+    return pace
+
+
 def load_of(rng: random.Random) -> StepLoad:
     rows = rng.choice([0, 0, 1, 8])
     tokens = rng.choice([0, 16, 40, 200]) if rows else rng.choice([16, 40, 200])
@@ -67,7 +74,7 @@ def test_without_a_bound_everything_fits_and_without_time_nothing_does() -> None
 
 def test_a_prompt_is_cut_into_steps_that_stay_within_their_time() -> None:
     steps = scheduler(
-        num_pages=400, step_tokens=2048, mixed_tokens=1024, pace=Pace(SLOW, step_s=0.25, gap_s=0.125)
+        num_pages=400, step_tokens=2048, mixed_tokens=1024, pace=known(SLOW, step_s=0.25, gap_s=0.125)
     )
     seq = sequence(1000)
     steps.submit(seq)
@@ -80,15 +87,19 @@ def test_a_prompt_is_cut_into_steps_that_stay_within_their_time() -> None:
     assert max(times) <= 0.25 and len(times) > 10
 
 
-def test_the_first_step_of_an_unknown_device_is_short() -> None:
-    steps = scheduler(num_pages=400, pace=Pace(guessed_costs(135_000_000, 5e9), step_s=0.25))
-    steps.submit(sequence(1000))
-    (chunk,) = plan_of(steps).chunks
-    assert chunk.num_tokens == LEAST_TOKENS
+@pytest.mark.parametrize("guess", [guessed_costs(135_000_000, 5e9), guessed_costs(1, 1e12)])
+def test_until_a_step_was_measured_steps_are_short_however_quick_the_guess(guess: StepCosts) -> None:
+    steps = scheduler(num_pages=400, step_tokens=2048, pace=Pace(guess, step_s=0.25))
+    steps.submit(sequence(1000, number=1))
+    steps.submit(sequence(20, number=2))
+    plans = [plan_of(steps), plan_of(steps)]  # the second is launched before the first comes back
+    assert [[chunk.num_tokens for chunk in plan.chunks] for plan in plans] == [[LEAST_TOKENS]] * 2
+    steps.commit(plans[0], result_of(plans[0]), 0.0, busy_s=1e-3)
+    assert plan_of(steps).chunks[0].num_tokens > LEAST_TOKENS
 
 
 def test_rows_that_decode_wait_for_their_gap_and_no_longer() -> None:
-    steps = scheduler(num_pages=400, mixed_tokens=1024, pace=Pace(SLOW, step_s=1.0, gap_s=0.2))
+    steps = scheduler(num_pages=400, mixed_tokens=1024, pace=known(SLOW, step_s=1.0, gap_s=0.2))
     running = sequence(3, number=1, max_tokens=99)
     steps.submit(running)
     plan = plan_of(steps)
@@ -99,7 +110,7 @@ def test_rows_that_decode_wait_for_their_gap_and_no_longer() -> None:
 
 
 def test_prefill_goes_on_where_decode_rows_take_all_of_the_time() -> None:
-    steps = scheduler(num_pages=400, mixed_tokens=1024, pace=Pace(SLOW, step_s=0.25, gap_s=0.01))
+    steps = scheduler(num_pages=400, mixed_tokens=1024, pace=known(SLOW, step_s=0.25, gap_s=0.01))
     steps.submit(sequence(3, number=1, max_tokens=99))
     plan = plan_of(steps)
     steps.commit(plan, result_of(plan), 0.0)
@@ -109,7 +120,7 @@ def test_prefill_goes_on_where_decode_rows_take_all_of_the_time() -> None:
 
 def test_a_second_prompt_joins_where_there_is_time_for_more_than_a_little() -> None:
     for step_s, expected in ((0.25, 1), (0.6, 2)):
-        steps = scheduler(num_pages=400, pace=Pace(SLOW, step_s=step_s))
+        steps = scheduler(num_pages=400, pace=known(SLOW, step_s=step_s))
         steps.submit(sequence(30, number=1))
         steps.submit(sequence(30, number=2))
         assert len(plan_of(steps).chunks) == expected
