@@ -84,7 +84,7 @@ class ServedModel(Protocol):
 
     @property
     def start_ids(self) -> list[int]:
-        """The token ids that a plain text begins with: those of the tokenizer's post-processor, or BOS."""
+        """The token ids that a plain text begins with: those of the tokenizer's post-processor, if any; Moondream's BOS."""
 
     def room(self, num_prompt_ids: int, num_images: int = 0) -> int:
         """How many tokens may be generated after such a prompt; at least 1, so that `Core.submit` refuses it."""

@@ -304,7 +304,7 @@ def _pace(config: WorkerConfig, model: Model) -> Pace:
     """The bounds on steps, and a first guess of their cost: on a CPU the guess is a slow processor's."""
     on_cpu = model.device.type == "cpu"
     step_s = config.step_s if config.step_s is not None else CPU_STEP_S if on_cpu else 0.0
-    guess = guessed_costs(model.weight_bytes // model.dtype.itemsize, 5e9 if on_cpu else 1e13)
+    guess = guessed_costs(model.num_weights, 5e9 if on_cpu else 1e13)
     return Pace(guess, step_s=step_s, gap_s=_gap_s(config, step_s))
 
 

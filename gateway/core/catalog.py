@@ -40,9 +40,9 @@ class AnnouncedModel:
     @property
     def start_ids(self) -> list[int]:
         """See `ServedModel.start_ids`."""
-        if self.tokens.start_ids is not None and not self.card.templates:
-            return self.tokens.start_ids
-        return [] if self.card.bos_id is None else [self.card.bos_id]
+        if self.card.templates and self.card.bos_id is not None:  # Moondream's prompts all begin with BOS
+            return [self.card.bos_id]
+        return self.tokens.start_ids
 
     @property
     def longest(self) -> int:

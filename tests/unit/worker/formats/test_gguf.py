@@ -202,6 +202,15 @@ def test_taken_as_blocks_equals_taken_as_values(tmp_path: Path) -> None:
         tensors.take_packed(name, 64, 64)
 
 
+@pytest.mark.parametrize("quant", ["F32", "Q4_1"])
+def test_weights_are_counted_however_they_are_packed(tmp_path: Path, quant: str) -> None:
+    """A step's cost is guessed from their number."""
+    path, oracle = written(tmp_path, "llama", quant)
+    model = load_model(Gguf(path), CPU, torch.float32, quiet)
+    assert model.num_weights == sum(one.numel() for one in oracle.parameters())
+    assert (model.weight_bytes < 4 * model.num_weights) == (quant != "F32")
+
+
 def test_what_a_family_asks_for_and_what_it_leaves(tmp_path: Path) -> None:
     path, _ = written(tmp_path, "llama")
     seen: list[tuple[float, float]] = []
