@@ -114,7 +114,7 @@ def _models(service: Service) -> Handler:
 
 def _model(service: Service) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
-        return json_response(models.model_object(service.model(request.match_info["model_id"]).card))
+        return json_response(models.model_object(service.model(request.match_info["model_id"])))
 
     return handle
 

@@ -40,6 +40,11 @@ class WorkerConfig(BaseModel):
         description="auto: bfloat16 on a GPU, and on a CPU that multiplies it, unless the model is small and there are no "
         "compiled bf16 products; else float32",
     )
+    chat_template: str | None = Field(
+        None,
+        description="a file with the Jinja template that chats are rendered by, or the name of one of the model's; none: the "
+        "model's own",
+    )
     context: int = Field(
         0,
         ge=0,

@@ -19,6 +19,7 @@ from worker.device.contract import Device
 from worker.device.cpu import CpuDevice, available_bytes, has_bf16
 from worker.device.cuda import CudaDevice
 from worker.device.huge_pages import use_huge_pages
+from worker.formats.chat_templates import DEFAULT, choose_templates, warn_missing
 from worker.formats.locate import EMBEDDED, locate
 from worker.formats.open_source import open_source
 from worker.formats.source import Source
@@ -123,7 +124,8 @@ def build_worker(
             source = open_source(locate(config.model))
             if config.model in EMBEDDED:
                 source.model_id = config.model
-            tokenizer, template = source.tokenizer(), source.chat_template()
+            tokenizer = source.tokenizer()
+            source.templates = choose_templates(source.templates, config.chat_template, source.path)
             dtype = _dtype(config, device, source)
             if config.context:  # before the weights: some rotations depend on the context that is served
                 source.config.setdefault("degas", {})["context_tokens"] = config.context
@@ -131,7 +133,9 @@ def build_worker(
                 model = load_model(source, device.torch_device, dtype, startup.progress)
         if device.torch_device.type == "cpu":
             log.info("huge_pages", moved_bytes=use_huge_pages())
-        payloads = [tokenizer, template.encode()]
+        if "chat" not in model.card.capabilities:
+            warn_missing(source.path)
+        payloads = [tokenizer, source.templates.get(DEFAULT, "").encode()]
         card = _asked_context(model.card, config)
         num_pages = config.num_pages or _num_pages(config, device, model, card.context_tokens)
         card = _fit_context(card, (num_pages - 1) * config.page_tokens, config.context)

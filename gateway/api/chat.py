@@ -31,7 +31,6 @@ _REFUSED: Final = (
     "function_call",
     "audio",
     "web_search_options",
-    "chat_template",
 )
 
 _OWN_VARIABLES: Final = frozenset(
@@ -60,13 +59,13 @@ class ChatBody(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: Json | None = None
+    chat_template: str | None = None  # the name of one of the model's
     # refused when they ask for something
     tools: Any = None
     functions: Any = None
     function_call: Any = None
     audio: Any = None
     web_search_options: Any = None
-    chat_template: Any = None
 
 
 _decode = msgspec.json.Decoder(ChatBody).decode
@@ -186,9 +185,9 @@ def _chat_options(body: ChatBody) -> ChatOptions | None:
     variables = body.chat_template_kwargs or {}
     _check_variables(variables)
     opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-    if opens and not variables:
+    if opens and not variables and body.chat_template is None:
         return None
-    return ChatOptions(opens, continues, variables)
+    return ChatOptions(opens, continues, variables, body.chat_template)
 
 
 def _check_variables(variables: Json) -> None:

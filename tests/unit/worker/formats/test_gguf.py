@@ -24,6 +24,7 @@ from tests.unit.worker.models.paged_driver import Driver, quiet, relative_error
 from worker.formats.gguf import Gguf, sampling_of
 from worker.formats.gguf_blocks import unpacker
 from worker.formats.gguf_container import read_container
+from worker.formats.gguf_tokenizer import chat_templates
 from worker.formats.open_source import open_source
 from worker.formats.source import CheckpointError, Target
 from worker.models.registry import load_model
@@ -385,6 +386,17 @@ def test_names_dates_and_sampling(tmp_path: Path) -> None:
     (snapshot / "m.gguf").write_bytes(path.read_bytes())
     assert Gguf(snapshot / "m.gguf").model_id == "org/some-model"
     del oracle
+
+
+def test_templates_by_name(tmp_path: Path) -> None:
+    path, _ = written(tmp_path, "llama", "F32")
+    container = read_container(path)
+    own = container.metadata["tokenizer.chat_template"]
+    assert chat_templates(container) == Gguf(path).templates == {"default": own}
+    container.metadata["tokenizer.chat_template.tool_use"] = "T"
+    assert chat_templates(container) == {"default": own, "tool_use": "T"}
+    del container.metadata["tokenizer.chat_template"]
+    assert chat_templates(container) == {"default": "T", "tool_use": "T"}
 
 
 def test_recommended_sampling(tmp_path: Path) -> None:
