@@ -6,7 +6,7 @@ from pathlib import Path
 
 from worker.formats.chat_templates import find_templates, turn_ends
 from worker.formats.folder_refusals import refuse_folder, refuse_settings
-from worker.formats.folder_tokenizer import end_token, find_tokenizer, marks_of, special_tokens
+from worker.formats.folder_tokenizer import end_token, find_tokenizer, marks_of, refuse_larger, special_tokens
 from worker.formats.json_files import read_object
 from worker.formats.model_names import name_of
 from worker.formats.moondream_tokenizer import is_moondream, refuse_stale
@@ -41,6 +41,8 @@ class Folder:
         text = find_tokenizer(self.path, self.config)
         if is_moondream(self.config):
             refuse_stale(text, self.config, self.path)
+        else:
+            refuse_larger(text, self.config.get("vocab_size"), self.path)
         return text
 
     def special_tokens(self) -> dict[str, str]:

@@ -198,6 +198,7 @@ def test_sentencepiece_model_alone(tmp_path: Path) -> None:
             "added_tokens.json": {"<extra>": 701},
         },
         tokenizer=False,
+        vocab_size=702,
     )
     shutil.copy(DATA / "small_spm" / "tokenizer.model", path)
     source = Folder(path)

@@ -338,7 +338,11 @@ def test_ends_are_those_of_both_files(tmp_path: Path) -> None:
         ),
         ("smollm3", {"no_rope_layers": [1]}, "'no_rope_layers' is not a list of 3"),
         ("gemma3", {"use_bidirectional_attention": True}, "encoder"),
-        ("gemma2", {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar' is missing or not above 0"),
+        (
+            "gemma2",
+            {"query_pre_attn_scalar": 0},
+            "'query_pre_attn_scalar' is 0; a number above 0 is expected",
+        ),
         ("mistral", {"sliding_window": 0}, "'sliding_window'"),
         ("granite", {"hidden_act": "relu"}, "'hidden_act' is 'relu'"),
     ],
