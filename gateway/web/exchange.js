@@ -29,7 +29,7 @@ export class Exchange {
     const image = this.part("asked-image");
     if (asked.image) image.src = asked.image;
     image.hidden = !asked.image;
-    this.prose = new Prose(this.part("prose"));
+    this.prose = asked.isText ? new PlainText(this.part("prose")) : new Prose(this.part("prose"));
     this.problem = new Problem(this.part("problem-words"), this.part("retry"));
     this.part("retry").addEventListener("click", on.again);
     this.part("again").addEventListener("click", on.again);
@@ -168,7 +168,7 @@ export class Exchange {
     const { asked, text, state, code, tokens, usage, beads } = this;
     const times = beads.times.map((at) => Math.round((at - beads.askedAt) * 10) / 10);
     const note = this.part("note").hidden ? "" : this.part("note").textContent;
-    return { asked: { text: asked.text, hadImage: Boolean(asked.image) || asked.hadImage }, text, state, code, tokens, usage, times, note };
+    return { asked: { text: asked.text, isText: asked.isText, hadImage: Boolean(asked.image) || asked.hadImage }, text, state, code, tokens, usage, times, note };
   }
 
   restore(kept) {
@@ -181,5 +181,18 @@ export class Exchange {
     else if (isCut) this.note("Stopped: the page was left.");
     else if (kept.note) this.note(kept.note);
     if (kept.asked.hadImage) this.part("asked-lost").hidden = false;
+  }
+}
+
+/** What goes on with a text is shown as it is: its spaces and marks may be a program's. */
+class PlainText {
+  /** @param {HTMLElement} root */
+  constructor(root) {
+    this.root = root;
+    root.classList.add("plain");
+  }
+
+  set(text) {
+    this.root.textContent = text;
   }
 }

@@ -208,8 +208,9 @@ def test_sentencepiece_model_alone(tmp_path: Path) -> None:
         assert reader.encode(text).ids == ids, text
     assert reader.encode("a<|tool|><extra>").ids[-2:] == [700, 701]
     assert source.end_tokens() == [2]
-    once = folder(path, {"tokenizer_config.json": {"legacy": False, "add_bos_token": False}}, tokenizer=False)
-    reader = Tokenizer.from_str(Folder(once).tokenizer().decode())
+    once = {"tokenizer_config.json": {"legacy": False, "add_bos_token": False}}
+    once_folder = folder(path, once, tokenizer=False, vocab_size=702)
+    reader = Tokenizer.from_str(Folder(once_folder).tokenizer().decode())
     assert reader.encode("a<|im_end|>a").tokens == ["▁a", "<|im_end|>", "a"]
 
 
