@@ -26,17 +26,18 @@ export class Exchange {
     this.root = document.getElementById("exchange").content.cloneNode(true).querySelector(".exchange");
     this.part = (name) => this.root.querySelector(`.${name}`);
     this.part("asked-text").textContent = asked.text;
+    this.part("asked-text").hidden = Boolean(asked.isText); // it stands at the head of the answer
     const image = this.part("asked-image");
     if (asked.image) image.src = asked.image;
     image.hidden = !asked.image;
-    this.prose = asked.isText ? new PlainText(this.part("prose")) : new Prose(this.part("prose"));
+    this.prose = asked.isText ? new BegunText(this.part("prose"), asked.text) : new Prose(this.part("prose"));
     this.problem = new Problem(this.part("problem-words"), this.part("retry"));
     this.part("retry").addEventListener("click", on.again);
     this.part("again").addEventListener("click", on.again);
     this.part("edit").addEventListener("click", on.edit);
     this.part("edit-problem").addEventListener("click", on.edit);
     this.part("shorten").addEventListener("click", on.shorten);
-    this.part("tools").prepend(copyButton("Copy", "Copy this answer", () => this.text));
+    this.part("tools").prepend(copyButton("Copy", "Copy this answer", () => (asked.isText ? asked.text + this.text : this.text)));
     this.begin();
   }
 
@@ -184,15 +185,19 @@ export class Exchange {
   }
 }
 
-/** What goes on with a text is shown as it is: its spaces and marks may be a program's. */
-class PlainText {
-  /** @param {HTMLElement} root */
-  constructor(root) {
-    this.root = root;
+/** A text and what the model adds to it, as they are: their spaces and marks may be a program's. */
+class BegunText {
+  /** @param {HTMLElement} root @param {string} beginning */
+  constructor(root, beginning) {
+    const begun = document.createElement("span");
+    begun.className = "begun";
+    begun.textContent = beginning;
+    this.added = document.createTextNode("");
+    root.append(begun, this.added);
     root.classList.add("plain");
   }
 
   set(text) {
-    this.root.textContent = text;
+    this.added.data = text;
   }
 }
