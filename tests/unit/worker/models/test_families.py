@@ -7,6 +7,7 @@ through pages, batches of rows and chunks, and the older spelling of config.json
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,23 @@ def test_long_factors_where_a_longer_context_is_asked_for(tmp_path: Path) -> Non
     assert model.card.context_tokens == 200
     dense.check_prefill(model, oracle)
     dense.check_greedy(model, oracle)
+
+
+def test_the_documents_say_same_tokens_of_the_families_that_are_tested_here() -> None:
+    docs = (Path(__file__).resolve().parents[4] / "docs" / "models.md").read_text()
+    said = {
+        architecture: cells[2].strip().startswith("yes")
+        for line in docs.splitlines()
+        if line.startswith("| ") and "`" in (cells := line.strip("|").split("|"))[1]
+        for architecture in re.findall(r"`(\w+)`", cells[1])
+    }
+    tested = {family for family, _ in VARIANTS.values()}
+    served = {
+        architecture: family.name.removesuffix("_text") in tested
+        for family in FAMILIES
+        for architecture in family.architectures
+    }
+    assert said == served
 
 
 def test_gemma3_as_released_folders_spell_it(tmp_path: Path) -> None:
