@@ -136,7 +136,7 @@ export class Exchange {
       ? `This conversation has become longer than the model can take in. ${room}`
       : `Your message is longer than the model can take in. ${room}`);
     this.part("shorten").hidden = !hasEarlier;
-    this.part("edit-problem").hidden = hasEarlier;
+    this.part("edit-problem").hidden = false; // the message alone may be too long: nobody here counts its tokens
   }
 
   note(text) {

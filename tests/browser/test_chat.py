@@ -492,7 +492,9 @@ def test_a_model_without_a_template_goes_on_with_a_text(open_model: Callable[[Fa
     expect(page.locator("#welcome")).to_contain_text("no chat template")
     shoot(page, "base-empty")
     exchange = say(page, "def is_prime(n):")
-    expect(exchange.locator(".prose")).to_have_text("def is_prime(n):\n    return **n** > 1", use_inner_text=True)
+    expect(exchange.locator(".prose")).to_have_text(
+        "def is_prime(n):\n    return **n** > 1", use_inner_text=True
+    )
     expect(exchange.locator(".f-tokens")).to_have_text(re.compile(r"\d"))
     expect(page.locator("#context-tokens")).to_contain_text("of 2,048 tokens")
     assert prompt_of(worker.submits[0]) == "def is_prime(n):" and worker.submits[0].max_tokens == 1500
@@ -510,7 +512,9 @@ def test_a_model_without_a_template_goes_on_with_a_text(open_model: Callable[[Fa
     exchange = say(page, "busy", ends="failed")
     expect(exchange.locator(".problem-words")).to_contain_text("The queue is full. ")
     page.reload()
-    expect(page.locator(".prose").first).to_have_text("def is_prime(n):\n    return **n** > 1", use_inner_text=True)
+    expect(page.locator(".prose").first).to_have_text(
+        "def is_prime(n):\n    return **n** > 1", use_inner_text=True
+    )
     expect(page.locator(".exchange")).to_have_count(4)
 
 

@@ -107,3 +107,22 @@ def test_a_hubs_model_is_fetched_and_called_by_its_name(
                 client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
                 assert [model.id for model in client.models.list()] == ["org/tiny"]
         assert len(hub.fetched) == 1
+
+
+def test_a_base_model_completes_and_chats_once_it_is_given_a_template(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").rename(tmp_path / "given.txt")
+    flags = ["--device", "cpu", "--dtype", "float32", "--model", str(tmp_path)]
+    messages: list[Any] = [{"role": "user", "content": "Hello"}]
+    for more in ([], ["--chat-template", str(tmp_path / "given.txt")]):
+        with stack([*flags, *more]) as running:
+            client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+            (model,) = client.models.list().data
+            assert model.to_dict()["capabilities"] == ["chat", "completions"][0 if more else 1 :]
+            assert client.completions.create(model=model.id, prompt="Hello", max_tokens=2).choices
+            if more:
+                answer = client.chat.completions.create(model=model.id, messages=messages, max_tokens=2)
+                assert answer.usage is not None and answer.usage.prompt_tokens == len("Hello") + 3
+            else:
+                with pytest.raises(openai.BadRequestError, match="--chat-template FILE"):
+                    client.chat.completions.create(model=model.id, messages=messages)

@@ -20,7 +20,7 @@ from tests.unit.worker.models.dense_oracle import LLAMA3_ROPE, edit_config, load
 from tests.unit.worker.models.paged_driver import Driver, relative_error
 from worker.formats.source import CheckpointError
 from worker.models.dense import Dense
-from worker.models.registry import nearest
+from worker.models.registry import FAMILIES, nearest
 from worker.native.products import products
 
 YARN = {
