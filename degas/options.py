@@ -34,6 +34,7 @@ class ServeOptions:
     worker_settings: Mapping[str, str] = field(default_factory=dict)
     gateway_settings: Mapping[str, str] = field(default_factory=dict)
     worker_command: tuple[str, ...] = (sys.executable, "-m", "degas.rooms", "worker")
+    fetch_command: tuple[str, ...] = ()  # brings the worker's model onto this machine; empty: it is here
     gateway_command: tuple[str, ...] = (sys.executable, "-m", "degas.rooms", "gateway")
     preload: bool = True  # fork workers from a process that has loaded their libraries
     drain_s: float = 25.0  # how long streams may go on after SIGTERM
@@ -45,15 +46,15 @@ class ServeOptions:
     runtime_parent: Path | None = None
     report: bool = False  # print DEGAS-READY with the address when all is up
 
-    def worker_environment(self, endpoint: str | None) -> dict[str, str]:
-        """The worker's: ours without the gateway's settings (its API keys among them), and its own."""
+    def worker_environment(self, endpoint: str | None, model: str | None = None) -> dict[str, str]:
+        """The worker's: ours without the gateway's settings (its API keys among them), and its own. `model`: where the
+        model was found that its settings name."""
         environment = _inherited(GATEWAY_PREFIX)
         environment[WORKER_PREFIX + "REPORT_STARTUP"] = "1"
         if endpoint is not None:
             environment[WORKER_PREFIX + "ENDPOINT"] = endpoint
-        return environment | {
-            WORKER_PREFIX + name.upper(): value for name, value in self.worker_settings.items()
-        }
+        environment |= {WORKER_PREFIX + name.upper(): value for name, value in self.worker_settings.items()}
+        return environment if model is None else environment | {WORKER_PREFIX + "MODEL": model}
 
     def gateway_environment(self, endpoint: str | None) -> dict[str, str]:
         """The gateway's: ours without the worker's settings, and its own."""

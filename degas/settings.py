@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from degas.options import ServeOptions
 from gateway.config import GATEWAY_SETTINGS, GatewayConfig
 from shared.settings import ConfigError, Given, Section, read_file
 from worker.config import WORKER_SETTINGS
+from worker.formats.locate import hub_name
 
 GRPC_PORT: Final = (
     8081  # where `degas serve` listens unless told otherwise; a gateway alone has no gRPC by default
@@ -112,6 +114,7 @@ def serve_options(effective: Mapping[str, Effective]) -> ServeOptions:
         grpc_port=gateway.grpc_port,
         roles=roles,
         worker_settings=_texts(effective, "worker"),
+        fetch_command=_fetch_command(effective["worker"].config.model) if "worker" in effective else (),
         # The supervisor claims the ports, and says them itself.
         gateway_settings={
             name: text
@@ -126,6 +129,13 @@ def serve_options(effective: Mapping[str, Effective]) -> ServeOptions:
         preload=serve.preload,
         report=serve.report,
     )
+
+
+def _fetch_command(model: str) -> tuple[str, ...]:
+    """What brings a hub's model onto this machine, before the time that a worker may take to load it begins to run."""
+    if hub_name(model) is None:
+        return ()
+    return (sys.executable, "-m", "degas.rooms", "worker.formats.locate", model)
 
 
 def _texts(effective: Mapping[str, Effective], name: str) -> dict[str, str]:

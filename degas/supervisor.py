@@ -79,6 +79,7 @@ class Supervisor:
         self._started_s = time.monotonic()
         self._posts = {role: Post(role, Restarts(options.restarts)) for role in options.roles}
         self._endpoint: str | None = None
+        self._model: str | None = None  # where a model that had to be fetched lies
 
     async def run(self) -> int:
         """Start everything, keep it running, stop on a signal or when a child cannot be kept running."""
@@ -128,6 +129,8 @@ class Supervisor:
     # ------------------------------------------------------------------ one child's life
 
     async def _keep(self, post: Post) -> None:
+        if post.role == "worker" and self._options.fetch_command and not await self._fetch(post):
+            return None
         while not self._stopping.is_set():
             starting = asyncio.create_task(self._start(post))
             stopping = asyncio.create_task(self._stopping.wait())
@@ -160,13 +163,40 @@ class Supervisor:
             await _wait_any(self._stopping, timeout_s=delay_s)
         return None
 
+    async def _fetch(self, post: Post) -> bool:
+        """Bring the worker's model onto this machine, however long that takes; the child says how far it is. False: it is
+        not there, or we are to stop."""
+        started_s = time.monotonic()
+        options = self._options
+        post.child = child = Child.start(
+            options.fetch_command,
+            options.worker_environment(None),
+            guard=self._guard,
+            on_line=self._reader_of(post),
+        )
+        halt = asyncio.create_task(post.halt.wait())
+        await asyncio.wait((child.exited, halt), return_when=asyncio.FIRST_COMPLETED)
+        halt.cancel()
+        if post.halt.is_set():
+            child.kill()
+        code = await child.exited
+        post.child = None
+        if post.halt.is_set() or self._stopping.is_set():
+            return False
+        if code or self._model is None:
+            reason = f"the model was not fetched ({describe_exit(code)}); the reason is above"
+            self._give_up(reason, code if code > 0 else 1)
+            return False
+        self._view.phase(post.role, "fetch model", time.monotonic() - started_s)
+        return True
+
     async def _start(self, post: Post) -> Child:
         options = self._options
         on_line = self._reader_of(post)
         if post.role == "gateway":
             environment = options.gateway_environment(self._endpoint)
             return Child.start(options.gateway_command, environment, guard=self._guard, on_line=on_line)
-        environment = options.worker_environment(self._endpoint)
+        environment = options.worker_environment(self._endpoint, self._model)
         if self._nursery is not None:
             child = await Child.fork(
                 self._nursery, environment, guard=self._guard, on_line=on_line, beat_variable=BEAT_VARIABLE
@@ -279,6 +309,8 @@ class Supervisor:
                     self._view.progress(
                         post.role, str(fields["phase"]), float(fields["done"]), float(fields["total"])
                     )
+                elif kind == "DEGAS-MODEL" and fields is not None:
+                    self._model = str(fields["path"])
                 elif kind == "DEGAS-READY" and post.role == "worker":
                     post.on_ready(time.monotonic())
                     self._changed.set()

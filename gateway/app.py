@@ -157,7 +157,7 @@ def _refused(name: str) -> Handler:
 
 def _model(service: Service) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
-        return json_response(models.model_object(service.model(request.match_info["model_id"]).card))
+        return json_response(models.model_object(service.model(request.match_info["model_id"])))
 
     return handle
 

@@ -32,6 +32,15 @@ class RequestError(Exception):
         self.retry_after_s = retry_after_s
 
 
+def no_pictures(card: ModelCard, param: str) -> RequestError:
+    """The refusal of a picture, in the field `param`, by a model that has no eyes."""
+    message = (
+        f"model {card.model_id} takes no pictures, it reads text only; leave the picture out, or name a model whose "
+        "takes_images is true in /v1/models"
+    )
+    return RequestError(ErrorCode.UNSUPPORTED, message, param=param)
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
     """A decoded, resized picture: the wire's description of it and its two uint8 payloads."""
@@ -48,7 +57,8 @@ class ChatOptions:
     add_generation_prompt: bool = True  # end with the mark that opens the assistant's turn
     continue_final_message: bool = False  # end within the last message, for the model to go on with it
     variables: Mapping[str, Any] = field(default_factory=dict)
-    tools: Sequence[Mapping[str, Any]] | None = None  # as OpenAI writes them
+    template: str | None = None  # by its name; none: the model's usual one, with tools the one for tools
+    tools: Sequence[Mapping[str, Any]] = ()  # as the interfaces describe them, for the template's `tools`
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +96,8 @@ class ServedModel(Protocol):
         """Its tokenizer, token by token."""
 
     @property
-    def has_template(self) -> bool:
-        """Whether the worker sent a chat template."""
+    def template_names(self) -> list[str]:
+        """The names of its chat templates, `default` among them; empty where it has none."""
 
     @property
     def chat_format(self) -> ChatFormat | None:
@@ -99,7 +109,7 @@ class ServedModel(Protocol):
 
     @property
     def start_ids(self) -> list[int]:
-        """The token ids that a plain text begins with: those of the tokenizer's post-processor, or BOS."""
+        """The token ids that a plain text begins with: those of the tokenizer's post-processor, if any; Moondream's BOS."""
 
     def room(self, num_prompt_ids: int, num_images: int = 0) -> int:
         """How many tokens may be generated after such a prompt; at least 1, so that `Core.submit` refuses it."""

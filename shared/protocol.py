@@ -166,6 +166,7 @@ class ModelCard(Part, frozen=True):
     special_tokens: dict[str, str] = {}  # bos_token, eos_token, … as a chat template knows them
     default_min_p: float = 0.0
     default_repetition_penalty: float = 1.0
+    chat_templates: dict[str, str] = {}  # those besides the default one, by name: tool_use, rag
 
 
 class Limits(Part, frozen=True):
@@ -309,6 +310,7 @@ HISTOGRAM_BUCKETS_S: Final = (
 )  # fmt: skip
 
 MAX_MESSAGE_BYTES: Final = 4 << 20
+MAX_TEMPLATE_CHARS: Final = 256 << 10  # of all chat templates of a model together
 MAX_PAYLOAD_BYTES: Final = 64 << 20
 
 _encoder = msgspec.msgpack.Encoder()

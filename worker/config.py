@@ -40,6 +40,11 @@ class WorkerConfig(BaseModel):
         description="auto: bfloat16 on a GPU, and on a CPU that multiplies it, unless the model is small and there are no "
         "compiled bf16 products; else float32",
     )
+    chat_template: str | None = Field(
+        None,
+        description="a file with the Jinja template that chats are rendered by, or the name of one of the model's; none: the "
+        "model's own",
+    )
     context: int = Field(
         0,
         ge=0,
@@ -85,7 +90,9 @@ class WorkerConfig(BaseModel):
         description="time that a step may take; none: 0.25 on a CPU, no bound elsewhere; 0: no bound",
     )
     gap_s: float | None = Field(
-        None, ge=0, description="the same while rows decode: bounds their gap; none: half of step_s"
+        None,
+        ge=0,
+        description="the same while rows decode, their own time included: the gap between their tokens; none: half of step_s",
     )
     mixed_tokens: int = Field(1024, ge=16, description="the same while rows decode")
     step_crops: int = Field(26, ge=1, description="image crops encoded in one step; one picture always may")

@@ -19,6 +19,7 @@ from worker.device.contract import Device
 from worker.device.cpu import CpuDevice, available_bytes, has_bf16
 from worker.device.cuda import CudaDevice
 from worker.device.huge_pages import mapped, use_huge_pages
+from worker.formats.chat_templates import DEFAULT, choose_templates, warn_missing
 from worker.formats.locate import EMBEDDED, locate
 from worker.formats.open_source import open_source
 from worker.formats.source import Source
@@ -124,7 +125,8 @@ def build_worker(
             source = open_source(locate(config.model))
             if config.model in EMBEDDED:
                 source.model_id = config.model
-            tokenizer, template = source.tokenizer(), source.chat_template()
+            tokenizer = source.tokenizer()
+            source.templates = choose_templates(source.templates, config.chat_template, source.path)
             dtype = _dtype(config, device, source)
             if config.context:  # before the weights: some rotations depend on the context that is served
                 source.config.setdefault("degas", {})["context_tokens"] = config.context
@@ -132,7 +134,9 @@ def build_worker(
                 model = load_model(source, device.torch_device, dtype, startup.progress)
         if device.torch_device.type == "cpu":
             log.info("huge_pages", moved_bytes=use_huge_pages(besides=known))
-        payloads = [tokenizer, template.encode()]
+        if "chat" not in model.card.capabilities:
+            warn_missing(source.path)
+        payloads = [tokenizer, source.templates.get(DEFAULT, "").encode()]
         card = _asked_context(model.card, config)
         num_pages = config.num_pages or _num_pages(config, device, model, card.context_tokens)
         card = _fit_context(card, (num_pages - 1) * config.page_tokens, config.context)
@@ -305,7 +309,7 @@ def _pace(config: WorkerConfig, model: Model) -> Pace:
     """The bounds on steps, and a first guess of their cost: on a CPU the guess is a slow processor's."""
     on_cpu = model.device.type == "cpu"
     step_s = config.step_s if config.step_s is not None else CPU_STEP_S if on_cpu else 0.0
-    guess = guessed_costs(model.weight_bytes // model.dtype.itemsize, 5e9 if on_cpu else 1e13)
+    guess = guessed_costs(model.num_weights, 5e9 if on_cpu else 1e13)
     return Pace(guess, step_s=step_s, gap_s=_gap_s(config, step_s))
 
 

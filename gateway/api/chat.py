@@ -56,7 +56,6 @@ class ChatBody(SamplingFields, kw_only=True):
         "audio",
         "web_search_options",
         "moderation",
-        "chat_template",
     )
     # No served model has a say in its answer's length; a prediction only saves time.
     IGNORED = (*SamplingFields.IGNORED, "prediction", "verbosity")
@@ -77,12 +76,12 @@ class ChatBody(SamplingFields, kw_only=True):
     chat_template_kwargs: Json | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     enable_thinking: bool | None = None
+    chat_template: str | None = None  # the name of one of the model's
     functions: Any = None
     function_call: Any = None
     audio: Any = None
     web_search_options: Any = None
     moderation: Any = None
-    chat_template: Any = None
 
 
 _decode = msgspec.json.Decoder(ChatBody).decode
@@ -252,7 +251,7 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> C
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise invalid("give either max_tokens or max_completion_tokens", "max_tokens")
     model = core.model(body.model)
-    options = _chat_options(body, thinks=model.has_template)
+    options = _chat_options(body, thinks=bool(model.template_names))
     count = choice_count(body, core.config.max_n)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else -1
     if tools is not None:
@@ -304,9 +303,9 @@ def _chat_options(body: ChatBody, *, thinks: bool) -> ChatOptions | None:
     if body.enable_thinking is not None:
         variables["enable_thinking"] = body.enable_thinking
     opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-    if opens and not variables:
+    if opens and not variables and body.chat_template is None:
         return None
-    return ChatOptions(opens, continues, variables)
+    return ChatOptions(opens, continues, variables, body.chat_template)
 
 
 def _check_variables(variables: Json) -> None:

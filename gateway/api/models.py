@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from gateway.api.parameters import Json
-from gateway.generation import Core
-from shared.protocol import ModelCard
+from gateway.generation import Core, ServedModel
 
 
 def list_models(core: Core) -> Json:
     """OpenAI's list; extra fields say what a model can do."""
-    return {"object": "list", "data": [model_object(model.card) for model in core.models()]}
+    return {"object": "list", "data": [model_object(model) for model in core.models()]}
 
 
-def model_object(card: ModelCard) -> Json:
+def model_object(model: ServedModel) -> Json:
     """One entry."""
+    card = model.card
     return {
         "id": card.model_id,
         "object": "model",
@@ -24,6 +24,7 @@ def model_object(card: ModelCard) -> Json:
         "context_tokens": card.context_tokens,
         "capabilities": card.capabilities,
         "takes_images": card.image is not None,
+        "chat_templates": model.template_names,
         "defaults": {
             "temperature": card.default_temperature,
             "top_p": card.default_top_p,

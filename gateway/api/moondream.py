@@ -161,7 +161,8 @@ async def prepare_caption(core: Core, data: bytes, *, request_id: str, tenant: s
     card = checked.model.card
     if f"caption_{body.length}" not in card.templates:
         offered = [name.removeprefix("caption_") for name in card.templates if name.startswith("caption_")]
-        message = f"length: model {card.model_id} offers {', '.join(offered) or 'no captions'}"
+        can = f"no captions; what it can do is {', '.join(card.capabilities)}"
+        message = f"length: model {card.model_id} offers {', '.join(offered) or can}"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="length")
     ids = task_prompt(card, f"caption_{body.length}")
     image = await core.prepare_image(checked.model, body.image_url, param="image_url")

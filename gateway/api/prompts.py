@@ -19,7 +19,7 @@ from gateway.api.histories import check_no_history, check_shown
 from gateway.api.parameters import Json
 from gateway.api.spoken import Reading, opens_thinking, reading_of
 from gateway.api.tools import ToolsAsked, told
-from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, ServedModel
+from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, ServedModel, no_pictures
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard
 
@@ -176,6 +176,8 @@ async def compose_chat(
 
 
 def _asked_for(options: ChatOptions) -> str:
+    if options.template is not None:
+        return "chat_template"
     if options.variables:
         return "chat_template_kwargs"
     return "continue_final_message" if options.continue_final_message else "add_generation_prompt"
@@ -211,15 +213,11 @@ async def _compose_template(
     card = model.card
     picture = _last_picture(messages)
     if picture is not None:
-        message = f"model {card.model_id} takes no pictures"
-        raise RequestError(ErrorCode.UNSUPPORTED, message, param=picture[1])
+        raise no_pictures(card, picture[1])
     if card.family in _WITHOUT_LANGUAGE:
         text = "\n".join(message.text() for message in messages)
         bos = [] if card.bos_id is None else [card.bos_id]
         return Prompt([*bos, *await model.encode(text)])
-    if not model.has_template:
-        message = f"model {card.model_id} has no chat template; use /v1/completions"
-        raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
     turns = [message.for_template() for message in messages]
     places: Sequence[int] = range(len(turns))
     if model.chat_format is not None and not model.chat_format.shows_tools:
@@ -259,7 +257,10 @@ def task_prompt(card: ModelCard, task: str, argument: Sequence[int] = ()) -> lis
     whole = card.templates.get(task)
     prefix = card.templates.get(f"{task}_prefix")
     if whole is None and prefix is None:
-        message = f"model {card.model_id} cannot {task.replace('_', ' ')}"
+        message = (
+            f"model {card.model_id} cannot {task.replace('_', ' ')}; what it can do is "
+            f"{', '.join(card.capabilities) or 'in /v1/models'}"
+        )
         raise RequestError(ErrorCode.UNSUPPORTED, message)
     bos = [] if card.bos_id is None else [card.bos_id]
     if whole is not None:

@@ -21,7 +21,7 @@ from gateway.api.response_bodies import CreateBody, DegasOptions, Item, Part, Re
 from gateway.api.response_events import response_id_of
 from gateway.api.response_stream import Opening
 from gateway.api.structured import Wanted, schema_grammar
-from gateway.generation import Core, GenerateRequest, RequestError, ServedModel
+from gateway.generation import Core, GenerateRequest, RequestError, ServedModel, no_pictures
 from shared.errors import ErrorCode
 from shared.protocol import Grammar
 
@@ -202,9 +202,7 @@ async def _compose(
     if takes_questions(card):
         return Prompt(task_prompt(card, "query", await model.encode(asked.question)), strip_start=True)
     if asked.image_url is not None:
-        raise RequestError(
-            ErrorCode.UNSUPPORTED, f"model {card.model_id} takes no pictures", param=asked.image_param
-        )
+        raise no_pictures(card, asked.image_param)
     turns = [Message(role=role, content=text) for role, text in messages]  # type: ignore[arg-type]  # roles were checked
     if instructions:
         turns.insert(0, Message(role="system", content=instructions))

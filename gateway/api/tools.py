@@ -16,13 +16,28 @@ from msgspec import Meta
 
 from gateway.api.fields import Known
 from gateway.api.parameters import Json, invalid
-from gateway.api.schemas import close_objects
 from gateway.api.structured import Wanted, schema_grammar
 from gateway.generation import ChatFormat, RequestError, ServedModel
 from shared.errors import ErrorCode
 
 MAX_TOOLS: Final = 128
 _MAX_FORCED_CALLS: Final = 8
+
+_PLAIN_OBJECT: Final = frozenset(
+    (
+        "type",
+        "properties",
+        "required",
+        "title",
+        "description",
+        "default",
+        "examples",
+        "$schema",
+        "$defs",
+        "definitions",
+    )
+)
+"""The keywords beside which an object's own properties are all that is said of it."""
 
 _encode = msgspec.json.encode
 
@@ -77,7 +92,7 @@ class ToolsAsked:
         allowed = [tool for tool in self.tools if self.named in (None, tool.function.name)]
         definitions = {
             # Closed where that loses nothing: a small model would add arguments until its tokens run out.
-            f"tool_{i}": _moved(close_objects(_parameters(tool.function)), f"#/$defs/tool_{i}")
+            f"tool_{i}": _moved(_closed(_parameters(tool.function)), f"#/$defs/tool_{i}")
             for i, tool in enumerate(allowed)
         }
         calls = [
@@ -182,6 +197,21 @@ def _read_choice(choice: Any) -> tuple[str, str | None]:
 
 def _parameters(function: Function) -> Json:
     return function.parameters or {"type": "object", "properties": {}}
+
+
+def _closed(schema: Json) -> Json:
+    """A function's parameters without others than it lists, and so on inside them; anything that combines schemas stays as it is."""
+    made = dict(schema)
+    listed = made.get("properties")
+    if isinstance(listed, dict):
+        made["properties"] = {
+            name: _closed(part) if isinstance(part, dict) else part for name, part in listed.items()
+        }
+        if set(made) <= _PLAIN_OBJECT and all(name in listed for name in made.get("required") or ()):
+            made["additionalProperties"] = False
+    if isinstance(made.get("items"), dict):
+        made["items"] = _closed(made["items"])
+    return made
 
 
 def _moved(schema: Any, place: str) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from gateway.config import GatewayConfig
-from gateway.core.templates import ChatTemplate
+from gateway.core.templates import DEFAULT, WITH_TOOLS, ChatTemplate, choose_template
 from gateway.core.tokens import ModelTokens
 from gateway.decisions.stream import StreamState
 from gateway.generation import ChatFormat, ChatOptions, GenerateRequest, RequestError, ServedModel
@@ -25,17 +25,21 @@ class AnnouncedModel:
     card: wire.ModelCard
     limits: wire.Limits
     tokens: ModelTokens
-    template: ChatTemplate | None
+    templates: Mapping[str, ChatTemplate]  # by name, `default` among them; empty: there is none
 
     @property
-    def has_template(self) -> bool:
-        """See `ServedModel.has_template`."""
-        return self.template is not None
+    def template_names(self) -> list[str]:
+        """See `ServedModel.template_names`."""
+        return list(self.templates)
 
     @property
     def chat_format(self) -> ChatFormat | None:
         """See `ServedModel.chat_format`."""
-        return None if self.template is None else self.template.format
+        usual = self.templates.get(DEFAULT)
+        if usual is None:
+            return None
+        for_tools = self.templates.get(WITH_TOOLS, usual).format
+        return replace(usual.format, shows_tools=for_tools.shows_tools, dialect=for_tools.dialect)
 
     @property
     def drops_first_space(self) -> bool:
@@ -45,9 +49,9 @@ class AnnouncedModel:
     @property
     def start_ids(self) -> list[int]:
         """See `ServedModel.start_ids`."""
-        if self.tokens.start_ids is not None and not self.card.templates:
-            return self.tokens.start_ids
-        return [] if self.card.bos_id is None else [self.card.bos_id]
+        if self.card.templates and self.card.bos_id is not None:  # Moondream's prompts all begin with BOS
+            return [self.card.bos_id]
+        return self.tokens.start_ids
 
     @property
     def longest(self) -> int:
@@ -64,10 +68,8 @@ class AnnouncedModel:
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[int]:
         """See `ServedModel.encode_chat`."""
-        if self.template is None:
-            message = f"model {self.card.model_id} has no chat template"
-            raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
-        text = await self.template.render_async(messages, options)
+        template = choose_template(self.templates, self.card.model_id, options)
+        text = await template.render_async(messages, options)
         return await self._off_loop(self.tokens.encode_rendered, text)
 
     async def _off_loop(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
@@ -148,13 +150,14 @@ class Catalog:
         known = self._models.get(ready.model.model_id)
         if known is not None and known.tokens.matches(tokenizer_json):
             tokens = known.tokens
-            source = known.template.source.encode() if known.template is not None else b""
+            source = known.templates[DEFAULT].source.encode() if known.templates else b""
             if (known.card, known.limits, source) == (ready.model, ready.limits, chat_template):
                 return known
         else:
             tokens = ModelTokens(tokenizer_json)
-        template = ChatTemplate(chat_template.decode(), tokens, ready.model) if chat_template else None
-        model = AnnouncedModel(ready.model, ready.limits, tokens, template)
+        sources = {DEFAULT: chat_template.decode()} | ready.model.chat_templates if chat_template else {}
+        templates = {name: ChatTemplate(source, tokens, ready.model) for name, source in sources.items()}
+        model = AnnouncedModel(ready.model, ready.limits, tokens, templates)
         self._models[ready.model.model_id] = model
         return model
 

@@ -36,6 +36,7 @@ from gateway.generation import (
     RequestError,
     RunningStream,
     ServedModel,
+    no_pictures,
 )
 from shared import protocol as wire
 from shared.errors import ErrorCode
@@ -148,7 +149,7 @@ class Service:
         """See `Core.prepare_image`. Refuses before decoding when the answer would be QUEUE_FULL anyway."""
         card = model.card
         if card.image is None:
-            raise RequestError(ErrorCode.UNSUPPORTED, f"model {card.model_id} takes no pictures", param=param)
+            raise no_pictures(card, param)
         self.check_capacity(model, num_new=1 + self.images.num_pending)
         image = await self.images.prepare(data_url, card.image, param=param)
         # The picture follows BOS, as `gateway.api.prompts` composes every prompt that has one.

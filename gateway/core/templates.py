@@ -25,12 +25,14 @@ from gateway.core.chat_format import read_format
 from gateway.core.tokens import ModelTokens
 from gateway.generation import ChatOptions, RequestError
 from shared.errors import ErrorCode
-from shared.protocol import ModelCard
+from shared.protocol import MAX_TEMPLATE_CHARS, ModelCard
 
 Messages = Sequence[Mapping[str, Any]]
 
+DEFAULT: Final = "default"
+WITH_TOOLS: Final = "tool_use"
+
 _DEADLINE_S: Final = 2.0
-_MAX_TEMPLATE_CHARS: Final = 256 << 10
 _MAX_OUTPUT_CHARS: Final = 4 << 20
 _MAX_WORDS: Final = 500  # characters of a template's own error message
 _REASONING: Final = (
@@ -46,8 +48,8 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokens: ModelTokens, card: ModelCard) -> None:
         """Raises `RequestError` for a template that does not compile."""
-        if len(source) > _MAX_TEMPLATE_CHARS:
-            raise RequestError(ErrorCode.INTERNAL, f"the chat template is longer than {_MAX_TEMPLATE_CHARS}")
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise RequestError(ErrorCode.INTERNAL, f"the chat template is longer than {MAX_TEMPLATE_CHARS}")
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
         )
@@ -104,7 +106,7 @@ class ChatTemplate:
         plain = [_present(message) for message in self._special_text.protect(list(messages))]
         end = _mark_end(plain) if options.continue_final_message else ""
         variables = {
-            "tools": self._special_text.protect(options.tools),
+            "tools": self._special_text.protect(list(options.tools)) or None,
             "documents": None,
             **self._special,
             **self._special_text.protect(options.variables),
@@ -163,6 +165,32 @@ class ChatTemplate:
             )
         except Exception:  # the template takes another kind of content
             return False
+
+
+def choose_template(
+    templates: Mapping[str, ChatTemplate], model_id: str, options: ChatOptions
+) -> ChatTemplate:
+    """The template that a conversation is rendered by: the one it names; with tools `tool_use`, if the model has that;
+    else `default`. Raises `RequestError` UNSUPPORTED if the model has no such template, or none at all."""
+    if not templates:
+        message = (
+            f"model {model_id} has no chat template, so it cannot chat: use /v1/completions, or serve it with "
+            "--chat-template FILE"
+        )
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param="messages")
+    if options.template is not None:
+        found = templates.get(options.template)
+        if found is None:
+            message = (
+                f"chat_template: model {model_id} has no template of this name; it has {', '.join(templates)}. "
+                "Templates themselves are not taken from requests"
+            )
+            raise RequestError(ErrorCode.UNSUPPORTED, message, param="chat_template")
+        if options.tools and not found.format.shows_tools:
+            message = "chat_template: this template shows no tools; leave one of the two out"
+            raise RequestError(ErrorCode.UNSUPPORTED, message, param="chat_template")
+        return found
+    return templates.get(WITH_TOOLS if options.tools else DEFAULT, templates[DEFAULT])
 
 
 def _present(message: Mapping[str, Any]) -> dict[str, Any]:

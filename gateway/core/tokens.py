@@ -50,9 +50,8 @@ class ModelTokens:
         self._special_ids: dict[str, int] = {token["content"]: token["id"] for token in self._special}
         self.special_ids = frozenset(self._special_ids.values())
         self.special_text = SpecialText([token["content"] for token in self._special])
-        self.start_ids: list[int] | None = None  # None: the file does not say how a text begins
-        if layout.get("post_processor") is not None:
-            self.start_ids = self._tokenizer.encode("", add_special_tokens=True).ids
+        # What the post-processor puts in front of a text; where there is none, texts begin with their first word.
+        self.start_ids: list[int] = self._tokenizer.encode("", add_special_tokens=True).ids
         self._token_bytes: list[bytes] | None = None
         self._partial_ids: frozenset[int] = frozenset()
         if _is_byte_level(layout.get("decoder")):

@@ -3,6 +3,7 @@
 import { Chat } from "./chat.js";
 import { Lanes } from "./lanes.js";
 import { Server } from "./server.js";
+import { Texts } from "./texts.js";
 import { serveStudio, showStudio, startStudio } from "./studio.js";
 
 const byId = (id) => document.getElementById(id);
@@ -18,7 +19,7 @@ socketUrl.hash = socketUrl.search = "";
 
 const lanes = new Lanes(socketUrl.href);
 const server = new Server(() => lanes.key);
-const links = { lanes, onUnauthorized: askForKey, onFailure: () => server.pollSoon() };
+const links = { lanes, texts: new Texts(() => lanes.key), onUnauthorized: askForKey, onFailure: () => server.pollSoon() };
 const chat = new Chat(byId("chat-view"), links);
 let served = null;
 
@@ -28,7 +29,7 @@ let served = null;
 function viewsOf(model) {
   const can = (task) => model.capabilities.includes(task);
   const views = [];
-  if (can("chat") && !can("query")) views.push("chat");
+  if ((can("chat") || can("completions")) && !can("query")) views.push("chat");
   if (model.takes_images && PICTURE_TASKS.some(can)) views.push("studio");
   return views;
 }
@@ -55,7 +56,7 @@ function serve(model) {
   const chosen = document.querySelector('input[name="view"]:checked').value;
   const view = views.includes(chosen) ? chosen : views[0] ?? null;
   if (view) document.querySelector(`input[name="view"][value="${view}"]`).checked = true;
-  else foyer("Nothing to show here", `${model.id} neither chats nor looks at pictures. Programs can use it through the API.`);
+  else foyer("Nothing to show here", `${model.id} neither writes nor looks at pictures. Programs can use it through the API.`);
   showView(view);
 }
 

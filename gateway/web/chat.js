@@ -13,6 +13,7 @@ const SUGGESTIONS = [
   "What is the capital of France?", "Write a haiku about rain.",
   "Explain tides to a child.", "Sort a list in Python",
 ];
+const BEGINNINGS = ["The capital of France is", "Once upon a time", "The tides come and go because", "def is_prime(n):"];
 const byId = (id) => document.getElementById(id);
 
 export class Chat {
@@ -36,7 +37,6 @@ export class Chat {
     byId("new-chat").addEventListener("click", () => this.clear());
     byId("chat-notice-undo").addEventListener("click", () => this.undoClear());
     byId("chat-notice-close").addEventListener("click", () => this.notice(""));
-    byId("starters").replaceChildren(...SUGGESTIONS.map((text) => this.starter(text)));
     addEventListener("pagehide", () => this.keep());
     this.restore();
   }
@@ -60,11 +60,17 @@ export class Chat {
 
   serve(model) {
     this.model = model;
-    this.composer.serve(model);
-    this.settings.serve(model);
+    this.converses = model.capabilities.includes("chat");
+    this.composer.serve(model, this.converses);
+    this.settings.serve(model, this.converses);
     byId("chat-model").textContent = model.id;
-    byId("chat-description").textContent = model.description
-      || "A language model on this server. Small ones are quick and often wrong: check what matters.";
+    byId("chat-opening").textContent = this.converses ? "Say something to" : "Begin a text for";
+    const about = model.description || "A language model on this server. Small ones are quick and often wrong: check what matters.";
+    byId("chat-description").textContent = this.converses
+      ? about
+      : `${about} This one has no chat template, so it does not answer: it goes on with the text that you begin.`;
+    byId("new-chat").textContent = this.converses ? "New chat" : "Clear";
+    byId("starters").replaceChildren(...(this.converses ? SUGGESTIONS : BEGINNINGS).map((text) => this.starter(text)));
     this.showContext();
   }
 
@@ -95,7 +101,7 @@ export class Chat {
     if (isEdit && this.last) this.drop(this.last);
     this.notice("");
     this.cleared = null;
-    this.run(this.add(asked), body);
+    this.run(this.add(this.converses ? asked : { text: asked.text, isText: true }), body);
     this.following.toEnd();
     return true;
   }
@@ -120,11 +126,18 @@ export class Chat {
   run(exchange, body) {
     this.composer.setRunning(true);
     this.say("");
-    const whole = { model: this.model.id, input: this.inputFor(exchange), store: false, ...body };
-    this.running = this.links.lanes.ask(whole, (event, at) => {
+    const hear = (event, at) => {
       if (exchange.hear(event, at)) this.ended(exchange);
-    });
+    };
+    if (exchange.asked.isText) this.running = this.links.texts.ask(this.textBody(exchange, body), hear);
+    else this.running = this.links.lanes.ask({ model: this.model.id, input: this.inputFor(exchange), store: false, ...body }, hear);
     this.keep();
+  }
+
+  /** The request that goes on with a text: that text alone, whatever stands above it. */
+  textBody(exchange, { instructions, max_output_tokens, ...sampling }) {
+    const max_tokens = max_output_tokens ?? this.model.defaults?.max_tokens;
+    return { model: this.model.id, prompt: exchange.asked.text, max_tokens, ...sampling };
   }
 
   ended(exchange) {
@@ -132,7 +145,7 @@ export class Chat {
     this.composer.setRunning(false);
     if (!this.exchanges.includes(exchange)) return; // cleared meanwhile
     if (TOO_LONG.includes(exchange.code)) {
-      exchange.explainLength(this.model.context_tokens, this.exchanges.slice(this.forgotten).some((one) => one !== exchange && one.isTold));
+      exchange.explainLength(this.model.context_tokens, !exchange.asked.isText && this.exchanges.slice(this.forgotten).some((one) => one !== exchange && one.isTold));
     }
     if (exchange.state === "failed") this.links.onFailure();
     if (exchange.code === "unauthorized") this.links.onUnauthorized(() => this.again(exchange));
@@ -145,7 +158,7 @@ export class Chat {
 
   /** The messages of a request: every exchange that has an answer, then this one's question. */
   inputFor(exchange) {
-    const told = this.exchanges.slice(this.forgotten).filter((one) => one !== exchange && one.isTold);
+    const told = this.exchanges.slice(this.forgotten).filter((one) => one !== exchange && one.isTold && !one.asked.isText);
     const items = told.flatMap((one) => [questionItem(one.asked), { role: "assistant", content: one.text }]);
     return [...items, questionItem(exchange.asked)];
   }

@@ -95,9 +95,10 @@ export class Composer {
 
   // ---------------------------------------------------------------- pictures
 
-  serve(model) {
-    this.takesImages = Boolean(model.takes_images);
-    this.field.placeholder = `Write to ${model.id}`;
+  serve(model, converses) {
+    this.takesImages = converses && Boolean(model.takes_images);
+    this.field.placeholder = converses ? `Write to ${model.id}` : `Begin a text; ${model.id} goes on with it`;
+    byId("chat-send").textContent = converses ? "Send" : "Go on";
     byId("attach").hidden = !this.takesImages;
     if (!this.takesImages) this.attach("");
   }

@@ -26,17 +26,18 @@ export class Exchange {
     this.root = document.getElementById("exchange").content.cloneNode(true).querySelector(".exchange");
     this.part = (name) => this.root.querySelector(`.${name}`);
     this.part("asked-text").textContent = asked.text;
+    this.part("asked-text").hidden = Boolean(asked.isText); // it stands at the head of the answer
     const image = this.part("asked-image");
     if (asked.image) image.src = asked.image;
     image.hidden = !asked.image;
-    this.prose = new Prose(this.part("prose"));
+    this.prose = asked.isText ? new BegunText(this.part("prose"), asked.text) : new Prose(this.part("prose"));
     this.problem = new Problem(this.part("problem-words"), this.part("retry"));
     this.part("retry").addEventListener("click", on.again);
     this.part("again").addEventListener("click", on.again);
     this.part("edit").addEventListener("click", on.edit);
     this.part("edit-problem").addEventListener("click", on.edit);
     this.part("shorten").addEventListener("click", on.shorten);
-    this.part("tools").prepend(copyButton("Copy", "Copy this answer", () => this.text));
+    this.part("tools").prepend(copyButton("Copy", "Copy this answer", () => (asked.isText ? asked.text + this.text : this.text)));
     this.begin();
   }
 
@@ -135,7 +136,7 @@ export class Exchange {
       ? `This conversation has become longer than the model can take in. ${room}`
       : `Your message is longer than the model can take in. ${room}`);
     this.part("shorten").hidden = !hasEarlier;
-    this.part("edit-problem").hidden = hasEarlier;
+    this.part("edit-problem").hidden = false; // the message alone may be too long: nobody here counts its tokens
   }
 
   note(text) {
@@ -168,7 +169,7 @@ export class Exchange {
     const { asked, text, state, code, tokens, usage, beads } = this;
     const times = beads.times.map((at) => Math.round((at - beads.askedAt) * 10) / 10);
     const note = this.part("note").hidden ? "" : this.part("note").textContent;
-    return { asked: { text: asked.text, hadImage: Boolean(asked.image) || asked.hadImage }, text, state, code, tokens, usage, times, note };
+    return { asked: { text: asked.text, isText: asked.isText, hadImage: Boolean(asked.image) || asked.hadImage }, text, state, code, tokens, usage, times, note };
   }
 
   restore(kept) {
@@ -181,5 +182,22 @@ export class Exchange {
     else if (isCut) this.note("Stopped: the page was left.");
     else if (kept.note) this.note(kept.note);
     if (kept.asked.hadImage) this.part("asked-lost").hidden = false;
+  }
+}
+
+/** A text and what the model adds to it, as they are: their spaces and marks may be a program's. */
+class BegunText {
+  /** @param {HTMLElement} root @param {string} beginning */
+  constructor(root, beginning) {
+    const begun = document.createElement("span");
+    begun.className = "begun";
+    begun.textContent = beginning;
+    this.added = document.createTextNode("");
+    root.append(begun, this.added);
+    root.classList.add("plain");
+  }
+
+  set(text) {
+    this.added.data = text;
   }
 }

@@ -41,7 +41,8 @@ export class Settings {
   }
 
   /** Shows what the model does where a field is empty. */
-  serve(model) {
+  serve(model, converses) {
+    this.system.closest("label").hidden = !converses;
     const defaults = model.defaults ?? {};
     for (const { input, usual } of this.inputs) input.placeholder = String(usual(defaults) ?? "");
     byId("max-tokens").max = String(model.context_tokens ?? "");

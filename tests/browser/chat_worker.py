@@ -116,3 +116,22 @@ def chat_worker(card: wire.ModelCard = CHAT_CARD) -> FakeWorker:
     worker = FakeWorker(card=card, chat_template=TEMPLATE)
     worker.script = script
     return worker
+
+
+def base_worker() -> FakeWorker:
+    """A fake worker whose model has no chat template: it goes on with texts."""
+    worker = FakeWorker(
+        card=msgspec.structs.replace(CHAT_CARD, model_id="base", capabilities=["completions"])
+    )
+
+    def go_on(submit: wire.Submit) -> list[Action]:
+        prompt = prompt_of(submit)
+        if "busy" in prompt:
+            return [Reject(ErrorCode.QUEUE_FULL, "full", retry_after_s=1.0)]
+        text = "on and " * 200 if "Endless" in prompt else "\n    return **n** > 1"
+        ids = text_ids(text)[: submit.max_tokens]
+        actions: list[Action] = [action for token_id in ids for action in (Token(token_id), Wait(0.004))]
+        return [*actions, End(FinishReason.LENGTH if len(ids) == submit.max_tokens else FinishReason.STOP)]
+
+    worker.script = go_on
+    return worker

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from shared.errors import ErrorCode
-from tests.browser.chat_worker import CHAT_CARD, SEEING_CARD, chat_worker, prompt_of
+from tests.browser.chat_worker import CHAT_CARD, SEEING_CARD, base_worker, chat_worker, prompt_of
 from tests.browser.conftest import Site, Visit
 from tests.browser.demo_worker import demo_worker
 from tests.browser.test_page import contrast
@@ -480,11 +480,42 @@ def test_a_model_that_chats_and_points_has_both_views(open_model: Callable[[Fake
 
 
 def test_a_model_with_nothing_for_a_page_is_said_so(open_model: Callable[[FakeWorker], Page]) -> None:
-    page = open_model(
-        chat_worker(msgspec.structs.replace(CHAT_CARD, model_id="base", capabilities=["completions"]))
-    )
-    expect(page.locator("#foyer-words")).to_contain_text("base neither chats")
+    page = open_model(chat_worker(msgspec.structs.replace(CHAT_CARD, model_id="base", capabilities=[])))
+    expect(page.locator("#foyer-words")).to_contain_text("base neither writes")
     expect(page.locator("#foyer")).to_be_visible()
+
+
+def test_a_model_without_a_template_goes_on_with_a_text(open_model: Callable[[FakeWorker], Page]) -> None:
+    worker = base_worker()
+    page = open_model(worker)
+    expect(page.locator("#welcome")).to_contain_text("Begin a text for base")
+    expect(page.locator("#welcome")).to_contain_text("no chat template")
+    shoot(page, "base-empty")
+    exchange = say(page, "def is_prime(n):")
+    expect(exchange.locator(".prose")).to_have_text(
+        "def is_prime(n):\n    return **n** > 1", use_inner_text=True
+    )
+    expect(exchange.locator(".f-tokens")).to_have_text(re.compile(r"\d"))
+    expect(page.locator("#context-tokens")).to_contain_text("of 2,048 tokens")
+    assert prompt_of(worker.submits[0]) == "def is_prime(n):" and worker.submits[0].max_tokens == 1500
+    page.click("#settings-toggle")
+    expect(page.locator("#system-prompt")).to_be_hidden()
+    page.fill("#max-tokens", "5")
+    exchange = say(page, "Once upon a time")
+    expect(exchange.locator(".note")).to_contain_text("limit of 5 tokens")
+    assert prompt_of(worker.submits[1]) == "Once upon a time", "what stands above is not sent"
+    shoot(page, "base")
+    page.fill("#max-tokens", "")
+    exchange = say(page, "Endless", ends="streaming")
+    page.click("#chat-stop")
+    expect(exchange).to_have_attribute("data-state", "stopped")
+    exchange = say(page, "busy", ends="failed")
+    expect(exchange.locator(".problem-words")).to_contain_text("The queue is full. ")
+    page.reload()
+    expect(page.locator(".prose").first).to_have_text(
+        "def is_prime(n):\n    return **n** > 1", use_inner_text=True
+    )
+    expect(page.locator(".exchange")).to_have_count(4)
 
 
 def test_two_models_can_be_chosen_between(visit: Callable[..., Visit]) -> None:

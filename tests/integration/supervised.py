@@ -9,6 +9,7 @@ from degas.restarts import RestartLimits
 from degas.supervisor import serve
 
 HERE = Path(__file__).parent
+FETCH = os.environ.get("STAND_IN_FETCH", "")  # Python that stands in for fetching a model
 
 if __name__ == "__main__":
     sys.exit(
@@ -18,6 +19,8 @@ if __name__ == "__main__":
                 grpc_port=None,
                 worker_command=(sys.executable, "-I", "-S", str(HERE / "stand_in_worker.py")),
                 gateway_command=(sys.executable, "-I", "-S", str(HERE / "stand_in_gateway.py")),
+                fetch_command=(sys.executable, "-I", "-S", "-c", FETCH) if FETCH else (),
+                start_timeout_s=1.5 if FETCH else 900.0,
                 worker_settings={"model": "stand-in"},
                 preload=False,
                 drain_s=0.5,

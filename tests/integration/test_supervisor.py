@@ -202,6 +202,46 @@ def test_refused_settings_are_not_tried_again(start: Callable[..., Supervised]) 
     supervised.assert_nothing_left()
 
 
+LEAVE_PID = (
+    "import os, pathlib, sys, time; folder = pathlib.Path(os.environ['STAND_IN_FOLDER']); "
+    "(folder / 'pid').write_text(str(os.getpid())); (folder / 'pid').rename(folder / 'fetch.pid')"
+)
+
+
+def test_a_model_may_take_longer_to_fetch_than_to_load(start: Callable[..., Supervised]) -> None:
+    """The worker's time to start begins when its model is here."""
+    fetch = f'{LEAVE_PID}; time.sleep(2.5); print(\'DEGAS-MODEL {{"path": "/here/it/is"}}\')'
+    supervised = start(STAND_IN_FETCH=fetch)
+    supervised.wait_ready()
+    assert "not ready after" not in supervised.output() and "fetch model" in supervised.output()
+    environment = json.loads((supervised.folder / "worker-environment.json").read_text())
+    assert environment["DEGAS_WORKER_MODEL"] == "/here/it/is"
+    supervised.process.send_signal(signal.SIGTERM)
+    assert supervised.wait_exit() == 0
+    supervised.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"), [("sys.exit('degas worker: no such model')", 1), ("sys.exit(2)", 2), ("0", 1)]
+)
+def test_a_model_that_cannot_be_fetched_ends_the_start(
+    start: Callable[..., Supervised], ends: str, code: int
+) -> None:
+    supervised = start(STAND_IN_FETCH=f"{LEAVE_PID}; {ends}")
+    assert supervised.wait_exit() == code
+    assert "the model was not fetched" in supervised.output()
+    assert not any(name.startswith("worker") for name in supervised.pids())
+    supervised.assert_nothing_left()
+
+
+def test_a_stop_does_not_wait_for_a_download(start: Callable[..., Supervised]) -> None:
+    supervised = start(STAND_IN_FETCH=f"{LEAVE_PID}; time.sleep(600)")
+    supervised.wait_started("fetch")
+    supervised.process.send_signal(signal.SIGTERM)
+    assert supervised.wait_exit() == 0
+    supervised.assert_nothing_left()
+
+
 def test_children_that_will_not_end_are_killed(start: Callable[..., Supervised]) -> None:
     supervised = start(STAND_IN="stubborn")
     supervised.wait_ready()

@@ -10,6 +10,7 @@ import openai
 import pytest
 import torch
 
+from tests.integration.loopback_hub import loopback_hub
 from tests.integration.stack import Stack, stack
 
 pytestmark = pytest.mark.slow
@@ -56,7 +57,7 @@ def write_folder(folder: Path) -> tuple[Any, Any]:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Any, Any]]:
     folder = tmp_path_factory.mktemp("tiny-llama")
     oracle, tokenizer = write_folder(folder)
-    with stack(["--device", "cpu", "--model", str(folder)]) as running:
+    with stack(["--device", "cpu", "--dtype", "float32", "--model", str(folder)]) as running:
         yield running, oracle, tokenizer
 
 
@@ -88,3 +89,40 @@ def test_a_picture_is_refused(served: tuple[Stack, Any, Any]) -> None:
     content: list[Any] = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": url}}]
     with pytest.raises(openai.APIStatusError, match="takes no pictures"):
         client.chat.completions.create(model=model.id, messages=[{"role": "user", "content": content}])
+
+
+def test_a_hubs_model_is_fetched_and_called_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """huggingface_hub itself, against a hub on a loopback port; a second start finds the model in the cache."""
+    pytest.importorskip("huggingface_hub")
+    (tmp_path / "tiny").mkdir()
+    write_folder(tmp_path / "tiny")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    flags = ["--device", "cpu", "--model", "org/tiny"]
+    with loopback_hub(tmp_path / "tiny", pause_s=0.05) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        for _ in range(2):
+            with stack(flags) as running:
+                client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
+                assert [model.id for model in client.models.list()] == ["org/tiny"]
+        assert len(hub.fetched) == 1
+
+
+def test_a_base_model_completes_and_chats_once_it_is_given_a_template(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "chat_template.jinja").rename(tmp_path / "given.txt")
+    flags = ["--device", "cpu", "--dtype", "float32", "--model", str(tmp_path)]
+    messages: list[Any] = [{"role": "user", "content": "Hello"}]
+    for more in ([], ["--chat-template", str(tmp_path / "given.txt")]):
+        with stack([*flags, *more]) as running:
+            client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+            (model,) = client.models.list().data
+            assert model.to_dict()["capabilities"] == ["chat", "completions"][0 if more else 1 :]
+            assert client.completions.create(model=model.id, prompt="Hello", max_tokens=2).choices
+            if more:
+                answer = client.chat.completions.create(model=model.id, messages=messages, max_tokens=2)
+                assert answer.usage is not None and answer.usage.prompt_tokens == len("Hello") + 3
+            else:
+                with pytest.raises(openai.BadRequestError, match="--chat-template FILE"):
+                    client.chat.completions.create(model=model.id, messages=messages)

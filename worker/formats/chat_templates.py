@@ -1,4 +1,4 @@
-"""Owns finding a folder's chat template, whether it is one, and which tokens end a turn in it. Any thread."""
+"""Owns finding a model's chat templates, whether they are some, and which tokens end a turn in them. Any thread."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 
 import structlog
 
+from shared.protocol import MAX_TEMPLATE_CHARS
 from worker.formats.errors import CheckpointError
 from worker.formats.json_files import read_object
 
 log = structlog.get_logger()
+
+Templates = dict[str, str]
+"""Chat templates by name. The one called `default` is used unless another is asked for; empty where a model has none."""
 
 # The marks that families write at the end of a turn. Some are not the tokenizer's end of text, and some folders name
 # only the end of text.
@@ -29,47 +33,79 @@ _TURN_ENDS = (
     *("<|end_of_text|>", "<|endoftext|>", "<end_of_utterance>", "<|end_of_turn|>", "<|endofassistant|>"),
     *("<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "</s>", "[|endofturn|]", "<|end_of_role|>"),
 )
+DEFAULT = "default"
+_SPECIAL = ("tool_use", "rag")  # templates for conversations with more than messages in them
 _NO_END = ("<|end_of_role|>",)  # Granite's: ends the name of a role, in the middle of a turn
+_INSTEAD = "Give a working one: --chat-template FILE"
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 
 
-def turn_ends(template: str) -> tuple[str, ...]:
-    """The marks that end a turn in this template, as text."""
-    return tuple(mark for mark in _TURN_ENDS if mark in template and mark not in _NO_END)
+def turn_ends(templates: Templates) -> tuple[str, ...]:
+    """The marks that end a turn in these templates, as text."""
+    whole = "".join(templates.values())
+    return tuple(mark for mark in _TURN_ENDS if mark in whole and mark not in _NO_END)
 
 
-def find_template(folder: Path) -> str:
-    """The template of a Hugging Face folder, from whichever of its files has one; empty where none has.
+def find_templates(folder: Path) -> Templates:
+    """The templates of a Hugging Face folder, from whichever of its files has some.
 
     Raises CheckpointError on files that cannot be read.
     """
+    named = {
+        file.stem: _text(file) for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    }
     plain = folder / "chat_template.jinja"
     if plain.is_file():
-        return _text(plain)
+        return named | {DEFAULT: _text(plain)}
     for name in ("chat_template.json", "tokenizer_config.json"):
-        found = _chosen(read_object(folder / name).get("chat_template"), folder / name)
+        found = _read(read_object(folder / name).get("chat_template"), folder / name)
         if found:
-            return found
-    named = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    return _text(named[0]) if len(named) == 1 else ""
+            return with_default(found | named)
+    return with_default(named)
 
 
-def _chosen(found: Any, file: Path) -> str:
-    """One template out of the value in a folder's file: a text, or a list (or object) of named templates."""
+def _read(found: Any, file: Path) -> Templates:
+    """The value in a folder's file: a text, or a list (or object) of named templates."""
     if found is None or isinstance(found, str):
-        return found or ""
+        return {DEFAULT: found} if found else {}
     if isinstance(found, list):
         found = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise CheckpointError("'chat_template' is neither a text nor a list of named ones", file=file)
-    if not found:
-        return ""
-    for name in ("default", "chat", "chatml"):
-        if name in found:
-            return str(found[name])
-    others = [name for name in found if name not in ("tool_use", "rag")]
-    chosen = others[0] if len(others) == 1 else next(iter(found))
-    return str(found[chosen])
+    return {name: text for name, text in found.items() if text}
+
+
+def with_default(found: Templates) -> Templates:
+    """The same templates, one of them under the name `default` too."""
+    if not found or DEFAULT in found:
+        return found
+    names = [*("chat", "chatml"), *(name for name in found if name not in _SPECIAL), *found]
+    return {DEFAULT: next(found[name] for name in names if name in found), **found}
+
+
+def choose_templates(found: Templates, asked: str | None, path: Path) -> Templates:
+    """The templates that the model at `path` is served with: `found`, unless `asked` names one of them, which is then the
+    default, or a file with one, which is then the only one. Each is checked. Raises CheckpointError."""
+    if asked is None:
+        num_chars = sum(map(len, found.values()))
+        if num_chars > MAX_TEMPLATE_CHARS:
+            raise CheckpointError(
+                f"chat templates of {num_chars} characters; at most {MAX_TEMPLATE_CHARS} are accepted. {_INSTEAD}",
+                file=path,
+            )
+        for text in found.values():
+            check_template(text, path)
+        return found
+    if asked in found:
+        return choose_templates({**found, DEFAULT: found[asked]}, None, path)
+    file = Path(asked).expanduser()
+    if not file.is_file():
+        names = f"; this model's own templates are {', '.join(found)}" if found else ""
+        raise CheckpointError(
+            f"chat_template names no file with a Jinja template{names}",
+            file=file if "/" in asked else Path(asked),
+        )
+    return choose_templates({DEFAULT: _text(file)}, None, file)
 
 
 def warn_missing(path: Path) -> None:
@@ -77,31 +113,28 @@ def warn_missing(path: Path) -> None:
     log.warning(
         "no_chat_template",
         model=str(path),
-        means="chat has no form that this model was trained on; completions work",
-        to_do="serve an instruct model; or a folder, with the template in chat_template.jinja",
+        means="chat is refused, completions work",
+        to_do="serve the instruct model of the same name, or give a template: --chat-template FILE",
     )
 
 
-def check_template(template: str, file: Path) -> str:
-    """Returns `template`. Raises CheckpointError, naming `file`, if it is no Jinja template.
+def check_template(template: str, file: Path) -> None:
+    """Raise CheckpointError, naming `file`, if it is no Jinja template.
 
-    Only its syntax is checked, and only where Jinja is installed: gateways render, workers do not.
+    It is compiled as gateways do it, which render it later, and only where Jinja is installed.
     """
     try:
         from jinja2 import Environment, TemplateSyntaxError
     except ImportError:
-        return template
-    grammar = Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"], autoescape=False)
+        return
+    grammar = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)
     try:
-        grammar.parse(_GENERATION.sub("", template))
+        grammar.compile(_GENERATION.sub("", template), raw=True)
     except (TemplateSyntaxError, RecursionError) as error:
         line = getattr(error, "lineno", "?")
         raise CheckpointError(
-            f"the chat template cannot be used: line {line}: {error}; put a working one into "
-            "chat_template.jinja beside the model",
-            file=file,
+            f"the chat template cannot be used: line {line}: {error}. {_INSTEAD}", file=file
         ) from None
-    return template
 
 
 def _text(path: Path) -> str:

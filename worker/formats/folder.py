@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from worker.formats.chat_templates import check_template, find_template, turn_ends, warn_missing
+from worker.formats.chat_templates import find_templates, turn_ends
 from worker.formats.folder_refusals import refuse_folder, refuse_settings
-from worker.formats.folder_tokenizer import end_token, find_tokenizer, marks_of, special_tokens
+from worker.formats.folder_tokenizer import end_token, find_tokenizer, marks_of, refuse_larger, special_tokens
 from worker.formats.json_files import read_object
 from worker.formats.model_names import name_of
 from worker.formats.moondream_tokenizer import is_moondream, refuse_stale
@@ -26,6 +26,7 @@ class Folder:
         self.config = read_object(self.settings_file)
         refuse_settings(path, self.config)
         self.generation = read_object(path / "generation_config.json")
+        self.templates = find_templates(path)
         resolved = path.resolve()
         self.model_id = name_of(path, resolved.parent.name if resolved.name == "weights" else resolved.name)
         self.created = int(self.settings_file.stat().st_mtime)
@@ -40,14 +41,9 @@ class Folder:
         text = find_tokenizer(self.path, self.config)
         if is_moondream(self.config):
             refuse_stale(text, self.config, self.path)
+        else:
+            refuse_larger(text, self.config.get("vocab_size"), self.path)
         return text
-
-    def chat_template(self) -> str:
-        """See `Source.chat_template`. Warns where there is none."""
-        found = find_template(self.path)
-        if not found and not is_moondream(self.config):
-            warn_missing(self.path)
-        return check_template(found, self.path)
 
     def special_tokens(self) -> dict[str, str]:
         """See `Source.special_tokens`."""
@@ -56,5 +52,5 @@ class Folder:
     def end_tokens(self) -> list[int]:
         """See `Source.end_tokens`."""
         marks = marks_of(self.path)
-        texts = [end_token(self.path), *turn_ends(find_template(self.path))]
+        texts = [end_token(self.path), *turn_ends(self.templates)]
         return list(dict.fromkeys(marks[text] for text in texts if text in marks))

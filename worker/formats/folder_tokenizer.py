@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def find_tokenizer(folder: Path, config: dict[str, Any]) -> bytes:
         "speak text: the download is incomplete",
         file=folder,
     )
+
+
+def refuse_larger(tokenizer: bytes, vocab_size: Any, folder: Path) -> None:
+    """Raise CheckpointError if the tokenizer has more tokens than the model. Added ones do not count: some models are
+    released with marks that only their relatives know."""
+    model = json.loads(tokenizer).get("model") or {}
+    num_tokens = len(model.get("vocab") or ())
+    if isinstance(vocab_size, int) and num_tokens > vocab_size:
+        raise CheckpointError(
+            f"a tokenizer of {num_tokens} tokens, and config.json's 'vocab_size' is {vocab_size}: they belong to different "
+            "models; take both from one",
+            file=folder,
+        )
 
 
 def end_token(folder: Path) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.formats.chat_templates import check_template, turn_ends, warn_missing
+from worker.formats.chat_templates import turn_ends
 from worker.formats.errors import CheckpointError
 from worker.formats.gguf_architectures import Architecture, architecture_of
 from worker.formats.gguf_blocks import unpacker
 from worker.formats.gguf_container import Container, StoredTensor, read_container
 from worker.formats.gguf_parts import joined, name_of_parts, parts_of
-from worker.formats.gguf_tokenizer import chat_template, make_tokenizer, special_ids, token_ids
+from worker.formats.gguf_tokenizer import chat_templates, make_tokenizer, special_ids, token_ids
 from worker.formats.gguf_values import pieces
 from worker.formats.model_names import name_of
 from worker.formats.source import Packed, ProgressReport, Rename, Target
@@ -44,6 +44,7 @@ class Gguf:
             "eos_token_id": special["eos_token_id"],
         }
         self.generation = sampling_of(whole)
+        self.templates = chat_templates(whole)
         self.model_id = name_of(path, name_of_parts(path))
         self.created = int(path.stat().st_mtime)
         self.num_bytes = whole.num_bytes
@@ -56,20 +57,13 @@ class Gguf:
         """See `Source.tokenizer`."""
         return make_tokenizer(self._container)
 
-    def chat_template(self) -> str:
-        """See `Source.chat_template`. Warns where there is none."""
-        found = chat_template(self._container)
-        if not found:
-            warn_missing(self.path)
-        return check_template(found, self.path)
-
     def special_tokens(self) -> dict[str, str]:
         """See `Source.special_tokens`: a container names ids only, and gateways have the tokenizer to spell them."""
         return {}
 
     def end_tokens(self) -> list[int]:
         """See `Source.end_tokens`."""
-        return token_ids(self._container, turn_ends(chat_template(self._container)))
+        return token_ids(self._container, turn_ends(self.templates))
 
 
 class GgufTensors:

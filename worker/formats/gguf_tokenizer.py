@@ -1,4 +1,4 @@
-"""Owns making a tokenizer.json of the vocabulary in a GGUF file, and the file's chat template. Any thread."""
+"""Owns making a tokenizer.json of the vocabulary in a GGUF file, and the file's chat templates. Any thread."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import structlog
 
+from worker.formats.chat_templates import DEFAULT, Templates, with_default
 from worker.formats.errors import CheckpointError
 from worker.formats.gguf_container import Container
 from worker.formats.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
@@ -63,16 +64,15 @@ def token_ids(container: Container, texts: tuple[str, ...]) -> list[int]:
     return [id for text, id in _Vocabulary(container).marks().items() if text in texts]
 
 
-def chat_template(container: Container) -> str:
-    """The default template, or else the only named one; empty if there is neither."""
-    metadata = container.metadata
-    found = metadata.get("tokenizer.chat_template")
-    if isinstance(found, str) and found:
-        return found.encode("utf-8", "replace").decode()
-    prefix = "tokenizer.chat_template."
-    named = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    found = named.get("default") or (next(iter(named.values())) if len(named) == 1 else "")
-    return found.encode("utf-8", "replace").decode() if isinstance(found, str) else ""
+def chat_templates(container: Container) -> Templates:
+    """The templates in the file, by name; empty where it has none."""
+    key = "tokenizer.chat_template"
+    found = {
+        name.removeprefix(key).removeprefix(".") or DEFAULT: text.encode("utf-8", "replace").decode()
+        for name, text in container.metadata.items()
+        if (name == key or name.startswith(f"{key}.")) and isinstance(text, str) and text
+    }
+    return with_default(found)
 
 
 class _Vocabulary:

@@ -10,6 +10,13 @@ from worker.formats.errors import CheckpointError
 
 # The files that a served folder needs; repositories also hold pickles, ONNX and the makers' own layouts.
 _WANTED = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "spiece.model", "merges.txt"]
+ANSWER_S = 10.0  # for a hub to answer at all
+_UNKNOWN = (
+    "RepositoryNotFoundError",
+    "RevisionNotFoundError",
+    "EntryNotFoundError",
+    "RemoteEntryNotFoundError",
+)
 _UNWANTED = ["*/*.safetensors", "original/*", "onnx/*", "consolidated*"]
 
 
@@ -67,47 +74,56 @@ def fetch(wanted: HubName) -> Path:
     except ImportError:
         return _cached(wanted, "huggingface_hub is not installed: pip install huggingface_hub")
     try:
-        if wanted.file is not None:
-            return Path(
-                huggingface_hub.hf_hub_download(wanted.repository, wanted.file, revision=wanted.revision)
-            )
-        names = huggingface_hub.list_repo_files(wanted.repository, revision=wanted.revision)
-        models = [name for name in names if name.endswith(".gguf") and "mmproj" not in name.lower()]
-        if models and not any(name.endswith(".safetensors") for name in names):
-            return _gguf_of(wanted, models, huggingface_hub)
+        # Asked once, where listing files would be tried again for half a minute.
+        found = huggingface_hub.model_info(wanted.repository, revision=wanted.revision, timeout=ANSWER_S)
+        names = [file.rfilename for file in found.siblings or ()]
+    except Exception as error:  # the library and its HTTP client raise many kinds
+        return _cached(wanted, _reason(error, wanted))
+    file = wanted.file or _only_gguf(wanted, names)
+    try:
+        if file is not None:
+            return Path(huggingface_hub.hf_hub_download(wanted.repository, file, revision=wanted.revision))
         return Path(
             huggingface_hub.snapshot_download(
                 wanted.repository, revision=wanted.revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
             )
         )
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library and its HTTP client raise many kinds
-        return _cached(wanted, _reason(error, wanted))
-
-
-def _gguf_of(wanted: HubName, models: list[str], hub: object) -> Path:
-    if len(models) > 1:
-        listed = ", ".join(models[:12]) + (" …" if len(models) > 12 else "")
+    except Exception as error:
+        kind = type(error).__name__
+        if kind in _UNKNOWN:
+            raise CheckpointError(f"{wanted.repository} has no file {file}; it has {_some(names)}") from None
         raise CheckpointError(
-            f"{wanted.repository} holds {len(models)} GGUF files; name one, as in {wanted.repository}/{models[0]}: {listed}"
+            f"the download of {wanted.repository} broke off ({kind}: {str(error)[:200]}); start it again: it goes on where "
+            "it stopped"
+        ) from error
+
+
+def _only_gguf(wanted: HubName, names: list[str]) -> str | None:
+    """The one GGUF file of a repository that has no other weights; None of any other. Raises CheckpointError for several."""
+    models = [name for name in names if name.endswith(".gguf") and "mmproj" not in name.lower()]
+    if not models or any(name.endswith(".safetensors") for name in names):
+        return None
+    if len(models) > 1:
+        raise CheckpointError(
+            f"{wanted.repository} holds {len(models)} GGUF files; name one, as in {wanted.repository}/{models[0]}: "
+            f"{_some(models)}"
         )
-    path: str = hub.hf_hub_download(wanted.repository, models[0], revision=wanted.revision)  # type: ignore[attr-defined]
-    return Path(path)
+    return models[0]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
 
 
 def _reason(error: Exception, wanted: HubName) -> str:
     kind = type(error).__name__
     if kind == "GatedRepoError":
         return f"{wanted.repository} asks for its licence to be accepted: do so on its page, then `hf auth login`"
-    if kind in (
-        "RepositoryNotFoundError",
-        "RevisionNotFoundError",
-        "EntryNotFoundError",
-        "RemoteEntryNotFoundError",
-    ):
+    if kind in _UNKNOWN:
         return "the hub knows no such repository, revision or file, or `hf auth login` is needed to see it"
-    return f"the hub cannot be reached ({kind})"
+    if kind == "OfflineModeIsEnabled":
+        return "HF_HUB_OFFLINE says not to ask the hub"
+    return f"the hub ({os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}) cannot be reached ({kind})"
 
 
 def _cached(wanted: HubName, reason: str) -> Path:

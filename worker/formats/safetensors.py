@@ -81,7 +81,12 @@ class Checkpoint:
         """
         stored = self._tensors.get(name)
         if stored is None:
-            raise CheckpointError("missing", file=self.folder, tensor=name, expected=shape)
+            raise CheckpointError(
+                "missing: the download is incomplete, or config.json is another model's",
+                file=self.folder,
+                tensor=name,
+                expected=shape,
+            )
         found = stored.shape[::-1] if stored.transposed else stored.shape
         if found != shape:
             raise CheckpointError(
@@ -118,7 +123,10 @@ class Checkpoint:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             listed = ", ".join(self._tensors[name].name for name in names[:5])
             path = self._tensors[names[0]].path
-            raise CheckpointError(f"tensors this model does not know: {listed}{more}", file=path)
+            raise CheckpointError(
+                f"tensors this model does not know: {listed}{more}; take the config.json that belongs to these weights",
+                file=path,
+            )
 
 
 def _find_files(folder: Path) -> list[Path]:
@@ -186,7 +194,7 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
             header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
             if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
                 refuse_pointer(path)
-                problem = f"header of {header_bytes} bytes in a file of {size}: truncated, or not safetensors"
+                problem = f"header of {header_bytes} bytes in a file of {size}: the download is incomplete, or this is not safetensors"
                 raise CheckpointError(problem, file=path)
             header = json.loads(file.read(header_bytes))
         header.pop("__metadata__", None)
@@ -194,7 +202,7 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             if not 0 <= begin <= end <= size - 8 - header_bytes:
-                problem = f"bytes {begin} to {end} lie outside the file: truncated"
+                problem = f"bytes {begin} to {end} lie outside the file: the download is incomplete"
                 raise CheckpointError(problem, file=path, tensor=name)
             shape = tuple(int(length) for length in entry["shape"])
             tensors[name] = (str(entry["dtype"]), shape, end - begin)

@@ -80,6 +80,9 @@ class Source(Protocol):
     num_bytes: int  # of its weights on disk
     config: dict[str, Any]  # as config.json spells it
     generation: dict[str, Any]  # as generation_config.json spells it; empty where there is none
+    templates: dict[
+        str, str
+    ]  # Jinja chat templates by name, the usual one as `default`; empty where there is none
 
     def open(self, report: ProgressReport, rename: Rename = Target) -> Tensors:
         """Its tensors. Raises CheckpointError on anything but whole, consistent files."""
@@ -90,13 +93,9 @@ class Source(Protocol):
         none or it cannot be used."""
         ...
 
-    def chat_template(self) -> str:
-        """The Jinja chat template; empty where there is none. Raises CheckpointError where it is no template."""
-        ...
-
     def end_tokens(self) -> list[int]:
         """Ids that end an answer besides those of `generation` and `config`: the tokenizer's own end, and the end of a
-        turn in its chat template. May be empty, and may repeat ids of those two."""
+        turn in `templates`. May be empty, and may repeat ids of those two."""
         ...
 
     def special_tokens(self) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shared.protocol import ModelCard
+from worker.formats.chat_templates import DEFAULT
 from worker.formats.source import Source
 from worker.models.dense_config import DenseConfig, described
 from worker.models.settings import Settings
@@ -37,9 +38,10 @@ def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
         # Each file may name ends that the others lack: a base model's config.json, an instruct model's generation_config.
         eos_ids=list(dict.fromkeys([*ids("eos_token_id"), *ends])),
         created=source.created,
-        capabilities=["chat", "completions"],
+        capabilities=[*(["chat"] if source.templates else []), "completions"],
         description=str(said.get("description") or ""),
         special_tokens=source.special_tokens(),
+        chat_templates={name: text for name, text in source.templates.items() if name != DEFAULT},
         **_sampling(generation),
     )
 

@@ -42,6 +42,7 @@ class Model(Protocol):
     device: torch.device
     prefix_tokens: int  # bidirectional prefix of a prompt that carries an image (BOS + image); 0 if none
     weight_bytes: int
+    num_weights: int
     fuses: bool  # forwards go through a GPU's kernels, which read what a step holds on the device
 
     @property

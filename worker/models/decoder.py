@@ -71,7 +71,7 @@ class Decoder:
         self.card = card
         self.device, self.dtype = words.device, words.dtype
         self.num_layers, self.num_kv_heads, self.head_dim = len(blocks), num_kv_heads, head_dim
-        self.weight_bytes = 0
+        self.weight_bytes = self.num_weights = 0
         self._native = operations(self.device)
         self.kv_dtype = fastest_kv_dtype(self.device, self.dtype, self._native)
         self.fuses = fuses(self.device, head_dim)

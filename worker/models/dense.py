@@ -7,6 +7,7 @@ residual, and factors of sums are multiplied into weights.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from functools import partial
@@ -306,27 +307,29 @@ def load_dense(
     checkpoint = source.open(report, lambda stored: _canonical_name(stored, sizes.tied))
     if sizes.tied is None:
         sizes = replace(sizes, tied="lm_head.weight" not in checkpoint)
-    weight_bytes = 0
+    weight_bytes = num_weights = 0
 
     def take(name: str, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        nonlocal weight_bytes
+        nonlocal weight_bytes, num_weights
         tensor = checkpoint.take(name, *shape, device=device, dtype=dtype)
         weight_bytes += tensor.nbytes
+        num_weights += tensor.numel()
         return tensor
 
     def take_weight(name: str, *shape: int) -> Tensor | Quantised:
-        nonlocal weight_bytes
+        nonlocal weight_bytes, num_weights
         if not reads_blocks(device, dtype):
             return take(name, *shape)
         packed = checkpoint.take_packed(name, *shape)
         if packed is None or packed.type not in KINDS:
             return take(name, *shape)
         weight_bytes += packed.data.nbytes
+        num_weights += math.prod(packed.shape)
         return QuantisedWeight(packed.type, *packed.shape, packed.data)
 
     model = Dense(sizes, card, take, device, take_weight)
     checkpoint.finish()
-    model.weight_bytes = weight_bytes
+    model.weight_bytes, model.num_weights = weight_bytes, num_weights
     return model
 
 

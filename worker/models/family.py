@@ -46,6 +46,7 @@ def refuse_own_code(settings: Settings, family: Family) -> None:
         wanted = str(named).rpartition(".")[2]
         if "Model" in kind and wanted not in family.architectures:
             raise CheckpointError(
-                f"this checkpoint wants code of its own (auto_map: {named}), which is never run",
+                f"this checkpoint wants code of its own (auto_map: {named}), which is never run; if it computes what "
+                f"{family.title} do, take that line out",
                 file=settings.file,
             )

@@ -195,15 +195,16 @@ def load(source: Source, device: torch.device, dtype: torch.dtype, report: Progr
     """Build the model, from either layout of names. Raises CheckpointError unless exactly this model is there."""
     config = parse_config(source.config, source.settings_file)
     checkpoint = source.open(report, canonical_name)
-    weight_bytes = 0
+    weight_bytes = num_weights = 0
 
     def take(name: str, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        nonlocal weight_bytes
+        nonlocal weight_bytes, num_weights
         tensor = checkpoint.take(name, *shape, device=device, dtype=dtype)
         weight_bytes += tensor.nbytes
+        num_weights += tensor.numel()
         return tensor
 
     model = Moondream(config, make_card(config, source), take, device)
     checkpoint.finish()
-    model.weight_bytes = weight_bytes
+    model.weight_bytes, model.num_weights = weight_bytes, num_weights
     return model

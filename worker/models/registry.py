@@ -47,14 +47,18 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype, report:
     Code that a checkpoint brings along (`auto_map`) is never run: a known architecture does not need it, an
     unknown one is refused. Raises CheckpointError.
     """
-    settings = Settings(source.config, source.settings_file)
+    return family_of(Settings(source.config, source.settings_file)).load(source, device, dtype, report)
+
+
+def family_of(settings: Settings) -> Family:
+    """The family of a config.json. Raises CheckpointError where none is served that it could be of."""
     names = architectures(settings)
     for name in names:
         family = _BY_ARCHITECTURE.get(name)
         if family is not None:
             if family.name != "moondream":  # whose released folders bring a class of the same name, and more
                 refuse_own_code(settings, family)
-            return family.load(source, device, dtype, report)
+            return family
     raise unknown(settings, names)
 
 

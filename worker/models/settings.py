@@ -8,6 +8,10 @@ from typing import Any
 
 from worker.formats.source import CheckpointError
 
+# Larger ones are nonsense that would be met only when memory is asked for.
+_MOST = {"num_hidden_layers": 1024, "max_position_embeddings": 1 << 24, "vocab_size": 1 << 24}
+_MOST_OTHERS = (1 << 31) - 1
+
 
 class Settings:
     """A config.json, or an object within one. Every method raises CheckpointError; null counts as left out."""
@@ -22,10 +26,13 @@ class Settings:
         return default if value is None else value
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+        """A whole number of at least 1, and no larger than a model's can be."""
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.fault(f"{name!r} is missing or not a whole number of at least 1")
+        if value is None:
+            raise self.fault(f"{name!r} is missing; a whole number is expected")
+        most = _MOST.get(name, _MOST_OTHERS)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self.fault(f"{name!r} is {value!r}; a whole number from 1 to {most} is expected")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -39,7 +46,8 @@ class Settings:
         """A number above 0."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.fault(f"{name!r} is missing or not above 0: {value!r}")
+            found = "missing" if value is None else repr(value)
+            raise self.fault(f"{name!r} is {found}; a number above 0 is expected")
         return float(value)
 
     def objects(self, name: str) -> dict[str, Any]:

@@ -65,8 +65,8 @@ def guessed_costs(num_weights: int, operations_per_s: float) -> StepCosts:
 class Pace:
     """Learns costs, and bounds steps by time.
 
-    `step_s` bounds a step while nobody decodes, `gap_s` one that decode rows share: the gap it makes in their streams.
-    0 is no bound.
+    `step_s` bounds a step while nobody decodes, `gap_s` one that decode rows share, their own time included: the gap
+    between their tokens. 0 is no bound.
     """
 
     __slots__ = ("costs", "gap_s", "is_guess", "step_s")
@@ -80,6 +80,19 @@ class Pace:
     def bound_s(self, *, decodes: bool) -> float:
         """Seconds that a step may take; infinite where there is no bound."""
         return (self.gap_s if decodes else self.step_s) or math.inf
+
+    def row_fits(self, contexts: list[int], context: int) -> bool:
+        """Whether one more row, behind `context` tokens, may join rows behind `contexts` tokens: their steps, with the
+        least piece of a prompt that steps take, must stay within `gap_s`.
+
+        The bound has a floor, twice what such a step takes with one row: below it fewer rows would cost more tokens a
+        second than they save time.
+        """
+        if not self.gap_s:
+            return True
+        least = [load_of_chunk(0, LEAST_TOKENS, 0)]
+        alone_s = self.costs.of(load_of_step([context], least))
+        return self.costs.of(load_of_step([*contexts, context], least)) <= max(self.gap_s, 2 * alone_s)
 
     def chunk_s(self, start: int, num_tokens: int, num_crops: int) -> float:
         """Seconds that a chunk adds to its step: `num_tokens` of a prompt behind `start`, and crops."""

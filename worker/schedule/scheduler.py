@@ -150,6 +150,8 @@ class Scheduler:
             best = self.waiting.peek()
             if best is None or best.mask is AWAITED or not self._has_room(best):
                 break
+            if not self.pace.row_fits([seq.num_known for seq in self.running], len(best.tokens)):
+                break  # it would widen every running stream's gaps beyond the bound
             if self.cache is not None:
                 best.num_computed = best.cached_tokens = self.cache.match(best)
             # A prompt's pages are taken whole: half-prefilled sequences never wait for each other's.

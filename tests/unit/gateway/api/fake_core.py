@@ -41,8 +41,8 @@ class FakeModel:
     """See `ServedModel`. `pauses` is awaited inside every encoding, so that a test can do things meanwhile."""
 
     card: wire.ModelCard = CARD
-    has_template: bool = False
     chat_format: ChatFormat | None = None
+    template_names: list[str] = field(default_factory=list)
     drops_first_space: bool = False
     start_ids: list[int] = field(default_factory=lambda: [0])
     tokens: FakeTokens = field(default_factory=FakeTokens)

@@ -36,7 +36,8 @@ class Templated(FakeModel):
 
     def __init__(self, source: str) -> None:
         super().__init__(
-            msgspec.structs.replace(CARD, family="llama", image=None, templates={}), has_template=True
+            msgspec.structs.replace(CARD, family="llama", image=None, templates={}),
+            template_names=["default"],
         )
         self.template = ChatTemplate(source, TOKENS, self.card)
 

@@ -97,6 +97,10 @@ def test_without_a_template_chat_is_refused_in_words() -> None:
         gateway.wait_ready()
         answer = ask(gateway.url, "/v1/chat/completions", {"messages": [{"role": "user", "content": "u"}]})
         assert answer.status == 400 and "/v1/completions" in answer.error["message"]
+        assert "--chat-template FILE" in answer.error["message"]
+        answer = ask(gateway.url, "/v1/responses", {"input": "u"})
+        assert answer.status == 400 and "/v1/completions" in answer.error["message"]
+        assert ask(gateway.url, "/v1/models", method="GET").json["data"][0]["chat_templates"] == []
         assert ask(gateway.url, "/v1/completions", {"prompt": "u"}).status == 200
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, TypedDict
 
 import msgspec
 import pytest
 
-from gateway.generation import RequestError
+from gateway.core.templates import choose_template
+from gateway.generation import ChatOptions, RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode
-from tests.fake_worker import CARD, End, FakeWorker, Token, text_ids
+from tests.fake_worker import CARD, End, FakeWorker, Token, ids_text, text_ids
 from tests.gateway_thread import GatewayThread
 from tests.http_client import Opened, ask
 from tests.unit.gateway.core.test_tokens import piece_tokenizer
@@ -159,6 +161,35 @@ def test_prefill_and_template_variables(templated: FakeWorker) -> None:
         refused = ask(gateway.url, CHAT, {"messages": [user], "chat_template_kwargs": {"tone": "x"}})
         assert refused.status == 400 and "no x" in refused.error["message"]
         assert asked(messages=[user], tools=[{"type": "function"}]) == ("invalid_request", "tools[0]")
+
+
+def test_named_templates_are_chosen_by_name_and_for_tools(templated: FakeWorker) -> None:
+    named = {"tool_use": "T{{ tools | tojson }}", "rag": "R"}
+    templated.card = msgspec.structs.replace(
+        LLAMA, capabilities=["chat", "completions"], chat_templates=named
+    )
+    user = {"role": "user", "content": "u"}
+    with templated as worker, GatewayThread(workers=[worker.endpoint]) as gateway:
+        gateway.wait_ready()
+        (model,) = gateway.gateway.service.models()
+        tools = [{"type": "function", "function": {"name": "f"}}]
+        for options, expected in (
+            (ChatOptions(), "user:u;>"),
+            (ChatOptions(tools=tools), "T" + json.dumps(tools)),
+            (ChatOptions(template="rag", tools=tools), "R"),
+            (ChatOptions(template="tool_use"), "Tnull"),
+        ):
+            chosen = choose_template(model.templates, "m", options)
+            assert chosen.render([user], options) == expected
+        for name, expected in (("default", "user:u;>"), ("rag", "R")):
+            assert ask(gateway.url, CHAT, {"messages": [user], "chat_template": name}).status == 200
+            assert ids_text(prompt_of(worker)) == expected
+        for name in ("nosuch", "{{ messages }}"):
+            refused = ask(gateway.url, CHAT, {"messages": [user], "chat_template": name})
+            assert (refused.status, refused.error["param"]) == (400, "chat_template")
+            assert "it has default, tool_use, rag" in refused.error["message"]
+        listed = ask(gateway.url, "/v1/models", method="GET").json["data"][0]
+        assert listed["chat_templates"] == ["default", "tool_use", "rag"]
 
 
 def test_a_model_without_a_template_refuses_what_only_a_template_could_do(

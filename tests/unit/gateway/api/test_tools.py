@@ -35,7 +35,7 @@ DONE = End(FinishReason.STOP, Usage())
 
 async def prepared(format: ChatFormat | None = OWN, **fields: Any) -> tuple[chat.Chat, FakeModel]:
     """A prepared request and the model it is for."""
-    model = FakeModel(LLAMA, has_template=format is not None, chat_format=format)
+    model = FakeModel(LLAMA, template_names=[] if format is None else ["default"], chat_format=format)
     body = {"messages": ASK, "tools": TOOLS, **fields}
     return await chat.prepare(FakeCore(model), json.dumps(body).encode(), request_id="r", tenant=""), model
 
@@ -57,7 +57,7 @@ def streamed(one: chat.Chat, pieces: list[str]) -> list[Any]:
 async def test_a_template_that_shows_tools_gets_them_as_openai_writes_them() -> None:
     _, model = await prepared()
     ((messages, options),) = model.rendered
-    assert [message["role"] for message in messages] == ["user"] and options.tools is not None
+    assert [message["role"] for message in messages] == ["user"] and options.tools
     assert options.tools[1] == {
         "type": "function",
         "function": {"name": "now", "description": "", "parameters": {"type": "object", "properties": {}}},
@@ -74,7 +74,7 @@ async def test_any_other_model_is_told_in_words_and_history_becomes_text() -> No
     ]
     _, model = await prepared(NONE, messages=history)
     ((messages, options),) = model.rendered
-    assert options.tools is None
+    assert not options.tools
     told, _, called, result = messages
     assert told["content"].startswith("Be brief.") and '"name":"weather"' in told["content"]
     assert called["content"] == '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
@@ -153,7 +153,7 @@ async def test_a_forced_answer_is_calls_and_is_read_as_such(
 
 async def test_tools_that_may_not_be_called_are_not_shown() -> None:
     one, model = await prepared(tool_choice="none")
-    assert model.rendered[0][1].tools is None
+    assert not model.rendered[0][1].tools
     assert "tool_calls" not in whole(one, "<tool_call>{}</tool_call>")["message"]
 
 

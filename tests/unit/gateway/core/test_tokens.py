@@ -66,7 +66,7 @@ PIECES = {library: of(library) for library in (LIBRARY, METASPACE)}
 
 def test_a_text_begins_as_the_post_processor_says() -> None:
     assert PIECES[LIBRARY].start_ids == [1]
-    assert of(byte_tokenizer()).start_ids is None
+    assert of(byte_tokenizer()).start_ids == []
 
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"

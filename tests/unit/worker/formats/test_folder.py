@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from shared.protocol import MAX_TEMPLATE_CHARS
 from tests.unit.worker.formats.tiny_gguf import printable_bytes
 from tests.unit.worker.models.dense_oracle import check_prefill, write
 from tests.unit.worker.models.dense_oracle import load as load_dense
+from worker.formats.chat_templates import choose_templates, warn_missing
 from worker.formats.errors import CheckpointError
 from worker.formats.folder import Folder
 from worker.formats.open_source import open_source
@@ -65,7 +67,7 @@ def refusal(path: Path) -> CheckpointError:
     """What stops this folder, in the order in which a start asks for things."""
     with pytest.raises(CheckpointError) as caught:
         source = open_source(path)
-        source.tokenizer(), source.chat_template()
+        source.tokenizer(), choose_templates(source.templates, None, path)
         source.open(lambda *told: None)
     return caught.value
 
@@ -90,6 +92,7 @@ def refusal(path: Path) -> CheckpointError:
         ({"tokenizer_config.json": {"chat_template": [{"name": "tool_use", "template": "T"}]}}, "T"),
         ({"tokenizer_config.json": {"chat_template": {"rag": "R", "mine": "M"}}}, "M"),
         ({"additional_chat_templates/only.jinja": "A"}, "A"),
+        ({"additional_chat_templates/tool_use.jinja": "T", "chat_template.jinja": "J"}, "J"),
         ({"chat_template.jinja": "{% generation %}x{% endgeneration %}{% break %}"}, None),
         ({}, ""),
     ],
@@ -102,18 +105,62 @@ def test_a_template_from_wherever_it_lies(
             "chat_template.jinja": "{% for m in x %}{%- generation %}{% break %}{% endgeneration -%}{% endfor %}"
         }
         expected = files["chat_template.jinja"]
-    assert Folder(folder(tmp_path, files)).chat_template() == expected
+    templates = Folder(folder(tmp_path, files)).templates
+    assert templates.get("default", "") == expected
+    assert choose_templates(templates, None, tmp_path) == templates
 
 
-def test_no_template_is_said_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Folder(folder(tmp_path)).chat_template()
-    assert "no_chat_template" in capsys.readouterr().out
+def named_templates(path: Path) -> Path:
+    """A folder with three templates in its tokenizer_config.json and one in a file beside it."""
+    listed = [{"name": name, "template": name[0]} for name in ("tool_use", "default", "rag")]
+    files = {
+        "tokenizer_config.json": {"chat_template": listed},
+        "additional_chat_templates/brief.jinja": "b",
+    }
+    return folder(path, files)
+
+
+def test_named_templates_are_all_found(tmp_path: Path) -> None:
+    source = Folder(named_templates(tmp_path))
+    assert source.templates == {"tool_use": "t", "default": "d", "rag": "r", "brief": "b"}
+    card = make_card(llama.read(Settings(source.config, source.settings_file)), source, "llama")
+    assert card.capabilities == ["chat", "completions"]
+    assert card.chat_templates == {"tool_use": "t", "rag": "r", "brief": "b"}
+
+
+def test_another_template_by_its_name_or_file(tmp_path: Path) -> None:
+    templates = Folder(named_templates(tmp_path)).templates
+    assert choose_templates(templates, "rag", tmp_path) == templates | {"default": "r"}
+    own = tmp_path / "own.jinja"
+    own.write_text("own")
+    assert choose_templates(templates, str(own), tmp_path) == choose_templates({}, str(own), tmp_path)
+    assert choose_templates({}, str(own), tmp_path) == {"default": "own"}
+    with pytest.raises(CheckpointError, match=r"^owl: .*own templates are tool_use, default, rag, brief"):
+        choose_templates(templates, "owl", tmp_path)
+    own.write_text("{% for %}")
+    with pytest.raises(CheckpointError, match=r"own\.jinja: .*line 1.*--chat-template FILE"):
+        choose_templates(templates, str(own), tmp_path)
+    own.write_text("x" * (MAX_TEMPLATE_CHARS + 1))
+    with pytest.raises(CheckpointError, match="262145 characters; at most 262144"):
+        choose_templates(templates, str(own), tmp_path)
+
+
+def test_without_a_template_a_model_does_not_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Folder(folder(tmp_path))
+    card = make_card(llama.read(Settings(source.config, source.settings_file)), source, "llama")
+    assert card.capabilities == ["completions"] and card.chat_templates == {}
+    warn_missing(tmp_path)
+    said = capsys.readouterr().out
+    assert "no_chat_template" in said and "--chat-template FILE" in said
 
 
 @pytest.mark.parametrize(
     ("files", "said"),
     [
         ({"chat_template.jinja": "{% for %}"}, "line 1"),
+        ({"chat_template.jinja": "{{ x | nosuch }}"}, "nosuch"),
+        ({"chat_template.jinja": "{% do x %}"}, "unknown tag 'do'"),
+        ({"tokenizer_config.json": {"chat_template": {"default": "D", "rag": "{%"}}}, "--chat-template FILE"),
         ({"tokenizer_config.json": {"chat_template": 7}}, "neither a text nor a list"),
         ({"tokenizer_config.json": "{"}, "not readable as JSON"),
         ({"tokenizer_config.json": "[]"}, "not a JSON object"),
@@ -151,6 +198,7 @@ def test_sentencepiece_model_alone(tmp_path: Path) -> None:
             "added_tokens.json": {"<extra>": 701},
         },
         tokenizer=False,
+        vocab_size=702,
     )
     shutil.copy(DATA / "small_spm" / "tokenizer.model", path)
     source = Folder(path)
@@ -160,8 +208,9 @@ def test_sentencepiece_model_alone(tmp_path: Path) -> None:
         assert reader.encode(text).ids == ids, text
     assert reader.encode("a<|tool|><extra>").ids[-2:] == [700, 701]
     assert source.end_tokens() == [2]
-    once = folder(path, {"tokenizer_config.json": {"legacy": False, "add_bos_token": False}}, tokenizer=False)
-    reader = Tokenizer.from_str(Folder(once).tokenizer().decode())
+    once = {"tokenizer_config.json": {"legacy": False, "add_bos_token": False}}
+    once_folder = folder(path, once, tokenizer=False, vocab_size=702)
+    reader = Tokenizer.from_str(Folder(once_folder).tokenizer().decode())
     assert reader.encode("a<|im_end|>a").tokens == ["▁a", "<|im_end|>", "a"]
 
 

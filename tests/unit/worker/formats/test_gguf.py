@@ -24,6 +24,7 @@ from tests.unit.worker.models.paged_driver import Driver, quiet, relative_error
 from worker.formats.gguf import Gguf, sampling_of
 from worker.formats.gguf_blocks import unpacker
 from worker.formats.gguf_container import read_container
+from worker.formats.gguf_tokenizer import chat_templates
 from worker.formats.open_source import open_source
 from worker.formats.source import CheckpointError, Target
 from worker.models.registry import load_model
@@ -202,6 +203,15 @@ def test_taken_as_blocks_equals_taken_as_values(tmp_path: Path) -> None:
         tensors.take_packed(name, 64, 64)
 
 
+@pytest.mark.parametrize("quant", ["F32", "Q4_1"])
+def test_weights_are_counted_however_they_are_packed(tmp_path: Path, quant: str) -> None:
+    """A step's cost is guessed from their number."""
+    path, oracle = written(tmp_path, "llama", quant)
+    model = load_model(Gguf(path), CPU, torch.float32, quiet)
+    assert model.num_weights == sum(one.numel() for one in oracle.parameters())
+    assert (model.weight_bytes < 4 * model.num_weights) == (quant != "F32")
+
+
 def test_what_a_family_asks_for_and_what_it_leaves(tmp_path: Path) -> None:
     path, _ = written(tmp_path, "llama")
     seen: list[tuple[float, float]] = []
@@ -376,6 +386,17 @@ def test_names_dates_and_sampling(tmp_path: Path) -> None:
     (snapshot / "m.gguf").write_bytes(path.read_bytes())
     assert Gguf(snapshot / "m.gguf").model_id == "org/some-model"
     del oracle
+
+
+def test_templates_by_name(tmp_path: Path) -> None:
+    path, _ = written(tmp_path, "llama", "F32")
+    container = read_container(path)
+    own = container.metadata["tokenizer.chat_template"]
+    assert chat_templates(container) == Gguf(path).templates == {"default": own}
+    container.metadata["tokenizer.chat_template.tool_use"] = "T"
+    assert chat_templates(container) == {"default": own, "tool_use": "T"}
+    del container.metadata["tokenizer.chat_template"]
+    assert chat_templates(container) == {"default": "T", "tool_use": "T"}
 
 
 def test_recommended_sampling(tmp_path: Path) -> None:

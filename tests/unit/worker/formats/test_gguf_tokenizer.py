@@ -17,7 +17,7 @@ from tests.unit.worker.formats.smollm2 import smollm2
 from tests.unit.worker.formats.tiny_gguf import add_byte_tokens, add_setting, close
 from worker.formats.errors import CheckpointError
 from worker.formats.gguf_container import Container, read_container
-from worker.formats.gguf_tokenizer import chat_template, make_tokenizer, special_ids
+from worker.formats.gguf_tokenizer import chat_templates, make_tokenizer, special_ids
 from worker.formats.sentencepiece_model import read_model
 
 DATA = Path(__file__).resolve().parents[3] / "data"
@@ -146,7 +146,8 @@ def test_a_whole_tokenizer_in_the_file_is_taken(tmp_path: Path) -> None:
 def test_templates_and_marks(tmp_path: Path) -> None:
     container = byte_file(tmp_path / "a.gguf", **{"ggml.eot_token_id": 2, "ggml.eom_token_id": 900})
     assert special_ids(container) == {"bos_token_id": [1], "eos_token_id": [0, 2]}
-    assert chat_template(container).endswith("<|im_end|>")
+    assert chat_templates(container)["default"].endswith("<|im_end|>")
     named = {"chat_template": None, "chat_template.tool_use": "T", "chat_template.default": "D"}
-    assert chat_template(byte_file(tmp_path / "b.gguf", **named)) == "D"
-    assert chat_template(byte_file(tmp_path / "c.gguf", chat_template=None)) == ""
+    templates = chat_templates(byte_file(tmp_path / "b.gguf", **named))
+    assert templates == {"tool_use": "T", "default": "D"}
+    assert chat_templates(byte_file(tmp_path / "c.gguf", chat_template=None)) == {}

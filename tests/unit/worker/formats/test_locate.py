@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from worker.formats.errors import CheckpointError
 from worker.formats.folder import Folder
-from worker.formats.hub import cache_folder
-from worker.formats.locate import locate
+from worker.formats.hub import HubName, cache_folder
+from worker.formats.locate import hub_name, locate, main
 
 
 def touch(path: Path, content: bytes = b"GGUF") -> Path:
@@ -113,27 +114,38 @@ class GatedRepoError(Exception):
     pass
 
 
+class EntryNotFoundError(Exception):
+    pass
+
+
+class OfflineModeIsEnabled(Exception):
+    pass
+
+
 class FakeHub(ModuleType):
     """What is used of huggingface_hub, over a cache folder in place of a network."""
 
     def __init__(self, cache: Path, names: list[str] | Exception) -> None:
         super().__init__("huggingface_hub")
         self.cache, self.names = cache, names
+        self.breaks_off = False
         self.asked: list[Any] = []
 
-    def list_repo_files(self, repository: str, *, revision: str | None) -> list[str]:
+    def model_info(self, repository: str, *, revision: str | None, timeout: float) -> SimpleNamespace:
         self.asked.append((repository, revision))
         if isinstance(self.names, Exception):
             raise self.names
-        return self.names
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.names])
 
     def snapshot_download(self, repository: str, *, revision: str | None, **patterns: Any) -> str:
         self.asked.append(patterns)
+        if self.breaks_off:
+            raise TimeoutError("no byte for 10 s")
         return str(cached(self.cache, repository, {"dddd": ["config.json"]}) / "snapshots" / "dddd")
 
     def hf_hub_download(self, repository: str, name: str, *, revision: str | None) -> str:
-        if isinstance(self.names, Exception):
-            raise self.names
+        if isinstance(self.names, list) and name not in self.names:
+            raise EntryNotFoundError
         return str(cached(self.cache, repository, {"eeee": [name]}) / "snapshots" / "eeee" / name)
 
 
@@ -156,16 +168,46 @@ def test_names_on_a_hub(hub: FakeHub) -> None:
     hub.names = ["a.gguf", "b.gguf"]
     assert "name one, as in org/two/a.gguf: a.gguf, b.gguf" in refusal("org/two")
     assert locate("org/two/b.gguf").name == "b.gguf"
+    assert "org/two has no file c.gguf; it has a.gguf, b.gguf" in refusal("org/two/c.gguf")
+
+
+def test_a_download_that_breaks_off(hub: FakeHub) -> None:
+    """What the cache has of it is only a part."""
+    hub.breaks_off = True
+    cached(hub.cache, "org/name", {"aaaa": ["config.json"]}, "aaaa")
+    said = refusal("org/name")
+    assert "broke off (TimeoutError: no byte for 10 s)" in said and "goes on where it stopped" in said
+
+
+def test_where_a_model_is_said_to_a_supervisor(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hub_name("org/name@v1") == HubName("org/name", "v1")
+    assert hub_name("./org/name") is None is hub_name("pocket")
+    monkeypatch.setattr("sys.argv", ["locate", "org/name"])
+    main()
+    kind, _, fields = capsys.readouterr().out.partition(" ")
+    assert kind == "DEGAS-MODEL" and json.loads(fields)["path"].endswith("models--org--name/snapshots/dddd")
+    hub.names = ConnectionError()
+    monkeypatch.setattr("sys.argv", ["locate", "org/other"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("degas worker: org/other is not in")
 
 
 def test_a_hub_out_of_reach(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.names = ConnectionError("no route")
     said = refusal("org/name")
-    assert "the hub cannot be reached (ConnectionError)" in said and "hf download org/name" in said
+    assert (
+        "the hub (https://huggingface.co) cannot be reached (ConnectionError)" in said
+        and "hf download org/name" in said
+    )
     cached(hub.cache, "org/name", {"f00dface": ["config.json"]}, "f00dface")
     assert locate("org/name").name == "f00dface" == locate("org/name@f00dface").name
     assert "the revision 'v2' is not in this cache" in refusal("org/name@v2")
     assert "x.gguf is not in the cache" in refusal("org/name/x.gguf")
+    hub.names = OfflineModeIsEnabled()
+    assert "HF_HUB_OFFLINE says not to ask" in refusal("org/other")
     hub.names = GatedRepoError()
     assert "its licence" in refusal("org/other")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -34,7 +34,7 @@ def test_the_capital_of_france() -> None:
     source = open_source(file)
     assert source.model_id == Path(file).stem and source.end_tokens() == [2]
     reader = Tokenizer.from_str(source.tokenizer().decode())
-    ids = reader.encode(render(source.chat_template()), add_special_tokens=False).ids
+    ids = reader.encode(render(source.templates["default"]), add_special_tokens=False).ids
     assert ids.count(1) == 3, "<|im_start|> opens each of three turns"
     with torch.inference_mode():
         model = load_model(source, torch.device("cpu"), torch.float32, quiet)

@@ -7,6 +7,7 @@ through pages, batches of rows and chunks, and the older spelling of config.json
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tests.unit.worker.models.dense_oracle import LLAMA3_ROPE, edit_config, load
 from tests.unit.worker.models.paged_driver import Driver, relative_error
 from worker.formats.source import CheckpointError
 from worker.models.dense import Dense
-from worker.models.registry import nearest
+from worker.models.registry import FAMILIES, nearest
 from worker.native.products import products
 
 YARN = {
@@ -198,6 +199,23 @@ def test_long_factors_where_a_longer_context_is_asked_for(tmp_path: Path) -> Non
     dense.check_greedy(model, oracle)
 
 
+def test_the_documents_say_same_tokens_of_the_families_that_are_tested_here() -> None:
+    docs = (Path(__file__).resolve().parents[4] / "docs" / "models.md").read_text()
+    said = {
+        architecture: cells[2].strip().startswith("yes")
+        for line in docs.splitlines()
+        if line.startswith("| ") and "`" in (cells := line.strip("|").split("|"))[1]
+        for architecture in re.findall(r"`(\w+)`", cells[1])
+    }
+    tested = {family for family, _ in VARIANTS.values()}
+    served = {
+        architecture: family.name.removesuffix("_text") in tested
+        for family in FAMILIES
+        for architecture in family.architectures
+    }
+    assert said == served
+
+
 def test_gemma3_as_released_folders_spell_it(tmp_path: Path) -> None:
     """Without `layer_types`: of every `sliding_window_pattern` layers the last attends to all."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -338,7 +356,11 @@ def test_ends_are_those_of_both_files(tmp_path: Path) -> None:
         ),
         ("smollm3", {"no_rope_layers": [1]}, "'no_rope_layers' is not a list of 3"),
         ("gemma3", {"use_bidirectional_attention": True}, "encoder"),
-        ("gemma2", {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar' is missing or not above 0"),
+        (
+            "gemma2",
+            {"query_pre_attn_scalar": 0},
+            "'query_pre_attn_scalar' is 0; a number above 0 is expected",
+        ),
         ("mistral", {"sliding_window": 0}, "'sliding_window'"),
         ("granite", {"hidden_act": "relu"}, "'hidden_act' is 'relu'"),
     ],

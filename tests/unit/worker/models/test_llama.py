@@ -75,7 +75,7 @@ def test_card(folder: Path) -> None:
     assert (card.family, card.model_id, card.description) == ("llama", "tiny", "for tests")
     assert (card.bos_id, card.eos_ids, card.vocab_size, card.context_tokens) == (1, [5, 2], 160, 256)
     assert (card.default_temperature, card.default_top_p, card.default_top_k) == (0.6, 0.9, 20)
-    assert card.capabilities == ["chat", "completions"] and card.image is None
+    assert card.capabilities == ["completions"] and card.image is None
 
 
 def test_card_without_generation_config(folder: Path) -> None:

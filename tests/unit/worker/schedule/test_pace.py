@@ -16,6 +16,7 @@ from worker.schedule.pace import (
     load_of_chunk,
     load_of_step,
 )
+from worker.schedule.scheduler import Scheduler
 
 SLOW = StepCosts(step_s=0.03, row_s=0.004, row_key_s=15e-6, token_s=0.004, key_s=1e-6, crop_s=0.8)
 """A model of some hundred million weights on two cores of a laptop."""
@@ -116,6 +117,39 @@ def test_prefill_goes_on_where_decode_rows_take_all_of_the_time() -> None:
     steps.commit(plan, result_of(plan), 0.0)
     steps.submit(sequence(900, number=2))
     assert [chunk.num_tokens for chunk in plan_of(steps).chunks] == [LEAST_TOKENS]
+
+
+def decoding_rows(steps: Scheduler, num_prompts: int) -> int:
+    """How many of so many short prompts decode together, once all that may have begun have their first token."""
+    for number in range(num_prompts):
+        steps.submit(sequence(3, number=number, max_tokens=400))
+    for _ in range(100):
+        plan = plan_of(steps)
+        steps.commit(plan, result_of(plan), 0.0)
+    return len(plan.decode)
+
+
+@pytest.mark.parametrize("gap_s", [0.33, 0.36, 0.4])
+def test_rows_wait_where_more_of_them_would_widen_the_gaps(gap_s: float) -> None:
+    """The rows' own time counts: so many decode that their step and the least piece of a prompt fit into the gap."""
+    steps = scheduler(num_pages=2000, max_rows=64, pace=Pace(SLOW, step_s=0.25, gap_s=gap_s))
+    rows = decoding_rows(steps, 64)
+    assert 1 < rows < 64 and len(steps.waiting) == 64 - rows
+    least = load_of_chunk(0, LEAST_TOKENS, 0)
+    assert (
+        true_s(load_of_step([3] * rows, [least])) <= gap_s < true_s(load_of_step([100] * (rows + 1), [least]))
+    )
+
+
+@pytest.mark.parametrize("gap_s", [0.0, 0.001, 0.05])
+def test_a_gap_that_one_row_hardly_keeps_does_not_serve_rows_one_by_one(gap_s: float) -> None:
+    """The floor: twice what a row's step takes alone with the least piece of a prompt. 0: no bound."""
+    steps = scheduler(num_pages=2000, max_rows=64, pace=Pace(SLOW, step_s=0.25, gap_s=gap_s))
+    rows = decoding_rows(steps, 64)
+    least = load_of_chunk(0, LEAST_TOKENS, 0)
+    alone_s = true_s(load_of_step([3], [least]))
+    assert (rows == 64) == (gap_s == 0)
+    assert not gap_s or 0.9 < true_s(load_of_step([3] * rows, [least])) / (2 * alone_s) <= 1
 
 
 def test_a_second_prompt_joins_where_there_is_time_for_more_than_a_little() -> None:
