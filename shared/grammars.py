@@ -49,9 +49,14 @@ class GrammarError(ValueError):
     """A grammar that cannot be used; the message is for its sender."""
 
 
-def limits_of(grammar: Grammar) -> dict[str, Any]:
-    """llguidance's limits for a grammar of this kind."""
-    return LARK_LIMITS if grammar.kind == "lark" else LIMITS
+def limits_of(grammar: Grammar, *, running: bool = False) -> dict[str, Any]:
+    """llguidance's limits for a grammar of this kind; while an answer is made, four times what it was accepted by, since nested
+    alternatives take more the deeper an answer is."""
+    if grammar.kind == "lark":
+        return LARK_LIMITS
+    if running:
+        return LIMITS | {name: 4 * LIMITS[name] for name in ("max_items_in_row", "step_max_items")}
+    return LIMITS
 
 
 def reason(text: str) -> str:

@@ -90,7 +90,9 @@ def draw(source: str, rng: random.Random, max_bytes: int = MAX_BYTES) -> tuple[s
 
     tokenizer = _tokenizer()
     grammar = Grammar("json_schema", source)
-    matcher = LLMatcher(tokenizer, spell(grammar), log_level=0, limits=LLParserLimits(**limits_of(grammar)))
+    matcher = LLMatcher(
+        tokenizer, spell(grammar), log_level=0, limits=LLParserLimits(**limits_of(grammar, running=True))
+    )
     out = bytearray()
     end = tokenizer.eos_token
     while len(out) < max_bytes:

@@ -81,10 +81,13 @@ class LlgConstraint:
         return LlgConstraint(self.matcher.deep_copy(), self._end_ids)
 
 
-def compile_llg(grammar: Grammar, vocabulary: Vocabulary) -> LlgConstraint:
-    """Compile within llguidance's limits. Raises `GrammarError`. Releases the global lock while it works."""
+def compile_llg(grammar: Grammar, vocabulary: Vocabulary, *, running: bool = True) -> LlgConstraint:
+    """Compile within llguidance's limits, which are tighter where it is only tried. Raises `GrammarError`. Releases the global lock while it works."""
     matcher = LLMatcher(
-        vocabulary.tokenizer, spell(grammar), log_level=0, limits=LLParserLimits(**limits_of(grammar))
+        vocabulary.tokenizer,
+        spell(grammar),
+        log_level=0,
+        limits=LLParserLimits(**limits_of(grammar, running=running)),
     )
     if matcher.is_error():
         raise GrammarError(reason(matcher.get_error()))

@@ -63,7 +63,7 @@ def answer(grammar: Grammar, vocabulary: Vocabulary, tokens: TokenBytes) -> Answ
     """Compile with llguidance and as an automaton; some steps find grammars whose masks exceed llguidance's limits."""
     before = bytes_in_use()
     try:
-        constraint = compile_llg(grammar, vocabulary)
+        constraint = compile_llg(grammar, vocabulary, running=False)
         num_bytes = max(0, bytes_in_use() - before)
         tables: TokenTables | None
         try:

@@ -59,6 +59,7 @@ BOMBS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 async def test_bombs_are_refused(checker: GrammarChecker) -> None:
     for name, (kind, source) in BOMBS.items():
         error = await refusal(checker, kind, source)
@@ -89,6 +90,7 @@ async def test_gbnf_is_turned_into_lark(checker: GrammarChecker) -> None:
     assert "start" in grammar.source and "::=" not in grammar.source
 
 
+@pytest.mark.slow
 async def test_a_stuck_process_is_replaced_and_the_job_done() -> None:
     checker = GrammarChecker(Compilers(patience=2.0))
     await checker.check(Grammar("regex", "a"), param="p")
@@ -106,6 +108,7 @@ async def test_a_killed_process_costs_no_grammar(checker: GrammarChecker) -> Non
         assert await checker.check(Grammar("regex", f"b{number}"), param="p")
 
 
+@pytest.mark.slow
 async def test_slow_grammars_hold_nobody_and_are_remembered() -> None:
     """Eight that are cut and one that is not, of another tenant and of the same."""
     compilers = Compilers(quick_cpu_s=0.05, cpu_s=0.1)

@@ -198,6 +198,7 @@ def optional(num: int, before: int = 0) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": ["z"] if before else []}
 
 
+@pytest.mark.slow
 def test_many_optional_properties_are_kept_to_the_end_or_refused_by_count() -> None:
     assert answers_are_valid(optional(130, 300), strictly(optional(130, 300)), num=3) > 0
     assert answers_are_valid(optional(MAX_WIDTH, 300), strictly(optional(MAX_WIDTH, 300)), num=2) > 0
@@ -297,6 +298,7 @@ def _level(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 SCHEMAS = st.recursive(LEAVES, _level, max_leaves=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(SCHEMAS, st.integers(0, 1000))
 def test_what_is_accepted_strictly_is_valid_by_the_clients_own_schema(schema: Any, seed: int) -> None:
@@ -307,6 +309,7 @@ def test_what_is_accepted_strictly_is_valid_by_the_clients_own_schema(schema: An
     answers_are_valid(schema, source, seed=seed, num=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(SCHEMAS, st.integers(0, 1000))
 def test_closing_forbids_no_schema_every_answer(schema: Any, seed: int) -> None:

