@@ -42,7 +42,24 @@ _COMMONPLACE: Final = (429, 503)  # not logged, so that a flood does not fill th
 _FAULT_LINES_PER_S: Final = 50
 _DISCARDED_LIMITS: Final = 3
 _DISCARD_S: Final = 1.0
-_KEY_HEADERS: Final = (b"authorization", b"x-api-key", b"x-moondream-auth")
+_READ_HEADERS: Final = (
+    b"accept",
+    b"access-control-",
+    b"connection",
+    b"content-",
+    b"cookie",
+    b"expect",
+    b"host",
+    b"if-",
+    b"origin",
+    b"range",
+    b"sec-",
+    b"te",
+    b"tra",  # traceparent, tracestate, trailer, transfer-encoding
+    b"upgrade",
+    b"x-request-id",
+)
+"""How the names of headers begin that are read here or by libraries; keys' are not among them: their bytes are compared as they are."""
 _PASSED_ON: Final = ("Allow", "Sec-WebSocket-Version", "Upgrade")  # of aiohttp's refusals
 _EXPOSED: Final = "x-request-id, retry-after, retry-after-ms"
 _ALLOWED_HEADERS: Final = "authorization, *"  # SDKs add headers of their own; `*` does not cover the key's
@@ -210,9 +227,12 @@ def _last_if_unread(response: web.Response, request: web.Request) -> web.Respons
 
 
 def _check_headers(request: web.Request) -> None:
-    """Raises `RequestError` for bytes outside ASCII in a header; a key's are compared as they are. 417 for `Expect`."""
+    """Raises `RequestError` for bytes outside ASCII in a header that is read, other than a key's. 417 for `Expect`.
+
+    Proxies add headers that nobody reads here, such as a city's name.
+    """
     for name, value in request.raw_headers:
-        if not value.isascii() and name.lower() not in _KEY_HEADERS:
+        if not value.isascii() and name.lower().startswith(_READ_HEADERS):
             said = name.decode("latin-1")[:100]
             message = f"the header {said} holds bytes outside ASCII; encode them or leave it out"
             raise RequestError(ErrorCode.INVALID_REQUEST, message)

@@ -176,11 +176,13 @@ def test_named_templates_are_chosen_by_name_and_for_tools(templated: FakeWorker)
         for options, expected in (
             (ChatOptions(), "user:u;>"),
             (ChatOptions(tools=tools), "T" + json.dumps(tools)),
-            (ChatOptions(template="rag", tools=tools), "R"),
+            (ChatOptions(template="rag"), "R"),
             (ChatOptions(template="tool_use"), "Tnull"),
         ):
             chosen = choose_template(model.templates, "m", options)
             assert chosen.render([user], options) == expected
+        with pytest.raises(RequestError, match="shows no tools"):
+            choose_template(model.templates, "m", ChatOptions(template="rag", tools=tools))
         for name, expected in (("default", "user:u;>"), ("rag", "R")):
             assert ask(gateway.url, CHAT, {"messages": [user], "chat_template": name}).status == 200
             assert ids_text(prompt_of(worker)) == expected

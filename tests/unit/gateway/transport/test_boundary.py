@@ -223,7 +223,7 @@ def test_every_number_field_with_every_odd_value_is_answered_well(
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', "messages"),
         (b'{"messages": [{"role": "user", "content": [{"type": "video"}]}]}', "messages[0].content[0].type"),
         (b'{"messages": [{"role": "user", "content": "x"}], "colour": 1}', "colour"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', "tools"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', "tools[0]"),
         (b'{"messages": [{"role": "user", "content": "x"}], "stop": ["a", ""]}', "stop"),
         (b'{"messages": [{"role": "user", "content": "x"}], "logit_bias": {"x": 1}}', "logit_bias"),
         (b'{"messages": [{"role": "user", "content": "x"}], "logit_bias": {"99999": 1}}', "logit_bias"),
