@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.connection import Connection
 
-from tests.fake_worker import End, FakeWorker, Token, Wait, text_ids
+from tests.fake_worker import Action, End, FakeWorker, Token, Wait, text_ids
 from tests.gateway_thread import GatewayThread
 from tests.keys import KEY, WRONG_KEY
 
@@ -181,7 +181,9 @@ def test_a_client_that_does_not_read_is_cut_off_and_others_go_on(worker: FakeWor
         gateway.wait_ready()
         worker.cancelled.clear()
         worker.submits.clear()
-        worker.script = lambda submit: [*map(Token, text_ids("y" * 100_000)), End()]
+        # One token many times over: a hundred thousand of them would keep the worker busy for seconds.
+        spoken: list[Action] = [Token(text_ids("y")[0])] * 100_000
+        worker.script = lambda _: [*spoken, End()]
         raw = socket.create_connection(("127.0.0.1", gateway.gateway.port))
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.sendall(
