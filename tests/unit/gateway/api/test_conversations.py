@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gateway.api.conversations import Conversations, Turn
+from gateway.api.prompts import Message
 from gateway.generation import End, PreparedImage, Usage
 from shared.errors import FinishReason
 from shared.protocol import ImageInput
@@ -11,7 +12,7 @@ from shared.protocol import ImageInput
 def turn(text: str = "hi", image_bytes: int = 0) -> Turn:
     """A turn of a known size."""
     image = PreparedImage(ImageInput(1, 1, 1, 1, 1, b""), b"", b"x" * image_bytes) if image_bytes else None
-    return Turn((("user", text),), image)
+    return Turn((Message(role="user", content=text),), image)
 
 
 def test_turns_belong_to_their_tenant() -> None:
@@ -46,12 +47,13 @@ def test_bytes_are_bounded_and_counted_back() -> None:
 
 def test_failed_turns_are_not_kept() -> None:
     held = Conversations()
+    answer = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "yes"}]}
     for reason in FinishReason:
-        held.remember_answer("", reason.value, turn(), End(reason, Usage()), "yes")
+        held.remember_answer("", reason.value, turn(), End(reason, Usage()), [answer])
     assert {reason for reason in FinishReason if held.recall("", reason.value)} == {
         FinishReason.STOP,
         FinishReason.LENGTH,
         FinishReason.DEADLINE,
     }
     kept = held.recall("", "stop")
-    assert kept is not None and kept.messages == (("user", "hi"), ("assistant", "yes"))
+    assert kept is not None and [m.text() for m in kept.messages] == ["hi", "yes"]

@@ -114,7 +114,11 @@ OLLAMA: dict[str, Any] = {"model": "m", "options": {"temperature": 0.5}, "format
 OLLAMA_CALL = {"function": {"name": "f", "arguments": {"free": 1}}}
 CREATE = {"type": "response.create", "stream_id": "a", "event_id": "e", **RESPONSES}
 SETTINGS = {"temperature": 0.5, "max_tokens": 5}
-FREE_HERE = {"messages": ("input_schema", "input"), "api": ("format", "arguments", "parameters"), "chat": ("parameters",)}
+FREE_HERE = {
+    "messages": ("input_schema", "input"),
+    "api": ("format", "arguments", "parameters"),
+    "chat": ("parameters",),
+}
 """Likewise, of single interfaces."""
 FREE = ("metadata", "logit_bias", "schema", "json", "chat_template_kwargs", "prediction", "cache_control")
 """Fields whose own content is the client's, and checked where it is used."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.api.response_bodies import CreateBody, ResponseCreate, lane_of, parse_body, parse_event
-from gateway.api.responses import read_input
+from gateway.api.response_input import read_input
 from gateway.generation import RequestError
 from shared.errors import ErrorCode
 
@@ -48,7 +48,7 @@ def test_messages_keep_their_order_and_the_last_user_asks(turns: list[tuple[str,
         json.dumps({"input": [{"role": role, "content": text} for role, text in turns]}).encode()
     )
     asked = read_input(body, 1000)
-    assert list(asked.messages) == turns
+    assert [(message.role, message.text()) for message in asked.messages] == turns
     assert asked.question == next((text for role, text in reversed(turns) if role == "user"), "").strip()
 
 
