@@ -93,7 +93,7 @@ class FunctionTool(Known, kw_only=True, tag_field="type", tag="function"):
     parameters: Json | None = None
     strict: bool | None = None
     allowed_callers: Any = None
-    defer_loading: bool | None = None
+    defer_loading: Any = None
     output_schema: Any = None
 
     def echo(self) -> Json:

@@ -91,7 +91,7 @@ class _Reader:
         """One more item."""
         fields = _FIELDS.get(item.type)
         if fields is None:
-            message = f"{where}: items of type {item.type[:40]!r} are not supported"
+            message = f"{where}.type: items of type {item.type[:40]!r} are not supported"
             raise RequestError(ErrorCode.UNSUPPORTED, message, param=f"{where}.type")
         for name in _OWN:
             if name not in fields and getattr(item, name) is not None:
@@ -122,8 +122,9 @@ class _Reader:
             return item.content or ""
         text, found = _read_parts(item.content, f"{where}.content")
         if len(found) > 1:
-            message = "one picture a message is supported; an earlier message's is replaced by a later one's"
-            raise RequestError(ErrorCode.UNSUPPORTED, message, param=found[1][1])
+            param = found[1][1]
+            message = f"{param}: one picture a message is supported; an earlier message's is replaced by a later one's"
+            raise RequestError(ErrorCode.UNSUPPORTED, message, param=param)
         if found:
             self.picture = found[0]
         return text
@@ -148,10 +149,9 @@ class _Reader:
         if not isinstance(text, str):
             text, found = _read_parts(text, f"{where}.output")
             if found:
-                message = (
-                    f"{where}.output: pictures in a tool's result are not read here; give them in a message"
-                )
-                raise RequestError(ErrorCode.UNSUPPORTED, message, param=found[0][1])
+                param = found[0][1]
+                message = f"{param}: pictures in a tool's result are not read here; give them in a message"
+                raise RequestError(ErrorCode.UNSUPPORTED, message, param=param)
         self._add(Message(role="tool", content=text, tool_call_id=call_id), where)
 
     def _thinking(self, item: Item, where: str) -> None:
@@ -201,11 +201,13 @@ def _read_parts(
             texts.append(part.text or "")
         elif part.type == "input_image" and kinds is _TEXT:
             if part.image_url is None:
-                message = "pictures are taken as a data URL in image_url, not by file_id"
-                raise RequestError(ErrorCode.UNSUPPORTED, message, param=f"{param}.image_url")
+                param += ".image_url"
+                message = f"{param}: pictures are taken as a data URL in image_url, not by file_id"
+                raise RequestError(ErrorCode.UNSUPPORTED, message, param=param)
             pictures.append((part.image_url, f"{param}.image_url"))
         else:
             expected = "input_text or input_image" if kinds is _TEXT else kinds[0]
+            param += ".type"
             message = f"{param}: content of type {part.type[:40]!r} is not supported; use {expected}"
-            raise RequestError(ErrorCode.UNSUPPORTED, message, param=f"{param}.type")
+            raise RequestError(ErrorCode.UNSUPPORTED, message, param=param)
     return "\n".join(texts), pictures

@@ -272,6 +272,17 @@ def test_wrong_fields_are_named(client: openai.OpenAI, fields: dict[str, Any], p
     assert caught.value.param == param
 
 
+def test_a_model_without_a_template_can_be_made_to_call(client: openai.OpenAI, worker: FakeWorker) -> None:
+    worker.reply('[{"name": "f", "arguments": {"a": 1}}]')
+    tools: Any = [FUNCTION]
+    answer = client.responses.create(model="fake-vl", input="hi", tools=tools, tool_choice="required")
+    (call,) = answer.output
+    assert call.type == "function_call" and json.loads(call.arguments) == {"a": 1}
+    with pytest.raises(openai.BadRequestError, match="required") as caught:
+        client.responses.create(model="fake-vl", input="hi", tools=tools)
+    assert caught.value.param == "tools"
+
+
 def test_unknown_models_are_404(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.responses.create(model="gpt-9", input="hi")

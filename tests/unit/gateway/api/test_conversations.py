@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gateway.api.conversations import Conversations, Turn
 from gateway.api.prompts import Message
 from gateway.generation import End, PreparedImage, Usage
@@ -43,6 +45,28 @@ def test_bytes_are_bounded_and_counted_back() -> None:
     held.remember("", "49", turn(image_bytes=200))  # the same id again replaces, and is counted once
     kept = [found for name in ("47", "48", "49") if (found := held.recall("", name)) is not None]
     assert len(kept) == 3 and held.size_bytes == sum(found.size_bytes for found in kept)
+
+
+def test_calls_results_and_thinking_count() -> None:
+    call = {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f", "status": "completed"}
+    thought: dict[str, Any] = {
+        "type": "reasoning",
+        "content": [{"type": "reasoning_text", "text": "h" * 500}],
+    }
+    held = Conversations()
+    output = [thought, {**call, "arguments": '{"a": "%s"}' % ("x" * 1000)}]
+    held.remember_answer("", "resp_1", turn(), End(FinishReason.STOP, Usage()), output)
+    assert held.size_bytes >= 1500
+    said = Message(role="tool", content="r" * 300, tool_call_id="c")
+    assert Turn((said,), None).size_bytes >= 300
+
+
+def test_a_call_that_was_cut_off_is_not_gone_on_with() -> None:
+    held = Conversations()
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a', "status": "incomplete"}
+    held.remember_answer("", "resp_1", turn(), End(FinishReason.LENGTH, Usage()), [call])
+    kept = held.recall("", "resp_1")
+    assert kept is not None and [m.role for m in kept.messages] == ["user"]
 
 
 def test_failed_turns_are_not_kept() -> None:

@@ -224,7 +224,8 @@ def put_together(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for number, event in enumerate(events):
         VALIDATE(event)
         assert event["sequence_number"] == number
-        index, place = event.get("output_index"), event.get("content_index")
+        index: int = event.get("output_index", -1)
+        place: int = event.get("content_index", -1)
         match event["type"]:
             case "response.output_item.added":
                 assert index == len(items) == len(done), "one item at a time, in order"
