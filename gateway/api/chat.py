@@ -21,7 +21,7 @@ from gateway.api.parameters import (
     decode_body,
     invalid,
 )
-from gateway.api.prompts import Message, compose_chat
+from gateway.api.prompts import Message, compose_chat, effort_variables
 from gateway.api.requests import Length, check_fields, make_requests
 from gateway.api.spoken import Reading, SpokenReader
 from gateway.api.tools import MAX_TOOLS, Tool, check_takes_tools, read_tools
@@ -297,9 +297,8 @@ def _chat_options(body: ChatBody, *, thinks: bool) -> ChatOptions | None:
         raise invalid(message, "add_generation_prompt")
     variables = dict(body.chat_template_kwargs or {})
     _check_variables(variables)
-    if body.reasoning_effort is not None and thinks:
-        variables.setdefault("reasoning_effort", body.reasoning_effort)
-        variables.setdefault("enable_thinking", body.reasoning_effort not in ("none", "minimal"))
+    if thinks:
+        variables = {**effort_variables(body.reasoning_effort), **variables}
     if body.enable_thinking is not None:
         variables["enable_thinking"] = body.enable_thinking
     opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt

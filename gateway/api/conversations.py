@@ -8,28 +8,38 @@ contract allows.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
+from gateway.api.parameters import Json
+from gateway.api.prompts import Message
+from gateway.api.response_bodies import Item, Part
+from gateway.api.response_input import num_chars, read_items
 from gateway.generation import End, PreparedImage
 from shared.errors import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A finished response and all that led to it: texts by role in order, and the last picture.
+    """A finished response and all that led to it: the conversation's messages, and the last picture.
 
-    `answer` is the response's own text, which is the last message too unless it is empty.
+    `answer` has the response's own items as a client would send them back. Their texts are those of the last messages.
     """
 
-    messages: tuple[tuple[str, str], ...]
+    messages: tuple[Message, ...]
     image: PreparedImage | None
-    answer: str = ""
+    answer: tuple[Item, ...] = ()
 
     @property
     def size_bytes(self) -> int:
         """Bytes held; a picture shared by several turns is counted for each, which errs on the safe side."""
-        text = sum(len(role) + len(content) for role, content in self.messages)
-        return text + (0 if self.image is None else len(self.image.global_crop) + len(self.image.canvas))
+        text = sum(len(message.role) + num_chars(message) for message in self.messages)
+        ids = sum(len(item.id or "") for item in self.answer)
+        return (
+            text + ids + (0 if self.image is None else len(self.image.global_crop) + len(self.image.canvas))
+        )
 
 
 class Conversations:
@@ -55,11 +65,22 @@ class Conversations:
             _, forgotten = self._turns.popitem(last=False)
             self.size_bytes -= forgotten.size_bytes
 
-    def remember_answer(self, tenant: str, response_id: str, turn: Turn, end: End, text: str) -> None:
-        """Keep a turn with its answer, unless it failed or was cancelled: such a turn cannot be continued."""
+    def remember_answer(
+        self, tenant: str, response_id: str, turn: Turn, end: End, output: Sequence[Json]
+    ) -> None:
+        """Keep a turn with its answer, unless it failed or was cancelled: such a turn cannot be continued.
+
+        `output` is the response's. A call that was cut off cannot be answered, so the conversation goes on without it.
+        """
         if end.reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.DEADLINE):
-            messages = (*turn.messages, ("assistant", text)) if text else turn.messages
-            self.remember(tenant, response_id, Turn(messages, turn.image, text))
+            answer = msgspec.convert(output, tuple[Item, ...])
+            for item in answer:
+                for part in item.content or ():
+                    if isinstance(part, Part):
+                        part.logprobs = None  # large, and nobody reads them again
+            said = [item for item in answer if item.type != "function_call" or item.status == "completed"]
+            messages = [m for m in read_items(said).messages if num_chars(m)]
+            self.remember(tenant, response_id, Turn((*turn.messages, *messages), turn.image, answer))
 
     def recall(self, tenant: str, response_id: str) -> Turn | None:
         """The tenant's turn of this id, if it is still held."""

@@ -183,6 +183,13 @@ def _asked_for(options: ChatOptions) -> str:
     return "continue_final_message" if options.continue_final_message else "add_generation_prompt"
 
 
+def effort_variables(effort: str | None) -> Json:
+    """What a template is told of how much to think."""
+    if effort is None:
+        return {}
+    return {"reasoning_effort": effort, "enable_thinking": effort not in ("none", "minimal")}
+
+
 def takes_questions(card: ModelCard) -> bool:
     """Whether the model is asked one question at a time, as Moondream is."""
     return card.family == "moondream" or "query_prefix" in card.templates

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -24,12 +24,16 @@ from gateway.api.parameters import (
     Verbosity,
     decode_body,
 )
+from gateway.api.tools import MAX_TOOLS
 from gateway.generation import RequestError
 from shared.errors import ErrorCode
 
 MAX_ITEMS: Final = 4096
 MAX_PARTS: Final = 256
 
+T = TypeVar("T")
+
+_TOOL_TYPE = re.compile(r"tools\[[0-9]+\]\.type")
 _LANE_NAME = re.compile(r"[A-Za-z0-9_.-]{1,256}", re.ASCII)
 
 
@@ -54,17 +58,48 @@ class Part(Known, kw_only=True):
     refusal: Any = None
 
 
-class Item(Known, kw_only=True):
-    """One input item; a message unless `type` says otherwise."""
+Parts = Annotated[list[Part], Meta(max_length=MAX_PARTS)]
 
-    IGNORED = ("phase", "status")
+
+class Item(Known, kw_only=True):
+    """One input item; a message unless `type` says otherwise. `response_input` knows which type has which fields."""
+
+    REFUSED = ("caller", "namespace")
+    IGNORED = ("encrypted_content", "phase", "status")
 
     type: str = "message"
-    role: str = "user"
-    content: str | Annotated[list[Part], Meta(max_length=MAX_PARTS)] | None = None
+    role: str | None = None
+    content: str | Parts | None = None
     id: str | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | Parts | None = None
+    summary: Parts | None = None
+    caller: Any = None
+    encrypted_content: Any = None
+    namespace: Any = None
     phase: Any = None
     status: Any = None
+
+
+class FunctionTool(Known, kw_only=True, tag_field="type", tag="function"):
+    """One entry of `tools`: a function that can be called."""
+
+    REFUSED = ("allowed_callers", "defer_loading", "output_schema")
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: Json | None = None
+    strict: bool | None = None
+    allowed_callers: Any = None
+    defer_loading: Any = None
+    output_schema: Any = None
+
+    def echo(self) -> Json:
+        """As a response object repeats it."""
+        told = {"description": self.description, "parameters": self.parameters, "strict": self.strict}
+        return {"type": "function", "name": self.name, **told}
 
 
 class Format(Known, kw_only=True):
@@ -96,9 +131,9 @@ class TextOptions(Known, kw_only=True):
 
 
 class Reasoning(Known, kw_only=True):
-    """`reasoning`: repeated in the response; no served model thinks on demand."""
+    """`reasoning`: repeated in the response. The effort reaches the model's chat template."""
 
-    IGNORED = ("effort", "summary", "generate_summary", "context", "mode")
+    IGNORED = ("summary", "generate_summary", "context", "mode")
 
     effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -120,7 +155,6 @@ class CreateBody(SamplingFields, kw_only=True):
     """The fields of a create request."""
 
     REFUSED = (
-        "tools",
         "background",
         "background_options",
         "conversation",
@@ -132,9 +166,7 @@ class CreateBody(SamplingFields, kw_only=True):
     )
     IGNORED: ClassVar[tuple[str, ...]] = (
         *SamplingFields.IGNORED,
-        "max_tool_calls",
-        "parallel_tool_calls",
-        "reasoning",
+        "max_tool_calls",  # counts calls of tools that a server runs itself
     )
 
     input: str | Annotated[list[Item], Meta(max_length=MAX_ITEMS)] | None = None
@@ -152,7 +184,7 @@ class CreateBody(SamplingFields, kw_only=True):
     tool_choice: Any = None
     max_tool_calls: int | None = None
     reasoning: Reasoning | None = None
-    tools: Any = None
+    tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] | None = None
     background: bool | None = None
     background_options: Any = None
     conversation: Any = None
@@ -218,17 +250,27 @@ _decode_envelope = msgspec.json.Decoder(Envelope).decode
 
 def parse_body(data: bytes) -> CreateBody:
     """Decode a POST body. Raises `RequestError` naming the field at fault."""
-    return decode_body(_decode_body, data)
+    return _checked(_decode_body, data)
 
 
 def parse_event(data: str) -> ClientEvent:
     """Decode a WebSocket message. Raises `RequestError` naming the field at fault."""
-    event = decode_body(_decode_event, data.encode(errors="surrogatepass"))
+    event = _checked(_decode_event, data.encode(errors="surrogatepass"))
     stream_id = getattr(event, "stream_id", None)
     if stream_id is not None and not lane_name_ok(stream_id):
         allowed = "1 to 256 ASCII letters, digits, underscores, hyphens or periods"
         raise RequestError(ErrorCode.INVALID_REQUEST, f"stream_id is {allowed}", param="stream_id")
     return event
+
+
+def _checked(decode: Callable[[bytes], T], data: bytes) -> T:
+    try:
+        return decode_body(decode, data)
+    except RequestError as error:
+        if error.param is not None and _TOOL_TYPE.fullmatch(error.param):
+            message = f'{error.param}: tools are functions here, of type "function"; leave others out'
+            raise RequestError(ErrorCode.UNSUPPORTED, message, param=error.param) from None
+        raise
 
 
 def lane_of(data: str) -> str | None:

@@ -62,21 +62,21 @@ class Failed(_Lifecycle, tag="response.failed"):
 
 
 class ItemAdded(Event, tag="response.output_item.added", kw_only=True):
-    """The output message opens."""
+    """An output item opens: a message, thinking or a call."""
 
     item: Json
     output_index: int
 
 
 class ItemDone(Event, tag="response.output_item.done", kw_only=True):
-    """The output message is whole."""
+    """An output item is whole."""
 
     item: Json
     output_index: int
 
 
 class PartAdded(Event, tag="response.content_part.added", kw_only=True):
-    """The text part opens."""
+    """An item's text part opens."""
 
     item_id: str
     output_index: int
@@ -85,7 +85,7 @@ class PartAdded(Event, tag="response.content_part.added", kw_only=True):
 
 
 class PartDone(Event, tag="response.content_part.done", kw_only=True):
-    """The text part is whole."""
+    """An item's text part is whole."""
 
     item_id: str
     output_index: int
@@ -113,6 +113,40 @@ class TextDone(Event, tag="response.output_text.done", kw_only=True):
     logprobs: list[Json]
 
 
+class ThoughtDelta(Event, tag="response.reasoning_text.delta", kw_only=True):
+    """More of the model's thinking."""
+
+    item_id: str
+    output_index: int
+    content_index: int
+    delta: str
+
+
+class ThoughtDone(Event, tag="response.reasoning_text.done", kw_only=True):
+    """All of an item's thinking."""
+
+    item_id: str
+    output_index: int
+    content_index: int
+    text: str
+
+
+class ArgumentsDelta(Event, tag="response.function_call_arguments.delta", kw_only=True):
+    """More of a call's arguments."""
+
+    item_id: str
+    output_index: int
+    delta: str
+
+
+class ArgumentsDone(Event, tag="response.function_call_arguments.done", kw_only=True):
+    """All of a call's arguments, as JSON text."""
+
+    item_id: str
+    output_index: int
+    arguments: str
+
+
 class ObjectFound(Event, tag="degas.object", kw_only=True):
     """Extension: one more box or point of a detect or point request."""
 
@@ -123,14 +157,15 @@ class ObjectFound(Event, tag="degas.object", kw_only=True):
     object: dict[str, float]
 
 
-def item_id(response_id: str) -> str:
-    """What a response's one output message is called."""
-    return "msg_" + response_id.removeprefix("resp_")
+def item_id(response_id: str, kind: str = "msg", output_index: int = 0) -> str:
+    """What an output item is called; `kind` is msg, rs (thinking) or fc (a call)."""
+    place = f"_{output_index}" if output_index else ""
+    return f"{kind}_{response_id.removeprefix('resp_')}{place}"
 
 
-def response_id_of(message_id: str) -> str:
-    """The response whose output message is called so."""
-    return "resp_" + message_id.removeprefix("msg_")
+def response_id_of(item_id: str) -> str:
+    """The response whose output item is called so."""
+    return "resp_" + "".join(item_id.split("_")[1:2])
 
 
 def usage_object(usage: Usage) -> Json:

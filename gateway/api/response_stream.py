@@ -8,8 +8,9 @@ event stream) only frames it.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Final, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -23,20 +24,17 @@ from gateway.api.response_events import (
     Failed,
     Incomplete,
     InProgress,
-    ItemAdded,
-    ItemDone,
     ObjectFound,
-    PartAdded,
-    PartDone,
     TextDelta,
-    TextDone,
     error_object,
     incomplete_details,
-    item_id,
     usage_object,
 )
+from gateway.api.response_items import CallItem, MessageItem, OutputItem, ThoughtItem
+from gateway.api.spoken import Reading
+from gateway.decisions.answer_parts import CallArguments, CallOpened, Part, Said, Thought
 from gateway.errors import retry_after_s
-from gateway.generation import Delta, End, RequestError, RunningStream, SpatialObject, TokenTexts
+from gateway.generation import Delta, End, RequestError, RunningStream, SpatialObject, TokenInfo, TokenTexts
 from shared.errors import ErrorCode, FinishReason
 
 _encode = msgspec.json.Encoder().encode
@@ -53,9 +51,9 @@ class Sink(Protocol):
 
 
 class Closed(Protocol):
-    """Called with a finished stream, after its terminal event is out."""
+    """Called with a finished stream and its output's items, after its terminal event is out."""
 
-    def __call__(self, stream: ResponseStream, end: End, text: str) -> None: ...
+    def __call__(self, stream: ResponseStream, end: End, output: Sequence[Json]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +65,29 @@ class Opening:
     task: str  # text | detect | point
     body: Json
     stream_id: str | None = None
+    reading: Reading = field(default_factory=Reading)
 
 
 class ResponseStream:
-    """Owns one response's event order: sequence numbers, the open item, and exactly one terminal event."""
+    """Owns one response's event order: sequence numbers, the open item, and exactly one terminal event.
+
+    An answer that is read in parts has an item for each: thinking, text, calls. Any other is one message, which opens
+    with the response.
+    """
 
     __slots__ = (
         "_created_at",
         "_delta_middle",
         "_first_s",
-        "_item_id",
+        "_infos",
+        "_items",
+        "_lane",
         "_logprobs",
         "_num_objects",
         "_on_closed",
+        "_open_item",
         "_opened",
+        "_reader",
         "_sequence_number",
         "_sink",
         "_started_s",
@@ -110,13 +117,16 @@ class ResponseStream:
         self._tokens = tokens
         self._on_closed = on_closed
         self._stream_id: str | UnsetType = UNSET if opening.stream_id is None else opening.stream_id
-        self._item_id = item_id(opening.response_id)
-        place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-        lane = {} if opening.stream_id is None else {"stream_id": opening.stream_id}
-        self._delta_middle = b"," + _encode({**lane, **place})[1:-1] + b',"delta":'
-        self._sequence_number = -1
+        self._lane: Json = {} if opening.stream_id is None else {"stream_id": opening.stream_id}
+        self._reader = None if opening.reading.is_plain else opening.reading.reader()
+        self._infos: list[TokenInfo] = []  # of tokens whose text the reader has not given out
+        self._items: list[OutputItem] = []
+        self._open_item: OutputItem | None = None
+        # Of the open message: its texts, its log-probabilities, and what stands in its deltas' events.
         self._text: list[str] = []
         self._logprobs: list[Json] = []
+        self._delta_middle = b""
+        self._sequence_number = -1
         self._num_objects = 0
         self._opened = False
         self._created_at = int(time.time())  # the interface's own fields: Unix time, decides nothing
@@ -132,32 +142,32 @@ class ResponseStream:
         self._sequence_number += 1
         return self._sequence_number
 
+    def _say(self, kind: type[Event], /, **fields: Any) -> None:
+        self._send(kind(self._next(), self._stream_id, **fields))
+
     def open(self) -> None:
-        """Announce the response and its one output message. Idempotent."""
+        """Announce the response, and its message where the answer is nothing else. Idempotent."""
         if self._opened:
             return
         self._opened = True
         snapshot = self.snapshot("in_progress")
-        self._send(Created(self._next(), self._stream_id, response=snapshot))
-        self._send(InProgress(self._next(), self._stream_id, response=snapshot))
-        item = {
-            "id": self._item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": "in_progress",
-            "content": [],
-        }
-        self._send(ItemAdded(self._next(), self._stream_id, item=item, output_index=0))
-        self._send(
-            PartAdded(
-                self._next(),
-                self._stream_id,
-                item_id=self._item_id,
-                output_index=0,
-                content_index=0,
-                part=self._part(""),
-            )
-        )
+        self._say(Created, response=snapshot)
+        self._say(InProgress, response=snapshot)
+        if self._reader is None:
+            self._open_message()
+
+    def _open_message(self) -> None:
+        item = MessageItem(self._say, self.opening.response_id, len(self._items), self._lane)
+        self._text, self._logprobs, self._delta_middle = item.texts, item.logprobs, item.delta_middle
+        self._begin(item)
+
+    def _begin(self, item: OutputItem) -> None:
+        """Open an item, after the one that is open has ended."""
+        if self._open_item is not None:
+            self._open_item.close("completed")
+        self._items.append(item)
+        self._open_item = item
+        item.open()
 
     def _emit_text(self, text: str, logprobs: list[Json]) -> None:
         self._text.append(text)
@@ -171,17 +181,32 @@ class ResponseStream:
             )
             self._sink.send("response.output_text.delta", event)
             return
-        self._send(
-            TextDelta(
-                self._next(),
-                self._stream_id,
-                item_id=self._item_id,
-                output_index=0,
-                content_index=0,
-                delta=text,
-                logprobs=logprobs,
-            )
-        )
+        self._logprobs.extend(logprobs)
+        assert isinstance(self._open_item, MessageItem)
+        self._say(TextDelta, delta=text, logprobs=logprobs, **self._open_item.place)
+
+    def _emit_part(self, part: Part) -> None:
+        """One part of an answer that is read in parts, in an item of its kind."""
+        assert self._reader is not None
+        item, response_id, index = self._open_item, self.opening.response_id, len(self._items)
+        match part:
+            case Said(text):
+                if not isinstance(item, MessageItem):
+                    self._open_message()
+                self._emit_text(text, self._taken_logprobs())
+            case Thought(text):
+                if not isinstance(item, ThoughtItem):
+                    self._begin(item := ThoughtItem(self._say, response_id, index))
+                item.add(text)
+            case CallOpened(number, _):
+                self._begin(CallItem(self._say, response_id, index, self._reader.calls[number]))
+            case CallArguments(_, text):
+                assert isinstance(item, CallItem)
+                item.add(text)
+        self._infos.clear()  # those of thinking and calls have no field here
+
+    def _taken_logprobs(self) -> list[Json]:
+        return [token_logprobs(info, self._tokens) for info in self._infos]
 
     # ------------------------------------------------------------ the core's listener
 
@@ -192,9 +217,13 @@ class ResponseStream:
         self.open()
         if self._first_s == 0.0:
             self._first_s = time.monotonic()
+        if self._reader is not None:
+            if delta.logprobs:
+                self._infos.extend(delta.logprobs)
+            for part in self._reader.feed(delta.text):
+                self._emit_part(part)
+            return
         logprobs = [token_logprobs(info, self._tokens) for info in delta.logprobs] if delta.logprobs else []
-        if logprobs:
-            self._logprobs.extend(logprobs)
         if delta.text or logprobs:
             self._emit_text(delta.text, logprobs)
 
@@ -211,7 +240,7 @@ class ResponseStream:
             ObjectFound(
                 self._next(),
                 self._stream_id,
-                item_id=self._item_id,
+                item_id=self._items[0].id,
                 response_id=self.opening.response_id,
                 output_index=0,
                 object_index=self._num_objects,
@@ -231,28 +260,26 @@ class ResponseStream:
             self.ended = True
             self.refusal = end.error or RequestError(ErrorCode.INTERNAL, "the stream failed")
             if self._on_closed is not None:
-                self._on_closed(self, end, "")
+                self._on_closed(self, end, [])
             return
         self.open()
         if self.opening.task != "text" and end.reason is not FinishReason.ERROR:
             self._emit_text("]}" if self._num_objects else self._json_lead() + "]}", [])
         self.ended = True
-        text = "".join(self._text)
         if end.reason is FinishReason.ERROR:
             error = end.error or RequestError(ErrorCode.INTERNAL, "the stream failed")
-            self.response = self.snapshot("failed", text, end, error_object(error))
-            self._send(Failed(self._next(), self._stream_id, response=self.response))
+            self.response = self.snapshot("failed", end, error_object(error))
+            self._say(Failed, response=self.response)
         else:
             whole = end.reason is FinishReason.STOP
             status = "completed" if whole else "incomplete"
-            self._close_item(text, status)
+            self._close_items(status)
             if end.reason is FinishReason.CANCELLED:
                 status = "cancelled"
-            self.response = self.snapshot(status, text, end)
-            terminal = Completed if whole else Incomplete
-            self._send(terminal(self._next(), self._stream_id, response=self.response))
+            self.response = self.snapshot(status, end)
+            self._say(Completed if whole else Incomplete, response=self.response)
         if self._on_closed is not None:
-            self._on_closed(self, end, text)
+            self._on_closed(self, end, self.response["output"])
 
     def cancel(self) -> None:
         """Stop it in the worker; the core answers with `on_end`."""
@@ -261,30 +288,19 @@ class ResponseStream:
 
     # ------------------------------------------------------------ shapes
 
-    def _close_item(self, text: str, status: str) -> None:
-        common: Json = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-        self._send(TextDone(self._next(), self._stream_id, text=text, logprobs=self._logprobs, **common))
-        self._send(PartDone(self._next(), self._stream_id, part=self._part(text), **common))
-        item = self._item(text, status)
-        self._send(ItemDone(self._next(), self._stream_id, item=item, output_index=0))
+    def _close_items(self, status: str) -> None:
+        if self._reader is not None:
+            for part in self._reader.close():
+                self._emit_part(part)
+            if not any(isinstance(item, MessageItem | CallItem) for item in self._items):
+                self._open_message()  # an answer without text and calls says so
+            elif self._infos and isinstance(self._open_item, MessageItem):
+                self._emit_text("", self._taken_logprobs())
+        assert self._open_item is not None
+        self._open_item.close(status)
 
-    def _part(self, text: str) -> Json:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs}
-
-    def _item(self, text: str, status: str) -> Json:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": [self._part(text)],
-        }
-
-    def snapshot(
-        self, status: str, text: str | None = None, end: End | None = None, error: Json | None = None
-    ) -> Json:
+    def snapshot(self, status: str, end: End | None = None, error: Json | None = None) -> Json:
         """The response object as it stands: the request's echo, status, output, usage and Degas's timings."""
-        item_status = "completed" if status == "completed" else "incomplete"
         response: Json = {
             "id": self.opening.response_id,
             "object": "response",
@@ -293,7 +309,7 @@ class ResponseStream:
             "error": error,
             "incomplete_details": incomplete_details(end),
             "model": self.opening.model_id,
-            "output": [] if text is None else [self._item(text, item_status)],
+            "output": [] if end is None else [item.ended() for item in self._items],
             "usage": None if end is None else usage_object(end.usage),
             **self.opening.body,
         }

@@ -10,95 +10,32 @@ from typing import Final
 import msgspec
 
 from gateway.api.conversations import Conversations, Turn
-from gateway.api.parameters import (
-    TOKENS_PER_OBJECT,
-    Json,
-    invalid,
+from gateway.api.histories import check_no_history
+from gateway.api.parameters import TOKENS_PER_OBJECT, Json, invalid
+from gateway.api.prompts import (
+    Message,
+    Prompt,
+    compose_chat,
+    effort_variables,
+    takes_questions,
+    task_prompt,
 )
-from gateway.api.prompts import Message, Prompt, compose_chat, takes_questions, task_prompt
 from gateway.api.requests import Length, Objects, check_fields, make_requests
-from gateway.api.response_bodies import CreateBody, DegasOptions, Item, Part, Reasoning, TextOptions
+from gateway.api.response_bodies import CreateBody, DegasOptions, Reasoning, TextOptions
 from gateway.api.response_events import response_id_of
+from gateway.api.response_input import InputRead, read_input
 from gateway.api.response_stream import Opening
+from gateway.api.spoken import reading_of
 from gateway.api.structured import Wanted, schema_grammar
-from gateway.generation import Core, GenerateRequest, RequestError, ServedModel, no_pictures
+from gateway.api.tools import Function, Tool, ToolsAsked, check_takes_tools, read_tools
+from gateway.generation import ChatOptions, Core, GenerateRequest, RequestError, ServedModel, no_pictures
 from shared.errors import ErrorCode
 from shared.protocol import Grammar
 
 LOGPROBS_INCLUDE: Final = "message.output_text.logprobs"
 
-_ROLES: Final = ("user", "assistant", "system", "developer")
+_NO_TOOLS_HERE: Final = "a constrained answer cannot call tools; leave one of the two out"
 _INSTEAD: Final = {"max_tokens": "max_output_tokens", "response_format": "text.format"}
-
-
-@dataclass(frozen=True, slots=True)
-class InputRead:
-    """A body's input: texts by role in order, and the most recent picture."""
-
-    messages: tuple[tuple[str, str], ...]
-    image_url: str | None = None
-    image_param: str = "input"
-
-    @property
-    def question(self) -> str:
-        """The last user message."""
-        return next((text for role, text in reversed(self.messages) if role == "user"), "").strip()
-
-
-def read_input(body: CreateBody, max_chars: int) -> InputRead:
-    """Flatten `input` to texts and a picture. Raises `RequestError` for what Degas does not take."""
-    if isinstance(body.input, str):
-        asked = InputRead((("user", body.input),))
-    else:
-        asked = _read_items(body.input or ())
-    size = sum(len(text) for _, text in asked.messages) + len(body.instructions or "")
-    if size > max_chars:
-        message = f"input: {size} characters; at most {max_chars} are accepted"
-        raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="input")
-    return asked
-
-
-def _read_items(items: Sequence[Item]) -> InputRead:
-    messages: list[tuple[str, str]] = []
-    picture: tuple[str | None, str] = (None, "input")
-    for index, item in enumerate(items):
-        where = f"input[{index}]"
-        if item.type != "message":
-            message = f"items of type {item.type[:40]!r} are not supported"
-            raise RequestError(ErrorCode.UNSUPPORTED, f"{where}: {message}", param=f"{where}.type")
-        if item.role not in _ROLES:
-            raise invalid(f"one of {', '.join(_ROLES)} is expected", f"{where}.role")
-        if isinstance(item.content, str):
-            messages.append((item.role, item.content))
-            continue
-        text, found = _read_parts(item.content or (), f"{where}.content")
-        messages.append((item.role, text))
-        if len(found) > 1:
-            message = "one picture a message is supported; an earlier message's is replaced by a later one's"
-            raise RequestError(ErrorCode.UNSUPPORTED, message, param=found[1][1])
-        picture = found[0] if found else picture
-    return InputRead(tuple(messages), *picture)
-
-
-def _read_parts(parts: Sequence[Part], where: str) -> tuple[str, list[tuple[str, str]]]:
-    """A message's text, and its pictures: each one's URL and its field's name."""
-    texts: list[str] = []
-    pictures: list[tuple[str, str]] = []
-    for index, part in enumerate(parts):
-        param = f"{where}[{index}]"
-        if part.type in ("input_text", "output_text", "text"):
-            texts.append(part.text or "")
-        elif part.type == "input_image":
-            if part.image_url is None:
-                message = "pictures are taken as a data URL in image_url, not by file_id"
-                raise RequestError(ErrorCode.UNSUPPORTED, message, param=f"{param}.image_url")
-            pictures.append((part.image_url, f"{param}.image_url"))
-        else:
-            message = (
-                f"{param}: content of type {part.type[:40]!r} is not supported; use input_text or input_image"
-            )
-            raise RequestError(ErrorCode.UNSUPPORTED, message, param=f"{param}.type")
-    return "\n".join(texts), pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +61,14 @@ async def prepare(
             raise RequestError(ErrorCode.UNSUPPORTED, f"{name} is called {instead} here", param=name)
     if body.n not in (None, 1):
         raise invalid("one answer a response", "n")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise invalid("there are no tools to choose from", "tool_choice")
+    tools = _tools(body)
     model = core.model(body.model)
     options = body.degas or DegasOptions()
     _check_options(options)
+    wanted = _format(body.text)
+    if tools is not None:
+        _check_tools(model, tools, options, wanted)
+        wanted = tools.constraint()
     asked = read_input(body, core.config.max_prompt_chars)
     task = options.task if options.task in TOKENS_PER_OBJECT else "text"
     checked = await check_fields(
@@ -137,10 +77,17 @@ async def prepare(
         body,
         tenant=tenant,
         num_logprobs=_num_logprobs(body, task),
-        wanted=_format(body.text),
+        wanted=wanted,
     )
-    messages = (previous.messages if previous else ()) + asked.messages
-    prompt = await _compose(core, model, asked, options, messages, body.instructions)
+    if checked.grammar is not None and tools is not None and not tools.is_forced:
+        raise invalid(_NO_TOOLS_HERE, "tools")
+    conversation = _conversation(body, asked, previous)
+    is_constrained = checked.grammar is not None
+    if options.task == "query":
+        effort = body.reasoning.effort if body.reasoning is not None else None
+        prompt = await _compose(core, model, asked, conversation, effort, tools, is_constrained)
+    else:
+        prompt = await _compose_task(model, options)
     image = previous.image if previous else None
     if asked.image_url is not None:
         image = await core.prepare_image(model, asked.image_url, param=asked.image_param)
@@ -151,8 +98,11 @@ async def prepare(
     length = Length(body.max_output_tokens, "max_output_tokens")
     objects = None if task == "text" else Objects(task, options.max_objects)
     (request,) = make_requests(checked, response_id, [prompt], length, objects)
-    opening = Opening(response_id, request.model_id, task, _echo(body, request), stream_id)
-    return Prepared(request, opening, Turn(messages, image))
+    opening = Opening(
+        response_id, request.model_id, task, _echo(body, request, tools), stream_id, prompt.reading
+    )
+    messages = previous.messages if previous is not None else ()
+    return Prepared(request, opening, Turn((*messages, *asked.messages), image))
 
 
 def _check_options(options: DegasOptions) -> None:
@@ -180,33 +130,121 @@ def _num_logprobs(body: CreateBody, task: str) -> int:
     return body.top_logprobs or 0
 
 
+def _tools(body: CreateBody) -> ToolsAsked | None:
+    """The body's tools, as chat has them. Raises `RequestError`."""
+    choice = body.tool_choice
+    if isinstance(choice, dict) and choice.get("type") != "function":
+        message = (
+            'tool_choice: only "none", "auto", "required" and {"type": "function", "name": …} are supported'
+        )
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param="tool_choice")
+    offered = [
+        Tool(
+            type="function",
+            function=Function(
+                name=tool.name,
+                description=tool.description,
+                parameters=tool.parameters,
+                strict=tool.strict,
+            ),
+        )
+        for tool in body.tools or ()
+    ]
+    try:
+        return read_tools(offered, choice, body.parallel_tool_calls)
+    except RequestError as error:
+        raise _renamed(error, (error.param or "").replace("].function.", "].")) from None
+
+
+def _check_tools(model: ServedModel, tools: ToolsAsked, options: DegasOptions, wanted: Wanted | None) -> None:
+    """Raises `RequestError` for tools that the answer could not call."""
+    if options.task != "query":
+        raise invalid(
+            f"{options.task} answers in a form of its own and calls no tools; leave them out", "tools"
+        )
+    check_takes_tools(model, tools)
+    if wanted is not None:
+        raise invalid(_NO_TOOLS_HERE, "tools")
+
+
+@dataclass(frozen=True, slots=True)
+class _Conversation:
+    """All messages of a request, and where in its body each one stands."""
+
+    messages: list[Message]
+    places: list[str]
+
+    def named(self, error: RequestError) -> RequestError:
+        """An error about one of the messages, as one about this body."""
+        param = error.param or ""
+        if param == "messages":
+            return _renamed(error, "input")
+        if not param.startswith("messages["):
+            return error
+        number, _, _ = param[len("messages[") :].partition("]")
+        return _renamed(error, self.places[int(number)])
+
+
+def _renamed(error: RequestError, param: str) -> RequestError:
+    if error.param and param != error.param:
+        error.message = error.message.replace(error.param, param, 1)
+        error.param = param
+    return error
+
+
+def _conversation(body: CreateBody, asked: InputRead, previous: Turn | None) -> _Conversation:
+    earlier = previous.messages if previous is not None else ()
+    messages = [*earlier, *asked.messages]
+    places = ["previous_response_id"] * len(earlier) + [*asked.places]
+    if body.instructions:
+        messages.insert(0, Message(role="system", content=body.instructions))
+        places.insert(0, "instructions")
+    return _Conversation(messages, places)
+
+
 async def _compose(
     core: Core,
     model: ServedModel,
     asked: InputRead,
-    options: DegasOptions,
-    messages: tuple[tuple[str, str], ...],
-    instructions: str | None,
+    conversation: _Conversation,
+    effort: str | None,
+    tools: ToolsAsked | None,
+    is_constrained: bool,
 ) -> Prompt:
     """The prompt without its picture. Moondream gets the last user turn; a model with a chat template gets all turns."""
     card = model.card
+    if not asked.question and (takes_questions(card) or not asked.has_results):
+        raise invalid("a user message with text is needed", "input")
+    if asked.image_url is not None and not takes_questions(card):
+        raise no_pictures(card, asked.image_param)
+    try:
+        if takes_questions(card):
+            check_no_history(model, [message.for_template() for message in conversation.messages])
+            ids = task_prompt(card, "query", await model.encode(asked.question))
+            reading = reading_of(model, tools, is_constrained=is_constrained)
+            return Prompt(ids, strip_start=True, reading=reading)
+        variables = effort_variables(effort) if model.template_names else {}
+        return await compose_chat(
+            core,
+            model,
+            conversation.messages,
+            ChatOptions(variables=variables) if variables else None,
+            tools=tools,
+            is_constrained=is_constrained,
+        )
+    except RequestError as error:
+        raise conversation.named(error) from None
+
+
+async def _compose_task(model: ServedModel, options: DegasOptions) -> Prompt:
+    """The prompt of one of Moondream's tasks, without its picture."""
+    card = model.card
     if options.task == "caption":
         return Prompt(task_prompt(card, f"caption_{options.length}"), strip_start=True)
-    if options.task in ("detect", "point"):
-        name = options.object.strip()
-        if not name:
-            raise invalid(f"{options.task} needs the name of an object", "degas.object")
-        return Prompt(task_prompt(card, options.task, await model.encode(" " + name)))
-    if not asked.question:
-        raise invalid("a user message with text is needed", "input")
-    if takes_questions(card):
-        return Prompt(task_prompt(card, "query", await model.encode(asked.question)), strip_start=True)
-    if asked.image_url is not None:
-        raise no_pictures(card, asked.image_param)
-    turns = [Message(role=role, content=text) for role, text in messages]  # type: ignore[arg-type]  # roles were checked
-    if instructions:
-        turns.insert(0, Message(role="system", content=instructions))
-    return await compose_chat(core, model, turns)
+    name = options.object.strip()
+    if not name:
+        raise invalid(f"{options.task} needs the name of an object", "degas.object")
+    return Prompt(task_prompt(card, options.task, await model.encode(" " + name)))
 
 
 def _format(text: TextOptions | None) -> Wanted | None:
@@ -220,15 +258,18 @@ def _format(text: TextOptions | None) -> Wanted | None:
     return schema_grammar(wanted.schema, "text.format.schema", strict=wanted.strict)
 
 
-def _echo(body: CreateBody, request: GenerateRequest) -> Json:
+def _echo(body: CreateBody, request: GenerateRequest, tools: ToolsAsked | None) -> Json:
     """The request's own fields as every response object repeats them."""
+    choice = body.tool_choice or ("auto" if body.tools else "none")
+    if tools is not None and tools.named is not None:
+        choice = {"type": "function", "name": tools.named}
     return {
         "background": False,
         "instructions": body.instructions,
         "max_output_tokens": request.max_tokens,
         "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata or {},
-        "parallel_tool_calls": bool(body.parallel_tool_calls),
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id,
         "prompt_cache_key": body.prompt_cache_key,
         "reasoning": _reasoning(body.reasoning),
@@ -237,8 +278,8 @@ def _echo(body: CreateBody, request: GenerateRequest) -> Json:
         "store": body.store is not False,
         "temperature": request.sampling.temperature,
         "text": _text(body.text),
-        "tool_choice": "none",
-        "tools": [],
+        "tool_choice": choice,
+        "tools": [tool.echo() for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": request.sampling.top_p,
         "truncation": body.truncation or "disabled",
@@ -269,11 +310,12 @@ def recall(body: CreateBody, tenant: str, *stores: Conversations) -> Turn | None
         if item.type != "item_reference":
             continue
         turn = _held(tenant, response_id_of(item.id or ""), stores)
-        if turn is None:
+        found = next((held for held in turn.answer if held.id == item.id), None) if turn is not None else None
+        if found is None:
             param = f"input[{index}].id"
-            message = f"{param}: this item is not held here any more; send the message itself"
+            message = f"{param}: this item is not held here any more; send the item itself"
             raise RequestError(ErrorCode.NOT_FOUND, message, param=param)
-        items[index] = Item(role="assistant", content=turn.answer)
+        items[index] = found
     if body.previous_response_id is None:
         return None
     previous = _held(tenant, body.previous_response_id, stores)

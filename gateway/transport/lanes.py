@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -16,6 +17,7 @@ import structlog
 
 from gateway.api import response_bodies, responses
 from gateway.api.conversations import Conversations
+from gateway.api.parameters import Json
 from gateway.api.response_bodies import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer
 from gateway.api.response_stream import ResponseStream
 from gateway.decisions.holdings import Holding
@@ -198,11 +200,11 @@ class Lanes:
         turns = self._shared_turns if body.store is not False else self._own_turns
         lane, turn = body.stream_id, prepared.turn
 
-        def on_closed(stream: ResponseStream, end: End, text: str) -> None:
+        def on_closed(stream: ResponseStream, end: End, output: Sequence[Json]) -> None:
             self._streams.pop(lane, None)
             if stream.refusal is not None:
                 self._refuse(lane, stream.refusal)
-            turns.remember_answer(self._tenant, stream.opening.response_id, turn, end, text)
+            turns.remember_answer(self._tenant, stream.opening.response_id, turn, end, output)
             self._begin_next()
 
         tokens = prepared.request.model.tokens

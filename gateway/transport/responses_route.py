@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from aiohttp import web
 
 from gateway.api import response_bodies, responses
 from gateway.api.conversations import Conversations
+from gateway.api.parameters import Json
 from gateway.api.response_stream import ResponseStream, Sink
 from gateway.generation import End, ServingCore
 from gateway.transport.http import TENANT, admit_body, json_response
@@ -51,10 +53,10 @@ class ResponsesRoute:
         done: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         writer = EventWriter(request, core.config, core.metrics) if body.stream else None
 
-        def on_closed(stream: ResponseStream, end: End, text: str) -> None:
+        def on_closed(stream: ResponseStream, end: End, output: Sequence[Json]) -> None:
             if body.store is not False:
                 self._conversations.remember_answer(
-                    tenant, stream.opening.response_id, prepared.turn, end, text
+                    tenant, stream.opening.response_id, prepared.turn, end, output
                 )
             if not done.done():
                 done.set_result(end)

@@ -35,6 +35,9 @@ EVENT_ORDER = [
 ]
 
 
+FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+
+
 @pytest.fixture(scope="module")
 def worker() -> Iterator[FakeWorker]:
     with FakeWorker() as worker:
@@ -178,7 +181,7 @@ def test_an_item_that_is_not_held_is_named(client: openai.OpenAI) -> None:
     unkept = client.responses.create(model="fake-vl", input="one", store=False)
     for item_id in (str(unkept.output[0].id), "msg_unknown", ""):
         again: Any = conversation(item_id)
-        with pytest.raises(openai.NotFoundError, match="send the message itself") as caught:
+        with pytest.raises(openai.NotFoundError, match="send the item itself") as caught:
             client.responses.create(model="fake-vl", input=again)
         assert caught.value.param == "input[1].id"
 
@@ -210,9 +213,41 @@ def test_a_later_messages_picture_replaces_an_earlier_ones(client: openai.OpenAI
         ({"input": ""}, "input"),
         ({"input": 5}, "input"),
         ({"input": [{"role": "cat", "content": "x"}]}, "input[0].role"),
-        ({"input": [{"type": "function_call_output", "content": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "web_search_call"}]}, "input[0].type"),
+        ({"input": [{"type": "function_call_output", "content": "x"}]}, "input[0].content"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input[0].output"),
+        ({"input": [{"type": "function_call", "call_id": "c"}]}, "input[0].name"),
+        ({"input": [{"role": "user", "content": "x", "call_id": "c"}]}, "input[0].call_id"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "input_file"}]}]},
+            "input[0].output[0].type",
+        ),
+        # a Moondream-family model has no place for calls and results
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f"}, {"content": "x"}]}, "input[0]"),
+        (
+            {
+                "input": [
+                    {"content": "x"},
+                    {"type": "function_call_output", "call_id": "c", "output": "y"},
+                ]
+            },
+            "input[1]",
+        ),
         ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input[0].content[0].type"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "name": "f", "defer_loading": True}]}, "tools[0].defer_loading"),
+        ({"tools": [FUNCTION, FUNCTION]}, "tools[1].name"),
+        ({"tools": [{**FUNCTION, "parameters": {"type": "string"}}]}, "tools[0].parameters"),
+        ({"tools": [FUNCTION], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
+        (
+            {"tools": [FUNCTION], "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}},
+            "tool_choice",
+        ),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [FUNCTION], "text": {"format": {"type": "json_object"}}}, "tools"),
+        ({"tools": [FUNCTION], "degas": {"task": "caption"}}, "tools"),
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"n": 2}, "n"),
@@ -236,6 +271,17 @@ def test_wrong_fields_are_named(client: openai.OpenAI, fields: dict[str, Any], p
     with pytest.raises(openai.BadRequestError) as caught:
         client.post("/responses", cast_to=object, body={"model": "fake-vl", "input": "hi", **fields})
     assert caught.value.param == param
+
+
+def test_a_model_without_a_template_can_be_made_to_call(client: openai.OpenAI, worker: FakeWorker) -> None:
+    worker.reply('[{"name": "f", "arguments": {"a": 1}}]')
+    tools: Any = [FUNCTION]
+    answer = client.responses.create(model="fake-vl", input="hi", tools=tools, tool_choice="required")
+    (call,) = answer.output
+    assert call.type == "function_call" and json.loads(call.arguments) == {"a": 1}
+    with pytest.raises(openai.BadRequestError, match="required") as caught:
+        client.responses.create(model="fake-vl", input="hi", tools=tools)
+    assert caught.value.param == "tools"
 
 
 def test_unknown_models_are_404(client: openai.OpenAI) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gateway.api.conversations import Conversations, Turn
+from gateway.api.prompts import Message
 from gateway.generation import End, PreparedImage, Usage
 from shared.errors import FinishReason
 from shared.protocol import ImageInput
@@ -11,7 +14,7 @@ from shared.protocol import ImageInput
 def turn(text: str = "hi", image_bytes: int = 0) -> Turn:
     """A turn of a known size."""
     image = PreparedImage(ImageInput(1, 1, 1, 1, 1, b""), b"", b"x" * image_bytes) if image_bytes else None
-    return Turn((("user", text),), image)
+    return Turn((Message(role="user", content=text),), image)
 
 
 def test_turns_belong_to_their_tenant() -> None:
@@ -44,14 +47,37 @@ def test_bytes_are_bounded_and_counted_back() -> None:
     assert len(kept) == 3 and held.size_bytes == sum(found.size_bytes for found in kept)
 
 
+def test_calls_results_and_thinking_count() -> None:
+    call = {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f", "status": "completed"}
+    thought: dict[str, Any] = {
+        "type": "reasoning",
+        "content": [{"type": "reasoning_text", "text": "h" * 500}],
+    }
+    held = Conversations()
+    output = [thought, {**call, "arguments": '{"a": "%s"}' % ("x" * 1000)}]
+    held.remember_answer("", "resp_1", turn(), End(FinishReason.STOP, Usage()), output)
+    assert held.size_bytes >= 1500
+    said = Message(role="tool", content="r" * 300, tool_call_id="c")
+    assert Turn((said,), None).size_bytes >= 300
+
+
+def test_a_call_that_was_cut_off_is_not_gone_on_with() -> None:
+    held = Conversations()
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a', "status": "incomplete"}
+    held.remember_answer("", "resp_1", turn(), End(FinishReason.LENGTH, Usage()), [call])
+    kept = held.recall("", "resp_1")
+    assert kept is not None and [m.role for m in kept.messages] == ["user"]
+
+
 def test_failed_turns_are_not_kept() -> None:
     held = Conversations()
+    answer = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "yes"}]}
     for reason in FinishReason:
-        held.remember_answer("", reason.value, turn(), End(reason, Usage()), "yes")
+        held.remember_answer("", reason.value, turn(), End(reason, Usage()), [answer])
     assert {reason for reason in FinishReason if held.recall("", reason.value)} == {
         FinishReason.STOP,
         FinishReason.LENGTH,
         FinishReason.DEADLINE,
     }
     kept = held.recall("", "stop")
-    assert kept is not None and kept.messages == (("user", "hi"), ("assistant", "yes"))
+    assert kept is not None and [m.text() for m in kept.messages] == ["hi", "yes"]

@@ -71,7 +71,32 @@ RESPONSES: dict[str, Any] = {
                 {"type": "input_image", "image_url": "data:,", "detail": "auto"},
             ],
         },
+        {
+            "type": "reasoning",
+            "id": "rs_1",
+            "summary": [{"type": "summary_text", "text": "t"}],
+            "content": [{"type": "reasoning_text", "text": "t"}],
+            "encrypted_content": "e",
+            "status": "completed",
+        },
+        {
+            "type": "function_call",
+            "id": "fc_1",
+            "call_id": "c1",
+            "name": "f",
+            "arguments": "{}",
+            "status": "completed",
+        },
+        {
+            "type": "function_call_output",
+            "call_id": "c1",
+            "output": [{"type": "input_text", "text": "t"}],
+        },
+        {"type": "item_reference", "id": "msg_1"},
     ],
+    "tools": [{"type": "function", "name": "f", "description": "d", "parameters": SCHEMA, "strict": True}],
+    "tool_choice": "auto",
+    "parallel_tool_calls": False,
     "text": {
         "format": {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True},
         "verbosity": "low",
@@ -118,6 +143,7 @@ FREE_HERE = {
     "messages": ("input_schema", "input"),
     "api": ("format", "arguments", "parameters"),
     "chat": ("parameters",),
+    "response": ("parameters",),
 }
 """Likewise, of single interfaces."""
 FREE = ("metadata", "logit_bias", "schema", "json", "chat_template_kwargs", "prediction", "cache_control")
@@ -262,7 +288,16 @@ def test_every_field_of_the_official_client_is_known(official: Any, kind: type[K
 
 
 @pytest.mark.parametrize(
-    "kind", [chat.ChatBody, prompts.Message, prompts.ToolCall, bodies.Part, moondream.Settings]
+    "kind",
+    [
+        chat.ChatBody,
+        prompts.Message,
+        prompts.ToolCall,
+        bodies.Part,
+        bodies.Item,
+        bodies.FunctionTool,
+        moondream.Settings,
+    ],
 )
 def test_refused_fields_are_named_with_their_path(kind: type[Known]) -> None:
     route, where = {
@@ -270,6 +305,8 @@ def test_refused_fields_are_named_with_their_path(kind: type[Known]) -> None:
         prompts.Message: ("chat", "messages[2]"),
         prompts.ToolCall: ("chat", "messages[2].tool_calls[0]"),
         bodies.Part: ("responses", "input[1].content[1]"),
+        bodies.Item: ("responses", "input[3]"),
+        bodies.FunctionTool: ("responses", "tools[0]"),
         moondream.Settings: ("query", "settings"),
     }[kind]
     decode, body = VALID[route]

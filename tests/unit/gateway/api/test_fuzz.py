@@ -10,7 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.api import anthropic, chat, completions, moondream, ollama, ollama_models, tokenize
+from gateway.api import (
+    anthropic,
+    chat,
+    completions,
+    moondream,
+    ollama,
+    ollama_models,
+    response_bodies,
+    tokenize,
+)
 from tests.fake_worker import FakeWorker
 from tests.gateway_thread import GatewayThread
 from tests.http_client import ask
@@ -18,6 +27,7 @@ from tests.http_client import ask
 ROUTES = {
     "/v1/chat/completions": chat.ChatBody,
     "/v1/completions": completions.CompletionBody,
+    "/v1/responses": response_bodies.CreateBody,
     "/v1/messages": anthropic.MessagesBody,
     "/v1/messages/count_tokens": anthropic.CountBody,
     "/api/chat": ollama.ChatBody,
@@ -33,6 +43,7 @@ ROUTES = {
 SOUND: dict[str, Any] = {
     "messages": [{"role": "user", "content": "hi"}],
     "prompt": "hi",
+    "input": "hi",
     "question": "what?",
     "object": "cat",
 }

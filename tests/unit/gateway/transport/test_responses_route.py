@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from gateway.api.conversations import Conversations, Turn
+from gateway.api.prompts import Message
 from gateway.api.response_bodies import parse_body
-from gateway.api.responses import read_input, recall
+from gateway.api.response_input import read_input
+from gateway.api.responses import recall
 from gateway.generation import End, RequestError, Usage
 from shared.errors import ErrorCode, FinishReason
 from tests.fake_worker import FakeWorker
@@ -94,12 +96,15 @@ def test_fields_that_all_bodies_share_reach_the_worker(gateway: GatewayThread, w
 @pytest.mark.parametrize("answer", ["three", ""])
 def test_an_answer_named_by_its_item_stands_in_its_place(answer: str) -> None:
     held = Conversations()
-    asked = Turn((("user", "how many?"), ("assistant", "how many what?"), ("user", "dots")), None)
-    held.remember_answer("mine", "resp_1", asked, End(FinishReason.STOP, Usage()), answer)
+    said = (("user", "how many?"), ("assistant", "how many what?"), ("user", "dots"))
+    asked = Turn(tuple(Message(role=role, content=text) for role, text in said), None)  # type: ignore[arg-type]
+    output = [{"id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": answer}]}]
+    held.remember_answer("mine", "resp_1", asked, End(FinishReason.STOP, Usage()), output)
     items = [{"content": "dots"}, {"type": "item_reference", "id": "msg_1"}, {"content": "sure?"}]
     body = parse_body(json.dumps({"input": items}).encode())
     with pytest.raises(RequestError) as refused:
         recall(body, "theirs", held)
     assert (refused.value.code, refused.value.param) == (ErrorCode.NOT_FOUND, "input[1].id")
     assert recall(body, "mine", Conversations(), held) is None
-    assert read_input(body, 100).messages == (("user", "dots"), ("assistant", answer), ("user", "sure?"))
+    read = [(message.role, message.content) for message in read_input(body, 100).messages]
+    assert read == [("user", "dots"), ("assistant", answer), ("user", "sure?")]
