@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t TILE_KEYS = 128;  // of a block
 
 // Keys → tiles (keys / 16, dim / 32) of 16 pairs of dimensions by 16 keys; what is behind the last key or dimension is 0.
-inline void pack_key_tiles(const bf16* keys, const Lines& lines, int64_t count, int dim, int64_t padded, int64_t padded_dim,
+inline void pack_key_tiles(const bf16* keys, const Lines& lines, int dim, int64_t padded, int64_t padded_dim,
                            bf16* packed) {
     for (int64_t first = 0; first < padded; first += 16)
         for (int d = 0; d < padded_dim; d += 32, packed += TILE) {
@@ -21,7 +21,7 @@ inline void pack_key_tiles(const bf16* keys, const Lines& lines, int64_t count, 
             const int64_t bytes = (dim - d < 32 ? dim - d : 32) * 2;
             for (int64_t k = 0; k < 16; k++) {
                 x[k] = Floats{};
-                if (first + k < count) std::memcpy(&x[k], keys + lines.at[first + k] + d, bytes);
+                if (first + k < lines.count) std::memcpy(&x[k], keys + lines.at[first + k] + d, bytes);
             }
             transpose(x);
             std::memcpy(packed, x, sizeof x);
@@ -29,7 +29,7 @@ inline void pack_key_tiles(const bf16* keys, const Lines& lines, int64_t count, 
 }
 
 // Values → tiles (keys / 32, dim / 16) of 16 pairs of keys by 16 dimensions.
-inline void pack_value_tiles(const bf16* values, const Lines& lines, int64_t count, int dim, int64_t padded, int64_t padded_dim,
+inline void pack_value_tiles(const bf16* values, const Lines& lines, int dim, int64_t padded, int64_t padded_dim,
                              bf16* packed) {
     for (int64_t first = 0; first < padded; first += 32)
         for (int d = 0; d < padded_dim; d += 16, packed += TILE)
@@ -37,7 +37,7 @@ inline void pack_value_tiles(const bf16* values, const Lines& lines, int64_t cou
                 Words parts[2] = {};
                 for (int64_t p = 0; p < 2; p++) {
                     const int64_t key = first + 2 * pair + p;
-                    if (key >= count || d >= dim) continue;
+                    if (key >= lines.count || d >= dim) continue;
                     Halves half;
                     std::memcpy(&half, values + lines.at[key] + d, sizeof half);
                     parts[p] = __builtin_convertvector(half, Words);
@@ -109,13 +109,16 @@ inline void attend_span_by_tiles(const float* query, const bf16* keys, const bf1
         const int64_t count = end - block < TILE_KEYS ? end - block : TILE_KEYS, padded = (count + 31) / 32 * 32;
         const int64_t first = queries.first_of(block), last = queries.last_of(block + count);
         if (first >= last) continue;
-        const Lines lines(queries.part, shape, block, count);
-        pack_key_tiles(keys, lines, count, dim, padded, padded_dim, packed);
-        pack_value_tiles(values, lines, count, dim, padded, padded_dim, packed_values);
+        const int64_t next_block = block + count, next_end = next_block + TILE_KEYS < end ? next_block + TILE_KEYS : end;
+        const Lines lines(queries.part, shape, block, next_block), ahead(queries.part, shape, next_block, next_end);
+        pack_key_tiles(keys, lines, dim, padded, padded_dim, packed);
+        fetch(keys, ahead, dim);
+        pack_value_tiles(values, lines, dim, padded, padded_dim, packed_values);
+        fetch(values, ahead, dim);
         for (int64_t row = first / 16 * 16; row < last;) {
             const bool two = row + 16 < last;
             const int64_t next = row + (two ? 32 : 16), end_row = next < last ? next : last;
-            const int64_t most = queries.end(end_row - 1) - block, seen = most < count ? most : count;
+            const int64_t most = queries.ends[end_row - 1] - block, seen = most < count ? most : count;
             const int64_t used = (seen + 31) / 32 * 32;
             for (int64_t key = 0; key < used; key += 32)
                 (two ? multiply_pair<true, false> : multiply_pair<false, false>)(
@@ -127,7 +130,7 @@ inline void attend_span_by_tiles(const float* query, const bf16* keys, const bf1
                     std::memset((void*)line, 0, used * sizeof(bf16));
                     continue;
                 }
-                weigh(scores + own * TILE_KEYS, used, queries.begin(own) - block, queries.end(own) - block, how, sums[own],
+                weigh(scores + own * TILE_KEYS, used, queries.begins[own] - block, queries.ends[own] - block, how, sums[own],
                       mixed + own * padded_dim, dim, [&](int64_t i, Floats x) {
                           const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
                           std::memcpy((void*)(line + i), &half, sizeof half);

@@ -19,7 +19,7 @@ void attend_chunk_bfloat16(const float* query, const void* keys, const void* val
                            int is_exact, float* out, float* tops, float* totals) {
     attend_chunk(*(const Part*)part, *(const Shape*)shape, out, tops, totals, [&](auto&&... place) {
 #if defined(__AMX_BF16__) && defined(__linux__)
-        if (!is_exact) return attend_span_by_tiles(query, (const bf16*)keys, (const bf16*)values, place...);
+        if (!is_exact && grants_tiles()) return attend_span_by_tiles(query, (const bf16*)keys, (const bf16*)values, place...);
 #endif
         attend_span(query, (const bf16*)keys, (const bf16*)values, place...);
     });

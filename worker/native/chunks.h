@@ -18,8 +18,8 @@ constexpr int64_t ROWS_TOGETHER = 6;                    // whose sums of a panel
 
 // Where the keys of a block lie within their pages' memory.
 struct Lines {
-    int64_t at[128];
-    Lines(const Part& part, const Shape& shape, int64_t first, int64_t count) {
+    int64_t at[128], count;
+    Lines(const Part& part, const Shape& shape, int64_t first, int64_t last) : count(last > first ? last - first : 0) {
         const int64_t stride = (int64_t)shape.kv_heads * shape.dim;
         for (int64_t key = 0; key < count;) {
             const int64_t page = (first + key) / shape.page_tokens, offset = (first + key) % shape.page_tokens;
@@ -29,6 +29,14 @@ struct Lines {
         }
     }
 };
+
+// Fetches a head's keys or values into the second-level cache while those before them are used: pages lie apart, and the
+// processor's own prefetching ends with each.
+template <typename Kept>
+inline void fetch(const Kept* kept, const Lines& lines, int dim) {
+    for (int64_t k = 0; k < lines.count; k++)
+        for (int d = 0; d < dim; d += 64 / sizeof(Kept)) __builtin_prefetch(kept + lines.at[k] + d, 0, 2);
+}
 
 // out (ROWS, VECS vectors) = or += a (ROWS, depth) · b (depth, VECS vectors)
 template <int ROWS, int VECS, bool ADD>
@@ -77,9 +85,10 @@ inline void multiply_panel_of(int64_t width, int64_t rows, const float* a, int64
     multiply_panel<(int)VECTORS, ADD>(rows, a, a_stride, b, depth, out, out_stride);
 }
 
-// Keys → panels (dim, PANEL keys) of fp32; those behind the last of `count` are 0.
+// Keys → panels (dim, PANEL keys) of fp32; those behind the last are 0.
 template <typename Kept>
-void pack_keys(const Kept* keys, const Lines& lines, int64_t count, int dim, float* packed) {
+void pack_keys(const Kept* keys, const Lines& lines, int dim, float* packed) {
+    const int64_t count = lines.count;
     for (int64_t first = 0; first < count; first += LANES)
         for (int d = 0; d < dim; d += LANES) {
             Floats x[LANES];
@@ -96,35 +105,42 @@ void pack_keys(const Kept* keys, const Lines& lines, int64_t count, int dim, flo
 
 // Values → panels (BLOCK_KEYS, at most PANEL of the dimensions) of fp32.
 template <typename Kept>
-void pack_values(const Kept* values, const Lines& lines, int64_t count, int dim, float* packed) {
+void pack_values(const Kept* values, const Lines& lines, int dim, float* packed) {
     for (int first = 0; first < dim; first += PANEL, packed += BLOCK_KEYS * PANEL) {
         const int width = dim - first < PANEL ? dim - first : PANEL;
-        for (int64_t k = 0; k < count; k++)
+        for (int64_t k = 0; k < lines.count; k++)
             for (int d = 0; d < width; d += LANES) store(packed + k * width + d, load(values + lines.at[k] + first + d));
     }
 }
 
-// The queries of a part by number: token · group + head. Lengths do not fall from one to the next.
+// The queries of a part by number: token · group + head. What they see does not begin or end earlier from one to the next.
 struct Queries {
-    Queries(const Part& part, const Shape& shape) : part(part), shape(shape), group(shape.heads / shape.kv_heads) {
-        count = part.count * group;
+    Queries(const Part& part, const Shape& shape) : part(part), shape(shape), count(part.count * (shape.heads / shape.kv_heads)) {
+        static thread_local std::vector<int32_t> space;
+        if ((int64_t)space.size() < 2 * count) space.resize(2 * count);
+        begins = space.data(), ends = begins + count;
+        const int64_t group = count / part.count;
+        for (int64_t token = 0, query = 0; token < part.count; token++)
+            for (int64_t head = 0; head < group; head++, query++) {
+                ends[query] = part.lengths[token];
+                begins[query] = first_seen(ends[query], part.prefix, shape.window);
+            }
     }
-    int64_t end(int64_t query) const { return part.lengths[query / group]; }
-    int64_t begin(int64_t query) const { return first_seen(end(query), part.prefix, shape.window); }
     // Those that see a key of a block.
     int64_t first_of(int64_t block) const {
-        int64_t token = 0;
-        while (token < part.count && part.lengths[token] <= block) token++;
-        return token * group;
+        int64_t query = 0;
+        while (query < count && ends[query] <= block) query++;
+        return query;
     }
     int64_t last_of(int64_t block_end) const {
-        int64_t token = part.count;
-        while (token > 0 && begin((token - 1) * group) >= block_end) token--;
-        return token * group;
+        int64_t query = count;
+        while (query > 0 && begins[query - 1] >= block_end) query--;
+        return query;
     }
     const Part& part;
     const Shape& shape;
-    int64_t group, count;
+    int64_t count;
+    int32_t *begins, *ends;
 };
 
 // A query's sums so far: the largest exponent, and the weights' sum lane by lane.
@@ -156,12 +172,14 @@ inline void weigh(float* scores, int64_t count, int64_t begin, int64_t end, cons
         for (int d = 0; d < dim; d += LANES) store(out + d, load(out + d) * factor);
         sums.top = top;
     }
+    Floats total = sums.total;
     for (int64_t i = 0; i < count; i += LANES) {
         Floats x = power_of_two(load(scores + i) - top);
         if (!sees_all) x = seen(i) ? x : splat(0.0f);
-        sums.total += x;
+        total += x;
         keep(i, x);
     }
+    sums.total = total;
 }
 
 inline void begin_sums(const Queries& queries, Sums* sums, float* out, int64_t floats) {
@@ -195,14 +213,16 @@ void attend_span(const float* query, const Kept* keys, const Kept* values, const
         const int64_t count = end - block < BLOCK_KEYS ? end - block : BLOCK_KEYS;
         const int64_t first = queries.first_of(block), last = queries.last_of(block + count);
         if (first >= last) continue;
-        const Lines lines(queries.part, shape, block, count);
-        pack_keys(keys, lines, count, dim, packed);
+        const int64_t next = block + count, next_end = next + BLOCK_KEYS < end ? next + BLOCK_KEYS : end;
+        const Lines lines(queries.part, shape, block, next), ahead(queries.part, shape, next, next_end);
+        pack_keys(keys, lines, dim, packed);
+        fetch(keys, ahead, dim);
         // Rows in groups of like size, each over no more keys than one of them sees.
         const int64_t groups = (last - first + ROWS_TOGETHER - 1) / ROWS_TOGETHER;
         const auto each_group = [&](const auto& work) {
             for (int64_t group = 0; group < groups; group++) {
                 const int64_t row = first + (last - first) * group / groups, next = first + (last - first) * (group + 1) / groups;
-                const int64_t seen = queries.end(next - 1) - block;
+                const int64_t seen = queries.ends[next - 1] - block;
                 work(row, next - row, seen < count ? seen : count);
             }
         };
@@ -215,11 +235,12 @@ void attend_span(const float* query, const Kept* keys, const Kept* values, const
         each_group([&](int64_t row, int64_t rows, int64_t seen) {
             for (int64_t own = row; own < row + rows; own++) {
                 float* line = scores + own * BLOCK_KEYS;
-                weigh(line, (seen + LANES - 1) / LANES * LANES, queries.begin(own) - block, queries.end(own) - block, how, sums[own],
+                weigh(line, (seen + LANES - 1) / LANES * LANES, queries.begins[own] - block, queries.ends[own] - block, how, sums[own],
                       out + own * dim, dim, [&](int64_t i, Floats x) { store(line + i, x); });
             }
         });
-        pack_values(values, lines, count, dim, packed_values);
+        pack_values(values, lines, dim, packed_values);
+        fetch(values, ahead, dim);
         for (int panel = 0; panel < value_panels; panel++) {
             const int width = dim - panel * PANEL < PANEL ? dim - panel * PANEL : PANEL;
             each_group([&](int64_t row, int64_t rows, int64_t seen) {

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "product.h"
 
@@ -10,6 +12,13 @@ namespace {
 
 // A tile of weights: 16 outputs by 32 inputs, as 16 rows of one pair of inputs for each output.
 constexpr int64_t TILE = 16 * 32;
+
+// Whether the system lets this process use the registers: it must be asked first.
+inline bool grants_tiles() {
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return granted;
+}
 
 struct alignas(64) Tiles {
     uint8_t palette = 1, start = 0, reserved[14] = {};
