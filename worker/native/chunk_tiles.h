@@ -130,7 +130,7 @@ inline void attend_span_by_tiles(const float* query, const bf16* keys, const bf1
                     std::memset((void*)line, 0, used * sizeof(bf16));
                     continue;
                 }
-                weigh(scores + own * TILE_KEYS, used, queries.begins[own] - block, queries.ends[own] - block, how, sums[own],
+                weigh<true>(scores + own * TILE_KEYS, used, queries.begins[own] - block, queries.ends[own] - block, how, sums[own],
                       mixed + own * padded_dim, dim, [&](int64_t i, Floats x) {
                           const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
                           std::memcpy((void*)(line + i), &half, sizeof half);

@@ -151,30 +151,30 @@ struct Sums {
 
 // Of a query's products with a block of `count` keys, of which it sees those from `begin` to `end`: their weights. The sums (dim,)
 // of earlier blocks are brought to the new largest exponent.
-template <typename Keep>
+template <bool ROUGH, typename Keep>
 inline void weigh(float* scores, int64_t count, int64_t begin, int64_t end, const Scores& how, Sums& sums, float* out, int dim,
                   const Keep& keep) {
     Ints lanes;
     for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
     const auto seen = [&](int64_t i) { return (lanes >= (int32_t)(begin - i)) & (lanes < (int32_t)(end - i)); };
     const bool sees_all = begin <= 0 && end >= count;
-    Floats most = splat(sums.top);
-    for (int64_t i = 0; i < count; i += LANES) {
-        Floats x = how.of(load(scores + i));
-        if (!sees_all) x = seen(i) ? x : splat(LOWEST);
-        most = x > most ? x : most;
-        store(scores + i, x);
-    }
-    const float top = largest(most);
-    if (top != sums.top) {
-        const Floats factor = power_of_two(splat(sums.top - top));
+    if (how.cap != 0.0f)
+        for (int64_t i = 0; i < count; i += LANES) store(scores + i, how.capped(load(scores + i)));
+    if (!sees_all)
+        for (int64_t i = 0; i < count; i += LANES) store(scores + i, seen(i) ? load(scores + i) : splat(LOWEST));
+    Floats most = splat(LOWEST);
+    for (int64_t i = 0; i < count; i += LANES) most = greater_of(load(scores + i), most);
+    const float here = largest(most) * how.scale;
+    if (here > sums.top) {
+        const Floats factor = power_of_two(splat(sums.top - here));
         sums.total *= factor;
         for (int d = 0; d < dim; d += LANES) store(out + d, load(out + d) * factor);
-        sums.top = top;
+        sums.top = here;
     }
+    const float top = sums.top, scale = how.scale;
     Floats total = sums.total;
     for (int64_t i = 0; i < count; i += LANES) {
-        Floats x = power_of_two(load(scores + i) - top);
+        Floats x = power_of_two<ROUGH>(load(scores + i) * scale - top);
         if (!sees_all) x = seen(i) ? x : splat(0.0f);
         total += x;
         keep(i, x);
@@ -235,7 +235,7 @@ void attend_span(const float* query, const Kept* keys, const Kept* values, const
         each_group([&](int64_t row, int64_t rows, int64_t seen) {
             for (int64_t own = row; own < row + rows; own++) {
                 float* line = scores + own * BLOCK_KEYS;
-                weigh(line, (seen + LANES - 1) / LANES * LANES, queries.begins[own] - block, queries.ends[own] - block, how, sums[own],
+                weigh<false>(line, (seen + LANES - 1) / LANES * LANES, queries.begins[own] - block, queries.ends[own] - block, how, sums[own],
                       out + own * dim, dim, [&](int64_t i, Floats x) { store(line + i, x); });
             }
         });

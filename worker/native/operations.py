@@ -50,7 +50,20 @@ class Operations:
             self._attend[dtypes] = declare(
                 f"attend_{NAMES[dtypes[0]]}_{NAMES[dtypes[1]]}",
                 *(_COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _POINTER),
-                *(_POINTER, _SIZE, _POINTER, _REAL, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE, _REAL, _POINTER, _COUNT),
+                *(
+                    _POINTER,
+                    _SIZE,
+                    _POINTER,
+                    _REAL,
+                    _SIZE,
+                    _SIZE,
+                    _SIZE,
+                    _SIZE,
+                    _SIZE,
+                    _REAL,
+                    _POINTER,
+                    _COUNT,
+                ),
             )
 
     def can_attend(self, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, rotary_dim: int) -> bool:

@@ -133,9 +133,10 @@ inline float softmax(float* scores, int64_t count, const Scores& how, float& top
     Ints lanes;
     for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
     for (int64_t i = 0; i < count; i += LANES) {
-        Floats x = how.of(load(scores + i));
+        Floats x = load(scores + i);
+        x = (how.cap == 0.0f ? x : how.capped(x)) * how.scale;
         x = lanes < (int32_t)(count - i) ? x : splat(LOWEST);
-        most = x > most ? x : most;
+        most = greater_of(x, most);
         store(scores + i, x);
     }
     top = largest(most);

@@ -12,14 +12,18 @@ namespace {
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LOWEST = -1e30f;  // below any score, and finite: two of them differ by 0
 
-// 2^x for x ≤ 0, to about two units in the last place; nearly 0 below -126, and exactly 1 for 0.
+// 2^x for x ≤ 0, to about two units in the last place, or to 2^-14 if it will be rounded to bf16; nearly 0 below -126, and
+// exactly 1 for 0.
+template <bool ROUGH = false>
 inline Floats power_of_two(Floats x) {
-    x = x > splat(-126.0f) ? x : splat(-126.0f);
+    x = greater_of(x, splat(-126.0f));
     const Floats shifted = x + 12582912.0f;  // 1.5 · 2^23: the last bits of the sum are x rounded to a whole number
     const Floats r = x - (shifted - 12582912.0f);
-    Floats p = splat(1.5403530394e-4f);
-    p = p * r + 1.3333558146e-3f;
-    p = p * r + 9.6181291076e-3f;
+    Floats p = splat(9.6181291076e-3f);
+    if (!ROUGH) {
+        p = splat(1.5403530394e-4f) * r + 1.3333558146e-3f;
+        p = p * r + 9.6181291076e-3f;
+    }
     p = p * r + 5.5504108664e-2f;
     p = p * r + 2.4022650695e-1f;
     p = p * r + 6.9314718056e-1f;
@@ -27,18 +31,18 @@ inline Floats power_of_two(Floats x) {
     return (Floats)((Words)p + ((Words)shifted << 23));
 }
 
-// How products of queries and keys become exponents of two.
+// How products of queries and keys become exponents of two: capped if there is a cap, then times `scale`.
 struct Scores {
-    explicit Scores(const Shape& shape) : scale(1.0f / std::sqrt((float)shape.dim)), cap(shape.cap) {
-        if (cap == 0.0f) scale *= LOG2_E;
+    explicit Scores(const Shape& shape) : scale(LOG2_E), cap(shape.cap), capped_by(0.0f) {
+        const float by_dim = 1.0f / std::sqrt((float)shape.dim);
+        if (cap == 0.0f)
+            scale *= by_dim;
+        else
+            capped_by = 2.0f * by_dim / cap;
     }
-    inline Floats of(Floats product) const {
-        if (cap == 0.0f) return product * scale;
-        // c · tanh u = c - 2c / (e^2u + 1)
-        const Floats above = exponential(product * (2.0f * scale / cap)) + 1.0f;
-        return (splat(cap) - splat(2.0f * cap) / above) * LOG2_E;
-    }
-    float scale, cap;
+    // c · tanh u = c - 2c / (e^2u + 1)
+    inline Floats capped(Floats product) const { return splat(cap) - splat(2.0f * cap) / (exponential(product * capped_by) + 1.0f); }
+    float scale, cap, capped_by;
 };
 
 inline float power_of_two(float x) { return power_of_two(splat(x))[0]; }

@@ -6,6 +6,10 @@
 
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -139,6 +143,17 @@ inline float largest(Floats x) {
     const Four four = larger(x);
     const float even = four[0] > four[2] ? four[0] : four[2], odd = four[1] > four[3] ? four[1] : four[3];
     return even > odd ? even : odd;
+}
+
+// Lane by lane; y where one of them is no number. One operation, where compilers make two of a comparison.
+inline Floats greater_of(Floats x, Floats y) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(x, y);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(x, y);
+#else
+    return x > y ? x : y;
+#endif
 }
 
 // As many vectors as there are lanes: lane i of vector j and lane j of vector i change places.

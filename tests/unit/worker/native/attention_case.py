@@ -129,9 +129,7 @@ class Case:
                 seen &= k_pos > q_pos - heads.window
             seen |= (q_pos < one.prefix) & (k_pos < one.prefix)
             group = heads.heads // heads.kv_heads
-            key, value = (
-                part[lines].repeat_interleave(group, 1).transpose(0, 1) for part in (keys, values)
-            )
+            key, value = (part[lines].repeat_interleave(group, 1).transpose(0, 1) for part in (keys, values))
             scores = query.transpose(0, 1) @ key.transpose(1, 2) / math.sqrt(heads.dim)
             if heads.cap:
                 scores = heads.cap * torch.tanh(scores / heads.cap)
