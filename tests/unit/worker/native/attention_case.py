@@ -143,7 +143,9 @@ class Case:
         return self.pages[number][position // size] * size + position % size
 
     def _tokens(self) -> StepTokens:
-        lines, positions, segments = [], [], []
+        lines: list[int] = []
+        positions: list[int] = []
+        segments: list[PrefillSegment] = []
         decode: list[tuple[list[int], int]] = []
         for number, one in enumerate(self.sequences):
             new = range(one.context, one.context + one.count)
