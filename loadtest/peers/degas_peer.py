@@ -45,7 +45,10 @@ class TokenLog:
 
 
 class DegasSide:
-    """The engine over a TorchRunner. Takes up to `rows` rows of `prompt_tokens` in, `row_tokens` in and out."""
+    """The engine over a TorchRunner. Takes up to `rows` rows of `prompt_tokens` in, `row_tokens` in and out.
+
+    A step takes up to `step_tokens` of prompts, None: all of them.
+    """
 
     version = "degas"
 
@@ -58,6 +61,7 @@ class DegasSide:
         prompt_tokens: int,
         depth: int = 2,
         threads: int = 1,
+        step_tokens: int | None = None,
     ) -> None:
         use_threads(threads)
         device = CpuDevice()
@@ -66,12 +70,13 @@ class DegasSide:
         use_huge_pages()
         num_pages = rows * -(-row_tokens // PAGE_TOKENS) + 2 * rows + 1
         pool = PagePool(num_pages, PAGE_TOKENS)
-        step_tokens = rows * prompt_tokens + rows
+        step_tokens = step_tokens or rows * prompt_tokens + rows
+        context_tokens = max(CONTEXT_TOKENS, row_tokens)
         limits = SchedulerLimits(
             max_rows=rows,
             step_tokens=step_tokens,
             mixed_tokens=step_tokens,
-            max_sequence_tokens=CONTEXT_TOKENS,
+            max_sequence_tokens=context_tokens,
         )
         with torch.inference_mode():
             runner = TorchRunner(
@@ -79,7 +84,7 @@ class DegasSide:
                 device,
                 StepShape(
                     max_rows=rows,
-                    max_sequence_tokens=CONTEXT_TOKENS,
+                    max_sequence_tokens=context_tokens,
                     step_tokens=step_tokens,
                     page_tokens=PAGE_TOKENS,
                     num_pages=num_pages,

@@ -44,9 +44,9 @@ class AttentionPlan:
     """What every layer of one forward needs to attend; build it once, call `attend` or `attend_product` once a layer.
 
     With `native` operations and the step's `rotations`, each (N, 1, R/2) complex64, `attend_product` has them do all
-    of the work behind a product of `dtype` for those tokens that they take (see `token_rows`), pages read where they
-    lie. Layers that attend otherwise than `FULL` go by torch. Raises ValueError when a chunk ends inside a prefix that
-    it also begins in: positions of a bidirectional prefix need all of it, cached or in the same chunk.
+    of the work behind a product of `dtype`, pages read where they lie, if they take such heads and pages. Raises
+    ValueError when a chunk ends inside a prefix that it also begins in: positions of a bidirectional prefix need all
+    of it, cached or in the same chunk.
     """
 
     def __init__(
@@ -63,27 +63,18 @@ class AttentionPlan:
         self._tokens = tokens
         self._dtype = cache.keys[0].dtype
         self._rotations = (rotations,) if isinstance(rotations, Tensor) else rotations
-        self._native: Operations | None = None
         self._native_rows: TokenRows | None = None
-        decode, prefills, write_index = tokens.decode, tokens.prefills, tokens.write_index
         self._by_window: dict[int, TorchRows] = {}
+        self._native = native
+        head_dim = cache.keys[0].shape[3]
         if (
             native is not None
             and self._rotations
-            and native.can_decode(
-                dtype, self._dtype, cache.keys[0].shape[3], 2 * self._rotations[0].shape[-1]
-            )
+            and native.can_attend(dtype, self._dtype, head_dim, 2 * self._rotations[0].shape[-1])
         ):
-            self._native_rows = rows = token_rows(tokens)
-            if rows is not None:
-                self._native = native
-                self._native_write_index = write_index[: rows.num]
-                write_index = write_index[rows.num :]
-                decode, prefills = None, prefills if len(write_index) else []
-        # The rows that the native operations leave to torch; all rows without them.
-        self._rest = TorchRows(decode, prefills, write_index, cache, space)
-        if self._native is None:
-            self._by_window[0] = self._rest
+            self._native_rows = token_rows(tokens)
+        if self._native_rows is None:
+            self._torch_rows(0)  # now, because it refuses what cannot be attended to
 
     def attend_product(
         self,
@@ -98,31 +89,30 @@ class AttentionPlan:
     ) -> Tensor:
         """As `attend`, from the qkv product (N, (H + 2·KH)·D); returns (N, H·D) in its dtype.
 
-        `split` is called for the rows that no native operation takes. `qk_weight` (H + KH, D) fp32 and `eps` describe the
+        `split` is called where no native operation takes the rows. `qk_weight` (H + KH, D) fp32 and `eps` describe the
         RMS norm of each head of q and k, which `split` also applies, to the native operations.
         """
         rotation, rows = self._rotations[kind.rotation], self._native_rows
-        if self._native is None or rows is None or not kind.is_full:
+        if self._native is None or rows is None:
             return self.attend(layer, *self._parts(split(qkv, rotation)), kind).to(qkv.dtype)
-        num = rows.num
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        out = qkv.new_empty(num, num_heads * keys.shape[3])
-        self._native.decode(
-            qkv[:num],
+        out = qkv.new_empty(rows.num, num_heads * keys.shape[3])
+        write_index = self._tokens.write_index
+        self._native.attend(
+            qkv,
             keys,
             values,
-            self._native_write_index,
+            write_index,
             rows,
-            rotation[:num],
+            rotation,
             num_heads,
             out,
             qk_weight,
             eps,
+            window=kind.window,
+            cap=kind.cap,
         )
-        if num == qkv.shape[0]:
-            return out
-        rest = self._rest.attend(layer, *self._parts(split(qkv[num:], rotation[num:])), kind)
-        return torch.cat([out, rest.to(out.dtype)])
+        return out
 
     def _parts(self, heads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = heads
@@ -136,11 +126,14 @@ class AttentionPlan:
         `query` (N, H, D), `key` and `value` (N, KH, D), all in the cache's dtype, H a multiple of KH. Returns
         (N, H·D) in the cache's dtype.
         """
-        rows = self._by_window.get(kind.window)
+        return self._torch_rows(kind.window).attend(layer, query, key, value, kind)
+
+    def _torch_rows(self, window: int) -> TorchRows:
+        rows = self._by_window.get(window)
         if rows is None:
             tokens = self._tokens
             rows = TorchRows(
-                tokens.decode, tokens.prefills, tokens.write_index, self._cache, self._space, kind.window
+                tokens.decode, tokens.prefills, tokens.write_index, self._cache, self._space, window
             )
-            self._by_window[kind.window] = rows
-        return rows.attend(layer, query, key, value, kind)
+            self._by_window[window] = rows
+        return rows

@@ -142,7 +142,7 @@ class _Block:
         return qkv if self._product_norm is None else self._product_norm(qkv)
 
     def native_layer(self) -> GatedLayer | None:
-        """See `decoder.Block`: two RMS norms before, none after, full attention by the first rotation, a SiLU gate."""
+        """See `decoder.Block`: two RMS norms before, none after, the first rotation, a SiLU gate."""
         first, second = self._before_attention, self._before_mlp
         qkv, out, gate_up, down = (
             x.native for x in (self._qkv, self._out, self._mlp.gate_up, self._mlp.down)
@@ -156,7 +156,7 @@ class _Block:
         ):
             return None
         plain = self._after_attention is None and self._after_mlp is None and self._product_norm is None
-        if not plain or not self._kind.is_full or self._kind.rotation or not self._mlp.gate_up.gates_native:
+        if not plain or self._kind.rotation or not self._mlp.gate_up.gates_native:
             return None
         return GatedLayer(
             attention_norm=first.weight.data_ptr(),
@@ -166,6 +166,8 @@ class _Block:
             mlp_norm=second.weight.data_ptr(),
             gate_up=gate_up,
             down=down,
+            window=self._kind.window,
+            cap=self._kind.cap,
         )
 
     def _split(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:

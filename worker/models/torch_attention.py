@@ -1,6 +1,6 @@
 """Owns paged attention by torch: writing K and V to pages, and reading them back. Decode thread.
 
-Used on CPUs without the compiled operations, for layers that those do not compute, and as the reference of the GPU
+Used on CPUs without the compiled operations, for heads that those do not compute, and as the reference of the GPU
 kernels. The host never waits for the device: on a GPU the decode part can be captured for fixed shapes.
 """
 
@@ -28,11 +28,6 @@ class LayerAttention:
     window: int = 0
     cap: float = 0.0
     rotation: int = 0  # which of the step's rotations its q and k are turned by
-
-    @property
-    def is_full(self) -> bool:
-        """Whether the layer sees all keys and does not cap scores."""
-        return not self.window and not self.cap
 
 
 FULL = LayerAttention()

@@ -1,11 +1,13 @@
-// Owns the operations between a layer's products on a CPU: rotation, KV write and paged attention of new tokens, each
-// token a row. A row's result depends on nothing but the row, so a batched sequence equals itself run alone bit for bit.
+// Owns the operations between a layer's products on a CPU: rotation, KV write and paged attention of new tokens. A token's
+// result depends on nothing but its sequence, so a batched sequence equals itself run alone bit for bit.
 
 #pragma once
 
 #include <cmath>
 #include <vector>
 
+#include "parts.h"
+#include "softmax.h"
 #include "team.h"
 #include "units.h"
 #include "vectors.h"
@@ -42,45 +44,29 @@ void put(const float* from, Kept* to, int count) {
     for (int i = 0; i < count; i += LANES) store(to + i, load(from + i));
 }
 
-// Consecutive rows of one sequence: they see the same pages.
-struct Run {
-    int64_t rows;
-    const int32_t* table;
-};
-
-constexpr int64_t BLOCK_ROWS = 8;  // rows of one run that share each loaded key
-
-// All rows' blocks. `runs` null: each row is one, with a line of `tables`.
-inline void list_blocks(int64_t rows, const Run* runs, const int32_t* tables, int64_t table_stride, const int32_t* lengths,
-                        Shape shape, bool by_head, std::vector<Block>& blocks) {
-    blocks.clear();
-    Run run{0, nullptr};
-    int64_t left = 0;  // of the run
-    for (int64_t row = 0, count; row < rows; row += count) {
-        if (!left) {
-            run = runs ? *runs++ : Run{1, tables + row * table_stride};
-            left = run.rows;
+// A query's sums (dim,) over the sum of its weights, heads of one token side by side.
+template <typename Model>
+void put_part(const Part& part, const Shape& shape, float* sums, const float* totals, Model* out, int64_t out_stride) {
+    const int group = shape.heads / shape.kv_heads, heads = (part.last_head - part.first_head) * group;
+    for (int64_t t = 0; t < part.count; t++, sums += heads * shape.dim, totals += heads) {
+        for (int head = 0; head < heads; head++) {
+            const float inverse = 1.0f / totals[head];
+            for (int i = head * shape.dim; i < (head + 1) * shape.dim; i += LANES) store(sums + i, load(sums + i) * inverse);
         }
-        count = left < BLOCK_ROWS ? left : BLOCK_ROWS;
-        left -= count;
-        if (!blocks.empty()) blocks.back().next_page = run.table[0];
-        const int step = by_head ? 1 : shape.kv_heads;
-        for (int head = 0; head < shape.kv_heads; head += step)
-            blocks.push_back({run.table, lengths + row, row, count, head, head + step, run.table[0]});
+        put(sums, out + (part.row + t) * out_stride + (int64_t)part.first_head * group * shape.dim, heads * shape.dim);
     }
 }
 
 // Shared by a team: first all keys and values are written, since a row of a bidirectional prefix sees those of rows behind it;
-// then rows attend, in blocks.
+// then parts are attended to; then those that share their queries are joined.
 template <typename Model, typename Kept>
-void decode_rows(Team& team, int64_t rows, const Model* qkv, Kept* keys, Kept* values, const int64_t* write_index,
-                 const Run* runs, const int32_t* tables, int64_t table_stride, const int32_t* lengths, const float* rotation,
-                 int rotary, const float* weight, float eps, Shape shape, Model* out, int64_t out_stride) {
+void attend_rows(Team& team, Parts& plan, int64_t rows, const Model* qkv, Kept* keys, Kept* values, const int64_t* write_index,
+                 const float* rotation, int rotary, const float* weight, float eps, const Shape& shape, Model* out,
+                 int64_t out_stride) {
     const int kept_width = shape.kv_heads * shape.dim, query_width = shape.heads * shape.dim;
     const int64_t product_width = query_width + 2 * kept_width;
     const int group = shape.heads / shape.kv_heads;
     static thread_local std::vector<float> space;
-    static thread_local std::vector<Block> blocks;
     const auto take = [&](size_t needed) {
         if (space.size() < needed) space.resize(needed + needed / 2);
         return space.data();
@@ -98,33 +84,43 @@ void decode_rows(Team& team, int64_t rows, const Model* qkv, Kept* keys, Kept* v
         }
     });
 
-    // Split by key heads only if there are too few blocks for all threads, because all heads of a page lie side by side.
-    list_blocks(rows, runs, tables, table_stride, lengths, shape, team.count() > 1 && rows < 16 * team.count(), blocks);
-    team.share(blocks.size(), 1, [&](int64_t first, int64_t last) {
+    team.share(plan.parts.size(), 1, [&](int64_t first, int64_t last) {
         for (int64_t number = first; number < last; number++) {
-            const Block& block = blocks[number];
-            const int heads = (block.last_head - block.first_head) * group, width_of_heads = heads * shape.dim;
-            int64_t width = 0;
-            for (int64_t i = 0; i < block.count; i++) width = block.lengths[i] > width ? block.lengths[i] : width;
-            // Scores are written a vector at a time, so a head's may run over by as many.
-            width = (width + 2 * LANES - 1) / LANES * LANES;
-            const int64_t size = block.count * width_of_heads;
-            float *row_query = take(width_of_heads + 2 * size + block.count * heads * width), *query = row_query + width_of_heads;
-            float *mixed = query + size, *scores = mixed + size;
-            const int64_t skipped = (int64_t)block.first_head * group * shape.dim, part = (int64_t)group * shape.dim;
-            for (int64_t r = 0; r < block.count; r++) {
-                const int64_t row = block.row + r;
-                rotate_heads(qkv + row * product_width + skipped, row_query, heads, shape.dim, rotary, rotation + row * rotary,
-                             weight ? weight + skipped : nullptr, eps);
-                for (int64_t head = 0; head < heads / group; head++)
-                    std::memcpy(query + (head * block.count + r) * part, row_query + head * part, part * sizeof(float));
+            const Part& part = plan.parts[number];
+            const int64_t queries = Parts::queries_of(part, shape), size = queries * shape.dim;
+            const int heads = queries / part.count;
+            float *query = take(2 * size + 2 * queries), *sums = query + size;
+            if (part.partial >= 0) sums = plan.partials.data() + part.partial;
+            float *tops = sums + size, *totals = tops + queries;
+            const int64_t skipped = (int64_t)part.first_head * group * shape.dim;
+            for (int64_t t = 0; t < part.count; t++) {
+                const int64_t row = part.row + t;
+                rotate_heads(qkv + row * product_width + skipped, query + t * heads * shape.dim, heads, shape.dim, rotary,
+                             rotation + row * rotary, weight ? weight + skipped : nullptr, eps);
             }
-            std::memset(mixed, 0, size * sizeof(float));
-            const auto attend = std::is_same<Kept, float>::value ? attend_float32 : attend_bfloat16;
-            attend(query, keys, values, &block, &shape, mixed, scores, width);
-            for (int64_t r = 0; r < block.count; r++)
-                for (int64_t head = 0; head < heads / group; head++)
-                    put(mixed + (head * block.count + r) * part, out + (block.row + r) * out_stride + skipped + head * part, part);
+            constexpr bool IS_FLOAT = std::is_same<Kept, float>::value;
+            if (part.is_chunk)
+                (IS_FLOAT ? attend_chunk_float32 : attend_chunk_bfloat16)(query, keys, values, &part, &shape,
+                                                                         std::is_same<Model, float>::value, sums, tops, totals);
+            else
+                (IS_FLOAT ? attend_row_float32 : attend_row_bfloat16)(query, keys, values, &part, &shape, sums, tops, totals);
+            if (part.partial < 0) put_part(part, shape, sums, totals, out, out_stride);
+        }
+    });
+
+    if (plan.joined.empty()) return;
+    team.share(plan.joined.size(), 1, [&](int64_t first, int64_t last) {
+        for (int64_t number = first; number < last; number++) {
+            const Part* part = plan.parts.data() + plan.joined[number].first_part;
+            const int64_t queries = Parts::queries_of(*part, shape), size = queries * shape.dim;
+            float *sums = plan.partials.data() + part->partial, *tops = sums + size, *totals = tops + queries;
+            for (int64_t more = 1; more < plan.joined[number].parts; more++) {
+                const float* other = plan.partials.data() + part[more].partial;
+                for (int64_t i = 0; i < queries; i++)
+                    join(sums + i * shape.dim, tops[i], totals[i], other + i * shape.dim, other[size + i],
+                         other[size + queries + i], shape.dim);
+            }
+            put_part(*part, shape, sums, totals, out, out_stride);
         }
     });
 }

@@ -40,19 +40,22 @@ FOR_DTYPE(bfloat16, bf16)
     int NAME(int64_t rows, const void* qkv, void* keys, void* values, const int64_t* write_index,                       \
              const Run* runs, const int32_t* tables, int64_t table_stride, const int32_t* lengths,                      \
              const float* rotation, int rotary, const float* weight, float eps, int heads, int kv_heads, int dim,       \
-             int page_tokens, void* out, int64_t out_stride) {                                                          \
+             int page_tokens, int window, float cap, void* out, int64_t out_stride) {                                   \
         if (!can_attend(dim)) return 1;                                                                                 \
+        static thread_local Parts plan;                                                                                 \
+        Parts& own = plan; /* the calling thread's, for all */                                                          \
+        const Shape shape{heads, kv_heads, dim, page_tokens, window, cap};                                              \
+        own.plan({rows, runs, tables, table_stride, lengths}, shape, pool ? pool->count : 1);                           \
         together([&](Team& team) {                                                                                      \
-            decode_rows(team, rows, (const REAL*)qkv, (KEPT*)keys, (KEPT*)values, write_index, runs, tables,            \
-                        table_stride, lengths, rotation, rotary, weight, eps, Shape{heads, kv_heads, dim, page_tokens}, \
-                        (REAL*)out, out_stride);                                                                        \
+            attend_rows(team, own, rows, (const REAL*)qkv, (KEPT*)keys, (KEPT*)values, write_index, rotation, rotary,   \
+                        weight, eps, shape, (REAL*)out, out_stride);                                                    \
         });                                                                                                             \
         return 0;                                                                                                       \
     }
-FOR_DTYPES(decode_float32_float32, float, float)
-FOR_DTYPES(decode_float32_bfloat16, float, bf16)
-FOR_DTYPES(decode_bfloat16_float32, bf16, float)
-FOR_DTYPES(decode_bfloat16_bfloat16, bf16, bf16)
+FOR_DTYPES(attend_float32_float32, float, float)
+FOR_DTYPES(attend_float32_bfloat16, float, bf16)
+FOR_DTYPES(attend_bfloat16_float32, bf16, float)
+FOR_DTYPES(attend_bfloat16_bfloat16, bf16, bf16)
 
 void largest_float32(int64_t rows, int64_t count, const float* x, int64_t stride, float* values, int64_t* places) {
     largest_of_rows(rows, count, x, stride, values, places);

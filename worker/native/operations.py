@@ -40,24 +40,37 @@ class Operations:
             )
             self._silu_gate[dtype] = declare(f"silu_gate_{name}", _COUNT, _COUNT, _POINTER, _POINTER)
         self._largest = declare("largest_float32", _COUNT, _COUNT, _POINTER, _COUNT, _POINTER, _POINTER)
-        self._decode = {}
+        self._attend = {}
         for dtypes in (
             (torch.float32, torch.float32),
             (torch.float32, torch.bfloat16),
             (torch.bfloat16, torch.float32),
             (torch.bfloat16, torch.bfloat16),
         ):
-            self._decode[dtypes] = declare(
-                f"decode_{NAMES[dtypes[0]]}_{NAMES[dtypes[1]]}",
+            self._attend[dtypes] = declare(
+                f"attend_{NAMES[dtypes[0]]}_{NAMES[dtypes[1]]}",
                 *(_COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _POINTER),
-                *(_POINTER, _SIZE, _POINTER, _REAL, _SIZE, _SIZE, _SIZE, _SIZE, _POINTER, _COUNT),
+                *(
+                    _POINTER,
+                    _SIZE,
+                    _POINTER,
+                    _REAL,
+                    _SIZE,
+                    _SIZE,
+                    _SIZE,
+                    _SIZE,
+                    _SIZE,
+                    _REAL,
+                    _POINTER,
+                    _COUNT,
+                ),
             )
 
-    def can_decode(self, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, rotary_dim: int) -> bool:
-        """Whether `decode` takes products of `dtype` over pages of `kv_dtype`, with heads of this width."""
-        return (dtype, kv_dtype) in self._decode and head_dim in HEAD_DIMS and rotary_dim % LANES == 0
+    def can_attend(self, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, rotary_dim: int) -> bool:
+        """Whether `attend` takes products of `dtype` over pages of `kv_dtype`, with heads of this width."""
+        return (dtype, kv_dtype) in self._attend and head_dim in HEAD_DIMS and rotary_dim % LANES == 0
 
-    def decode(
+    def attend(
         self,
         qkv: Tensor,
         keys: Tensor,
@@ -69,15 +82,19 @@ class Operations:
         out: Tensor,
         qk_weight: Tensor | None = None,
         eps: float = 0.0,
+        *,
+        window: int = 0,
+        cap: float = 0.0,
     ) -> None:
-        """One new token a row: normalise q and k heads if `qk_weight` is given, rotate them, write K and V, attend.
+        """New tokens, decode rows' and chunks': normalise q and k heads if `qk_weight` is given, rotate them, write K and V, attend.
 
         qkv (B, (H + 2·KH)·D), the two of a rotated pair side by side; `keys` and `values` (pages, page_tokens,
         KH, D); write_index (B,) int64; rotation (B, 1, R/2) complex64; qk_weight (H + KH, D) fp32; out (B, H·D) of
-        qkv's dtype. What is not finite becomes 0 before it is kept.
+        qkv's dtype. What is not finite becomes 0 before it is kept. A query sees itself and the `window` - 1 keys before it
+        (0: all of them), a prefix all of itself; a score s becomes cap · tanh(s / cap) if there is a cap.
         """
         _, page_tokens, kv_heads, head_dim = keys.shape
-        self._decode[qkv.dtype, keys.dtype](
+        self._attend[qkv.dtype, keys.dtype](
             qkv.shape[0],
             qkv.data_ptr(),
             keys.data_ptr(),
@@ -93,6 +110,8 @@ class Operations:
             kv_heads,
             head_dim,
             page_tokens,
+            window,
+            cap,
             out.data_ptr(),
             out.stride(0),
         )

@@ -1,9 +1,10 @@
-// Owns attention of new tokens over pages of keys and values, on one thread: scores, softmax, weighted values.
+// Owns attention of single rows over pages of keys and values, on one thread: scores, softmax, weighted values.
 
 #pragma once
 
-#include <cmath>
+#include <vector>
 
+#include "softmax.h"
 #include "units.h"
 #include "vectors.h"
 
@@ -59,10 +60,10 @@ constexpr int vectors_at_once(int vectors, int queries) {
 // Up to four query heads that share a key head, over one page: their scores, then their weighted values.
 template <int VECTORS, int QUERIES, typename Kept>
 void score_page(const float* query, const Kept* keys, const Kept* ahead, int count, int stride, float* scores,
-                int64_t width, float scale) {
+                int64_t width) {
     Floats q[QUERIES][VECTORS];
     for (int g = 0; g < QUERIES; g++)
-        for (int i = 0; i < VECTORS; i++) q[g][i] = load(query + (g * VECTORS + i) * LANES) * scale;
+        for (int i = 0; i < VECTORS; i++) q[g][i] = load(query + (g * VECTORS + i) * LANES);
     for (int start = 0; start < count; start += LANES) {
         Floats dots[QUERIES][LANES] = {};
         const int here = count - start < LANES ? count - start : LANES;
@@ -108,82 +109,91 @@ template <int VECTORS, typename Kept>
 struct Pages {
     template <int QUERIES>
     static void visit(bool scoring, float* rows, const Kept* kept, const Kept* ahead, int count, int stride,
-                      float* scores, int64_t width, float scale) {
+                      float* scores, int64_t width) {
         if (scoring)
-            score_page<VECTORS, QUERIES>(rows, kept, ahead, count, stride, scores, width, scale);
+            score_page<VECTORS, QUERIES>(rows, kept, ahead, count, stride, scores, width);
         else
             gather_page<VECTORS, QUERIES>(rows, kept, ahead, count, stride, scores, width);
     }
 
     static void group(bool scoring, int queries, float* rows, const Kept* kept, const Kept* ahead, int count,
-                      int stride, float* scores, int64_t width, float scale) {
+                      int stride, float* scores, int64_t width) {
         for (; queries >= 4; queries -= 4, rows += 4 * VECTORS * LANES, scores += 4 * width)
-            visit<4>(scoring, rows, kept, ahead, count, stride, scores, width, scale);
-        if (queries == 3) visit<3>(scoring, rows, kept, ahead, count, stride, scores, width, scale);
-        if (queries == 2) visit<2>(scoring, rows, kept, ahead, count, stride, scores, width, scale);
-        if (queries == 1) visit<1>(scoring, rows, kept, ahead, count, stride, scores, width, scale);
+            visit<4>(scoring, rows, kept, ahead, count, stride, scores, width);
+        if (queries == 3) visit<3>(scoring, rows, kept, ahead, count, stride, scores, width);
+        if (queries == 2) visit<2>(scoring, rows, kept, ahead, count, stride, scores, width);
+        if (queries == 1) visit<1>(scoring, rows, kept, ahead, count, stride, scores, width);
     }
 };
 
-// Over the first `length` of `width` scores; what lies behind becomes 0.
-void softmax(float* scores, int64_t length, int64_t width) {
-    for (int64_t i = length; i < width; i++) scores[i] = -INFINITY;
-    Floats most = splat(-INFINITY);
-    for (int64_t i = 0; i < width; i += LANES) {
-        const Floats x = load(scores + i);
-        most = x > most ? x : most;
+// Products become weights, whose sum and largest exponent are given back. Behind the last of `count` there is room for a vector.
+inline float softmax(float* scores, int64_t count, const Scores& how, float& top) {
+    for (int64_t i = count; i < (count + LANES - 1) / LANES * LANES; i++) scores[i] = 0.0f;
+    Floats most = splat(LOWEST), total{};
+    Ints lanes;
+    for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane;
+    for (int64_t i = 0; i < count; i += LANES) {
+        Floats x = load(scores + i);
+        x = (how.cap == 0.0f ? x : how.capped(x)) * how.scale;
+        x = lanes < (int32_t)(count - i) ? x : splat(LOWEST);
+        most = greater_of(x, most);
+        store(scores + i, x);
     }
-    const float top = largest(most);
-    for (int64_t i = 0; i < width; i += LANES) store(scores + i, exponential(load(scores + i) - top));
-    for (int64_t i = length; i < width; i++) scores[i] = 0.0f;
-    Floats total{};
-    for (int64_t i = 0; i < width; i += LANES) total += load(scores + i);
-    const float inverse = 1.0f / sum(total);
-    for (int64_t i = 0; i < width; i += LANES) store(scores + i, load(scores + i) * inverse);
+    top = largest(most);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats x = power_of_two(load(scores + i) - top), weight = lanes < (int32_t)(count - i) ? x : splat(0.0f);
+        total += weight;
+        store(scores + i, weight);
+    }
+    return sum(total);
 }
 
-// Row r sees the first lengths[r] positions. query and out are (kv_heads, count, group, dim) of the block's heads.
-// What a row does not see has a weight of 0, so that it does not matter who stands in the block with it. `after` is
-// fetched last: the first of the keys that the next block begins with.
+// One row over keys from part.begin to part.end. The part's next page is fetched last: the first of the keys that the next part
+// begins with.
 template <int VECTORS, typename Kept>
-void attend_block(float* query, const Kept* keys, const Kept* values, const Block& block, Shape shape, float* out,
-                  float* scores, int64_t width) {
-    const int group = shape.heads / shape.kv_heads, stride = shape.kv_heads * shape.dim, together = block.count * group;
-    const int heads = block.last_head - block.first_head;
-    const int64_t page_size = (int64_t)shape.page_tokens * stride;
-    const int32_t* table = block.table;
-    const float scale = 1.0f / std::sqrt((float)shape.dim);
-    int64_t longest = 0;
-    for (int64_t row = 0; row < block.count; row++) longest = block.lengths[row] > longest ? block.lengths[row] : longest;
-    reorder<VECTORS, Kept>(query, heads * together, false);
+void attend_row(float* query, const Kept* keys, const Kept* values, const Part& part, const Shape& shape, float* out, float* tops,
+                float* totals) {
+    const int group = shape.heads / shape.kv_heads, stride = shape.kv_heads * shape.dim;
+    const int heads = part.last_head - part.first_head;
+    const int64_t page_size = (int64_t)shape.page_tokens * stride, count = part.end - part.begin;
+    const int64_t first_page = part.begin / shape.page_tokens;
+    const Scores how(shape);
+    // Scores are written a vector at a time, so a head's may run over by as many.
+    const int64_t width = (count + 2 * LANES - 1) / LANES * LANES;
+    static thread_local std::vector<float> space;
+    if ((int64_t)space.size() < heads * group * width) space.resize(heads * group * width);
+    float* scores = space.data();
+    std::memset(out, 0, sizeof(float) * heads * group * shape.dim);
+    reorder<VECTORS, Kept>(query, heads * group, false);
     for (bool scoring : {true, false}) {
-        const Kept *kept = scoring ? keys : values;
-        const Kept* last_ahead = scoring ? values + table[0] * page_size : keys + block.next_page * page_size;
-        for (int64_t at = 0, page = 0; at < longest; at += shape.page_tokens, page++) {
-            const bool is_last = at + shape.page_tokens >= longest;
-            const int tokens = is_last ? longest - at : shape.page_tokens;
-            const Kept* here = kept + table[page] * page_size;
-            const Kept* ahead = is_last ? last_ahead : kept + table[page + 1] * page_size;
+        const Kept* kept = scoring ? keys : values;
+        const Kept* last_ahead = scoring ? values + part.table[first_page] * page_size : keys + part.next_page * page_size;
+        int64_t page = first_page;
+        for (int64_t at = part.begin; at < part.end; page++) {
+            const int64_t offset = at - page * shape.page_tokens, left = part.end - at;
+            const bool is_last = shape.page_tokens - offset >= left;
+            const int tokens = is_last ? left : shape.page_tokens - offset;
+            const Kept* here = kept + part.table[page] * page_size + offset * stride;
+            const Kept* ahead = is_last ? last_ahead : kept + part.table[page + 1] * page_size;
             for (int head = 0; head < heads; head++) {
-                const int offset = (block.first_head + head) * shape.dim;
-                Pages<VECTORS, Kept>::group(scoring, together, (scoring ? query : out) + head * together * shape.dim,
-                                            here + offset, ahead + offset, tokens, stride,
-                                            scores + head * together * width + at, width, scale);
+                const int skipped = (part.first_head + head) * shape.dim;
+                Pages<VECTORS, Kept>::group(scoring, group, (scoring ? query : out) + head * group * shape.dim, here + skipped,
+                                            ahead + skipped, tokens, stride, scores + head * group * width + at - part.begin, width);
             }
+            at += tokens;
         }
         if (scoring)
-            for (int64_t i = 0; i < heads * together; i++)
-                softmax(scores + i * width, block.lengths[i % together / group], width);
+            for (int i = 0; i < heads * group; i++) totals[i] = softmax(scores + i * width, count, how, tops[i]);
     }
-    reorder<VECTORS, Kept>(out, heads * together, true);
+    reorder<VECTORS, Kept>(out, heads * group, true);
 }
 
 template <typename Kept>
-void attend_any(float* query, const Kept* keys, const Kept* values, const Block& block, Shape shape, float* out,
-                float* scores, int64_t width) {
+void attend_row_of_any(float* query, const Kept* keys, const Kept* values, const Part& part, const Shape& shape, float* out,
+                       float* tops, float* totals) {
     switch (shape.dim) {
 #define DIM(SIZE) \
-    case SIZE: return attend_block<SIZE / LANES>(query, keys, values, block, shape, out, scores, width);
+    case SIZE: return attend_row<SIZE / LANES>(query, keys, values, part, shape, out, tops, totals);
         DIM(16) DIM(32) DIM(64) DIM(80) DIM(96) DIM(128)
 #undef DIM
     }

@@ -15,13 +15,6 @@ constexpr int64_t EXPANDED_FLOATS = 288 * 16;  // of a panel: 18 KiB, which leav
 constexpr int64_t ROWS_BYTES = 512 << 10;      // of inputs, kept in the second-level cache from panel to panel
 constexpr int64_t AHEAD_BYTES = 2048;
 
-// Keeps a vector that is used several times in a register; GCC would load it again for each use.
-inline void keep_loaded(Floats& x) {
-#if defined(__x86_64__)
-    asm("" : "+v"(x));
-#endif
-}
-
 template <int PLACE, int STEP>
 struct Places {
     template <typename Visit>

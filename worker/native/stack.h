@@ -28,6 +28,8 @@ struct GatedLayer {
     const void* mlp_norm;
     Linear gate_up, down;
     void *keys, *values;
+    int64_t window;
+    double cap;
 };
 
 // One layer norm feeds attention and MLP side by side; a product over both adds them to the residual stream.
@@ -35,6 +37,8 @@ struct ParallelLayer {
     const void *norm, *norm_bias;
     Linear qkv, fc1, out;
     void *keys, *values;
+    int64_t window;
+    double cap;
 };
 
 struct Step {
@@ -61,15 +65,54 @@ void multiply(Team& team, const Linear& linear, int64_t rows, const Model* x, co
     });
 }
 
+inline Rows rows_of(const Step& step) { return {step.rows, step.runs, step.tables, step.table_stride, step.lengths}; }
+
+// A step's plans, one for each window that its layers have; made before the threads start. The calling thread's alone, kept for
+// their memory.
+class Plans {
+public:
+    template <typename Layer>
+    void make(const Step& step, const Layer* layers, int64_t count) {
+        used = 0;
+        for (const Layer* layer = layers; layer < layers + count; layer++) {
+            if (find(layer->window)) continue;
+            if (used == plans.size()) plans.emplace_back();
+            windows.resize(plans.size());
+            windows[used] = layer->window;
+            plans[used++].plan(rows_of(step), shape(step, *layer), pool ? pool->count : 1);
+        }
+    }
+    Parts* find(int64_t window) {
+        for (size_t i = 0; i < used; i++)
+            if (windows[i] == window) return &plans[i];
+        return nullptr;
+    }
+    template <typename Layer>
+    static Shape shape(const Step& step, const Layer& layer) {
+        return {step.heads, step.kv_heads, step.head_dim, step.page_tokens, (int)layer.window, (float)layer.cap};
+    }
+    static Plans& own() {
+        static thread_local Plans plans;
+        return plans;
+    }
+
+private:
+    std::vector<Parts> plans;
+    std::vector<int64_t> windows;
+    size_t used = 0;
+};
+
 template <typename Model, typename Layer>
-void attend(Team& team, const Step& step, const Layer& layer, const float* qk_weight, const Model* qkv, Model* out, int64_t stride) {
-    const Shape shape{step.heads, step.kv_heads, step.head_dim, step.page_tokens};
-    const auto decode = [&](auto* keys, auto* values) {
-        decode_rows(team, step.rows, qkv, keys, values, step.write_index, step.runs, step.tables, step.table_stride, step.lengths,
-                    step.rotation, step.rotary, qk_weight, step.qk_eps, shape, out, stride);
+void attend(Team& team, Plans& plans, const Step& step, const Layer& layer, const float* qk_weight, const Model* qkv, Model* out,
+            int64_t stride) {
+    const Shape shape = Plans::shape(step, layer);
+    Parts& plan = *plans.find(layer.window);
+    const auto attend_in = [&](auto* keys, auto* values) {
+        attend_rows(team, plan, step.rows, qkv, keys, values, step.write_index, step.rotation, step.rotary, qk_weight, step.qk_eps,
+                    shape, out, stride);
     };
-    if (step.keeps_float) return decode((float*)layer.keys, (float*)layer.values);
-    return decode((bf16*)layer.keys, (bf16*)layer.values);
+    if (step.keeps_float) return attend_in((float*)layer.keys, (float*)layer.values);
+    return attend_in((bf16*)layer.keys, (bf16*)layer.values);
 }
 
 template <typename Model>
@@ -104,12 +147,14 @@ int run_layers(const Step& step, const GatedLayer* layers, int64_t count, Model*
     Model *normed = space.take(rows * dim), *qkv = space.take(rows * layers->qkv.outputs);
     Model *mixed = space.take(rows * layers->out.inputs), *inner = space.take(rows * inner_dim);
     const Model* nothing = nullptr;
+    Plans& plans = Plans::own();
+    plans.make(step, layers, count);
     together([&](Team& team) {
         for (const GatedLayer* layer = layers; layer < layers + count; layer++) {
             const Linear* next = layer + 1 < layers + count ? &layer[1].qkv : nullptr;
             share_rms_norm(team, rows, dim, hidden, layer->attention_norm, step.eps, normed);
             multiply(team, layer->qkv, rows, normed, nothing, qkv, layer->qkv.outputs, PLAIN, &layer->out);
-            attend(team, step, *layer, layer->qk_weight, qkv, mixed, layer->out.inputs);
+            attend(team, plans, step, *layer, layer->qk_weight, qkv, mixed, layer->out.inputs);
             multiply(team, layer->out, rows, mixed, hidden, hidden, dim, ADD, &layer->gate_up);
             share_rms_norm(team, rows, dim, hidden, layer->mlp_norm, step.eps, normed);
             multiply(team, layer->gate_up, rows, normed, nothing, inner, inner_dim, GATE, &layer->down);
@@ -128,6 +173,8 @@ int run_layers(const Step& step, const ParallelLayer* layers, int64_t count, Mod
     Model *normed = space.take(rows * dim), *qkv = space.take(rows * layers->qkv.outputs);
     Model* both = space.take(rows * both_dim);
     const Model* nothing = nullptr;
+    Plans& plans = Plans::own();
+    plans.make(step, layers, count);
     together([&](Team& team) {
         for (const ParallelLayer* layer = layers; layer < layers + count; layer++) {
             const Linear* next = layer + 1 < layers + count ? &layer[1].qkv : nullptr;
@@ -136,7 +183,7 @@ int run_layers(const Step& step, const ParallelLayer* layers, int64_t count, Mod
                            step.eps, normed + first * dim);
             });
             multiply(team, layer->qkv, rows, normed, nothing, qkv, layer->qkv.outputs, PLAIN, &layer->fc1);
-            attend(team, step, *layer, nullptr, qkv, both, both_dim);
+            attend(team, plans, step, *layer, nullptr, qkv, both, both_dim);
             multiply(team, layer->fc1, rows, normed, nothing, both + mixed_dim, both_dim, GELU, &layer->out);
             multiply(team, layer->out, rows, both, hidden, hidden, dim, ADD, next);
         }

@@ -1,15 +1,25 @@
 """Owns calling all layers of a step at once. Decode thread; the call does not hold Python's lock.
 
 Called one by one, some eighty operations of a few microseconds cost as much again in Python at one row, and each takes
-Python's lock back from the I/O thread. The results equal those of the single operations bit for bit, which a step with
-a long prefill chunk runs, because it needs torch.
+Python's lock back from the I/O thread. The results equal those of the single operations bit for bit.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    addressof,
+    byref,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_void_p,
+    sizeof,
+)
 from typing import Any
 
 import torch
@@ -35,6 +45,8 @@ class GatedLayer(Structure):
         ("down", Linear),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("window", c_int64),
+        ("cap", c_double),
     )
 
 
@@ -49,6 +61,8 @@ class ParallelLayer(Structure):
         ("out", Linear),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("window", c_int64),
+        ("cap", c_double),
     )
 
 
@@ -73,6 +87,9 @@ class _Step(Structure):
     )
 
 
+PROGRESS_ROWS = 64
+"""Rows of a step from which on a layer takes so long that calls cost nothing beside it."""
+
 Layer = GatedLayer | ParallelLayer
 _FUNCTIONS = {GatedLayer: "gated_layers", ParallelLayer: "parallel_layers"}
 
@@ -96,6 +113,7 @@ class LayerStack:
         call: Callable[..., int],
     ) -> None:
         kind: Any = type(layers[0])
+        self._kind = kind
         self._layers = (kind * len(layers))(*layers)
         self._dtype = dtype
         self._native = native
@@ -106,14 +124,14 @@ class LayerStack:
     def run(self, hidden: Tensor, tokens: StepTokens, cache: KVCache, rotation: Tensor) -> Tensor | None:
         """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of the N tokens.
 
-        rotation (N, 1, R/2) complex64. None, and nothing done, for a step with a long chunk, or with pages that
-        compiled attention does not read.
+        rotation (N, 1, R/2) complex64. None, and nothing done, for pages that compiled attention does not read. Long steps
+        go layer by layer, and tell of their progress in between.
         """
         keys = cache.keys[0]
-        if not self._native.can_decode(self._dtype, keys.dtype, keys.shape[3], 2 * rotation.shape[-1]):
+        if not self._native.can_attend(self._dtype, keys.dtype, keys.shape[3], 2 * rotation.shape[-1]):
             return None
         rows = token_rows(tokens)
-        if rows is None or rows.num < len(hidden):
+        if rows is None:
             return None
         if cache is not self._cache:
             self._attach(cache)
@@ -124,8 +142,13 @@ class LayerStack:
         step.runs, step.tables, step.table_stride = where(rows)
         step.lengths = rows.lengths.data_ptr()
         step.rotation, step.rotary = rotation.data_ptr(), 2 * rotation.shape[-1]
-        failed = self._call(byref(step), self._layers, len(self._layers), out.data_ptr())
-        assert not failed, "can_decode was asked"
+        together = len(self._layers) if rows.num <= PROGRESS_ROWS else 1
+        for first in range(0, len(self._layers), together):
+            layers = addressof(self._layers) + first * sizeof(self._kind)
+            failed = self._call(byref(step), layers, together, out.data_ptr())
+            assert not failed, "can_attend was asked"
+            if together == 1:
+                tokens.progress()
         return out
 
     def _attach(self, cache: KVCache) -> None:

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "product.h"
 
@@ -11,6 +13,13 @@ namespace {
 // A tile of weights: 16 outputs by 32 inputs, as 16 rows of one pair of inputs for each output.
 constexpr int64_t TILE = 16 * 32;
 
+// Whether the system lets this process use the registers: it must be asked first.
+inline bool grants_tiles() {
+    constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return granted;
+}
+
 struct alignas(64) Tiles {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
@@ -18,7 +27,7 @@ struct alignas(64) Tiles {
 };
 
 // Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights.
-void configure(int first, int second) {
+inline void configure(int first, int second) {
     Tiles tiles;
     for (int t = 0; t < 8; t++) {
         tiles.bytes[t] = 64;
@@ -56,7 +65,7 @@ void multiply_tiles(const bf16* x, int64_t inputs, const bf16* weight, int64_t w
 }
 
 // weight (outputs, inputs) → packed (outputs / 16, inputs / 32, 16 pairs, 16 outputs, 2)
-void pack_tiles(int64_t outputs, int64_t inputs, const bf16* weight, bf16* packed) {
+inline void pack_tiles(int64_t outputs, int64_t inputs, const bf16* weight, bf16* packed) {
     for (int64_t block = 0; block < outputs; block += 16)
         for (int64_t i = 0; i < inputs; i += 2)
             for (int64_t o = block; o < block + 16; o++)
@@ -64,7 +73,7 @@ void pack_tiles(int64_t outputs, int64_t inputs, const bf16* weight, bf16* packe
 }
 
 // Columns from `begin_column` to `end_column`, multiples of PANEL or the last.
-void multiply_all_tiles(int64_t rows, const Product<bf16>& product, const bf16* weight, int64_t begin_column, int64_t end_column) {
+inline void multiply_all_tiles(int64_t rows, const Product<bf16>& product, const bf16* weight, int64_t begin_column, int64_t end_column) {
     alignas(64) float sums[32 * 32];
     const int64_t inputs = product.inputs, step = 16 * inputs;
     for (int64_t begin = 0; begin < rows; begin += 64) {  // so few rows that sums of all columns stay in the cache

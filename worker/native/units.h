@@ -1,5 +1,5 @@
-// Owns what the three units that are compiled side by side say to each other: attention over pages, products, and the rest. One
-// compiler would take as long as all three together, while somebody waits for a first start.
+// Owns what the units that are compiled side by side say to each other: attention of single rows, attention of chunks, products,
+// and the rest. One compiler would take as long as all of them together, while somebody waits for a first start.
 
 #pragma once
 
@@ -8,22 +8,38 @@
 
 namespace {
 
+// A layer's attention. A query sees itself and the `window` - 1 keys before it (0: all of them); a score s becomes
+// cap · tanh(s / cap), if there is a cap.
 struct Shape {
-    int heads, kv_heads, dim, page_tokens;
+    int heads, kv_heads, dim, page_tokens, window;
+    float cap;
 };
 
-// One run's rows that are attended to together, of some of the key heads.
-struct Block {
-    const int32_t *table, *lengths;  // of the block's first row
-    int64_t row, count;
+// What one thread attends to at a time: a row, or some queries of a chunk, with the keys from `begin` to `end` of some of the
+// key heads. A row has no prefix; a chunk's part has one key head.
+struct Part {
+    const int32_t *table, *lengths;  // of the first row; a length is the number of leading keys that a row sees
+    int64_t row, count, prefix;
     int first_head, last_head;
-    int64_t next_page;  // the first that the block behind this one reads
+    int64_t begin, end;
+    int64_t next_page;  // the first that the part behind this one reads
+    int64_t partial;    // where its result waits for those of the other keys; -1: they are all here
+    bool is_chunk;
 };
+
+// Keys whose weighted values are summed up by themselves: such sums are added in order, whoever made them, so that threads
+// may share the keys of a long context without changing a bit.
+constexpr int64_t SPAN_KEYS = 1024;
 
 inline bool can_attend(int dim) {
     for (int taken : {16, 32, 64, 80, 96, 128})
         if (dim == taken) return true;
     return false;
+}
+
+// The first key that a row of this length sees. Those of a prefix see all of it.
+inline int64_t first_seen(int64_t length, int64_t prefix, int window) {
+    return window && length > prefix && length > window ? length - window : 0;
 }
 
 }  // namespace
@@ -32,8 +48,14 @@ extern "C" {
 // Types of these units' own, which C++ would call another's, go by address. `product` is a Product of that dtype.
 void multiply_panels_float32(int format, int64_t rows, const void* product, const void* weight, int64_t first, int64_t last);
 void multiply_panels_bfloat16(int format, int64_t rows, const void* product, const void* weight, int64_t first, int64_t last);
-void attend_float32(float* query, const void* keys, const void* values, const void* block, const void* shape, float* out,
-                    float* scores, int64_t width);
-void attend_bfloat16(float* query, const void* keys, const void* values, const void* block, const void* shape, float* out,
-                     float* scores, int64_t width);
+// query and out are (key heads, tokens, group, dim), `out` sums of weighted values; of each query `tops` is the largest score in
+// powers of two, `totals` the sum of weights. `is_exact`: query and weights are not rounded to what the pages hold.
+void attend_row_float32(float* query, const void* keys, const void* values, const void* part, const void* shape, float* out,
+                        float* tops, float* totals);
+void attend_row_bfloat16(float* query, const void* keys, const void* values, const void* part, const void* shape, float* out,
+                         float* tops, float* totals);
+void attend_chunk_float32(const float* query, const void* keys, const void* values, const void* part, const void* shape,
+                          int is_exact, float* out, float* tops, float* totals);
+void attend_chunk_bfloat16(const float* query, const void* keys, const void* values, const void* part, const void* shape,
+                           int is_exact, float* out, float* tops, float* totals);
 }

@@ -6,6 +6,10 @@
 
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -54,6 +58,13 @@ inline void store(bf16* at, Floats x) {
 }
 
 inline Floats splat(float x) { return x - Floats{}; }  // not x + 0, which would have to make 0 of -0
+
+// Keeps a vector that is used several times in a register; GCC would load it again for each use.
+inline void keep_loaded(Floats& x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#endif
+}
 
 inline Four folded(Four x) { return x; }
 
@@ -114,10 +125,47 @@ inline Floats sums(const Floats* x) {
     return halved[0];
 }
 
+inline Four larger(Four x) { return x; }
+
+inline Four larger(Eight x) {
+    Four parts[2];
+    std::memcpy(parts, &x, sizeof parts);
+    return parts[0] > parts[1] ? parts[0] : parts[1];
+}
+
+inline Four larger(Sixteen x) {
+    Eight parts[2];
+    std::memcpy(parts, &x, sizeof parts);
+    return larger(parts[0] > parts[1] ? parts[0] : parts[1]);
+}
+
 inline float largest(Floats x) {
-    float most = x[0];
-    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
-    return most;
+    const Four four = larger(x);
+    const float even = four[0] > four[2] ? four[0] : four[2], odd = four[1] > four[3] ? four[1] : four[3];
+    return even > odd ? even : odd;
+}
+
+// Lane by lane; y where one of them is no number. One operation, where compilers make two of a comparison.
+inline Floats greater_of(Floats x, Floats y) {
+#if defined(__AVX512F__)
+    return _mm512_max_ps(x, y);
+#elif defined(__AVX2__)
+    return _mm256_max_ps(x, y);
+#else
+    return x > y ? x : y;
+#endif
+}
+
+// As many vectors as there are lanes: lane i of vector j and lane j of vector i change places.
+inline void transpose(Floats* x) {
+    for (int round = 1; round < LANES; round *= 2) {
+        Floats mixed[LANES];
+        for (int i = 0; i < LANES / 2; i++) {
+            mixed[2 * i] = lower_pairs(x[i], x[i + LANES / 2]);
+            mixed[2 * i + 1] = upper_pairs(x[i], x[i + LANES / 2]);
+        }
+        for (int i = 0; i < LANES; i++) x[i] = mixed[i];
+    }
 }
 
 // e^x to about two units in the last place (a polynomial in the fraction of x · log2 e); 0 below -87, at most e^88.

@@ -14,9 +14,6 @@
 #include "wide.h"
 #endif
 #if defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "tiles.h"
 #endif
 
@@ -89,10 +86,7 @@ inline void pack_quantised(int format, int64_t outputs, int64_t inputs, const Qu
 #if defined(__AMX_BF16__) && defined(__linux__)
 template <>
 struct Weights<bf16> {
-    static bool are_taken() {
-        constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-        return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-    }
+    static bool are_taken() { return grants_tiles(); }
     static void pack(int64_t outputs, int64_t inputs, const bf16* weight, void* packed) {
         pack_tiles(outputs, inputs, weight, (bf16*)packed);
     }

@@ -211,7 +211,7 @@ def test_layers_in_one_call_equal_layers_one_by_one(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ["tiny-llama", "tiny-qwen3", "tiny-moondream"])
-def test_chunks_as_rows_equal_chunks_by_torch(
+def test_compiled_attention_of_chunks_equals_torch(
     native: Operations, shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = random_model(shape, CPU, dtype).model
@@ -219,9 +219,7 @@ def test_chunks_as_rows_equal_chunks_by_torch(
     prefix = 30 if shape == "tiny-moondream" else 0
 
     @torch.inference_mode()
-    def run(most_keys: int) -> list[torch.Tensor]:
-        monkeypatch.setattr("worker.native.token_rows.MOST_KEYS", most_keys)
-        monkeypatch.setattr("worker.native.token_rows.FEW_QUERIES", 0)
+    def run() -> list[torch.Tensor]:
         driver = Driver(model, kv_dtype=model.kv_dtype)
         rows = [Row() for _ in range(4)]
         found = [
@@ -232,12 +230,11 @@ def test_chunks_as_rows_equal_chunks_by_torch(
         found.append(driver.step([], [(rows[3], model.embed(ids), prefix)]))
         return found
 
-    everything, nothing = run(1000), run(0)
-    for got, want in zip(everything, nothing, strict=True):
+    compiled = run()
+    monkeypatch.setattr(Operations, "can_attend", lambda *_: False)
+    by_torch = run()
+    for got, want in zip(compiled, by_torch, strict=True):
         assert relative_error(got, want.float()) < 5 * TOLERANCE[dtype]
-    some = run(40)  # of the chunks only the last is long
-    assert torch.equal(some[0], everything[0]) and torch.equal(some[1], everything[1])
-    assert torch.equal(some[2], nothing[2])
 
 
 @pytest.mark.parametrize("count", [1, 7, 16, 40, 100])
@@ -257,9 +254,9 @@ def test_the_largest_of_rows(native: Operations, count: int) -> None:
 
 
 def test_what_cannot_be_native_is_not(native: Operations) -> None:
-    assert not native.can_decode(torch.float16, torch.float16, 64, 64)
-    assert not native.can_decode(torch.float32, torch.float32, 24, 16)
-    assert not native.can_decode(torch.float32, torch.float32, 64, 24)
+    assert not native.can_attend(torch.float16, torch.float16, 64, 64)
+    assert not native.can_attend(torch.float32, torch.float32, 24, 16)
+    assert not native.can_attend(torch.float32, torch.float32, 64, 24)
     assert operations(torch.device("meta")) is None and products(torch.device("meta")) is None
 
 
