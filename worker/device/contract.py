@@ -34,7 +34,13 @@ class Event(Protocol):
 
 
 class CaptureFailed(RuntimeError):
-    """The device could not record a graph. The work still runs eagerly: slower, with the same results."""
+    """The device refused to record a graph, before it began. The work still runs eagerly: slower, with the same
+    results; other captures may succeed."""
+
+
+class CaptureBroken(RuntimeError):
+    """A recording broke off midway. The allocator may go on believing that it records, so nothing may be captured any
+    more: at start-up this is fatal, later the work runs eagerly."""
 
 
 class Stream(Protocol):
@@ -65,6 +71,7 @@ class Device(Protocol):
     compute: Stream
     copy: Stream
     captures: bool  # whether capture() records a graph, so that shapes must be padded to buckets
+    capture_broke: bool  # whether a recording broke off midway, so that none may be begun any more
     shares_memory: bool  # whether pinned memory is the device's own, so that nothing needs to be uploaded
 
     def event(self) -> Event:
@@ -78,7 +85,7 @@ class Device(Protocol):
 
         `warm_up` runs `body` first: libraries then choose algorithms, and kernels are compiled and loaded, which is not
         possible during a recording. Without it the same body must have run in the same shapes before. Raises
-        CaptureFailed.
+        CaptureFailed where nothing was recorded, CaptureBroken where a recording broke off or one did before.
         """
 
     def synchronize(self) -> None:

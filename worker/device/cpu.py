@@ -115,6 +115,7 @@ class CpuDevice:
         self.name = "cpu"
         self.torch_device = torch.device("cpu")
         self.captures = False
+        self.capture_broke = False
         self.shares_memory = True
         self._events_look_late = events_look_late
         self.compute: Stream = CpuStream(events_look_late)

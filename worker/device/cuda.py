@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from worker.device.contract import CaptureFailed, Event, Graph, Stream
+from worker.device.contract import CaptureBroken, CaptureFailed, Event, Graph, Stream
 
 WARM_UP_RUNS = 2  # the second run finds what the first has cached: allocator blocks, cuBLAS workspaces
 
@@ -101,6 +101,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
         self.captures = True
+        self.capture_broke = False
         self.shares_memory = False
         self._memory_share = memory_share
         self._compute = CudaStream(self.torch_device, priority=-1)
@@ -123,6 +124,8 @@ class CudaDevice:
     def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
         """See `contract.Device`. Not through `torch.cuda.graph`, which synchronises the device and empties the
         allocator's cache each time: a graph may be captured while steps are in flight."""
+        if self.capture_broke:
+            raise CaptureBroken("an earlier recording broke off; nothing is captured any more")
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
         with self.compute.use():
@@ -143,9 +146,10 @@ class CudaDevice:
                 finally:
                     graph.capture_end()
             except Exception as error:
-                # After a failed capture the memory pool may still be in its recording state.
-                self._pool = torch.cuda.graph_pool_handle()
-                raise CaptureFailed(f"{type(error).__name__}: {str(error)[:300]}") from error
+                # `capture_end` of a broken recording raises before it tells the allocator that recording is over: what is
+                # allocated from now on may land in the pool of graphs, and another recording would be mixed with this.
+                self.capture_broke = True
+                raise CaptureBroken(f"{type(error).__name__}: {str(error)[:300]}") from error
             finally:
                 if collecting:
                     gc.enable()

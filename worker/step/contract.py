@@ -18,8 +18,8 @@ from worker.schedule.plan import StepPlan, StepResult
 class DeviceTimes(NamedTuple):
     """What the device did around one step, in its own seconds."""
 
-    busy_s: float  # from the step's start to its last sampled row
-    idle_s: float  # between the step before it and its start
+    busy_s: float  # from the step's forward to its last sampled row
+    idle_s: float  # between the step before it and its forward, uploads included
     copy_s: float  # from sampled to the outputs being on the host
 
 

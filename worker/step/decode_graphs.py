@@ -14,10 +14,11 @@ from worker.schedule.sequence import Sequence
 from worker.step.contract import GraphCounts
 from worker.step.graph_table import GraphTable
 from worker.step.slot import Slot
+from worker.step.staging import needs_eager
 
 
 class Flavour(IntEnum):
-    """What a captured step does besides its forward."""
+    """What a captured step does besides its forward: docs/gpu.md, "Captured steps"."""
 
     GATED = 0
     TEXT = 1
@@ -28,9 +29,7 @@ def flavour_of(rows: list[Sequence]) -> Flavour:
     """The cheapest flavour that serves these decode rows."""
     full = False
     for seq in rows:
-        if seq.is_adjusted or seq.sampling.num_logprobs >= 0:
-            return Flavour.GATED
-        if seq.constraint is not None and not seq.table_place:
+        if needs_eager(seq):
             return Flavour.GATED
         full = full or seq.table_place > 0 or seq.is_spatial
     return Flavour.FULL if full else Flavour.TEXT

@@ -40,8 +40,11 @@ class FeatureCache:
                 found[key] = features
         if missing:
             crops = [self._upload(picture) for picture in missing.values()]
-            for key, features in zip(missing, self._model.encode_images(crops, self._encode), strict=True):
-                found[key] = features
+            for key, encoded in zip(missing, self._model.encode_images(crops, self._encode), strict=True):
+                # Pictures that are encoded together come as views of one tensor, and a view keeps all of it alive: what is
+                # kept has memory of its own, so that the bound counts what is really held.
+                is_whole = encoded.untyped_storage().nbytes() == encoded.nbytes
+                found[key] = features = encoded if is_whole else encoded.clone()
                 self._features[key] = features
                 self._num_bytes += features.nbytes
             while self._num_bytes > self._max_bytes and len(self._features) > 1:

@@ -58,7 +58,8 @@ class Slot:
 
         self.logits: Tensor | None = None
         self.hidden: Tensor | None = None  # hidden states of the sampled positions
-        self.num_sampled = 0  # leading samples that the step's graph has sampled itself
+        self.sampled_rows = 0  # leading samples that the step's graph has sampled itself,
+        self.left_out: list[int] = []  # but for these, which are sampled eagerly
 
         self.started: Event = device.event()
         # The next step's commit reads this step's end event once more, when this slot may be in flight again. So two events

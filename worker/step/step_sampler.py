@@ -64,12 +64,32 @@ class StepSampler:
             self._allowed = allowed_words(suppress, model.card.vocab_size, device)
 
     def sample(
-        self, slot: Slot, which: Which, logits: Tensor, hidden: Tensor, words: Tensor | None, wants: Wants
+        self,
+        slot: Slot,
+        which: Which,
+        logits: Tensor,
+        hidden: Tensor,
+        words: Tensor | None,
+        wants: Wants,
+        *,
+        rows: str = "sample_rows",
     ) -> None:
         """Sample the step's samples `which`. logits (R, V) fp32 and hidden (R, D) are theirs, in order, as are
-        words (R, ceil(V/32)) int32, bits of the ids a row may have, or None."""
+        words (R, ceil(V/32)) int32, bits of the ids a row may have, or None. `rows` names the field of the rows whose
+        state the tokens go to."""
+        self._sample(slot, which, slot.fields[rows][which].long(), logits, hidden, words, wants)
+
+    def _sample(
+        self,
+        slot: Slot,
+        which: Which,
+        rows: Tensor,
+        logits: Tensor,
+        hidden: Tensor,
+        words: Tensor | None,
+        wants: Wants,
+    ) -> None:
         fields = slot.fields
-        rows = fields["sample_rows"][which].long()
         raw = logits
         if wants.adjusted:
             logits = self._adjust(slot, which, logits, rows)

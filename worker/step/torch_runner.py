@@ -27,6 +27,7 @@ from worker.step.rows import RowTables
 from worker.step.slot import Slot
 from worker.step.staging import (
     StepShape,
+    is_plain,
     num_spans,
     stage_chunks,
     stage_ends,
@@ -39,6 +40,7 @@ from worker.step.vision_graphs import VisionGraphs
 
 _IN_GRAPH = {
     Flavour.TEXT: Wants(random=True),  # a captured graph serves greedy and drawn rows alike
+    Flavour.GATED: Wants(random=True),  # its plain rows; the others are sampled eagerly behind it
     Flavour.FULL: Wants(random=True, automata=True),
 }
 
@@ -189,22 +191,28 @@ class TorchRunner:
             stage_ends(slot.host, num_rows, num)
         if padded > num_rows:
             stage_padding(slot.host, num_rows, padded)
-        slot.num_sampled = 0
+        slot.sampled_rows, slot.left_out = 0, []
         with self.device.compute.use():
             slot.previous_end = self._last_sampled
-            self.device.compute.record(slot.started)
             slot.upload(used_words(plan, slot.shape, padded))
             for table_place, tables in plan.tables:
                 self.rows.upload(table_place, tables)
             for seq in plan.admitted:
                 self.rows.admit(seq)
+            # Right before the work: a host that is late with the upload leaves the device idle, not busy.
+            self.device.compute.record(slot.started)
             if graphs is None:
                 self._joint_forward(slot, plan)
                 return
             if num_rows:
                 flavour = flavour_of(plan.decode)
                 graphs.run(slot, padded, flavour)
-                slot.num_sampled = 0 if flavour is Flavour.GATED else num_rows
+                slot.sampled_rows = num_rows
+                slot.left_out = (
+                    [i for i, seq in enumerate(plan.decode) if not is_plain(seq)]
+                    if flavour is Flavour.GATED
+                    else []
+                )
             if (
                 set_aside
             ):  # the graph has read the padding: the fields of the ending rows go back to their places
@@ -218,8 +226,8 @@ class TorchRunner:
     @torch.inference_mode()
     def launch_sampling(self, slot_number: int, plan: StepPlan, picks: list[int], *, masked: bool) -> None:
         slot = self.slots[slot_number]
-        if slot.num_sampled:
-            picks = [i for i in picks if i >= slot.num_sampled]  # the graph has sampled the others
+        if slot.sampled_rows:  # the graph has sampled the others
+            picks = [i for i in picks if i >= slot.sampled_rows or i in slot.left_out]
         if not picks:
             return
         with self.device.compute.use():
@@ -281,7 +289,8 @@ class TorchRunner:
 
     def _decode_body(self, slot: Slot, num_rows: int, flavour: Flavour) -> None:
         """A whole decode step over a slot's first `num_rows` rows, padding included. What graphs record."""
-        has_values = self._decodes_values and flavour is not Flavour.TEXT
+        full = self._decodes_values and flavour is Flavour.FULL
+        has_values = self._decodes_values and flavour is not Flavour.TEXT  # of the tokens before, in any row
         hidden = self.model.forward(
             self._embed_rows(slot, num_rows, has_values),
             self._decode_tokens(slot, num_rows, self._max_tokens),
@@ -292,9 +301,8 @@ class TorchRunner:
             assert slot.logits is not None and slot.hidden is not None
             slot.logits[:num_rows].copy_(logits)
             slot.hidden[:num_rows].copy_(hidden)
-            return
-        wants = _IN_GRAPH[flavour]._replace(spatial=has_values)
-        self.sampler.sample(slot, slice(0, num_rows), logits, hidden, None, wants)
+        wants = _IN_GRAPH[flavour]._replace(spatial=full)
+        self.sampler.sample(slot, slice(0, num_rows), logits, hidden, None, wants, rows="graph_rows")
 
     def _embed_rows(self, slot: Slot, num_rows: int, has_values: bool) -> Tensor:
         rows = slot.fields["rows"][:num_rows].long()

@@ -40,7 +40,7 @@ class VisionGraphs:
         self._graphs: dict[int, Graph] = {}
 
     def capture(self, size: int) -> bool:
-        """Capture the encoder over `size` crops; False if the device refused."""
+        """Capture the encoder over `size` crops; False if the device refused. Raises CaptureBroken."""
         try:
             self._graphs[size] = self._device.capture(partial(self._body, size))
         except CaptureFailed as error:

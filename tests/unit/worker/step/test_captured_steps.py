@@ -17,14 +17,16 @@ from shared.protocol import Sampling, Submit, pack_i32
 from tests.unit.worker.loop.simulation import EPOCH, GATEWAY, Stream
 from tests.unit.worker.step.graph_device import GraphDevice, RecordedGraph
 from tests.unit.worker.step.test_torch_runner import GOLDEN, Harness, load, mixture
+from worker.device.contract import CaptureBroken
 from worker.forward import ImageCrops
 from worker.loop.inbox import Received
 from worker.models.moondream import Moondream
 from worker.schedule.plan import StepPlan
-from worker.step.contract import GraphCounts
+from worker.step.contract import DeviceTimes, GraphCounts
 from worker.step.decode_graphs import Flavour, bucket_sizes
 from worker.step.graph_table import EAGER_RUNS_BEFORE_CAPTURE
 from worker.step.slot import Slot
+from worker.step.torch_runner import TorchRunner
 from worker.step.vision_graphs import VisionGraphs, cut_pieces, piece_sizes
 from worker.step.warm_up import warm_up
 
@@ -191,6 +193,33 @@ def test_gated_rows_get_what_they_get_alone(tiny: Moondream, sampling: dict[str,
 
 
 @pytest.mark.slow
+def test_one_gated_row_leaves_the_others_in_their_graph(
+    model: Moondream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row with log-probabilities beside text, points and boxes whose automata live on the device: text rows are
+    sampled by the captured step, the gated row and the spatial ones behind it; nobody's tokens or states change."""
+    submits = mixture(model, seed=7, temperature=0.8)[:4]
+    first = submits[0][0]
+    settings = msgspec.structs.replace(first.sampling, num_logprobs=2)
+    submits[0] = (msgspec.structs.replace(first, sampling=settings), submits[0][1])
+    expected = alone(model, submits)
+    behind: list[tuple[int, int]] = []
+    launch = TorchRunner.launch_sampling
+
+    def watched(self: TorchRunner, slot_number: int, plan: StepPlan, picks: list[int], *, masked: bool) -> None:
+        slot = self.slots[slot_number]
+        if slot.left_out and not plan.chunks:
+            behind.append((len(slot.left_out), len(plan.decode)))
+        launch(self, slot_number, plan, picks, masked=masked)
+
+    monkeypatch.setattr(TorchRunner, "launch_sampling", watched)
+    harness = Harness(model, depth=2, max_rows=6, device=GraphDevice())
+    agree(harness.answer(submits), expected)
+    assert any(num_behind < num_rows for num_behind, num_rows in behind), "text rows stayed in the graph"
+    assert harness.runner.graph_counts.eager_steps_total.get("gated")
+
+
+@pytest.mark.slow
 def test_padding_writes_to_no_live_page(tiny: Moondream) -> None:
     device = GraphDevice()
     harness = Harness(tiny, depth=1, max_rows=4, device=device, cache=False)
@@ -262,6 +291,41 @@ def test_an_unchanged_batch_is_one_upload_one_replay_one_download(
     assert device.num_events == events, "events are made at start"
 
 
+@pytest.mark.slow
+def test_a_late_host_leaves_the_device_idle_not_busy(
+    tiny: Moondream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host takes 7 s before it queues a step's upload and 5 s after; the step itself takes 1 s."""
+    now = [0.0]
+    monkeypatch.setattr("worker.device.cpu.time.perf_counter", lambda: now[0])
+    upload, replay, times = Slot.upload, RecordedGraph.replay, TorchRunner.device_times
+
+    def late(self: Slot, words: int | None = None) -> None:
+        now[0] += 7
+        upload(self, words)
+        now[0] += 5
+
+    def slow(self: RecordedGraph) -> None:
+        now[0] += 1
+        replay(self)
+
+    seen = []
+
+    def watched(self: TorchRunner, slot_number: int) -> DeviceTimes:
+        seen.append(times(self, slot_number))
+        return seen[-1]
+
+    harness = Harness(tiny, depth=1, max_rows=1, device=GraphDevice())
+    for key in harness.runner.graph_keys():
+        if key[2] is Flavour.TEXT:
+            harness.runner.capture_graph(*key)
+    monkeypatch.setattr(Slot, "upload", late)
+    monkeypatch.setattr(RecordedGraph, "replay", slow)
+    monkeypatch.setattr(TorchRunner, "device_times", watched)
+    harness.answer(text(1, 6, 300))
+    assert [(t.busy_s, t.idle_s) for t in seen[1:]] == [(1.0, 12.0)] * 5
+
+
 def test_vision_graphs_equal_the_encoder(tiny: Moondream) -> None:
     """Pictures of 1, 3 and 5 crops at once, cut into captured pieces and an eager rest."""
     generator = torch.Generator().manual_seed(1)
@@ -307,17 +371,41 @@ def test_buckets_hold_every_batch(max_rows: int) -> None:
     assert sizes == sorted(set(sizes)) and sizes[-1] == max_rows
 
 
-def test_a_capture_that_would_wait_is_refused(tiny: Moondream) -> None:
+@pytest.fixture
+def looking(tiny: Moondream) -> Iterator[Moondream]:
+    """A model that makes the host wait in the region model: a recording of it breaks off midway."""
+    tiny.looks = True
+    yield tiny
+    tiny.looks = False
+
+
+def test_a_recording_that_breaks_off_at_start_up_is_fatal(looking: Moondream) -> None:
     """The recording device notices what CUDA would: here the region model's look at the batch."""
     device = GraphDevice()
-    harness = Harness(tiny, depth=1, max_rows=1, device=device)
-    tiny.looks = True
-    try:
+    harness = Harness(looking, depth=1, max_rows=1, device=device)
+    with pytest.raises(CaptureBroken, match="makes the host wait"):
         harness.runner.capture_graphs()
-    finally:
-        tiny.looks = False
-    graphs = harness.runner.graphs
-    assert graphs is not None and graphs.counts.captures_total == {"startup": 2, "failed": 4}
+    assert device.capture_broke
+    with pytest.raises(CaptureBroken):
+        warm_up(harness.runner)
+
+
+@pytest.mark.slow
+def test_after_a_broken_late_recording_nothing_is_captured_any_more(looking: Moondream) -> None:
+    """The batch goes on eagerly with the same tokens, and no further recording is begun."""
+    submits = text(3, 20, 300, num_logprobs=1)  # gated steps look at the batch
+    device = GraphDevice()
+    harness = Harness(looking, depth=2, max_rows=4, device=device)
+    looking.looks = False
+    expected = alone(looking, submits)
+    looking.looks = True
+    agree(harness.answer(submits), expected)
+    counts = harness.runner.graph_counts.captures_total
+    assert device.capture_broke and counts["failed"] == 1
+    begun = counts.get("late", 0)
+    looking.looks = False  # from here on every recording would succeed
+    agree(harness.answer(text(3, 20, 300)), alone(looking, text(3, 20, 300)))
+    assert harness.runner.graph_counts.captures_total.get("late", 0) == begun
 
 
 @pytest.mark.slow
