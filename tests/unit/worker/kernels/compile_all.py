@@ -1,10 +1,15 @@
 """Owns compiling every kernel for an H200 (sm_90) on a machine without a GPU. Run as a script, without the interpreter.
 
-Triton brings its own assembler, so what it would refuse on the GPU it refuses here. Prints one line a kernel.
+Triton brings its own assembler, so what it would refuse on the GPU it refuses here. Prints one line a kernel: its name,
+warps, dtype, bytes of shared memory, registers a thread, bytes spilled.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -20,6 +25,7 @@ from worker.kernels import (
     quantised_linear,
     rotary_kv_write,
     sample,
+    sample_histogram,
 )
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -42,17 +48,55 @@ POINTERS = {
     "ids_ptr": "*i64",
     "bad_ptr": "*i32",
     "scales_ptr": "*fp32",
+    "rows_ptr": "*i32",
+    "last_ids_ptr": "*i64",
+    "outputs_ptr": "*i32",
+    "bests_ptr": "*fp32",
+    "best_ids_ptr": "*i32",
+    "raw_bests_ptr": "*fp32",
+    "nans_ptr": "*i32",
+    "counts_ptr": "*i32",
+    "masses_ptr": "*i64",
+    "taken_ptr": "*i32",
 }
+ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
 
-def compile_for(kernel: Any, warps: int, constants: dict[str, Any], **pointers: str) -> None:
-    """Compile one kernel; every pointer not named is bf16, scale and eps are fp32, the rest int32."""
+def registers(ptx: str, target: str) -> tuple[int, int]:
+    """(registers a thread, bytes spilled) of assembled code, as the assembler reports them; (0, 0) where it is not found."""
+    if not ASSEMBLER.exists():
+        return 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        told = subprocess.run(
+            [str(ASSEMBLER), "-v", f"-arch={target}", str(source), "-o", str(source.with_suffix(".o"))],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    used = re.search(r"Used (\d+) registers", told)
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", told)
+    return int(used[1]) if used else 0, sum(int(number) for number in spilled)
+
+
+def compile_for(
+    kernel: Any,
+    warps: int,
+    constants: dict[str, Any],
+    *,
+    dtype: str = "bf16",
+    stages: int = 3,
+    most_registers: int | None = None,
+    **pointers: str,
+) -> None:
+    """Compile one kernel; every pointer not named is of `dtype`, scale and eps are fp32, the rest int32."""
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = pointers.get(name) or POINTERS.get(name, "*bf16")
+            signature[name] = pointers.get(name) or POINTERS.get(name, f"*{dtype}")
         else:
             signature[name] = "fp32" if name in ("scale", "cap", "eps") else "i32"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -62,9 +106,11 @@ def compile_for(kernel: Any, warps: int, constants: dict[str, Any], **pointers: 
         if signature[n].startswith("*")
     }
     source = ASTSource(kernel, signature, places, aligned)
-    built = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": 3})
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": most_registers}
+    built = triton.compile(source, target=TARGET, options=options)
     assert built.metadata.shared <= 227 << 10, f"{kernel.__name__} wants {built.metadata.shared} bytes shared"
-    print(kernel.__name__, built.metadata.shared)
+    used, spilled = registers(built.asm["ptx"], "sm_90a")
+    print(kernel.__name__, warps, dtype, built.metadata.shared, used, spilled)
 
 
 def main() -> None:
@@ -96,8 +142,14 @@ def main() -> None:
         compile_for(norm._norm_row, 8, {"DIM": 2048, "BLOCK": 2048, "CENTRED": flag, "RESIDUAL": flag})
         compile_for(activation._activate, 4, {"DIM": 8192, "SILU": flag, "GATED": flag, "BLOCK": 1024})
         compile_for(
-            sample._sample_row, 16, {"VOCAB": 51200, "MASKED": flag, "SUPPRESSED": flag, "BLOCK": 4096}
+            sample._sample_row,
+            16,
+            {"VOCAB": 51200, "MASKED": flag, "SUPPRESSED": flag, "OWN": flag, "BLOCK": 4096},
         )
+        row = {"VOCAB": 51200, "SLICES": 8, "MASKED": flag, "SUPPRESSED": flag, "BLOCK": 2048}
+        for scan in (sample_histogram._scan_slice, sample_histogram._count_slice):
+            compile_for(scan, 8, row | {"SLICE": 8192})
+        compile_for(sample_histogram._draw_row, 16, row | {"OWN": flag})
     compile_for(mask._mask_row, 4, {"VOCAB": 51200, "BLOCK": 2048})
     product = {"INPUTS": 2048, "OUTPUTS": 8192, "GROUP": 128, "HAS_BIAS": True, "ROWS": 16, "WIDEN": False}
     compile_for(activation._activate, 4, {"DIM": 6912, "SILU": False, "GATED": True, "BLOCK": 1024})

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from worker.kernels.mask import mask_logits
-from worker.kernels.sample import allowed_words, sample
+from worker.kernels.outputs import Sinks
+from worker.kernels.sample import allowed_words
+from worker.kernels.sample import sample as sample_by_search
+from worker.kernels.sample_histogram import choose_slices, sample_by_histogram
 from worker.step.sampler import apply_mask, stochastic
+
+
+Sampler = Callable[..., tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(params=["search", "histogram"])
+def sample(request: pytest.FixtureRequest) -> Sampler:
+    """Both kernels keep one definition."""
+    return sample_by_search if request.param == "search" else sample_by_histogram
 
 
 def settings(rows: int, **given: float) -> dict[str, Tensor]:
@@ -47,7 +61,7 @@ def mixed_settings(rows: int) -> dict[str, Tensor]:
     ("vocab", "spread", "coarse"),
     [(1, 1.0, False), (33, 0.5, True), (1000, 4.0, False), (1000, 0.5, True), (4200, 4.0, True)],
 )
-def test_equals_the_sorting_sampler(vocab: int, spread: float, coarse: bool) -> None:
+def test_equals_the_sorting_sampler(vocab: int, spread: float, coarse: bool, sample: Sampler) -> None:
     logits = torch.randn(10, vocab) * spread
     if coarse:  # as a bf16 product leaves them: many ties
         logits = logits.bfloat16().float()
@@ -64,7 +78,7 @@ def test_equals_the_sorting_sampler(vocab: int, spread: float, coarse: bool) -> 
     "given",
     [{}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.7, "min_p": 0.1}],
 )
-def test_ties_go_by_id_and_shares_are_exact(given: dict[str, float]) -> None:
+def test_ties_go_by_id_and_shares_are_exact(given: dict[str, float], sample: Sampler) -> None:
     """Uniforms on an even grid: every id is drawn as often as its probability says, within one row."""
     logits = torch.tensor([2.0, 1.0, 2.0, 0.0, 1.0, 1.0, -1.0, 2.0]).repeat(20, 1)
     made = settings(20, **given)
@@ -76,7 +90,7 @@ def test_ties_go_by_id_and_shares_are_exact(given: dict[str, float]) -> None:
     assert (counts - wanted).abs().max() <= 1, (counts, wanted)
 
 
-def test_bf16_logits_and_strided_rows() -> None:
+def test_bf16_logits_and_strided_rows(sample: Sampler) -> None:
     wide = (torch.randn(6, 700) * 3).bfloat16()
     made = mixed_settings(6)
     ids, _ = sample(wide[:, :650], **made)
@@ -84,7 +98,7 @@ def test_bf16_logits_and_strided_rows() -> None:
     assert torch.equal(ids, expected)
 
 
-def test_greedy_takes_the_lowest_of_equals() -> None:
+def test_greedy_takes_the_lowest_of_equals(sample: Sampler) -> None:
     logits = torch.zeros(3, 9000)
     logits[1, [8000, 17, 4100]] = 1.0
     logits[2, 8999] = 1.0
@@ -92,7 +106,7 @@ def test_greedy_takes_the_lowest_of_equals() -> None:
     assert ids.tolist() == [0, 17, 8999] == logits.max(dim=-1).indices.tolist()
 
 
-def test_bad_rows_are_reported_and_leave_others_alone() -> None:
+def test_bad_rows_are_reported_and_leave_others_alone(sample: Sampler) -> None:
     logits = torch.randn(6, 300)
     logits[1, 7] = float("nan")
     logits[2, 9] = float("inf")
@@ -107,7 +121,7 @@ def test_bad_rows_are_reported_and_leave_others_alone() -> None:
 
 
 @pytest.mark.parametrize("vocab", [50, 4099])
-def test_masks(vocab: int) -> None:
+def test_masks(vocab: int, sample: Sampler) -> None:
     logits = torch.randn(8, vocab) * 3
     words = torch.randint(-(2**31), 2**31 - 1, (8, (vocab + 31) // 32), dtype=torch.int64).to(torch.int32)
     words[0] = 0
@@ -125,7 +139,7 @@ def test_masks(vocab: int) -> None:
     assert int(ids[0]) == vocab // 64 * 32
 
 
-def test_a_mask_that_allows_nothing_ends() -> None:
+def test_a_mask_that_allows_nothing_ends(sample: Sampler) -> None:
     words = torch.zeros(2, 4, dtype=torch.int32)
     ids, bad = sample(torch.randn(2, 100), **settings(2), words=words)
     assert ids.tolist() == [0, 0] and not bad.any()
