@@ -75,7 +75,7 @@ def _rotate_and_write(
 
     query_at = (token * NUM_HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
     tl.store(query_ptr + query_at, x.to(query_ptr.dtype.element_ty), mask=(heads < NUM_HEADS)[:, None])
-    line = tl.load(write_index_ptr + token)
+    line = tl.load(write_index_ptr + token).to(tl.int64)
     is_key = (heads >= NUM_HEADS) & (heads < num_rotated)
     key_at = (line * KV_HEADS + heads - NUM_HEADS)[:, None] * HEAD_DIM + dims[None, :]
     tl.store(keys_ptr + key_at, x.to(keys_ptr.dtype.element_ty), mask=is_key[:, None])
@@ -99,7 +99,7 @@ def rotary_kv_write(
     """Rotate q and k, write k and v to the cache lines `write_index`; returns q (N, H, D) in the cache's dtype.
 
     qkv (N, (H + 2·KH)·D), rows may be strided: q heads, then k, then v. rotation (N, R/2, 2) fp32: cosine and
-    sine of each token's angles, R ≤ D even. write_index (N,) int64. keys, values (num_pages, page_tokens, KH, D)
+    sine of each token's angles, R ≤ D even. write_index (N,) int32 or int64. keys, values (num_pages, page_tokens, KH, D)
     contiguous; D a power of two. qk_weight (H + KH, D) fp32: RMS norm of each q and k head before the rotation
     (Qwen3), in the same order of dimensions as qkv. Values that are not finite become 0.
     """

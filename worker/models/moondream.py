@@ -81,6 +81,7 @@ class Moondream(Decoder):
             num_heads=text.n_heads,
             num_kv_heads=text.n_kv_heads,
             head_dim=text.head_dim,
+            biased=True,
         )
         self.config = config
         self.prefix_tokens = config.prefix_tokens

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import IntEnum
 
+from worker.device.choices import choices
 from worker.device.contract import Device
+from worker.models.contract import Model
 from worker.schedule.sequence import Sequence
 from worker.step.contract import GraphCounts
 from worker.step.graph_table import GraphTable
@@ -35,10 +37,17 @@ def flavour_of(rows: list[Sequence]) -> Flavour:
     return Flavour.FULL if full else Flavour.TEXT
 
 
-def bucket_sizes(max_rows: int) -> list[int]:
-    """Batch sizes captured as graphs: 1, 2, 4, then every 8 up to 64, then every 32."""
+def bucket_sizes(max_rows: int, least: int = 1) -> list[int]:
+    """Batch sizes captured as graphs: 1, 2, 4, then every 8 up to 64, then every 32; none below `least`, if there may be
+    so many rows."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(96, max_rows + 32, 32)]
-    return [size for size in sizes if size < max_rows] + [max_rows]
+    return [size for size in sizes if least <= size < max_rows] + [max_rows]
+
+
+def least_bucket(model: Model) -> int:
+    """The fewest rows a captured step should have. A product with a bias becomes two launches at a single row (a copy of the
+    bias, then a product that adds to it) and one at two."""
+    return 2 if model.biased and choices().pair_rows else 1
 
 
 class DecodeGraphs(GraphTable[Flavour]):

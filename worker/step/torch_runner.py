@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.device.choices import choices
 from worker.device.contract import Device
 from worker.formats.source import ProgressReport
 from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens, nothing
@@ -21,7 +22,7 @@ from worker.schedule.plan import StepPlan, StepResult
 from worker.step.chunk_embedding import ChunkEmbedding
 from worker.step.chunk_graphs import ChunkGraphs, chunk_buckets
 from worker.step.contract import DeviceTimes, GraphCounts, OutOfDeviceMemory, Progress
-from worker.step.decode_graphs import DecodeGraphs, Flavour, bucket_sizes, flavour_of
+from worker.step.decode_graphs import DecodeGraphs, Flavour, bucket_sizes, flavour_of, least_bucket
 from worker.step.features import FeatureCache
 from worker.step.rows import RowTables
 from worker.step.slot import Slot
@@ -101,7 +102,7 @@ class TorchRunner:
             flavours = (Flavour.TEXT, Flavour.GATED, *([Flavour.FULL] if automata else []))
             self.graphs = DecodeGraphs(
                 device,
-                buckets or bucket_sizes(shape.max_rows),
+                buckets or bucket_sizes(shape.max_rows, least_bucket(model)),
                 flavours,
                 self._decode_body,
                 self.graph_counts,
@@ -291,12 +292,11 @@ class TorchRunner:
         """A whole decode step over a slot's first `num_rows` rows, padding included. What graphs record."""
         full = self._decodes_values and flavour is Flavour.FULL
         has_values = self._decodes_values and flavour is not Flavour.TEXT  # of the tokens before, in any row
-        hidden = self.model.forward(
+        hidden, logits = self.model.decode(
             self._embed_rows(slot, num_rows, has_values),
             self._decode_tokens(slot, num_rows, self._max_tokens),
             self.cache,
         )
-        logits = self.model.logits(hidden)
         if flavour is Flavour.GATED:
             assert slot.logits is not None and slot.hidden is not None
             slot.logits[:num_rows].copy_(logits)
@@ -305,16 +305,21 @@ class TorchRunner:
         self.sampler.sample(slot, slice(0, num_rows), logits, hidden, None, wants, rows="graph_rows")
 
     def _embed_rows(self, slot: Slot, num_rows: int, has_values: bool) -> Tensor:
-        rows = slot.fields["rows"][:num_rows].long()
+        rows = self._index(slot.fields["rows"][:num_rows])
+        last_ids = self.rows.last_ids.index_select(0, rows)
         if not has_values:
-            return self.model.embed(self.rows.last_ids[rows])
+            return self.model.embed(last_ids)
         spatial = slot.fields["spatial"][:num_rows] > 0
-        return self.model.embed_next(self.rows.last_ids[rows], self.rows.last_values[rows], spatial)
+        return self.model.embed_next(last_ids, self.rows.last_values.index_select(0, rows), spatial)
+
+    def _index(self, field: Tensor) -> Tensor:
+        """An int32 field as the forward takes indexes: kernels take it as it is, all else wants int64."""
+        return field if self.model.fuses and choices().narrow_indexes else field.long()
 
     def _decode_tokens(self, slot: Slot, num_rows: int, max_tokens: int) -> StepTokens:
         return StepTokens(
-            slot.fields["positions"][:num_rows].long(),
-            slot.fields["write_index"][:num_rows].long(),
+            self._index(slot.fields["positions"][:num_rows]),
+            self._index(slot.fields["write_index"][:num_rows]),
             DecodeRows(num_rows, slot.tables[:num_rows], slot.fields["lengths"][:num_rows], max_tokens),
         )
 

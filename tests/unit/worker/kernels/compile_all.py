@@ -28,6 +28,8 @@ from worker.kernels import (
     sample_histogram,
 )
 
+Variant = paged_decode_attention.Variant
+VARIANTS = paged_decode_attention.VARIANTS
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
     "tables_ptr": "*i32",
@@ -89,7 +91,7 @@ def compile_for(
     stages: int = 3,
     most_registers: int | None = None,
     **pointers: str,
-) -> None:
+) -> tuple[int, int]:
     """Compile one kernel; every pointer not named is of `dtype`, scale and eps are fp32, the rest int32."""
     signature = {}
     for name in kernel.arg_names:
@@ -111,25 +113,64 @@ def compile_for(
     assert built.metadata.shared <= 227 << 10, f"{kernel.__name__} wants {built.metadata.shared} bytes shared"
     used, spilled = registers(built.asm["ptx"], "sm_90a")
     print(kernel.__name__, warps, dtype, built.metadata.shared, used, spilled)
+    return used, spilled
+
+
+def attention(
+    kv_heads: int,
+    group: int,
+    dim: int,
+    splits: int,
+    variant: Variant | None = None,
+    *,
+    dtype: str = "bf16",
+    window: int = 0,
+    capped: bool = False,
+) -> tuple[int, int]:
+    """Decode attention as its launcher lays it out, in `variant` or as served; returns what `registers` tells."""
+    variant = variant or paged_decode_attention.served(group, is_wide=dtype == "fp32")
+    single = group == 1 and not variant.dots
+    return compile_for(
+        paged_decode_attention._attend_split,
+        variant.num_warps,
+        {
+            "KV_HEADS": kv_heads, "GROUP": group, "BLOCK_GROUP": 1 if single else 16, "HEAD_DIM": dim,
+            "PAGE_TOKENS": 16, "NUM_SPLITS": splits, "BLOCK": variant.block_tokens, "WIDEN": dtype == "fp32",
+            "WINDOW": window, "CAPPED": capped, "HEADS_FIRST": variant.heads_first,
+            "STAGES": variant.stages if variant.staged else None,
+        },
+        dtype=dtype,
+        stages=variant.stages,
+        most_registers=variant.most_registers,
+    )  # fmt: skip
 
 
 def main() -> None:
-    """Every kernel at the sizes of the models served."""
-    for kv_heads, group, block, dim, splits, window, capped in [
-        (32, 1, 1, 64, 8, 0, False),
-        (8, 2, 16, 128, 8, 0, False),
-        (8, 4, 16, 64, 1, 0, False),
-        (4, 2, 16, 256, 8, 4096, True),
-        (1, 4, 16, 256, 4, 512, False),
+    """Every kernel at the sizes of the models served, and in fp32 what the tests on a GPU run."""
+    for variant in VARIANTS.values():
+        attention(32, 1, 64, 8, variant)
+    used, spilled = attention(32, 1, 64, 8)
+    assert used <= 64 and not spilled, "what serves leaves room for eight programs a multiprocessor"
+    for dtype in ("bf16", "fp32"):
+        attention(32, 1, 64, 1, dtype=dtype)
+        attention(8, 2, 128, 8, dtype=dtype)
+        attention(8, 4, 64, 16, dtype=dtype)
+    attention(2, 2, 32, 8, dtype="fp32")
+    for kv_heads, group, dim, window, capped, dtype in [
+        (32, 1, 64, 0, False, "bf16"),
+        (8, 2, 128, 0, False, "bf16"),
+        (8, 4, 64, 0, False, "bf16"),
+        (4, 2, 256, 4096, True, "bf16"),
+        (1, 4, 256, 512, False, "bf16"),
+        (32, 1, 64, 0, False, "fp32"),
+        (8, 2, 128, 0, False, "fp32"),
     ]:
-        shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "PAGE_TOKENS": 16, "WIDEN": False}
-        shape |= {"WINDOW": window, "CAPPED": capped}
-        compile_for(
-            paged_decode_attention._attend_split,
-            4,
-            shape | {"BLOCK_GROUP": block, "NUM_SPLITS": splits, "BLOCK": 64},
-        )
-        compile_for(prefill_attention._attend_chunk, 4, shape | {"BLOCK_Q": 64, "BLOCK_K": 64})
+        if dim == 256:
+            attention(kv_heads, group, dim, 8, window=window, capped=capped)
+        shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "PAGE_TOKENS": 16}
+        shape |= {"WINDOW": window, "CAPPED": capped, "WIDEN": dtype == "fp32"}
+        blocks = {"BLOCK_Q": 64, "BLOCK_K": 64}
+        compile_for(prefill_attention._attend_chunk, 4, shape | blocks, dtype=dtype, stages=2)
     compile_for(paged_decode_attention._join_splits, 2, {"NUM_HEADS": 32, "HEAD_DIM": 64, "NUM_SPLITS": 8})
     heads = {"NUM_HEADS": 16, "KV_HEADS": 8, "HEAD_DIM": 128, "ROTARY_DIM": 128, "BLOCK": 8}
     for flag in (True, False):
