@@ -71,6 +71,10 @@ class Runner(Protocol):
     def is_done(self, slot_number: int) -> bool:
         """Whether the outputs have reached the host."""
 
+    def wait_rows(self, slot_number: int, plan: StepPlan) -> StepResult | None:
+        """Where the decode rows of a step with chunks are copied out before the chunks are through: block until they have
+        reached the host, and read them. None where all samples come together."""
+
     def wait(self, slot_number: int, plan: StepPlan) -> StepResult:
         """Block until the outputs have reached the host, and read them all (I4). Raises RuntimeError on a device fault."""
 

@@ -192,7 +192,7 @@ class TorchRunner:
             stage_ends(slot.host, num_rows, num)
         if padded > num_rows:
             stage_padding(slot.host, num_rows, padded)
-        slot.sampled_rows, slot.left_out = 0, []
+        slot.sampled_rows, slot.left_out, slot.early_rows = 0, [], 0
         with self.device.compute.use():
             slot.previous_end = self._last_sampled
             slot.upload(used_words(plan, slot.shape, padded))
@@ -214,6 +214,8 @@ class TorchRunner:
                     if flavour is Flavour.GATED
                     else []
                 )
+                if plan.chunks and not slot.left_out and choices().early_copy:
+                    self._copy_rows(slot, num_rows)
             if (
                 set_aside
             ):  # the graph has read the padding: the fields of the ending rows go back to their places
@@ -249,17 +251,26 @@ class TorchRunner:
             wants = wants_of([plan.samples[i] for i in picks])
             self.sampler.sample(slot, which, slot.logits[which], slot.hidden[which], words, wants)
 
+    def _copy_rows(self, slot: Slot, num_rows: int) -> None:
+        """Copy the decode rows' outputs out behind their graph: the chunks of the step may take ten times as long."""
+        copy = self.device.copy
+        copy.wait(self.device.compute.record(slot.rows_sampled))
+        with copy.use():
+            slot.host_outputs[:num_rows].copy_(slot.outputs[:num_rows], non_blocking=True)
+        copy.record(slot.rows_copied)
+        slot.early_rows = num_rows
+
     @torch.inference_mode()
     def launch_copy(self, slot_number: int, plan: StepPlan) -> None:
         slot, copy = self.slots[slot_number], self.device.copy
-        num = len(plan.samples)
+        num, first = len(plan.samples), slot.early_rows
         self._last_sampled = self.device.compute.record(slot.next_sampled())
-        copied = slot.next_copied(has_outputs=num > 0)
-        if num:
+        copied = slot.next_copied(has_outputs=num > first)
+        if num > first:
             # The copy waits for this step's own event, not for work that the compute stream is given later.
             copy.wait(slot.sampled)
             with copy.use():
-                slot.host_outputs[:num].copy_(slot.outputs[:num], non_blocking=True)
+                slot.host_outputs[first:num].copy_(slot.outputs[first:num], non_blocking=True)
                 if any([seq.sampling.num_logprobs > 0 for seq in plan.samples]):
                     slot.host_top[:num].copy_(slot.top[:num], non_blocking=True)
             copy.record(copied)
@@ -271,11 +282,20 @@ class TorchRunner:
         copied = self.slots[slot_number].copied
         return copied is not None and copied.query()
 
+    def wait_rows(self, slot_number: int, plan: StepPlan) -> StepResult | None:
+        slot = self.slots[slot_number]
+        if not slot.early_rows:
+            return None
+        slot.rows_copied.synchronize()
+        return slot.read(plan, slot.early_rows)
+
     def wait(self, slot_number: int, plan: StepPlan) -> StepResult:
         slot = self.slots[slot_number]
         assert slot.copied is not None
         slot.copied.synchronize()
-        return slot.read(plan)
+        if slot.early_rows:
+            slot.rows_copied.synchronize()
+        return slot.read(plan, len(plan.samples))
 
     def device_times(self, slot_number: int) -> DeviceTimes:
         slot = self.slots[slot_number]
