@@ -77,7 +77,6 @@ class TimedRunner(TorchRunner):
         self.times.append(StepTime(time.perf_counter(), busy_s, idle_s, len(plan.decode), not plan.chunks))
         return measured
 
-
     def time_replays(self, num_rows: int) -> float:
         """Seconds of one replay of the text graph of so many rows, queued back to back over all slots: what a step takes
         where the host is never late. The inputs are those of the steps staged last; 0 where it was not captured."""
@@ -239,7 +238,9 @@ def run_rows(
         if host_before_s and len(runner.times) >= timed_from + steps:
             break
     host_s = engine.metrics.host_seconds_total - host_before_s
-    replay_s = runner.time_replays(rows)  # behind whatever is in flight; the tokens left to decode are others then
+    replay_s = runner.time_replays(
+        rows
+    )  # behind whatever is in flight; the tokens left to decode are others then
     num_host = engine.metrics.steps_total - launched
     while engine.tick():  # the rest of the tokens: the runner must end empty
         pass
@@ -350,9 +351,7 @@ def run_shape(
     return found
 
 
-HEADING = (
-    "shape         path  rows depth pick   step ms  ×floor replay ms bubble ms  p99 ms  idle ms  host µs  floor ms"
-)
+HEADING = "shape         path  rows depth pick   step ms  ×floor replay ms bubble ms  p99 ms  idle ms  host µs  floor ms"
 
 
 def to_line(f: Figures) -> str:

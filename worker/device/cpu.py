@@ -120,6 +120,7 @@ class CpuDevice:
         self._events_look_late = events_look_late
         self.compute: Stream = CpuStream(events_look_late)
         self.copy: Stream = CpuStream(events_look_late)
+        self.aside: Stream = self.compute
 
     def event(self) -> Event:
         return CpuEvent(self._events_look_late)
@@ -127,7 +128,10 @@ class CpuDevice:
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
+    def hand_over(self, tensor: torch.Tensor) -> None:
+        pass  # one stream
+
+    def capture(self, body: Callable[[], None], *, warm_up: bool = True, aside: bool = False) -> Graph:
         return CpuGraph(body)
 
     def synchronize(self) -> None:

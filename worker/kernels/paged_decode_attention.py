@@ -28,9 +28,13 @@ class Variant:
     block_tokens: int = 64
     num_warps: int = 4
     stages: int = 3  # of loads ahead of their use
-    staged: bool = False  # the loop itself asks for the stages: the compiler else pipelines only loads of a `tl.dot`
+    staged: bool = (
+        False  # the loop itself asks for the stages: the compiler else pipelines only loads of a `tl.dot`
+    )
     most_registers: int | None = None  # a thread; None: as many as the compiler likes
-    heads_first: bool = False  # programs of one token range, a head each, run beside each other, for they share pages
+    heads_first: bool = (
+        False  # programs of one token range, a head each, run beside each other, for they share pages
+    )
     dots: bool = False  # one head a key through the matrix units, padded to 16 rows
     programs: int = 4  # a multiprocessor, wanted: enough loads in flight to fill the memory system
 

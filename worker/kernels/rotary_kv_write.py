@@ -153,7 +153,16 @@ def _rotate_write_and_gelu(
         )  # fmt: skip
     else:
         activate_block(
-            token, block - HEAD_BLOCKS, inner_ptr, out_ptr, inner_stride, out_stride, DIM, False, False, DIM_BLOCK
+            token,
+            block - HEAD_BLOCKS,
+            inner_ptr,
+            out_ptr,
+            inner_stride,
+            out_stride,
+            DIM,
+            False,
+            False,
+            DIM_BLOCK,
         )
 
 

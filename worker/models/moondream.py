@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
-from worker.formats.source import ProgressReport, Source, Target
 from worker.device.choices import choices
+from worker.formats.source import ProgressReport, Source, Target
 from worker.forward import ImageCrops
 from worker.models.attention import AttentionPlan
 from worker.models.contract import EncodeCrops
@@ -144,7 +144,9 @@ class _TextBlock:
             weight = torch.cat([weight[order], take(f"{name}.mlp.fc1.weight", config.ff_dim, dim)])
             bias = torch.cat([bias, take(f"{name}.mlp.fc1.bias", config.ff_dim)])
             self._joined = PackedLinear(weight, bias, pack=False)
-            (qkv, fc1), (qkv_bias, fc1_bias) = (t.split((config.qkv_dim, config.ff_dim)) for t in (weight, bias))
+            (qkv, fc1), (qkv_bias, fc1_bias) = (
+                t.split((config.qkv_dim, config.ff_dim)) for t in (weight, bias)
+            )
             self._qkv = PackedLinear(qkv, qkv_bias, pack=False)
             self._fc1 = PackedLinear(fc1, fc1_bias, pack=False)
         else:

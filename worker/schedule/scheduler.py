@@ -238,9 +238,7 @@ class Scheduler:
                 self._settle(chunk.seq)
         return self._accept(plan, result, now_s, first, len(plan.samples))
 
-    def _accept(
-        self, plan: StepPlan, result: StepResult, now_s: float, first: int, last: int
-    ) -> Committed:
+    def _accept(self, plan: StepPlan, result: StepResult, now_s: float, first: int, last: int) -> Committed:
         """Accept samples [first, last)."""
         out = Committed()
         values, token_ids, bad = result.values, result.token_ids, result.bad

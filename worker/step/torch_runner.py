@@ -93,7 +93,7 @@ class TorchRunner:
         if model.encoder is not None and device.captures:
             self.vision_graphs = VisionGraphs(device, model.encoder, shape.step_crops, self.graph_counts)
             encode = self.vision_graphs.features
-        self.embedding = ChunkEmbedding(model, FeatureCache(model, feature_bytes, encode))
+        self.embedding = ChunkEmbedding(model, FeatureCache(model, feature_bytes, device, encode))
         if device.captures:
             self.rows.allocate()
             with torch.inference_mode():

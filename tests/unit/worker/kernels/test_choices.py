@@ -56,7 +56,11 @@ def step(runner: TorchRunner) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ints["positions"][:2], ints["lengths"][:2] = [5, 20], [6, 21]
     slot.host.tables[0, 0], slot.host.tables[1, :2] = 3, [5, 2]
     ints["write_index"][:2] = [3 * 16 + 5, 2 * 16 + 4]
-    floats["temperature"][:2], floats["top_p"][:2], floats["uniform"][:2] = [0.0, 0.9], [1.0, 0.8], [0.5, 0.37]
+    floats["temperature"][:2], floats["top_p"][:2], floats["uniform"][:2] = (
+        [0.0, 0.9],
+        [1.0, 0.8],
+        [0.5, 0.37],
+    )
     floats["min_p"][:2] = 0
     slot.upload()
     slot.outputs.fill_(-1)

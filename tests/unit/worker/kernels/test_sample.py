@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from worker.kernels.mask import mask_logits
-from worker.kernels.outputs import Sinks
 from worker.kernels.sample import allowed_words
 from worker.kernels.sample import sample as sample_by_search
-from worker.kernels.sample_histogram import choose_slices, sample_by_histogram
+from worker.kernels.sample_histogram import sample_by_histogram
 from worker.step.sampler import apply_mask, stochastic
-
 
 Sampler = Callable[..., tuple[Tensor, Tensor]]
 

@@ -170,7 +170,7 @@ class GraphDevice(CpuDevice):
         self._refuses = refuses or (lambda number: False)
         self._attempts = 0
 
-    def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
+    def capture(self, body: Callable[[], None], *, warm_up: bool = True, aside: bool = False) -> Graph:
         self._attempts += 1
         if self._refuses(self._attempts):
             raise CaptureFailed("refused for the test")

@@ -17,11 +17,12 @@ from shared.protocol import Sampling, Submit, pack_i32
 from tests.unit.worker.loop.simulation import EPOCH, GATEWAY, Stream
 from tests.unit.worker.step.graph_device import GraphDevice, RecordedGraph
 from tests.unit.worker.step.test_torch_runner import GOLDEN, Harness, load, mixture
+from worker.device.choices import without
 from worker.device.contract import CaptureBroken
 from worker.forward import ImageCrops
 from worker.loop.inbox import Received
 from worker.models.moondream import Moondream
-from worker.schedule.plan import StepPlan
+from worker.schedule.plan import StepPlan, StepResult
 from worker.step.contract import DeviceTimes, GraphCounts
 from worker.step.decode_graphs import Flavour, bucket_sizes
 from worker.step.graph_table import EAGER_RUNS_BEFORE_CAPTURE
@@ -206,7 +207,9 @@ def test_one_gated_row_leaves_the_others_in_their_graph(
     behind: list[tuple[int, int]] = []
     launch = TorchRunner.launch_sampling
 
-    def watched(self: TorchRunner, slot_number: int, plan: StepPlan, picks: list[int], *, masked: bool) -> None:
+    def watched(
+        self: TorchRunner, slot_number: int, plan: StepPlan, picks: list[int], *, masked: bool
+    ) -> None:
         slot = self.slots[slot_number]
         if slot.left_out and not plan.chunks:
             behind.append((len(slot.left_out), len(plan.decode)))
@@ -289,6 +292,52 @@ def test_an_unchanged_batch_is_one_upload_one_replay_one_download(
     views = {"slice", "select", "view", "detach", "alias"}
     assert [name for name in counted.names if name not in views] == ["copy_"] * 20
     assert device.num_events == events, "events are made at start"
+
+
+@pytest.mark.slow
+def test_decode_rows_of_a_mixed_step_leave_before_its_chunks_end(
+    tiny: Moondream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their outputs are on the host when the chunks begin, and their tokens are out when the loop waits for those."""
+    submits = text(3, 12, 300)
+    expected = alone(tiny, submits)
+    harness = Harness(tiny, depth=2, max_rows=4, device=GraphDevice(), mixed_tokens=20)
+    prefill, wait = TorchRunner._prefill, TorchRunner.wait
+    mixed, sent = [], []
+
+    def watched(self: TorchRunner, slot: Slot, plan: StepPlan, bucket: int) -> None:
+        if plan.decode:
+            num = len(plan.decode)
+            mixed.append(slot.early_rows)
+            if slot.early_rows:
+                assert torch.equal(slot.host_outputs[:num], slot.outputs[:num])
+        prefill(self, slot, plan, bucket)
+
+    def waiting(self: TorchRunner, slot_number: int, plan: StepPlan) -> StepResult:
+        if plan.chunks and plan.decode:
+            for row, seq in enumerate(plan.decode):
+                if seq.finish is None or seq.num_generated:
+                    stream = harness.outbox.streams[GATEWAY, seq.sequence_id]
+                    sent.append(self.slots[slot_number].host_outputs_np[row, 0] in stream.tokens)
+        return wait(self, slot_number, plan)
+
+    monkeypatch.setattr(TorchRunner, "_prefill", watched)
+    monkeypatch.setattr(TorchRunner, "wait", waiting)
+
+    def staggered() -> list[Stream]:
+        streams = harness.begin(submits[:2])
+        while not all(stream.tokens for stream in streams):
+            harness.engine.tick()
+        return [*streams, *harness.answer(submits[2:])]
+
+    agree(staggered(), expected)
+    assert mixed and all(mixed) and sent and all(sent)
+    with without("early_copy"):
+        mixed.clear()
+        monkeypatch.setattr(TorchRunner, "wait", wait)
+        harness = Harness(tiny, depth=2, max_rows=4, device=GraphDevice(), mixed_tokens=20)
+        agree(staggered(), expected)
+        assert mixed and not any(mixed)
 
 
 @pytest.mark.slow
