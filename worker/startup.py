@@ -108,7 +108,9 @@ def build_worker(
     try:
         switch_off(config.gpu_without.split(","))
     except ValueError as error:
-        raise ConfigError(f"gpu_without: {error}; a safe value is the empty one, which turns none off") from None
+        raise ConfigError(
+            f"gpu_without: {error}; a safe value is the empty one, which turns none off"
+        ) from None
     if config.device == "sim" or config.model == "sim":
         card, payloads, num_pages = (
             _asked_context(fake_card(vocab_size=VOCAB_SIZE, context_tokens=16384), config),

@@ -32,7 +32,7 @@ from worker.schedule.pages import PagePool
 from worker.schedule.plan import StepPlan, StepResult
 from worker.schedule.scheduler import Scheduler
 from worker.step.contract import DeviceTimes
-from worker.step.decode_graphs import Flavour
+from worker.step.decode_graphs import Flavour, least_bucket
 from worker.step.staging import StepShape
 from worker.step.torch_runner import TorchRunner
 
@@ -286,7 +286,7 @@ def make_runner(
         made.model,
         device,
         StepShape(
-            max_rows=most,
+            max_rows=max(most, least_bucket(made.model)),
             max_sequence_tokens=longest,
             step_tokens=PREFILL_TOKENS,
             page_tokens=PAGE_TOKENS,
@@ -295,7 +295,7 @@ def make_runner(
             num_slots=max(2, depth),
             step_crops=1,  # no pictures here: the vision encoder has a benchmark of its own
         ),
-        buckets=sorted(row_counts),
+        buckets=sorted({max(count, least_bucket(made.model)) for count in row_counts}),
         token_buckets=[],  # prompts are prefilled thousands of tokens a step
         automata=False,
     )
@@ -365,10 +365,8 @@ def to_line(f: Figures) -> str:
 
 
 def main(
-    shapes: Annotated[
-        str, typer.Option(help="Shapes, comma separated.")
-    ] = "moondream2,qwen3-0.6b,llama-3.2-1b",
-    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32,64,128",
+    shapes: Annotated[str, typer.Option(help="Shapes, comma separated.")] = "moondream2,qwen3-0.6b",
+    rows: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
     depths: Annotated[str, typer.Option(help="Steps in flight, comma separated.")] = "1,2",
     context: Annotated[int, typer.Option(help="Tokens of context a row.")] = 850,
     steps: Annotated[int, typer.Option(help="Steps measured.")] = 120,

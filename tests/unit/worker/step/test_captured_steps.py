@@ -409,6 +409,7 @@ def test_pieces_cover_every_number_of_crops() -> None:
     assert sizes == [26, *range(13, 0, -1)] and piece_sizes(13, 13) == list(range(13, 0, -1))
     for num in range(1, 80):
         assert sum(cut_pieces(num, sizes)) == num
+        assert set(cut_pieces(num, sizes)) <= set(sizes), "no number of crops runs outside the graphs"
         assert sum(cut_pieces(num, [7, 2])) == num
     assert cut_pieces(40, sizes) == [26, 13, 1]
     assert cut_pieces(3, []) == [3]
