@@ -95,8 +95,7 @@ def short_table(record: dict[str, Any], *, smoke: bool = False) -> list[str]:
         theirs = peer.get("transformers_tokens_per_s", {}).get(rows)
         if theirs:
             say(f"beside transformers, {rows} rows", ours / theirs, "×", least=PEER_REACH)
-    for failure in record.get("kernels", {}).get("failures", []):
-        lines.append(f"FAILED {failure}")
+    lines += [f"FAILED {failure}" for failure in record.get("kernels", {}).get("failures", [])]
     return lines
 
 
