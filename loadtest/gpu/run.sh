@@ -114,8 +114,8 @@ serve() {
   begin
   one 3 3 && one 30 30 || status=1
   end
-  if [ -z "$smoke" ] && [ "$status" -eq 0 ]; then # without the two switches that no replay shows
-    export DEGAS_WORKER_GPU_WITHOUT=early_copy,vision_stream
+  if [ -z "$smoke" ] && [ "$status" -eq 0 ]; then # without the switches that no replay shows
+    export DEGAS_WORKER_GPU_WITHOUT=upload_aside,early_copy,vision_stream
     begin
     one 30-plain 30 || status=1
     end

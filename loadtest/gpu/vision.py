@@ -129,7 +129,8 @@ def measure_backends(device: Device, config: VisionConfig, counts: list[int], re
         shape = (crops, tokens, 3, heads, config.enc_dim // heads)
         query, key, value = torch.randn(shape, device=where).to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
         with sdpa_kernel(SDPBackend.MATH):
-            expected = F.scaled_dot_product_attention(*(t[:1].float() for t in (query, key, value)))
+            exact = (query[:1].float(), key[:1].float(), value[:1].float())
+            expected = F.scaled_dot_product_attention(*exact)
         taken = SDPBackend(torch._fused_sdp_choice(query, key, value))
         for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
             backend = getattr(SDPBackend, name)

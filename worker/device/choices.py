@@ -22,12 +22,9 @@ class GpuChoices:
     tuned_attention: bool = True  # decode attention as `paged_decode_attention.TUNED` has it, else as `PLAIN`
     one_product: bool = True  # Moondream: qkv and the MLP's first layer are one product
     one_launch: bool = True  # Moondream: rotation, KV write and GELU are one launch
-    histogram: bool = (
-        True  # sampling over a histogram of distances to the best logit, by several programs a row
-    )
-    early_copy: bool = (
-        True  # decode rows of a mixed step are copied out, and their tokens sent, before its chunks end
-    )
+    histogram: bool = True  # sampling over a histogram of distances to the best, by several programs a row
+    upload_aside: bool = True  # a step's inputs are uploaded beside the step before, on a stream of their own
+    early_copy: bool = True  # decode rows of a mixed step are copied out and sent before its chunks end
     vision_stream: bool = True  # pictures are encoded on a stream of their own, beside decode rows
 
 

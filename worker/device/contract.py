@@ -71,6 +71,7 @@ class Device(Protocol):
     torch_device: torch.device
     compute: Stream
     copy: Stream
+    uploads: Stream  # of steps' inputs; the compute stream itself where nothing is copied
     aside: Stream
     captures: bool  # whether capture() records a graph, so that shapes must be padded to buckets
     capture_broke: bool  # whether a recording broke off midway, so that none may be begun any more

@@ -120,6 +120,7 @@ class CpuDevice:
         self._events_look_late = events_look_late
         self.compute: Stream = CpuStream(events_look_late)
         self.copy: Stream = CpuStream(events_look_late)
+        self.uploads: Stream = self.compute
         self.aside: Stream = self.compute
 
     def event(self) -> Event:

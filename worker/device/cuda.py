@@ -108,6 +108,8 @@ class CudaDevice:
         self.compute: Stream = self._compute
         # Small copies should slip in between kernels, not queue behind a batch of them.
         self.copy: Stream = CudaStream(self.torch_device, priority=-2)
+        # Not the copy stream, where an upload would queue behind outputs that wait for the step before.
+        self.uploads: Stream = CudaStream(self.torch_device, priority=-2)
         # Pictures are encoded here: their kernels take what multiprocessors decode rows leave.
         self._aside = CudaStream(self.torch_device, priority=0)
         self.aside: Stream = self._aside

@@ -69,6 +69,7 @@ class Slot:
         self._turn = 0
         self._copied: Event = device.event()
         self.masks_here: Event = device.event()
+        self.uploaded: Event = device.event()
         self.rows_sampled: Event = device.event()  # of the early rows
         self.rows_copied: Event = device.event()
         self.previous_end: Event = device.event()  # of the step launched before this slot's

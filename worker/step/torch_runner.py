@@ -195,7 +195,7 @@ class TorchRunner:
         slot.sampled_rows, slot.left_out, slot.early_rows = 0, [], 0
         with self.device.compute.use():
             slot.previous_end = self._last_sampled
-            slot.upload(used_words(plan, slot.shape, padded))
+            self._upload(slot, used_words(plan, slot.shape, padded))
             for table_place, tables in plan.tables:
                 self.rows.upload(table_place, tables)
             for seq in plan.admitted:
@@ -250,6 +250,17 @@ class TorchRunner:
             assert slot.logits is not None and slot.hidden is not None
             wants = wants_of([plan.samples[i] for i in picks])
             self.sampler.sample(slot, which, slot.logits[which], slot.hidden[which], words, wants)
+
+    def _upload(self, slot: Slot, words: int) -> None:
+        """Queue the copy of a step's inputs. Nothing in flight reads them: the slot's last step has been committed, so its
+        device work is over. The copy may therefore run beside the step before, and only this step waits for it."""
+        uploads, compute = self.device.uploads, self.device.compute
+        if uploads is compute or not choices().upload_aside:
+            slot.upload(words)
+            return
+        with uploads.use():
+            slot.upload(words)
+        compute.wait(uploads.record(slot.uploaded))
 
     def _copy_rows(self, slot: Slot, num_rows: int) -> None:
         """Copy the decode rows' outputs out behind their graph: the chunks of the step may take ten times as long."""

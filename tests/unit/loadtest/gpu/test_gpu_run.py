@@ -66,7 +66,12 @@ def test_the_picture_of_the_serve_part_is_nine_crops() -> None:
 def call(*arguments: str, python: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHON": python}
     return subprocess.run(
-        ["bash", str(RUN), *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
+        ["bash", str(RUN), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -18,7 +19,8 @@ from tests.unit.worker.loop.simulation import EPOCH, GATEWAY, Stream
 from tests.unit.worker.step.graph_device import GraphDevice, RecordedGraph
 from tests.unit.worker.step.test_torch_runner import GOLDEN, Harness, load, mixture
 from worker.device.choices import without
-from worker.device.contract import CaptureBroken
+from worker.device.contract import CaptureBroken, Event
+from worker.device.cpu import CpuEvent, CpuStream
 from worker.forward import ImageCrops
 from worker.loop.inbox import Received
 from worker.models.moondream import Moondream
@@ -292,6 +294,52 @@ def test_an_unchanged_batch_is_one_upload_one_replay_one_download(
     views = {"slice", "select", "view", "detach", "alias"}
     assert [name for name in counted.names if name not in views] == ["copy_"] * 20
     assert device.num_events == events, "events are made at start"
+
+
+@pytest.mark.slow
+def test_inputs_are_uploaded_beside_the_step_before_and_waited_for(
+    tiny: Moondream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order on the streams: upload, its event, the compute stream waits, the replay. The same tokens either way."""
+    told: list[str] = []
+
+    class Uploads(CpuStream):
+        def record(self, event: Event | None = None) -> CpuEvent:
+            told.append("record")
+            return super().record(event)
+
+        @contextmanager
+        def use(self) -> Iterator[None]:
+            told.append("begin")
+            yield
+            told.append("end")
+
+    class Compute(CpuStream):
+        def wait(self, event: Event) -> None:
+            told.append("wait")
+
+    submits = text(1, 6, 300)
+    expected = alone(tiny, submits)
+    replay = RecordedGraph.replay
+
+    def watched(self: RecordedGraph) -> None:
+        told.append("replay")
+        replay(self)
+
+    monkeypatch.setattr(RecordedGraph, "replay", watched)
+    for off in ([], ["upload_aside"]):
+        device = GraphDevice()
+        device.uploads, device.compute = Uploads(late=True), Compute(late=True)
+        harness = Harness(tiny, depth=2, max_rows=1, device=device)
+        for key in harness.runner.graph_keys():
+            if key[2] is Flavour.TEXT:
+                harness.runner.capture_graph(*key)
+        told.clear()
+        with without(*off):
+            agree(harness.answer(submits), expected)
+        steps = " ".join(told)
+        assert steps.count("replay") >= 5
+        assert steps.count("begin end record wait replay") == (0 if off else steps.count("replay"))
 
 
 @pytest.mark.slow
