@@ -32,6 +32,7 @@ from worker.kernels.rotary_kv_write import rotary_kv_write
 from worker.kernels.sample import sample
 from worker.kernels.sample_histogram import sample_by_histogram
 from worker.models.attention import AttentionPlan
+from worker.models.torch_attention import TorchRows
 from worker.step.sampler import apply_mask, stochastic
 
 Work = Callable[[], Tensor]
@@ -119,10 +120,15 @@ class Bench:
                     q, k, v, t, n, 2048, variant=laid
                 )
             )
-            step = StepTokens(lengths.long(), lengths.long(), DecodeRows(rows, tables, lengths, context))
-            plan = AttentionPlan(step, KVCache([keys], [values], PAGE_TOKENS))
+            plain = TorchRows(
+                DecodeRows(rows, tables, lengths, context),
+                [],
+                lengths.long(),
+                KVCache([keys], [values], PAGE_TOKENS),
+                None,
+            )
             references.append(
-                lambda p=plan, q=query, k=keys, v=values: p._attend_decode(q, k, v)  # type: ignore[misc]
+                lambda p=plain, q=query, k=keys, v=values: p._attend_decode(q, k, v, 0.0)  # type: ignore[misc]
             )
         name = f"decode attention {rows}×{heads}/{kv_heads}×{head_dim}, {context}, {variant}"
         return Case(name, kernels, references, kv_bytes)

@@ -1,7 +1,7 @@
 """Owns compiling every kernel for an H200 (sm_90) on a machine without a GPU. Run as a script, without the interpreter.
 
 Triton brings its own assembler, so what it would refuse on the GPU it refuses here. Prints one line a kernel: its name,
-warps, dtype, bytes of shared memory, registers a thread, bytes spilled.
+warps, dtype, bytes of shared memory; and of decode attention registers a thread and bytes spilled, else zeros.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,11 @@ def compile_for(
     dtype: str = "bf16",
     stages: int = 3,
     most_registers: int | None = None,
+    assemble: bool = False,
     **pointers: str,
 ) -> tuple[int, int]:
-    """Compile one kernel; every pointer not named is of `dtype`, scale and eps are fp32, the rest int32."""
+    """Compile one kernel; every pointer not named is of `dtype`, scale and eps are fp32, the rest int32. `assemble`: once
+    more by itself, to return what `registers` tells."""
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -111,7 +114,7 @@ def compile_for(
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": most_registers}
     built = triton.compile(source, target=TARGET, options=options)
     assert built.metadata.shared <= 227 << 10, f"{kernel.__name__} wants {built.metadata.shared} bytes shared"
-    used, spilled = registers(built.asm["ptx"], "sm_90a")
+    used, spilled = registers(built.asm["ptx"], "sm_90a") if assemble else (0, 0)
     print(kernel.__name__, warps, dtype, built.metadata.shared, used, spilled)
     return used, spilled
 
@@ -142,12 +145,15 @@ def attention(
         dtype=dtype,
         stages=variant.stages,
         most_registers=variant.most_registers,
+        assemble=True,
     )  # fmt: skip
 
 
 def main() -> None:
     """Every kernel at the sizes of the models served, and in fp32 what the tests on a GPU run."""
-    for variant in VARIANTS.values():
+    for variant in {
+        replace(variant, programs=0) for variant in VARIANTS.values()
+    }:  # that is no part of the code
         attention(32, 1, 64, 8, variant)
     used, spilled = attention(32, 1, 64, 8)
     assert used <= 64 and not spilled, "what serves leaves room for eight programs a multiprocessor"
@@ -191,6 +197,23 @@ def main() -> None:
         for scan in (sample_histogram._scan_slice, sample_histogram._count_slice):
             compile_for(scan, 8, row | {"SLICE": 8192})
         compile_for(sample_histogram._draw_row, 16, row | {"OWN": flag})
+    joined = {"NUM_HEADS": 32, "KV_HEADS": 32, "HEAD_DIM": 64, "ROTARY_DIM": 32, "BLOCK": 8, "PAIRS": True}
+    joined |= {"QK_NORM": False, "HEAD_BLOCKS": 12, "DIM": 8192, "DIM_BLOCK": 1024}
+    for dtype in ("bf16", "fp32"):
+        compile_for(
+            rotary_kv_write._rotate_write_and_gelu,
+            4,
+            joined,
+            dtype=dtype,
+            weight_ptr="*fp32",
+            write_index_ptr="*i32" if dtype == "bf16" else "*i64",
+        )
+        compile_for(
+            norm._norm_row, 8, {"DIM": 2048, "BLOCK": 2048, "CENTRED": True, "RESIDUAL": True}, dtype=dtype
+        )
+    compile_for(
+        activation._activate, 4, {"DIM": 1024, "SILU": True, "GATED": True, "BLOCK": 1024}, dtype="fp32"
+    )
     compile_for(mask._mask_row, 4, {"VOCAB": 51200, "BLOCK": 2048})
     product = {"INPUTS": 2048, "OUTPUTS": 8192, "GROUP": 128, "HAS_BIAS": True, "ROWS": 16, "WIDEN": False}
     compile_for(activation._activate, 4, {"DIM": 6912, "SILU": False, "GATED": True, "BLOCK": 1024})
