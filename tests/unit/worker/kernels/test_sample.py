@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from torch import Tensor
 
 from worker.kernels.mask import mask_logits
@@ -154,3 +157,40 @@ def test_mask_logits(vocab: int) -> None:
     expected = apply_mask(logits, words)
     assert mask_logits(logits, words) is logits
     assert torch.equal(logits, expected)
+
+
+@pytest.mark.slow
+@settings_of_hypothesis(max_examples=6, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 1 << 30),
+    vocab=st.sampled_from([1, 7, 50, 300, 2500]),
+    spread=st.sampled_from([0.0, 0.01, 0.5, 3.0, 30.0]),
+    coarse=st.booleans(),
+)
+def test_the_histogram_draws_what_exact_arithmetic_draws(
+    seed: int, vocab: int, spread: float, coarse: bool
+) -> None:
+    """Any filters together, flat and steep rows, ties or none; a draw on the very edge of two tokens may go either way."""
+    rows = 16
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(share: float, given: Tensor, other: float) -> Tensor:
+        return torch.where(torch.rand(rows, generator=generator) < share, given, torch.tensor(other))
+
+    logits = torch.randn(rows, vocab, generator=generator) * spread
+    logits = logits.round() if coarse else logits
+    temperature = 0.05 + 2 * torch.rand(rows, generator=generator)
+    top_k = some(0.6, torch.randint(0, vocab + 3, (rows,), generator=generator).float(), 0.0).int()
+    top_p = some(0.7, torch.rand(rows, generator=generator), 1.0)
+    min_p = some(0.5, torch.rand(rows, generator=generator), 0.0)
+    uniforms = torch.rand(rows, generator=generator)
+    ids, bad = sample_by_histogram(logits, temperature, top_k, top_p, min_p, uniforms)
+    exact = (t.double() for t in (top_p, min_p, uniforms))
+    expected = stochastic(logits.double(), temperature.double(), top_k, *exact)
+    assert not bad.any() and int((ids != expected).sum()) <= 1
+
+
+def test_slices_follow_shapes_alone() -> None:
+    assert choose_slices(1, 51200, 132) == 16
+    assert choose_slices(128, 51200, 132) == 4
+    assert choose_slices(1, 300, 132) == 1, "a short row leaves nothing to share out"
