@@ -14,7 +14,7 @@ from torch import Tensor
 from worker.kernels.mask import mask_logits
 from worker.kernels.sample import allowed_words
 from worker.kernels.sample import sample as sample_by_search
-from worker.kernels.sample_histogram import sample_by_histogram
+from worker.kernels.sample_histogram import choose_slices, sample_by_histogram
 from worker.step.sampler import apply_mask, stochastic
 
 Sampler = Callable[..., tuple[Tensor, Tensor]]
@@ -160,10 +160,10 @@ def test_mask_logits(vocab: int) -> None:
 
 
 @pytest.mark.slow
-@settings_of_hypothesis(max_examples=6, deadline=None, derandomize=True)
+@settings_of_hypothesis(max_examples=4, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 1 << 30),
-    vocab=st.sampled_from([1, 7, 50, 300, 2500]),
+    vocab=st.sampled_from([1, 7, 50, 300]),
     spread=st.sampled_from([0.0, 0.01, 0.5, 3.0, 30.0]),
     coarse=st.booleans(),
 )
@@ -171,7 +171,7 @@ def test_the_histogram_draws_what_exact_arithmetic_draws(
     seed: int, vocab: int, spread: float, coarse: bool
 ) -> None:
     """Any filters together, flat and steep rows, ties or none; a draw on the very edge of two tokens may go either way."""
-    rows = 16
+    rows = 8
     generator = torch.Generator().manual_seed(seed)
 
     def some(share: float, given: Tensor, other: float) -> Tensor:
