@@ -52,6 +52,9 @@ def short(
     warmup: Annotated[
         bool, typer.Option(help="Wait for readiness and send a few unmeasured requests.")
     ] = False,
+    ready_s: Annotated[
+        float, typer.Option(help="With --warmup: fail if the server is not ready within this many seconds.")
+    ] = 60.0,
     slo_ttft_ms: Annotated[float, typer.Option(help="Good: first token within this. 0: any.")] = 500.0,
     slo_gap_ms: Annotated[float, typer.Option(help="Good: every gap within this. 0: any.")] = 0.0,
     slo_total_ms: Annotated[float, typer.Option(help="Good: whole answer within this. 0: any.")] = 2000.0,
@@ -67,7 +70,7 @@ def short(
     scenario = Scenario(
         url=url, transport=transport, rate=rate, seconds=seconds, max_requests=max_requests, in_flight=in_flight,
         seed=seed, pictures=pictures, picture_px=picture_px, picture_height_px=picture_height_px, min_tokens=min_tokens, max_tokens=max_tokens,
-        connections=connections, warmup_requests=WARMUP_REQUESTS if warmup else 0, request_timeout_s=timeout,
+        connections=connections, warmup_requests=WARMUP_REQUESTS if warmup else 0, request_timeout_s=timeout, ready_s=ready_s,
         model=model, api_key=api_key, slo=Slo(slo_ttft_ms, slo_gap_ms, slo_total_ms), i_own_this_host=i_own_this_host,
     )  # fmt: skip
     raise typer.Exit(run_short(scenario, json_path=json_path, html_path=html_path))
@@ -81,7 +84,11 @@ def run_short(scenario: Scenario, *, json_path: Path | None = None, html_path: P
     except ScenarioError as error:
         Console(stderr=True).print(f"[red]degas loadtest:[/red] {error}")
         return 2
-    result = _run_watched(scenario, Console(stderr=True))
+    try:
+        result = _run_watched(scenario, Console(stderr=True))
+    except ScenarioError as error:  # the server was not ready
+        Console(stderr=True).print(f"[red]degas loadtest:[/red] {error}")
+        return 2
     console.print(terminal_report(result))
     if json_path is not None:
         json_path.write_text(json.dumps(to_json(result), indent=1) + "\n")

@@ -22,7 +22,7 @@ from loadtest.calls import OK, Call, Tally
 from loadtest.histogram import Histogram
 from loadtest.lanes import Lanes
 from loadtest.pictures import Picture, draw_pictures
-from loadtest.scenarios import MAX_IN_FLIGHT, Planned, Scenario, plan
+from loadtest.scenarios import MAX_IN_FLIGHT, Planned, Scenario, ScenarioError, plan
 from loadtest.surfaces import build_body, lane_of
 
 LOST_AFTER: Final = 64
@@ -84,8 +84,8 @@ async def run(
 ) -> Result:
     """Run a scenario to its end, to `stop`, or to the server's death, and return what was measured.
 
-    Raises `ScenarioError` before anything is sent when the scenario may not run. A server that fails, refuses
-    or dies is a result, not an exception.
+    Raises `ScenarioError` before anything is sent when the scenario may not run, or the server that a warm-up waits
+    for is not ready in time. A server that fails, refuses or dies later is a result, not an exception.
     """
     scenario.check()
     pictures = draw_pictures(
@@ -112,20 +112,33 @@ async def _warm_up(
     scenario: Scenario, session: aiohttp.ClientSession, lanes: Lanes, pictures: list[Picture]
 ) -> None:
     """Wait until the server is ready and send a few unmeasured requests."""
-    deadline_s = time.monotonic() + scenario.request_timeout_s
-    while time.monotonic() < deadline_s:
-        try:
-            async with session.get(scenario.url.rstrip("/") + "/readyz") as response:
-                if response.status in (200, 404):
-                    break
-        except (aiohttp.ClientError, OSError):
-            pass
-        await asyncio.sleep(_READY_POLL_S)
+    await _wait_until_ready(scenario, session)
     few = replace(
         scenario, in_flight=4, max_requests=scenario.warmup_requests, seconds=scenario.request_timeout_s,
         seed=scenario.seed + 1, warmup_requests=0,
     )  # fmt: skip
     await _Run(few, session, lanes, pictures, asyncio.Event(), None).run()
+
+
+async def _wait_until_ready(scenario: Scenario, session: aiohttp.ClientSession) -> None:
+    """Ask until the server says that it is ready. Raises `ScenarioError` after `ready_s`: figures of a server that
+    is still starting would be figures of nothing."""
+    url = scenario.url.rstrip("/") + "/readyz"
+    deadline_s = time.monotonic() + scenario.ready_s
+    while True:
+        try:
+            async with session.get(url) as response:
+                if response.status in (200, 404):  # 404: a server without that page is taken as ready
+                    return
+                found = f"status {response.status}"
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            found = type(error).__name__
+        if time.monotonic() >= deadline_s:
+            raise ScenarioError(
+                f"{url} was not ready within {scenario.ready_s:g} s (last answer: {found}); nothing was measured. "
+                "Raise --ready-s if the server needs longer to start"
+            )
+        await asyncio.sleep(_READY_POLL_S)
 
 
 class _Run:

@@ -53,6 +53,7 @@ class Scenario:
     max_tokens: int = 16
     connections: int = 4  # WebSocket connections that the lanes share
     warmup_requests: int = 0
+    ready_s: float = 60.0  # a warm-up waits this long for the server to be ready, then fails
     request_timeout_s: float = 30.0
     grace_s: float = 30.0  # how long to wait for what is outstanding when arrivals end
     model: str | None = None
@@ -81,6 +82,7 @@ class Scenario:
         _check_between("--connections", self.connections, 1, 256)
         _check_between("--min-tokens", self.min_tokens, 1, 4096)
         _check_between("--max-tokens", self.max_tokens, self.min_tokens, 4096)
+        _check_between("--ready-s", self.ready_s, 0.05, 3600)
         _check_between("--timeout", self.request_timeout_s, 0.05, 600)
         check_target(self.url, i_own_this_host=self.i_own_this_host)
 

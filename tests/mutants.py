@@ -81,6 +81,7 @@ MUTANTS = [
     Mutant("remember pages of generated coordinates by id", "worker/schedule/prefix_cache.py", "if seq.is_spatial:", "if False:"),
     Mutant("split the bidirectional prefix", "worker/schedule/budget.py", "if start + num < seq.prefix_tokens:", "if False:"),
     Mutant("sample constrained rows before their predecessor commits", "worker/loop/engine.py", "while (oldest := self.pipeline.oldest) is not step:", "while False:"),
+    Mutant("accept the decode rows of a mixed step twice", "worker/loop/engine.py", "first = 0 if early is None else len(plan.decode)", "first = 0"),
     Mutant("a NaN row's token is taken", "worker/schedule/scheduler.py", "            if bad[i]:", "            if False:"),
     Mutant("lose a preempted sequence's values", "worker/sim/runner.py", "for index, value in seq.values.items():", "for index, value in ():"),
     Mutant("forget a row on release", "worker/schedule/scheduler.py", "self.free_rows.append(seq.row)", "pass"),

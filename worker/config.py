@@ -71,6 +71,9 @@ class WorkerConfig(BaseModel):
         ge=0,
         description="GPU: time to compile and capture before readiness; the rest is captured later",
     )
+    gpu_without: str = Field(
+        "", description="GPU: switches to turn off, comma separated, for comparison (docs/gpu.md lists them)"
+    )
     sim_profile: str = Field("b200", description="step times of the simulated device")
 
     depth: int = Field(

@@ -70,7 +70,7 @@ def nothing() -> None:
 class StepTokens:
     """Where the N flattened tokens of a step stand."""
 
-    positions: Tensor  # (N,) int64
+    positions: Tensor  # (N,) int64; where the model runs by kernels, int32 will do for both
     write_index: Tensor  # (N,) int64: page · page_tokens + offset, the cache line each token's K and V go to
     decode: DecodeRows | None = None
     prefills: list[PrefillSegment] = field(default_factory=list)

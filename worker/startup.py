@@ -15,6 +15,7 @@ import torch
 
 from shared.protocol import PROTOCOL_VERSION, Limits, ModelCard, Ready, schema_hash
 from worker.config import ConfigError, WorkerConfig
+from worker.device.choices import switch_off
 from worker.device.contract import Device
 from worker.device.cpu import CpuDevice, available_bytes, has_bf16
 from worker.device.cuda import CudaDevice
@@ -105,6 +106,12 @@ def build_worker(
     """Build everything on the calling thread, which becomes the decode thread. Raises `ConfigError` or
     `worker.formats.errors.CheckpointError` with what to do about it."""
     runner: Runner
+    try:
+        switch_off(config.gpu_without.split(","))
+    except ValueError as error:
+        raise ConfigError(
+            f"gpu_without: {error}; a safe value is the empty one, which turns none off"
+        ) from None
     if config.device == "sim" or config.model == "sim":
         card, payloads, num_pages = (
             _asked_context(fake_card(vocab_size=VOCAB_SIZE, context_tokens=16384), config),

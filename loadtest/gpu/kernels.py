@@ -10,7 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -25,12 +25,14 @@ from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens
 from worker.kernels.activation import gelu_tanh, silu_gate
 from worker.kernels.mask import mask_logits
 from worker.kernels.norm import layer_norm, rms_norm
-from worker.kernels.paged_decode_attention import paged_decode_attention
+from worker.kernels.paged_decode_attention import VARIANTS, paged_decode_attention
 from worker.kernels.prefill_attention import make_segments, prefill_attention
 from worker.kernels.quantised_linear import dequantise, quantise, quantised_linear
 from worker.kernels.rotary_kv_write import rotary_kv_write
 from worker.kernels.sample import sample
+from worker.kernels.sample_histogram import sample_by_histogram
 from worker.models.attention import AttentionPlan
+from worker.models.torch_attention import TorchRows
 from worker.step.sampler import apply_mask, stochastic
 
 Work = Callable[[], Tensor]
@@ -97,9 +99,13 @@ class Bench:
 
     # ------------------------------------------------------------------ cases
 
-    def decode(self, rows: int, heads: int, kv_heads: int, head_dim: int, context: int) -> Case:
-        """One layer's decode attention; the reference is the torch path of the models."""
+    def decode(
+        self, rows: int, heads: int, kv_heads: int, head_dim: int, context: int, variant: str = "tuned"
+    ) -> Case:
+        """One layer's decode attention in a variant; the reference is the torch path of the models."""
         num_pages = -(-context // PAGE_TOKENS)
+        # With dots or grouped heads a bound on registers would make it spill.
+        laid = VARIANTS[variant] if heads == kv_heads else replace(VARIANTS[variant], most_registers=None)
         kv_bytes = 2 * rows * context * kv_heads * head_dim * self.dtype.itemsize
         kernels: list[Work] = []
         references: list[Work] = []
@@ -110,16 +116,21 @@ class Bench:
             tables = order.view(rows, num_pages)
             lengths = torch.full((rows,), context, dtype=torch.int32, device=self.device)
             kernels.append(
-                lambda q=query, k=keys, v=values, t=tables, n=lengths: paged_decode_attention(
-                    q, k, v, t, n, 2048
-                )  # type: ignore[misc]
+                lambda q=query, k=keys, v=values, t=tables, n=lengths: paged_decode_attention(  # type: ignore[misc]
+                    q, k, v, t, n, 2048, variant=laid
+                )
             )
-            step = StepTokens(lengths.long(), lengths.long(), DecodeRows(rows, tables, lengths, context))
-            plan = AttentionPlan(step, KVCache([keys], [values], PAGE_TOKENS))
+            plain = TorchRows(
+                DecodeRows(rows, tables, lengths, context),
+                [],
+                lengths.long(),
+                KVCache([keys], [values], PAGE_TOKENS),
+                None,
+            )
             references.append(
-                lambda p=plan, q=query, k=keys, v=values: p._attend_decode(q, k, v)  # type: ignore[misc]
+                lambda p=plain, q=query, k=keys, v=values: p._attend_decode(q, k, v, 0.0)  # type: ignore[misc]
             )
-        name = f"decode attention {rows}×{heads}/{kv_heads}×{head_dim}, {context}"
+        name = f"decode attention {rows}×{heads}/{kv_heads}×{head_dim}, {context}, {variant}"
         return Case(name, kernels, references, kv_bytes)
 
     def prefill(
@@ -213,8 +224,11 @@ class Bench:
             2 * x.nbytes,
         )
 
-    def sampling(self, rows: int, vocab: int, temperature: float, top_k: int, top_p: float) -> Case:
-        """Sampling against the sorting reference."""
+    def sampling(
+        self, rows: int, vocab: int, temperature: float, top_k: int, top_p: float, *, by: str = "histogram"
+    ) -> Case:
+        """Sampling by one of the two kernels against the sorting reference."""
+        kernel = sample_by_histogram if by == "histogram" else sample
         # Logits are rounded to bf16, as a bf16 product gives them.
         logits = (torch.randn(rows, vocab, device=self.device) * 3).bfloat16().float()
 
@@ -224,8 +238,8 @@ class Bench:
         given = (full(temperature), full(top_k, torch.int32), full(top_p), full(0.0))
         uniforms = torch.rand(rows, device=self.device)
         return Case(
-            f"sample {rows}×{vocab} t={temperature} k={top_k} p={top_p}",
-            [lambda: sample(logits, *given, uniforms)[0]],
+            f"sample by {by} {rows}×{vocab} t={temperature} k={top_k} p={top_p}",
+            [lambda: kernel(logits, *given, uniforms)[0]],
             [lambda: stochastic(logits, *given, uniforms)],
             logits.nbytes,
             exact=True,
@@ -269,6 +283,7 @@ class Bench:
                 lambda: self.activation(2, 32, gated=False),
                 lambda: self.activation(2, 32, gated=True),
                 lambda: self.sampling(2, 100, 0.7, 20, 0.9),
+                lambda: self.sampling(2, 100, 0.7, 20, 0.9, by="search"),
                 lambda: self.masking(2, 100),
                 lambda: self.quantised(2, 128, 32, 4),
             ]
@@ -276,7 +291,13 @@ class Bench:
         for heads, kv_heads, head_dim in [(32, 32, 64), (16, 8, 128), (32, 8, 64)]:
             made += [
                 lambda r=rows, h=heads, k=kv_heads, d=head_dim: self.decode(r, h, k, d, 850)  # type: ignore[misc]
-                for rows in (1, 8, 32, 64, 128)
+                for rows in (1, 8, 32, 128)
+            ]
+            made += [
+                lambda r=rows, h=heads, k=kv_heads, d=head_dim, v=name: self.decode(r, h, k, d, 850, v)  # type: ignore[misc]
+                for rows in (1, 8, 32)
+                for name in VARIANTS
+                if name != "tuned" and (heads == kv_heads or name in ("plain", "staged"))
             ]
             made.append(lambda h=heads, k=kv_heads, d=head_dim: self.prefill(h, k, d, 1024, 0, 0))  # type: ignore[misc]
         made += [
@@ -291,11 +312,14 @@ class Bench:
             made.append(lambda r=rows: self.norm(r, 2048, centred=False))  # type: ignore[misc]
             made.append(lambda r=rows: self.activation(r, 8192, gated=False))  # type: ignore[misc]
             made.append(lambda r=rows: self.activation(r, 8192, gated=True))  # type: ignore[misc]
-        for rows, vocab in [(1, 51200), (32, 51200), (128, 51200), (1, 151936), (32, 151936)]:
+        for rows, vocab in [(1, 51200), (32, 51200), (32, 151936)]:
             for temperature, top_k, top_p in [(0.0, 0, 1.0), (0.5, 0, 0.3), (1.0, 0, 1.0), (0.7, 20, 0.8)]:
-                made.append(
-                    lambda r=rows, v=vocab, t=temperature, k=top_k, p=top_p: self.sampling(r, v, t, k, p)  # type: ignore[misc]
-                )
+                for by in ("histogram", "search"):
+                    made.append(
+                        lambda r=rows, v=vocab, t=temperature, k=top_k, p=top_p, b=by: self.sampling(  # type: ignore[misc]
+                            r, v, t, k, p, by=b
+                        )
+                    )
         made.append(lambda: self.masking(32, 151936))
         for rows in (1, 8, 16):
             for bits in (8, 4):

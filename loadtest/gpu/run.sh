@@ -1,49 +1,89 @@
 #!/usr/bin/env bash
-# Everything a GPU machine is asked, in one call that ends inside ten minutes. Run from the repository root:
+# Everything a GPU machine is asked, in two calls that end inside ten minutes each. Run from the repository root:
 #
-#   bash loadtest/gpu/run.sh [--smoke] [tests] [decode] [prefill] [vision] [profile] [peer] [kernels] [serve]
+#   bash loadtest/gpu/run.sh [--smoke] first     tests decode switches products vision
+#   bash loadtest/gpu/run.sh [--smoke] second    serve prefill kernels peer profile
+#   bash loadtest/gpu/run.sh --wheels            where there is a network: fetch into .whl/ what such a machine lacks
 #
-# Without parts: all but serve, in this order, the most wanted first. Results go to $OUT, or to gpu-results/: at most
-# 10 files. A bare machine needs torch with CUDA and Triton; other packages are taken from wheels in .whl/ if that
-# folder is there. --smoke proves on a CPU that the scripts run (interpreted kernels, tiny shapes); its figures
-# mean nothing.
+# or parts by name. Results go to $OUT, or to gpu-results/: at most 8 files, figures all in results.json, the short table
+# last. A bare machine needs torch with CUDA and Triton; other packages (loadtest/gpu/wheels.txt) are taken from .whl/,
+# behind what the machine has. --smoke proves on a CPU that the scripts run (interpreted kernels, tiny shapes); its
+# figures mean nothing.
 set -u -o pipefail
 cd "$(dirname "$0")/../.."
 
 out="${OUT:-gpu-results}"
-mkdir -p "$out"
 smoke=""
 parts=()
 for argument in "$@"; do
   case "$argument" in
     --smoke) smoke="--smoke" ;;
-    tests | kernels | decode | prefill | vision | profile | peer | serve) parts+=("$argument") ;;
-    *) echo "unknown part '$argument': tests decode prefill vision profile peer kernels serve, or --smoke" >&2; exit 2 ;;
+    --wheels) parts+=(wheels) ;;
+    first) parts+=(tests decode switches products vision) ;;
+    second) parts+=(serve prefill kernels peer profile) ;;
+    tests | decode | switches | products | vision | serve | prefill | kernels | peer | profile) parts+=("$argument") ;;
+    *)
+      echo "unknown part '$argument': first, second, --wheels, --smoke, or some of tests decode switches products vision" \
+        "serve prefill kernels peer profile" >&2
+      exit 2
+      ;;
   esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(tests decode prefill vision profile peer kernels)
+[ ${#parts[@]} -gt 0 ] || { echo "say what to run: first, second, or parts by name (see the top of this file)" >&2; exit 2; }
 
 python="${PYTHON:-python3}"
 if [ -z "${PYTHON:-}" ] && [ -n "$smoke" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
+if [ "${parts[*]}" = wheels ]; then
+  # pip matches a platform's name exactly, so each that these wheels may carry is named.
+  exec "$python" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp -d .whl \
+    $(printf -- '--platform %s ' manylinux_2_31_x86_64 manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_26_x86_64 \
+      manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux_2_5_x86_64 manylinux1_x86_64) -r loadtest/gpu/wheels.txt
+fi
+mkdir -p "$out"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if compgen -G '.whl/*.whl' >/dev/null; then
-  site="$(mktemp -d)/site"
+  # Behind what the machine has, whose torch and numpy fit its driver: PYTHONPATH comes first on the path, a .pth file's
+  # lines last.
+  site="$(mktemp -d)"
+  links="$("$python" -c 'import os, site
+folders = [*site.getsitepackages(), site.getusersitepackages()]
+print(next((f for f in folders if os.path.isdir(f) and os.access(f, os.W_OK)), folders[-1]))')/degas-wheels.pth"
+  mkdir -p "$(dirname "$links")"
+  trap 'rm -rf "$links" "$site"' EXIT
   "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .whl/*.whl || exit 1
-  # Behind what the machine has: its own torch and numpy fit its driver.
-  export PYTHONPATH="$PYTHONPATH:$site"
+  echo "$site" >"$links"
 fi
-if [ -n "$smoke" ]; then export TRITON_INTERPRET=1; fi
 
+# In its first second, so that nothing is begun that would end at an import.
+wanted="torch triton numpy msgspec structlog llguidance tokenizers safetensors typer"
+case " ${parts[*]} " in *" tests "*) wanted="$wanted pytest" ;; esac
+case " ${parts[*]} " in
+  *" serve "*)
+    wanted="$wanted zmq pydantic pydantic_core annotated_types typing_inspection hdrh pbr aiohttp uvloop jinja2"
+    wanted="$wanted prometheus_client PIL rich"
+    ;;
+esac
+"$python" -c '
+import sys
+from importlib.util import find_spec
+
+missing = [name for name in sys.argv[1:] if find_spec(name) is None]
+if missing:
+    sys.exit("missing here: " + ", ".join(missing) + ". run.sh --wheels fetches what loadtest/gpu/wheels.txt names")
+' $wanted || exit 1
+
+if [ -n "$smoke" ]; then export TRITON_INTERPRET=1; fi
 deadline=$((SECONDS + ${GPU_RUN_S:-570}))
 failed=0
 summary="$out/summary.txt"
 : >"$summary"
 
-# run NAME SECONDS LINES COMMAND…: with a timeout that never reaches past the deadline; its last LINES are repeated at the end.
+# run NAME SECONDS LINES COMMAND…: with a timeout that never reaches past the deadline; its last LINES go to the summary.
 run() {
   local name="$1" limit="$2" lines="$3" began=$SECONDS status
   shift 3
   local left=$((deadline - SECONDS))
+  [ -n "$smoke" ] && limit=$left
   [ "$left" -lt "$limit" ] && limit=$left
   if [ "$limit" -lt 10 ]; then
     echo "== $name: no time left" | tee -a "$summary"; failed=1; return
@@ -55,24 +95,31 @@ run() {
   [ "$status" -eq 0 ] || failed=1
 }
 
-# Every picture is new to the server: nothing is kept of those that come again. 700 by 500 pixels are 7 crops.
+# Every picture is new to the server: nothing is kept of those that come again. 700 by 500 pixels are 9 crops: 2 by 4 tiles
+# and the global one.
 serve() {
-  local model=pocket port=18080 seconds=3 side=128 height=91 server
+  local port=18080 seconds=3 side=128 height=91 model=pocket server status=0
   export DEGAS_WORKER_PREFIX_CACHE=false DEGAS_WORKER_FEATURE_BYTES=0
   if [ -z "$smoke" ]; then
-    seconds=20 side=700 height=500 model="$(mktemp -d)/moondream2"
+    seconds=12 side=700 height=500 model="$(mktemp -d)/moondream2"
     "$python" -m loadtest.gpu.random_models moondream2 "$model" || return 1
   fi
-  "$python" -m degas serve --model "$model" --port "$port" --grpc-port -1 --max-rows 64 &
-  server=$!
-  local status=0
-  for tokens in 3 30; do
-    "$python" -m degas loadtest short --url "http://127.0.0.1:$port" --warmup --in-flight 64 \
-      --seconds "$seconds" --min-tokens "$tokens" --max-tokens "$tokens" --pictures 64 \
-      --picture-px "$side" --picture-height-px "$height" \
-      --json "$out/serve-$tokens.json" || { status=1; break; }
-  done
-  kill "$server"; wait "$server"
+  one() { # one NAME TOKENS: a start with cold Triton, all graphs and 3.8 GB of weights may take a minute
+    "$python" -m degas loadtest short --url "http://127.0.0.1:$port" --warmup --ready-s 120 --in-flight 64 \
+      --seconds "$seconds" --min-tokens "$2" --max-tokens "$2" --pictures 64 \
+      --picture-px "$side" --picture-height-px "$height" --json "$out/serve-$1.json"
+  }
+  begin() { "$python" -m degas serve --model "$model" --port "$port" --grpc-port -1 --max-rows 64 & server=$!; }
+  end() { kill "$server"; wait "$server"; }
+  begin
+  one 3 3 && one 30 30 || status=1
+  end
+  if [ -z "$smoke" ] && [ "$status" -eq 0 ]; then # without the switches that no replay shows
+    export DEGAS_WORKER_GPU_WITHOUT=upload_aside,early_copy,vision_stream
+    begin
+    one 30-plain 30 || status=1
+    end
+  fi
   [ -n "$smoke" ] || rm -rf "$(dirname "$model")"
   return "$status"
 }
@@ -83,20 +130,28 @@ for part in "${parts[@]}"; do
   case "$part" in
     tests)
       folders=(tests/gpu)
-      [ -n "$smoke" ] && folders=(-k "gpu or moondream or vision" tests/gpu tests/unit/worker/kernels/test_fused_forward.py)
-      run tests 150 6 "$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers "${folders[@]}" ;;
-    kernels) run kernels 130 90 "$python" -m loadtest.gpu.kernels --out "$out" $smoke ;;
-    decode) run decode 200 70 "$python" -m loadtest.gpu.decode --out "$out" $smoke ;;
-    prefill) run prefill 90 20 "$python" -m loadtest.gpu.prefill --out "$out" $smoke ;;
-    serve) run serve 200 40 bash -c serve ;;
+      [ -n "$smoke" ] && folders=(-k "gpu or one_launch or smallest_bucket" tests/gpu tests/unit/worker/kernels/test_choices.py)
+      run tests 200 6 "$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers "${folders[@]}" ;;
+    decode) run decode 150 30 "$python" -m loadtest.gpu.decode --out "$out" $smoke ;;
+    switches) run switches 80 40 "$python" -m loadtest.gpu.switches --out "$out" $smoke ;;
+    products) run products 50 62 "$python" -m loadtest.gpu.products --out "$out" $smoke ;;
+    vision) run vision 60 24 "$python" -m loadtest.gpu.vision --out "$out" $smoke ;;
+    serve) run serve 230 60 bash -c serve ;;
+    prefill) run prefill 70 20 "$python" -m loadtest.gpu.prefill --out "$out" $smoke ;;
+    kernels) run kernels 130 120 "$python" -m loadtest.gpu.kernels --out "$out" $smoke ;;
+    peer) run peer 80 6 "$python" -m loadtest.gpu.peer --rows "${PEER_ROWS:-1,32}" --out "$out" $smoke ;;
     profile)
       read -r -a pairs <<<"${PROFILE:-moondream2:1}"
-      run profile 60 45 "$python" -m loadtest.gpu.profile "${pairs[@]}" --out "$out" $smoke ;;
-    vision) run vision 60 16 "$python" -m loadtest.gpu.vision --out "$out" $smoke ;;
-    peer) run peer 90 6 "$python" -m loadtest.gpu.peer --rows "${PEER_ROWS:-1,32}" --out "$out" $smoke ;;
+      run profile 50 45 "$python" -m loadtest.gpu.profile "${pairs[@]}" --out "$out" $smoke ;;
   esac
 done
-rm -f "$out"/{kernels,decode,prefill,vision,peer}.log  # their figures are in the JSON, their tables in the summary
-echo; echo "==== summary (all of it in $summary; $((SECONDS - began)) s)"
+# Figures are in results.json and tables in the summary: of the logs those stay that tell what failed.
+for part in "${parts[@]}"; do
+  case "$part" in tests | serve) ;; *) rm -f "$out/$part.log" ;; esac
+done
+table="$("$python" -m loadtest.gpu.results "$out" $smoke)" || failed=1
 cat "$summary"
+echo
+echo "==== short table: $((SECONDS - began)) s of work; the rest is in $summary and $out/results.json"
+echo "$table" | tee -a "$summary"
 exit "$failed"

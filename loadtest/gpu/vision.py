@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 import typer
 
 from loadtest.gpu.decode import open_device
@@ -29,7 +30,7 @@ from worker.models.moondream_config import VisionConfig
 from worker.step.contract import GraphCounts
 from worker.step.vision_graphs import VisionGraphs
 
-COUNTS = (1, 2, 4, 7, 13, 26)
+COUNTS = (1, 2, 4, 9, 13, 26)  # 9: a picture of 700 by 500 pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,50 @@ def picture(model: Moondream, tiles_h: int, tiles_w: int) -> ImageCrops:
     return ImageCrops(pixels(side, side), canvas, tiles_h, tiles_w)
 
 
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """Attention of one layer over some crops by one of torch's backends; `error` against fp32 arithmetic."""
+
+    name: str
+    crops: int
+    is_default: bool
+    ms: float
+    error: float
+
+
+def measure_backends(device: Device, config: VisionConfig, counts: list[int], repeats: int) -> list[Backend]:
+    """Every backend that takes the encoder's heads, strided as its qkv product leaves them."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    where, tokens, heads = device.torch_device, config.num_tokens, config.enc_n_heads
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    found: list[Backend] = []
+    for crops in counts:
+        shape = (crops, tokens, 3, heads, config.enc_dim // heads)
+        query, key, value = torch.randn(shape, device=where).to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
+        with sdpa_kernel(SDPBackend.MATH):
+            exact = (query[:1].float(), key[:1].float(), value[:1].float())
+            expected = F.scaled_dot_product_attention(*exact)
+        taken = SDPBackend(torch._fused_sdp_choice(query, key, value))
+        for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+            backend = getattr(SDPBackend, name)
+            if name == "MATH" and where.type == "cuda":
+                continue  # gigabytes of scores
+            try:
+                with sdpa_kernel(backend):
+                    out = F.scaled_dot_product_attention(query, key, value)
+                    took_ms, _ = time_ms(
+                        device, partial(F.scaled_dot_product_attention, query, key, value), repeats
+                    )
+            except RuntimeError as refused:
+                print(f"{name} at {crops} crops: {str(refused).splitlines()[0][:120]}")
+                continue
+            difference = out[:1].float() - expected
+            error = float(difference.norm() / expected.norm())
+            found.append(Backend(name, crops, backend == taken, took_ms, error))
+    return found
+
+
 HEADING = f"{'what':28} crops  plain ms  fused ms  graph ms  host ms: fused  graph  floor ms  ×floor"
 
 
@@ -141,6 +186,12 @@ def main(
         capture_s = time.perf_counter() - started_s
         held = torch.cuda.max_memory_allocated() >> 20 if where.type == "cuda" else 0
         print(f"{captured} of {len(graphs.sizes)} graphs in {capture_s:.1f} s, at most {held} MiB allocated")
+        backends = measure_backends(device, config, [9, 26] if not smoke else [2], repeats)
+        for one in backends:
+            default = "default" if one.is_default else ""
+            print(
+                f"{one.name:20} {one.crops:3} crops {one.ms:8.3f} ms a layer, error {one.error:.1e} {default}"
+            )
         floor_ms = flops_of(config) / flops_per_s * 1e3
         lines: list[Line] = []
         for count in COUNTS:
@@ -150,7 +201,7 @@ def main(
             work = lambda features, crops=crops: features(crops)  # noqa: E731
             lines.append(measure(device, model, name, count, work, graphs, repeats, count * floor_ms))
             print(to_line(lines[-1]), flush=True)
-        for number, tiles_h, tiles_w in [(1, 1, 1), (1, 2, 2), (1, 3, 4), (8, 1, 1), (4, 2, 2), (2, 3, 4)]:
+        for number, tiles_h, tiles_w in [(1, 1, 1), (1, 2, 4), (1, 3, 4), (8, 1, 1), (4, 2, 4), (2, 3, 4)]:
             pictures = [picture(model, tiles_h, tiles_w) for _ in range(number)]
             count = number * (1 + tiles_h * tiles_w if tiles_h * tiles_w > 1 else 1)
             name = f"{number} pictures of {tiles_h}×{tiles_w} tiles"
@@ -164,6 +215,7 @@ def main(
         "graphs": captured,
         "capture_s": capture_s,
         "max_allocated_mib": held,
+        "attention": [asdict(one) for one in backends],
         "figures": [asdict(line) for line in lines],
     }
     (out / "vision.json").write_text(json.dumps(record, indent=1))

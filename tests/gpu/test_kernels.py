@@ -61,6 +61,24 @@ def test_decode(
         assert error(out[row : row + 1], want) < LIMIT[dtype], lengths[row]
 
 
+def test_every_variant_of_decode_attention_computes_the_same(device: torch.device) -> None:
+    from worker.kernels.paged_decode_attention import VARIANTS, paged_decode_attention
+
+    rows, width = 8, 64
+    keys, values = (torch.randn(rows * width + 1, 16, 32, 64, device=device).bfloat16() for _ in "kv")
+    query = torch.randn(rows, 32, 64, device=device).bfloat16()
+    tables = (torch.randperm(rows * width, device=device).to(torch.int32) + 1).view(rows, width)
+    lengths = torch.tensor([1, 15, 64, 65, 850, 1000, 1024, 1], dtype=torch.int32, device=device)
+    found = {
+        name: paged_decode_attention(
+            query, keys, values, tables, lengths, 1024, num_splits=8, variant=variant
+        )
+        for name, variant in VARIANTS.items()
+    }
+    for name, out in found.items():
+        assert error(out, found["plain"]) < 5e-3, name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 64), (16, 8, 128)])
 def test_prefill(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -148,9 +166,12 @@ def test_rotary_kv_write(
 
 @pytest.mark.parametrize("vocab", [51200, 151936])
 @pytest.mark.parametrize("coarse", [False, True])
-def test_sampling_equals_the_sorting_sampler(vocab: int, coarse: bool, device: torch.device) -> None:
-    from worker.kernels.sample import sample
+@pytest.mark.parametrize("by", ["histogram", "search"])
+def test_sampling_equals_the_sorting_sampler(vocab: int, coarse: bool, by: str, device: torch.device) -> None:
+    from worker.kernels.sample import sample as by_search
+    from worker.kernels.sample_histogram import sample_by_histogram
 
+    sample = sample_by_histogram if by == "histogram" else by_search
     rows = 64
     logits = torch.randn(rows, vocab, device=device) * 4
     if coarse:

@@ -34,7 +34,13 @@ class Event(Protocol):
 
 
 class CaptureFailed(RuntimeError):
-    """The device could not record a graph. The work still runs eagerly: slower, with the same results."""
+    """The device refused to record a graph, before it began. The work still runs eagerly: slower, with the same
+    results; other captures may succeed."""
+
+
+class CaptureBroken(RuntimeError):
+    """A recording broke off midway. The allocator may go on believing that it records, so nothing may be captured any
+    more: at start-up this is fatal, later the work runs eagerly."""
 
 
 class Stream(Protocol):
@@ -58,13 +64,17 @@ class Graph(Protocol):
 
 
 class Device(Protocol):
-    """What the runner needs of a device. `compute` and `copy` are its two streams."""
+    """What the runner needs of a device. `compute` and `copy` are its two streams; `aside` is one of lower priority, for
+    work that others need not wait for, or the compute stream itself."""
 
     name: str
     torch_device: torch.device
     compute: Stream
     copy: Stream
+    uploads: Stream  # of steps' inputs; the compute stream itself where nothing is copied
+    aside: Stream
     captures: bool  # whether capture() records a graph, so that shapes must be padded to buckets
+    capture_broke: bool  # whether a recording broke off midway, so that none may be begun any more
     shares_memory: bool  # whether pinned memory is the device's own, so that nothing needs to be uploaded
 
     def event(self) -> Event:
@@ -73,12 +83,16 @@ class Device(Protocol):
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory that copies to and from the device without blocking."""
 
-    def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
+    def hand_over(self, tensor: torch.Tensor) -> None:
+        """Say that memory made on the stream `aside` is read on the compute stream, before it is given up."""
+
+    def capture(self, body: Callable[[], None], *, warm_up: bool = True, aside: bool = False) -> Graph:
         """Record `body`'s operations on the compute stream, where recording does not run them.
 
+        `aside`: on the stream of that name, with a memory pool of its own: such a graph may run beside the others.
         `warm_up` runs `body` first: libraries then choose algorithms, and kernels are compiled and loaded, which is not
         possible during a recording. Without it the same body must have run in the same shapes before. Raises
-        CaptureFailed.
+        CaptureFailed where nothing was recorded, CaptureBroken where a recording broke off or one did before.
         """
 
     def synchronize(self) -> None:

@@ -115,10 +115,13 @@ class CpuDevice:
         self.name = "cpu"
         self.torch_device = torch.device("cpu")
         self.captures = False
+        self.capture_broke = False
         self.shares_memory = True
         self._events_look_late = events_look_late
         self.compute: Stream = CpuStream(events_look_late)
         self.copy: Stream = CpuStream(events_look_late)
+        self.uploads: Stream = self.compute
+        self.aside: Stream = self.compute
 
     def event(self) -> Event:
         return CpuEvent(self._events_look_late)
@@ -126,7 +129,10 @@ class CpuDevice:
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
+    def hand_over(self, tensor: torch.Tensor) -> None:
+        pass  # one stream
+
+    def capture(self, body: Callable[[], None], *, warm_up: bool = True, aside: bool = False) -> Graph:
         return CpuGraph(body)
 
     def synchronize(self) -> None:

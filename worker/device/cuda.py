@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from worker.device.contract import CaptureFailed, Event, Graph, Stream
+from worker.device.contract import CaptureBroken, CaptureFailed, Event, Graph, Stream
 
 WARM_UP_RUNS = 2  # the second run finds what the first has cached: allocator blocks, cuBLAS workspaces
 
@@ -101,18 +101,26 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         torch.cuda.set_device(self.torch_device)
         self.captures = True
+        self.capture_broke = False
         self.shares_memory = False
         self._memory_share = memory_share
         self._compute = CudaStream(self.torch_device, priority=-1)
         self.compute: Stream = self._compute
         # Small copies should slip in between kernels, not queue behind a batch of them.
         self.copy: Stream = CudaStream(self.torch_device, priority=-2)
+        # Not the copy stream, where an upload would queue behind outputs that wait for the step before.
+        self.uploads: Stream = CudaStream(self.torch_device, priority=-2)
+        # Pictures are encoded here: their kernels take what multiprocessors decode rows leave.
+        self._aside = CudaStream(self.torch_device, priority=0)
+        self.aside: Stream = self._aside
         # Work that was queued before this device was opened (on another device's memory) comes first.
         self._compute.raw.wait_stream(torch.cuda.current_stream())
         torch.cuda.set_stream(self._compute.raw)
         # All graphs replay on the one compute stream, in order, so they may share one memory pool (I1). Nothing in the
         # pool is needed after a replay: a step's results lie in its slot.
         self._pool: Any = torch.cuda.graph_pool_handle()  # torch's own name for the type is private
+        # Graphs of the other stream run beside those, so they must not share memory with them.
+        self._aside_pool: Any = torch.cuda.graph_pool_handle()
 
     def event(self) -> Event:
         return CudaEvent()
@@ -120,12 +128,20 @@ class CudaDevice:
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
-    def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
+    def hand_over(self, tensor: torch.Tensor) -> None:
+        tensor.record_stream(self._compute.raw)
+
+    def capture(self, body: Callable[[], None], *, warm_up: bool = True, aside: bool = False) -> Graph:
         """See `contract.Device`. Not through `torch.cuda.graph`, which synchronises the device and empties the
         allocator's cache each time: a graph may be captured while steps are in flight."""
+        if self.capture_broke:
+            raise CaptureBroken("an earlier recording broke off; nothing is captured any more")
         graph = torch.cuda.CUDAGraph()
         collecting = gc.isenabled()
-        with self.compute.use():
+        stream, pool = (self._aside, self._aside_pool) if aside else (self._compute, self._pool)
+        if aside:
+            stream.raw.wait_stream(self._compute.raw)  # the body reads what was made there
+        with stream.use():
             if warm_up:
                 try:
                     for _ in range(WARM_UP_RUNS):
@@ -133,19 +149,20 @@ class CudaDevice:
                 except torch.OutOfMemoryError as error:  # smaller shapes may still fit
                     torch.cuda.empty_cache()
                     raise CaptureFailed(f"no memory to run it: {str(error)[:300]}") from error
-                self._compute.raw.synchronize()  # errors of the body are raised here, not during the capture
+                stream.raw.synchronize()  # errors of the body are raised here, not during the capture
             gc.disable()  # a collected event or graph would call CUDA in the middle of the recording
             try:
                 # Other threads may use CUDA meanwhile; this one is checked.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     body()
                 finally:
                     graph.capture_end()
             except Exception as error:
-                # After a failed capture the memory pool may still be in its recording state.
-                self._pool = torch.cuda.graph_pool_handle()
-                raise CaptureFailed(f"{type(error).__name__}: {str(error)[:300]}") from error
+                # `capture_end` of a broken recording raises before it tells the allocator that recording is over: what is
+                # allocated from now on may land in the pool of graphs, and another recording would be mixed with this.
+                self.capture_broke = True
+                raise CaptureBroken(f"{type(error).__name__}: {str(error)[:300]}") from error
             finally:
                 if collecting:
                     gc.enable()

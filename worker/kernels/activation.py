@@ -14,7 +14,9 @@ BLOCK = 1024
 
 
 @triton.jit
-def _activate(
+def activate_block(
+    row,
+    block,
     x_ptr,
     out_ptr,
     x_stride,
@@ -24,8 +26,8 @@ def _activate(
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """One block of one row."""
+    dims = block * BLOCK + tl.arange(0, BLOCK)
     inside = dims < DIM
     x = tl.load(x_ptr + row * x_stride + dims, mask=inside, other=0.0).to(tl.float32)
     if SILU:
@@ -37,6 +39,21 @@ def _activate(
     if GATED:
         y *= tl.load(x_ptr + row * x_stride + DIM + dims, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * out_stride + dims, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activate(
+    x_ptr,
+    out_ptr,
+    x_stride,
+    out_stride,
+    DIM: tl.constexpr,
+    SILU: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    activate_block(row, tl.program_id(1), x_ptr, out_ptr, x_stride, out_stride, DIM, SILU, GATED, BLOCK)
 
 
 def _launch(x: Tensor, dim: int, out: Tensor | None, *, silu: bool, gated: bool) -> Tensor:

@@ -54,17 +54,18 @@ class FusedPlan:
         window: int = 0,
         cap: float = 0.0,
         rotation: int = 0,
+        gelu: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Write this layer's K and V and attend: qkv (N, (H + 2·KH)·D) → (N, H·D).
 
         q and k have the two of a rotated pair side by side. `out` may be part of a wider buffer; made in qkv's
         dtype if not given. `qk_weight` (H + KH, D) fp32: RMS norm of each head of q and k before the rotation.
-        `window`, `cap` and `rotation` as `worker.models.torch_attention.LayerAttention` has them.
+        `gelu` as `rotary_kv_write` has it; `window`, `cap` and `rotation` as `worker.models.torch_attention.LayerAttention` has them.
         """
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         turns = self._rotations[rotation]
         query = rotary_kv_write(
-            qkv, turns, self._write_index, keys, values, num_heads, qk_weight=qk_weight, eps=eps
+            qkv, turns, self._write_index, keys, values, num_heads, qk_weight=qk_weight, eps=eps, gelu=gelu
         )
         if out is None:
             out = torch.empty((qkv.shape[0], num_heads * keys.shape[3]), dtype=qkv.dtype, device=qkv.device)

@@ -7,17 +7,61 @@ length, read on the device, so a captured graph serves rows of any length. Pages
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from worker.device.choices import choices
 from worker.kernels.compiled import is_interpreted, next_power_of_two, num_multiprocessors
 
 LOG2_E = 1.4426950408889634
-BLOCK_TOKENS = 64
 MAX_SPLITS = 16
-PROGRAMS_PER_MULTIPROCESSOR = 4  # enough loads in flight to fill the memory system; to be measured
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How the kernel is laid out on the device; every variant computes the same, `dots` up to rounding."""
+
+    block_tokens: int = 64
+    num_warps: int = 4
+    stages: int = 3  # of loads ahead of their use
+    staged: bool = (
+        False  # the loop itself asks for the stages: the compiler else pipelines only loads of a `tl.dot`
+    )
+    most_registers: int | None = None  # a thread; None: as many as the compiler likes
+    heads_first: bool = (
+        False  # programs of one token range, a head each, run beside each other, for they share pages
+    )
+    dots: bool = False  # one head a key through the matrix units, padded to 16 rows
+    programs: int = 4  # a multiprocessor, wanted: enough loads in flight to fill the memory system
+
+
+PLAIN = Variant()
+# 70 registers a thread make 7 programs a multiprocessor, and the eighth a second, nearly empty wave; 64 spill nothing.
+TUNED = Variant(most_registers=64, heads_first=True)
+VARIANTS = {
+    "plain": PLAIN,
+    "tuned": TUNED,
+    "staged": replace(TUNED, staged=True),
+    "dots": replace(TUNED, dots=True, most_registers=None),
+    "32 tokens": replace(TUNED, block_tokens=32),
+    "128 tokens": replace(TUNED, block_tokens=128, num_warps=8),
+    "2 warps": replace(TUNED, num_warps=2, most_registers=None),
+    "8 programs": replace(TUNED, programs=8),
+    "2 programs": replace(TUNED, programs=2),
+}
+"""What `loadtest.gpu.kernels` measures beside each other; `TUNED` is what serves."""
+
+
+def served(group: int, *, is_wide: bool) -> Variant:
+    """The variant for so many query heads a key. A bound on registers is for the vector code over 16-bit pages: with
+    dots, and with fp32 pages (`is_wide`), it would spill."""
+    if not choices().tuned_attention:
+        return PLAIN
+    return TUNED if group == 1 and not is_wide else replace(TUNED, most_registers=None)
 
 
 @triton.jit(do_not_specialize_on_alignment=["tables_ptr", "lengths_ptr"])  # views into a packed buffer
@@ -45,10 +89,17 @@ def _attend_split(
     WIDEN: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    HEADS_FIRST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    if HEADS_FIRST:
+        kv_head = tl.program_id(0)
+        split = tl.program_id(1)
+        row = tl.program_id(2)
+    else:
+        row = tl.program_id(0)
+        kv_head = tl.program_id(1)
+        split = tl.program_id(2)
     length = tl.load(lengths_ptr + row)
     # A split is a number of whole blocks; a short row leaves its last splits empty.
     first = 0
@@ -64,7 +115,7 @@ def _attend_split(
     heads = kv_head * GROUP + group
     query_at = row.to(tl.int64) * query_stride + heads[:, None] * HEAD_DIM + dims[None, :]
     query = tl.load(query_ptr + query_at, mask=(group < GROUP)[:, None], other=0.0)
-    if GROUP == 1:
+    if BLOCK_GROUP == 1:
         single = tl.sum(query.to(tl.float32), 0)  # (HEAD_DIM,): the block has this one head
     elif WIDEN:
         query = query.to(tl.float32)
@@ -73,7 +124,7 @@ def _attend_split(
     best = tl.full([BLOCK_GROUP], -1e30, tl.float32)
     total = tl.zeros([BLOCK_GROUP], tl.float32)
     mixed = tl.zeros([BLOCK_GROUP, HEAD_DIM], tl.float32)
-    for at in range(start, stop, BLOCK):
+    for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
         tokens = at + tl.arange(0, BLOCK)
         seen = tokens < stop
         pages = tl.load(
@@ -83,7 +134,7 @@ def _attend_split(
         cache_at = (lines * KV_HEADS + kv_head)[:, None] * HEAD_DIM + dims[None, :]
         key = tl.load(keys_ptr + cache_at, mask=seen[:, None], other=0.0)
         value = tl.load(values_ptr + cache_at, mask=seen[:, None], other=0.0)
-        if GROUP == 1:
+        if BLOCK_GROUP == 1:
             # One query a key: matrix units would need at least 16 rows.
             scores = tl.sum(key.to(tl.float32) * single[None, :], 1)[None, :]
         elif WIDEN:
@@ -98,7 +149,7 @@ def _attend_split(
         fade = tl.exp2(best - new_best)
         weights = tl.where(seen[None, :], tl.exp2(scores - new_best[:, None]), 0.0)
         total = total * fade + tl.sum(weights, 1)
-        if GROUP == 1:
+        if BLOCK_GROUP == 1:
             flat = tl.sum(weights, 0)
             gained = tl.sum(value.to(tl.float32) * flat[:, None], 0)[None, :]
         elif WIDEN:
@@ -144,10 +195,12 @@ def _join_splits(
     tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty))
 
 
-def choose_splits(num_rows: int, kv_heads: int, max_tokens: int, num_processors: int) -> int:
+def choose_splits(
+    num_rows: int, kv_heads: int, max_tokens: int, num_processors: int, variant: Variant = PLAIN
+) -> int:
     """How many programs share one row and key head: a power of two, from shapes alone (graph-safe)."""
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * num_processors
-    most = min(MAX_SPLITS, -(-max_tokens // BLOCK_TOKENS))
+    wanted = variant.programs * num_processors
+    most = min(MAX_SPLITS, -(-max_tokens // variant.block_tokens))
     splits = 1
     while 2 * splits <= most and num_rows * kv_heads * splits < wanted:
         splits *= 2
@@ -166,13 +219,14 @@ def paged_decode_attention(
     num_splits: int | None = None,
     window: int = 0,
     cap: float = 0.0,
+    variant: Variant | None = None,
 ) -> Tensor:
     """Each row's query against the first `lengths[row]` tokens of its pages, or the last `window` of them.
 
     query (B, H, D), rows may be strided; keys, values (num_pages, page_tokens, KH, D) contiguous, H a multiple
     of KH, D a power of two; block_tables (B, P) int32; lengths (B,) int32, at least 1 and at most `max_tokens`.
     out (B, H·D), rows may be strided; made in the query's dtype if not given. Scores s are scaled by 1/sqrt(D),
-    and then cap·tanh(s/cap) if `cap` is given. The reference is `worker.models.attention.AttentionPlan`.
+    and then cap·tanh(s/cap) if `cap` is given. `variant`: how it is laid out, by default as `choices` says. The reference is `worker.models.attention.AttentionPlan`.
     """
     num_rows, num_heads, head_dim = query.shape
     page_tokens, kv_heads = keys.shape[1:3]
@@ -182,17 +236,19 @@ def paged_decode_attention(
     if out is None:
         out = torch.empty((num_rows, num_heads * head_dim), dtype=query.dtype, device=query.device)
     assert out.stride(1) == 1
+    group = num_heads // kv_heads
+    laid = variant or served(group, is_wide=keys.dtype == torch.float32)
     if num_splits is None:
         most = min(max_tokens, window) if window else max_tokens
-        num_splits = choose_splits(num_rows, kv_heads, most, num_multiprocessors(query.device))
-    group = num_heads // kv_heads
+        num_splits = choose_splits(num_rows, kv_heads, most, num_multiprocessors(query.device), laid)
     parts = stats = out  # placeholders: with one split these are not read
     if num_splits > 1:
         parts = torch.empty(
             (num_rows, num_heads, num_splits, head_dim), dtype=torch.float32, device=query.device
         )
         stats = torch.empty((num_rows, num_heads, num_splits, 2), dtype=torch.float32, device=query.device)
-    _attend_split[(num_rows, kv_heads, num_splits)](
+    grid = (kv_heads, num_splits, num_rows) if laid.heads_first else (num_rows, kv_heads, num_splits)
+    _attend_split[grid](
         query,
         keys,
         values,
@@ -208,16 +264,19 @@ def paged_decode_attention(
         cap * LOG2_E,
         KV_HEADS=kv_heads,
         GROUP=group,
-        BLOCK_GROUP=1 if group == 1 else max(16, next_power_of_two(group)),
+        BLOCK_GROUP=1 if group == 1 and not laid.dots else max(16, next_power_of_two(group)),
         HEAD_DIM=head_dim,
         PAGE_TOKENS=page_tokens,
         NUM_SPLITS=num_splits,
-        BLOCK=BLOCK_TOKENS,
+        BLOCK=laid.block_tokens,
         WIDEN=is_interpreted() or query.dtype == torch.float32 or keys.dtype != query.dtype,
         WINDOW=window,
         CAPPED=cap > 0,
-        num_warps=4,
-        num_stages=3,
+        HEADS_FIRST=laid.heads_first,
+        STAGES=laid.stages if laid.staged else None,
+        num_warps=laid.num_warps,
+        num_stages=laid.stages,
+        maxnreg=laid.most_registers,
     )
     if num_splits > 1:
         _join_splits[(num_rows, num_heads)](

@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from worker.kernels.outputs import Sinks, store_token
+
 BLOCK = 4096
 REACH = tl.constexpr(87.0)  # logits further below the best have probability 0 in fp32
 
 
 @triton.jit
-def _load(
+def load_logits(
     logits_ptr,
     words_ptr,
     allowed_ptr,
@@ -61,7 +63,7 @@ def _above(
     under = tl.zeros([BLOCK], tl.float32) + low
     for start in range(0, VOCAB, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        x = _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
+        x = load_logits(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
         higher = x > middle
         count += tl.where(higher, 1.0, 0.0)
         mass += tl.where(higher, tl.exp(x - best), 0.0)
@@ -126,12 +128,12 @@ def _count_ties(
     ties = tl.zeros([BLOCK], tl.float32)
     for start in range(0, VOCAB, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        x = _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
+        x = load_logits(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
         ties += tl.where(x == value, 1.0, 0.0)
     return tl.sum(ties, 0)
 
 
-_SETTINGS = ["words_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr"]
+_SETTINGS = ["words_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr", "rows_ptr", "outputs_ptr"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize_on_alignment=_SETTINGS)  # views into a packed buffer, wherever they fall
@@ -146,11 +148,16 @@ def _sample_row(
     uniform_ptr,
     ids_ptr,
     bad_ptr,
+    rows_ptr,
+    last_ids_ptr,
+    outputs_ptr,
     logits_stride,
     words_stride,
+    outputs_stride,
     VOCAB: tl.constexpr,
     MASKED: tl.constexpr,
     SUPPRESSED: tl.constexpr,
+    OWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -171,7 +178,7 @@ def _sample_row(
         is_nan = raw != raw
         nans += is_nan.to(tl.int32)
         raw_bests = tl.maximum(raw_bests, tl.where(is_nan, -float("inf"), raw))
-        x = _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
+        x = load_logits(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
         better = x > bests  # false for a NaN, and for equal values, so that the lowest id stays
         best_ids = tl.where(better, ids, best_ids)
         bests = tl.where(better, x, bests)
@@ -180,7 +187,6 @@ def _sample_row(
     raw_best = tl.max(raw_bests, 0)
     num_nan = tl.sum(nans, 0)
     is_bad = (num_nan > 0) | (raw_best == float("inf")) | (raw_best == -float("inf"))
-    tl.store(bad_ptr + row, is_bad.to(tl.int32))
     chosen = best_id
 
     if (is_greedy == 0) & (is_bad == 0) & (best > -float("inf")):
@@ -297,13 +303,15 @@ def _sample_row(
         passed = 0
         for start in range(0, VOCAB, BLOCK):
             ids = start + tl.arange(0, BLOCK)
-            x = _load(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
+            x = load_logits(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
             is_tie = x == drawn
             ordinal = passed + tl.cumsum(is_tie.to(tl.int32), 0)
             hit = tl.max(tl.where(is_tie & (ordinal == wanted), ids, -1), 0)
             chosen = tl.where(hit >= 0, hit, chosen)
             passed += tl.sum(is_tie.to(tl.int32), 0)
-    tl.store(ids_ptr + row, chosen.to(tl.int64))
+    store_token(
+        row, chosen, is_bad, ids_ptr, bad_ptr, rows_ptr, last_ids_ptr, outputs_ptr, outputs_stride, OWN
+    )
 
 
 @triton.jit
@@ -322,13 +330,15 @@ def sample(
     *,
     words: Tensor | None = None,
     allowed: Tensor | None = None,
+    sinks: Sinks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(ids (R,) int64, bad (R,) int32). Rows with temperature 0 are greedy (lowest id among equals).
 
     logits (R, V) fp32 or bf16, rows may be strided; temperature, top_p, min_p, uniforms (R,) fp32; top_k (R,)
     int32, 0 for no limit. words (R, ceil(V/32)) int32: a row's allowed ids, bit by bit; allowed (ceil(V/32),)
     int32: the same for all rows (suppressed ids). `bad`: the raw logits hold a NaN or have no finite maximum; the
-    row's id then means nothing. A row whose mask allows nothing gets id 0. The reference is
+    row's id then means nothing. A row whose mask allows nothing gets id 0. `sinks`: where the kernel also leaves ids
+    and `bad`. The reference is
     `worker.step.sampler.apply_mask`, then `stochastic`.
     """
     rows, vocab = logits.shape
@@ -339,6 +349,7 @@ def sample(
         )
     ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
     bad = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    to = sinks or Sinks(bad, ids, bad.unsqueeze(1))  # without sinks the placeholders are not written
     _sample_row[(rows,)](
         logits,
         logits if words is None else words,
@@ -350,11 +361,16 @@ def sample(
         uniforms,
         ids,
         bad,
+        to.rows,
+        to.last_ids,
+        to.outputs,
         logits.stride(0),
         0 if words is None else words.stride(0),
+        to.outputs.stride(0),
         VOCAB=vocab,
         MASKED=words is not None,
         SUPPRESSED=allowed is not None,
+        OWN=sinks is not None,
         BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
         num_warps=16,
     )

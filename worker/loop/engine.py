@@ -25,7 +25,7 @@ from worker.schedule.depth import DepthGovernor
 from worker.schedule.launch_timer import LaunchTimer
 from worker.schedule.life import MaskLife
 from worker.schedule.pipeline import InFlight, Pipeline
-from worker.schedule.plan import StepPlan
+from worker.schedule.plan import Committed, StepPlan
 from worker.schedule.scheduler import Scheduler
 from worker.step.contract import OutOfDeviceMemory, Runner
 
@@ -247,19 +247,21 @@ class Engine:
 
     def _commit(self, step: InFlight) -> None:
         """Wait for the oldest step's outputs, accept them, and report them to gateways."""
+        plan, waited_before_s = step.plan, self._waited_s
+        early = self._commit_rows(step) if plan.chunks and plan.decode else None
         before_s = self._clock()
-        result = self.runner.wait(step.slot, step.plan)
+        result = self.runner.wait(step.slot, plan)
         now_s = self._clock()
-        wait_s = now_s - before_s
-        self._waited_s += wait_s
-        plan = step.plan
+        self._waited_s += now_s - before_s
+        wait_s = self._waited_s - waited_before_s
         if self._timer is not None:
             waited = wait_s > MIN_WAIT_S
             self._timer.on_commit(now_s, len(plan.decode), is_decode=not plan.chunks, waited=waited)
         times = self.runner.device_times(step.slot)
         self.pipeline.commit(step)
         self._heartbeat.on_commit(now_s)
-        done = self.scheduler.commit(plan, result, now_s, busy_s=times.busy_s)
+        first = 0 if early is None else len(plan.decode)
+        done = self.scheduler.commit(plan, result, now_s, busy_s=times.busy_s, first=first)
         self._reports.send_step(plan, done, result)
         for i in plan.deferred:
             seq = plan.samples[i]
@@ -269,11 +271,26 @@ class Engine:
             self._recording.on_host("wait", before_s, now_s)
             self._recording.on_host(f"commit {plan.step}", now_s, self._clock())
             self._recording.on_commit(step, now_s, times)
-        self.metrics.on_commit(plan, len(done.token_ids), done.num_zombies, times, wait_s)
+        num_tokens, num_zombies = len(done.token_ids), done.num_zombies
+        if early is not None:
+            num_tokens, num_zombies = num_tokens + len(early.token_ids), num_zombies + early.num_zombies
+        self.metrics.on_commit(plan, num_tokens, num_zombies, times, wait_s)
         if step.follows:  # otherwise there was no work before it, so an idle device is no bubble
             self.metrics.on_bubble(times.idle_s)
             if self._governor is not None and self._governor.depth == self._depth_now():
-                self._governor.on_commit(times.busy_s, times.idle_s, len(plan.samples), done.num_zombies)
+                self._governor.on_commit(times.busy_s, times.idle_s, len(plan.samples), num_zombies)
+
+    def _commit_rows(self, step: InFlight) -> Committed | None:
+        """Accept and report the decode rows of a step whose chunks may still run, if their outputs come first."""
+        before_s = self._clock()
+        result = self.runner.wait_rows(step.slot, step.plan)
+        if result is None:
+            return None
+        now_s = self._clock()
+        self._waited_s += now_s - before_s
+        early = self.scheduler.commit_rows(step.plan, result, now_s)
+        self._reports.send_step(step.plan, early, result)
+        return early
 
     # ------------------------------------------------------------------ failure
 

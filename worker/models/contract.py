@@ -43,6 +43,7 @@ class Model(Protocol):
     prefix_tokens: int  # bidirectional prefix of a prompt that carries an image (BOS + image); 0 if none
     weight_bytes: int
     num_weights: int
+    biased: bool  # products of its layers add biases, which cuBLAS does in two launches for a single row
     fuses: bool  # forwards go through a GPU's kernels, which read what a step holds on the device
 
     @property
@@ -69,6 +70,10 @@ class Model(Protocol):
 
     def forward(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> Tensor:
         """(N, D) embeddings → (N, D) hidden states before the final norm; writes K and V of all N tokens."""
+        ...
+
+    def decode(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """`forward`, then `logits` of all its tokens: (N, D) → hidden states (N, D), logits (N, V) fp32."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

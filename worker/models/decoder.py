@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
+from worker.device.choices import choices
 from worker.forward import ImageCrops, KVCache, StepTokens
 from worker.models.attention import AttentionPlan, fastest_kv_dtype, fuses
 from worker.models.contract import CropEncoder, EncodeCrops
@@ -67,11 +68,13 @@ class Decoder:
         num_kv_heads: int,
         head_dim: int,
         embedding_scale: float = 1.0,
+        biased: bool = False,
     ) -> None:
         self.card = card
         self.device, self.dtype = words.device, words.dtype
         self.num_layers, self.num_kv_heads, self.head_dim = len(blocks), num_kv_heads, head_dim
         self.weight_bytes = self.num_weights = 0
+        self.biased = biased
         self._native = operations(self.device)
         self.kv_dtype = fastest_kv_dtype(self.device, self.dtype, self._native)
         self.fuses = fuses(self.device, head_dim)
@@ -134,13 +137,30 @@ class Decoder:
     def _forward_fused(
         self, hidden: Tensor, rotations: list[Tensor], tokens: StepTokens, cache: KVCache
     ) -> Tensor:
+        hidden, gained = self._run_blocks(hidden, rotations, tokens, cache)
+        return hidden if gained is None else hidden + gained
+
+    def _run_blocks(
+        self, hidden: Tensor, rotations: list[Tensor], tokens: StepTokens, cache: KVCache
+    ) -> tuple[Tensor, Tensor | None]:
+        """All blocks by a GPU's kernels: the stream, and what the last block adds to it."""
         from worker.kernels.fused import FusedPlan  # here, so that no CPU worker imports Triton
 
         plan = FusedPlan(tokens, cache, rotations)
         gained: Tensor | None = None
         for layer, block in enumerate(self._blocks):
             hidden, gained = block.fused(hidden, gained, plan, layer)
-        return hidden if gained is None else hidden + gained
+        return hidden, gained
+
+    def decode(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """`forward`, then `logits` of all its tokens: (N, D) embeddings → (N, D) hidden states, (N, V) logits. By a GPU's
+        kernels the last residual sum and the final norm are one launch."""
+        if not self.fuses or not choices().tail_norm:
+            hidden = self.forward(hidden, tokens, cache)
+            return hidden, self.logits(hidden)
+        rotations = [self._turn(table, tokens.positions) for table in self._rotations]
+        hidden, normed = self._norm.fused(*self._run_blocks(hidden, rotations, tokens, cache))
+        return hidden, self._head(normed)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(R, D) hidden states of the sampling positions → (R, V) logits: fp32 sums, unrounded."""

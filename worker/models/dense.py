@@ -80,6 +80,7 @@ class Dense(Decoder):
             num_kv_heads=sizes.num_kv_heads,
             head_dim=sizes.head_dim,
             embedding_scale=sizes.embedding_scale,
+            biased=sizes.qkv_bias or sizes.out_bias or sizes.mlp_bias,
         )
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
+from worker.device.choices import choices
 from worker.formats.source import ProgressReport, Source, Target
 from worker.forward import ImageCrops
 from worker.models.attention import AttentionPlan
@@ -81,6 +82,7 @@ class Moondream(Decoder):
             num_heads=text.n_heads,
             num_kv_heads=text.n_kv_heads,
             head_dim=text.head_dim,
+            biased=True,
         )
         self.config = config
         self.prefix_tokens = config.prefix_tokens
@@ -134,8 +136,22 @@ class _TextBlock:
         self._ln = take_norm(take, f"{name}.ln", dim)
         weight = take(f"{name}.attn.qkv.weight", config.qkv_dim, dim)
         order = _pair_order(config).to(weight.device)
-        self._qkv = PackedLinear(weight[order], take(f"{name}.attn.qkv.bias", config.qkv_dim)[order])
-        self._fc1 = take_linear(take, f"{name}.mlp.fc1", dim, config.ff_dim)
+        bias = take(f"{name}.attn.qkv.bias", config.qkv_dim)[order]
+        self._qkv_dim = config.qkv_dim
+        self._joined: PackedLinear | None = None
+        if joins(weight.device):
+            # One weight, of which the two products are parts: joined and apart cost the memory of one.
+            weight = torch.cat([weight[order], take(f"{name}.mlp.fc1.weight", config.ff_dim, dim)])
+            bias = torch.cat([bias, take(f"{name}.mlp.fc1.bias", config.ff_dim)])
+            self._joined = PackedLinear(weight, bias, pack=False)
+            (qkv, fc1), (qkv_bias, fc1_bias) = (
+                t.split((config.qkv_dim, config.ff_dim)) for t in (weight, bias)
+            )
+            self._qkv = PackedLinear(qkv, qkv_bias, pack=False)
+            self._fc1 = PackedLinear(fc1, fc1_bias, pack=False)
+        else:
+            self._qkv = PackedLinear(weight[order], bias)
+            self._fc1 = take_linear(take, f"{name}.mlp.fc1", dim, config.ff_dim)
         # Attention's projection and the MLP's second layer add to the same residual: one product over both inputs.
         proj = take(f"{name}.attn.proj.weight", dim, dim)
         fc2 = take(f"{name}.mlp.fc2.weight", dim, config.ff_dim)
@@ -176,11 +192,24 @@ class _TextBlock:
         hidden, normed = self._ln.fused(hidden, gained)
         # Attention and activation write side by side into the one input of the product that joins them.
         width = self._num_heads * self._head_dim
-        inner = self._fc1(normed)
+        if self._joined is not None and choices().one_product:
+            product = self._joined(normed)
+            qkv, inner = product[:, : self._qkv_dim], product[:, self._qkv_dim :]
+        else:
+            qkv, inner = self._qkv(normed), self._fc1(normed)
         both = inner.new_empty(inner.shape[0], width + inner.shape[1])
-        plan.attend(layer, self._qkv(normed), self._num_heads, out=both[:, :width])
-        gelu_tanh(inner, out=both[:, width:])
+        gelu = (inner, both[:, width:])
+        is_one = choices().one_launch
+        plan.attend(layer, qkv, self._num_heads, out=both[:, :width], gelu=gelu if is_one else None)
+        if not is_one:
+            gelu_tanh(*gelu)
         return hidden, self._out(both)
+
+
+def joins(device: torch.device) -> bool:
+    """Whether qkv and the MLP's first layer, which read the same input, are kept as one weight: a product less a layer.
+    A CPU packs each for itself."""
+    return device.type == "cuda"
 
 
 def _pair_order(config: TextConfig) -> Tensor:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from worker.forward import ImageCrops
 from worker.models.contract import EncodeCrops
 from worker.models.layers import Take, take_linear, take_mlp, take_norm
 from worker.models.moondream_config import VisionConfig
 from worker.models.tiling import cut_crops, stitch_rows
+
+ATTENTION: SDPBackend | None = None
+"""The backend of attention on a GPU; None: torch's choice, which is cuDNN's on Hopper with torch 2.11, not FlashAttention.
+`loadtest.gpu.vision` times both and compares them with fp32 arithmetic: pin the quicker of those that are right."""
 
 
 class VisionEncoder:
@@ -120,9 +127,17 @@ class _VisionBlock:
         return hidden, self._mlp.fc2(gelu_tanh(self._mlp.fc1(normed)))
 
     def _attend(self, qkv: Tensor, crops: int) -> Tensor:
-        """(C, T, 3·D) or (C·T, 3·D) → (C·T, D). On a GPU in bf16 this is torch's FlashAttention: no mask, heads
-        of 72, which it takes unpadded."""
+        """(C, T, 3·D) or (C·T, 3·D) → (C·T, D)."""
         dim = qkv.shape[-1] // 3
         split = qkv.view(crops, -1, 3, self._num_heads, dim // self._num_heads)
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(-1, dim)
+        with attention_backend(qkv.device):
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(-1, dim)
+
+
+def attention_backend(device: torch.device) -> AbstractContextManager[None]:
+    """For a block: the backend that `ATTENTION` pins on a GPU."""
+    if ATTENTION is None or device.type != "cuda":
+        return nullcontext()
+    pinned: AbstractContextManager[None] = sdpa_kernel(ATTENTION)
+    return pinned

@@ -221,20 +221,32 @@ class Scheduler:
 
     # ------------------------------------------------------------------ commit
 
-    def commit(self, plan: StepPlan, result: StepResult, now_s: float, *, busy_s: float = 0.0) -> Committed:
+    def commit_rows(self, plan: StepPlan, result: StepResult, now_s: float) -> Committed:
+        """Accept the outputs of a step's decode rows alone, before those of its chunks are known. `commit` follows, from
+        the first sample that is none of them."""
+        return self._accept(plan, result, now_s, 0, len(plan.decode))
+
+    def commit(
+        self, plan: StepPlan, result: StepResult, now_s: float, *, busy_s: float = 0.0, first: int = 0
+    ) -> Committed:
         """Accept a step's outputs in order: advance, finish, release. Every row is counted off once (I3, I6).
 
-        `busy_s`: for how long it kept the device busy.
+        `busy_s`: for how long it kept the device busy. `first`: samples before it were accepted by `commit_rows`.
         """
         self.pace.on_step(plan.load, busy_s)
-        out = Committed()
         for chunk in plan.chunks:
             if not chunk.is_last:
                 chunk.seq.inflight_refs -= 1
                 self._settle(chunk.seq)
+        return self._accept(plan, result, now_s, first, len(plan.samples))
+
+    def _accept(self, plan: StepPlan, result: StepResult, now_s: float, first: int, last: int) -> Committed:
+        """Accept samples [first, last)."""
+        out = Committed()
         values, token_ids, bad = result.values, result.token_ids, result.bad
         rows, indexes, ids, source, finished = out.rows, out.indexes, out.token_ids, out.source, out.finished
-        for i, seq in enumerate(plan.samples):
+        for i in range(first, last):
+            seq = plan.samples[i]
             seq.inflight_refs -= 1
             if seq.finish is not None:
                 out.num_zombies += 1

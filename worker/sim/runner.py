@@ -206,13 +206,21 @@ class SimRunner:
         copied = self.slots[slot_number].copied
         return copied is not None and copied.query()
 
+    def wait_rows(self, slot_number: int, plan: StepPlan) -> StepResult | None:
+        """No sooner than all samples; an exact simulation takes this way so that tests of the loop do."""
+        if not self.exact or plan.deferred:
+            return None
+        return self._read(slot_number, plan, len(plan.decode))
+
     def wait(self, slot_number: int, plan: StepPlan) -> StepResult:
+        return self._read(slot_number, plan, len(plan.samples))
+
+    def _read(self, slot_number: int, plan: StepPlan, num: int) -> StepResult:
         slot = self.slots[slot_number]
         assert slot.copied is not None
         slot.copied.synchronize()
-        num = len(plan.samples)
         result = StepResult(slot.host_ids[:num].tolist(), slot.host_bad[:num])
-        if any([seq.is_spatial for seq in plan.samples]):
+        if any([seq.is_spatial for seq in plan.samples[:num]]):
             result.values = [(x, y) for x, y in slot.host_values[:num].tolist()]
         return result
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from worker.device.choices import choices
 from worker.device.contract import Device
 from worker.forward import SPAN_TOKENS, KVCache, StepTokens
 from worker.models.contract import Model
@@ -104,7 +105,8 @@ class ChunkGraphs(GraphTable[()]):
 
     def _forward(self, slot: Slot, bucket: int) -> None:
         """The model over the slot's first `bucket` chunk tokens, padding included. What graphs record."""
-        _, positions, writes = slot.chunks[:, :bucket].long()
+        chunks = slot.chunks[:, :bucket]
+        _, positions, writes = chunks if choices().narrow_indexes else chunks.long()  # kernels take either
         tokens = StepTokens(positions, writes)
         tokens.spans, tokens.tables = slot.spans[: span_capacity(bucket)], slot.chunk_tables
         hidden = self._model.forward(self.inputs[:bucket], tokens, self._cache)

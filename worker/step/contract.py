@@ -18,8 +18,8 @@ from worker.schedule.plan import StepPlan, StepResult
 class DeviceTimes(NamedTuple):
     """What the device did around one step, in its own seconds."""
 
-    busy_s: float  # from the step's start to its last sampled row
-    idle_s: float  # between the step before it and its start
+    busy_s: float  # from the step's forward to its last sampled row
+    idle_s: float  # between the step before it and its forward, uploads included
     copy_s: float  # from sampled to the outputs being on the host
 
 
@@ -70,6 +70,10 @@ class Runner(Protocol):
 
     def is_done(self, slot_number: int) -> bool:
         """Whether the outputs have reached the host."""
+
+    def wait_rows(self, slot_number: int, plan: StepPlan) -> StepResult | None:
+        """Where the decode rows of a step with chunks are copied out before the chunks are through: block until they have
+        reached the host, and read them. None where all samples come together."""
 
     def wait(self, slot_number: int, plan: StepPlan) -> StepResult:
         """Block until the outputs have reached the host, and read them all (I4). Raises RuntimeError on a device fault."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import IntEnum
 
+from worker.device.choices import choices
 from worker.device.contract import Device
+from worker.models.contract import Model
 from worker.schedule.sequence import Sequence
 from worker.step.contract import GraphCounts
 from worker.step.graph_table import GraphTable
 from worker.step.slot import Slot
+from worker.step.staging import needs_eager
 
 
 class Flavour(IntEnum):
-    """What a captured step does besides its forward."""
+    """What a captured step does besides its forward: docs/gpu.md, "Captured steps"."""
 
     GATED = 0
     TEXT = 1
@@ -28,18 +31,23 @@ def flavour_of(rows: list[Sequence]) -> Flavour:
     """The cheapest flavour that serves these decode rows."""
     full = False
     for seq in rows:
-        if seq.is_adjusted or seq.sampling.num_logprobs >= 0:
-            return Flavour.GATED
-        if seq.constraint is not None and not seq.table_place:
+        if needs_eager(seq):
             return Flavour.GATED
         full = full or seq.table_place > 0 or seq.is_spatial
     return Flavour.FULL if full else Flavour.TEXT
 
 
-def bucket_sizes(max_rows: int) -> list[int]:
-    """Batch sizes captured as graphs: 1, 2, 4, then every 8 up to 64, then every 32."""
+def bucket_sizes(max_rows: int, least: int = 1) -> list[int]:
+    """Batch sizes captured as graphs: 1, 2, 4, then every 8 up to 64, then every 32; none below `least`, if there may be
+    so many rows."""
     sizes = [1, 2, 4, *range(8, 65, 8), *range(96, max_rows + 32, 32)]
-    return [size for size in sizes if size < max_rows] + [max_rows]
+    return [size for size in sizes if least <= size < max_rows] + [max_rows]
+
+
+def least_bucket(model: Model) -> int:
+    """The fewest rows a captured step should have. A product with a bias becomes two launches at a single row (a copy of the
+    bias, then a product that adds to it) and one at two."""
+    return 2 if model.biased and choices().pair_rows else 1
 
 
 class DecodeGraphs(GraphTable[Flavour]):

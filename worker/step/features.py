@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.device.choices import choices
+from worker.device.contract import Device
 from worker.forward import ImageCrops
 from worker.models.contract import EncodeCrops, Model
 from worker.schedule.sequence import Picture
@@ -18,9 +20,13 @@ class FeatureCache:
     """Least recently used features, bounded in bytes, keyed by tenant and pixels: a shared key would let one
     tenant learn from timing which pictures another has sent."""
 
-    def __init__(self, model: Model, max_bytes: int, encode: EncodeCrops | None = None) -> None:
+    def __init__(
+        self, model: Model, max_bytes: int, device: Device, encode: EncodeCrops | None = None
+    ) -> None:
         """`encode` runs the vision encoder over crops; by default as it is, over all of them at once."""
         self._model = model
+        self._device = device
+        self._encoded = device.event()
         self._encode = encode
         self._max_bytes = max_bytes
         self._num_bytes = 0
@@ -39,11 +45,22 @@ class FeatureCache:
                 self._features.move_to_end(key)
                 found[key] = features
         if missing:
-            crops = [self._upload(picture) for picture in missing.values()]
-            for key, features in zip(missing, self._model.encode_images(crops, self._encode), strict=True):
-                found[key] = features
-                self._features[key] = features
-                self._num_bytes += features.nbytes
+            # Everything of new pictures is queued beside the compute stream, which goes on with decode rows meanwhile and
+            # waits only where their features are read.
+            stream = self._device.aside if choices().vision_stream else self._device.compute
+            with stream.use():
+                crops = [self._upload(picture) for picture in missing.values()]
+                for key, encoded in zip(missing, self._model.encode_images(crops, self._encode), strict=True):
+                    # Pictures that are encoded together come as views of one tensor, and a view keeps all of it alive: what
+                    # is kept has memory of its own, so that the bound counts what is really held.
+                    is_whole = encoded.untyped_storage().nbytes() == encoded.nbytes
+                    found[key] = features = encoded if is_whole else encoded.clone()
+                    self._features[key] = features
+                    self._num_bytes += features.nbytes
+            if stream is not self._device.compute:
+                self._device.compute.wait(stream.record(self._encoded))
+                for key in missing:
+                    self._device.hand_over(found[key])
             while self._num_bytes > self._max_bytes and len(self._features) > 1:
                 _, old = self._features.popitem(last=False)
                 self._num_bytes -= old.nbytes

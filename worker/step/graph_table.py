@@ -1,7 +1,8 @@
 """Owns captured graphs by key: which one a step replays, and what runs where it is missing. Decode thread.
 
 Where a graph is missing (start-up had no time for it, or the device refused it) the same body runs eagerly over the same
-padded inputs, so tokens do not depend on it. After some eager runs the graph is captured, without a further warm-up run.
+padded inputs, so tokens do not depend on it. After some eager runs the graph is captured, without a further warm-up run,
+unless a recording has broken off before.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Generic, TypeVarTuple
 
 import structlog
 
-from worker.device.contract import CaptureFailed, Device, Graph
+from worker.device.contract import CaptureBroken, CaptureFailed, Device, Graph
 from worker.step.contract import GraphCounts
 from worker.step.slot import Slot
 
@@ -46,14 +47,21 @@ class GraphTable(Generic[*Rest]):
         self._eager_runs: dict[tuple[int, int, *Rest], int] = {}
 
     def capture(self, slot: Slot, bucket: int, *rest: *Rest) -> bool:
-        """Capture one graph at start-up: the slot's inputs must be padding, for its body runs. False if refused."""
+        """Capture one graph at start-up: the slot's inputs must be padding, for its body runs. False if refused.
+
+        Raises CaptureBroken if the recording broke off midway.
+        """
         return self._capture(slot, bucket, *rest, warm_up=True)
+
+    def graph(self, slot: Slot, bucket: int, *rest: *Rest) -> Graph | None:
+        """The captured graph, if there is one: for measuring it alone."""
+        return self._graphs.get((slot.number, bucket, *rest))
 
     def run(self, slot: Slot, bucket: int, *rest: *Rest) -> None:
         """Queue the body's work on the current stream."""
         key = (slot.number, bucket, *rest)
         graph = self._graphs.get(key)
-        if graph is None and self.enabled:
+        if graph is None and self.enabled and not self._device.capture_broke:
             runs = self._eager_runs.get(key, 0) + 1
             self._eager_runs[key] = runs
             if runs == EAGER_RUNS_BEFORE_CAPTURE + 1 and self._capture(slot, bucket, *rest, warm_up=False):
@@ -75,5 +83,11 @@ class GraphTable(Generic[*Rest]):
             kind = "failed"
             self._eager_runs[key] = EAGER_RUNS_BEFORE_CAPTURE + 1  # it is not tried again
             log.warning("capture_failed", kind=self._kind_of(*rest), bucket=bucket, error=str(error))
+        except CaptureBroken as error:
+            self.counts.add_capture("failed")
+            log.error("capture_broken", kind=self._kind_of(*rest), bucket=bucket, error=str(error))
+            if warm_up:
+                raise  # at start-up: a worker that begins with an allocator in doubt would fail later, under load
+            return False
         self.counts.add_capture(kind)
         return kind != "failed"

@@ -58,7 +58,9 @@ class Slot:
 
         self.logits: Tensor | None = None
         self.hidden: Tensor | None = None  # hidden states of the sampled positions
-        self.num_sampled = 0  # leading samples that the step's graph has sampled itself
+        self.sampled_rows = 0  # leading samples that the step's graph has sampled itself,
+        self.left_out: list[int] = []  # but for these, which are sampled eagerly
+        self.early_rows = 0  # leading samples that are copied out behind the graph, before the step's chunks
 
         self.started: Event = device.event()
         # The next step's commit reads this step's end event once more, when this slot may be in flight again. So two events
@@ -67,6 +69,9 @@ class Slot:
         self._turn = 0
         self._copied: Event = device.event()
         self.masks_here: Event = device.event()
+        self.uploaded: Event = device.event()
+        self.rows_sampled: Event = device.event()  # of the early rows
+        self.rows_copied: Event = device.event()
         self.previous_end: Event = device.event()  # of the step launched before this slot's
         self.copied: Event | None = None  # None before the slot's first step
 
@@ -84,15 +89,15 @@ class Slot:
         self.picks[group, :num].copy_(self.host_picks[group, :num], non_blocking=True)
         return self.picks[group, :num]
 
-    def read(self, plan: StepPlan) -> StepResult:
-        """The step's outputs as a `StepResult`; the copy must have been waited for."""
-        num = len(plan.samples)
+    def read(self, plan: StepPlan, num: int) -> StepResult:
+        """The outputs of the step's first `num` samples as a `StepResult`; their copy must have been waited for."""
+        samples = plan.samples[:num]
         out = self.host_outputs_np[:num]
         floats = out.view(np.float32)
         result = StepResult(out[:, 0].tolist(), out[:, 1].astype(bool).tolist())
-        if any([seq.is_spatial for seq in plan.samples]):
+        if any([seq.is_spatial for seq in samples]):
             result.values = [(x, y) for x, y in floats[:, 2:4].tolist()]
-        wanted = max([seq.sampling.num_logprobs for seq in plan.samples], default=-1)
+        wanted = max([seq.sampling.num_logprobs for seq in samples], default=-1)
         if wanted >= 0:
             result.logprobs = floats[:, 4].tolist()
         if wanted > 0:

@@ -26,6 +26,7 @@ INT_FIELDS = (
     "lengths",
     "write_index",
     "spatial",
+    "graph_rows",  # rows whose token a captured step samples itself: decode rows; padding for those sampled behind it
     "sample_rows",  # rows that get a token: decode rows, then rows whose prefill ends
     "sample_index",  # where each sample's hidden state stands among the flattened tokens
     "top_k",
@@ -33,6 +34,18 @@ INT_FIELDS = (
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "uniform", "presence", "frequency", "repetition", "ban_stop")
 FIELDS = INT_FIELDS + FLOAT_FIELDS
 NOTHING: tuple[list[int], int] = ([], 0)
+
+
+def needs_eager(seq: Sequence) -> bool:
+    """Whether no captured step can sample this row: penalties and biases, log-probabilities, a mask from the host."""
+    if seq.is_adjusted or seq.sampling.num_logprobs >= 0:
+        return True
+    return seq.constraint is not None and not seq.table_place
+
+
+def is_plain(seq: Sequence) -> bool:
+    """Whether any captured step can sample this row: words only, without constraint."""
+    return not (needs_eager(seq) or seq.table_place or seq.is_spatial)
 
 
 def num_spans(chunks: list[Chunk]) -> int:
@@ -183,6 +196,10 @@ def stage_rows(views: Views, plan: StepPlan) -> None:
     if not is_same:
         ints["rows"][:num_rows] = rows[:num_rows]
         ints["spatial"][:num_rows] = [seq.is_spatial for seq in plan.decode]
+        ints["graph_rows"][:num_rows] = rows[:num_rows]
+        if any([needs_eager(seq) for seq in plan.decode]):
+            apart = [i for i, seq in enumerate(plan.decode) if not is_plain(seq)]
+            ints["graph_rows"][apart] = views.shape.max_rows
         ints["sample_rows"][:num] = rows
     _stage_sampling(views, plan, num, is_same=is_same)
 
@@ -212,6 +229,7 @@ def stage_padding(views: Views, start: int, end: int) -> None:
     """Make rows [start, end) padding: they read one position of page 0 and write there."""
     ints = views.ints
     ints["rows"][start:end] = views.shape.max_rows
+    ints["graph_rows"][start:end] = views.shape.max_rows
     ints["sample_rows"][start:end] = views.shape.max_rows
     ints["lengths"][start:end] = 1
     for name in ("positions", "write_index", "spatial", "top_k"):

@@ -5,18 +5,22 @@ Nothing here reads the device, so the same code runs eagerly and inside a captur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from worker.device.choices import choices
 from worker.models.contract import Model
 from worker.native.operations import operations
 from worker.schedule.sequence import Sequence
 from worker.step.rows import RowTables
 from worker.step.sampler import apply_mask, penalise, stochastic
 from worker.step.slot import OUTPUT_FIELDS, Slot
+
+if TYPE_CHECKING:
+    from worker.kernels.sampling import SamplingKernels
 
 Which = slice | Tensor
 """Some of a step's samples: a range of them, or (R,) int64 indexes."""
@@ -55,49 +59,69 @@ class StepSampler:
         suppress = model.card.suppress_ids
         self._suppress = torch.tensor(suppress, dtype=torch.int64, device=device)
         self._native = operations(device)
-        self._fused: Callable[..., tuple[Tensor, Tensor]] | None = None
-        self._allowed: Tensor | None = None
+        self._kernels: SamplingKernels | None = None
         if device.type == "cuda":
-            from worker.kernels.sample import allowed_words, sample  # triton is imported only where a GPU is
+            self.use_kernels()
 
-            self._fused = sample
-            self._allowed = allowed_words(suppress, model.card.vocab_size, device)
+    def use_kernels(self) -> None:
+        """Sample by a GPU's kernels, as it does on one anyway."""
+        from worker.kernels.sampling import SamplingKernels  # triton is imported only where a GPU is
+
+        card = self._model.card
+        self._kernels = SamplingKernels(card.suppress_ids, card.vocab_size, self._suppress.device)
 
     def sample(
-        self, slot: Slot, which: Which, logits: Tensor, hidden: Tensor, words: Tensor | None, wants: Wants
+        self,
+        slot: Slot,
+        which: Which,
+        logits: Tensor,
+        hidden: Tensor,
+        words: Tensor | None,
+        wants: Wants,
+        *,
+        rows: str = "sample_rows",
     ) -> None:
         """Sample the step's samples `which`. logits (R, V) fp32 and hidden (R, D) are theirs, in order, as are
-        words (R, ceil(V/32)) int32, bits of the ids a row may have, or None."""
+        words (R, ceil(V/32)) int32, bits of the ids a row may have, or None. `rows` names the field of the rows whose
+        state the tokens go to."""
         fields = slot.fields
-        rows = fields["sample_rows"][which].long()
+        places = fields[rows][which]
+        kernels = self._kernels
+        owns = kernels is not None and isinstance(which, slice) and choices().own_outputs
+        # Only torch's own operations need the rows as 64-bit indexes.
+        is_bare = owns and not (wants.adjusted or wants.automata or wants.spatial)
+        index = places if is_bare else places.long()
         raw = logits
         if wants.adjusted:
-            logits = self._adjust(slot, which, logits, rows)
+            logits = self._adjust(slot, which, logits, index)
         tables = self._rows.automata if wants.automata else None
         if tables is not None:
-            own = tables.words(rows)
+            own = tables.words(index)
             words = own if words is None else words & own
+        if isinstance(which, slice):
+            out = slot.outputs[which]
+        else:
+            out = torch.zeros((logits.shape[0], OUTPUT_FIELDS), dtype=torch.int32, device=logits.device)
         draw = [fields[name][which] for name in ("temperature", "top_k", "top_p", "min_p", "uniform")]
-        if self._fused is not None:
-            ids, bad = self._fused(logits, *draw, words=words, allowed=self._allowed)
+        if kernels is not None:
+            sinks = (places, self._rows.last_ids, out) if owns else None
+            ids, bad = kernels.sample(logits, draw, words, sinks)
             if logits is not raw:
                 bad = ~torch.isfinite(raw.max(dim=-1).values)
         else:
             ids, bad = self._plain(raw, logits, words, draw if wants.random else None)
-        self._rows.last_ids.index_copy_(0, rows, ids)
+        if not owns:
+            self._rows.last_ids.index_copy_(0, index, ids)
+            out[:, 0] = ids
+        if not owns or logits is not raw:
+            out[:, 1] = bad
         if tables is not None:
-            tables.advance(rows, ids)
+            tables.advance(index, ids)
         if wants.adjusted:
-            self._rows.count(rows, ids)
-        if isinstance(which, slice):
-            out = slot.outputs[which]
-        else:
-            out = torch.zeros((len(ids), OUTPUT_FIELDS), dtype=torch.int32, device=ids.device)
-        out[:, 0] = ids
-        out[:, 1] = bad
+            self._rows.count(index, ids)
         if wants.spatial:
             values = self._model.decode_values(hidden, ids)
-            self._rows.last_values.index_copy_(0, rows, values)
+            self._rows.last_values.index_copy_(0, index, values)
             out[:, 2:4] = values.view(torch.int32)
         if wants.num_top >= 0:
             self._logprobs(slot, which, raw, ids, out, wants.num_top)

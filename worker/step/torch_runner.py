@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.device.choices import choices
 from worker.device.contract import Device
 from worker.formats.source import ProgressReport
 from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens, nothing
@@ -21,12 +22,13 @@ from worker.schedule.plan import StepPlan, StepResult
 from worker.step.chunk_embedding import ChunkEmbedding
 from worker.step.chunk_graphs import ChunkGraphs, chunk_buckets
 from worker.step.contract import DeviceTimes, GraphCounts, OutOfDeviceMemory, Progress
-from worker.step.decode_graphs import DecodeGraphs, Flavour, bucket_sizes, flavour_of
+from worker.step.decode_graphs import DecodeGraphs, Flavour, bucket_sizes, flavour_of, least_bucket
 from worker.step.features import FeatureCache
 from worker.step.rows import RowTables
 from worker.step.slot import Slot
 from worker.step.staging import (
     StepShape,
+    is_plain,
     num_spans,
     stage_chunks,
     stage_ends,
@@ -39,6 +41,7 @@ from worker.step.vision_graphs import VisionGraphs
 
 _IN_GRAPH = {
     Flavour.TEXT: Wants(random=True),  # a captured graph serves greedy and drawn rows alike
+    Flavour.GATED: Wants(random=True),  # its plain rows; the others are sampled eagerly behind it
     Flavour.FULL: Wants(random=True, automata=True),
 }
 
@@ -90,7 +93,7 @@ class TorchRunner:
         if model.encoder is not None and device.captures:
             self.vision_graphs = VisionGraphs(device, model.encoder, shape.step_crops, self.graph_counts)
             encode = self.vision_graphs.features
-        self.embedding = ChunkEmbedding(model, FeatureCache(model, feature_bytes, encode))
+        self.embedding = ChunkEmbedding(model, FeatureCache(model, feature_bytes, device, encode))
         if device.captures:
             self.rows.allocate()
             with torch.inference_mode():
@@ -99,7 +102,7 @@ class TorchRunner:
             flavours = (Flavour.TEXT, Flavour.GATED, *([Flavour.FULL] if automata else []))
             self.graphs = DecodeGraphs(
                 device,
-                buckets or bucket_sizes(shape.max_rows),
+                buckets or bucket_sizes(shape.max_rows, least_bucket(model)),
                 flavours,
                 self._decode_body,
                 self.graph_counts,
@@ -189,22 +192,30 @@ class TorchRunner:
             stage_ends(slot.host, num_rows, num)
         if padded > num_rows:
             stage_padding(slot.host, num_rows, padded)
-        slot.num_sampled = 0
+        slot.sampled_rows, slot.left_out, slot.early_rows = 0, [], 0
         with self.device.compute.use():
             slot.previous_end = self._last_sampled
-            self.device.compute.record(slot.started)
-            slot.upload(used_words(plan, slot.shape, padded))
+            self._upload(slot, used_words(plan, slot.shape, padded))
             for table_place, tables in plan.tables:
                 self.rows.upload(table_place, tables)
             for seq in plan.admitted:
                 self.rows.admit(seq)
+            # Right before the work: a host that is late with the upload leaves the device idle, not busy.
+            self.device.compute.record(slot.started)
             if graphs is None:
                 self._joint_forward(slot, plan)
                 return
             if num_rows:
                 flavour = flavour_of(plan.decode)
                 graphs.run(slot, padded, flavour)
-                slot.num_sampled = 0 if flavour is Flavour.GATED else num_rows
+                slot.sampled_rows = num_rows
+                slot.left_out = (
+                    [i for i, seq in enumerate(plan.decode) if not is_plain(seq)]
+                    if flavour is Flavour.GATED
+                    else []
+                )
+                if plan.chunks and not slot.left_out and choices().early_copy:
+                    self._copy_rows(slot, num_rows)
             if (
                 set_aside
             ):  # the graph has read the padding: the fields of the ending rows go back to their places
@@ -218,8 +229,8 @@ class TorchRunner:
     @torch.inference_mode()
     def launch_sampling(self, slot_number: int, plan: StepPlan, picks: list[int], *, masked: bool) -> None:
         slot = self.slots[slot_number]
-        if slot.num_sampled:
-            picks = [i for i in picks if i >= slot.num_sampled]  # the graph has sampled the others
+        if slot.sampled_rows:  # the graph has sampled the others
+            picks = [i for i in picks if i >= slot.sampled_rows or i in slot.left_out]
         if not picks:
             return
         with self.device.compute.use():
@@ -240,17 +251,37 @@ class TorchRunner:
             wants = wants_of([plan.samples[i] for i in picks])
             self.sampler.sample(slot, which, slot.logits[which], slot.hidden[which], words, wants)
 
+    def _upload(self, slot: Slot, words: int) -> None:
+        """Queue the copy of a step's inputs. Nothing in flight reads them: the slot's last step has been committed, so its
+        device work is over. The copy may therefore run beside the step before, and only this step waits for it."""
+        uploads, compute = self.device.uploads, self.device.compute
+        if uploads is compute or not choices().upload_aside:
+            slot.upload(words)
+            return
+        with uploads.use():
+            slot.upload(words)
+        compute.wait(uploads.record(slot.uploaded))
+
+    def _copy_rows(self, slot: Slot, num_rows: int) -> None:
+        """Copy the decode rows' outputs out behind their graph: the chunks of the step may take ten times as long."""
+        copy = self.device.copy
+        copy.wait(self.device.compute.record(slot.rows_sampled))
+        with copy.use():
+            slot.host_outputs[:num_rows].copy_(slot.outputs[:num_rows], non_blocking=True)
+        copy.record(slot.rows_copied)
+        slot.early_rows = num_rows
+
     @torch.inference_mode()
     def launch_copy(self, slot_number: int, plan: StepPlan) -> None:
         slot, copy = self.slots[slot_number], self.device.copy
-        num = len(plan.samples)
+        num, first = len(plan.samples), slot.early_rows
         self._last_sampled = self.device.compute.record(slot.next_sampled())
-        copied = slot.next_copied(has_outputs=num > 0)
-        if num:
+        copied = slot.next_copied(has_outputs=num > first)
+        if num > first:
             # The copy waits for this step's own event, not for work that the compute stream is given later.
             copy.wait(slot.sampled)
             with copy.use():
-                slot.host_outputs[:num].copy_(slot.outputs[:num], non_blocking=True)
+                slot.host_outputs[first:num].copy_(slot.outputs[first:num], non_blocking=True)
                 if any([seq.sampling.num_logprobs > 0 for seq in plan.samples]):
                     slot.host_top[:num].copy_(slot.top[:num], non_blocking=True)
             copy.record(copied)
@@ -262,11 +293,20 @@ class TorchRunner:
         copied = self.slots[slot_number].copied
         return copied is not None and copied.query()
 
+    def wait_rows(self, slot_number: int, plan: StepPlan) -> StepResult | None:
+        slot = self.slots[slot_number]
+        if not slot.early_rows:
+            return None
+        slot.rows_copied.synchronize()
+        return slot.read(plan, slot.early_rows)
+
     def wait(self, slot_number: int, plan: StepPlan) -> StepResult:
         slot = self.slots[slot_number]
         assert slot.copied is not None
         slot.copied.synchronize()
-        return slot.read(plan)
+        if slot.early_rows:
+            slot.rows_copied.synchronize()
+        return slot.read(plan, len(plan.samples))
 
     def device_times(self, slot_number: int) -> DeviceTimes:
         slot = self.slots[slot_number]
@@ -281,32 +321,36 @@ class TorchRunner:
 
     def _decode_body(self, slot: Slot, num_rows: int, flavour: Flavour) -> None:
         """A whole decode step over a slot's first `num_rows` rows, padding included. What graphs record."""
-        has_values = self._decodes_values and flavour is not Flavour.TEXT
-        hidden = self.model.forward(
+        full = self._decodes_values and flavour is Flavour.FULL
+        has_values = self._decodes_values and flavour is not Flavour.TEXT  # of the tokens before, in any row
+        hidden, logits = self.model.decode(
             self._embed_rows(slot, num_rows, has_values),
             self._decode_tokens(slot, num_rows, self._max_tokens),
             self.cache,
         )
-        logits = self.model.logits(hidden)
         if flavour is Flavour.GATED:
             assert slot.logits is not None and slot.hidden is not None
             slot.logits[:num_rows].copy_(logits)
             slot.hidden[:num_rows].copy_(hidden)
-            return
-        wants = _IN_GRAPH[flavour]._replace(spatial=has_values)
-        self.sampler.sample(slot, slice(0, num_rows), logits, hidden, None, wants)
+        wants = _IN_GRAPH[flavour]._replace(spatial=full)
+        self.sampler.sample(slot, slice(0, num_rows), logits, hidden, None, wants, rows="graph_rows")
 
     def _embed_rows(self, slot: Slot, num_rows: int, has_values: bool) -> Tensor:
-        rows = slot.fields["rows"][:num_rows].long()
+        rows = self._index(slot.fields["rows"][:num_rows])
+        last_ids = self.rows.last_ids.index_select(0, rows)
         if not has_values:
-            return self.model.embed(self.rows.last_ids[rows])
+            return self.model.embed(last_ids)
         spatial = slot.fields["spatial"][:num_rows] > 0
-        return self.model.embed_next(self.rows.last_ids[rows], self.rows.last_values[rows], spatial)
+        return self.model.embed_next(last_ids, self.rows.last_values.index_select(0, rows), spatial)
+
+    def _index(self, field: Tensor) -> Tensor:
+        """An int32 field as the forward takes indexes: kernels take it as it is, all else wants int64."""
+        return field if self.model.fuses and choices().narrow_indexes else field.long()
 
     def _decode_tokens(self, slot: Slot, num_rows: int, max_tokens: int) -> StepTokens:
         return StepTokens(
-            slot.fields["positions"][:num_rows].long(),
-            slot.fields["write_index"][:num_rows].long(),
+            self._index(slot.fields["positions"][:num_rows]),
+            self._index(slot.fields["write_index"][:num_rows]),
             DecodeRows(num_rows, slot.tables[:num_rows], slot.fields["lengths"][:num_rows], max_tokens),
         )
 

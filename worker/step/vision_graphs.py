@@ -13,6 +13,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from worker.device.choices import choices
 from worker.device.contract import CaptureFailed, Device, Graph
 from worker.models.contract import CropEncoder
 from worker.step.contract import GraphCounts
@@ -23,7 +24,8 @@ log = structlog.get_logger()
 class VisionGraphs:
     """Graphs over one input of uint8 crops and one output of features, at most `most_crops` at a time.
 
-    All graphs share the device's pool: its size is the largest piece's need, some 25 MB a crop in bf16 for the
+    `features` is called on the stream they were captured for: the device's stream `aside`, unless that is switched off.
+    All graphs share that stream's pool: its size is the largest piece's need, some 25 MB a crop in bf16 for the
     released Moondream.
     """
 
@@ -31,6 +33,7 @@ class VisionGraphs:
         self.sizes = piece_sizes(encoder.max_crops, most_crops)
         self.counts = counts
         self._device = device
+        self._aside = choices().vision_stream
         self._encoder = encoder
         side, where = encoder.crop_size, device.torch_device
         most = self.sizes[0]
@@ -40,9 +43,9 @@ class VisionGraphs:
         self._graphs: dict[int, Graph] = {}
 
     def capture(self, size: int) -> bool:
-        """Capture the encoder over `size` crops; False if the device refused."""
+        """Capture the encoder over `size` crops; False if the device refused. Raises CaptureBroken."""
         try:
-            self._graphs[size] = self._device.capture(partial(self._body, size))
+            self._graphs[size] = self._device.capture(partial(self._body, size), aside=self._aside)
         except CaptureFailed as error:
             log.warning("capture_failed", crops=size, error=str(error))
             self.counts.add_capture("failed")

@@ -163,5 +163,4 @@ def _encode(runner: TorchRunner, crops: torch.Tensor) -> None:
 @torch.inference_mode()
 def _vision(runner: TorchRunner, size: int) -> None:
     assert runner.vision_graphs is not None
-    with runner.device.compute.use():
-        runner.vision_graphs.capture(size)
+    runner.vision_graphs.capture(size)

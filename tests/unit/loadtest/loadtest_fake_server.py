@@ -19,6 +19,7 @@ class FakeServer:
 
     first_s: float = 0.0
     gap_s: float = 0.0
+    unready: int = 1  # times that it says it is not ready
     serial: bool = False  # one request at a time, as a saturated server
     fault: Callable[[int], str | None] | None = None
     seen: Counter[str] = field(default_factory=Counter)
@@ -150,7 +151,7 @@ class FakeServer:
 
     async def ready(self, request: web.Request) -> web.Response:
         self.seen["readyz"] += 1
-        return web.Response(status=200 if self.seen["readyz"] > 1 else 503)
+        return web.Response(status=200 if self.seen["readyz"] > self.unready else 503)
 
 
 def _transport(request: web.Request) -> asyncio.WriteTransport:

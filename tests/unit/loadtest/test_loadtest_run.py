@@ -185,6 +185,21 @@ async def test_warm_up_waits_for_readiness_and_is_not_measured() -> None:
     assert server.seen["query"] + server.seen["chat"] == 13
 
 
+async def test_a_server_that_is_not_ready_in_time_is_not_measured() -> None:
+    """The run waits as long as it is told, then fails before it sends anything."""
+    server = FakeServer(unready=1000)
+    with pytest.raises(ScenarioError, match=r"not ready within 0\.05 s.*503.*--ready-s"):
+        await run_against(server, warmup_requests=2, ready_s=0.05)
+    assert set(server.seen) == {"readyz"}
+
+
+def test_a_server_that_never_answers_is_a_failure_not_a_table(unused_tcp_port: int) -> None:
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    ended = CliRunner().invoke(app, ["short", "--url", url, "--warmup", "--ready-s", "0.2"])
+    assert ended.exit_code == 2
+    assert "was not ready" in ended.stderr and "req/s" not in ended.output
+
+
 @pytest.mark.slow
 async def test_the_key_is_sent() -> None:
     server = FakeServer()

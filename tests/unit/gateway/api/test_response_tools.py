@@ -49,7 +49,7 @@ async def test_tools_and_effort_reach_the_template_as_chats_do() -> None:
 async def test_a_model_whose_template_shows_no_tools_is_told_in_words() -> None:
     _, model = await prepared(NONE, tools=[TOOL], input=[ASK, CALLED, GAVE])
     ((messages, options),) = model.rendered
-    assert options.tools is None and '"name":"now"' in messages[0]["content"]
+    assert not options.tools and '"name":"now"' in messages[0]["content"]
     assert "<tool_call>" in messages[2]["content"] and "noon" in messages[3]["content"]
 
 

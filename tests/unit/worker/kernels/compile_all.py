@@ -1,10 +1,16 @@
 """Owns compiling every kernel for an H200 (sm_90) on a machine without a GPU. Run as a script, without the interpreter.
 
-Triton brings its own assembler, so what it would refuse on the GPU it refuses here. Prints one line a kernel.
+Triton brings its own assembler, so what it would refuse on the GPU it refuses here. Prints one line a kernel: its name,
+warps, dtype, bytes of shared memory; and of decode attention registers a thread and bytes spilled, else zeros.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -20,8 +26,11 @@ from worker.kernels import (
     quantised_linear,
     rotary_kv_write,
     sample,
+    sample_histogram,
 )
 
+Variant = paged_decode_attention.Variant
+VARIANTS = paged_decode_attention.VARIANTS
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
     "tables_ptr": "*i32",
@@ -42,17 +51,57 @@ POINTERS = {
     "ids_ptr": "*i64",
     "bad_ptr": "*i32",
     "scales_ptr": "*fp32",
+    "rows_ptr": "*i32",
+    "last_ids_ptr": "*i64",
+    "outputs_ptr": "*i32",
+    "bests_ptr": "*fp32",
+    "best_ids_ptr": "*i32",
+    "raw_bests_ptr": "*fp32",
+    "nans_ptr": "*i32",
+    "counts_ptr": "*i32",
+    "masses_ptr": "*i64",
+    "taken_ptr": "*i32",
 }
+ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
 
-def compile_for(kernel: Any, warps: int, constants: dict[str, Any], **pointers: str) -> None:
-    """Compile one kernel; every pointer not named is bf16, scale and eps are fp32, the rest int32."""
+def registers(ptx: str, target: str) -> tuple[int, int]:
+    """(registers a thread, bytes spilled) of assembled code, as the assembler reports them; (0, 0) where it is not found."""
+    if not ASSEMBLER.exists():
+        return 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        told = subprocess.run(
+            [str(ASSEMBLER), "-v", f"-arch={target}", str(source), "-o", str(source.with_suffix(".o"))],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    used = re.search(r"Used (\d+) registers", told)
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", told)
+    return int(used[1]) if used else 0, sum(int(number) for number in spilled)
+
+
+def compile_for(
+    kernel: Any,
+    warps: int,
+    constants: dict[str, Any],
+    *,
+    dtype: str = "bf16",
+    stages: int = 3,
+    most_registers: int | None = None,
+    assemble: bool = False,
+    **pointers: str,
+) -> tuple[int, int]:
+    """Compile one kernel; every pointer not named is of `dtype`, scale and eps are fp32, the rest int32. `assemble`: once
+    more by itself, to return what `registers` tells."""
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = pointers.get(name) or POINTERS.get(name, "*bf16")
+            signature[name] = pointers.get(name) or POINTERS.get(name, f"*{dtype}")
         else:
             signature[name] = "fp32" if name in ("scale", "cap", "eps") else "i32"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -62,28 +111,72 @@ def compile_for(kernel: Any, warps: int, constants: dict[str, Any], **pointers: 
         if signature[n].startswith("*")
     }
     source = ASTSource(kernel, signature, places, aligned)
-    built = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": 3})
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": most_registers}
+    built = triton.compile(source, target=TARGET, options=options)
     assert built.metadata.shared <= 227 << 10, f"{kernel.__name__} wants {built.metadata.shared} bytes shared"
-    print(kernel.__name__, built.metadata.shared)
+    used, spilled = registers(built.asm["ptx"], "sm_90a") if assemble else (0, 0)
+    print(kernel.__name__, warps, dtype, built.metadata.shared, used, spilled)
+    return used, spilled
+
+
+def attention(
+    kv_heads: int,
+    group: int,
+    dim: int,
+    splits: int,
+    variant: Variant | None = None,
+    *,
+    dtype: str = "bf16",
+    window: int = 0,
+    capped: bool = False,
+) -> tuple[int, int]:
+    """Decode attention as its launcher lays it out, in `variant` or as served; returns what `registers` tells."""
+    variant = variant or paged_decode_attention.served(group, is_wide=dtype == "fp32")
+    single = group == 1 and not variant.dots
+    return compile_for(
+        paged_decode_attention._attend_split,
+        variant.num_warps,
+        {
+            "KV_HEADS": kv_heads, "GROUP": group, "BLOCK_GROUP": 1 if single else 16, "HEAD_DIM": dim,
+            "PAGE_TOKENS": 16, "NUM_SPLITS": splits, "BLOCK": variant.block_tokens, "WIDEN": dtype == "fp32",
+            "WINDOW": window, "CAPPED": capped, "HEADS_FIRST": variant.heads_first,
+            "STAGES": variant.stages if variant.staged else None,
+        },
+        dtype=dtype,
+        stages=variant.stages,
+        most_registers=variant.most_registers,
+        assemble=True,
+    )  # fmt: skip
 
 
 def main() -> None:
-    """Every kernel at the sizes of the models served."""
-    for kv_heads, group, block, dim, splits, window, capped in [
-        (32, 1, 1, 64, 8, 0, False),
-        (8, 2, 16, 128, 8, 0, False),
-        (8, 4, 16, 64, 1, 0, False),
-        (4, 2, 16, 256, 8, 4096, True),
-        (1, 4, 16, 256, 4, 512, False),
+    """Every kernel at the sizes of the models served, and in fp32 what the tests on a GPU run."""
+    for variant in {
+        replace(variant, programs=0) for variant in VARIANTS.values()
+    }:  # that is no part of the code
+        attention(32, 1, 64, 8, variant)
+    used, spilled = attention(32, 1, 64, 8)
+    assert used <= 64 and not spilled, "what serves leaves room for eight programs a multiprocessor"
+    for dtype in ("bf16", "fp32"):
+        attention(32, 1, 64, 1, dtype=dtype)
+        attention(8, 2, 128, 8, dtype=dtype)
+        attention(8, 4, 64, 16, dtype=dtype)
+    attention(2, 2, 32, 8, dtype="fp32")
+    for kv_heads, group, dim, window, capped, dtype in [
+        (32, 1, 64, 0, False, "bf16"),
+        (8, 2, 128, 0, False, "bf16"),
+        (8, 4, 64, 0, False, "bf16"),
+        (4, 2, 256, 4096, True, "bf16"),
+        (1, 4, 256, 512, False, "bf16"),
+        (32, 1, 64, 0, False, "fp32"),
+        (8, 2, 128, 0, False, "fp32"),
     ]:
-        shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "PAGE_TOKENS": 16, "WIDEN": False}
-        shape |= {"WINDOW": window, "CAPPED": capped}
-        compile_for(
-            paged_decode_attention._attend_split,
-            4,
-            shape | {"BLOCK_GROUP": block, "NUM_SPLITS": splits, "BLOCK": 64},
-        )
-        compile_for(prefill_attention._attend_chunk, 4, shape | {"BLOCK_Q": 64, "BLOCK_K": 64})
+        if dim == 256:
+            attention(kv_heads, group, dim, 8, window=window, capped=capped)
+        shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "PAGE_TOKENS": 16}
+        shape |= {"WINDOW": window, "CAPPED": capped, "WIDEN": dtype == "fp32"}
+        blocks = {"BLOCK_Q": 64, "BLOCK_K": 64}
+        compile_for(prefill_attention._attend_chunk, 4, shape | blocks, dtype=dtype, stages=2)
     compile_for(paged_decode_attention._join_splits, 2, {"NUM_HEADS": 32, "HEAD_DIM": 64, "NUM_SPLITS": 8})
     heads = {"NUM_HEADS": 16, "KV_HEADS": 8, "HEAD_DIM": 128, "ROTARY_DIM": 128, "BLOCK": 8}
     for flag in (True, False):
@@ -96,8 +189,31 @@ def main() -> None:
         compile_for(norm._norm_row, 8, {"DIM": 2048, "BLOCK": 2048, "CENTRED": flag, "RESIDUAL": flag})
         compile_for(activation._activate, 4, {"DIM": 8192, "SILU": flag, "GATED": flag, "BLOCK": 1024})
         compile_for(
-            sample._sample_row, 16, {"VOCAB": 51200, "MASKED": flag, "SUPPRESSED": flag, "BLOCK": 4096}
+            sample._sample_row,
+            16,
+            {"VOCAB": 51200, "MASKED": flag, "SUPPRESSED": flag, "OWN": flag, "BLOCK": 4096},
         )
+        row = {"VOCAB": 51200, "SLICES": 8, "MASKED": flag, "SUPPRESSED": flag, "BLOCK": 2048}
+        for scan in (sample_histogram._scan_slice, sample_histogram._count_slice):
+            compile_for(scan, 8, row | {"SLICE": 8192})
+        compile_for(sample_histogram._draw_row, 16, row | {"OWN": flag})
+    joined = {"NUM_HEADS": 32, "KV_HEADS": 32, "HEAD_DIM": 64, "ROTARY_DIM": 32, "BLOCK": 8, "PAIRS": True}
+    joined |= {"QK_NORM": False, "HEAD_BLOCKS": 12, "DIM": 8192, "DIM_BLOCK": 1024}
+    for dtype in ("bf16", "fp32"):
+        compile_for(
+            rotary_kv_write._rotate_write_and_gelu,
+            4,
+            joined,
+            dtype=dtype,
+            weight_ptr="*fp32",
+            write_index_ptr="*i32" if dtype == "bf16" else "*i64",
+        )
+        compile_for(
+            norm._norm_row, 8, {"DIM": 2048, "BLOCK": 2048, "CENTRED": True, "RESIDUAL": True}, dtype=dtype
+        )
+    compile_for(
+        activation._activate, 4, {"DIM": 1024, "SILU": True, "GATED": True, "BLOCK": 1024}, dtype="fp32"
+    )
     compile_for(mask._mask_row, 4, {"VOCAB": 51200, "BLOCK": 2048})
     product = {"INPUTS": 2048, "OUTPUTS": 8192, "GROUP": 128, "HAS_BIAS": True, "ROWS": 16, "WIDEN": False}
     compile_for(activation._activate, 4, {"DIM": 6912, "SILU": False, "GATED": True, "BLOCK": 1024})

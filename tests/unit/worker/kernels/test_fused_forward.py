@@ -17,7 +17,6 @@ from tests.unit.worker.models.dense_oracle import load, write
 from tests.unit.worker.models.paged_driver import Driver, Row
 from tests.unit.worker.step.test_torch_runner import Harness
 from worker.forward import KVCache, PrefillSegment, StepTokens, chunk_spans
-from worker.kernels.sample import sample
 from worker.models.dense import Dense
 from worker.models.moondream import Moondream
 from worker.step.chunk_graphs import SMALL_BUCKETS
@@ -152,7 +151,7 @@ def test_a_fused_runner_gives_the_tokens_of_a_plain_one(monkeypatch: pytest.Monk
     )  # interpreted kernels are slow over long prompts
     harness = Harness(model, depth=2, max_rows=4, device=ReplayingCpuDevice(), mixed_tokens=20, num_pages=40)
     assert harness.runner.capture_graphs() == 3 * 2 * 3 + 2 * len(SMALL_BUCKETS)
-    harness.runner.sampler._fused = sample
+    harness.runner.sampler.use_kernels()
     try:
         assert [stream.tokens for stream in harness.answer(submits)] == expected
     finally:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from worker.device.contract import CaptureFailed, Event, Graph
+from worker.device.contract import CaptureBroken, CaptureFailed, Event, Graph
 from worker.device.cpu import CpuDevice
 
 ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
@@ -131,7 +131,7 @@ class RecordedGraph:
             with recorder.launches(), recorder:
                 body()
         except RuntimeError as error:
-            raise CaptureFailed(str(error)) from error
+            raise CaptureBroken(str(error)) from error
         finally:
             for memory, content in recorder.before.values():
                 memory.copy_(content)
@@ -170,14 +170,20 @@ class GraphDevice(CpuDevice):
         self._refuses = refuses or (lambda number: False)
         self._attempts = 0
 
-    def capture(self, body: Callable[[], None], *, warm_up: bool = True) -> Graph:
+    def capture(self, body: Callable[[], None], *, warm_up: bool = True, aside: bool = False) -> Graph:
         self._attempts += 1
         if self._refuses(self._attempts):
             raise CaptureFailed("refused for the test")
         if warm_up:
             self.num_warm_ups += 1
             body()
-        graph = RecordedGraph(body, self.replayed)
+        if self.capture_broke:
+            raise CaptureBroken("an earlier recording broke off")
+        try:
+            graph = RecordedGraph(body, self.replayed)
+        except CaptureBroken:
+            self.capture_broke = True
+            raise
         self.graphs.append(graph)
         return graph
 

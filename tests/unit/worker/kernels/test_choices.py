@@ -1,0 +1,129 @@
+"""Every switch of `worker.device.choices` computes the same with and without: equal bits, or equal up to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from loadtest.gpu.decode import ReplayingCpuDevice
+from loadtest.gpu.random_models import random_model
+from worker.device.choices import GpuChoices, choices, names, switch_off, without
+from worker.kernels.activation import gelu_tanh
+from worker.kernels.rotary_kv_write import rotary_kv_write
+from worker.models.moondream import Moondream
+from worker.step.decode_graphs import Flavour, bucket_sizes, least_bucket
+from worker.step.staging import StepShape, stage_padding
+from worker.step.torch_runner import TorchRunner
+
+ROUNDS = {"one_product", "tail_norm"}
+"""Switches that add in another order; all others must not change a bit."""
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Moondream]:
+    """A small Moondream as on a GPU: weights unpacked and joined, forwards by kernels."""
+    monkeypatch.setattr("worker.native.library.load", lambda: None)
+    monkeypatch.setattr("worker.models.layers.can_pack", lambda *_: False)
+    monkeypatch.setattr("worker.models.moondream.joins", lambda device: True)
+    made = random_model("tiny-moondream", torch.device("cpu"), torch.float32).model
+    assert isinstance(made, Moondream)
+    made.fuses, made.looks = True, False
+    yield made
+
+
+def make_runner(model: Moondream) -> TorchRunner:
+    shape = StepShape(3, 64, 64, 16, 8, model.card.vocab_size, num_slots=1, step_crops=1)
+    runner = TorchRunner(model, ReplayingCpuDevice(), shape, token_buckets=[])
+    runner.sampler.use_kernels()
+    return runner
+
+
+def step(runner: TorchRunner) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One gated decode step over two rows with context and a padding row, one of them drawn: outputs, the next inputs,
+    logits, keys."""
+    slot = runner.slots[0]
+    generator = torch.Generator().manual_seed(3)
+    for memory in (*runner.cache.keys, *runner.cache.values):
+        memory.copy_(torch.randn(memory.shape, generator=generator))
+    runner.rows.last_ids.copy_(torch.tensor([17, 101, 9, 0]))
+    stage_padding(slot.host, 0, 3)
+    ints, floats = slot.host.ints, slot.host.floats
+    for name in ("rows", "graph_rows", "sample_rows"):
+        ints[name][:2] = [2, 0]
+    ints["positions"][:2], ints["lengths"][:2] = [5, 20], [6, 21]
+    slot.host.tables[0, 0], slot.host.tables[1, :2] = 3, [5, 2]
+    ints["write_index"][:2] = [3 * 16 + 5, 2 * 16 + 4]
+    floats["temperature"][:2], floats["top_p"][:2], floats["uniform"][:2] = (
+        [0.0, 0.9],
+        [1.0, 0.8],
+        [0.5, 0.37],
+    )
+    floats["min_p"][:2] = 0
+    slot.upload()
+    slot.outputs.fill_(-1)
+    runner._decode_body(slot, 3, Flavour.GATED)
+    assert slot.logits is not None
+    keys = torch.stack([memory[1:] for memory in runner.cache.keys])
+    return slot.outputs[:2].clone(), runner.rows.last_ids[:3].clone(), slot.logits[:2].clone(), keys
+
+
+@pytest.mark.slow
+def test_each_switch_off_gives_the_tokens_of_all_on(model: Moondream) -> None:
+    expected = step(make_runner(model))
+    assert expected[0][:, 0].tolist() == [expected[1][2], expected[1][0]] and expected[1][1] == 101
+    for name in names():
+        with without(name):
+            assert not getattr(choices(), name)
+            found = step(make_runner(model))
+        for one, other, what in zip(found, expected, ("outputs", "inputs", "logits", "keys"), strict=True):
+            if name in ROUNDS and one.is_floating_point():
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(one, other), (name, what)
+    model.fuses = False
+    plain = step(make_runner(model))  # torch's own operations over the parts of the joined weight
+    assert torch.equal(plain[1], expected[1])
+    torch.testing.assert_close(plain[2], expected[2], rtol=1e-4, atol=1e-5)
+
+
+def test_rotation_and_gelu_in_one_launch_change_no_bit() -> None:
+    heads, kv_heads, head_dim, rows = 3, 2, 16, 4
+    width = (heads + 2 * kv_heads) * head_dim
+    product = torch.randn(rows, width + 1100)
+    rotation = torch.randn(rows, 4, 2)
+    lines = torch.tensor([0, 7, 19, 12], dtype=torch.int32)
+    found = []
+    for is_one in (False, True):
+        keys, values = torch.zeros(4, 5, kv_heads, head_dim), torch.zeros(4, 5, kv_heads, head_dim)
+        out = torch.full((rows, 1150), 9.0)
+        gelu = (product[:, width:], out[:, 50:])
+        index = lines if is_one else lines.long()
+        query = rotary_kv_write(
+            product[:, :width], rotation, index, keys, values, heads, gelu=gelu if is_one else None
+        )
+        if not is_one:
+            gelu_tanh(*gelu)
+        found.append((query, keys, values, out))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert (found[1][3][:, :50] == 9.0).all()
+
+
+def test_the_smallest_bucket_holds_two_rows_where_products_have_biases(model: Moondream) -> None:
+    assert least_bucket(model) == 2 and bucket_sizes(8, 2) == [2, 4, 8]
+    assert bucket_sizes(1, 2) == [1], "one row is all there may be"
+    with without("pair_rows"):
+        assert least_bucket(model) == 1 and bucket_sizes(8, 1) == [1, 2, 4, 8]
+
+
+def test_switches_by_name() -> None:
+    switch_off(["histogram", " one_launch", ""])
+    try:
+        assert [name for name in names() if not getattr(choices(), name)] == ["one_launch", "histogram"]
+        with pytest.raises(ValueError, match=r"histogran: no such switch; there are pair_rows, .*histogram"):
+            switch_off(["histogran"])
+    finally:
+        switch_off([])
+    assert choices() == GpuChoices()
