@@ -134,7 +134,7 @@ def build_worker(
                 source.model_id = config.model
             tokenizer = source.tokenizer()
             source.templates = choose_templates(source.templates, config.chat_template, source.path)
-            dtype = _dtype(config, device, source)
+            dtype = choose_dtype(config, device, source)
             if config.context:  # before the weights: some rotations depend on the context that is served
                 source.config.setdefault("degas", {})["context_tokens"] = config.context
             with torch.inference_mode():
@@ -220,7 +220,8 @@ def _open_device(config: WorkerConfig) -> Device:
     return CpuDevice()
 
 
-def _dtype(config: WorkerConfig, device: Device, source: Source) -> torch.dtype:
+def choose_dtype(config: WorkerConfig, device: Device, source: Source) -> torch.dtype:
+    """The type of activations: as configured, or by what this processor does fast."""
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
     if device.torch_device.type == "cuda":

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loadtest.bench.first_token import FirstToken
     from loadtest.bench.loop import LoopRow
     from loadtest.bench.structured import Share
+    from loadtest.peers.file_bench import FileComparison
 
 app = typer.Typer(
     no_args_is_help=True, help="Measure parts of Degas; every figure in the docs has its command here."
@@ -162,12 +163,18 @@ def flood(
 
 @app.command()
 def engine(
+    gguf: Annotated[
+        Path | None, typer.Option(help="Instead: this file, as it is, in Degas and llama.cpp.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Instead: this folder of Hugging Face's layout.")] = None,
     shape: RandomShape = "30m",
     rows: BatchSizes = "1,8,32",
     prompt_tokens: PromptTokens = 32,
     new_tokens: Annotated[int, typer.Option(help="Tokens out.")] = 64,
     rounds: Rounds = 5,
-    threads: ComputeThreads = 1,
+    threads: Annotated[
+        str, typer.Option(help="Compute threads of each engine; several with --gguf and --model.")
+    ] = "1",
     cores: Cores = "",
     transformers_python: TransformersPython = sys.executable,
     vllm_python: VllmPython = "",
@@ -177,15 +184,24 @@ def engine(
     """Degas's engine beside transformers, vLLM and llama.cpp: the same weights, a process each, turn about."""
     from loadtest.peers.catalog import Pythons, engine_peers
     from loadtest.peers.engine_bench import Workload, measure
+    from loadtest.peers.file_bench import FileWorkload, measure_file
     from loadtest.peers.process import end_on_sigterm
 
-    workload = Workload(
-        shape, whole("--rows", rows), prompt_tokens, new_tokens, rounds, threads, whole("--cores", cores)
-    )
+    asked = whole("--rows", rows), prompt_tokens, new_tokens, rounds
+    counts, on_cores = whole("--threads", threads), whole("--cores", cores)
     peers, left_out = engine_peers(Pythons(transformers_python, vllm_python, llama_cpp_python))
     end_on_sigterm()
+    path = gguf or model
     try:
-        done = measure(workload, peers, left_out, say=_say)
+        if path is not None:
+            if gguf is not None and model is not None:
+                raise ValueError("give either --gguf or --model")
+            one_file = measure_file(FileWorkload(path, *asked, counts, on_cores), peers, left_out, say=_say)
+            _print_file(one_file, as_json=as_json)
+            return
+        if len(counts) != 1:
+            raise ValueError("--threads takes several numbers with --gguf and --model only")
+        done = measure(Workload(shape, *asked, counts[0], on_cores), peers, left_out, say=_say)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     _print_comparison(done, as_json=as_json)
@@ -303,6 +319,12 @@ def whole(option: str, given: str) -> tuple[int, ...]:
 def _say(line: str) -> None:
     """Print progress to stderr: stdout holds only the table or the JSON."""
     print(line, file=sys.stderr, flush=True)
+
+
+def _print_file(done: FileComparison, *, as_json: bool) -> None:
+    show(done.table(), done.figures(), as_json=as_json)
+    for line in done.left_out if not as_json else ():
+        Console().print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_comparison(done: _Comparison, *, as_json: bool) -> None:

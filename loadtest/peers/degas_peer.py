@@ -26,6 +26,7 @@ from worker.step.torch_runner import TorchRunner
 
 GATEWAY, EPOCH = b"bench", 1
 CONTEXT_TOKENS, PAGE_TOKENS = 2048, 16
+MAX_STEP_TOKENS = 2048  # of prompts: more would only take memory
 
 
 class TokenLog:
@@ -151,6 +152,7 @@ def make(spec: Spec) -> DegasSide:
         spec.prompt_tokens + spec.new_tokens,
         spec.prompt_tokens,
         threads=spec.threads,
+        step_tokens=min(spec.max_rows * spec.prompt_tokens, MAX_STEP_TOKENS) + spec.max_rows,
     )
 
 

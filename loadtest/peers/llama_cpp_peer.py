@@ -13,6 +13,8 @@ import numpy as np
 
 from loadtest.peers.side import Run, Spec, read_clocks, serve, timed_run
 
+MAX_STEP_TOKENS = 2048  # as `degas_peer` has it
+
 
 class LlamaCppSide:
     """One context with a sequence for each row."""
@@ -33,7 +35,8 @@ class LlamaCppSide:
         row_tokens = spec.prompt_tokens + spec.new_tokens
         params.n_seq_max = spec.max_rows
         params.n_ctx = spec.max_rows * (-(-row_tokens // 256) * 256)  # per sequence in multiples of 256
-        params.n_batch = params.n_ubatch = max(spec.max_rows * spec.prompt_tokens, 64)
+        params.n_batch = max(spec.max_rows * spec.prompt_tokens, 64)
+        params.n_ubatch = min(params.n_batch, MAX_STEP_TOKENS)
         params.n_threads = params.n_threads_batch = spec.threads
         self._context = library.llama_init_from_model(self._model, params)
         if not self._context:

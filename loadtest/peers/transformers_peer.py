@@ -23,7 +23,11 @@ class TransformersSide:
     version = f"transformers {transformers.__version__}"
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        # What a GGUF file holds is expanded.
+        place = (folder.parent, {"gguf_file": folder.name}) if folder.is_file() else (folder, {})
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            place[0], dtype=dtype, **place[1]
+        ).eval()
         self._model.generation_config.eos_token_id = (
             None  # cheaper than forbidding the end by `min_new_tokens`
         )
@@ -75,7 +79,11 @@ class ContinuousSide:
     def __init__(self, folder: Path, dtype: torch.dtype, max_rows: int, row_tokens: int) -> None:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        # What a GGUF file holds is expanded.
+        place = (folder.parent, {"gguf_file": folder.name}) if folder.is_file() else (folder, {})
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            place[0], dtype=dtype, **place[1]
+        ).eval()
         # Sized for the workload, because by default it takes most of the memory on a CPU.
         page_tokens = 32
         pages = max_rows * (-(-row_tokens // page_tokens) + 1)

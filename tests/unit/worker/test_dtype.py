@@ -38,10 +38,10 @@ def test_auto(
     monkeypatch.setattr(startup, "available_bytes", lambda: 16 * GB)
     monkeypatch.setattr(startup, "products", lambda device: SimpleNamespace(multiplies=compiled.__contains__))
     source: Any = SimpleNamespace(num_bytes=num_bytes)
-    assert startup._dtype(WorkerConfig(), CPU, source) is dtype
+    assert startup.choose_dtype(WorkerConfig(), CPU, source) is dtype
 
 
 def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "has_bf16", lambda: False)
     source: Any = SimpleNamespace(num_bytes=GB)
-    assert startup._dtype(WorkerConfig(dtype="bfloat16"), CPU, source) is torch.bfloat16
+    assert startup.choose_dtype(WorkerConfig(dtype="bfloat16"), CPU, source) is torch.bfloat16
