@@ -36,8 +36,9 @@ pocket: $(VENV)/.dev  ## train the embedded model again, from nothing
 mutants: $(VENV)/.dev  ## plant faults in the loop, one at a time, and show that the tests catch each
 	@$(BIN)/python -m tests.mutants $(ARGS)
 
-soak: $(VENV)/.dev  ## the long runs of the tests that have a short one: state machine, cancels
-	@$(BIN)/python -m pytest --timeout=3600 tests/soak/soak_loop.py $(ARGS)
+soak: $(VENV)/.dev  ## the long runs of the tests that have a short one: state machine, cancels, kernels, instruction sets
+	@DEGAS_TEST_EVERY_KIND=1 $(BIN)/python -m pytest --timeout=3600 tests/soak/soak_loop.py tests/soak/soak_compiles.py \
+	  tests/unit/worker/native/test_attention.py $(ARGS)
 
 constraints: $(VENV)/.dev  ## write constraints.txt from what is installed in .venv
 	@{ grep '^#' constraints.txt; $(PIP) freeze --all --exclude-editable \

@@ -13,7 +13,7 @@ DATA = {
     "gateway": ["web/*"],
     "worker": ["pocket/weights/*"],
     "worker.native": ["*.cpp", "*.h"],
-    "loadtest.gpu": ["*.sh"],
+    "loadtest.gpu": ["*.sh", "*.txt"],
 }
 
 

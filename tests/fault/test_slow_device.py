@@ -107,7 +107,8 @@ async def test_no_prompt_kills_the_worker(served: Served) -> None:
         text for status, text in answers if status != 200
     ]
     gaps = [later - earlier for earlier, later in pairwise(times)]
-    assert len(gaps) >= 23 and max(gaps) < took_s / 3, (max(gaps), took_s)
+    # A token without a whole character yet has no event of its own.
+    assert len(gaps) >= 15 and max(gaps) < took_s / 3, (max(gaps), took_s)
     assert served.supervisor.process.poll() is None
     told = served.told()
     assert not [word for word in ("killing it", "serving again", "flights_lost", "silent") if word in told], (

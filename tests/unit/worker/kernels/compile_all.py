@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -150,18 +151,20 @@ def attention(
 
 
 def main() -> None:
-    """Every kernel at the sizes of the models served, and in fp32 what the tests on a GPU run."""
+    """Every kernel at the sizes of the models served; with `--fp32` also what the tests on a GPU run."""
+    dtypes = ("bf16", "fp32") if "--fp32" in sys.argv else ("bf16",)
     for variant in {
         replace(variant, programs=0) for variant in VARIANTS.values()
     }:  # that is no part of the code
         attention(32, 1, 64, 8, variant)
     used, spilled = attention(32, 1, 64, 8)
     assert used <= 64 and not spilled, "what serves leaves room for eight programs a multiprocessor"
-    for dtype in ("bf16", "fp32"):
+    for dtype in dtypes:
         attention(32, 1, 64, 1, dtype=dtype)
         attention(8, 2, 128, 8, dtype=dtype)
         attention(8, 4, 64, 16, dtype=dtype)
-    attention(2, 2, 32, 8, dtype="fp32")
+    if "fp32" in dtypes:
+        attention(2, 2, 32, 8, dtype="fp32")
     for kv_heads, group, dim, window, capped, dtype in [
         (32, 1, 64, 0, False, "bf16"),
         (8, 2, 128, 0, False, "bf16"),
@@ -171,6 +174,8 @@ def main() -> None:
         (32, 1, 64, 0, False, "fp32"),
         (8, 2, 128, 0, False, "fp32"),
     ]:
+        if dtype not in dtypes:
+            continue
         if dim == 256:
             attention(kv_heads, group, dim, 8, window=window, capped=capped)
         shape = {"KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "PAGE_TOKENS": 16}
@@ -199,7 +204,7 @@ def main() -> None:
         compile_for(sample_histogram._draw_row, 16, row | {"OWN": flag})
     joined = {"NUM_HEADS": 32, "KV_HEADS": 32, "HEAD_DIM": 64, "ROTARY_DIM": 32, "BLOCK": 8, "PAIRS": True}
     joined |= {"QK_NORM": False, "HEAD_BLOCKS": 12, "DIM": 8192, "DIM_BLOCK": 1024}
-    for dtype in ("bf16", "fp32"):
+    for dtype in dtypes:
         compile_for(
             rotary_kv_write._rotate_write_and_gelu,
             4,
@@ -211,9 +216,9 @@ def main() -> None:
         compile_for(
             norm._norm_row, 8, {"DIM": 2048, "BLOCK": 2048, "CENTRED": True, "RESIDUAL": True}, dtype=dtype
         )
-    compile_for(
-        activation._activate, 4, {"DIM": 1024, "SILU": True, "GATED": True, "BLOCK": 1024}, dtype="fp32"
-    )
+    for dtype in dtypes[1:]:
+        small = {"DIM": 1024, "SILU": True, "GATED": True, "BLOCK": 1024}
+        compile_for(activation._activate, 4, small, dtype=dtype)
     compile_for(mask._mask_row, 4, {"VOCAB": 51200, "BLOCK": 2048})
     product = {"INPUTS": 2048, "OUTPUTS": 8192, "GROUP": 128, "HAS_BIAS": True, "ROWS": 16, "WIDEN": False}
     compile_for(activation._activate, 4, {"DIM": 6912, "SILU": False, "GATED": True, "BLOCK": 1024})

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.unit.worker.models.paged_driver import relative_error
 from tests.unit.worker.native.attention_case import Case, Heads, Sequence, random_heads, random_sequences
+from tests.unit.worker.native.kinds import library_of
 from worker.native import build
 from worker.native.library import load, use_threads
 from worker.native.operations import Operations, operations
@@ -32,32 +33,20 @@ SEEDS = 40
 
 
 def other_kinds() -> list[str]:
-    """The instruction sets that this machine runs; its own library, compiled for all it has, comes besides."""
+    """The instruction sets that are tested besides all that this machine has: AVX2, which most have; by request, every one."""
     flags = build.processor_flags()
-    return [kind for kind, (_, needed) in build.KINDS.items() if needed <= flags]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kinds")
+    runs = [kind for kind, (_, needed) in build.KINDS.items() if needed <= flags]
+    return runs if os.environ.get("DEGAS_TEST_EVERY_KIND") else [kind for kind in runs if kind == "avx2"]
 
 
 @pytest.fixture(
     scope="module",
     params=["own", *(pytest.param(kind, marks=pytest.mark.slow) for kind in other_kinds())],
 )
-def library(request: pytest.FixtureRequest, folder: Path) -> Iterator[ctypes.CDLL]:
-    if request.param == "own":
-        found = load()
-        if found is None:
-            pytest.skip("no C++ compiler")
-    else:
-        compiler = build.find_compiler()
-        if compiler is None:
-            pytest.skip("no C++ compiler")
-        made = folder / f"{request.param}.so"
-        build._compile(compiler, build.SOURCE, made, build.KINDS[request.param][0])
-        found = ctypes.CDLL(str(made))
+def library(request: pytest.FixtureRequest) -> Iterator[ctypes.CDLL]:
+    found = load() if request.param == "own" else library_of(request.param)
+    if found is None:
+        pytest.skip("no C++ compiler")
     yield found
     found.use_threads(1)
 

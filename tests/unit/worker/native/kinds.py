@@ -1,0 +1,27 @@
+"""Owns the compiled step's libraries for other instruction sets, kept between runs like the product's own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from worker.native import build
+
+PLAIN = ("-march=x86-64", "-O1")
+"""Flags for a machine that has x86-64's own instructions only, where torch multiplies: only what it computes counts."""
+
+
+def library_of(kind: str) -> ctypes.CDLL | None:
+    """The library for a kind of `build.KINDS`, or "sse"; None without a compiler. Compiled in 15 s, once a machine."""
+    compiler = build.find_compiler()
+    if compiler is None:
+        return None
+    flags = PLAIN if kind == "sse" else build.KINDS[kind][0]
+    folder = build._private(Path.home() / ".cache" / "degas-tests")
+    library = folder / build._name(build.SOURCE, f"{kind}-{build._key(compiler)}")
+    if not library.exists():
+        made = library.with_suffix(f".{os.getpid()}")
+        build._compile(compiler, build.SOURCE, made, flags)
+        made.replace(library)
+    return ctypes.CDLL(str(library))
