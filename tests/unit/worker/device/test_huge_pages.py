@@ -24,7 +24,10 @@ def test_memory_keeps_its_contents() -> None:
 def test_what_was_there_before_is_left_alone() -> None:
     before = mapped()
     assert before and use_huge_pages(besides=[(0, 1 << 60)]) == 0
-    region = mmap.mmap(-1, 64 << 20)  # an allocator might give memory that it has held since before
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    region = mmap.mmap(
+        -1, 64 << 20, flags=private
+    )  # an allocator might give memory that it has held since before
     at = torch.frombuffer(region, dtype=torch.uint8).data_ptr() + (8 << 20)
     assert any(start <= at < end for start, end in without(mapped(), before))
 
