@@ -128,16 +128,16 @@ async def _read_prompt(core: Core, model: ServedModel, request: pb.GenerateReque
             message = f"token ids are between 0 and {card.vocab_size - 1}"
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="tokenized.input_ids")
         return prompt_ids
-    text = request.text.strip()
-    if not text:
+    text = request.text
+    if not text.strip():
         raise RequestError(ErrorCode.INVALID_REQUEST, "neither tokenized nor text was given", param="text")
     if len(text) > core.config.max_prompt_chars:
         message = f"text is longer than {core.config.max_prompt_chars} characters"
         raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="text")
-    text_ids = await model.encode(text)
     if takes_questions(card):
-        return task_prompt(card, "query", text_ids)
-    return [*model.start_ids, *text_ids]
+        return task_prompt(card, "query", await model.encode(text.strip()))
+    # As in `/v1/completions`: the text to the letter, with special tokens' names in it as those tokens.
+    return [*model.start_ids, *await model.encode(text, parse_special=True)]
 
 
 async def _read_images(

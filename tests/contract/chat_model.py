@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -18,14 +19,14 @@ TEMPLATE = """{%- for tool in tools or [] %}<tool>{{ tool | tojson }}</tool>{% e
 
 
 @contextlib.contextmanager
-def chat_model() -> Iterator[tuple[GatewayThread, FakeWorker]]:
+def chat_model(**settings: Any) -> Iterator[tuple[GatewayThread, FakeWorker]]:
     """The gateway and its worker, ready."""
     card = msgspec.structs.replace(
         CARD, family="llama", image=None, templates={}, suppress_ids=[], default_max_tokens=400
     )
     with (
         FakeWorker(card=card, chat_template=TEMPLATE.encode()) as worker,
-        GatewayThread(workers=[worker.endpoint]) as gateway,
+        GatewayThread(workers=[worker.endpoint], **settings) as gateway,
     ):
         gateway.wait_ready()
         yield gateway, worker

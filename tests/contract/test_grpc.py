@@ -17,6 +17,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import TokenLogprobs, pack_i32, unpack_i32
+from tests.contract.chat_model import chat_model
 from tests.contract.test_responses import picture_url
 from tests.fake_worker import CARD, End, FakeWorker, Token, Wait, ids_text, text_ids
 from tests.gateway_thread import GatewayThread
@@ -343,3 +344,14 @@ def test_unknown_fields_are_refused_by_number(stub: Any, place: str, param: str)
         list(stub.Generate(request, timeout=10))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert dict(caught.value.trailing_metadata())["degas-param"] == param
+
+
+def test_a_text_is_read_to_the_letter_with_its_special_tokens() -> None:
+    """As in `/v1/completions`: clients send what a chat template made."""
+    with chat_model(grpc_port=0) as (gateway, worker):
+        worker.reply("ok")
+        with grpc.insecure_channel(f"127.0.0.1:{gateway.gateway.grpc_port}") as channel:
+            stub = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+            list(stub.Generate(pb.GenerateRequest(text=" <|5|>hi\n"), timeout=10))
+        prompt = unpack_i32(worker.submits[0].prompt).tolist()
+        assert prompt[-5:] == [*text_ids(" "), 5, *text_ids("hi\n")]
