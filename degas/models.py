@@ -142,14 +142,11 @@ def _of_file(path: Path) -> tuple[str, str, int, int]:
     parts = parts_of(path)
     container = joined([read_container(part) for part in parts])
     config = architecture_of(container).config(container)
-    by_type: dict[str, int] = {}
     memory = 0
     for tensor in container.tensors.values():
-        by_type[tensor.type.name] = by_type.get(tensor.type.name, 0) + tensor.num_values
         memory += tensor.num_bytes if tensor.type.name in KEPT else tensor.num_values * SERVED_BYTES
-    most = max(by_type, key=lambda name: by_type[name])
     size = sum(part.stat().st_size for part in parts)
-    return f"GGUF {most}", str(config["architectures"][0]), size, memory
+    return f"GGUF {container.usual_type}", str(config["architectures"][0]), size, memory
 
 
 def _of_folder(path: Path) -> tuple[str, str, int, int]:

@@ -10,9 +10,10 @@ import os
 import random
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,21 +46,29 @@ class Workload:
         """Raise ValueError naming the option and a safe value."""
         if self.shape not in SHAPES:
             raise ValueError(f"--shape is {self.shape!r}; it is one of {', '.join(SHAPES)}")
-        for option, value, high in (
-            ("--rows", min(self.rows, default=0), 256),
-            ("--rows", max(self.rows, default=0), 256),
-            ("--prompt-tokens", self.prompt_tokens, 1024),
-            ("--new-tokens", self.new_tokens, 1024),
-            ("--rounds", self.rounds, 1000),
-            ("--threads", self.threads, os.cpu_count() or 1),
-        ):
-            if not 1 <= value <= high:
-                raise ValueError(f"{option} must be between 1 and {high}, not {value}")
-        if self.new_tokens < 2:
+        if self.new_tokens == 1:
             raise ValueError(
                 "--new-tokens must be at least 2, not 1: decoding is what follows the first token"
             )
+        check_counts(self.rows, self.prompt_tokens, self.new_tokens, self.rounds, (self.threads,))
         check_cores(self.cores)
+
+
+def check_counts(
+    rows: Sequence[int], prompt_tokens: int, new_tokens: int, rounds: int, threads: Sequence[int]
+) -> None:
+    """Raise ValueError naming the option that is out of bounds, and a safe value."""
+    for option, value, low, high in (
+        ("--rows", min(rows, default=0), 1, 256),
+        ("--rows", max(rows, default=0), 1, 256),
+        ("--prompt-tokens", prompt_tokens, 1, 1024),
+        ("--new-tokens", new_tokens, 2, 1024),
+        ("--rounds", rounds, 1, 1000),
+        ("--threads", min(threads, default=0), 1, os.cpu_count() or 1),
+        ("--threads", max(threads, default=0), 1, os.cpu_count() or 1),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"{option} must be between {low} and {high}, not {value}")
 
 
 def check_cores(cores: tuple[int, ...]) -> None:
@@ -192,10 +201,15 @@ def run_from(answer: dict[str, Any], rows: int, new_tokens: int) -> Run:
 
 
 class Field:
-    """The engines that are up. One that fails leaves with a line in `left_out`."""
+    """The engines that are up. What they are is told in `versions`; one that fails leaves with a line in `left_out`."""
 
-    def __init__(self, comparison: Comparison, say: Say) -> None:
-        self._comparison = comparison
+    def __init__(
+        self, threads: int, cores: Sequence[int], versions: dict[str, str], left_out: list[str], say: Say
+    ) -> None:
+        self._threads = threads
+        self._cores = list(cores)
+        self._versions = versions
+        self._left_out = left_out
         self._say = say
         self._up: dict[str, PeerProcess] = {}
 
@@ -206,15 +220,27 @@ class Field:
 
     def start(self, peer: EnginePeer, home: Path, stack: ExitStack) -> None:
         """Start an engine's process; until it is asked, all it does is import its libraries."""
-        workload = self._comparison.workload
         log = home / f"engine-{len(self._up)}.log"
         try:
-            variables = environment(peer.python, workload.threads, home / "foreign")
-            process = PeerProcess(peer.name, peer.command, variables, log, list(workload.cores))
+            variables = environment(peer.python, self._threads, home / "foreign")
+            process = PeerProcess(peer.name, peer.command, variables, log, self._cores)
         except PeerError as error:
             self.drop(peer.name, error)
             return
         self._up[peer.name] = stack.enter_context(process)
+
+    def start_all(self, peers: Sequence[EnginePeer], model: Path, home: Path, stack: ExitStack) -> str:
+        """Start every engine; returns the GGUF file for those that need one: `model` itself, or written from that folder."""
+        gguf = str(model) if model.is_file() else ""
+        for peer in peers:
+            try:
+                if peer.needs_gguf and not gguf:
+                    gguf = write_gguf(peer.python, model, home)
+            except PeerError as error:
+                self.drop(peer.name, error)
+                continue
+            self.start(peer, home, stack)
+        return gguf
 
     def load(self, name: str, spec: Spec) -> None:
         """Have an engine load the weights, and leave it paused."""
@@ -224,7 +250,7 @@ class Field:
         except PeerError as error:
             self.drop(name, error)
             return
-        self._comparison.versions[name] = answer["version"]
+        self._versions[name] = answer["version"]
         self._up[name].pause()
 
     def ask(self, name: str, op: str, prompts: list[list[int]], new_tokens: int) -> dict[str, Any] | None:
@@ -250,13 +276,37 @@ class Field:
             self.drop(name, error)
             return None
 
+    def warm(self, prompts: list[list[int]], new_tokens: int) -> dict[str, str]:
+        """Let every engine run unmeasured; returns what each one chose, or an empty text."""
+        notes = {}
+        for name in self.names:
+            answer = self.ask(name, "warm", prompts, new_tokens)
+            notes[name] = str(answer.get("note", "")) if answer else ""
+        return notes
+
+    def play(
+        self, what: str, draw: Callable[[], list[list[int]]], new_tokens: int, num_rounds: int
+    ) -> list[dict[str, Run]]:
+        """Measure every engine in turns, with prompts drawn anew for each round."""
+        rounds: list[dict[str, Run]] = []
+        for order in turns(self.names, num_rounds):
+            self._say(f"{what}, round {len(rounds) + 1} of {num_rounds}")
+            prompts = draw()
+            done: dict[str, Run] = {}
+            for name in order:
+                run = self.run(name, prompts, new_tokens) if name in self._up else None
+                if run is not None:
+                    done[name] = run
+            rounds.append(done)
+        return rounds
+
     def drop(self, name: str, error: PeerError) -> None:
         """Take an engine out, with a line that says why."""
         process = self._up.pop(name, None)
         if process is not None:
             process.stop()
         line = not_compared(name, str(error))
-        self._comparison.left_out.append(line)
+        self._left_out.append(line)
         self._say(line)
 
 
@@ -290,30 +340,22 @@ def measure(
 
     workload.check()
     comparison = Comparison(workload, left_out=list(left_out))
-    field = Field(comparison, say)
+    field = Field(workload.threads, workload.cores, comparison.versions, comparison.left_out, say)
     with tempfile.TemporaryDirectory(prefix="degas-engines-") as home_name, ExitStack() as stack:
         home = Path(home_name)
         folder = home / "checkpoint"
         say(f"writing a random {workload.shape} checkpoint")
         comparison.parameters = write_checkpoint(folder, workload.shape)
-        gguf = ""
-        for peer in peers:
-            try:
-                if peer.needs_gguf:
-                    gguf = write_gguf(peer.python, folder, home)
-            except PeerError as error:
-                field.drop(peer.name, error)
-                continue
-            field.start(peer, home, stack)
+        gguf = field.start_all(peers, folder, home, stack)
         most = max(workload.rows)
         for name in field.names:
             tokens = (workload.prompt_tokens, workload.new_tokens)
             field.load(name, Spec(str(folder), gguf, workload.dtype, workload.threads, most, *tokens))
-        play(comparison, field, vocab_size(workload.shape), say)
+        play(comparison, field, vocab_size(workload.shape))
     return comparison
 
 
-def play(comparison: Comparison, field: Field, vocab_size: int, say: Say) -> None:
+def play(comparison: Comparison, field: Field, vocab_size: int) -> None:
     """Warm up and measure every engine that is up, in turns; token ids of the prompts are below `vocab_size`."""
     workload, rng = comparison.workload, random.Random(1)
 
@@ -321,18 +363,7 @@ def play(comparison: Comparison, field: Field, vocab_size: int, say: Say) -> Non
         return [[rng.randrange(vocab_size) for _ in range(workload.prompt_tokens)] for _ in range(rows)]
 
     for rows in workload.rows:
-        warm = draw(rows)
-        notes = comparison.notes.setdefault(rows, {})
-        for engine in field.names:
-            answer = field.ask(engine, "warm", warm, workload.new_tokens)
-            notes[engine] = str(answer.get("note", "")) if answer else ""
-        rounds = comparison.rounds.setdefault(rows, [])
-        for order in turns(field.names, workload.rounds):
-            say(f"{rows} rows, round {len(rounds) + 1} of {workload.rounds}")
-            prompts = draw(rows)
-            done: dict[str, Run] = {}
-            for engine in order:
-                run = field.run(engine, prompts, workload.new_tokens) if engine in field.names else None
-                if run is not None:
-                    done[engine] = run
-            rounds.append(done)
+        comparison.notes[rows] = field.warm(draw(rows), workload.new_tokens)
+        comparison.rounds[rows] = field.play(
+            f"{rows} rows", partial(draw, rows), workload.new_tokens, workload.rounds
+        )

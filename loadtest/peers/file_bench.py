@@ -6,19 +6,16 @@ for llama.cpp. As in `engine_bench`, all engines stay loaded, and one whose turn
 
 from __future__ import annotations
 
-import os
 import random
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from loadtest.comparison import figure, median, median_ratio, rounded, times, turns
+from loadtest.comparison import figure, median, median_ratio, rounded, times
 from loadtest.peers.catalog import LLAMA_CPP, EnginePeer
-from loadtest.peers.engine_bench import Comparison, Field, Say, Workload, check_cores, write_gguf
-from loadtest.peers.process import PeerError
+from loadtest.peers.engine_bench import Field, Say, check_cores, check_counts
 from loadtest.peers.side import Run, Spec
 from loadtest.tables import Figures
 
@@ -41,17 +38,7 @@ class FileWorkload:
         """Raise ValueError naming the option and a safe value."""
         if not self.path.exists():
             raise ValueError(f"--gguf or --model: there is nothing at {self.path}")
-        for option, value, low, high in (
-            ("--rows", min(self.rows, default=0), 1, 256),
-            ("--rows", max(self.rows, default=0), 1, 256),
-            ("--prompt-tokens", self.prompt_tokens, 1, 1024),
-            ("--new-tokens", self.new_tokens, 2, 1024),
-            ("--rounds", self.rounds, 1, 1000),
-            ("--threads", min(self.threads, default=0), 1, os.cpu_count() or 1),
-            ("--threads", max(self.threads, default=0), 1, os.cpu_count() or 1),
-        ):
-            if not low <= value <= high:
-                raise ValueError(f"{option} must be between {low} and {high}, not {value}")
+        check_counts(self.rows, self.prompt_tokens, self.new_tokens, self.rounds, self.threads)
         check_cores(self.cores)
 
 
@@ -150,57 +137,23 @@ def _measure_threads(
     done: FileComparison, peers: list[EnginePeer], threads: int, vocab_size: int, say: Say
 ) -> None:
     load = done.workload
-    # A field of engines writes what it has to say to a `Comparison`.
-    heard = Comparison(
-        Workload(rows=load.rows, threads=threads, cores=load.cores, dtype=done.dtype), left_out=done.left_out
-    )
-    engines = Field(heard, say)
-    with tempfile.TemporaryDirectory(prefix="degas-engines-") as home_name, ExitStack() as stack:
-        home = Path(home_name)
-        gguf = str(load.path) if load.path.is_file() else ""
-        for peer in peers:
-            try:
-                if peer.needs_gguf and not gguf:
-                    gguf = write_gguf(peer.python, load.path, home)
-            except PeerError as error:
-                engines.drop(peer.name, error)
-                continue
-            engines.start(peer, home, stack)
+    engines = Field(threads, load.cores, done.versions, done.left_out, say)
+    with tempfile.TemporaryDirectory(prefix="degas-engines-") as home, ExitStack() as stack:
+        gguf = engines.start_all(peers, load.path, Path(home), stack)
         tokens = (max(load.prompt_tokens, PREFILL_TOKENS), load.new_tokens)
         for name in engines.names:
             spec = Spec(str(load.path), gguf, done.dtype, threads, max(load.rows), *tokens)
             engines.load(name, spec)
-        done.versions |= heard.versions
         rng = random.Random(1)
 
-        def draw(rows: int, length: int) -> list[list[int]]:
-            return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(rows)]
+        def measure(place: int, what: str, rows: int, length: int, new_tokens: int) -> None:
+            def draw() -> list[list[int]]:
+                return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(rows)]
 
-        for rows in (0, *load.rows):
-            count, length, new = (
-                (1, PREFILL_TOKENS, 2) if rows == 0 else (rows, load.prompt_tokens, load.new_tokens)
-            )
-            say(f"{threads} threads, " + (f"{rows} rows" if rows else f"a prompt of {PREFILL_TOKENS} tokens"))
-            _play(done, engines, (threads, rows), lambda c=count, n=length: draw(c, n), new)  # type: ignore[misc]
+            engines.warm(draw(), new_tokens)
+            what = f"{threads} threads, {what}"
+            done.rounds[threads, place] = engines.play(what, draw, new_tokens, load.rounds)
 
-
-def _play(
-    done: FileComparison,
-    engines: Field,
-    place: tuple[int, int],
-    draw: Callable[[], list[list[int]]],
-    new_tokens: int,
-) -> None:
-    """Warm up and measure every engine that is up, in turns."""
-    warm = draw()
-    for name in engines.names:
-        engines.ask(name, "warm", warm, new_tokens)
-    rounds = done.rounds.setdefault(place, [])
-    for order in turns(engines.names, done.workload.rounds):
-        prompts = draw()
-        runs: dict[str, Run] = {}
-        for name in order:
-            run = engines.run(name, prompts, new_tokens) if name in engines.names else None
-            if run is not None:
-                runs[name] = run
-        rounds.append(runs)
+        measure(0, f"a prompt of {PREFILL_TOKENS} tokens", 1, PREFILL_TOKENS, 2)
+        for rows in load.rows:
+            measure(rows, f"{rows} rows", rows, load.prompt_tokens, load.new_tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from worker.config import WorkerConfig
 from worker.device.cpu import CpuDevice
 from worker.formats.errors import CheckpointError
 from worker.formats.gguf_container import read_container
-from worker.formats.gguf_parts import parts_of
+from worker.formats.gguf_parts import joined, parts_of
 from worker.formats.open_source import open_source
 from worker.startup import choose_dtype
 
@@ -41,8 +40,4 @@ def _format(path: Path, config: dict[str, Any]) -> str:
     """The type of most weights, as ggml or torch calls it."""
     if not path.is_file():
         return str(config.get("dtype") or config.get("torch_dtype") or "safetensors")
-    numbers: Counter[str] = Counter()
-    for part in parts_of(path):
-        for tensor in read_container(part).tensors.values():
-            numbers[tensor.type.name] += tensor.num_values
-    return numbers.most_common(1)[0][0]
+    return joined([read_container(part) for part in parts_of(path)]).usual_type

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -108,6 +109,14 @@ class Container:
     def num_bytes(self) -> int:
         """Bytes of all tensors in the file."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    @property
+    def usual_type(self) -> str:
+        """ggml's name for the type of most of its weights."""
+        numbers: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            numbers[tensor.type.name] += tensor.num_values
+        return numbers.most_common(1)[0][0]
 
 
 def read_container(path: Path) -> Container:

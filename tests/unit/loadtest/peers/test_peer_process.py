@@ -129,7 +129,9 @@ def field_of(
     peers: dict[str, list[str]], workload: Workload, home: Path, stack: ExitStack
 ) -> tuple[Field, Comparison]:
     comparison = Comparison(workload)
-    field = Field(comparison, lambda line: None)
+    field = Field(
+        workload.threads, workload.cores, comparison.versions, comparison.left_out, lambda line: None
+    )
     for name, behaviours in peers.items():
         field.start(EnginePeer(name, sys.executable, FAKE, flags=behaviours), home, stack)
     for name in field.names:
@@ -142,7 +144,7 @@ def test_rounds_go_on_without_the_engine_that_fails(tmp_path: Path) -> None:
     peers = {"degas": [], "transformers": ["slow"], "vllm": ["raise-second"], "llama.cpp": ["short"]}
     with ExitStack() as stack:
         field, comparison = field_of(peers, workload, tmp_path, stack)
-        play(comparison, field, 50, lambda line: None)
+        play(comparison, field, 50)
         assert field.names == ["degas", "transformers"]
     assert [len(rounds) for rounds in comparison.rounds.values()] == [2, 2]
     assert sorted(comparison.rounds[1][0]) == ["degas", "transformers", "vllm"]
@@ -158,7 +160,7 @@ def test_a_hung_engine_does_not_hold_up_the_rest(tmp_path: Path, monkeypatch: py
     workload = Workload(rows=(1,), prompt_tokens=3, new_tokens=2, rounds=1)
     with ExitStack() as stack:
         field, comparison = field_of({"vllm": ["hang"], "degas": []}, workload, tmp_path, stack)
-        play(comparison, field, 50, lambda line: None)
+        play(comparison, field, 50)
         assert field.names == ["degas"]
     assert "was killed" in comparison.left_out[0] and len(comparison.rounds[1]) == 1
 
