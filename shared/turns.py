@@ -21,10 +21,6 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return self._num
 
-    def num_of(self, party: str) -> int:
-        """How many items of this party wait."""
-        return len(self._waiting.get(party, ()))
-
     def push(self, party: str, item: T) -> None:
         """Add an item behind the party's others."""
         self._waiting.setdefault(party, deque()).append(item)

@@ -64,7 +64,7 @@ def test_parties_take_turns_and_keep_their_own_order(seed: int) -> None:
             pushed.setdefault(party, []).append(number)
             number += 1
         elif len(queue):
-            waiting = [party for party in pushed if queue.num_of(party)]
+            waiting = [party for party in pushed if len(pushed[party]) > len(popped.get(party, ()))]
             party, item = queue.pop()
             popped.setdefault(party, []).append(item)
             since = {other: since.get(other, 0) + 1 for other in waiting if other != party}
