@@ -111,18 +111,19 @@ def ollama_error(error: RequestError) -> dict[str, object]:
     return {"error": error.message}
 
 
+_OWN_SHAPES: Final = {"/v1/messages": anthropic_error, "/api/": ollama_error}
+"""The error shapes other than OpenAI's, by how their interfaces' paths begin."""
+
+
 def has_own_errors(path: str) -> bool:
     """Whether the interface that `path` belongs to has another error shape than OpenAI's."""
-    return path.startswith(("/v1/messages", "/api/"))
+    return path.startswith(tuple(_OWN_SHAPES))
 
 
 def error_body(error: RequestError, path: str = "") -> bytes:
     """The error as JSON, in the shape of the interface that `path` belongs to; OpenAI's for all others."""
-    if path.startswith("/v1/messages"):
-        return msgspec.json.encode(anthropic_error(error))
-    if path.startswith("/api/"):
-        return msgspec.json.encode(ollama_error(error))
-    return msgspec.json.encode({"error": error_object(error)})
+    shape = next((own for start, own in _OWN_SHAPES.items() if path.startswith(start)), None)
+    return msgspec.json.encode({"error": error_object(error)} if shape is None else shape(error))
 
 
 def retry_after_s(error: RequestError) -> float:

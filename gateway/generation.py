@@ -111,6 +111,9 @@ class ServedModel(Protocol):
     def start_ids(self) -> list[int]:
         """The token ids that a plain text begins with: those of the tokenizer's post-processor, if any; Moondream's BOS."""
 
+    def num_prompt(self, num_ids: int, num_images: int) -> int:
+        """Tokens of a prompt, its pictures' included."""
+
     def room(self, num_prompt_ids: int, num_images: int = 0) -> int:
         """How many tokens may be generated after such a prompt; at least 1, so that `Core.submit` refuses it."""
 

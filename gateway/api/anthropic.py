@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from gateway.api.anthropic_answer import MessageAnswer
 from gateway.api.fields import Known
-from gateway.api.parameters import Count, Json, SamplingFields, Unit, decode_body, invalid
+from gateway.api.parameters import Count, Json, SamplingFields, Unit, decode_body, invalid, renamed
 from gateway.api.prompts import (
     FunctionCall,
     ImagePart,
@@ -25,7 +25,7 @@ from gateway.api.prompts import (
     compose_chat,
 )
 from gateway.api.requests import Length, check_fields, make_requests
-from gateway.api.tools import Function, Tool, ToolsAsked, check_takes_tools, read_tools
+from gateway.api.tools import ToolsAsked, read_tools, tool_of
 from gateway.generation import ChatOptions, Core, RequestError, ServedModel
 from shared.errors import ErrorCode
 
@@ -214,8 +214,6 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> M
     body = decode_body(_decode_messages, data)
     model = core.model(body.model)
     tools = _tools(body)
-    if tools is not None:
-        check_takes_tools(model, tools)
     fields = SamplingFields(
         stream=body.stream,
         max_tokens=body.max_tokens,
@@ -224,10 +222,10 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> M
         top_k=body.top_k,
         top_p=body.top_p,
     )
-    with _named({"stop": "stop_sequences", "tools": "tools"}):
-        checked = await check_fields(
-            core, model, fields, tenant=tenant, wanted=None if tools is None else tools.constraint()
-        )
+    try:
+        checked = await check_fields(core, model, fields, tenant=tenant, tools=tools)
+    except RequestError as error:
+        raise renamed(error, "stop_sequences" if error.param == "stop" else error.param or "") from None
     prompt = await _prompt(core, model, body, tools)
     (request,) = make_requests(checked, request_id, [prompt], Length(body.max_tokens, "max_tokens"))
     return MessageAnswer(request_id, request, prompt.reading, stream=bool(body.stream))
@@ -238,13 +236,7 @@ async def count_tokens(core: Core, data: bytes) -> Json:
     body = decode_body(_decode_count, data)
     model = core.model(body.model)
     prompt = await _prompt(core, model, body, _tools(body))
-    return {"input_tokens": num_prompt_tokens(model, prompt)}
-
-
-def num_prompt_tokens(model: ServedModel, prompt: Prompt) -> int:
-    """Tokens of a prompt, its pictures' included."""
-    image = model.card.image
-    return len(prompt.ids) + (image.num_tokens * len(prompt.images) if image is not None else 0)
+    return {"input_tokens": model.num_prompt(len(prompt.ids), len(prompt.images))}
 
 
 async def _prompt(core: Core, model: ServedModel, body: _Conversation, tools: ToolsAsked | None) -> Prompt:
@@ -254,8 +246,7 @@ async def _prompt(core: Core, model: ServedModel, body: _Conversation, tools: To
     try:
         return await compose_chat(core, model, [message for _, message in messages], options, tools=tools)
     except RequestError as error:
-        error.param = _place_of(error.param, places)
-        raise
+        raise renamed(error, _place_of(error.param or "", places)) from None
 
 
 def _options(body: _Conversation, model: ServedModel) -> ChatOptions | None:
@@ -276,15 +267,7 @@ def _options(body: _Conversation, model: ServedModel) -> ChatOptions | None:
 
 def _tools(body: _Conversation) -> ToolsAsked | None:
     offered = [
-        Tool(
-            type="function",
-            function=Function(
-                name=tool.name,
-                description=tool.description,
-                parameters=tool.input_schema,
-                strict=tool.strict,
-            ),
-        )
+        tool_of(tool.name, tool.description, tool.input_schema, strict=tool.strict)
         for tool in body.tools or ()
     ]
     asked = body.tool_choice
@@ -369,25 +352,9 @@ def _result(block: ToolResult, place: str) -> Message:
     return Message(role="tool", content=content, tool_call_id=block.tool_use_id)
 
 
-class _named:
-    """Errors about the fields of `SamplingFields` get the names that this interface has for them."""
-
-    def __init__(self, names: dict[str, str]) -> None:
-        self._names = names
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RequestError) and error.param in self._names:
-            own = self._names[error.param]
-            error.message = error.message.replace(error.param, own, 1)
-            error.param = own
-
-
-def _place_of(param: str | None, places: Sequence[str]) -> str | None:
+def _place_of(param: str, places: Sequence[str]) -> str:
     """A field's name in this body for its name in the conversation made of it."""
-    if param is None or not param.startswith("messages["):
+    if not param.startswith("messages["):
         return param
     number, _, rest = param[len("messages[") :].partition("]")
     return places[int(number)] + rest.replace(".image_url.url", ".source") if number.isdigit() else param

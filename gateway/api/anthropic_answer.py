@@ -32,11 +32,8 @@ class MessageAnswer(EventShape):
         self.requests = [request]
         self.stream = stream
         self._id = f"msg_{request_id}"
-        self._reading = reading
         self._reader = reading.reader()
-        image = request.model.card.image
-        pictures = image.num_tokens * len(request.images) if image is not None else 0
-        self._num_prompt = len(request.prompt_ids) + pictures
+        self._num_prompt = request.model.num_prompt(len(request.prompt_ids), len(request.images))
         self._num_blocks = 0
         self._open: str | None = None  # the kind of the block that is open
 

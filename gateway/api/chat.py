@@ -24,7 +24,7 @@ from gateway.api.parameters import (
 from gateway.api.prompts import Message, compose_chat, effort_variables
 from gateway.api.requests import Length, check_fields, make_requests
 from gateway.api.spoken import Reading, SpokenReader
-from gateway.api.tools import MAX_TOOLS, Tool, check_takes_tools, read_tools
+from gateway.api.tools import MAX_TOOLS, Tool, read_tools
 from gateway.decisions.answer_parts import CallArguments, CallOpened, Part, Said, Thought
 from gateway.generation import (
     ChatOptions,
@@ -254,20 +254,10 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> C
     options = _chat_options(body, thinks=bool(model.template_names))
     count = choice_count(body, core.config.max_n)
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else -1
-    if tools is not None:
-        check_takes_tools(model, tools)
     checked = await check_fields(
-        core,
-        model,
-        body,
-        tenant=tenant,
-        num_logprobs=num_logprobs,
-        count=count,
-        wanted=None if tools is None else tools.constraint(),
+        core, model, body, tenant=tenant, num_logprobs=num_logprobs, count=count, tools=tools
     )
     is_constrained = checked.grammar is not None
-    if is_constrained and tools is not None and not tools.is_forced:
-        raise invalid("a constrained answer cannot call tools; leave one of the two out", "tools")
     prompt = await compose_chat(
         core, model, body.messages, options, tools=tools, is_constrained=is_constrained
     )

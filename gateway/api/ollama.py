@@ -21,6 +21,7 @@ from gateway.api.parameters import (
     Unit,
     decode_body,
     invalid,
+    renamed,
 )
 from gateway.api.prompts import (
     FunctionCall,
@@ -34,7 +35,7 @@ from gateway.api.prompts import (
     takes_questions,
 )
 from gateway.api.requests import Length, check_fields, make_requests
-from gateway.api.tools import Tool, ToolsAsked, check_takes_tools, read_tools
+from gateway.api.tools import Tool, ToolsAsked, read_tools
 from gateway.generation import ChatOptions, Core, RequestError, ServedModel
 from shared.errors import ErrorCode
 
@@ -58,7 +59,14 @@ class Options(Known, kw_only=True):
         "f16_kv", "logits_all", "low_vram", "main_gpu", "num_batch", "num_ctx", "num_gpu", "num_gqa", "num_keep",
         "num_thread", "numa", "penalize_newline", "use_mlock", "use_mmap", "vocab_only",
     )  # fmt: skip
-    REFUSED: ClassVar[tuple[str, ...]] = ("mirostat", "repeat_last_n", "tfs_z", "typical_p")
+    REFUSED: ClassVar[tuple[str, ...]] = (
+        "mirostat",
+        "mirostat_eta",
+        "mirostat_tau",
+        "repeat_last_n",
+        "tfs_z",
+        "typical_p",
+    )
 
     num_predict: Annotated[int, Meta(ge=-2, le=(1 << 31) - 1)] | None = None
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
@@ -202,13 +210,9 @@ async def _prepare(
     is_chat: bool,
 ) -> OllamaAnswer:
     model = core.model(body.model)
-    if tools is not None:
-        check_takes_tools(model, tools)
     fields = _fields(body)
     try:
-        checked = await check_fields(core, model, fields, tenant=tenant)
-        if checked.grammar is not None and tools is not None:
-            raise invalid("a constrained answer cannot call tools; leave one of the two out", "tools")
+        checked = await check_fields(core, model, fields, tenant=tenant, tools=tools)
         if isinstance(body, GenerateBody) and body.raw:
             prompt = Prompt([*model.start_ids, *await model.encode(body.prompt, parse_special=True)])
         else:
@@ -318,7 +322,4 @@ def _named(error: RequestError, *, is_chat: bool) -> RequestError:
         place, _, rest = error.param.partition("]")
         is_picture = "image_url" in rest
         own = f"{place}].images" if is_chat and is_picture else "images" if is_picture else None
-    if own is not None:
-        error.message = error.message.replace(error.param, own, 1)
-        error.param = own
-    return error
+    return error if own is None else renamed(error, own)

@@ -157,6 +157,14 @@ def invalid(text: str, param: str | None) -> RequestError:
     return RequestError(ErrorCode.INVALID_REQUEST, message, param=param)
 
 
+def renamed(error: RequestError, param: str) -> RequestError:
+    """The error under another name of its field: that of the interface which was asked."""
+    if error.param and param != error.param:
+        error.message = error.message.replace(error.param, param, 1)
+        error.param = param
+    return error
+
+
 def stops(value: str | list[str] | None) -> list[str]:
     """The stop strings. Raises `RequestError`."""
     listed = [value] if isinstance(value, str) else list(value or ())

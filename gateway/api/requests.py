@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from gateway.api.parameters import (
     DEFAULT_MAX_OBJECTS,
@@ -21,8 +22,11 @@ from gateway.api.parameters import (
 )
 from gateway.api.prompts import Prompt
 from gateway.api.structured import Wanted, grammar
+from gateway.api.tools import ToolsAsked, check_takes_tools
 from gateway.generation import Core, GenerateRequest, ServedModel
 from shared.protocol import Grammar, Sampling
+
+_NO_TOOLS_HERE: Final = "a constrained answer cannot call tools; leave one of the two out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +75,20 @@ async def check_fields(
     count: int = 1,
     num_prompts: int = 1,
     wanted: Wanted | None = None,
+    tools: ToolsAsked | None = None,
     more_stop_ids: Sequence[int] = (),
 ) -> CheckedFields:
     """Check what all bodies share, cheapest first, and that there is room. Raises `RequestError`.
 
-    `wanted` is a constraint the body asks for in a field of its own; `num_logprobs` is as in `Sampling`; `more_stop_ids`
+    `wanted` is a constraint the body asks for in a field of its own; `tools` that must be called are one too, and other tools
+    go with none; `num_logprobs` is as in `Sampling`; `more_stop_ids`
     end an answer besides the model's own.
     """
+    if tools is not None:
+        check_takes_tools(model, tools)
+        if wanted is not None:
+            raise invalid(_NO_TOOLS_HERE, "tools")
+        wanted = tools.constraint()
     card = model.card
     sampled = samplings(fields, card, num_logprobs, count)
     stop = stops(fields.stop)
@@ -85,6 +96,9 @@ async def check_fields(
         if not 0 <= token_id < card.vocab_size:
             raise invalid(f"token ids are between 0 and {card.vocab_size - 1}", "stop_token_ids")
     core.check_capacity(model, tenant, count * num_prompts)
+    constraint = await grammar(core, fields, wanted, tenant=tenant)
+    if constraint is not None and tools is not None and not tools.is_forced:
+        raise invalid(_NO_TOOLS_HERE, "tools")
     return CheckedFields(
         model=model,
         tenant=tenant,
@@ -95,7 +109,7 @@ async def check_fields(
         min_tokens=fields.min_tokens or 0,
         priority=fields.priority or 0,
         ignore_eos=bool(fields.ignore_eos),
-        grammar=await grammar(core, fields, wanted, tenant=tenant),
+        grammar=constraint,
     )
 
 

@@ -11,7 +11,7 @@ import msgspec
 
 from gateway.api.conversations import Conversations, Turn
 from gateway.api.histories import check_no_history
-from gateway.api.parameters import TOKENS_PER_OBJECT, Json, invalid
+from gateway.api.parameters import TOKENS_PER_OBJECT, Json, invalid, renamed
 from gateway.api.prompts import (
     Message,
     Prompt,
@@ -27,14 +27,13 @@ from gateway.api.response_input import InputRead, read_input
 from gateway.api.response_stream import Opening
 from gateway.api.spoken import reading_of
 from gateway.api.structured import Wanted, schema_grammar
-from gateway.api.tools import Function, Tool, ToolsAsked, check_takes_tools, read_tools
+from gateway.api.tools import ToolsAsked, read_tools, tool_of
 from gateway.generation import ChatOptions, Core, GenerateRequest, RequestError, ServedModel, no_pictures
 from shared.errors import ErrorCode
 from shared.protocol import Grammar
 
 LOGPROBS_INCLUDE: Final = "message.output_text.logprobs"
 
-_NO_TOOLS_HERE: Final = "a constrained answer cannot call tools; leave one of the two out"
 _INSTEAD: Final = {"max_tokens": "max_output_tokens", "response_format": "text.format"}
 
 
@@ -65,10 +64,9 @@ async def prepare(
     model = core.model(body.model)
     options = body.degas or DegasOptions()
     _check_options(options)
-    wanted = _format(body.text)
-    if tools is not None:
-        _check_tools(model, tools, options, wanted)
-        wanted = tools.constraint()
+    if tools is not None and options.task != "query":
+        message = f"{options.task} answers in a form of its own and calls no tools; leave them out"
+        raise invalid(message, "tools")
     asked = read_input(body, core.config.max_prompt_chars)
     task = options.task if options.task in TOKENS_PER_OBJECT else "text"
     checked = await check_fields(
@@ -77,10 +75,9 @@ async def prepare(
         body,
         tenant=tenant,
         num_logprobs=_num_logprobs(body, task),
-        wanted=wanted,
+        wanted=_format(body.text),
+        tools=tools,
     )
-    if checked.grammar is not None and tools is not None and not tools.is_forced:
-        raise invalid(_NO_TOOLS_HERE, "tools")
     conversation = _conversation(body, asked, previous)
     is_constrained = checked.grammar is not None
     if options.task == "query":
@@ -139,32 +136,12 @@ def _tools(body: CreateBody) -> ToolsAsked | None:
         )
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="tool_choice")
     offered = [
-        Tool(
-            type="function",
-            function=Function(
-                name=tool.name,
-                description=tool.description,
-                parameters=tool.parameters,
-                strict=tool.strict,
-            ),
-        )
-        for tool in body.tools or ()
+        tool_of(tool.name, tool.description, tool.parameters, strict=tool.strict) for tool in body.tools or ()
     ]
     try:
         return read_tools(offered, choice, body.parallel_tool_calls)
     except RequestError as error:
-        raise _renamed(error, (error.param or "").replace("].function.", "].")) from None
-
-
-def _check_tools(model: ServedModel, tools: ToolsAsked, options: DegasOptions, wanted: Wanted | None) -> None:
-    """Raises `RequestError` for tools that the answer could not call."""
-    if options.task != "query":
-        raise invalid(
-            f"{options.task} answers in a form of its own and calls no tools; leave them out", "tools"
-        )
-    check_takes_tools(model, tools)
-    if wanted is not None:
-        raise invalid(_NO_TOOLS_HERE, "tools")
+        raise renamed(error, (error.param or "").replace("].function.", "].")) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,18 +155,11 @@ class _Conversation:
         """An error about one of the messages, as one about this body."""
         param = error.param or ""
         if param == "messages":
-            return _renamed(error, "input")
+            return renamed(error, "input")
         if not param.startswith("messages["):
             return error
         number, _, _ = param[len("messages[") :].partition("]")
-        return _renamed(error, self.places[int(number)])
-
-
-def _renamed(error: RequestError, param: str) -> RequestError:
-    if error.param and param != error.param:
-        error.message = error.message.replace(error.param, param, 1)
-        error.param = param
-    return error
+        return renamed(error, self.places[int(number)])
 
 
 def _conversation(body: CreateBody, asked: InputRead, previous: Turn | None) -> _Conversation:

@@ -140,6 +140,12 @@ def read_tools(tools: Sequence[Tool] | None, choice: Any, is_parallel: bool | No
     return ToolsAsked(offered, mode in ("required", "named"), named, is_parallel is not False)
 
 
+def tool_of(name: str, description: str | None, parameters: Json | None, *, strict: bool | None) -> Tool:
+    """A function as interfaces give it that have its fields in the tool itself."""
+    function = Function(name=name, description=description, parameters=parameters, strict=strict)
+    return Tool(type="function", function=function)
+
+
 def told(asked: ToolsAsked | None, messages: Sequence[Json]) -> tuple[list[Json], list[int]]:
     """A conversation for a model whose template shows no tools: they, calls and results become text.
 

@@ -84,7 +84,7 @@ class AnnouncedModel:
         return self.tokens.special_id(text)
 
     def num_prompt(self, num_ids: int, num_images: int) -> int:
-        """Tokens of a prompt, its pictures' included."""
+        """See `ServedModel.num_prompt`."""
         return num_ids + (self.card.image.num_tokens * num_images if self.card.image is not None else 0)
 
     def check(self, request: GenerateRequest) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from gateway.decisions.call_forms import CallReader, JsonCalls, NamedCalls, PythonCalls
 
@@ -45,16 +45,12 @@ class CallArguments:
 Part = Said | Thought | CallOpened | CallArguments
 
 
-class _Form(Protocol):
-    def __call__(self) -> CallReader: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """How a family writes tool calls: behind one of `opens` (anywhere) or, if `at_start`, from the answer's first character."""
 
     name: str
-    form: _Form
+    form: Callable[[], CallReader]
     opens: tuple[str, ...] = ()
     closes: tuple[str, ...] = ()
     at_start: bool = False

@@ -12,7 +12,6 @@ from typing import Any, Final
 from gateway.schemas.tree import IN_PLACE, Json, rebuild
 
 _MAX_WAYS: Final = 64
-_NO_OBJECT: Final = ["null", "boolean", "number", "string", "array"]
 
 
 def rewrite(root: Any) -> Any:

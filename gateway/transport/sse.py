@@ -13,6 +13,7 @@ from typing import Final, Protocol
 
 from aiohttp import HttpVersion11, web
 
+from gateway.api.answers import EventShape
 from gateway.config import GatewayConfig
 from gateway.generation import (
     Delta,
@@ -30,9 +31,6 @@ from gateway.transport.life import LifeSign
 
 _COMMIT_S: Final = 0.5  # after so long without an event the headers are sent alone
 
-EVENTS: Final = "text/event-stream; charset=utf-8"
-WAITING: Final = b": waiting\n\n"  # a comment, which clients pass over
-
 HEADERS: Final = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
@@ -48,8 +46,8 @@ class EventWriter:
         config: GatewayConfig,
         metrics: HttpCounts,
         *,
-        media_type: str = EVENTS,
-        waiting: bytes = WAITING,
+        media_type: str = EventShape.media_type,
+        waiting: bytes = EventShape.waiting,
     ) -> None:
         self._request = request
         self._waiting = waiting

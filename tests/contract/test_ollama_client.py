@@ -105,6 +105,7 @@ def test_a_schema_is_a_constraint(llama: ollama.Client, worker: FakeWorker) -> N
         (lambda client: client.embed("fake-vl", "x"), "no model here makes embeddings"),
         (lambda client: client.chat("fake-vl", ASK, options={"num_predict": 0}), "options.num_predict"),
         (lambda client: client.chat("fake-vl", ASK, options={"mirostat": 2}), "options.mirostat"),
+        (lambda client: client.chat("fake-vl", ASK, options={"mirostat_tau": 5.0}), "options.mirostat_tau"),
         (lambda client: client.generate("fake-vl", "x", suffix="y"), "suffix is not supported"),
         (lambda client: client.chat("fake-vl", ASK, think=True), "think"),
         (lambda client: client.chat("fake-vl", ASK, format={"type": "odd"}), "format"),

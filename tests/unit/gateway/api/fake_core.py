@@ -49,8 +49,11 @@ class FakeModel:
     pause: asyncio.Event | None = None
     rendered: list[tuple[Sequence[Mapping[str, Any]], ChatOptions]] = field(default_factory=list)
 
+    def num_prompt(self, num_ids: int, num_images: int) -> int:
+        return num_ids + 64 * num_images
+
     def room(self, num_prompt_ids: int, num_images: int = 0) -> int:
-        return max(1, self.card.context_tokens - num_prompt_ids - 64 * num_images)
+        return max(1, self.card.context_tokens - self.num_prompt(num_prompt_ids, num_images))
 
     async def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         if self.pause is not None:
