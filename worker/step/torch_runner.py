@@ -78,7 +78,11 @@ class TorchRunner:
             empty = partial(torch.zeros, kv_shape, dtype=model.kv_dtype, device=device.torch_device)
             return [empty() for _ in range(model.num_layers)]
 
-        self.cache = KVCache(memory(), memory(), shape.page_tokens)
+        arrivals: Tensor | None = None
+        if device.captures:
+            num = shape.max_rows * model.num_kv_heads
+            arrivals = torch.zeros(num, dtype=torch.int32, device=device.torch_device)
+        self.cache = KVCache(memory(), memory(), shape.page_tokens, arrivals)
         self.rows = RowTables(
             shape.max_rows, shape.vocab_size, device.torch_device, table_limits or TableLimits()
         )
