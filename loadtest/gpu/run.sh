@@ -133,8 +133,8 @@ for part in "${parts[@]}"; do
       [ -n "$smoke" ] && folders=(-k "gpu or one_launch or smallest_bucket" tests/gpu tests/unit/worker/kernels/test_choices.py)
       run tests 200 6 "$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers "${folders[@]}" ;;
     decode) run decode 150 30 "$python" -m loadtest.gpu.decode --out "$out" $smoke ;;
-    switches) run switches 80 40 "$python" -m loadtest.gpu.switches --out "$out" $smoke ;;
-    products) run products 50 62 "$python" -m loadtest.gpu.products --out "$out" $smoke ;;
+    switches) run switches 90 60 "$python" -m loadtest.gpu.switches --out "$out" $smoke ;;
+    products) run products 70 62 "$python" -m loadtest.gpu.products --out "$out" $smoke ;;
     vision) run vision 60 24 "$python" -m loadtest.gpu.vision --out "$out" $smoke ;;
     serve) run serve 230 60 bash -c serve ;;
     prefill) run prefill 70 20 "$python" -m loadtest.gpu.prefill --out "$out" $smoke ;;

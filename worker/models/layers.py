@@ -217,7 +217,7 @@ class PackedLinear:
     def gelu_fused(self, x: Tensor) -> Tensor:
         """As `gelu` for many rows on a GPU: the GELU in the product (cuBLAS's epilogue) where that is chosen, else a kernel."""
         if choices().vision_gelu and self._bias is not None and not self._packed and self._native is None:
-            return _product_gelu(self._bias, x, self._weight)
+            return product_gelu(self._bias, x, self._weight)
         from worker.kernels.activation import gelu_tanh
 
         return gelu_tanh(self(x))
@@ -234,7 +234,7 @@ def is_few(x: Tensor) -> bool:
     return choices().own_products and x.shape[0] <= 32
 
 
-def _product_gelu(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def product_gelu(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """GELU (tanh approximation) of x Wᵀ + b, in the product where cuBLAS does it. Torch's own means erf on a CPU."""
     if x.device.type != "cuda":
         return F.gelu(torch.addmm(bias, x, weight.t()), approximate="tanh")

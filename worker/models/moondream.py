@@ -193,9 +193,8 @@ class _TextBlock:
         # Attention and activation write side by side into the one input of the product that joins them.
         width = self._num_heads * self._head_dim
         joined = self._joined if choices().one_product else None
-        if joined is not None and joined.takes_few(
-            normed
-        ):  # rotation cannot be in it: it needs whole heads, rounded
+        if joined is not None and joined.takes_few(normed):
+            # The GELU is in the product; the rotation is not, for it needs whole heads, rounded.
             both = normed.new_empty(normed.shape[0], width + self._fc1.out_features)
             qkv = joined.few(normed, gelu_out=both[:, width:])
             plan.attend(layer, qkv, self._num_heads, out=both[:, :width])

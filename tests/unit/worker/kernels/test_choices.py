@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loadtest.gpu.decode import ReplayingCpuDevice
+from loadtest.gpu.devices import ReplayingCpuDevice
 from loadtest.gpu.random_models import random_model
 from tests.unit.worker.step.graph_device import GraphDevice
 from worker.device.choices import GpuChoices, choices, flipped, is_on, names, switch, without

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from loadtest.gpu.decode import ReplayingCpuDevice
+from loadtest.gpu.devices import ReplayingCpuDevice
 from loadtest.gpu.random_models import random_model
 from shared.protocol import Sampling, Submit, pack_i32
 from tests.unit.worker.loop.simulation import EPOCH
