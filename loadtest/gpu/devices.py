@@ -10,21 +10,25 @@ import torch
 from worker.device.contract import Device
 from worker.device.cpu import CpuDevice
 from worker.device.cuda import CudaDevice
+from worker.native.build import forbid
 
 
 class ReplayingCpuDevice(CpuDevice):
     """A CPU that claims to capture graphs, so that a smoke run takes the path of captured graphs with its padding."""
 
     def __init__(self) -> None:
-        # With one thread weights would be packed for the CPU's compiled operations, and kernels cannot read that.
         super().__init__(num_threads=2)
         self.captures = True
         self.shares_memory = False
 
 
 def open_device(*, smoke: bool) -> Device:
-    """The GPU; in a smoke run the CPU that stands in for one."""
-    return ReplayingCpuDevice() if smoke else CudaDevice()
+    """The GPU; in a smoke run the CPU that stands in for one. Open it before a model is made: weights packed for the CPU's
+    compiled operations are nothing that kernels could read."""
+    if not smoke:
+        return CudaDevice()
+    forbid()
+    return ReplayingCpuDevice()
 
 
 def measure_bandwidth(device: torch.device, num_bytes: int) -> float:

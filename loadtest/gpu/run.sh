@@ -98,7 +98,8 @@ run() {
 # Every picture is new to the server: nothing is kept of those that come again. 700 by 500 pixels are 9 crops: 2 by 4 tiles
 # and the global one.
 serve() {
-  local port=18080 seconds=3 side=128 height=91 model=pocket server status=0
+  local port seconds=3 side=128 height=91 model=pocket server status=0
+  port="$("$python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')" || return 1
   export DEGAS_WORKER_PREFIX_CACHE=false DEGAS_WORKER_FEATURE_BYTES=0
   if [ -z "$smoke" ]; then
     seconds=12 side=700 height=500 model="$(mktemp -d)/moondream2"
@@ -110,7 +111,10 @@ serve() {
       --picture-px "$side" --picture-height-px "$height" --json "$out/serve-$1.json"
   }
   begin() { "$python" -m degas serve --model "$model" --port "$port" --grpc-port -1 --max-rows 64 & server=$!; }
-  end() { kill "$server"; wait "$server"; }
+  end() { # a server that has gone was not the one that answered
+    kill "$server" || status=1
+    wait "$server"
+  }
   begin
   one 3 3 && one 30 30 || status=1
   end
