@@ -122,6 +122,7 @@ def compile_for(
     source = ASTSource(kernel, signature, places, aligned)
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": most_registers, "launch_pdl": dependent}
     built = triton.compile(source, target=TARGET, options=options)
+    assert built.metadata.launch_pdl is dependent
     check_waits(built.asm["ptx"], kernel.__name__, dependent=dependent)
     assert built.metadata.shared <= 227 << 10, f"{kernel.__name__} wants {built.metadata.shared} bytes shared"
     used, spilled = registers(built.asm["ptx"], "sm_90a") if assemble else (0, 0)

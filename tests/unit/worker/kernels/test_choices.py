@@ -13,6 +13,7 @@ from loadtest.gpu.random_models import random_model
 from tests.unit.worker.step.graph_device import GraphDevice
 from worker.device.choices import GpuChoices, choices, flipped, is_on, names, switch, without
 from worker.device.contract import Device
+from worker.kernels import dependent
 from worker.kernels.activation import gelu_tanh
 from worker.kernels.rotary_kv_write import rotary_kv_write
 from worker.models.moondream import Moondream
@@ -166,3 +167,18 @@ def test_switches_by_name() -> None:
     finally:
         switch()
     assert choices() == GpuChoices()
+
+
+def test_dependent_launches_are_asked_for_only_where_they_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper and later, compiled, and chosen; else the kernels have nothing of it."""
+    cuda, plain = torch.device("cuda"), {"DEPENDENT": False}
+    with flipped("dependent_launch"):
+        assert dependent.launch_options(cuda) == plain, "interpreted"
+        monkeypatch.setattr(dependent, "is_interpreted", lambda: False)
+        assert dependent.launch_options(torch.device("cpu")) == plain
+        for capability, expected in (((8, 9), plain), ((9, 0), {"DEPENDENT": True, "launch_pdl": True})):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+            dependent._knows.cache_clear()
+            assert dependent.launch_options(cuda) == expected
+    assert dependent.launch_options(cuda) == plain, "not chosen"
+    dependent._knows.cache_clear()
