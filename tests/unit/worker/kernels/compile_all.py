@@ -124,6 +124,8 @@ def compile_for(
     built = triton.compile(source, target=TARGET, options=options)
     assert built.metadata.launch_pdl is dependent
     check_waits(built.asm["ptx"], kernel.__name__, dependent=dependent)
+    if constants.get("JOINS") or constants.get("SPLITS", 1) > 1:
+        check_arrival(built.asm["ptx"], kernel.__name__)
     assert built.metadata.shared <= 227 << 10, f"{kernel.__name__} wants {built.metadata.shared} bytes shared"
     used, spilled = registers(built.asm["ptx"], "sm_90a") if assemble else (0, 0)
     print(kernel.__name__, warps, dtype, built.metadata.shared, used, spilled)
@@ -142,6 +144,19 @@ def check_waits(ptx: str, name: str, *, dependent: bool) -> None:
     assert work is not None and len(waits) == len(lets) == 1 and waits[0] < lets[0] < work.start(), name
     before = re.findall(r"ld\.global", ptx[: waits[0]])
     assert not before or name == "_norm_row", f"{name} reads something before what it waits for"
+
+
+def check_arrival(ptx: str, name: str) -> None:
+    """What programs leave for the last of them: written, all threads meet, one counts with acquire and release, all meet, and
+    what others wrote is read past the L1."""
+    counted = re.search(r"atom\.global\.gpu\.acq_rel\.add", ptx)
+    assert counted is not None, name
+    before, after = ptx[: counted.start()], ptx[counted.end() :]
+    written, read = before.rfind("st.global"), after.find("ld.global.cg")
+    assert written >= 0 and "bar.sync" in before[written:], name
+    assert read >= 0 and "bar.sync" in after[:read] and not re.search(r"ld\.global\.(?!cg)", after[:read]), (
+        name
+    )
 
 
 def product(
