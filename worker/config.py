@@ -74,6 +74,10 @@ class WorkerConfig(BaseModel):
     gpu_without: str = Field(
         "", description="GPU: switches to turn off, comma separated, for comparison (docs/gpu.md lists them)"
     )
+    gpu_with: str = Field(
+        "",
+        description="GPU: switches to turn on that are off by default, comma separated (docs/gpu.md lists them)",
+    )
     sim_profile: str = Field("b200", description="step times of the simulated device")
 
     depth: int = Field(

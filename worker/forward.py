@@ -90,6 +90,9 @@ class KVCache:
     keys: list[Tensor]
     values: list[Tensor]
     page_tokens: int
+    arrivals: Tensor | None = (
+        None  # (rows · kv_heads,) int32, all 0 between kernels: of programs that share a head
+    )
 
 
 @dataclass(slots=True)

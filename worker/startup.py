@@ -15,7 +15,7 @@ import torch
 
 from shared.protocol import PROTOCOL_VERSION, Limits, ModelCard, Ready, schema_hash
 from worker.config import ConfigError, WorkerConfig
-from worker.device.choices import switch_off
+from worker.device.choices import switch
 from worker.device.contract import Device
 from worker.device.cpu import CpuDevice, available_bytes, has_bf16
 from worker.device.cuda import CudaDevice
@@ -94,6 +94,15 @@ class Worker:
     payloads: list[bytes]
 
 
+def _turn_switches(config: WorkerConfig) -> None:
+    without = config.gpu_without.split(",")
+    for name, off, on in (("gpu_without", without, []), ("gpu_with", without, config.gpu_with.split(","))):
+        try:
+            switch(off, on)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}; a safe value is the empty one, which turns none") from None
+
+
 def build_worker(
     config: WorkerConfig,
     startup: Startup,
@@ -106,12 +115,7 @@ def build_worker(
     """Build everything on the calling thread, which becomes the decode thread. Raises `ConfigError` or
     `worker.formats.errors.CheckpointError` with what to do about it."""
     runner: Runner
-    try:
-        switch_off(config.gpu_without.split(","))
-    except ValueError as error:
-        raise ConfigError(
-            f"gpu_without: {error}; a safe value is the empty one, which turns none off"
-        ) from None
+    _turn_switches(config)
     if config.device == "sim" or config.model == "sim":
         card, payloads, num_pages = (
             _asked_context(fake_card(vocab_size=VOCAB_SIZE, context_tokens=16384), config),

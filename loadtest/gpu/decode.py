@@ -15,101 +15,27 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
+from loadtest.gpu.devices import measure_bandwidth, open_device
 from loadtest.gpu.random_models import RandomModel, random_model
+from loadtest.gpu.timed_runner import TimedRunner
 from shared.protocol import FromWorker, Sampling, StepOutputs, Submit, pack_i32
 from worker.device.contract import Device
-from worker.device.cpu import CpuDevice
-from worker.device.cuda import CudaDevice
 from worker.loop.engine import Engine
 from worker.loop.inbox import Inbox, Received
 from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pages import PagePool
-from worker.schedule.plan import StepPlan, StepResult
 from worker.schedule.scheduler import Scheduler
-from worker.step.contract import DeviceTimes
-from worker.step.decode_graphs import Flavour, least_bucket
+from worker.step.decode_graphs import least_bucket
 from worker.step.staging import StepShape
-from worker.step.torch_runner import TorchRunner
 
 GATEWAY, EPOCH, PAGE_TOKENS = b"bench", 1, 16
 PREFILL_TOKENS = 4096
 WARM_STEPS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class StepTime:
-    """One committed step as its device events and the host's clock saw it."""
-
-    committed_s: float
-    busy_s: float
-    idle_s: float
-    num_rows: int
-    is_decode: bool
-
-
-REPLAYS = 60
-
-
-class TimedRunner(TorchRunner):
-    """A TorchRunner that keeps the times of every committed step."""
-
-    def __init__(self, *positional: Any, **named: Any) -> None:
-        super().__init__(*positional, **named)
-        self.times: list[StepTime] = []
-        self._plan: StepPlan | None = None
-
-    def wait(self, slot_number: int, plan: StepPlan) -> StepResult:
-        """As the runner's own."""
-        self._plan = plan
-        return super().wait(slot_number, plan)
-
-    def device_times(self, slot_number: int) -> DeviceTimes:
-        """As the runner's own; called once a commit."""
-        measured = super().device_times(slot_number)
-        busy_s, idle_s = measured.busy_s, measured.idle_s
-        plan = self._plan
-        assert plan is not None
-        self.times.append(StepTime(time.perf_counter(), busy_s, idle_s, len(plan.decode), not plan.chunks))
-        return measured
-
-    def time_replays(self, num_rows: int) -> float:
-        """Seconds of one replay of the text graph of so many rows, queued back to back over all slots: what a step takes
-        where the host is never late. The inputs are those of the steps staged last; 0 where it was not captured."""
-        assert self.graphs is not None
-        bucket = self.graphs.bucket(num_rows)
-        graphs = [self.graphs.graph(slot, bucket, Flavour.TEXT) for slot in self.slots]
-        ready = [graph for graph in graphs if graph is not None]
-        if not ready:
-            return 0.0
-        compute, num = self.device.compute, REPLAYS if self.device.torch_device.type == "cuda" else 2
-        with compute.use():
-            ready[0].replay()  # the device is at work while the first of those measured is queued
-            begun = compute.record()
-            for i in range(num):
-                ready[i % len(ready)].replay()
-            ended = compute.record()
-        ended.synchronize()
-        return begun.elapsed_s(ended) / num
-
-
-class ReplayingCpuDevice(CpuDevice):
-    """A CPU that claims to capture graphs, so that a smoke run takes the path of captured graphs with its padding."""
-
-    def __init__(self) -> None:
-        # With one thread weights would be packed for the CPU's compiled operations, and kernels cannot read that.
-        super().__init__(num_threads=2)
-        self.captures = True
-        self.shares_memory = False
-
-
-def open_device(*, smoke: bool) -> Device:
-    """The GPU; in a smoke run the CPU that stands in for one."""
-    return ReplayingCpuDevice() if smoke else CudaDevice()
 
 
 class Silence:
@@ -148,27 +74,6 @@ class Figures:
     host_us: float  # the loop's own work a step, waiting excluded
     floor_ms: float
     first_token_ms: float  # of the whole burst: until the last row decodes
-
-
-def measure_bandwidth(device: torch.device, num_bytes: int) -> float:
-    """Bytes a second of a large copy on the device, read and written bytes both counted; median of 9."""
-    source = torch.empty(num_bytes // 4, dtype=torch.float32, device=device).normal_()
-    target = torch.empty_like(source)
-    rates: list[float] = []
-    for _ in range(12):
-        started_s = time.perf_counter()
-        if device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            target.copy_(source)
-            stop.record()
-            stop.synchronize()
-            seconds = start.elapsed_time(stop) / 1e3
-        else:
-            target.copy_(source)
-            seconds = time.perf_counter() - started_s
-        rates.append(2 * source.nbytes / seconds)
-    return statistics.median(rates[3:])
 
 
 def run_rows(

@@ -18,14 +18,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from loadtest.gpu.decode import (
-    PREFILL_TOKENS,
-    WARM_STEPS,
-    make_runner,
-    measure_bandwidth,
-    open_device,
-    run_rows,
-)
+from loadtest.gpu.decode import PREFILL_TOKENS, WARM_STEPS, make_runner, run_rows
+from loadtest.gpu.devices import measure_bandwidth, open_device
 from loadtest.gpu.random_models import random_model
 from worker.device.contract import Device
 

@@ -17,7 +17,8 @@ from typing import Annotated
 import torch
 import typer
 
-from loadtest.gpu.decode import PREFILL_TOKENS, open_device
+from loadtest.gpu.decode import PREFILL_TOKENS
+from loadtest.gpu.devices import open_device
 from loadtest.gpu.random_models import random_model
 from shared.protocol import Sampling
 from worker.device.contract import Device

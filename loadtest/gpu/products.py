@@ -1,4 +1,4 @@
-"""Owns the figures of a model's products on a GPU: cuBLAS at their true shapes and few rows, with and without bias. Main thread.
+"""Owns the figures of a model's products on a GPU at few rows: cuBLAS with and without bias, our own kernel. Main thread.
 
 They are most of a decode step. `python -m loadtest.gpu.products --out FOLDER`; the floor is a weight's bytes over the copy
 bandwidth of the same run. `--smoke` proves on a CPU that the script runs.
@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 import typer
 
-from loadtest.gpu.decode import measure_bandwidth
-from loadtest.gpu.kernels import Bench, Work
+from loadtest.gpu.devices import measure_bandwidth
+from loadtest.gpu.kernel_cases import Bench, Work
+from worker.kernels.few_rows_product import LAYOUTS, few_rows_product
 
 ROWS = (1, 2, 4, 8, 16, 32)
 SHAPES = {
@@ -32,6 +33,13 @@ SHAPES = {
     "qwen3-0.6b head": (1024, 151936),
 }
 """Inputs and outputs of each product."""
+LAID_OUT = {
+    ("moondream2 qkv+fc1", 1),
+    ("moondream2 qkv+fc1", 32),
+    ("moondream2 out", 1),
+    ("moondream2 out", 32),
+}
+"""Where our own kernel is measured in every layout: each costs a second of compiling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,7 @@ class Line:
     rows: int
     plain_us: float
     biased_us: float
+    own_us: dict[str, float]  # by `worker.kernels.few_rows_product`, by layout, with the bias
     floor_us: float
 
 
@@ -53,6 +62,11 @@ def measure(bench: Bench, name: str, inputs: int, outputs: int, rows: int, bytes
     num_bytes = inputs * outputs * bench.dtype.itemsize
     plain: list[Work] = []
     biased: list[Work] = []
+    own: dict[str, list[Work]] = {
+        layout: [] for layout in LAYOUTS if layout == "served" or (name, rows) in LAID_OUT or bench.smoke
+    }
+    sums = torch.float32 if is_head else None
+    arrivals = torch.zeros(-(-outputs // 16), dtype=torch.int32, device=bench.device)
     for _ in range(bench.sets(num_bytes)):
         weight = bench.randn(outputs, inputs)
         if is_head:
@@ -60,21 +74,30 @@ def measure(bench: Bench, name: str, inputs: int, outputs: int, rows: int, bytes
         else:
             plain.append(lambda w=weight: F.linear(x, w))  # type: ignore[misc]
             biased.append(lambda w=weight: F.linear(x, w, bias))  # type: ignore[misc]
+        for layout, works in own.items():
+            works.append(
+                lambda w=weight, y=LAYOUTS[layout]: few_rows_product(  # type: ignore[misc]
+                    x, w, arrivals, bias, out_dtype=sums, layout=y
+                )
+            )
     plain_s = bench.time_s(plain)
     biased_s = bench.time_s(biased) if biased else 0.0
-    return Line(name, rows, plain_s * 1e6, biased_s * 1e6, num_bytes / bytes_per_s * 1e6)
+    own_us = {layout: bench.time_s(works) * 1e6 for layout, works in own.items()}
+    return Line(name, rows, plain_s * 1e6, biased_s * 1e6, own_us, num_bytes / bytes_per_s * 1e6)
 
 
-HEADING = f"{'product':22} rows   plain µs  ×floor  biased µs  ×floor  floor µs"
+HEADING = f"{'product':22} rows   plain µs  ×floor  biased µs  ×floor    own µs  ×floor  floor µs"
 
 
 def to_line(line: Line) -> str:
     """One line of the table under `HEADING`."""
     biased = f"{line.biased_us:10.2f} {line.biased_us / line.floor_us:7.2f}" if line.biased_us else " " * 18
+    served = line.own_us["served"]
+    others = ", ".join(f"{layout} {us:.2f}" for layout, us in line.own_us.items() if layout != "served")
     return (
         f"{line.name:22} {line.rows:4} {line.plain_us:10.2f} {line.plain_us / line.floor_us:7.2f} {biased} "
-        f"{line.floor_us:9.2f}"
-    )
+        f"{served:9.2f} {served / line.floor_us:7.2f} {line.floor_us:9.2f}  {others}"
+    ).rstrip()
 
 
 def main(

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from loadtest.gpu.decode import make_runner, open_device, run_rows
+from loadtest.gpu.decode import make_runner, run_rows
+from loadtest.gpu.devices import open_device
 from loadtest.gpu.random_models import random_model
 from worker.device.contract import Device
 

@@ -68,16 +68,20 @@ def short_table(record: dict[str, Any], *, smoke: bool = False) -> list[str]:
         say("  step", one["step_ms"], "ms")
         say("  bubble: step less a replay", one["bubble_ms"], "ms", most=BUBBLE_REACH_MS)
     for one in record.get("switches", {}).get("figures", []):
-        if one["off"] != "all on":
+        if one["turned"] != "as served":
             continue
         name = f"{one['shape']}, {one['rows']} rows: one replay"
         say(name, one["greedy_ms"] / one["floor_ms"], "× floor")
         others = [
             x for x in record["switches"]["figures"] if (x["shape"], x["rows"]) == (one["shape"], one["rows"])
         ]
-        gains = sorted(((x["greedy_ms"] - one["greedy_ms"]) * 1e3, x["off"]) for x in others if x is not one)
-        for gain, off in [g for g in gains if g[0] < 0][:3]:
-            lines.append(f"  off is quicker: {off} by {-gain:.1f} µs")
+        gains = sorted(
+            ((one["greedy_ms"] - x["greedy_ms"]) * 1e3, x["turned"]) for x in others if x is not one
+        )
+        for gain, turned in [g for g in reversed(gains) if g[0] > 0][:4]:
+            lines.append(
+                f"  quicker {'with' if turned[0] == '+' else 'without'} {turned.lstrip('+')}: {gain:.1f} µs"
+            )
     vision = record.get("vision", {})
     for one in vision.get("figures", []):
         if one["what"] in ("9 crops", "26 crops") or smoke:

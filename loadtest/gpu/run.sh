@@ -98,7 +98,8 @@ run() {
 # Every picture is new to the server: nothing is kept of those that come again. 700 by 500 pixels are 9 crops: 2 by 4 tiles
 # and the global one.
 serve() {
-  local port=18080 seconds=3 side=128 height=91 model=pocket server status=0
+  local port seconds=3 side=128 height=91 model=pocket server status=0
+  port="$("$python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')" || return 1
   export DEGAS_WORKER_PREFIX_CACHE=false DEGAS_WORKER_FEATURE_BYTES=0
   if [ -z "$smoke" ]; then
     seconds=12 side=700 height=500 model="$(mktemp -d)/moondream2"
@@ -110,7 +111,10 @@ serve() {
       --picture-px "$side" --picture-height-px "$height" --json "$out/serve-$1.json"
   }
   begin() { "$python" -m degas serve --model "$model" --port "$port" --grpc-port -1 --max-rows 64 & server=$!; }
-  end() { kill "$server"; wait "$server"; }
+  end() { # a server that has gone was not the one that answered
+    kill "$server" || status=1
+    wait "$server"
+  }
   begin
   one 3 3 && one 30 30 || status=1
   end
@@ -133,8 +137,8 @@ for part in "${parts[@]}"; do
       [ -n "$smoke" ] && folders=(-k "gpu or one_launch or smallest_bucket" tests/gpu tests/unit/worker/kernels/test_choices.py)
       run tests 200 6 "$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers "${folders[@]}" ;;
     decode) run decode 150 30 "$python" -m loadtest.gpu.decode --out "$out" $smoke ;;
-    switches) run switches 80 40 "$python" -m loadtest.gpu.switches --out "$out" $smoke ;;
-    products) run products 50 62 "$python" -m loadtest.gpu.products --out "$out" $smoke ;;
+    switches) run switches 90 60 "$python" -m loadtest.gpu.switches --out "$out" $smoke ;;
+    products) run products 70 62 "$python" -m loadtest.gpu.products --out "$out" $smoke ;;
     vision) run vision 60 24 "$python" -m loadtest.gpu.vision --out "$out" $smoke ;;
     serve) run serve 230 60 bash -c serve ;;
     prefill) run prefill 70 20 "$python" -m loadtest.gpu.prefill --out "$out" $smoke ;;

@@ -25,7 +25,7 @@ from shared.protocol import (
     unpack_i32,
     unpack_i64,
 )
-from worker.device.choices import names, without
+from worker.device.choices import flipped, names
 from worker.device.cuda import CudaDevice
 from worker.loop.engine import Engine
 from worker.loop.inbox import Inbox, Received
@@ -262,15 +262,15 @@ def test_a_late_capture_equals_one_at_start() -> None:
     assert counts.captures_total.get("late") and "failed" not in counts.captures_total
 
 
-def test_each_switch_off_gives_the_same_tokens(runner: TorchRunner) -> None:
-    """New runners over the same model, each without one switch: equal but for those that add in another order."""
+def test_each_switch_turned_gives_the_same_tokens(runner: TorchRunner) -> None:
+    """New runners over the same model, each with one switch turned: equal but for those that add in another order."""
     if not isinstance(runner.model, Moondream):
         pytest.skip("Moondream takes every switch")
     assert isinstance(runner.device, CudaDevice)
     submits = requests(runner, 8, 21)
     expected = run(runner, submits, 2).tokens
     for name in names():
-        with without(name):
+        with flipped(name):
             with torch.inference_mode():
                 made = make_runner(runner.model, runner.device)
             found = run(made, submits, 2).tokens

@@ -203,3 +203,87 @@ def test_quantised_product(bits: int, device: torch.device) -> None:
     for rows in (1, 7, 16):
         x = torch.randn(rows, 2048, device=device).bfloat16()
         assert error(quantised_linear(x, weight), x.double() @ dequantise(weight).double().t()) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "gate"),
+    [(2048, 14336, None), (10240, 2048, None), (1024, 6144, "silu"), (3072, 1024, None), (300, 130, "gelu")],
+)
+def test_products_of_few_rows(
+    inputs: int, outputs: int, gate: str | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Against fp64; a row has the same bits in any batch and in any run, whichever program arrives last."""
+    from worker.kernels.few_rows_product import few_rows_product
+
+    x, weight = torch.randn(32, inputs, device=device).to(dtype), torch.randn(outputs, inputs, device=device)
+    weight = (weight / inputs**0.5).to(dtype)
+    bias = torch.randn(outputs, device=device).to(dtype)
+    arrivals = torch.zeros(-(-outputs // 16), dtype=torch.int32, device=device)
+    exact = x.double() @ weight.double().t() + bias.double()
+    if gate is not None:
+        first, second = exact.chunk(2, 1)
+        exact = (F.silu(first) if gate == "silu" else F.gelu(first, approximate="tanh")) * second
+    found = few_rows_product(x, weight, arrivals, bias, gate=gate)
+    assert error(found, exact) < LIMIT[dtype]
+    for rows in (1, 2, 7, 8, 16, 31, 32) * 20:
+        assert torch.equal(few_rows_product(x[:rows], weight, arrivals, bias, gate=gate), found[:rows]), rows
+    assert not arrivals.any()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 32, 64), (16, 8, 128), (32, 8, 64)])
+def test_the_last_program_of_a_head_joins(
+    heads: int, kv_heads: int, head_dim: int, device: torch.device
+) -> None:
+    from worker.kernels.paged_decode_attention import paged_decode_attention
+
+    rows, width = 4, 64
+    keys, values = (
+        torch.randn(rows * width + 1, 16, kv_heads, head_dim, device=device).bfloat16() for _ in "kv"
+    )
+    query = torch.randn(rows, heads, head_dim, device=device).bfloat16()
+    tables = (torch.randperm(rows * width, device=device).to(torch.int32) + 1).view(rows, width)
+    lengths = torch.tensor([1, 64, 850, 1024], dtype=torch.int32, device=device)
+    given = (query, keys, values, tables, lengths, 1024)
+    expected = paged_decode_attention(*given, num_splits=8)
+    arrivals = torch.zeros(rows * kv_heads, dtype=torch.int32, device=device)
+    found = paged_decode_attention(*given, num_splits=8, arrivals=arrivals)
+    assert error(found, expected) < 5e-3
+    for _ in range(100):
+        assert torch.equal(paged_decode_attention(*given, num_splits=8, arrivals=arrivals), found)
+    assert not arrivals.any()
+
+
+def test_dependent_launches_change_no_bit(device: torch.device) -> None:
+    """A chain of kernels that read each other's outputs, eagerly and in a graph, over memory that is reused."""
+    from worker.device.choices import flipped
+    from worker.kernels.activation import silu_gate
+    from worker.kernels.few_rows_product import few_rows_product
+    from worker.kernels.norm import rms_norm
+
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        pytest.skip("dependent launches begin with Hopper")
+    weights = [torch.randn(2048, 1024, device=device).div_(32).bfloat16() for _ in range(24)]
+    norms = [torch.rand(1024, device=device).bfloat16() for _ in weights]
+    arrivals = torch.zeros(128, dtype=torch.int32, device=device)
+    start = torch.randn(4, 1024, device=device).bfloat16()
+
+    def chain() -> Tensor:
+        hidden, gained = start, start
+        for weight, scale in zip(weights, norms, strict=True):
+            hidden, normed = rms_norm(hidden, scale, 1e-6, gained)
+            gained = silu_gate(few_rows_product(normed, weight, arrivals))
+        return hidden + gained
+
+    expected = chain()
+    with flipped("dependent_launch"):
+        for _ in range(20):
+            assert torch.equal(chain(), expected)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            found = chain()
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(found, expected)

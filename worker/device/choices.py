@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True, slots=True)
 class GpuChoices:
-    """The switches; each is on by default, because on is likely better."""
+    """The switches, each as it likely serves best; those that are off wait for a GPU to show that they are right and quicker."""
 
     pair_rows: bool = True  # products with a bias never see a single row: the smallest decode graph has two
     narrow_indexes: bool = True  # int32 indexes as they were uploaded; no int64 copies of them in a step
@@ -26,6 +26,10 @@ class GpuChoices:
     upload_aside: bool = True  # a step's inputs are uploaded beside the step before, on a stream of their own
     early_copy: bool = True  # decode rows of a mixed step are copied out and sent before its chunks end
     vision_stream: bool = True  # pictures are encoded on a stream of their own, beside decode rows
+    vision_gelu: bool = True  # the vision encoder's first product of an MLP takes its GELU itself
+    last_joins: bool = False  # decode attention: the last program of a head to end joins its parts
+    own_products: bool = False  # products of at most 32 rows by `kernels.few_rows_product`, not by cuBLAS
+    dependent_launch: bool = False  # a kernel of a decode step is launched before the one it waits for ends
 
 
 _current = GpuChoices()
@@ -41,18 +45,37 @@ def names() -> list[str]:
     return [field.name for field in fields(GpuChoices)]
 
 
-def switch_off(off: Iterable[str]) -> None:
-    """Turn these switches off and all others on. Raises ValueError for a name that is none."""
+def is_on(name: str) -> bool:
+    """Whether a switch is on unless somebody turns it."""
+    return bool(getattr(GpuChoices(), name))
+
+
+def switch(off: Iterable[str] = (), on: Iterable[str] = ()) -> None:
+    """Turn these off and those on, and leave all others as they are by default. Raises ValueError for a name that is none."""
     global _current
-    _current = replace(GpuChoices(), **dict.fromkeys(_known(off), False))
+    turned = dict.fromkeys(_known(off), False) | dict.fromkeys(_known(on), True)
+    _current = replace(GpuChoices(), **turned)
 
 
 @contextmanager
 def without(*off: str) -> Iterator[None]:
     """For a block, with these switches off besides those that are off already. Raises ValueError for an unknown name."""
+    with _turned(dict.fromkeys(_known(off), False)):
+        yield
+
+
+@contextmanager
+def flipped(*turned: str) -> Iterator[None]:
+    """For a block, with these switches not as they are by default. Raises ValueError for an unknown name."""
+    with _turned({name: not is_on(name) for name in _known(turned)}):
+        yield
+
+
+@contextmanager
+def _turned(positions: dict[str, bool]) -> Iterator[None]:
     global _current
     before = _current
-    _current = replace(before, **dict.fromkeys(_known(off), False))
+    _current = replace(before, **positions)
     try:
         yield
     finally:

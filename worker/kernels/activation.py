@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from worker.kernels.dependent import await_inputs, launch_options
+
 BLOCK = 1024
 
 
@@ -51,7 +53,9 @@ def _activate(
     SILU: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_inputs(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     activate_block(row, tl.program_id(1), x_ptr, out_ptr, x_stride, out_stride, DIM, SILU, GATED, BLOCK)
 
@@ -61,8 +65,9 @@ def _launch(x: Tensor, dim: int, out: Tensor | None, *, silu: bool, gated: bool)
         out = torch.empty((x.shape[0], dim), dtype=x.dtype, device=x.device)
     assert x.stride(1) == 1 and out.stride(1) == 1 and out.shape == (x.shape[0], dim)
     _activate[(x.shape[0], triton.cdiv(dim, BLOCK))](
-        x, out, x.stride(0), out.stride(0), DIM=dim, SILU=silu, GATED=gated, BLOCK=BLOCK, num_warps=4
-    )
+        x, out, x.stride(0), out.stride(0),
+        DIM=dim, SILU=silu, GATED=gated, BLOCK=BLOCK, num_warps=4, **launch_options(x.device),
+    )  # fmt: skip
     return out
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from worker.device.choices import choices
 from worker.forward import KVCache, StepTokens, check_prefix
 from worker.kernels.paged_decode_attention import paged_decode_attention
 from worker.kernels.prefill_attention import Segments, make_segments, prefill_attention
@@ -82,6 +83,7 @@ class FusedPlan:
                 out=out[:num],
                 window=window,
                 cap=cap,
+                arrivals=self._cache.arrivals if choices().last_joins else None,
             )
         if self._segments is not None:
             prefill_attention(query, keys, values, self._segments, out, window=window, cap=cap)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from worker.kernels.compiled import next_power_of_two
+from worker.kernels.dependent import await_inputs, launch_options
 
 
 @triton.jit
@@ -28,10 +29,13 @@ def _norm_row(
     BLOCK: tl.constexpr,
     CENTRED: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     inside = dims < DIM
+    weight = tl.load(weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
+    await_inputs(DEPENDENT)
     x = tl.load(x_ptr + row * x_stride + dims, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         x += tl.load(residual_ptr + row * residual_stride + dims, mask=inside, other=0.0).to(tl.float32)
@@ -42,7 +46,7 @@ def _norm_row(
         mean = tl.sum(x, 0) / DIM
         x = tl.where(inside, x - mean, 0.0)
     scale = tl.rsqrt(tl.sum(x * x, 0) / DIM + eps)
-    y = x * scale * tl.load(weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
+    y = x * scale * weight
     if CENTRED:
         y += tl.load(bias_ptr + dims, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * DIM + dims, y.to(out_ptr.dtype.element_ty), mask=inside)
@@ -70,6 +74,7 @@ def _launch(
         BLOCK=block,
         CENTRED=bias is not None,
         RESIDUAL=residual is not None,
+        **launch_options(x.device),
         num_warps=min(16, max(1, block // 256)),
     )
     return total, out

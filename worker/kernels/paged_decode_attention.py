@@ -1,7 +1,7 @@
 """Owns decode attention over paged KV memory: one query a row, the sequence split over programs. Decode thread.
 
 Flash-decoding (Dao, Haziza, Massa, Sizov 2023): `num_splits` programs share a sequence's tokens, each with a running
-softmax, and a second kernel joins their parts. The number of splits depends on shapes alone and their length on the row's
+softmax, and a second kernel joins their parts, or the last of them to end. The number of splits depends on shapes alone and their length on the row's
 length, read on the device, so a captured graph serves rows of any length. Pages as in vLLM (Kwon et al. 2023).
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from worker.device.choices import choices
 from worker.kernels.compiled import is_interpreted, next_power_of_two, num_multiprocessors
+from worker.kernels.dependent import await_inputs, launch_options
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 16
@@ -64,6 +65,24 @@ def served(group: int, *, is_wide: bool) -> Variant:
     return TUNED if group == 1 and not is_wide else replace(TUNED, most_registers=None)
 
 
+@triton.jit
+def _join_head(
+    part_ptr, stats_ptr, out_ptr, out_stride, row, head, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Join one head's parts, read past the L1, which other multiprocessors do not write to."""
+    dims = tl.arange(0, HEAD_DIM)
+    splits = tl.arange(0, NUM_SPLITS)
+    part = (row * NUM_HEADS + head) * NUM_SPLITS + splits
+    best = tl.load(stats_ptr + part * 2, cache_modifier=".cg")
+    total = tl.load(stats_ptr + part * 2 + 1, cache_modifier=".cg")
+    mixed = tl.load(part_ptr + part[:, None] * HEAD_DIM + dims[None, :], cache_modifier=".cg")
+    fade = tl.exp2(best - tl.max(best, 0))
+    result = tl.sum(mixed * fade[:, None], 0) / tl.maximum(tl.sum(total * fade, 0), 1e-30)
+    out_at = row.to(tl.int64) * out_stride + head * HEAD_DIM + dims
+    tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty))
+
+
 @triton.jit(do_not_specialize_on_alignment=["tables_ptr", "lengths_ptr"])  # views into a packed buffer
 def _attend_split(
     query_ptr,
@@ -74,6 +93,7 @@ def _attend_split(
     out_ptr,
     part_ptr,
     stats_ptr,
+    arrivals_ptr,
     query_stride,
     table_stride,
     out_stride,
@@ -91,7 +111,10 @@ def _attend_split(
     CAPPED: tl.constexpr,
     HEADS_FIRST: tl.constexpr,
     STAGES: tl.constexpr,
+    JOINS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_inputs(DEPENDENT)
     if HEADS_FIRST:
         kv_head = tl.program_id(0)
         split = tl.program_id(1)
@@ -169,6 +192,17 @@ def _attend_split(
         tl.store(part_ptr + part[:, None] * HEAD_DIM + dims[None, :], mixed, mask=mine)
         tl.store(stats_ptr + part * 2, best, mask=group < GROUP)
         tl.store(stats_ptr + part * 2 + 1, total, mask=group < GROUP)
+        if JOINS:
+            tl.debug_barrier()  # every thread has written before one of them tells that this program has arrived
+            mark = arrivals_ptr + row * KV_HEADS + kv_head
+            arrived = tl.atomic_add(mark, 1, sem="acq_rel", scope="gpu")
+            if arrived == NUM_SPLITS - 1:
+                tl.store(mark, 0)  # for the next layer
+                for number in range(GROUP):
+                    _join_head(
+                        part_ptr, stats_ptr, out_ptr, out_stride, row, kv_head * GROUP + number,
+                        KV_HEADS * GROUP, HEAD_DIM, NUM_SPLITS,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -180,19 +214,11 @@ def _join_splits(
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    dims = tl.arange(0, HEAD_DIM)
-    splits = tl.arange(0, NUM_SPLITS)
-    part = (row * NUM_HEADS + head) * NUM_SPLITS + splits
-    best = tl.load(stats_ptr + part * 2)
-    total = tl.load(stats_ptr + part * 2 + 1)
-    mixed = tl.load(part_ptr + part[:, None] * HEAD_DIM + dims[None, :])
-    fade = tl.exp2(best - tl.max(best, 0))
-    result = tl.sum(mixed * fade[:, None], 0) / tl.maximum(tl.sum(total * fade, 0), 1e-30)
-    out_at = row.to(tl.int64) * out_stride + head * HEAD_DIM + dims
-    tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty))
+    await_inputs(DEPENDENT)
+    row, head = tl.program_id(0), tl.program_id(1)
+    _join_head(part_ptr, stats_ptr, out_ptr, out_stride, row, head, NUM_HEADS, HEAD_DIM, NUM_SPLITS)
 
 
 def choose_splits(
@@ -220,13 +246,16 @@ def paged_decode_attention(
     window: int = 0,
     cap: float = 0.0,
     variant: Variant | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Each row's query against the first `lengths[row]` tokens of its pages, or the last `window` of them.
 
     query (B, H, D), rows may be strided; keys, values (num_pages, page_tokens, KH, D) contiguous, H a multiple
     of KH, D a power of two; block_tables (B, P) int32; lengths (B,) int32, at least 1 and at most `max_tokens`.
     out (B, H·D), rows may be strided; made in the query's dtype if not given. Scores s are scaled by 1/sqrt(D),
-    and then cap·tanh(s/cap) if `cap` is given. `variant`: how it is laid out, by default as `choices` says. The reference is `worker.models.attention.AttentionPlan`.
+    and then cap·tanh(s/cap) if `cap` is given. `variant`: how it is laid out, by default as `choices` says. `arrivals`,
+    at least B·KH int32, all 0: then the last program of a head joins its parts, and leaves them 0; they belong to launches that
+    follow each other on one stream. The reference is `worker.models.attention.AttentionPlan`.
     """
     num_rows, num_heads, head_dim = query.shape
     page_tokens, kv_heads = keys.shape[1:3]
@@ -235,7 +264,7 @@ def paged_decode_attention(
     assert head_dim & (head_dim - 1) == 0 and num_heads % kv_heads == 0
     if out is None:
         out = torch.empty((num_rows, num_heads * head_dim), dtype=query.dtype, device=query.device)
-    assert out.stride(1) == 1
+    assert out.stride(1) == 1 and (arrivals is None or arrivals.numel() >= num_rows * kv_heads)
     group = num_heads // kv_heads
     laid = variant or served(group, is_wide=keys.dtype == torch.float32)
     if num_splits is None:
@@ -247,6 +276,7 @@ def paged_decode_attention(
             (num_rows, num_heads, num_splits, head_dim), dtype=torch.float32, device=query.device
         )
         stats = torch.empty((num_rows, num_heads, num_splits, 2), dtype=torch.float32, device=query.device)
+    options = launch_options(query.device)
     grid = (kv_heads, num_splits, num_rows) if laid.heads_first else (num_rows, kv_heads, num_splits)
     _attend_split[grid](
         query,
@@ -257,6 +287,7 @@ def paged_decode_attention(
         out,
         parts,
         stats,
+        out if arrivals is None else arrivals,
         query.stride(0),
         block_tables.stride(0),
         out.stride(0),
@@ -274,11 +305,13 @@ def paged_decode_attention(
         CAPPED=cap > 0,
         HEADS_FIRST=laid.heads_first,
         STAGES=laid.stages if laid.staged else None,
+        JOINS=arrivals is not None,
+        **options,
         num_warps=laid.num_warps,
         num_stages=laid.stages,
         maxnreg=laid.most_registers,
     )
-    if num_splits > 1:
+    if num_splits > 1 and arrivals is None:
         _join_splits[(num_rows, num_heads)](
             parts,
             stats,
@@ -287,6 +320,7 @@ def paged_decode_attention(
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
             NUM_SPLITS=num_splits,
+            **options,
             num_warps=2,
         )
     return out

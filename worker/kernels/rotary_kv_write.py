@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from worker.kernels.activation import activate_block
+from worker.kernels.dependent import await_inputs, launch_options
 
 BLOCK_HEADS = 8
 DIM_BLOCK = 1024  # of an activation in the same launch
@@ -108,7 +109,9 @@ def _rotate_and_write(
     PAIRS: tl.constexpr,
     QK_NORM: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_inputs(DEPENDENT)
     rotate_heads(
         tl.program_id(0).to(tl.int64), tl.program_id(1), qkv_ptr, rotation_ptr, write_index_ptr, weight_ptr,
         query_ptr, keys_ptr, values_ptr, qkv_stride, rotation_stride, eps,
@@ -142,7 +145,9 @@ def _rotate_write_and_gelu(
     HEAD_BLOCKS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    await_inputs(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     if block < HEAD_BLOCKS:
@@ -203,6 +208,7 @@ def rotary_kv_write(
         "PAIRS": pairs,
         "QK_NORM": qk_weight is not None,
         "BLOCK": BLOCK_HEADS,
+        **launch_options(qkv.device),
     }
     strides = (qkv.stride(0), rotation.stride(0))
     if gelu is None:

@@ -13,24 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from worker.kernels.compiled import next_power_of_two, num_multiprocessors
+from worker.kernels.histogram_bin import BINS, bin_of, count_taken, measure, search_taken, take_bin
 from worker.kernels.outputs import Sinks, store_token
 from worker.kernels.sample import REACH, load_logits
 
 BLOCK = 2048
 MAX_SLICES = 16
-BINS = tl.constexpr(4096)
-FIRST_KEY = tl.constexpr((127 - 24) << 7)
-"""The upper half of a float32 whose value is 2⁻²⁴: distances below it share the first bin, and the last, 87, is bin 3886."""
 ONE = tl.constexpr(1099511627776.0)
 """2⁴⁰, the integer that stands for a mass of 1."""
 _SETTINGS = ["words_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr", "rows_ptr", "outputs_ptr"]  # fmt: skip
-
-
-@triton.jit
-def _bin_of(distance):
-    """The bin of a distance ≥ 0 from the best: the larger the distance, the larger the bin or equal."""
-    key = (distance.to(tl.int32, bitcast=True) >> 16) - FIRST_KEY
-    return tl.minimum(tl.maximum(key, 0), BINS - 1)
 
 
 @triton.jit(do_not_specialize_on_alignment=_SETTINGS)
@@ -119,112 +110,10 @@ def _count_slice(
             ids = part * SLICE + start + tl.arange(0, BLOCK)
             x = load_logits(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
             near = x > best - REACH
-            bins = row * BINS + _bin_of(tl.where(near, best - x, 0.0))
+            bins = row * BINS + bin_of(tl.where(near, best - x, 0.0))
             mass = (tl.where(near, tl.exp(x - best), 0.0) * ONE).to(tl.int64)
             tl.atomic_add(masses_ptr + bins, mass, mask=near & (mass > 0), sem="relaxed")
             tl.atomic_add(counts_ptr + bins, 1, mask=near & by_count, sem="relaxed")
-
-
-@triton.jit
-def _take_bin(
-    logits_ptr,
-    words_ptr,
-    allowed_ptr,
-    taken_ptr,
-    scale,
-    best,
-    wanted_bin,
-    floor,
-    with_floor,
-    VOCAB: tl.constexpr,
-    MASKED: tl.constexpr,
-    SUPPRESSED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write the ids of a bin whose values lie above `floor` (or at it, if `with_floor`) to `taken_ptr`, in order.
-    Returns how many, and their least and largest value."""
-    tl.debug_barrier()  # what was taken before has been read by every thread
-    num = 0
-    least = best
-    most = best - REACH
-    for start in range(0, VOCAB, BLOCK):
-        ids = start + tl.arange(0, BLOCK)
-        x = load_logits(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
-        near = x > best - REACH
-        mine = near & (_bin_of(tl.where(near, best - x, 0.0)) == wanted_bin)
-        mine = mine & ((x > floor) | ((x == floor) & with_floor))
-        place = num + tl.cumsum(mine.to(tl.int32), 0) - 1
-        tl.store(taken_ptr + place, ids, mask=mine)
-        num += tl.sum(mine.to(tl.int32), 0)
-        least = tl.minimum(least, tl.min(tl.where(mine, x, best), 0))
-        most = tl.maximum(most, tl.max(tl.where(mine, x, best - REACH), 0))
-    tl.debug_barrier()  # every thread sees what the others wrote
-    return num, least, most
-
-
-@triton.jit
-def _measure(logits_ptr, taken_ptr, num, scale, best, low, middle, BLOCK: tl.constexpr):
-    """Over the taken ids, of values above `middle`: count, mass and the smallest; of those up to it: the largest."""
-    count = tl.zeros([BLOCK], tl.float32)
-    mass = tl.zeros([BLOCK], tl.float32)
-    over = tl.zeros([BLOCK], tl.float32) + best
-    under = tl.zeros([BLOCK], tl.float32) + low
-    for start in range(0, num, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        there = at < num
-        ids = tl.load(taken_ptr + at, mask=there, other=0)
-        x = tl.load(logits_ptr + ids, mask=there, other=-float("inf")).to(tl.float32) * scale
-        higher = x > middle
-        count += tl.where(higher, 1.0, 0.0)
-        mass += tl.where(higher, tl.exp(x - best), 0.0)
-        over = tl.minimum(over, tl.where(higher, x, best))
-        under = tl.maximum(under, tl.where(higher, low, x))
-    return tl.sum(count, 0), tl.sum(mass, 0).to(tl.float64), tl.min(over, 0), tl.max(under, 0)
-
-
-@triton.jit
-def _search_taken(
-    logits_ptr,
-    taken_ptr,
-    num,
-    scale,
-    best,
-    low,
-    high,
-    bound,
-    BY_COUNT: tl.constexpr,
-    INCLUSIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The smallest taken value v with measure(taken x > v) < bound (≤ if INCLUSIVE), with count and mass above it."""
-    count = 0.0
-    mass = tl.full([], 0.0, tl.float64)
-    while low < high:
-        middle = low + (high - low) * 0.5
-        middle = tl.where(middle < high, middle, low)
-        found_count, found_mass, over, under = _measure(
-            logits_ptr, taken_ptr, num, scale, best, low, middle, BLOCK
-        )
-        measure = found_count.to(tl.float64) if BY_COUNT else found_mass
-        fits = (measure <= bound) if INCLUSIVE else (measure < bound)
-        count = tl.where(fits, found_count, count)
-        mass = tl.where(fits, found_mass, mass)
-        high = tl.where(fits, under, high)
-        low = tl.where(fits, low, over)
-    return high, count, mass
-
-
-@triton.jit
-def _count_taken(logits_ptr, taken_ptr, num, scale, value, BLOCK: tl.constexpr):
-    """How many of the taken ids have this value."""
-    ties = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, num, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        there = at < num
-        ids = tl.load(taken_ptr + at, mask=there, other=0)
-        x = tl.load(logits_ptr + ids, mask=there, other=-float("inf")).to(tl.float32) * scale
-        ties += tl.where(x == value, 1.0, 0.0)
-    return tl.sum(ties, 0)
 
 
 @triton.jit(do_not_specialize_on_alignment=_SETTINGS)
@@ -293,11 +182,11 @@ def _draw_row(
             if tl.sum(counts, 0) > top_k:
                 cut = tl.sum((ranks < top_k).to(tl.int32), 0)
                 wanted = (top_k - tl.sum(tl.where(bins < cut, counts, 0), 0)).to(tl.float64)
-                num, least, most = _take_bin(
+                num, least, most = take_bin(
                     logits_ptr, words_ptr, allowed_ptr, taken_ptr, scale, best, cut, floor, False,
                     VOCAB, MASKED, SUPPRESSED, BLOCK,
                 )  # fmt: skip
-                floor, count, mass = _search_taken(
+                floor, count, mass = search_taken(
                     logits_ptr, taken_ptr, num, scale, best, least, most, wanted, True, False, BLOCK
                 )
                 ties = (wanted - count).to(tl.float32)
@@ -310,18 +199,18 @@ def _draw_row(
             if found < BINS:
                 nearer = tl.sum(tl.where(bins < found, binned, 0), 0).to(tl.float64) / ONE
                 is_same = found == cut
-                num, least, most = _take_bin(
+                num, least, most = take_bin(
                     logits_ptr, words_ptr, allowed_ptr, taken_ptr, scale, best, found,
                     tl.where(is_same, floor, best - REACH), is_same & (ties > 0.0),
                     VOCAB, MASKED, SUPPRESSED, BLOCK,
                 )  # fmt: skip
                 if num > 0:
-                    last, _, mass = _search_taken(
+                    last, _, mass = search_taken(
                         logits_ptr, taken_ptr, num, scale, best, least, most, bound - nearer,
                         False, False, BLOCK,
                     )  # fmt: skip
                     each = tl.exp(last - best).to(tl.float64)
-                    kept = _count_taken(logits_ptr, taken_ptr, num, scale, last, BLOCK)
+                    kept = count_taken(logits_ptr, taken_ptr, num, scale, last, BLOCK)
                     kept = tl.where(is_same & (last == floor), ties, kept)
                     # A tie stays while the mass before it is below the bound; the first always does.
                     room = tl.ceil((bound - nearer - mass) / each).to(tl.float32)
@@ -334,16 +223,16 @@ def _draw_row(
             # A value slightly below the threshold: a strict comparison then includes it however its logarithm was rounded.
             threshold = best + tl.log(min_p)
             threshold -= tl.abs(threshold) * 2.4e-7
-            found = _bin_of(tl.maximum(best - threshold, 0.0))
+            found = bin_of(tl.maximum(best - threshold, 0.0))
             if (found < cut) | ((found == cut) & (floor <= threshold)):
                 cut = found
                 floor = threshold  # min-p cuts by value alone, so equal values stay or go together
                 ties = 0.0
-                num, least, most = _take_bin(
+                num, least, most = take_bin(
                     logits_ptr, words_ptr, allowed_ptr, taken_ptr, scale, best, cut, floor, False,
                     VOCAB, MASKED, SUPPRESSED, BLOCK,
                 )  # fmt: skip
-                _, inside, _, _ = _measure(logits_ptr, taken_ptr, num, scale, best, floor, floor, BLOCK)
+                _, inside, _, _ = measure(logits_ptr, taken_ptr, num, scale, best, floor, floor, BLOCK)
                 before = tl.sum(tl.where(bins < cut, binned, 0), 0).to(tl.float64) / ONE
         target = tl.load(uniform_ptr + row).to(tl.float64) * (before + inside)
         passed = (reached.to(tl.float64) / ONE <= target) & (bins < cut)
@@ -351,17 +240,17 @@ def _draw_row(
         if (found >= cut) & (inside <= 0.0):  # rounding has put the target at the very top
             found = tl.max(tl.where((binned > 0) & (bins < cut), bins, 0), 0)
         is_same = found == cut
-        num, least, most = _take_bin(
+        num, least, most = take_bin(
             logits_ptr, words_ptr, allowed_ptr, taken_ptr, scale, best, found,
             tl.where(is_same, floor, best - REACH), is_same & (ties > 0.0),
             VOCAB, MASKED, SUPPRESSED, BLOCK,
         )  # fmt: skip
         if num > 0:
             nearer = tl.sum(tl.where(bins < found, binned, 0), 0).to(tl.float64) / ONE
-            drawn, _, mass = _search_taken(
+            drawn, _, mass = search_taken(
                 logits_ptr, taken_ptr, num, scale, best, least, most, target - nearer, False, True, BLOCK
             )
-            kept = _count_taken(logits_ptr, taken_ptr, num, scale, drawn, BLOCK)
+            kept = count_taken(logits_ptr, taken_ptr, num, scale, drawn, BLOCK)
             kept = tl.where(is_same & (drawn == floor), ties, kept)
             wanted = tl.floor((target - nearer - mass) / tl.exp(drawn - best).to(tl.float64)).to(tl.float32)
             place = tl.maximum(tl.minimum(wanted, kept - 1.0), 0.0).to(tl.int32) + 1

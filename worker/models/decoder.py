@@ -160,7 +160,7 @@ class Decoder:
             return hidden, self.logits(hidden)
         rotations = [self._turn(table, tokens.positions) for table in self._rotations]
         hidden, normed = self._norm.fused(*self._run_blocks(hidden, rotations, tokens, cache))
-        return hidden, self._head(normed)
+        return hidden, self._head.fused(normed)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(R, D) hidden states of the sampling positions → (R, V) logits: fp32 sums, unrounded."""

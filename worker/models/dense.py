@@ -138,8 +138,8 @@ class _Block:
             return self._mlp.add(normed, hidden)
         return hidden + self._after_mlp(self._mlp(normed))
 
-    def _product(self, normed: Tensor) -> Tensor:
-        qkv = self._qkv(normed)
+    def _product(self, normed: Tensor, *, fused: bool = False) -> Tensor:
+        qkv = self._qkv.fused(normed) if fused else self._qkv(normed)
         return qkv if self._product_norm is None else self._product_norm(qkv)
 
     def native_layer(self) -> GatedLayer | None:
@@ -194,7 +194,7 @@ class _Block:
         kind = self._kind
         mixed = plan.attend(
             layer,
-            self._product(normed),
+            self._product(normed, fused=True),
             self._num_heads,
             qk_weight=self._qk_weight,
             eps=self._eps,
@@ -202,11 +202,11 @@ class _Block:
             cap=kind.cap,
             rotation=kind.rotation,
         )
-        gained = self._out(mixed)
+        gained = self._out.fused(mixed)
         if self._after_attention is not None:
             gained = self._after_attention.fused(gained, None)[1]
         if self._parallel:
-            return hidden, gained + self._mlp.fused(normed)
+            return hidden, self._mlp.fused(normed, gained)
         hidden, normed = _add_norm(self._before_mlp, hidden, gained)
         gained = self._mlp.fused(normed)
         if self._after_mlp is not None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worker.models.layers import PackedLinear
+from worker.models.layers import PackedLinear, arrivals_for, is_few
 from worker.native.products import products
 from worker.native.quantised import Quantised
 
@@ -27,7 +27,7 @@ class Head:
     `scale` multiplies the logits; `cap` c then makes a logit l c·tanh(l/c), 0: leaves it.
     """
 
-    __slots__ = ("_bias", "_cap", "_multiply", "_scale", "_weight")
+    __slots__ = ("_arrivals", "_bias", "_cap", "_multiply", "_own_bias", "_scale", "_weight")
 
     def __init__(
         self, weight: Tensor | Quantised, bias: Tensor | None = None, *, scale: float = 1.0, cap: float = 0.0
@@ -35,16 +35,21 @@ class Head:
         self._scale, self._cap = scale, cap
         self._multiply: Callable[[Tensor], Tensor]
         self._bias: Tensor | None = None
+        self._own_bias = None if bias is None else bias.float()
+        self._arrivals: Tensor | None = None
         if not isinstance(weight, Tensor):
             self._multiply = PackedLinear(weight, bias).logits
             return
-        self._weight, self._bias = weight, None if bias is None else bias.float()
+        self._weight, self._bias = weight, self._own_bias
         on_cpu = weight.device.type == "cpu"
         native = products(weight.device)
         if native is not None and native.can_multiply(weight.dtype, weight.shape[1], weight.shape[0]):
             packed, self._bias = PackedLinear(weight, bias), None
             self._multiply = packed.logits
-        elif weight.dtype == torch.float32 or (on_cpu and weight.numel() * 4 <= KEPT_BYTES):
+            return
+        if weight.is_contiguous():
+            self._arrivals = arrivals_for(weight)
+        if weight.dtype == torch.float32 or (on_cpu and weight.numel() * 4 <= KEPT_BYTES):
             # Tied weights: a CPU multiplies by a repacked copy, other devices by the tensor that serves both.
             kept, self._bias = PackedLinear(weight.float(), self._bias), None
             self._multiply = lambda x: kept(x.float())
@@ -58,6 +63,18 @@ class Head:
         logits = self._multiply(x)
         if self._bias is not None:
             logits += self._bias
+        return self._scaled(logits)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """As `__call__` on a GPU, by its own kernel where that is chosen: the bias is then in the product."""
+        if self._arrivals is None or not is_few(x):
+            return self(x)
+        from worker.kernels.few_rows_product import few_rows_product  # here: no CPU worker imports Triton
+
+        given = (x, self._weight, self._arrivals, self._own_bias)
+        return self._scaled(few_rows_product(*given, out_dtype=torch.float32))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
         if self._scale != 1.0:
             logits *= self._scale
         if self._cap:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worker.device.choices import choices
 from worker.native.operations import LANES, operations
 from worker.native.products import ADD, GATE, GELU, PLAIN, Linear, PackedWeight, Products, products
 from worker.native.quantised import Quantised, stacked
@@ -65,6 +66,7 @@ class PackedLinear:
     """
 
     __slots__ = (
+        "_arrivals",
         "_bias",
         "_gated",
         "_linear",
@@ -107,6 +109,7 @@ class PackedLinear:
             weight = weight[order] if isinstance(weight, Tensor) else weight.ordered(order)
             bias = None if bias is None else bias[order]
         self._packed = False
+        self._arrivals: Tensor | None = None
         if native is not None:
             self._weight: Any = native.pack(weight, bias)
         else:
@@ -115,6 +118,8 @@ class PackedLinear:
             contiguous = weight.contiguous()
             reorder = torch.ops.mkldnn._reorder_linear_weight if self._packed else None
             self._weight = contiguous if reorder is None else reorder(contiguous, _PACK_ROWS)
+            if reorder is None:
+                self._arrivals = arrivals_for(contiguous)
         self._linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise if self._packed else F.linear
 
     @property
@@ -183,6 +188,58 @@ class PackedLinear:
             )
             return summed
         return residual + self._linear(x, self._weight, self._bias)
+
+    def takes_few(self, x: Tensor) -> bool:
+        """Whether `few` is chosen and multiplies so many rows, x (N, in)."""
+        return self._arrivals is not None and is_few(x)
+
+    def few(
+        self,
+        x: Tensor,
+        *,
+        residual: Tensor | None = None,
+        gate: str | None = None,
+        gelu_out: Tensor | None = None,
+    ) -> Tensor:
+        """x W^T + b by a GPU's own kernel, see `worker.kernels.few_rows_product`; only where `takes_few`."""
+        from worker.kernels.few_rows_product import few_rows_product  # here: no CPU worker imports Triton
+
+        assert self._arrivals is not None
+        given = (x, self._weight, self._arrivals, self._bias)
+        return few_rows_product(*given, residual=residual, gate=gate, gelu_out=gelu_out)
+
+    def fused(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """As `__call__`, or `add`, on a GPU: x (N, in) by its own kernel where that is chosen, else by cuBLAS."""
+        if self.takes_few(x):
+            return self.few(x, residual=residual)
+        return self(x) if residual is None else residual + self(x)
+
+    def gelu_fused(self, x: Tensor) -> Tensor:
+        """As `gelu` for many rows on a GPU: the GELU in the product (cuBLAS's epilogue) where that is chosen, else a kernel."""
+        if choices().vision_gelu and self._bias is not None and not self._packed and self._native is None:
+            return product_gelu(self._bias, x, self._weight)
+        from worker.kernels.activation import gelu_tanh
+
+        return gelu_tanh(self(x))
+
+
+def arrivals_for(weight: Tensor) -> Tensor:
+    """The counters (int32, all 0) that `few_rows_product` needs beside a weight (out, in), of its smallest tiles. Made with
+    the weight: what is made while a graph is recorded belongs to the graph."""
+    return torch.zeros(-(-weight.shape[0] // 16), dtype=torch.int32, device=weight.device)
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether products by a GPU's own kernel are chosen, and take so many rows, x (N, in)."""
+    return choices().own_products and x.shape[0] <= 32
+
+
+def product_gelu(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """GELU (tanh approximation) of x Wᵀ + b, in the product where cuBLAS does it. Torch's own means erf on a CPU."""
+    if x.device.type != "cuda":
+        return F.gelu(torch.addmm(bias, x, weight.t()), approximate="tanh")
+    fused: Tensor = torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return fused
 
 
 class LayerNorm:
@@ -281,12 +338,14 @@ class GatedMlp:
         """residual + mlp(x)."""
         return self.down.add(self._inner(x), residual)
 
-    def fused(self, x: Tensor) -> Tensor:
-        """mlp(x) with the gate as one kernel on a GPU; the residual sum is left to the next norm."""
+    def fused(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """mlp(x), plus `residual` if given, with the gate in a kernel on a GPU."""
+        if self.gate_up.takes_few(x):
+            return self.down.fused(self.gate_up.few(x, gate="gelu" if self._gelu else "silu"), residual)
         from worker.kernels.activation import gelu_gate, silu_gate
 
         both = self.gate_up(x)
-        return self.down(gelu_gate(both) if self._gelu else silu_gate(both))
+        return self.down.fused(gelu_gate(both) if self._gelu else silu_gate(both), residual)
 
 
 def take_linear(take: Take, name: str, inputs: int, outputs: int) -> PackedLinear:

@@ -192,18 +192,25 @@ class _TextBlock:
         hidden, normed = self._ln.fused(hidden, gained)
         # Attention and activation write side by side into the one input of the product that joins them.
         width = self._num_heads * self._head_dim
-        if self._joined is not None and choices().one_product:
-            product = self._joined(normed)
+        joined = self._joined if choices().one_product else None
+        if joined is not None and joined.takes_few(normed):
+            # The GELU is in the product; the rotation is not, for it needs whole heads, rounded.
+            both = normed.new_empty(normed.shape[0], width + self._fc1.out_features)
+            qkv = joined.few(normed, gelu_out=both[:, width:])
+            plan.attend(layer, qkv, self._num_heads, out=both[:, :width])
+            return hidden, self._out.fused(both)
+        if joined is not None:
+            product = joined(normed)
             qkv, inner = product[:, : self._qkv_dim], product[:, self._qkv_dim :]
         else:
-            qkv, inner = self._qkv(normed), self._fc1(normed)
+            qkv, inner = self._qkv.fused(normed), self._fc1.fused(normed)
         both = inner.new_empty(inner.shape[0], width + inner.shape[1])
         gelu = (inner, both[:, width:])
         is_one = choices().one_launch
         plan.attend(layer, qkv, self._num_heads, out=both[:, :width], gelu=gelu if is_one else None)
         if not is_one:
             gelu_tanh(*gelu)
-        return hidden, self._out(both)
+        return hidden, self._out.fused(both)
 
 
 def joins(device: torch.device) -> bool:

@@ -119,12 +119,10 @@ class _VisionBlock:
     def fused(self, hidden: Tensor, gained: Tensor | None, crops: int) -> tuple[Tensor, Tensor]:
         """As `__call__` over the flattened tokens of all crops, (C·T, D), with a GPU's kernels. `gained` is what the
         block before adds to the residual stream; returns the stream, and what this block's MLP adds to it."""
-        from worker.kernels.activation import gelu_tanh  # here, so that no CPU worker imports Triton
-
         hidden, normed = self._ln1.fused(hidden, gained)
         mixed = self._attend(self._qkv(normed), crops)
         hidden, normed = self._ln2.fused(self._proj(mixed), hidden)
-        return hidden, self._mlp.fc2(gelu_tanh(self._mlp.fc1(normed)))
+        return hidden, self._mlp.fc2(self._mlp.fc1.gelu_fused(normed))
 
     def _attend(self, qkv: Tensor, crops: int) -> Tensor:
         """(C, T, 3·D) or (C·T, 3·D) → (C·T, D)."""

@@ -46,8 +46,8 @@ def bucket_sizes(max_rows: int, least: int = 1) -> list[int]:
 
 def least_bucket(model: Model) -> int:
     """The fewest rows a captured step should have. A product with a bias becomes two launches at a single row (a copy of the
-    bias, then a product that adds to it) and one at two."""
-    return 2 if model.biased and choices().pair_rows else 1
+    bias, then a product that adds to it) and one at two, unless a kernel of our own takes the bias along."""
+    return 2 if model.biased and choices().pair_rows and not choices().own_products else 1
 
 
 class DecodeGraphs(GraphTable[Flavour]):

@@ -15,7 +15,7 @@ from torch import Tensor
 from worker.device.choices import choices
 from worker.device.contract import Device
 from worker.formats.source import ProgressReport
-from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens, nothing
+from worker.forward import StepTokens, nothing
 from worker.models.contract import Model
 from worker.schedule.automaton_places import TableLimits
 from worker.schedule.plan import StepPlan, StepResult
@@ -24,12 +24,12 @@ from worker.step.chunk_graphs import ChunkGraphs, chunk_buckets
 from worker.step.contract import DeviceTimes, GraphCounts, OutOfDeviceMemory, Progress
 from worker.step.decode_graphs import DecodeGraphs, Flavour, bucket_sizes, flavour_of, least_bucket
 from worker.step.features import FeatureCache
+from worker.step.kv_memory import kv_memory
 from worker.step.rows import RowTables
 from worker.step.slot import Slot
 from worker.step.staging import (
     StepShape,
     is_plain,
-    num_spans,
     stage_chunks,
     stage_ends,
     stage_padding,
@@ -37,6 +37,7 @@ from worker.step.staging import (
     used_words,
 )
 from worker.step.step_sampler import StepSampler, Wants, Which, wants_of
+from worker.step.step_tokens import chunk_tokens, decode_tokens, index_of
 from worker.step.vision_graphs import VisionGraphs
 
 _IN_GRAPH = {
@@ -72,13 +73,7 @@ class TorchRunner:
         self.num_slots = shape.num_slots
         self._max_tokens = shape.max_pages * shape.page_tokens
         self.slots = [Slot(number, shape, device) for number in range(shape.num_slots)]
-        kv_shape = (shape.num_pages, shape.page_tokens, model.num_kv_heads, model.head_dim)
-
-        def memory() -> list[Tensor]:
-            empty = partial(torch.zeros, kv_shape, dtype=model.kv_dtype, device=device.torch_device)
-            return [empty() for _ in range(model.num_layers)]
-
-        self.cache = KVCache(memory(), memory(), shape.page_tokens)
+        self.cache = kv_memory(model, shape, device)
         self.rows = RowTables(
             shape.max_rows, shape.vocab_size, device.torch_device, table_limits or TableLimits()
         )
@@ -216,9 +211,8 @@ class TorchRunner:
                 )
                 if plan.chunks and not slot.left_out and choices().early_copy:
                     self._copy_rows(slot, num_rows)
-            if (
-                set_aside
-            ):  # the graph has read the padding: the fields of the ending rows go back to their places
+            # the graph has read the padding: the fields of the ending rows go back to their places
+            if set_aside:
                 slot.sections[:, num_rows:num].copy_(slot.ends[:, : num - num_rows])
             if plan.chunks:
                 try:
@@ -325,7 +319,7 @@ class TorchRunner:
         has_values = self._decodes_values and flavour is not Flavour.TEXT  # of the tokens before, in any row
         hidden, logits = self.model.decode(
             self._embed_rows(slot, num_rows, has_values),
-            self._decode_tokens(slot, num_rows, self._max_tokens),
+            decode_tokens(slot, num_rows, self._max_tokens, narrow=self.model.fuses),
             self.cache,
         )
         if flavour is Flavour.GATED:
@@ -336,34 +330,16 @@ class TorchRunner:
         self.sampler.sample(slot, slice(0, num_rows), logits, hidden, None, wants, rows="graph_rows")
 
     def _embed_rows(self, slot: Slot, num_rows: int, has_values: bool) -> Tensor:
-        rows = self._index(slot.fields["rows"][:num_rows])
+        rows = index_of(slot.fields["rows"][:num_rows], narrow=self.model.fuses)
         last_ids = self.rows.last_ids.index_select(0, rows)
         if not has_values:
             return self.model.embed(last_ids)
         spatial = slot.fields["spatial"][:num_rows] > 0
         return self.model.embed_next(last_ids, self.rows.last_values.index_select(0, rows), spatial)
 
-    def _index(self, field: Tensor) -> Tensor:
-        """An int32 field as the forward takes indexes: kernels take it as it is, all else wants int64."""
-        return field if self.model.fuses and choices().narrow_indexes else field.long()
-
-    def _decode_tokens(self, slot: Slot, num_rows: int, max_tokens: int) -> StepTokens:
-        return StepTokens(
-            self._index(slot.fields["positions"][:num_rows]),
-            self._index(slot.fields["write_index"][:num_rows]),
-            DecodeRows(num_rows, slot.tables[:num_rows], slot.fields["lengths"][:num_rows], max_tokens),
-        )
-
     def _chunk_tokens(self, slot: Slot, plan: StepPlan) -> tuple[Tensor, StepTokens]:
         """Embeddings of the chunks alone, and where they stand."""
-        num_tokens = sum([chunk.num_tokens for chunk in plan.chunks])
-        ids, positions, writes = (section[:num_tokens].long() for section in slot.chunks)
-        tokens = StepTokens(positions, writes)
-        for i, chunk in enumerate(plan.chunks):
-            table = slot.chunk_tables[i, : len(chunk.seq.pages)]
-            prefix = chunk.seq.prefix_tokens
-            tokens.prefills.append(PrefillSegment(chunk.num_tokens, chunk.start, prefix, table))
-        tokens.spans, tokens.tables = slot.spans[: num_spans(plan.chunks)], slot.chunk_tables
+        ids, tokens = chunk_tokens(slot, plan)
         return self.embedding.embed(plan.chunks, ids), tokens
 
     def _prefill(self, slot: Slot, plan: StepPlan, bucket: int) -> None:
@@ -403,7 +379,7 @@ class TorchRunner:
         if num_rows:
             has_values = any([seq.is_spatial for seq in plan.decode])
             hidden = self._embed_rows(slot, num_rows, has_values)
-            tokens = rows = self._decode_tokens(slot, num_rows, max(plan.positions) + 1)
+            tokens = rows = decode_tokens(slot, num_rows, max(plan.positions) + 1, narrow=self.model.fuses)
         if plan.chunks:
             embedded, tokens = self._chunk_tokens(slot, plan)
             if rows is None:

@@ -45,7 +45,8 @@ def test_a_longer_context_than_the_usual_takes_the_long_factors(tmp_path: Path) 
         served(tmp_path, 300)
 
 
-def test_an_unknown_switch_is_refused_by_name() -> None:
-    config = WorkerConfig(model="sim", device="sim", gpu_without="histogram, megakernel")
-    with pytest.raises(ConfigError, match=r"gpu_without: megakernel: no such switch; there are .*histogram"):
+@pytest.mark.parametrize("setting", ["gpu_without", "gpu_with"])
+def test_an_unknown_switch_is_refused_by_name(setting: str) -> None:
+    config = WorkerConfig(model="sim", device="sim", **{setting: "histogram, megakernel"})
+    with pytest.raises(ConfigError, match=rf"{setting}: megakernel: no such switch; there are .*histogram"):
         build_worker(config, Startup(False), inbox=SimpleQueue(), outbox=Nobody(), epoch=1)

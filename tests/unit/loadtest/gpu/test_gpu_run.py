@@ -106,3 +106,20 @@ def test_each_call_fits_its_ten_minutes() -> None:
         named = re.search(rf"{preset}\) parts\+=\(([\w ]+)\)", text)
         assert named is not None
         assert sum(limits[part] for part in named[1].split()) <= 570, preset
+
+
+def test_the_short_table_names_switches_that_stand_wrong() -> None:
+    def line(turned: str, greedy_ms: float, rows: int = 1) -> dict[str, object]:
+        return {"shape": "m", "rows": rows, "turned": turned, "greedy_ms": greedy_ms, "floor_ms": 1.0}
+
+    figures = [
+        line("as served", 1.5),
+        line("histogram", 1.6),
+        line("+own_products", 1.4),
+        line("tail_norm", 1.48),
+    ]
+    told = short_table({"switches": {"figures": [*figures, line("+last_joins", 0.1, rows=8)]}})
+    assert [said.strip() for said in told[1:]] == [
+        "quicker with own_products: 100.0 µs",
+        "quicker without tail_norm: 20.0 µs",
+    ]

@@ -1,7 +1,8 @@
 """Owns compiling every kernel for an H200 (sm_90) on a machine without a GPU. Run as a script, without the interpreter.
 
 Triton brings its own assembler, so what it would refuse on the GPU it refuses here. Prints one line a kernel: its name,
-warps, dtype, bytes of shared memory; and of decode attention registers a thread and bytes spilled, else zeros.
+warps, dtype, bytes of shared memory; and of decode attention and products of few rows registers a thread and bytes spilled,
+else zeros.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from triton.compiler import ASTSource
 
 from worker.kernels import (
     activation,
+    few_rows_product,
     mask,
     norm,
     paged_decode_attention,
@@ -62,6 +64,7 @@ POINTERS = {
     "counts_ptr": "*i32",
     "masses_ptr": "*i64",
     "taken_ptr": "*i32",
+    "arrivals_ptr": "*i32",
 }
 ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
@@ -93,10 +96,15 @@ def compile_for(
     stages: int = 3,
     most_registers: int | None = None,
     assemble: bool = False,
+    dependent: bool = False,
+    round_strides: bool = False,
     **pointers: str,
 ) -> tuple[int, int]:
-    """Compile one kernel; every pointer not named is of `dtype`, scale and eps are fp32, the rest int32. `assemble`: once
-    more by itself, to return what `registers` tells."""
+    """Compile one kernel; every pointer not named is of `dtype`, scale and eps are fp32, the rest int32, strides among them
+    multiples of 16 if `round_strides`. `assemble`: once
+    more by itself, to return what `registers` tells. `dependent`: for a launch before its inputs are there."""
+    if "DEPENDENT" in kernel.arg_names:
+        constants = constants | {"DEPENDENT": dependent}
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -109,15 +117,78 @@ def compile_for(
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(kernel.arg_names)
-        if signature[n].startswith("*")
+        if signature[n].startswith("*") or (round_strides and n.endswith("_stride"))
     }
     source = ASTSource(kernel, signature, places, aligned)
-    options = {"num_warps": warps, "num_stages": stages, "maxnreg": most_registers}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": most_registers, "launch_pdl": dependent}
     built = triton.compile(source, target=TARGET, options=options)
+    assert built.metadata.launch_pdl is dependent
+    check_waits(built.asm["ptx"], kernel.__name__, dependent=dependent)
+    if constants.get("JOINS") or constants.get("SPLITS", 1) > 1:
+        check_arrival(built.asm["ptx"], kernel.__name__)
     assert built.metadata.shared <= 227 << 10, f"{kernel.__name__} wants {built.metadata.shared} bytes shared"
     used, spilled = registers(built.asm["ptx"], "sm_90a") if assemble else (0, 0)
     print(kernel.__name__, warps, dtype, built.metadata.shared, used, spilled)
     return used, spilled
+
+
+def check_waits(ptx: str, name: str, *, dependent: bool) -> None:
+    """A dependent kernel waits once before all it stores, counts and multiplies, and then lets the next one begin; others do
+    neither."""
+    waits = [found.start() for found in re.finditer(r"griddepcontrol\.wait", ptx)]
+    lets = [found.start() for found in re.finditer(r"griddepcontrol\.launch_dependents", ptx)]
+    if not dependent:
+        assert not waits and not lets, name
+        return
+    work = re.search(r"st\.global|cp\.async\.c|atom\.global|mma", ptx)
+    assert work is not None and len(waits) == len(lets) == 1 and waits[0] < lets[0] < work.start(), name
+    before = re.findall(r"ld\.global", ptx[: waits[0]])
+    assert not before or name == "_norm_row", f"{name} reads something before what it waits for"
+
+
+def check_arrival(ptx: str, name: str) -> None:
+    """What programs leave for the last of them: written, all threads meet, one counts with acquire and release, all meet, and
+    what others wrote is read past the L1."""
+    counted = re.search(r"atom\.global\.gpu\.acq_rel\.add", ptx)
+    assert counted is not None, name
+    before, after = ptx[: counted.start()], ptx[counted.end() :]
+    written, read = before.rfind("st.global"), after.find("ld.global.cg")
+    assert written >= 0 and "bar.sync" in before[written:], name
+    assert read >= 0 and "bar.sync" in after[:read] and not re.search(r"ld\.global\.(?!cg)", after[:read]), (
+        name
+    )
+
+
+def product(
+    outputs: int,
+    inputs: int,
+    gate: int = 0,
+    turned: int = 0,
+    layout: few_rows_product.Layout = few_rows_product.SERVED,
+    *,
+    biased: bool = False,
+    dtype: str = "bf16",
+    dependent: bool = False,
+    out_ptr: str | None = None,
+) -> tuple[int, int]:
+    """A product of few rows as its launcher lays it out, `outputs` counted behind a gate; returns what `registers` tells."""
+    splits, share = few_rows_product.choose_share(outputs, inputs, 132, layout)
+    stages = max(2, layout.stages // 2) if gate else layout.stages
+    return compile_for(
+        few_rows_product._few_rows,
+        layout.num_warps,
+        {
+            "INPUTS": inputs, "OUTPUTS": outputs, "SPLITS": splits, "SHARE": share, "GATE": gate,
+            "GELU_FROM": outputs - turned, "HAS_BIAS": biased, "HAS_RESIDUAL": not biased and not gate, "ROWS": 32,
+            "BLOCK_OUT": layout.block_out, "BLOCK_IN": layout.block_in, "STAGES": stages, "WIDEN": dtype == "fp32",
+        },
+        dtype=dtype,
+        stages=stages,
+        assemble=True,
+        dependent=dependent,
+        round_strides=True,
+        out_ptr=out_ptr or f"*{dtype}",
+    )  # fmt: skip
 
 
 def attention(
@@ -130,6 +201,8 @@ def attention(
     dtype: str = "bf16",
     window: int = 0,
     capped: bool = False,
+    joins: bool = False,
+    dependent: bool = False,
 ) -> tuple[int, int]:
     """Decode attention as its launcher lays it out, in `variant` or as served; returns what `registers` tells."""
     variant = variant or paged_decode_attention.served(group, is_wide=dtype == "fp32")
@@ -141,13 +214,38 @@ def attention(
             "KV_HEADS": kv_heads, "GROUP": group, "BLOCK_GROUP": 1 if single else 16, "HEAD_DIM": dim,
             "PAGE_TOKENS": 16, "NUM_SPLITS": splits, "BLOCK": variant.block_tokens, "WIDEN": dtype == "fp32",
             "WINDOW": window, "CAPPED": capped, "HEADS_FIRST": variant.heads_first,
-            "STAGES": variant.stages if variant.staged else None,
+            "STAGES": variant.stages if variant.staged else None, "JOINS": joins,
         },
         dtype=dtype,
         stages=variant.stages,
         most_registers=variant.most_registers,
         assemble=True,
+        dependent=dependent,
     )  # fmt: skip
+
+
+def products(dtypes: tuple[str, ...]) -> None:
+    """Products of few rows at the models' shapes: moondream2's, then those of Qwen3-0.6B; nothing may be spilled."""
+    for outputs, inputs, gate, turned, biased in [
+        (14336, 2048, 0, 8192, True),
+        (2048, 10240, 0, 0, True),
+        (51200, 2048, 0, 0, True),
+        (4096, 1024, 0, 0, False),
+        (3072, 1024, 1, 0, False),
+        (1024, 3072, 0, 0, False),
+        (6912, 1152, 2, 0, False),
+    ]:
+        out_ptr = "*fp32" if outputs == 51200 else None
+        _, spilled = product(
+            outputs, inputs, gate, turned, biased=biased, dependent=gate == 1, out_ptr=out_ptr
+        )
+        assert not spilled
+    for dtype in dtypes[1:]:
+        for layout in few_rows_product.LAYOUTS.values():
+            product(14336, 2048, 0, 8192, layout, biased=True)
+            product(3072, 1024, 1, 0, layout)
+        for outputs, inputs, gate in [(14336, 2048, 0), (2048, 10240, 0), (3072, 1024, 1), (65, 300, 2)]:
+            product(outputs, inputs, gate, biased=True, dtype=dtype)
 
 
 def main() -> None:
@@ -159,6 +257,10 @@ def main() -> None:
         attention(32, 1, 64, 8, variant)
     used, spilled = attention(32, 1, 64, 8)
     assert used <= 64 and not spilled, "what serves leaves room for eight programs a multiprocessor"
+    for kv_heads, group, dim in [(32, 1, 64), (8, 2, 128), (8, 4, 64)]:
+        used, spilled = attention(kv_heads, group, dim, 8, joins=True, dependent=True)
+        assert not spilled and (group > 1 or used <= 64), "nor does the join in it take more"
+    products(dtypes)
     for dtype in dtypes:
         attention(32, 1, 64, 1, dtype=dtype)
         attention(8, 2, 128, 8, dtype=dtype)
@@ -182,7 +284,12 @@ def main() -> None:
         shape |= {"WINDOW": window, "CAPPED": capped, "WIDEN": dtype == "fp32"}
         blocks = {"BLOCK_Q": 64, "BLOCK_K": 64}
         compile_for(prefill_attention._attend_chunk, 4, shape | blocks, dtype=dtype, stages=2)
-    compile_for(paged_decode_attention._join_splits, 2, {"NUM_HEADS": 32, "HEAD_DIM": 64, "NUM_SPLITS": 8})
+    compile_for(
+        paged_decode_attention._join_splits,
+        2,
+        {"NUM_HEADS": 32, "HEAD_DIM": 64, "NUM_SPLITS": 8},
+        dependent=True,
+    )
     heads = {"NUM_HEADS": 16, "KV_HEADS": 8, "HEAD_DIM": 128, "ROTARY_DIM": 128, "BLOCK": 8}
     for flag in (True, False):
         compile_for(
@@ -190,9 +297,12 @@ def main() -> None:
             4,
             heads | {"PAIRS": flag, "QK_NORM": flag},
             weight_ptr="*fp32",
+            dependent=flag,
         )
-        compile_for(norm._norm_row, 8, {"DIM": 2048, "BLOCK": 2048, "CENTRED": flag, "RESIDUAL": flag})
-        compile_for(activation._activate, 4, {"DIM": 8192, "SILU": flag, "GATED": flag, "BLOCK": 1024})
+        normed = {"DIM": 2048, "BLOCK": 2048, "CENTRED": flag, "RESIDUAL": flag}
+        compile_for(norm._norm_row, 8, normed, dependent=flag)
+        activated = {"DIM": 8192, "SILU": flag, "GATED": flag, "BLOCK": 1024}
+        compile_for(activation._activate, 4, activated, dependent=flag)
         compile_for(
             sample._sample_row,
             16,
@@ -212,6 +322,7 @@ def main() -> None:
             dtype=dtype,
             weight_ptr="*fp32",
             write_index_ptr="*i32" if dtype == "bf16" else "*i64",
+            dependent=dtype == "bf16",
         )
         compile_for(
             norm._norm_row, 8, {"DIM": 2048, "BLOCK": 2048, "CENTRED": True, "RESIDUAL": True}, dtype=dtype
@@ -220,13 +331,13 @@ def main() -> None:
         small = {"DIM": 1024, "SILU": True, "GATED": True, "BLOCK": 1024}
         compile_for(activation._activate, 4, small, dtype=dtype)
     compile_for(mask._mask_row, 4, {"VOCAB": 51200, "BLOCK": 2048})
-    product = {"INPUTS": 2048, "OUTPUTS": 8192, "GROUP": 128, "HAS_BIAS": True, "ROWS": 16, "WIDEN": False}
+    quantised = {"INPUTS": 2048, "OUTPUTS": 8192, "GROUP": 128, "HAS_BIAS": True, "ROWS": 16, "WIDEN": False}
     compile_for(activation._activate, 4, {"DIM": 6912, "SILU": False, "GATED": True, "BLOCK": 1024})
     for bits, kind in ((8, "*i8"), (4, "*u8")):
         compile_for(
             quantised_linear._product,
             4,
-            product | {"BITS": bits, "BLOCK_OUT": 32, "BLOCK_IN": 128},
+            quantised | {"BITS": bits, "BLOCK_OUT": 32, "BLOCK_IN": 128},
             weight_ptr=kind,
         )
 

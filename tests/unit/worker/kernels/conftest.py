@@ -6,7 +6,8 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
@@ -21,3 +22,24 @@ def _inference() -> Iterator[None]:
     torch.set_num_threads(1)
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture
+def last_first() -> Callable[[], AbstractContextManager[None]]:
+    """For a block, a launch's programs run in the opposite order: on a GPU any of them may be the last to arrive."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    @contextmanager
+    def turned() -> Iterator[None]:
+        place = interpreter_builder.set_grid_idx
+
+        def opposite(*index: int) -> None:
+            place(*(size - 1 - at for size, at in zip(interpreter_builder.grid_dim, index, strict=True)))
+
+        interpreter_builder.set_grid_idx = opposite
+        try:
+            yield
+        finally:
+            del interpreter_builder.set_grid_idx
+
+    return turned

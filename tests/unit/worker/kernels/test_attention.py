@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -126,6 +128,28 @@ def test_every_variant_computes_the_same(heads: int, kv_heads: int) -> None:
     for name in ("tuned", "staged", "2 warps", "8 programs", "2 programs"):
         assert torch.equal(found[name], found["plain"]), name
     assert torch.equal(paged_decode_attention(*given, num_splits=2), found["tuned"]), "what serves"
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "window"), [(2, 2, 0), (6, 2, 0), (2, 1, 70)])
+def test_the_last_program_joins_as_a_kernel_of_its_own_does(
+    heads: int, kv_heads: int, window: int, last_first: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Bit for bit, whoever is last; short rows leave splits empty; the counters are 0 again for the next layer."""
+    lengths = [1, 64, 65, 211]
+    memory = Pages(60, 16, kv_heads, 16, torch.float32)
+    pages = [memory.add(length) for length in lengths]
+    tables = torch.zeros(len(lengths), 16, dtype=torch.int32)
+    for row, own in enumerate(pages):
+        tables[row, : len(own)] = torch.tensor(own)
+    query, counts = torch.randn(len(lengths), heads, 16), torch.tensor(lengths, dtype=torch.int32)
+    given = (query, memory.keys, memory.values, tables, counts, 256)
+    expected = paged_decode_attention(*given, num_splits=4, window=window)
+    arrivals = torch.zeros(len(lengths) * kv_heads + 3, dtype=torch.int32)
+    found = paged_decode_attention(*given, num_splits=4, window=window, arrivals=arrivals)
+    assert torch.equal(found, expected) and not arrivals.any()
+    with last_first():
+        found = paged_decode_attention(*given, num_splits=4, window=window, arrivals=arrivals)
+    assert torch.equal(found, expected) and not arrivals.any()
 
 
 @pytest.mark.parametrize(("window", "cap"), [(1, 0.0), (70, 0.0), (64, 2.0), (0, 2.0)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loadtest.gpu.kernels import Bench
+from loadtest.gpu.kernel_cases import Bench
 
 
 @pytest.mark.slow

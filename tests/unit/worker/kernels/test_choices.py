@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from loadtest.gpu.decode import ReplayingCpuDevice
+from loadtest.gpu.devices import ReplayingCpuDevice
 from loadtest.gpu.random_models import random_model
-from worker.device.choices import GpuChoices, choices, names, switch_off, without
+from tests.unit.worker.step.graph_device import GraphDevice
+from worker.device.choices import GpuChoices, choices, flipped, is_on, names, switch, without
+from worker.device.contract import Device
+from worker.kernels import dependent
 from worker.kernels.activation import gelu_tanh
 from worker.kernels.rotary_kv_write import rotary_kv_write
 from worker.models.moondream import Moondream
@@ -18,8 +21,10 @@ from worker.step.decode_graphs import Flavour, bucket_sizes, least_bucket
 from worker.step.staging import StepShape, stage_padding
 from worker.step.torch_runner import TorchRunner
 
-ROUNDS = {"one_product", "tail_norm"}
+ROUNDS = {"one_product", "tail_norm", "own_products"}
 """Switches that add in another order; all others must not change a bit."""
+OUTSIDE = {"upload_aside", "early_copy", "vision_stream", "vision_gelu", "dependent_launch"}
+"""Switches of which an interpreted decode step sees nothing."""
 
 
 @pytest.fixture
@@ -34,16 +39,18 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Moondream]:
     yield made
 
 
-def make_runner(model: Moondream) -> TorchRunner:
-    shape = StepShape(3, 64, 64, 16, 8, model.card.vocab_size, num_slots=1, step_crops=1)
-    runner = TorchRunner(model, ReplayingCpuDevice(), shape, token_buckets=[])
+def make_runner(model: Moondream, device: Device | None = None, tokens: int = 64) -> TorchRunner:
+    shape = StepShape(3, tokens, 64, 16, 8, model.card.vocab_size, num_slots=1, step_crops=1)
+    runner = TorchRunner(model, device or ReplayingCpuDevice(), shape, token_buckets=[])
     runner.sampler.use_kernels()
     return runner
 
 
-def step(runner: TorchRunner) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def step(
+    runner: TorchRunner, run: Callable[[], object] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One gated decode step over two rows with context and a padding row, one of them drawn: outputs, the next inputs,
-    logits, keys."""
+    logits, keys. `run`: by this instead of eagerly."""
     slot = runner.slots[0]
     generator = torch.Generator().manual_seed(3)
     for memory in (*runner.cache.keys, *runner.cache.values):
@@ -64,19 +71,22 @@ def step(runner: TorchRunner) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     floats["min_p"][:2] = 0
     slot.upload()
     slot.outputs.fill_(-1)
-    runner._decode_body(slot, 3, Flavour.GATED)
+    if run is None:
+        runner._decode_body(slot, 3, Flavour.GATED)
+    else:
+        run()
     assert slot.logits is not None
     keys = torch.stack([memory[1:] for memory in runner.cache.keys])
     return slot.outputs[:2].clone(), runner.rows.last_ids[:3].clone(), slot.logits[:2].clone(), keys
 
 
 @pytest.mark.slow
-def test_each_switch_off_gives_the_tokens_of_all_on(model: Moondream) -> None:
+def test_each_switch_turned_gives_the_tokens_of_the_defaults(model: Moondream) -> None:
     expected = step(make_runner(model))
     assert expected[0][:, 0].tolist() == [expected[1][2], expected[1][0]] and expected[1][1] == 101
-    for name in names():
-        with without(name):
-            assert not getattr(choices(), name)
+    for name in sorted(set(names()) - OUTSIDE - {"last_joins"}):  # that needs longer rows, below
+        with flipped(name):
+            assert getattr(choices(), name) is not is_on(name)
             found = step(make_runner(model))
         for one, other, what in zip(found, expected, ("outputs", "inputs", "logits", "keys"), strict=True):
             if name in ROUNDS and one.is_floating_point():
@@ -87,6 +97,29 @@ def test_each_switch_off_gives_the_tokens_of_all_on(model: Moondream) -> None:
     plain = step(make_runner(model))  # torch's own operations over the parts of the joined weight
     assert torch.equal(plain[1], expected[1])
     torch.testing.assert_close(plain[2], expected[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of poisoned memory
+def test_a_recorded_step_with_every_switch_on_equals_the_eager_one(model: Moondream) -> None:
+    """Replayed twice over poisoned graph memory: what programs count as they arrive is 0 again after each."""
+    runner = make_runner(model, tokens=130)  # two programs share a row's keys
+    plain = step(runner)
+    off = [name for name in names() if not is_on(name)]
+    assert {"own_products", "last_joins", "dependent_launch"} <= set(off)
+    with flipped(*off):
+        eager = step(runner)
+        torch.testing.assert_close(eager[2], plain[2], rtol=1e-5, atol=1e-6)
+        assert torch.equal(eager[1], plain[1])
+        recorded = make_runner(model, GraphDevice(), 130)
+        assert recorded.graphs is not None
+        assert recorded.capture_graph(0, 3, Flavour.GATED)
+        graph = recorded.graphs.graph(recorded.slots[0], 3, Flavour.GATED)
+        assert graph is not None
+        for _ in range(2):
+            found = step(recorded, graph.replay)
+            assert all(torch.equal(one, other) for one, other in zip(found, eager, strict=True))
+    assert recorded.cache.arrivals is not None and not recorded.cache.arrivals.any()
 
 
 def test_rotation_and_gelu_in_one_launch_change_no_bit() -> None:
@@ -116,14 +149,36 @@ def test_the_smallest_bucket_holds_two_rows_where_products_have_biases(model: Mo
     assert bucket_sizes(1, 2) == [1], "one row is all there may be"
     with without("pair_rows"):
         assert least_bucket(model) == 1 and bucket_sizes(8, 1) == [1, 2, 4, 8]
+    with flipped("own_products"):
+        assert least_bucket(model) == 1
 
 
 def test_switches_by_name() -> None:
-    switch_off(["histogram", " one_launch", ""])
+    switch(["histogram", " one_launch", ""], ["own_products "])
     try:
-        assert [name for name in names() if not getattr(choices(), name)] == ["one_launch", "histogram"]
+        turned = [name for name in names() if getattr(choices(), name) is not is_on(name)]
+        assert turned == ["one_launch", "histogram", "own_products"]
+        with flipped("own_products", "last_joins"):
+            assert choices().own_products and choices().last_joins
         with pytest.raises(ValueError, match=r"histogran: no such switch; there are pair_rows, .*histogram"):
-            switch_off(["histogran"])
+            switch(["histogran"])
+        with pytest.raises(ValueError, match="megakernel: no such switch"):
+            switch(on=["megakernel"])
     finally:
-        switch_off([])
+        switch()
     assert choices() == GpuChoices()
+
+
+def test_dependent_launches_are_asked_for_only_where_they_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper and later, compiled, and chosen; else the kernels have nothing of it."""
+    cuda, plain = torch.device("cuda"), {"DEPENDENT": False}
+    with flipped("dependent_launch"):
+        assert dependent.launch_options(cuda) == plain, "interpreted"
+        monkeypatch.setattr(dependent, "is_interpreted", lambda: False)
+        assert dependent.launch_options(torch.device("cpu")) == plain
+        for capability, expected in (((8, 9), plain), ((9, 0), {"DEPENDENT": True, "launch_pdl": True})):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+            dependent._knows.cache_clear()
+            assert dependent.launch_options(cuda) == expected
+    assert dependent.launch_options(cuda) == plain, "not chosen"
+    dependent._knows.cache_clear()

@@ -9,15 +9,17 @@ import msgspec
 import pytest
 import torch
 
-from loadtest.gpu.decode import ReplayingCpuDevice
+from loadtest.gpu.devices import ReplayingCpuDevice
 from loadtest.gpu.random_models import random_model
 from shared.protocol import Sampling, Submit, pack_i32
 from tests.unit.worker.loop.simulation import EPOCH
 from tests.unit.worker.models.dense_oracle import load, write
 from tests.unit.worker.models.paged_driver import Driver, Row
 from tests.unit.worker.step.test_torch_runner import Harness
+from worker.device.choices import flipped, without
 from worker.forward import KVCache, PrefillSegment, StepTokens, chunk_spans
 from worker.models.dense import Dense
+from worker.models.layers import GatedMlp, PackedLinear
 from worker.models.moondream import Moondream
 from worker.step.chunk_graphs import SMALL_BUCKETS
 
@@ -79,6 +81,56 @@ def test_fused_families_equal_plain(family: str, settings: dict[str, Any], tmp_p
         assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("stablelm", {"num_hidden_layers": 1, "use_parallel_residual": True}),
+        ("qwen2", {"num_hidden_layers": 1}),
+    ],
+    ids=str,
+)
+def test_families_by_products_of_few_rows_equal_plain(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Gates, biases and sums within products; the first step has more rows than such a product takes. Then the head."""
+    write(tmp_path, family, **settings)
+    model = load(tmp_path)
+    assert isinstance(model, Dense)
+    width = model.embed(torch.tensor([0])).shape[1]
+    hidden = torch.randn(37, width)
+
+    def steps() -> list[torch.Tensor]:
+        driver, row = Driver(model, num_pages=60, kv_dtype=torch.float32), Row()
+        return [
+            driver.step([], [(row, hidden[:34], 0)]),
+            driver.step([(row, hidden[34:35])], [(Row(), hidden[35:], 0)]),
+        ]
+
+    plain = steps()
+    model.fuses = True
+    with flipped("own_products"):
+        found = steps()
+        logits = model._head.fused(plain[-1])
+    for one, other in zip(found, plain, strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-5
+    torch.testing.assert_close(logits, model._head(plain[-1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("rows", [3, 33])
+def test_an_mlp_takes_its_gate_in_the_product(rows: int, gelu: bool) -> None:
+    """33 rows are too many for it; the sum behind both ways is the same."""
+    gate_up = PackedLinear(torch.randn(96, 40) / 6, pack=False, gated=not gelu)
+    mlp = GatedMlp(gate_up, PackedLinear(torch.randn(40, 48) / 6, torch.randn(40), pack=False), gelu=gelu)
+    x, residual = torch.randn(rows, 40), torch.randn(rows, 40)
+    expected = mlp.add(x, residual)
+    torch.testing.assert_close(mlp.fused(x, residual), expected)
+    with flipped("own_products"):
+        assert gate_up.takes_few(x) is (rows == 3)
+        torch.testing.assert_close(mlp.fused(x, residual), expected)
+
+
 def test_a_cut_prefix_is_refused() -> None:
     model = random_model("tiny-moondream", torch.device("cpu"), torch.float32).model
     model.fuses = True
@@ -130,8 +182,11 @@ def test_the_fused_vision_encoder_equals_torch() -> None:
     assert not model.vision.fuses
     model.vision.fuses = True
     fused = model.vision.features(crops)
-    assert fused.shape == plain.shape
-    assert float((fused - plain).norm() / plain.norm()) < 1e-5
+    with without("vision_gelu"):
+        by_kernel = model.vision.features(crops)
+    for found in (fused, by_kernel):
+        assert found.shape == plain.shape
+        assert float((found - plain).norm() / plain.norm()) < 1e-5
 
 
 @pytest.mark.slow
