@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # Two images: `gateway` (no torch, faces clients) and `worker` (torch, faces gateways only).
 #   docker build --target gateway -t degas-gateway .
 #   docker build --target worker -t degas-worker .                              # CPU
@@ -27,7 +26,8 @@ RUN python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('to
 FROM source AS worker-build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG TORCH=torch==2.13.0
-RUN pip install --index-url ${TORCH_INDEX} ${TORCH}
+# An empty TORCH_INDEX is pip's default index.
+RUN pip install ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} ${TORCH}
 RUN pip install -c constraints.txt '.[worker]'
 # The CPU's decode operations for every kind of x86-64 processor: the image that runs has no compiler.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ \

@@ -20,6 +20,7 @@ from gateway.core.flights import Flight
 from gateway.core.metrics import Metrics
 from gateway.core.placement import Placement, Worker
 from gateway.core.tracing import Tracing
+from gateway.decisions.affinity import content_key
 from gateway.decisions.recovery import Recovery, Verdict
 from gateway.faults import fault_fields
 from gateway.generation import GenerateRequest, Listener, RequestError
@@ -51,7 +52,7 @@ class Dispatch:
         self._max_deadline_s = config.request_deadline_s
         self._catalog = catalog
         self._placement = placement
-        self._workers = placement.workers
+        self._workers = placement.by_key
         self._metrics = metrics
         self._tracing = tracing
         self._now = now
@@ -71,7 +72,8 @@ class Dispatch:
         """Admit and send to a worker. Raises `RequestError`."""
         model = self._catalog.current(request.model)
         model.check(request)
-        worker = self._placement.place(model, request.tenant, 1)
+        key = content_key(request.tenant, [image.spec.digest for image in request.images], request.prompt_ids)
+        worker = self._placement.place(model, request.tenant, 1, key)
         now_s = self._now()
         deadline_s = min(request.deadline_s or self._max_deadline_s, self._max_deadline_s)
         flight = Flight(

@@ -10,6 +10,7 @@ from gateway.core.catalog import AnnouncedModel
 from gateway.core.flights import Flight, Flights
 from gateway.core.worker_link import WorkerLink
 from gateway.decisions.admission import Admission, Occupancy
+from gateway.decisions.affinity import Candidate, home
 from gateway.generation import RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode
@@ -35,6 +36,22 @@ class Worker:
     def takes_work(self) -> bool:
         """Whether the worker serves and does not drain."""
         return self.link.ready is not None and not (self.link.beat is not None and self.link.beat.draining)
+
+    @property
+    def num_active(self) -> int:
+        """Requests there: this gateway's, or all gateways' as its last heartbeat said, whichever is more."""
+        beat = self.link.beat
+        return max(self.occupancy.num_active, beat.num_running + beat.num_waiting if beat is not None else 0)
+
+    @property
+    def load(self) -> float:
+        """The share of its places that are taken; 1 is full."""
+        return self.num_active / max(1, self.occupancy.capacity)
+
+    @property
+    def candidate(self) -> Candidate:
+        """What decides whether it is busy."""
+        return Candidate(self.link.endpoint, self.num_active, self.occupancy.max_rows)
 
     def take(self, flight: Flight, sequence_id: int, deadline_s: float) -> None:
         """Send the worker a flight, due within `deadline_s`. After a `RequestError` the flight is not on the worker."""
@@ -66,10 +83,11 @@ class Worker:
 
 
 class Placement:
-    """All configured workers. `on_refused` is told of every refusal for lack of a place."""
+    """All workers that are known. `on_refused` is told of every refusal for lack of a place."""
 
     def __init__(self, admission: Admission, on_refused: Callable[[ErrorCode], None]) -> None:
         self.workers: list[Worker] = []
+        self.by_key: dict[int, Worker] = {}
         self.draining = False
         self.num_returning = (
             0  # accepted requests that wait to be tried again: their places are not given away
@@ -80,15 +98,33 @@ class Placement:
         self._admission = admission
         self._on_refused = on_refused
 
-    def place(self, model: AnnouncedModel, tenant: str, num_new: int) -> Worker:
-        """The ready worker with the most room for a newcomer. Raises `RequestError`."""
+    def add(self, worker: Worker) -> None:
+        """A worker that may be there from now on."""
+        self.workers.append(worker)
+        self.by_key[worker.key] = worker
+
+    def remove(self, worker: Worker) -> None:
+        """A worker that serves nobody is gone for good."""
+        self.workers.remove(worker)
+        del self.by_key[worker.key]
+        if self.reserved is worker:
+            self.reserved = None
+
+    def place(self, model: AnnouncedModel, tenant: str, num_new: int, key: bytes | None = None) -> Worker:
+        """The ready worker with the most room for a newcomer, or the one that has what `key` stands for unless it is busy.
+
+        `key` is `gateway.decisions.affinity.content_key`'s. Raises `RequestError`.
+        """
         self._check_open()
         ready = self._ready(model)
         if not ready:
             raise self.nobody("no worker serves this model at the moment")
         shared = [worker for worker in ready if worker is not self.reserved]
-        best = min(shared or ready, key=lambda worker: worker.occupancy.load)
+        best = self._home(shared or ready, key)
         refusal = self._refusal(best, tenant, num_new)
+        if refusal is not None and key is not None:
+            best = self._home(shared or ready, None)
+            refusal = self._refusal(best, tenant, num_new)
         if refusal is not None:
             self._on_refused(refusal.code)
             raise refusal
@@ -110,7 +146,7 @@ class Placement:
             ready = [worker for worker in ready if worker is self.reserved]
         elif len(ready) > 1:
             ready = [worker for worker in ready if worker is not self.reserved]
-        best = min(ready, key=lambda worker: worker.occupancy.load, default=None)
+        best = min(ready, key=lambda worker: worker.load, default=None)
         return best if best is not None and best.occupancy.num_free > 0 else None
 
     def serves(self, model_id: str) -> bool:
@@ -155,6 +191,13 @@ class Placement:
         if not self.workers:
             return False, "no worker is configured (workers)"
         return False, "no worker is ready"
+
+    def _home(self, ready: list[Worker], key: bytes | None) -> Worker:
+        if key is not None and len(ready) > 1:
+            place = home(key, [worker.candidate for worker in ready])
+            if place is not None:
+                return ready[place]
+        return min(ready, key=lambda worker: worker.load)
 
     def _ready(self, model: AnnouncedModel) -> list[Worker]:
         return [worker for worker in self.workers if worker.model is model and worker.takes_work]
