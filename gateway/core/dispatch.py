@@ -198,6 +198,18 @@ class Dispatch:
         self.recovery.put_back(flight)
         self._note_recovery()
 
+    def on_turned_away(self, flight: Flight) -> bool:
+        """See `FlightEvents`. Nothing speaks against the flight: it goes at once if there is a worker."""
+        if self._placement.draining or flight.worker_key is None:
+            return False
+        self._workers[flight.worker_key].is_leaving = True
+        self._take_off(flight)
+        flight.record.num_attempts -= 1
+        flight.record.lost_s = flight.record.unserved_s = self._now()
+        if not self._send_again(flight):
+            self._note_recovery()
+        return True
+
     def resume(self) -> None:
         """Send those whose turn it is to be tried again, as far as workers have room for them."""
         while batch := self.recovery.next_round(self._now()):

@@ -28,6 +28,7 @@ class Worker:
     flights: Flights
     occupancy: Occupancy
     model: AnnouncedModel | None = None
+    is_leaving: bool = False  # it turned a request away because it drains, before its heartbeat said so
     orphans: list[int] = field(
         default_factory=list
     )  # sequences that the gateway gave up and the worker may still run
@@ -35,7 +36,8 @@ class Worker:
     @property
     def takes_work(self) -> bool:
         """Whether the worker serves and does not drain."""
-        return self.link.ready is not None and not (self.link.beat is not None and self.link.beat.draining)
+        drains = self.is_leaving or (self.link.beat is not None and self.link.beat.draining)
+        return self.link.ready is not None and not drains
 
     @property
     def num_active(self) -> int:

@@ -208,7 +208,7 @@ class Service:
         for other in self._workers:  # every worker of this model now serves the newest announcement
             if other.model is not None and other.model.card.model_id == model.card.model_id:
                 other.model = model
-        worker.model = model
+        worker.model, worker.is_leaving = model, False
         if before is not model:
             log.info("model_served", model=model.card.model_id, family=model.card.family)
         orphans, worker.orphans = worker.orphans, []
