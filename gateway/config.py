@@ -85,6 +85,9 @@ class GatewayConfig(BaseModel):
     request_deadline_s: float = Field(300.0, gt=0, description="wall clock of one request, queueing included")
     body_timeout_s: float = Field(30.0, gt=0, description="how long a body may take to arrive")
     idle_timeout_s: float = Field(30.0, gt=0, description="a connection without a complete request header")
+    drain_notice_s: float = Field(
+        0.0, ge=0, description="after SIGTERM: not ready, but serving for so long, so that balancers notice"
+    )
     drain_deadline_s: float = Field(25.0, ge=0, description="how long streams may go on after SIGTERM")
     write_buffer_bytes: ByteSize = Field(
         ByteSize(256 << 10), ge=4 << 10, description="unread output kept for one client"

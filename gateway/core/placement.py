@@ -91,6 +91,7 @@ class Placement:
         self.workers: list[Worker] = []
         self.by_key: dict[int, Worker] = {}
         self.draining = False
+        self.is_leaving = False  # new work is still taken, but balancers are told to send none
         self.num_returning = (
             0  # accepted requests that wait to be tried again: their places are not given away
         )
@@ -183,7 +184,7 @@ class Placement:
 
     def readiness(self) -> tuple[bool, str]:
         """Whether new work would be served, and why not."""
-        if self.draining:
+        if self.draining or self.is_leaving:
             return False, "shutting down"
         if any(worker.takes_work for worker in self.workers):
             return True, "ready"

@@ -94,6 +94,10 @@ class Service:
         """Whether new work is refused, for good."""
         return self._placement.draining
 
+    def give_notice(self) -> None:
+        """Not ready from now on, while new work is still taken."""
+        self._placement.is_leaving = True
+
     def begin_drain(self) -> None:
         """Refuse new work from now on; what is in flight goes on."""
         self._placement.draining = True
@@ -169,7 +173,8 @@ class Service:
     def readiness(self) -> tuple[bool, str]:
         """See `ServingCore.readiness`."""
         is_ready, reason = self._placement.readiness()
-        return is_ready, reason if is_ready or self.draining else self._pool.problem or reason
+        is_ending = self.draining or self._placement.is_leaving
+        return is_ready, reason if is_ready or is_ending else self._pool.problem or reason
 
     @property
     def workers(self) -> list[Worker]:

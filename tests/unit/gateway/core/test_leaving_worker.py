@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from gateway.decisions.affinity import HEAD_STEP
@@ -17,22 +20,31 @@ LEAVES: dict[str, list[Action]] = {
 }
 
 
+@contextmanager
+def two_workers() -> Iterator[tuple[GatewayThread, FakeWorker, FakeWorker]]:
+    with (
+        FakeWorker() as first,
+        FakeWorker(epoch=2) as second,
+        GatewayThread(workers=[first.endpoint, second.endpoint]) as gateway,
+    ):
+        gateway.wait_for(lambda: all(w.link.ready is not None for w in gateway.gateway.service.workers))
+        yield gateway, first, second
+
+
 @pytest.mark.parametrize("way", LEAVES)
 def test_another_worker_takes_what_a_leaving_one_has_not_begun(way: str) -> None:
-    with FakeWorker() as first, FakeWorker(epoch=2) as second:
-        with GatewayThread(workers=[first.endpoint, second.endpoint]) as gateway:
-            gateway.wait_for(lambda: all(w.link.ready is not None for w in gateway.gateway.service.workers))
-            asked: list[FakeWorker] = []
+    with two_workers() as (gateway, first, second):
+        asked: list[FakeWorker] = []
 
-            def leave_if_first(worker: FakeWorker) -> list[Action]:
-                asked.append(worker)
-                return LEAVES[way] if worker is asked[0] else [*map(Token, text_ids("served")), End()]
+        def leave_if_first(worker: FakeWorker) -> list[Action]:
+            asked.append(worker)
+            return LEAVES[way] if worker is asked[0] else [*map(Token, text_ids("served")), End()]
 
-            first.script, second.script = lambda _: leave_if_first(first), lambda _: leave_if_first(second)
-            for _ in range(4):  # it is not asked again, before its heartbeat says that it drains
-                answer = ask(gateway.url, CHAT, chat())
-                assert answer.status == 200 and b"served" in answer.body
-            assert asked.count(asked[0]) == 1 and len(asked) == 5
+        first.script, second.script = lambda _: leave_if_first(first), lambda _: leave_if_first(second)
+        for _ in range(4):  # it is not asked again, before its heartbeat says that it drains
+            answer = ask(gateway.url, CHAT, chat())
+            assert answer.status == 200 and b"served" in answer.body
+        assert asked.count(asked[0]) == 1 and len(asked) == 5
 
 
 @pytest.mark.parametrize("way", LEAVES)
@@ -58,14 +70,12 @@ def test_what_was_begun_ends_with_its_worker(gateway: GatewayThread, worker: Fak
 
 
 def test_long_prompts_and_their_continuations_meet_on_one_worker() -> None:
-    with FakeWorker() as first, FakeWorker(epoch=2) as second:
-        with GatewayThread(workers=[first.endpoint, second.endpoint]) as gateway:
-            gateway.wait_for(lambda: all(w.link.ready is not None for w in gateway.gateway.service.workers))
-            for number in range(6):
-                before = len(first.submits), len(second.submits)
-                start = f"{number} " + "x" * 4 * HEAD_STEP
-                for end in ("", " and on", " and on and on"):
-                    assert ask(gateway.url, CHAT, chat(start + end)).status == 200
-                after = len(first.submits), len(second.submits)
-                assert sorted((after[0] - before[0], after[1] - before[1])) == [0, 3]
-            assert first.submits and second.submits
+    with two_workers() as (gateway, first, second):
+        for number in range(6):
+            before = len(first.submits), len(second.submits)
+            start = f"{number} " + "x" * 4 * HEAD_STEP
+            for end in ("", " and on", " and on and on"):
+                assert ask(gateway.url, CHAT, chat(start + end)).status == 200
+            after = len(first.submits), len(second.submits)
+            assert sorted((after[0] - before[0], after[1] - before[1])) == [0, 3]
+        assert first.submits and second.submits
