@@ -83,13 +83,16 @@ class Services:
         """Start, and wait until every health check passes."""
         self.compose("up", "-d", "--wait", "--no-build", *words)
 
-    def container(self, service: str, number: int = 1) -> str:
-        """The id of a service's container."""
-        return self.compose("ps", "-q", "--index", str(number), service)
-
     def containers(self, service: str) -> list[str]:
         """The ids of all of a service's containers."""
         return self.compose("ps", "-q", service).split()
+
+    def wait_gone(self, service: str, timeout_s: float = 60.0) -> None:
+        """Block until none of a service's containers runs. Raises AssertionError."""
+        until_s = time.monotonic() + timeout_s
+        while self.compose("ps", "-q", "--status", "running", service):
+            assert time.monotonic() < until_s, f"{service} still runs"
+            time.sleep(0.2)
 
     def inside(self, service: str, *words: str) -> str:
         """What a command printed in a container."""

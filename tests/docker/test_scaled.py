@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -65,7 +66,7 @@ class Load:
 def restart_one_by_one(project: Services, service: str) -> None:
     for container in project.containers(service):
         docker("restart", "-t", "45", container)
-        wait_for(lambda container=container: healthy(container))
+        wait_for(partial(healthy, container))
         time.sleep(3.0)  # until names and health checks have seen it
 
 
@@ -84,21 +85,22 @@ def test_restarting_one_after_the_other_fails_no_request(scaled: Services, servi
     assert set(load.outcomes) == {"ok"} and load.outcomes["ok"] > 10 * NUM_CLIENTS, load.outcomes
 
 
-def num_workers_up(project: Services) -> int:
+def has_workers_up(project: Services, number: int) -> bool:
     metrics = project.inside(
         "gateway",
         "python",
         "-c",
         "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8080/metrics').read().decode())",
     )
-    return sum(line.startswith("degas_worker_up{") and line.endswith(" 1.0") for line in metrics.splitlines())
+    up = [line for line in metrics.splitlines() if line.startswith("degas_worker_up{")]
+    return sum(line.endswith(" 1.0") for line in up) == number
 
 
 def test_workers_are_found_and_forgotten_without_a_restart_of_gateways(scaled: Services) -> None:
     started = [docker("inspect", "-f", "{{.State.StartedAt}}", c) for c in scaled.containers("gateway")]
     for number in (4, 2, 3):
         scaled.up("--scale", f"worker={number}", "--scale", "gateway=2", "--no-recreate")
-        wait_for(lambda number=number: num_workers_up(scaled) == number)
+        wait_for(partial(has_workers_up, scaled, number))
     assert started == [
         docker("inspect", "-f", "{{.State.StartedAt}}", c) for c in scaled.containers("gateway")
     ]
