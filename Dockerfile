@@ -1,5 +1,4 @@
-# syntax=docker/dockerfile:1
-# Two images: `gateway` (no torch, faces clients) and `worker` (torch, faces gateways only).
+# Images: `gateway` (no torch, faces clients), `worker` (torch, faces gateways only), `proxy` (HAProxy, for several gateways).
 #   docker build --target gateway -t degas-gateway .
 #   docker build --target worker -t degas-worker .                              # CPU
 #   docker build --target worker -t degas-worker:cuda \
@@ -11,27 +10,43 @@ WORKDIR /source
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/degas
 ENV PATH=/opt/degas/bin:$PATH
-COPY pyproject.toml setup.py README.md LICENSE constraints.txt ./
+COPY pyproject.toml constraints.txt ./
+# What an extra needs, by itself: this layer stays when only the source has changed.
+RUN printf '%s\n' 'import sys, tomllib' \
+      'project = tomllib.load(open("pyproject.toml", "rb"))["project"]' \
+      'print(*project["dependencies"], *project["optional-dependencies"][sys.argv[1]], sep="\n")' > needs.py \
+ && for extra in gateway worker; do python needs.py $extra > $extra.txt; done
+
+FROM source AS gateway-build
+RUN pip install -c constraints.txt -r gateway.txt
+COPY setup.py README.md LICENSE ./
 COPY shared shared
 COPY gateway gateway
 COPY worker worker
 COPY pocket pocket
 COPY loadtest loadtest
 COPY degas degas
-
-FROM source AS gateway-build
-RUN pip install -c constraints.txt '.[gateway]'
+RUN pip install --no-deps .
 # The gateway's image must not hold torch: it would be 200 MB to 5 GB of what it never imports.
 RUN python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is not None)"
 
 FROM source AS worker-build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG TORCH=torch==2.13.0
-RUN pip install --index-url ${TORCH_INDEX} ${TORCH}
-RUN pip install -c constraints.txt '.[worker]'
+# An empty TORCH_INDEX is pip's default index.
+RUN pip install ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} ${TORCH}
+RUN pip install -c constraints.txt -r worker.txt
+RUN apt-get update && apt-get install -y --no-install-recommends g++
+COPY setup.py README.md LICENSE ./
+COPY shared shared
+COPY gateway gateway
+COPY worker worker
+COPY pocket pocket
+COPY loadtest loadtest
+COPY degas degas
+RUN pip install --no-deps .
 # The CPU's decode operations for every kind of x86-64 processor: the image that runs has no compiler.
-RUN apt-get update && apt-get install -y --no-install-recommends g++ \
- && if [ "$(uname -m)" = x86_64 ]; then cd / && python -m degas.rooms worker.native.build; fi
+RUN if [ "$(uname -m)" = x86_64 ]; then cd / && python -m degas.rooms worker.native.build; fi
 
 FROM python:${PYTHON}-slim-bookworm AS runtime
 RUN groupadd --system --gid 10001 degas \
@@ -58,3 +73,10 @@ EXPOSE 5555
 HEALTHCHECK --interval=5s --timeout=4s --start-period=300s --retries=3 \
   CMD ["python", "-m", "degas.health", "file", "/run/degas/status.json"]
 CMD ["python", "-m", "degas", "serve", "--only", "worker", "--status-file", "/run/degas/status.json"]
+
+FROM python:${PYTHON}-slim-bookworm AS proxy
+RUN apt-get update && apt-get install -y --no-install-recommends haproxy && rm -rf /var/lib/apt/lists/*
+COPY deploy/proxy/haproxy.cfg /etc/haproxy/haproxy.cfg
+USER haproxy
+EXPOSE 8080 8081
+CMD ["haproxy", "-W", "-db", "-f", "/etc/haproxy/haproxy.cfg"]

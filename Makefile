@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Processes that `make test` spreads the test files over; WORKERS=0 runs all of them in one.
 WORKERS ?= 2
 
-.PHONY: serve test check setup pocket mutants soak constraints clean help
+.PHONY: serve test test-docker check setup pocket mutants soak constraints clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -21,6 +21,9 @@ serve: $(VENV)/.serve $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)  ## serv
 
 test: $(VENV)/.dev  ## run every test
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-docker: $(VENV)/.dev  ## build the images and try compose.yaml for real; needs a Docker engine and Compose 2.24
+	@DEGAS_TEST_DOCKER=1 $(BIN)/python -m pytest --timeout=1900 tests/docker $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .

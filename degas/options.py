@@ -38,6 +38,9 @@ class ServeOptions:
     gateway_command: tuple[str, ...] = (sys.executable, "-m", "degas.rooms", "gateway")
     preload: bool = True  # fork workers from a process that has loaded their libraries
     drain_s: float = 25.0  # how long streams may go on after SIGTERM
+    drain_notice_s: float = (
+        0.0  # for how long before that the gateway serves on while it says that it is not ready
+    )
     worker_grace_s: float = 10.0
     start_timeout_s: float = 900.0
     gateway_silence_s: float = 20.0

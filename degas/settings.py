@@ -122,6 +122,7 @@ def serve_options(effective: Mapping[str, Effective]) -> ServeOptions:
             if name not in ("HOST", "PORT", "GRPC_PORT")
         },
         drain_s=gateway.drain_deadline_s,
+        drain_notice_s=gateway.drain_notice_s,
         worker_grace_s=alone_s if serve.worker_grace_s is None else serve.worker_grace_s,
         start_timeout_s=serve.start_timeout_s,
         gateway_silence_s=serve.gateway_silence_s,

@@ -246,7 +246,8 @@ class Supervisor:
             await asyncio.gather(halt, checks, return_exceptions=True)
 
     async def _stop(self, post: Post, child: Child) -> None:
-        grace_s = self._options.drain_s if post.role == "gateway" else self._options.worker_grace_s
+        drain_s = self._options.drain_notice_s + self._options.drain_s
+        grace_s = drain_s if post.role == "gateway" else self._options.worker_grace_s
         if post.role == "gateway":
             self._view.note(f"draining: streams have up to {grace_s:g} s; a second signal ends them now")
         if not await child.stop(grace_s + KILL_MARGIN_S, self._forced):

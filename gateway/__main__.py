@@ -1,12 +1,13 @@
 """Owns the gateway process: its loop, its listening sockets and its end. `python -m gateway` runs it.
 
-The order of the end: readiness turns 503 and new work is refused; streams go on up to the deadline; what is
-left gets `shutting_down`; only then are connections closed, so that nobody sees a bare reset.
+The order of the end: readiness turns 503; after the notice, if there is one, new work is refused; streams go on up to the
+deadline; what is left gets `shutting_down`; only then are connections closed, so that nobody sees a bare reset.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import importlib
@@ -174,6 +175,11 @@ async def serve(config: GatewayConfig, on_listening: Callable[[Gateway], None] |
     if on_listening is not None:
         on_listening(gateway)
     await asked.wait()
+    if config.drain_notice_s:
+        log.info("leaving", notice_s=config.drain_notice_s)
+        gateway.service.give_notice()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(hurried.wait(), config.drain_notice_s)
     draining = asyncio.create_task(gateway.stop())
     hurry = asyncio.create_task(hurried.wait())
     await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)

@@ -41,7 +41,12 @@ class GatewayConfig(BaseModel):
     )
 
     workers: tuple[str, ...] = Field(
-        (), description="their endpoints, ipc://<path> or tcp://<host>:<port>; `degas serve` has its own"
+        (),
+        description="their endpoints, ipc://<path>, tcp://<host>:<port>, or dns://<name>:<port> for every address of a "
+        "name; `degas serve` has its own",
+    )
+    worker_lookup_s: float = Field(
+        2.0, ge=0.1, le=300, description="how often the names of dns:// endpoints are looked up"
     )
     default_model: str | None = Field(
         None, description="the model of requests that name none; none: the first that was announced"
@@ -50,7 +55,8 @@ class GatewayConfig(BaseModel):
         default_factory=dict, description="other names a served model answers to, as JSON: {alias: model id}"
     )
     curve_key_dir: str | None = Field(
-        None, description="folder with worker.key and gateway.key_secret; used for every tcp:// worker"
+        None,
+        description="folder with worker.key and gateway.key_secret; used for every tcp:// and dns:// worker",
     )
     retry_wait_s: float = Field(30.0, ge=0, description="how long unstarted requests wait for a new worker")
 
@@ -79,6 +85,9 @@ class GatewayConfig(BaseModel):
     request_deadline_s: float = Field(300.0, gt=0, description="wall clock of one request, queueing included")
     body_timeout_s: float = Field(30.0, gt=0, description="how long a body may take to arrive")
     idle_timeout_s: float = Field(30.0, gt=0, description="a connection without a complete request header")
+    drain_notice_s: float = Field(
+        0.0, ge=0, description="after SIGTERM: not ready, but serving for so long, so that balancers notice"
+    )
     drain_deadline_s: float = Field(25.0, ge=0, description="how long streams may go on after SIGTERM")
     write_buffer_bytes: ByteSize = Field(
         ByteSize(256 << 10), ge=4 << 10, description="unread output kept for one client"
@@ -143,8 +152,10 @@ class GatewayConfig(BaseModel):
     @classmethod
     def _check_workers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for endpoint in value:
-            if not re.fullmatch(r"(ipc://.+|tcp://[^/]+:\d+)", endpoint):
-                raise ValueError(f"{endpoint!r} is not ipc://<path> or tcp://<host>:<port>")
+            if not re.fullmatch(r"(ipc://.+|(tcp|dns)://[^/]+:\d{1,5})", endpoint):
+                raise ValueError(
+                    f"{endpoint!r} is not ipc://<path>, tcp://<host>:<port> or dns://<name>:<port>"
+                )
         if len(set(value)) != len(value):
             raise ValueError("the same endpoint is given twice")
         return value

@@ -20,6 +20,7 @@ from gateway.core.flights import Flight
 from gateway.core.metrics import Metrics
 from gateway.core.placement import Placement, Worker
 from gateway.core.tracing import Tracing
+from gateway.decisions.affinity import content_key
 from gateway.decisions.recovery import Recovery, Verdict
 from gateway.faults import fault_fields
 from gateway.generation import GenerateRequest, Listener, RequestError
@@ -51,7 +52,7 @@ class Dispatch:
         self._max_deadline_s = config.request_deadline_s
         self._catalog = catalog
         self._placement = placement
-        self._workers = placement.workers
+        self._workers = placement.by_key
         self._metrics = metrics
         self._tracing = tracing
         self._now = now
@@ -71,7 +72,8 @@ class Dispatch:
         """Admit and send to a worker. Raises `RequestError`."""
         model = self._catalog.current(request.model)
         model.check(request)
-        worker = self._placement.place(model, request.tenant, 1)
+        key = content_key(request.tenant, [image.spec.digest for image in request.images], request.prompt_ids)
+        worker = self._placement.place(model, request.tenant, 1, key)
         now_s = self._now()
         deadline_s = min(request.deadline_s or self._max_deadline_s, self._max_deadline_s)
         flight = Flight(
@@ -195,6 +197,18 @@ class Dispatch:
         flight.record.num_attempts -= 1
         self.recovery.put_back(flight)
         self._note_recovery()
+
+    def on_turned_away(self, flight: Flight) -> bool:
+        """See `FlightEvents`. Nothing speaks against the flight: it goes at once if there is a worker."""
+        if self._placement.draining or flight.worker_key is None:
+            return False
+        self._workers[flight.worker_key].is_leaving = True
+        self._take_off(flight)
+        flight.record.num_attempts -= 1
+        flight.record.lost_s = flight.record.unserved_s = self._now()
+        if not self._send_again(flight):
+            self._note_recovery()
+        return True
 
     def resume(self) -> None:
         """Send those whose turn it is to be tried again, as far as workers have room for them."""

@@ -39,6 +39,9 @@ class FlightEvents(Protocol):
     def stop_sequence(self, flight: Flight) -> None:
         """The worker should stop the flight's sequence: the gateway has settled its outcome."""
 
+    def on_turned_away(self, flight: Flight) -> bool:
+        """The flight's worker is leaving and will not begin it. False: nobody else may take it, it ends."""
+
 
 class Flight:
     """One accepted request on its way. Also the `RunningStream` handle its interface holds."""
@@ -160,17 +163,22 @@ class Flights:
             )
         for finish in outputs.finishes:
             flight = by_id.get(finish.sequence_id)
-            if flight is not None:
+            if flight is not None and not self._is_elsewhere(flight, finish.code):
                 self._on_finish(flight, finish)
 
     def on_rejected(self, rejected: wire.Rejected) -> None:
         """End one flight with the worker's refusal."""
         flight = self.by_id.get(rejected.sequence_id)
-        if flight is not None:
+        if flight is not None and not self._is_elsewhere(flight, rejected.code):
             message = rejected.message or f"the worker refused this request: {rejected.code.value}"
             param = rejected.param or None
             wait_s = rejected.retry_after_s
             flight.fail(RequestError(rejected.code, message, param=param, retry_after_s=wait_s))
+
+    def _is_elsewhere(self, flight: Flight, code: ErrorCode | None) -> bool:
+        """Whether a flight that a leaving worker never began goes to another one, now or later."""
+        is_unbegun = code is ErrorCode.SHUTTING_DOWN and flight.state.next_index == 0
+        return is_unbegun and self._events.on_turned_away(flight)
 
     def _on_token(
         self,

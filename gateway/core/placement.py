@@ -10,6 +10,7 @@ from gateway.core.catalog import AnnouncedModel
 from gateway.core.flights import Flight, Flights
 from gateway.core.worker_link import WorkerLink
 from gateway.decisions.admission import Admission, Occupancy
+from gateway.decisions.affinity import Candidate, home
 from gateway.generation import RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode
@@ -27,6 +28,7 @@ class Worker:
     flights: Flights
     occupancy: Occupancy
     model: AnnouncedModel | None = None
+    is_leaving: bool = False  # it turned a request away because it drains, before its heartbeat said so
     orphans: list[int] = field(
         default_factory=list
     )  # sequences that the gateway gave up and the worker may still run
@@ -34,7 +36,24 @@ class Worker:
     @property
     def takes_work(self) -> bool:
         """Whether the worker serves and does not drain."""
-        return self.link.ready is not None and not (self.link.beat is not None and self.link.beat.draining)
+        drains = self.is_leaving or (self.link.beat is not None and self.link.beat.draining)
+        return self.link.ready is not None and not drains
+
+    @property
+    def num_active(self) -> int:
+        """Requests there: this gateway's, or all gateways' as its last heartbeat said, whichever is more."""
+        beat = self.link.beat
+        return max(self.occupancy.num_active, beat.num_running + beat.num_waiting if beat is not None else 0)
+
+    @property
+    def load(self) -> float:
+        """The share of its places that are taken; 1 is full."""
+        return self.num_active / max(1, self.occupancy.capacity)
+
+    @property
+    def candidate(self) -> Candidate:
+        """What decides whether it is busy."""
+        return Candidate(self.link.endpoint, self.num_active, self.occupancy.max_rows)
 
     def take(self, flight: Flight, sequence_id: int, deadline_s: float) -> None:
         """Send the worker a flight, due within `deadline_s`. After a `RequestError` the flight is not on the worker."""
@@ -66,11 +85,13 @@ class Worker:
 
 
 class Placement:
-    """All configured workers. `on_refused` is told of every refusal for lack of a place."""
+    """All workers that are known. `on_refused` is told of every refusal for lack of a place."""
 
     def __init__(self, admission: Admission, on_refused: Callable[[ErrorCode], None]) -> None:
         self.workers: list[Worker] = []
+        self.by_key: dict[int, Worker] = {}
         self.draining = False
+        self.is_leaving = False  # new work is still taken, but balancers are told to send none
         self.num_returning = (
             0  # accepted requests that wait to be tried again: their places are not given away
         )
@@ -80,15 +101,33 @@ class Placement:
         self._admission = admission
         self._on_refused = on_refused
 
-    def place(self, model: AnnouncedModel, tenant: str, num_new: int) -> Worker:
-        """The ready worker with the most room for a newcomer. Raises `RequestError`."""
+    def add(self, worker: Worker) -> None:
+        """A worker that may be there from now on."""
+        self.workers.append(worker)
+        self.by_key[worker.key] = worker
+
+    def remove(self, worker: Worker) -> None:
+        """A worker that serves nobody is gone for good."""
+        self.workers.remove(worker)
+        del self.by_key[worker.key]
+        if self.reserved is worker:
+            self.reserved = None
+
+    def place(self, model: AnnouncedModel, tenant: str, num_new: int, key: bytes | None = None) -> Worker:
+        """The ready worker with the most room for a newcomer, or the one that has what `key` stands for unless it is busy.
+
+        `key` is `gateway.decisions.affinity.content_key`'s. Raises `RequestError`.
+        """
         self._check_open()
         ready = self._ready(model)
         if not ready:
             raise self.nobody("no worker serves this model at the moment")
         shared = [worker for worker in ready if worker is not self.reserved]
-        best = min(shared or ready, key=lambda worker: worker.occupancy.load)
+        best = self._home(shared or ready, key)
         refusal = self._refusal(best, tenant, num_new)
+        if refusal is not None and key is not None:
+            best = self._home(shared or ready, None)
+            refusal = self._refusal(best, tenant, num_new)
         if refusal is not None:
             self._on_refused(refusal.code)
             raise refusal
@@ -110,7 +149,7 @@ class Placement:
             ready = [worker for worker in ready if worker is self.reserved]
         elif len(ready) > 1:
             ready = [worker for worker in ready if worker is not self.reserved]
-        best = min(ready, key=lambda worker: worker.occupancy.load, default=None)
+        best = min(ready, key=lambda worker: worker.load, default=None)
         return best if best is not None and best.occupancy.num_free > 0 else None
 
     def serves(self, model_id: str) -> bool:
@@ -145,7 +184,7 @@ class Placement:
 
     def readiness(self) -> tuple[bool, str]:
         """Whether new work would be served, and why not."""
-        if self.draining:
+        if self.draining or self.is_leaving:
             return False, "shutting down"
         if any(worker.takes_work for worker in self.workers):
             return True, "ready"
@@ -155,6 +194,13 @@ class Placement:
         if not self.workers:
             return False, "no worker is configured (workers)"
         return False, "no worker is ready"
+
+    def _home(self, ready: list[Worker], key: bytes | None) -> Worker:
+        if key is not None and len(ready) > 1:
+            place = home(key, [worker.candidate for worker in ready])
+            if place is not None:
+                return ready[place]
+        return min(ready, key=lambda worker: worker.load)
 
     def _ready(self, model: AnnouncedModel) -> list[Worker]:
         return [worker for worker in self.workers if worker.model is model and worker.takes_work]

@@ -28,6 +28,7 @@ from gateway.core.recordings import Recordings
 from gateway.core.tokens import TokenizerError
 from gateway.core.tracing import Tracing
 from gateway.core.worker_link import WorkerLink
+from gateway.core.worker_pool import WorkerPool
 from gateway.decisions.admission import Admission
 from gateway.generation import (
     GenerateRequest,
@@ -60,7 +61,7 @@ class Service:
         self._placement = Placement(self._admission, self.metrics.on_refused)
         self._catalog = Catalog(config)
         self._workers = self._placement.workers
-        self._by_link: dict[WorkerLink, Worker] = {}
+        self._pool = WorkerPool(self._placement, self._make_worker, interval_s=config.worker_lookup_s)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._recordings = Recordings()
         self._tracing = Tracing(config.otlp_endpoint, self.gateway_id) if config.otlp_endpoint else None
@@ -71,29 +72,31 @@ class Service:
     # ------------------------------------------------------------ life
 
     async def start(self) -> None:
-        """Connect to every worker of the configuration. Raises `shared.settings.ConfigError` for bad keys."""
+        """Reach for every worker of the configuration. Raises `shared.settings.ConfigError` for bad keys."""
         await self.images.start()
-        for key, endpoint in enumerate(self.config.workers):
-            link = WorkerLink(
-                endpoint,
-                self,
-                self._context,
-                gateway_id=self.gateway_id,
-                curve_key_dir=self.config.curve_key_dir,
-                now=self._now,
-            )
-            flights = Flights(self._dispatch, link.note, self._now)
-            worker = Worker(key, link, flights, self._admission.occupancy(0, 0))
-            self._workers.append(worker)
-            self._by_link[link] = worker
-        for worker in self._workers:
-            worker.link.open()
+        self._pool.start(self.config.workers)
         self._dispatch.start()
+
+    def _make_worker(self, key: int, endpoint: str) -> Worker:
+        link = WorkerLink(
+            endpoint,
+            self,
+            self._context,
+            gateway_id=self.gateway_id,
+            curve_key_dir=self.config.curve_key_dir,
+            now=self._now,
+        )
+        flights = Flights(self._dispatch, link.note, self._now)
+        return Worker(key, link, flights, self._admission.occupancy(0, 0))
 
     @property
     def draining(self) -> bool:
         """Whether new work is refused, for good."""
         return self._placement.draining
+
+    def give_notice(self) -> None:
+        """Not ready from now on, while new work is still taken."""
+        self._placement.is_leaving = True
 
     def begin_drain(self) -> None:
         """Refuse new work from now on; what is in flight goes on."""
@@ -117,8 +120,7 @@ class Service:
         self.begin_drain()
         self.end_all(RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down"))
         self._dispatch.stop()
-        for worker in self._workers:
-            worker.link.close()
+        self._pool.stop()
         await self.images.stop()
         await self.grammars.stop()
         self._context.destroy(linger=0)
@@ -170,11 +172,13 @@ class Service:
 
     def readiness(self) -> tuple[bool, str]:
         """See `ServingCore.readiness`."""
-        return self._placement.readiness()
+        is_ready, reason = self._placement.readiness()
+        is_ending = self.draining or self._placement.is_leaving
+        return is_ready, reason if is_ready or is_ending else self._pool.problem or reason
 
     @property
     def workers(self) -> list[Worker]:
-        """Every configured worker, for metrics and the admin page."""
+        """Every worker that is known, for metrics and the admin page."""
         return self._workers
 
     @property
@@ -198,7 +202,7 @@ class Service:
 
     def on_ready(self, link: WorkerLink, tokenizer_json: bytes, chat_template: bytes) -> None:
         """See `WorkerEvents`."""
-        worker = self._by_link[link]
+        worker = self._pool.of(link)
         assert link.ready is not None
         before = worker.model
         try:
@@ -209,7 +213,7 @@ class Service:
         for other in self._workers:  # every worker of this model now serves the newest announcement
             if other.model is not None and other.model.card.model_id == model.card.model_id:
                 other.model = model
-        worker.model = model
+        worker.model, worker.is_leaving = model, False
         if before is not model:
             log.info("model_served", model=model.card.model_id, family=model.card.family)
         orphans, worker.orphans = worker.orphans, []
@@ -221,18 +225,18 @@ class Service:
     def on_outputs(self, link: WorkerLink, outputs: wire.StepOutputs) -> None:
         """See `WorkerEvents`."""
         try:
-            self._by_link[link].flights.on_outputs(outputs)
+            self._pool.of(link).flights.on_outputs(outputs)
         except ValueError:
             link.note("malformed")
 
     def on_rejected(self, link: WorkerLink, rejected: wire.Rejected) -> None:
         """See `WorkerEvents`."""
         self.metrics.on_refused(rejected.code)
-        self._dispatch.on_rejected(self._by_link[link], rejected)
+        self._dispatch.on_rejected(self._pool.of(link), rejected)
 
     def on_beat(self, link: WorkerLink, beat: wire.Beat) -> None:
         """See `WorkerEvents`."""
-        self._by_link[link].occupancy.on_beat(beat.drain_rate, beat.num_waiting)
+        self._pool.of(link).occupancy.on_beat(beat.drain_rate, beat.num_waiting)
 
     def on_recording(self, link: WorkerLink, recording: bytes) -> None:
         """See `WorkerEvents`."""
@@ -240,4 +244,4 @@ class Service:
 
     def on_lost(self, link: WorkerLink, error: RequestError) -> None:
         """See `WorkerEvents`."""
-        self._dispatch.on_lost(self._by_link[link], error)
+        self._dispatch.on_lost(self._pool.of(link), error)

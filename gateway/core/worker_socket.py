@@ -68,6 +68,7 @@ class WorkerSocket:
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
+        self._socket.setsockopt(zmq.IPV6, endpoint.startswith("tcp://["))
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 6000)
         if endpoint.startswith("tcp://") and curve_key_dir is not None:

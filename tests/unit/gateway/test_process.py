@@ -120,6 +120,18 @@ def test_sigterm_drains_and_no_prompt_is_ever_logged(
         assert "nobody may log" not in log and picture[30:50] not in log and "Traceback" not in log
 
 
+def test_before_it_drains_it_serves_on_while_it_says_that_it_is_not_ready(worker: FakeWorker) -> None:
+    with Process(workers=worker.endpoint, drain_notice_s=30) as process:
+        url = process.wait_event("gateway_listening")["url"]
+        process.wait_event("model_served")
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_event("leaving")
+        assert ask(url, "/readyz").status == 503
+        assert ask(url, "/v1/query", {"question": "still there?"}).status == 200
+        process.popen.send_signal(signal.SIGTERM)  # who is in a hurry asks twice
+        assert process.end() == 0
+
+
 @pytest.mark.slow
 def test_bad_settings_end_with_one_clear_line() -> None:
     with Process(prot=1) as process:

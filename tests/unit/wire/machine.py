@@ -183,7 +183,8 @@ class Service(RuleBasedStateMachine):
         if before_launch:
             self.world.deliver()
             for node in self.world.nodes:
-                if node.serves and not any(KILL_TOKEN in seq.tokens for seq in node.sim.scheduler.waiting):
+                deadly = any(KILL_TOKEN in seq.tokens for seq in node.sim.scheduler.waiting)
+                if node.serves and not node.device_lost and not deadly:
                     node.sim.engine._plan_and_launch()
             self.world.within(client.cancel)
             self.world.deliver()

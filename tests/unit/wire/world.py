@@ -168,7 +168,7 @@ class WatchedService(Service):
 
     def on_lost(self, link: WorkerLink, error: RequestError) -> None:
         self.num_losses += 1
-        flights = list(self._by_link[link].flights.by_id.values())
+        flights = list(self._pool.of(link).flights.by_id.values())
         before = [(flight, flight.has_shown) for flight in flights]
         if not link.was_silent:
             self.crashes.append({flight.request_id for flight in flights})
@@ -189,7 +189,7 @@ class WatchedService(Service):
                 )
             if code is ErrorCode.QUARANTINED:
                 self._check_evidence(flight.request_id)
-            if flight in flights and flight.sequence_id in self._by_link[link].flights.by_id:
+            if flight in flights and flight.sequence_id in self._pool.of(link).flights.by_id:
                 self.faults.append(f"{flight.request_id} is still on the worker that was lost")
 
     def _check_evidence(self, request_id: str) -> None:

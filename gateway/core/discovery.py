@@ -1,0 +1,100 @@
+"""Owns looking up the names that workers are found under, again and again. Gateway's loop; the lookups run on threads.
+
+`dns://worker:5555` stands for every address of the name: a Compose service's containers, the pods of a headless service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+
+from gateway.decisions.membership import Membership
+from gateway.faults import fault_fields
+
+SCHEME: Final = "dns://"
+_LOOKUP_TIMEOUT_S: Final = 10.0
+
+log = structlog.get_logger(__name__)
+
+Lookup = Callable[[str, int], Awaitable[frozenset[str]]]
+
+
+async def look_up(host: str, port: int) -> frozenset[str]:
+    """The `tcp://` endpoints of a name. Raises OSError when there are none, TimeoutError when nobody answers."""
+    async with asyncio.timeout(_LOOKUP_TIMEOUT_S):
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return frozenset(
+        f"tcp://[{address[0]}]:{port}" if family == socket.AF_INET6 else f"tcp://{address[0]}:{port}"
+        for family, _, _, _, address in found
+    )
+
+
+class Discovery:
+    """One name, looked up every `interval_s`.
+
+    `join` and `leave` are told of endpoints that come and go, `is_idle` says whether nobody is reached at one. A lookup that
+    fails changes nothing: `problem` tells of it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        interval_s: float,
+        join: Callable[[str], None],
+        leave: Callable[[str], None],
+        is_idle: Callable[[str], bool],
+        lookup: Lookup | None = None,
+    ) -> None:
+        """`name` is `dns://<host>:<port>`."""
+        host, _, port = name.removeprefix(SCHEME).rpartition(":")
+        self.name = name
+        self.problem = ""  # of the last lookup; empty if it had an answer
+        self._host, self._port = host.strip("[]"), int(port)
+        self._interval_s = interval_s
+        self._join, self._leave, self._is_idle = join, leave, is_idle
+        self._lookup = lookup or look_up
+        self._members = Membership()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Look up from now on; call once, on the running loop."""
+        self._task = asyncio.create_task(self._run(), name=f"discovery {self.name}")
+
+    def stop(self) -> None:
+        """Look up no more. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def once(self) -> None:
+        """Look up once, and tell what changed."""
+        try:
+            found = await self._lookup(self._host, self._port)
+        except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
+            problem = f"{self.name} was not found: {error or 'nobody answered'}"
+            if problem != self.problem:
+                log.warning("discovery_failed", name=self.name, reason=str(error) or "nobody answered")
+            self.problem = problem
+            return
+        if self.problem:
+            log.info("discovery_recovered", name=self.name)
+        self.problem = ""
+        new, gone = self._members.on_answer(found, self._is_idle)
+        for endpoint in new:
+            log.info("worker_found", name=self.name, endpoint=endpoint)
+            self._join(endpoint)
+        for endpoint in gone:
+            log.info("worker_forgotten", name=self.name, endpoint=endpoint)
+            self._leave(endpoint)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.once()
+            except Exception as fault:  # one lookup's fault must not end the looking
+                log.error("discovery_fault", name=self.name, **fault_fields(fault))
+            await asyncio.sleep(self._interval_s)
