@@ -42,6 +42,8 @@ class ModelTokens:
             self._tokenizer = _read(self._json)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"the worker's tokenizer cannot be read: {error}") from None
+        # Metaspace drops what stands for a space in words, not a space that was spelt as a byte.
+        self._keeps_space_byte = '"Metaspace"' in msgspec.json.encode(layout.get("decoder")).decode()
         self.digest = hashlib.sha256(tokenizer_json).hexdigest()
         self._tokenizer.encode_special_tokens = True  # what a user types is text, never a control token
         self._parsing: Tokenizer | None = None
@@ -89,7 +91,13 @@ class ModelTokens:
     def decode(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Text of all ids at once."""
         text = self.decode_on(token_ids, keep_special=keep_special)
-        return text[1:] if self.drops_first_space and text.startswith(" ") else text
+        if not self.drops_first_space or not text.startswith(" "):
+            return text
+        if self._keeps_space_byte:
+            first = next((i for i in token_ids if keep_special or self.is_shown(i)), -1)
+            if first in self._partial_ids:
+                return text
+        return text[1:]
 
     def decode_on(self, token_ids: Sequence[int], *, keep_special: bool = False) -> str:
         """Text of ids that stand within a text: a first space is kept."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -54,6 +54,8 @@ def test_a_first_space_is_kept_in_streams_and_dropped_from_whole_texts(metaspace
     assert detokenizer.step(ids[1]) + detokenizer.step(ids[2]) == " upon a"
 
 
+@example([len(SPECIALS) + ord(" ")])
+@example([1, len(SPECIALS) + ord(" "), len(SPECIALS) + 256])
 @given(st.lists(st.integers(0, len(SPECIALS) + 256 + len(WORDS) - 1), max_size=12))
 def test_whole_texts_are_the_librarys_own(ids: list[int]) -> None:
     for library in (LIBRARY, METASPACE):
