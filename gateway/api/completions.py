@@ -37,6 +37,19 @@ _DEFAULT_MAX_TOKENS: Final = 16  # OpenAI's
 _MAX_PROMPTS: Final = 64
 _KIND: Final = "text_completion"
 
+_TEXT, _ID = {"type": "string"}, {"type": "integer", "minimum": 0}
+_PROMPT_FORMS: Final = [
+    _TEXT,
+    {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": _MAX_PROMPTS},
+    {"type": "array", "items": _ID, "minItems": 1},
+    {
+        "type": "array",
+        "items": {"type": "array", "items": _ID, "minItems": 1},
+        "minItems": 1,
+        "maxItems": _MAX_PROMPTS,
+    },
+]
+
 _encode = msgspec.json.encode
 TokenIds = Annotated[list[Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]], Meta(min_length=1)]
 
@@ -46,7 +59,7 @@ class CompletionBody(SamplingFields, kw_only=True):
 
     REFUSED = ("suffix",)
 
-    prompt: Any
+    prompt: Annotated[Any, Meta(extra_json_schema={"anyOf": _PROMPT_FORMS})]
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     suffix: str | None = None
