@@ -135,13 +135,26 @@ def _answers(operation: Operation, refs: dict[Any, Json]) -> Json:
             said[str(status)] = {"description": (answer.__doc__ or "").strip(), "content": content}
         if operation.stream is not None and status == 200:
             media, event = operation.stream
-            events = {"anyOf": [refs[kind] for kind in _members(event)]}
-            said["200"]["content"][media] = {
-                "schema": {"type": "string", "description": "Where `stream` is true."},
-                "x-events": events["anyOf"][0] if len(events["anyOf"]) == 1 else events,
-            }
+            said["200"]["content"][media] = {"schema": _streamed(media, event, refs)}
         said[str(status)]["headers"] = {"x-request-id": {"$ref": "#/components/headers/RequestId"}}
     return said
+
+
+def _streamed(media: str, event: Any, refs: dict[Any, Json]) -> Json:
+    """One event, or one line. OpenAPI 3.1 has no word for a sequence of them."""
+    kinds = [refs[kind] for kind in _members(event)]
+    data: Json = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+    if media != "text/event-stream":
+        return {"description": "One line, where the answer streams.", **data}
+    return {
+        "type": "object",
+        "description": "One event, where `stream` is true. OpenAI's older interfaces end with the data `[DONE]`.",
+        "properties": {
+            "event": {"type": "string"},
+            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": data},
+        },
+        "required": ["data"],
+    }
 
 
 def _errors(operation: Operation, refs: dict[Any, Json]) -> Json:
