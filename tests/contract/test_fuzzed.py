@@ -26,7 +26,10 @@ LEFT_OUT = ("/debug/trace",)  # answers when so many steps have run
 DOCUMENT = json.loads(openapi.document())
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 WITH_BODY = [
-    (method, path) for path, item in DOCUMENT["paths"].items() for method in item if "requestBody" in item[method]
+    (method, path)
+    for path, item in DOCUMENT["paths"].items()
+    for method in item
+    if "requestBody" in item[method]
 ]
 WITHOUT = [
     (method, path)
@@ -80,7 +83,9 @@ def ask_all(gateway: GatewayThread, method: str, path: str, mode: GenerationMode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
+@pytest.mark.parametrize(
+    "mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value
+)
 @pytest.mark.parametrize(("method", "path"), WITH_BODY, ids=[path for _, path in WITH_BODY])
 def test_bodies(
     moondream: GatewayThread, chatty: GatewayThread, mode: GenerationMode, method: str, path: str

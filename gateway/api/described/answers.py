@@ -127,7 +127,7 @@ class ChatCompletion(Told, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: TokenUsage
-    prompt_logprobs: PromptLogprobs | None | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType | None = UNSET
 
 
 class FunctionDelta(Told, kw_only=True):
@@ -172,8 +172,8 @@ class ChatChunk(Told, kw_only=True):
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: TokenUsage | None | UnsetType = UNSET
-    prompt_logprobs: PromptLogprobs | None | UnsetType = UNSET
+    usage: TokenUsage | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType | None = UNSET
 
 
 class CompletionLogprobs(Told, kw_only=True):
@@ -192,7 +192,7 @@ class CompletionChoice(Told, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length", "deadline"] | None
-    prompt_logprobs: PromptLogprobs | None | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType | None = UNSET
 
 
 class TextCompletion(Told, kw_only=True):
@@ -203,7 +203,7 @@ class TextCompletion(Told, kw_only=True):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: TokenUsage | None | UnsetType = UNSET
+    usage: TokenUsage | UnsetType | None = UNSET
 
 
 class ModelDefaults(Told, kw_only=True):

@@ -33,7 +33,7 @@ _PHRASES: Final = {
 }
 _IGNORED_TEXT: Final = "Accepted, and changes nothing here."
 _REFUSED_TEXT: Final = "Not supported: refused unless it asks for nothing."
-_KEYED: Final = [{"bearer": []}, {"x-api-key": []}, {"x-moondream-auth": []}, {}]
+_KEYED: Final[list[Json]] = [{"bearer": []}, {"x-api-key": []}, {"x-moondream-auth": []}, {}]
 _TAGS: Final = {
     "OpenAI": "Chat, completions, responses and models, as OpenAI's clients ask for them.",
     "Anthropic": "Messages, as Anthropic's clients ask for them.",
@@ -192,11 +192,11 @@ def _wanted() -> list[type[msgspec.Struct]]:
     found: dict[type[msgspec.Struct], None] = {}
 
     def add(annotation: Any) -> None:
-        if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
-            if annotation not in found:
-                found[annotation] = None
-                for field in msgspec.structs.fields(annotation):
-                    add(field.type)
+        is_struct = isinstance(annotation, type) and issubclass(annotation, msgspec.Struct)
+        if is_struct and annotation not in found:
+            found[annotation] = None
+            for field in msgspec.structs.fields(annotation):
+                add(field.type)
         for inner in typing.get_args(annotation):
             add(inner)
 

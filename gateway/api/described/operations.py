@@ -322,7 +322,14 @@ _REFUSED: Final = tuple(
         "Ollama",
         "Refused: models are not managed over HTTP, and none makes embeddings",
         parameters=(
-            ({"name": "digest", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}},)
+            (
+                {
+                    "name": "digest",
+                    "in": "path",
+                    "required": True,
+                    "schema": {"type": "string", "minLength": 1},
+                },
+            )
             if "{digest}" in name
             else ()
         ),

@@ -48,23 +48,17 @@ def test_every_route_is_described_and_nothing_else(served: GatewayThread) -> Non
         for route in app.router.routes()
         if route.resource is not None
         and route.method != "HEAD"
-        and (
-            getattr(route.handler, "public_group", None) != "page" or route.resource.canonical == "/docs"
-        )
+        and (getattr(route.handler, "public_group", None) != "page" or route.resource.canonical == "/docs")
     }
     any_method = {path for method, path in routes if method == "*"}
-    described = {
-        (method.upper(), path) for path, item in DOCUMENT["paths"].items() for method in item
-    }
-    assert {one for one in described if one[1] not in any_method} == {
-        one for one in routes if one[0] != "*"
-    }
+    described = {(method.upper(), path) for path, item in DOCUMENT["paths"].items() for method in item}
+    assert {one for one in described if one[1] not in any_method} == {one for one in routes if one[0] != "*"}
     assert any_method <= {path for _, path in described}
 
 
 def schema_of(kind: type[Known]) -> dict[str, Any]:
     """The schema that has this struct's name and fields."""
-    found = [
+    found: list[dict[str, Any]] = [
         schema
         for name, schema in SCHEMAS.items()
         if name.endswith(kind.__name__)
@@ -74,7 +68,9 @@ def schema_of(kind: type[Known]) -> dict[str, Any]:
     return found[0]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ALL if not kind.__name__.startswith("_")], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in ALL if not kind.__name__.startswith("_")], ids=lambda kind: kind.__name__
+)
 def test_a_schema_has_its_struct_s_fields_and_says_what_becomes_of_them(kind: type[Known]) -> None:
     if kind.__name__ in ("SamplingFields",):
         return  # a parent only
