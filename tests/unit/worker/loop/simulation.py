@@ -20,10 +20,12 @@ from shared.protocol import (
     Grammar,
     ImageInput,
     ModelCard,
+    PromptLogprobs,
     Rejected,
     Sampling,
     StepOutputs,
     Submit,
+    ThinkingBudget,
     TraceChunk,
     pack_i32,
     unpack_i32,
@@ -72,6 +74,7 @@ class Stream:
     rejected: Rejected | None = None
     cancelled: bool = False
     gateway: bytes = GATEWAY
+    scores: list[tuple[float, int, list[int], list[float]]] = field(default_factory=list)  # of the prompt
 
 
 class RecordingOutbox:
@@ -93,6 +96,11 @@ class RecordingOutbox:
             return
         assert isinstance(message, StepOutputs), message
         assert message.epoch == EPOCH
+        for item in message.prompt_logprobs:
+            stream = self.streams[gateway, item.sequence_id]
+            assert stream.finish is None and not stream.tokens, "a prompt's scores after its answer"
+            assert item.first == len(stream.scores) + 1, "a gap or a repeat"
+            stream.scores += unpack_scores(item)
         rows = zip(
             unpack_i64(message.sequence_ids),
             unpack_i32(message.first_index),
@@ -116,6 +124,15 @@ class RecordingOutbox:
     def broadcast(self, message: FromWorker) -> None:
         if isinstance(message, Beat):
             self.beats.append(message)
+
+
+def unpack_scores(item: PromptLogprobs) -> list[tuple[float, int, list[int], list[float]]]:
+    """Logprob, rank, and the most likely ids with theirs, of each token."""
+    logprobs = np.frombuffer(item.logprobs, np.float32).tolist()
+    ranks = np.frombuffer(item.ranks, np.int32).tolist()
+    ids = np.frombuffer(item.top_ids, np.int32).reshape(len(ranks), -1).tolist()
+    tops = np.frombuffer(item.top_logprobs, np.float32).reshape(len(ranks), -1).tolist()
+    return list(zip(logprobs, ranks, ids, tops, strict=True))
 
 
 def punctual_masks() -> MaskFiller:
@@ -313,6 +330,7 @@ class Simulation(SimWorker):
         max_objects: int = 3,
         grammar: Grammar | None = None,
         constraint: Constraint | None = None,
+        thinking: ThinkingBudget | None = None,
     ) -> Stream:
         """Hand the engine one submission through its inbox; a grammar comes with its compiled constraint."""
         sequence_id = self._next_id
@@ -336,6 +354,7 @@ class Simulation(SimWorker):
             priority=priority,
             deadline_s=deadline_s,
             grammar=grammar,
+            thinking=thinking,
         )
         stream = Stream(message, gateway=gateway)
         self.outbox.streams[gateway, sequence_id] = stream
