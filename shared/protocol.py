@@ -73,7 +73,9 @@ class Sampling(Part, frozen=True):
     suppress_ids: list[int] = []
     num_logprobs: int = -1  # -1: none; 0: the sampled token's; n: also those of the n most likely
     min_tokens: int = 0
-    num_prompt_logprobs: int = -1  # -1: none; 0: each prompt token's; n: also those of the n most likely in its place
+    num_prompt_logprobs: int = (
+        -1
+    )  # -1: none; 0: each prompt token's; n: also those of the n most likely in its place
 
 
 class Grammar(Part, frozen=True):

@@ -83,6 +83,10 @@ class AnnouncedModel:
         """See `ServedModel.special_id`."""
         return self.tokens.special_id(text)
 
+    def mark_id(self, text: str) -> int | None:
+        """See `ServedModel.mark_id`."""
+        return self.tokens.mark_id(text)
+
     def num_prompt(self, num_ids: int, num_images: int) -> int:
         """See `ServedModel.num_prompt`."""
         return num_ids + (self.card.image.num_tokens * num_images if self.card.image is not None else 0)

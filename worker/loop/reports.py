@@ -61,7 +61,12 @@ class Reports:
                 _logprobs(done, result, mine) if result.logprobs is not None else [],
                 [
                     PromptLogprobs(
-                        seq.sequence_id, at, scores.logprobs, scores.ranks, scores.top_ids, scores.top_logprobs
+                        seq.sequence_id,
+                        at,
+                        scores.logprobs,
+                        scores.ranks,
+                        scores.top_ids,
+                        scores.top_logprobs,
                     )
                     for seq, at, scores in done.scored
                     if seq.gateway == gateway

@@ -96,7 +96,9 @@ class Committed:
     source: list[int] = field(default_factory=list)  # index into the step's samples
     finished: list[Sequence] = field(default_factory=list)
     num_zombies: int = 0
-    scored: list[tuple[Sequence, int, PromptScores]] = field(default_factory=list)  # prompt, first token scored
+    scored: list[tuple[Sequence, int, PromptScores]] = field(
+        default_factory=list
+    )  # prompt, first token scored
 
 
 def take_scores(plan: StepPlan, result: StepResult) -> list[tuple[Sequence, int, PromptScores]]:

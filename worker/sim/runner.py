@@ -78,7 +78,11 @@ def value_of(token_id: int, state: int, card: ModelCard) -> tuple[float, float]:
 
 def score_of(state: int, num_top: int, vocab_size: int) -> tuple[float, int, list[int]]:
     """The logprob and rank that the fake model gives a token behind a prefix, and the ids it finds likelier."""
-    return -(mix(state) % 4096) / 256, 1 + mix(state + 1) % 7, [(state + k) % vocab_size for k in range(num_top)]
+    return (
+        -(mix(state) % 4096) / 256,
+        1 + mix(state + 1) % 7,
+        [(state + k) % vocab_size for k in range(num_top)],
+    )
 
 
 def mark_of(token_id: int, value: tuple[float, float]) -> int:
@@ -280,7 +284,9 @@ class SimRunner:
         for i, ((start, num, _), (num_scored, num_top)) in enumerate(zip(spans, scored, strict=True)):
             if num_scored:
                 states = [
-                    self._state(slot.device.chunk_tables[i], start + j + 1, int(slot.device.chunks[0][at + j]))
+                    self._state(
+                        slot.device.chunk_tables[i], start + j + 1, int(slot.device.chunks[0][at + j])
+                    )
                     for j in range(num_scored)
                 ]
                 found = [score_of(state, num_top, self.card.vocab_size) for state in states]

@@ -45,7 +45,9 @@ def _targets(slot: Slot, plan: StepPlan) -> Tensor:
     done = 0
     for chunk in plan.chunks:
         first = chunk.start + 1
-        slot.host_targets_np[done : done + chunk.num_scored] = chunk.seq.tokens[first : first + chunk.num_scored]
+        slot.host_targets_np[done : done + chunk.num_scored] = chunk.seq.tokens[
+            first : first + chunk.num_scored
+        ]
         done += chunk.num_scored
     if slot.on_host:
         return slot.host_targets[:done]

@@ -156,7 +156,9 @@ class Views:
         self.held = [NOTHING] * rows  # of each decode row: the page list in its table, and how much of it
         self.samples: list[Sequence] = []
         self.rows: list[int] = []  # the rows of `samples`, because a resumed sequence may have another row
-        self.deferred: list[int] = []  # rows are masked by the host for a while only, where a thought's budget ends
+        self.deferred: list[
+            int
+        ] = []  # rows are masked by the host for a while only, where a thought's budget ends
         self.draws = False
 
 

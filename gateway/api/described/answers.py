@@ -127,7 +127,7 @@ class ChatCompletion(Told, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: TokenUsage
-    prompt_logprobs: PromptLogprobs | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class FunctionDelta(Told, kw_only=True):
@@ -173,7 +173,6 @@ class ChatChunk(Told, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: TokenUsage | UnsetType | None = UNSET
-    prompt_logprobs: PromptLogprobs | UnsetType | None = UNSET
 
 
 class CompletionLogprobs(Told, kw_only=True):
@@ -192,7 +191,7 @@ class CompletionChoice(Told, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length", "deadline"] | None
-    prompt_logprobs: PromptLogprobs | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class TextCompletion(Told, kw_only=True):

@@ -67,6 +67,9 @@ class FakeModel:
     def special_id(self, text: str) -> int | None:
         return None
 
+    def mark_id(self, text: str) -> int | None:
+        return None
+
     def decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:
         return ids_text(token_ids)
 

@@ -29,7 +29,9 @@ RNG = random.Random(5)
 PROMPT = [1, *(RNG.randrange(4, 160) for _ in range(118))]
 
 
-def submit(number: int, prompt: list[int], max_tokens: int, num_scores: int = -1) -> tuple[Submit, list[bytes]]:
+def submit(
+    number: int, prompt: list[int], max_tokens: int, num_scores: int = -1
+) -> tuple[Submit, list[bytes]]:
     sampling = Sampling(num_prompt_logprobs=num_scores)
     return Submit(EPOCH, number, str(number), pack_i32(prompt), max_tokens, sampling, ignore_eos=True), []
 
@@ -123,5 +125,7 @@ def test_scores_known_before_a_preemption_are_not_sent_again() -> None:
             continue
         ((_, begins, scores),) = taken
         assert begins == at
-        assert [len(part) for part in (scores.logprobs, scores.ranks, scores.top_ids, scores.top_logprobs)] == [4 * left] * 4
+        assert [
+            len(part) for part in (scores.logprobs, scores.ranks, scores.top_ids, scores.top_logprobs)
+        ] == [4 * left] * 4
         assert np.frombuffer(scores.top_ids, np.int32).tolist() == [0, 1, 2, 3][4 - left :]

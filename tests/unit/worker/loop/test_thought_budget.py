@@ -32,7 +32,9 @@ def said(budget: int, opens: list[int], closes: list[int], tokens: Iterator[int]
     while len(out) < num:
         used = None if begun is None or closed else len(out) - begun
         if used is not None and used >= budget:
-            held = next(n for n in range(len(closes), -1, -1) if out[len(out) - n :] == closes[:n] and n <= used)
+            held = next(
+                n for n in range(len(closes), -1, -1) if out[len(out) - n :] == closes[:n] and n <= used
+            )
             out += closes[held:]
             closed = True
             continue
@@ -144,5 +146,5 @@ def test_the_real_runner_keeps_it(tiny: Moondream, captured: bool) -> None:
 )
 def test_what_cannot_be_kept_is_refused(thinking: ThinkingBudget) -> None:
     message = Submit(EPOCH, 0, "0", pack_i32([20]), 5, thinking=thinking)
-    with pytest.raises(Refusal, match="at least 0|marks have"):
+    with pytest.raises(Refusal, match=r"at least 0|marks have"):
         build_sequence(GATEWAY, message, [], CARD, 0.0)
