@@ -18,7 +18,7 @@ from shared.errors import ErrorCode
 _INLINE_CHARS: Final = 4096  # longer texts are encoded on a thread
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class AnnouncedModel:
     """A model as one worker announced it; see `gateway.generation.ServedModel`. Another announcement is another object."""
 

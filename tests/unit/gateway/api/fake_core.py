@@ -36,7 +36,7 @@ class FakeTokens:
         return token_id >= FIRST_BYTE_ID
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeModel:
     """See `ServedModel`. `pauses` is awaited inside every encoding, so that a test can do things meanwhile."""
 
