@@ -283,8 +283,10 @@ class TorchRunner:
             # The copy waits for this step's own event, not for work that the compute stream is given later.
             copy.wait(slot.sampled)
             with copy.use():
-                slot.host_outputs[first:num].copy_(slot.outputs[first:num], non_blocking=True)
-                slot.host_scores[:num_scored].copy_(slot.scores[:num_scored], non_blocking=True)
+                if num > first:
+                    slot.host_outputs[first:num].copy_(slot.outputs[first:num], non_blocking=True)
+                if num_scored:
+                    slot.host_scores[:num_scored].copy_(slot.scores[:num_scored], non_blocking=True)
                 if any([seq.sampling.num_logprobs > 0 for seq in plan.samples]):
                     slot.host_top[:num].copy_(slot.top[:num], non_blocking=True)
             copy.record(copied)

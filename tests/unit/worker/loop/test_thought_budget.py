@@ -121,7 +121,9 @@ def test_the_real_runner_keeps_it(tiny: Moondream, captured: bool) -> None:
     harness = Harness(tiny, depth=2, device=device)
     if captured:
         harness.runner.capture_graphs()
-    plain = [(Submit(EPOCH, n, str(n), prompt, 24, ignore_eos=True), []) for n in range(2)]
+    plain: list[tuple[Submit, list[bytes]]] = [
+        (Submit(EPOCH, n, str(n), prompt, 24, ignore_eos=True), []) for n in range(2)
+    ]
     thought = ThinkingBudget(6, [], CLOSE)
     bound: list[tuple[Submit, list[bytes]]] = [
         (Submit(EPOCH, 7, "7", prompt, 24, ignore_eos=True, thinking=thought), [])
