@@ -319,7 +319,7 @@ class SimRunner:
                 words = words.copy()
                 automaton.fill_mask(words)
             if masked or automaton is not None:
-                allowed = _ids_of(words)
+                allowed = _ids_of(words, self.card.vocab_size)
             token_id = choose(state, float(draws[i]) if is_random else 0.0, allowed)
             slot.ids[i] = self.last_ids[row] = token_id
             slot.values[i] = self.last_values[row] = value_of(token_id, state, self.card)
@@ -342,9 +342,10 @@ def _automaton(seq: Sequence) -> TokenAutomaton | None:
     return None
 
 
-def _ids_of(words: I32) -> list[int]:
-    bits: list[int] = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
-    return bits
+def _ids_of(words: I32, vocab_size: int) -> list[int]:
+    """The ids that a mask allows; its last word may have bits of none."""
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=vocab_size)
+    return np.flatnonzero(bits).tolist()  # type: ignore[no-any-return]
 
 
 def _finds_no_memory(chunk: Chunk) -> bool:

@@ -33,6 +33,7 @@ from shared.protocol import (
 )
 from tests.unit.worker.constraints.spatial_grammar import SpatialGrammar
 from worker.constraints.constraint import Constraint
+from worker.constraints.thought_budget import ThoughtBudget
 from worker.loop.engine import Engine
 from worker.loop.inbox import Command, CompiledSubmit, Inbox, MaskReady, Outbox, Received
 from worker.loop.masks import MaskFiller
@@ -53,6 +54,7 @@ from worker.sim.runner import (
     image_mark,
     mark_of,
     prefix_hash,
+    score_of,
     value_of,
 )
 from worker.sim.timeline import VirtualClock
@@ -386,6 +388,7 @@ class Answer:
     reason: FinishReason = FinishReason.LENGTH
     tokens: list[int] = field(default_factory=list)
     values: list[tuple[float, float]] = field(default_factory=list)
+    scores: list[tuple[float, int, list[int], list[float]]] = field(default_factory=list)
 
 
 def expected(submit: Submit) -> tuple[list[int], FinishReason]:
@@ -418,6 +421,15 @@ def oracle(submit: Submit) -> Answer:
             max_objects=submit.max_objects,
         )
     answer = Answer()
+    num_top = submit.sampling.num_prompt_logprobs
+    for place in range(1, len(prompt) if num_top >= 0 else 0):
+        logprob, rank, ids = score_of(
+            prefix_hash(np.array(marks[:place], np.uint64)), num_top, CARD.vocab_size
+        )
+        answer.scores.append((logprob, rank, ids, [-float(k) for k in range(num_top)]))
+    thought = submit.thinking and ThoughtBudget(
+        submit.thinking.budget, submit.thinking.opens, submit.thinking.closes
+    )
     everything = list(range(CARD.vocab_size))
     for index in range(submit.max_tokens):
         state = prefix_hash(np.array(marks, np.uint64))
@@ -427,9 +439,16 @@ def oracle(submit: Submit) -> Answer:
         sampling = submit.sampling
         draw = float(np.float32(uniform(sampling.seed, index))) if sampling.temperature > 0 else 0.0
         allowed = everything if grammar is None else sorted(grammar.allowed_ids())
+        if thought is not None:
+            words = np.zeros(-(-CARD.vocab_size // 32), np.int32)
+            thought.fill_mask(words)
+            bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: CARD.vocab_size]
+            allowed = np.flatnonzero(bits).tolist()
         token_id = choose(state, draw, allowed)
         if grammar is not None:
             grammar.advance(token_id)
+        if thought is not None:
+            thought.advance(token_id)
         if token_id in (0, *submit.stop_ids):
             answer.reason = FinishReason.STOP
             return answer
@@ -446,7 +465,10 @@ def oracle(submit: Submit) -> Answer:
 def check_stream(stream: Stream) -> None:
     """A finished stream equals the oracle; a cancelled one is a prefix of it."""
     assert stream.finish is not None
-    tokens, reason = expected(stream.submit)
+    answer = oracle(stream.submit)
+    tokens, reason = answer.tokens, answer.reason
+    wanted = answer.scores if stream.tokens else answer.scores[: len(stream.scores)]
+    assert stream.scores == wanted, "log-probabilities of the prompt"
     if stream.finish.reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
         assert stream.tokens == tokens[: len(stream.tokens)]
     else:
