@@ -345,7 +345,7 @@ def _automaton(seq: Sequence) -> TokenAutomaton | None:
 def _ids_of(words: I32, vocab_size: int) -> list[int]:
     """The ids that a mask allows; its last word may have bits of none."""
     bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=vocab_size)
-    return np.flatnonzero(bits).tolist()  # type: ignore[no-any-return]
+    return np.flatnonzero(bits).tolist()
 
 
 def _finds_no_memory(chunk: Chunk) -> bool:

@@ -427,9 +427,8 @@ def oracle(submit: Submit) -> Answer:
             prefix_hash(np.array(marks[:place], np.uint64)), num_top, CARD.vocab_size
         )
         answer.scores.append((logprob, rank, ids, [-float(k) for k in range(num_top)]))
-    thought = submit.thinking and ThoughtBudget(
-        submit.thinking.budget, submit.thinking.opens, submit.thinking.closes
-    )
+    asked = submit.thinking
+    thought = None if asked is None else ThoughtBudget(asked.budget, asked.opens, asked.closes)
     everything = list(range(CARD.vocab_size))
     for index in range(submit.max_tokens):
         state = prefix_hash(np.array(marks, np.uint64))
