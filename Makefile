@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Processes that `make test` spreads the test files over; WORKERS=0 runs all of them in one.
 WORKERS ?= 2
 
-.PHONY: serve test test-docker check setup pocket mutants soak constraints clean help
+.PHONY: serve test test-docker check setup pocket mutants soak fuzz-api constraints clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -42,6 +42,9 @@ mutants: $(VENV)/.dev  ## plant faults in the loop, one at a time, and show that
 soak: $(VENV)/.dev  ## the long runs of the tests that have a short one: state machine, cancels, kernels, instruction sets
 	@DEGAS_TEST_EVERY_KIND=1 $(BIN)/python -m pytest --timeout=3600 tests/soak/soak_loop.py tests/soak/soak_compiles.py \
 	  tests/unit/worker/native/test_attention.py $(ARGS)
+
+fuzz-api: $(VENV)/.dev  ## ask what /openapi.json describes, rightly and wrongly, EXAMPLES=400 times each
+	@DEGAS_FUZZ_EXAMPLES=$(or $(EXAMPLES),400) $(BIN)/python -m pytest --timeout=3600 tests/contract/test_fuzzed.py $(ARGS)
 
 constraints: $(VENV)/.dev  ## write constraints.txt from what is installed in .venv
 	@{ grep '^#' constraints.txt; $(PIP) freeze --all --exclude-editable \

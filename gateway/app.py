@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -10,6 +11,7 @@ from aiohttp import web
 
 from gateway.api import anthropic, chat, completions, models, moondream, ollama, ollama_models, tokenize
 from gateway.api.answers import Collected, collect
+from gateway.api.described import openapi
 from gateway.api.parameters import Json
 from gateway.config import GatewayConfig
 from gateway.core.service import Service
@@ -48,6 +50,7 @@ _PAGE_TYPES: Final = {
     ".json": "application/json",
     ".webmanifest": "application/manifest+json",
 }
+_SHORT_PATHS: Final = {"index.html": "/", "docs.html": "/docs"}
 _CSP: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self' {sockets}; font-src 'self'; manifest-src 'self'; base-uri 'none'; "
@@ -106,6 +109,7 @@ def create_app(service: Service) -> web.Application:
         router.add_get(path, _ready(service))
     router.add_get("/metrics", _metrics(service))
     router.add_get("/debug/trace", _recording(service))
+    router.add_get("/openapi.json", _described)
     register_websocket(app, service, config, holdings)
     _add_page(app)
     return app
@@ -162,6 +166,12 @@ def _model(service: Service) -> Handler:
     return handle
 
 
+async def _described(request: web.Request) -> web.StreamResponse:
+    # Made once, in some 50 ms: not on the loop, where streams would wait for it.
+    document = await asyncio.to_thread(openapi.document)
+    return web.Response(body=document, content_type="application/json")
+
+
 @public("liveness")
 async def _live(request: web.Request) -> web.StreamResponse:
     return json_response({"status": "live"})
@@ -211,8 +221,8 @@ def _add_page(app: web.Application) -> None:
             path = file.relative_to(WEB_FOLDER).as_posix()
             handler = _page_file(file)
             app.router.add_get(f"/{path}", handler)
-            if path == "index.html":
-                app.router.add_get("/", handler)
+            if path in _SHORT_PATHS:
+                app.router.add_get(_SHORT_PATHS[path], handler)
 
 
 def _page_file(file: Path) -> Handler:

@@ -114,6 +114,13 @@ def ollama_error(error: RequestError) -> dict[str, object]:
 _OWN_SHAPES: Final = {"/v1/messages": anthropic_error, "/api/": ollama_error}
 """The error shapes other than OpenAI's, by how their interfaces' paths begin."""
 
+_FAMILIES: Final = {"/v1/messages": "anthropic", "/api/": "ollama"}
+
+
+def error_family(path: str) -> str:
+    """Whose error shape the interface at `path` has: openai, anthropic or ollama."""
+    return next((name for start, name in _FAMILIES.items() if path.startswith(start)), "openai")
+
 
 def has_own_errors(path: str) -> bool:
     """Whether the interface that `path` belongs to has another error shape than OpenAI's."""

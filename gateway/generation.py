@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from gateway.config import GatewayConfig
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import Grammar, ImageInput, ModelCard, Sampling
+from shared.protocol import Grammar, ImageInput, ModelCard, Sampling, ThinkingBudget
 
 
 class RequestError(Exception):
@@ -132,6 +132,9 @@ class ServedModel(Protocol):
     def special_id(self, text: str) -> int | None:
         """The id of the special token with this name, if there is one."""
 
+    def mark_id(self, text: str) -> int | None:
+        """The id of the token that stands for this text wherever it occurs, special or not; None where there is none."""
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
@@ -155,6 +158,7 @@ class GenerateRequest:
     ignore_eos: bool = False  # run to max_tokens whatever the model says, as benchmarks do
     strip_start: bool = False  # drop white space before the first visible character
     drop_space: bool = False  # drop one space, if the answer begins with it
+    thinking: ThinkingBudget | None = None
 
     @property
     def model_id(self) -> str:
@@ -172,13 +176,26 @@ class TokenInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScore:
+    """One prompt token's log-probability given all before it; rank 1: the most likely. `top` as `TokenInfo`'s."""
+
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """Text that may be shown now: whole characters, no part of a stop string. `token_index` from 0."""
+    """Text that may be shown now: whole characters, no part of a stop string. `token_index` from 0.
+
+    The first delta has the prompt's scores, where they were asked for: from its second token on.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     token_index: int
     logprobs: list[TokenInfo] | None = None
+    prompt: list[PromptScore] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,9 @@ class Sampling(Part, frozen=True):
     suppress_ids: list[int] = []
     num_logprobs: int = -1  # -1: none; 0: the sampled token's; n: also those of the n most likely
     min_tokens: int = 0
+    num_prompt_logprobs: int = (
+        -1
+    )  # -1: none; 0: each prompt token's; n: also those of the n most likely in its place
 
 
 class Grammar(Part, frozen=True):
@@ -80,6 +83,14 @@ class Grammar(Part, frozen=True):
 
     kind: str
     source: str
+
+
+class ThinkingBudget(Part, frozen=True):
+    """How many tokens a thought may have before its closing mark is forced. Not beside a grammar."""
+
+    budget: int
+    opens: list[int]  # the opening mark's token ids; empty: the prompt ends within the thought
+    closes: list[int]  # the closing mark's
 
 
 class Submit(Message, frozen=True):
@@ -100,6 +111,7 @@ class Submit(Message, frozen=True):
     deadline_s: float = 0.0  # from receipt; 0: none
     grammar: Grammar | None = None
     ignore_eos: bool = False  # benchmarks: run to max_tokens whatever the model says
+    thinking: ThinkingBudget | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -236,6 +248,21 @@ class TokenLogprobs(Part, frozen=True):
     top_logprobs: list[float] = []
 
 
+class PromptLogprobs(Part, frozen=True):
+    """Log-probabilities of consecutive prompt tokens, from the token at `first` on, each given all tokens before it.
+
+    `logprobs` is packed float32 and `ranks` packed int32 (1: the most likely token of its place), an entry a token;
+    `top_ids` (int32) and `top_logprobs` (float32) have the k most likely for each token in turn, k as asked.
+    """
+
+    sequence_id: int
+    first: int
+    logprobs: bytes
+    ranks: bytes
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+
+
 class StepOutputs(Message, frozen=True):
     """Everything one step produced for one gateway: one token per row, and the sequences that ended.
 
@@ -252,6 +279,7 @@ class StepOutputs(Message, frozen=True):
     finishes: list[Finish] = []
     values: list[TokenValues] = []
     logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[PromptLogprobs] = []  # of prompts, before their first token
 
 
 class Rejected(Message, frozen=True):

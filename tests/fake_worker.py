@@ -26,6 +26,7 @@ import shutil
 import tempfile
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -166,6 +167,32 @@ class Sequence:
     next_index: int = 0
     not_before_s: float = 0.0
     num_sent: int = 0
+    is_scored: bool = False
+
+
+def prompt_scores(submit: wire.Submit) -> list[wire.PromptLogprobs]:
+    """What this worker gives the tokens of a prompt: −0.25 × (place % 8), rank place % 3 + 1; the ids above it as the likeliest.
+    In two parts, as of two chunks."""
+    num = submit.sampling.num_prompt_logprobs
+    ids = wire.unpack_i32(submit.prompt).tolist()
+    if num < 0 or len(ids) < 2:
+        return []
+    half = max(1, len(ids) // 2)
+    parts = []
+    for places in (range(1, half), range(half, len(ids))):
+        if places:
+            top = [(ids[place] + k) % VOCAB_SIZE for place in places for k in range(num)]
+            parts.append(
+                wire.PromptLogprobs(
+                    submit.sequence_id,
+                    places[0],
+                    array("f", [-0.25 * (place % 8) for place in places]).tobytes(),
+                    wire.pack_i32([place % 3 + 1 for place in places]),
+                    wire.pack_i32(top),
+                    array("f", [-0.5 * k for _ in places for k in range(num)]).tobytes(),
+                )
+            )
+    return parts
 
 
 @dataclass
@@ -501,9 +528,13 @@ class FakeWorker:
             values: list[wire.TokenValues] = []
             logprobs: list[wire.TokenLogprobs] = []
             finishes: list[wire.Finish] = []
+            scores: list[wire.PromptLogprobs] = []
             for sequence in list(peer.sequences.values()):
                 if now_s < sequence.not_before_s:
                     continue
+                if not sequence.is_scored:
+                    sequence.is_scored = True
+                    scores += prompt_scores(sequence.submit)
                 said = self._advance(peer, sequence, now_s, finishes)
                 if said is None:
                     continue
@@ -524,9 +555,11 @@ class FakeWorker:
                     and sequence.actions[0].with_last_token
                 ):
                     self._end(peer, sequence, sequence.actions[0], finishes)
-            if ids or finishes:
+            if ids or finishes or scores:
                 packed = wire.pack_i64(ids), wire.pack_i32(first), wire.pack_i32(tokens)
-                outputs = wire.StepOutputs(self.epoch, self._step, *packed, finishes, values, logprobs)
+                outputs = wire.StepOutputs(
+                    self.epoch, self._step, *packed, finishes, values, logprobs, scores
+                )
                 self._send(peer.identity, [wire.encode(outputs)])
 
     def _advance(

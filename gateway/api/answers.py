@@ -16,6 +16,7 @@ from gateway.generation import (
     End,
     GenerateRequest,
     Listener,
+    PromptScore,
     RequestError,
     RunningStream,
     SpatialObject,
@@ -45,6 +46,7 @@ class Collected:
         self._texts: list[str] = []
         self.objects: list[SpatialObject] = []
         self.infos: list[TokenInfo] = []
+        self.prompt: list[PromptScore] = []
         self.end: End | None = None
 
     @property
@@ -57,6 +59,8 @@ class Collected:
         self._texts.append(delta.text)
         if delta.logprobs:
             self.infos.extend(delta.logprobs)
+        if delta.prompt is not None:
+            self.prompt = delta.prompt
 
     def on_object(self, found: SpatialObject) -> None:
         """See `Listener`."""
@@ -154,6 +158,10 @@ class Spelling:
         text = self._decode(self._tokens.token_bytes(token_id))
         self.offset += len(text)
         return text, start
+
+    def alone(self, token_id: int) -> str:
+        """A token's text by itself."""
+        return self._tokens.token_text(token_id)
 
 
 def finite(logprob: float) -> float:

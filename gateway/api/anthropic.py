@@ -25,6 +25,7 @@ from gateway.api.prompts import (
     compose_chat,
 )
 from gateway.api.requests import Length, check_fields, make_requests
+from gateway.api.spoken import thought_budget
 from gateway.api.tools import ToolsAsked, read_tools, tool_of
 from gateway.generation import ChatOptions, Core, RequestError, ServedModel
 from shared.errors import ErrorCode
@@ -149,9 +150,9 @@ class ToolChoice(Known, kw_only=True):
 
 
 class ThinkingAsked(Known, kw_only=True):
-    """`thinking`. A budget only bounds an answer's length together with `max_tokens`, which is kept."""
+    """`thinking`."""
 
-    IGNORED: ClassVar[tuple[str, ...]] = ("budget_tokens", "display")
+    IGNORED: ClassVar[tuple[str, ...]] = ("display",)
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -227,7 +228,11 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> M
     except RequestError as error:
         raise renamed(error, "stop_sequences" if error.param == "stop" else error.param or "") from None
     prompt = await _prompt(core, model, body, tools)
-    (request,) = make_requests(checked, request_id, [prompt], Length(body.max_tokens, "max_tokens"))
+    thinking = body.thinking
+    asked = thinking.budget_tokens if thinking is not None and thinking.type == "enabled" else None
+    budget = thought_budget(model, prompt.reading, asked, "thinking.budget_tokens")
+    length = Length(body.max_tokens, "max_tokens")
+    (request,) = make_requests(checked, request_id, [prompt], length, thinking=budget)
     return MessageAnswer(request_id, request, prompt.reading, stream=bool(body.stream))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -12,6 +13,7 @@ from gateway.api.answers import Collected, EventShape, chat_logprobs, finish_rea
 from gateway.api.chunks import ChunkFrame
 from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
+    Budget,
     Count,
     Effort,
     Json,
@@ -23,7 +25,8 @@ from gateway.api.parameters import (
 )
 from gateway.api.prompts import Message, compose_chat, effort_variables
 from gateway.api.requests import Length, check_fields, make_requests
-from gateway.api.spoken import Reading, SpokenReader
+from gateway.api.scored import NumScores, check_scores, prompt_logprobs
+from gateway.api.spoken import Reading, SpokenReader, thought_budget
 from gateway.api.tools import MAX_TOOLS, Tool, read_tools
 from gateway.decisions.answer_parts import CallArguments, CallOpened, Part, Said, Thought
 from gateway.generation import (
@@ -76,6 +79,9 @@ class ChatBody(SamplingFields, kw_only=True):
     chat_template_kwargs: Json | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
     enable_thinking: bool | None = None
+    thinking_budget: Budget | None = None
+    thinking_token_budget: Budget | None = None  # vLLM's name for it
+    prompt_logprobs: NumScores | None = None
     chat_template: str | None = None  # the name of one of the model's
     functions: Any = None
     function_call: Any = None
@@ -99,6 +105,7 @@ class Chat(EventShape):
         self.stream = bool(body.stream)
         self._tokens = requests[0].model.tokens
         self._want_logprobs = bool(body.logprobs)
+        self._num_prompt_top = body.prompt_logprobs
         self._frame = ChunkFrame(
             f"chatcmpl-{request_id}", "chat.completion.chunk", requests[0].model_id, body
         )
@@ -184,7 +191,11 @@ class Chat(EventShape):
             for index, (choice, message) in enumerate((one, self._message(one)) for one in choices)
         ]
         ends = [choice.end for choice in choices if choice.end is not None]
-        return self._frame.whole("chat.completion", said, usage_object(ends))
+        whole = self._frame.whole("chat.completion", said, usage_object(ends))
+        if self._num_prompt_top is not None:
+            ids, scores = self.requests[0].prompt_ids, choices[0].prompt
+            whole["prompt_logprobs"] = prompt_logprobs(ids, scores, self._num_prompt_top, self._tokens)
+        return whole
 
     def _message(self, choice: Collected) -> Json:
         message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -250,12 +261,22 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> C
         raise invalid("needs logprobs to be true", "top_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise invalid("give either max_tokens or max_completion_tokens", "max_tokens")
+    if body.prompt_logprobs is not None and body.stream:
+        raise invalid("come with whole answers; leave stream out", "prompt_logprobs")
+    if body.thinking_budget is not None and body.thinking_token_budget not in (None, body.thinking_budget):
+        raise invalid("give either thinking_budget or thinking_token_budget", "thinking_budget")
     model = core.model(body.model)
     options = _chat_options(body, thinks=bool(model.template_names))
     count = choice_count(body, core.config.max_n)
-    num_logprobs = (body.top_logprobs or 0) if body.logprobs else -1
     checked = await check_fields(
-        core, model, body, tenant=tenant, num_logprobs=num_logprobs, count=count, tools=tools
+        core,
+        model,
+        body,
+        tenant=tenant,
+        num_logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
+        num_prompt_logprobs=-1 if body.prompt_logprobs is None else body.prompt_logprobs,
+        count=count,
+        tools=tools,
     )
     is_constrained = checked.grammar is not None
     prompt = await compose_chat(
@@ -265,7 +286,19 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> C
         length = Length(body.max_completion_tokens, "max_completion_tokens")
     else:
         length = Length(body.max_tokens, "max_tokens")
-    return Chat(request_id, body, make_requests(checked, request_id, [prompt], length), prompt.reading)
+    if body.prompt_logprobs is not None:
+        check_scores([prompt], body.prompt_logprobs, 1, "prompt_logprobs")
+    param = "thinking_budget" if body.thinking_token_budget is None else "thinking_token_budget"
+    asked = body.thinking_budget if body.thinking_token_budget is None else body.thinking_token_budget
+    thinking = thought_budget(model, prompt.reading, asked, param)
+    requests = make_requests(checked, request_id, [prompt], length, thinking=thinking)
+    return Chat(request_id, body, [requests[0], *map(_unscored, requests[1:])], prompt.reading)
+
+
+def _unscored(request: GenerateRequest) -> GenerateRequest:
+    """The prompt that all choices share is scored once."""
+    sampling = msgspec.structs.replace(request.sampling, num_prompt_logprobs=-1)
+    return replace(request, sampling=sampling)
 
 
 def _chat_options(body: ChatBody, *, thinks: bool) -> ChatOptions | None:

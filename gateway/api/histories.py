@@ -1,13 +1,15 @@
 """Owns whether a model's chat template shows what a history says. No sockets; gateway's loop.
 
 A template may pass over a message's `name`, its `tool_calls` or a tool's result without a word; the answer would then be
-about another conversation than the client's. What is passed over is found out by rendering once more without it.
+about another conversation than the client's. What is passed over is found out by rendering once more without it; what was
+found to be shown is remembered, so that a growing history is not rendered again and again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from gateway.generation import ChatOptions, RequestError, ServedModel
 from shared.errors import ErrorCode
@@ -15,7 +17,12 @@ from shared.errors import ErrorCode
 _FIELDS: Final = ("name", "tool_calls")
 _RESULT_ROLES: Final = ("tool", "function")
 
+_MAX_KNOWN: Final = 256
+
 Told = Sequence[Mapping[str, Any]]
+
+_SHOWN: Final[WeakKeyDictionary[ServedModel, set[tuple[Any, ...]]]] = WeakKeyDictionary()
+"""Roles and fields that a model's templates were found to show: beside which template, with tools or without, and variables."""
 
 
 def check_no_history(model: ServedModel, messages: Told) -> None:
@@ -35,7 +42,11 @@ async def check_shown(
 
     Messages of one role are looked at together: a template treats them alike. `places` are the messages' places in the body.
     """
+    known = _SHOWN.setdefault(model, set())
     for role, name in _used(messages):
+        kind = (role, name, options.template, bool(options.tools), hash(repr(options.variables)))
+        if kind in known:
+            continue
         first = next(i for i, message in enumerate(messages) if message["role"] == role and message.get(name))
         changed = [_without(message, name) if message["role"] == role else message for message in messages]
         try:
@@ -45,6 +56,9 @@ async def check_shown(
         if not shows:
             place = "role" if name == "content" else name
             raise _passed_over(model, f"messages[{places[first]}].{place}")
+        if len(known) >= _MAX_KNOWN:
+            known.clear()
+        known.add(kind)
 
 
 def _used(messages: Told) -> list[tuple[str, str]]:

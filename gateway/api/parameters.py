@@ -33,6 +33,7 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Verbosity = Literal["low", "medium", "high"]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
+Budget = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 
 _PATH = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")

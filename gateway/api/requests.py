@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from msgspec.structs import replace
+
 from gateway.api.parameters import (
     DEFAULT_MAX_OBJECTS,
     TOKENS_PER_OBJECT,
@@ -24,7 +26,7 @@ from gateway.api.prompts import Prompt
 from gateway.api.structured import Wanted, grammar
 from gateway.api.tools import ToolsAsked, check_takes_tools
 from gateway.generation import Core, GenerateRequest, ServedModel
-from shared.protocol import Grammar, Sampling
+from shared.protocol import Grammar, Sampling, ThinkingBudget
 
 _NO_TOOLS_HERE: Final = "a constrained answer cannot call tools; leave one of the two out"
 
@@ -72,6 +74,7 @@ async def check_fields(
     *,
     tenant: str,
     num_logprobs: int = -1,
+    num_prompt_logprobs: int = -1,
     count: int = 1,
     num_prompts: int = 1,
     wanted: Wanted | None = None,
@@ -81,7 +84,7 @@ async def check_fields(
     """Check what all bodies share, cheapest first, and that there is room. Raises `RequestError`.
 
     `wanted` is a constraint the body asks for in a field of its own; `tools` that must be called are one too, and other tools
-    go with none; `num_logprobs` is as in `Sampling`; `more_stop_ids`
+    go with none; `num_logprobs` and `num_prompt_logprobs` are as in `Sampling`; `more_stop_ids`
     end an answer besides the model's own.
     """
     if tools is not None:
@@ -91,6 +94,8 @@ async def check_fields(
         wanted = tools.constraint()
     card = model.card
     sampled = samplings(fields, card, num_logprobs, count)
+    if num_prompt_logprobs >= 0:
+        sampled = [replace(one, num_prompt_logprobs=num_prompt_logprobs) for one in sampled]
     stop = stops(fields.stop)
     for token_id in more_stop_ids:
         if not 0 <= token_id < card.vocab_size:
@@ -119,6 +124,7 @@ def make_requests(
     prompts: Sequence[Prompt],
     length: Length,
     objects: Objects | None = None,
+    thinking: ThinkingBudget | None = None,
 ) -> list[GenerateRequest]:
     """One `GenerateRequest` for each choice of each prompt, prompt by prompt. Raises `RequestError` naming a length.
 
@@ -152,6 +158,7 @@ def make_requests(
                     strip_start=prompt.strip_start and checked.grammar is None,
                     drop_space=prompt.drop_space and checked.grammar is None,
                     shown_ids=prompt.reading.shown_ids,
+                    thinking=thinking,
                 )
             )
     return made

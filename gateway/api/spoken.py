@@ -20,7 +20,9 @@ from gateway.decisions.answer_parts import (
     ThinkingTags,
     Thought,
 )
-from gateway.generation import ChatFormat, ServedModel
+from gateway.generation import ChatFormat, RequestError, ServedModel
+from shared.errors import ErrorCode
+from shared.protocol import ThinkingBudget
 
 
 @dataclass(slots=True)
@@ -127,6 +129,28 @@ def reading_of(model: ServedModel, tools: ToolsAsked | None, *, is_constrained: 
         shown_ids=tuple(shown_marks(model, marks)),
         format=format,
     )
+
+
+def thought_budget(
+    model: ServedModel, reading: Reading, asked: int | None, param: str
+) -> ThinkingBudget | None:
+    """What a worker is told of how long a thought may be. Raises `RequestError` for a model where that cannot be kept."""
+    if asked is None:
+        return None
+    format = model.chat_format
+    if format is None or format.thinking is None:
+        message = f"{param}: model {model.card.model_id} does not think before it answers; leave it out"
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param=param)
+    if reading.thinking is None:
+        return None  # a constrained answer does not think
+    opens, closes = model.mark_id(reading.thinking.opens), model.mark_id(reading.thinking.closes)
+    if opens is None or closes is None:
+        message = (
+            f"{param}: the marks around model {model.card.model_id}'s thinking are not tokens of their own, so it is "
+            "not counted; bound it with max_tokens"
+        )
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param=param)
+    return ThinkingBudget(asked, [] if reading.thinks_first else [opens], [closes])
 
 
 def opens_thinking(model: ServedModel, reading: Reading, prompt_ids: Sequence[int]) -> bool:

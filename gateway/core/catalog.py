@@ -18,7 +18,7 @@ from shared.errors import ErrorCode
 _INLINE_CHARS: Final = 4096  # longer texts are encoded on a thread
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class AnnouncedModel:
     """A model as one worker announced it; see `gateway.generation.ServedModel`. Another announcement is another object."""
 
@@ -82,6 +82,10 @@ class AnnouncedModel:
     def special_id(self, text: str) -> int | None:
         """See `ServedModel.special_id`."""
         return self.tokens.special_id(text)
+
+    def mark_id(self, text: str) -> int | None:
+        """See `ServedModel.mark_id`."""
+        return self.tokens.mark_id(text)
 
     def num_prompt(self, num_ids: int, num_images: int) -> int:
         """See `ServedModel.num_prompt`."""

@@ -149,6 +149,9 @@ class Flights:
         logprobs = {item.sequence_id: item for item in outputs.logprobs} if outputs.logprobs else None
         now_s = self._now()
         by_id = self.by_id
+        for scores in outputs.prompt_logprobs:
+            if (flight := by_id.get(scores.sequence_id)) is not None:
+                flight.state.on_prompt(scores)
         for sequence_id, index, token_id in zip(ids, first, token_ids, strict=True):
             flight = by_id.get(sequence_id)
             if flight is None:

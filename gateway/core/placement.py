@@ -75,6 +75,7 @@ class Worker:
             deadline_s=deadline_s,
             grammar=request.grammar,
             ignore_eos=request.ignore_eos,
+            thinking=request.thinking,
         )
         payloads = [frame for image in request.images for frame in (image.global_crop, image.canvas)]
         self.link.submit(submit, payloads)

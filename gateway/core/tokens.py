@@ -50,6 +50,9 @@ class ModelTokens:
         self._aliased: tuple[Tokenizer, dict[int, int]] | None = None
         self._special = [token for token in layout.get("added_tokens", []) if token.get("special")]
         self._special_ids: dict[str, int] = {token["content"]: token["id"] for token in self._special}
+        self._mark_ids: dict[str, int] = {
+            token["content"]: token["id"] for token in layout.get("added_tokens", [])
+        }
         self.special_ids = frozenset(self._special_ids.values())
         self.special_text = SpecialText([token["content"] for token in self._special])
         # What the post-processor puts in front of a text; where there is none, texts begin with their first word.
@@ -123,6 +126,10 @@ class ModelTokens:
     def special_id(self, text: str) -> int | None:
         """The id of the special token with this name, if there is one."""
         return self._special_ids.get(text)
+
+    def mark_id(self, text: str) -> int | None:
+        """The id of the added token, special or not, that is this text: no other tokens ever spell it."""
+        return self._mark_ids.get(text)
 
     def detokenizer(self, *, shown: Collection[int] = ()) -> ByteDetokenizer | WindowDetokenizer:
         """A fresh one for one stream. `shown`: special tokens that have their text in it."""

@@ -10,9 +10,9 @@ from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
-from gateway.generation import Delta, End, RequestError, SpatialObject, TokenInfo, Usage
+from gateway.generation import Delta, End, PromptScore, RequestError, SpatialObject, TokenInfo, Usage
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import Finish, TokenLogprobs
+from shared.protocol import Finish, PromptLogprobs, TokenLogprobs
 
 
 class Detokenizer(Protocol):
@@ -93,6 +93,7 @@ class StreamState:
         "_num_prompt",
         "_pending_ids",
         "_pending_index",
+        "_prompt",
         "_started_s",
         "_strip_start",
         "_task",
@@ -127,12 +128,26 @@ class StreamState:
         self._pending_ids: list[int] = []
         self._pending_index = 0
         self._infos: list[TokenInfo] = []
+        self._prompt: list[PromptScore] = []
         self._values: list[list[float]] = []
         self.next_index = 0
         self.last_s = 0.0
         self.end: End | None = None
 
     # ------------------------------------------------------------ events in
+
+    def on_prompt(self, scores: PromptLogprobs) -> None:
+        """Accept log-probabilities of the prompt; they all come before its first token. Raises ValueError for bad ones.
+
+        A repeat, as of a frame that came twice, is passed over; a gap ends the stream.
+        """
+        num_known = len(self._prompt) + 1
+        if self.end is not None or self.next_index or scores.first < num_known:
+            return
+        if scores.first > num_known:
+            self.fail(RequestError(ErrorCode.STREAM_GAP, "log-probabilities were lost on the way"))
+            return
+        self._prompt += _prompt_scores(scores)
 
     def on_token(
         self,
@@ -217,7 +232,7 @@ class StreamState:
             text, stop = self._matcher.feed(text)
             if stop is None:
                 text += self._matcher.flush()
-        return (self._take(text) if text or self._infos else None), stop
+        return (self._take(text) if text or self._infos or self._prompt else None), stop
 
     def _visible(self, text: str) -> str:
         if self._drop_space and text:
@@ -234,6 +249,9 @@ class StreamState:
             infos, self._infos = self._infos, []
         ids = tuple(self._pending_ids)
         self._pending_ids.clear()
+        if self._prompt:
+            prompt, self._prompt = self._prompt, []
+            return Delta(text, ids, self._pending_index, infos, prompt)
         return Delta(text, ids, self._pending_index, infos)
 
     def _on_spatial(self, values: list[float] | None) -> SpatialObject | None:
@@ -277,6 +295,26 @@ def _token_info(token_id: int, logprobs: TokenLogprobs | None) -> TokenInfo:
     ids = array("i")
     ids.frombytes(logprobs.top_ids)
     return TokenInfo(token_id, logprobs.logprob, list(zip(ids, logprobs.top_logprobs, strict=False)))
+
+
+def _prompt_scores(scores: PromptLogprobs) -> list[PromptScore]:
+    logprobs, ranks, ids, tops = array("f"), array("i"), array("i"), array("f")
+    for into, data in (
+        (logprobs, scores.logprobs),
+        (ranks, scores.ranks),
+        (ids, scores.top_ids),
+        (tops, scores.top_logprobs),
+    ):
+        into.frombytes(data)
+    if len(logprobs) != len(ranks) or len(ids) != len(tops) or (ranks and len(ids) % len(ranks)):
+        raise ValueError("log-probabilities of a prompt that do not fit together")
+    num = len(ids) // len(ranks) if ranks else 0
+    return [
+        PromptScore(
+            logprob, rank, list(zip(ids[i * num : (i + 1) * num], tops[i * num : (i + 1) * num], strict=True))
+        )
+        for i, (logprob, rank) in enumerate(zip(logprobs, ranks, strict=True))
+    ]
 
 
 def _clamp(value: float) -> float:

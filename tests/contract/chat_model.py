@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+from tokenizers import AddedToken
 
-from tests.fake_worker import CARD, FakeWorker
+from tests.fake_worker import CARD, VOCAB_SIZE, FakeWorker, byte_tokenizer
 from tests.gateway_thread import GatewayThread
 
 TEMPLATE = """{%- for tool in tools or [] %}<tool>{{ tool | tojson }}</tool>{% endfor %}
@@ -18,14 +19,23 @@ TEMPLATE = """{%- for tool in tools or [] %}<tool>{{ tool | tojson }}</tool>{% e
 {%- if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}[assistant]"""
 
 
+MARKS = {"<think>": VOCAB_SIZE, "</think>": VOCAB_SIZE + 1}
+
+
 @contextlib.contextmanager
-def chat_model(**settings: Any) -> Iterator[tuple[GatewayThread, FakeWorker]]:
-    """The gateway and its worker, ready."""
+def chat_model(*, has_marks: bool = False, **settings: Any) -> Iterator[tuple[GatewayThread, FakeWorker]]:
+    """The gateway and its worker, ready. `has_marks`: thinking's marks are tokens, as Qwen's: added ones, not special."""
     card = msgspec.structs.replace(
         CARD, family="llama", image=None, templates={}, suppress_ids=[], default_max_tokens=400
     )
+    tokenizer_json: bytes | None = None
+    if has_marks:
+        card = msgspec.structs.replace(card, vocab_size=VOCAB_SIZE + len(MARKS))
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in MARKS])
+        tokenizer_json = tokenizer.to_str().encode()
     with (
-        FakeWorker(card=card, chat_template=TEMPLATE.encode()) as worker,
+        FakeWorker(card=card, chat_template=TEMPLATE.encode(), tokenizer_json=tokenizer_json) as worker,
         GatewayThread(workers=[worker.endpoint], **settings) as gateway,
     ):
         gateway.wait_ready()

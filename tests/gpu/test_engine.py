@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from shared.protocol import (
     Sampling,
     StepOutputs,
     Submit,
+    ThinkingBudget,
     pack_i32,
     unpack_i32,
     unpack_i64,
@@ -52,6 +54,7 @@ class Tokens:
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, str] = {}
+        self.scores: dict[int, list[float]] = {}  # of prompts
 
     def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
         assert isinstance(message, StepOutputs), message
@@ -59,6 +62,10 @@ class Tokens:
             unpack_i64(message.sequence_ids), unpack_i32(message.token_ids), strict=True
         ):
             self.tokens.setdefault(sequence_id, []).append(token_id)
+        for item in message.prompt_logprobs:
+            self.scores.setdefault(item.sequence_id, []).extend(
+                np.frombuffer(item.logprobs, np.float32).tolist()
+            )
         for finish in message.finishes:
             assert finish.sequence_id not in self.ends, "one terminal event (I11)"
             self.ends[finish.sequence_id] = str(finish.reason)
@@ -162,6 +169,30 @@ def test_pipelined_equals_blocking(runner: TorchRunner, seed: int) -> None:
     blocking, pipelined = run(runner, submits, 1), run(runner, submits, 2)
     assert blocking.tokens == pipelined.tokens
     assert set(blocking.ends.values()) == {"length"}
+
+
+def test_prompts_are_scored_and_thoughts_bound_beside_others(runner: TorchRunner) -> None:
+    """Scores are those of the model's own logits, by whole prompts; a forced mark changes nobody else's tokens."""
+    submits = requests(runner, 8, 5)
+    plain = run(runner, submits, 2)
+    scoring = Sampling(num_prompt_logprobs=3)
+    asked = [
+        msgspec.structs.replace(one, sampling=scoring) if i % 2 else one for i, one in enumerate(submits)
+    ]
+    thinker = Submit(
+        EPOCH, 99, "99", pack_i32([9, 10, 11]), 20, ignore_eos=True, thinking=ThinkingBudget(5, [], [12, 13])
+    )
+    found = run(runner, [*asked, thinker], 2)
+    again = run(runner, [*asked, thinker], 1)
+    assert found.tokens[99][5:7] == [12, 13]
+    assert found.tokens == again.tokens
+    for i, one in enumerate(submits):
+        num_prompt = len(one.prompt) // 4
+        if i % 2 == 0:
+            assert found.tokens[i] == plain.tokens[i]
+        elif num_prompt > 1:
+            assert len(found.scores[i]) == num_prompt - 1 and all(np.isfinite(found.scores[i]))
+            np.testing.assert_allclose(found.scores[i], again.scores[i], atol=1e-3)
 
 
 def test_batched_equals_alone(runner: TorchRunner) -> None:

@@ -81,6 +81,28 @@ def test_chat_equals_transformers(served: tuple[Stack, Any, Any]) -> None:
     assert answer.choices[0].finish_reason in ("stop", "length")
 
 
+def test_an_echo_scores_the_prompt_as_transformers(served: tuple[Stack, Any, Any]) -> None:
+    running, oracle, tokenizer = served
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
+    (model,) = client.models.list().data
+    prompt = "Grüße an alle!"
+    for _ in range(2):  # its pages are cached the second time
+        (choice,) = client.completions.create(
+            model=model.id, prompt=prompt, echo=True, logprobs=2, max_tokens=3, temperature=0
+        ).choices
+    ids = tokenizer.encode(prompt).ids
+    with torch.inference_mode():
+        wanted = oracle(torch.tensor([ids])).logits[0].log_softmax(-1)
+    told = choice.logprobs
+    assert told is not None and told.tokens and told.token_logprobs and told.top_logprobs
+    assert choice.text.startswith(prompt) and len(told.tokens) == len(ids) + 3
+    scores: list[Any] = list(told.token_logprobs)
+    assert scores[0] is None
+    for place, token_id in enumerate(ids[1:]):
+        assert abs(scores[place + 1] - float(wanted[place, token_id])) <= 1e-4
+    assert "".join(told.tokens[: len(ids)]) == prompt
+
+
 def test_a_picture_is_refused(served: tuple[Stack, Any, Any]) -> None:
     running, _, _ = served
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)

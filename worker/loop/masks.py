@@ -98,7 +98,7 @@ class MaskFiller:
         except ValueError as error:
             failed.append((i, str(error)))
             return
-        if self._clock() - started_s > SLOW_S:
+        if self._clock() - started_s > SLOW_S and seq.budget is None:
             seq.on_slow_mask()
             self.num_paced += 1
 

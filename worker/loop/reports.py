@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from shared.protocol import (
     Beat,
     Finish,
+    PromptLogprobs,
     Rejected,
     StepOutputs,
     Timing,
@@ -38,9 +39,10 @@ class Reports:
 
     def send_step(self, plan: StepPlan, done: Committed, result: StepResult) -> None:
         """One `StepOutputs` for each gateway that has a row or an end in this commit."""
-        if not done.rows and not done.finished:
+        if not (done.rows or done.finished or done.scored):
             return
         gateways = {seq.gateway for seq in done.rows}
+        gateways.update(seq.gateway for seq, _, _ in done.scored)
         gateways.update(seq.gateway for seq in done.finished)
         for gateway in gateways:
             mine: Iterable[int] = range(len(done.rows))
@@ -57,6 +59,18 @@ class Reports:
                 finishes,
                 _values(done, result, mine) if result.values is not None else [],
                 _logprobs(done, result, mine) if result.logprobs is not None else [],
+                [
+                    PromptLogprobs(
+                        seq.sequence_id,
+                        at,
+                        scores.logprobs,
+                        scores.ranks,
+                        scores.top_ids,
+                        scores.top_logprobs,
+                    )
+                    for seq, at, scores in done.scored
+                    if seq.gateway == gateway
+                ],
             )
             self._outbox.send(gateway, message)
 

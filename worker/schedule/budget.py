@@ -40,6 +40,8 @@ class StepBudget:
         start = seq.num_computed
         left = seq.num_known - start
         num = self._tokens_in_time(start)
+        if seq.is_scored and num > 1:
+            num //= 2  # each of its positions goes through the head too
         if 0 < num < left <= num + ROW_TOKENS:  # a short rest would be slow for its length
             shorter = left - ROW_TOKENS - 1
             num = shorter if shorter > 2 * ROW_TOKENS else left
@@ -52,7 +54,8 @@ class StepBudget:
             num = seq.prefix_tokens - start if self._is_first else 0
         if num <= 0:
             return None
-        chunk = Chunk(seq, start, num, start + num == seq.num_known)
+        num_scored = max(0, min(num, seq.num_prompt - 1 - start)) if seq.is_scored else 0
+        chunk = Chunk(seq, start, num, start + num == seq.num_known, num_scored)
         num_crops = crops_of(chunk)
         took_s = self._pace.chunk_s(start, num, num_crops)
         if not self._is_first and (num_crops > self._crops or (num_crops and took_s > self._left_s)):

@@ -11,12 +11,14 @@ from shared.errors import ErrorCode
 from shared.protocol import ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
 from worker.constraints.automaton import TokenAutomaton, spatial_tables
 from worker.constraints.constraint import Constraint
+from worker.constraints.thought_budget import ThoughtBudget
 from worker.schedule.refusal import Refusal
 from worker.schedule.sequence import IMAGE_TOKEN, Picture, Sequence
 
 MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
 MAX_OBJECTS = 150
+MAX_MARK_IDS = 32
 DEFAULT_OBJECTS = 50
 
 
@@ -43,6 +45,9 @@ def build_sequence(
         )
     _check_sampling(message, card)
     tokens, pictures = _expand(prompt, message.images, frames, card.image)
+    if pictures and message.sampling.num_prompt_logprobs >= 0:
+        text = "log-probabilities of a prompt with pictures are not computed"
+        raise Refusal(ErrorCode.UNSUPPORTED, text, "num_prompt_logprobs")
     prefix = 0
     if pictures and pictures[0].position <= 1:
         prefix = pictures[0].position + pictures[0].num_tokens
@@ -60,7 +65,7 @@ def build_sequence(
         pictures=pictures,
         prefix_tokens=prefix,
         task=message.task,
-        constraint=_constraint(message, card, compiled),
+        constraint=_constraint(message, card, compiled) or _thought_budget(message, card),
         tenant=message.tenant,
         priority=message.priority,
         deadline_s=now_s + message.deadline_s if message.deadline_s > 0 else 0.0,
@@ -78,6 +83,7 @@ def _check_sampling(message: Submit, card: ModelCard) -> None:
         ("frequency_penalty", s.frequency_penalty, -2.0, 2.0),
         ("repetition_penalty", s.repetition_penalty, 0.01, 100.0),
         ("num_logprobs", s.num_logprobs, -1, MAX_LOGPROBS),
+        ("num_prompt_logprobs", s.num_prompt_logprobs, -1, MAX_LOGPROBS),
         ("min_tokens", s.min_tokens, 0, message.max_tokens),
         ("max_objects", message.max_objects, 0, MAX_OBJECTS),
         ("deadline_s", message.deadline_s, 0.0, 86400.0),
@@ -129,6 +135,21 @@ def _expand(
         at, spec.num_tokens, image.tiles_h, image.tiles_w, height, width, image.digest, frames[0], frames[1]
     )
     return tokens, [picture]
+
+
+def _thought_budget(message: Submit, card: ModelCard) -> ThoughtBudget | None:
+    asked = message.thinking
+    if asked is None:
+        return None
+    if message.grammar is not None or message.task != "text":
+        raise Refusal(ErrorCode.INVALID_REQUEST, "a constrained answer has no thought", "thinking")
+    ids = (*asked.opens, *asked.closes)
+    if not asked.closes or len(ids) > MAX_MARK_IDS or any(not 0 <= i < card.vocab_size for i in ids):
+        text = f"marks have 1 to {MAX_MARK_IDS} ids in 0 … {card.vocab_size - 1} together"
+        raise Refusal(ErrorCode.INVALID_REQUEST, text, "thinking")
+    if asked.budget < 0:
+        raise Refusal(ErrorCode.INVALID_REQUEST, f"a budget of {asked.budget}; at least 0", "thinking")
+    return ThoughtBudget(asked.budget, asked.opens, asked.closes)
 
 
 def _constraint(message: Submit, card: ModelCard, compiled: Constraint | None) -> Constraint | None:

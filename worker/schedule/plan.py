@@ -17,6 +17,7 @@ class Chunk:
     start: int
     num_tokens: int
     is_last: bool  # reaches the last known token, so its last position is sampled
+    num_scored: int = 0  # of its leading positions the next token's log-probability is asked for
 
 
 def crops_of(chunk: Chunk) -> int:
@@ -43,9 +44,33 @@ class StepPlan:
     expected_s: float = 0.0  # how long it should take
 
     @property
+    def num_scored(self) -> int:
+        """Positions of all chunks whose next token's log-probability is asked for."""
+        return sum([chunk.num_scored for chunk in self.chunks])
+
+    @property
     def num_tokens(self) -> int:
         """Flattened tokens of the forward."""
         return len(self.decode) + sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of the tokens behind some positions of a prompt: packed float32 and int32, as on the wire."""
+
+    logprobs: bytes
+    ranks: bytes
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+
+    def behind(self, num: int) -> PromptScores:
+        """Without those of the first `num` positions."""
+        if not num:
+            return self
+        top = len(self.top_ids) // max(1, len(self.ranks)) * 4 * num
+        return PromptScores(
+            self.logprobs[4 * num :], self.ranks[4 * num :], self.top_ids[top:], self.top_logprobs[top:]
+        )
 
 
 @dataclass(slots=True)
@@ -58,6 +83,7 @@ class StepResult:
     logprobs: list[float] | None = None
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None
+    scores: list[PromptScores] | None = None  # one for each chunk that is scored
 
 
 @dataclass(slots=True)
@@ -70,3 +96,20 @@ class Committed:
     source: list[int] = field(default_factory=list)  # index into the step's samples
     finished: list[Sequence] = field(default_factory=list)
     num_zombies: int = 0
+    scored: list[tuple[Sequence, int, PromptScores]] = field(
+        default_factory=list
+    )  # prompt, first token scored
+
+
+def take_scores(plan: StepPlan, result: StepResult) -> list[tuple[Sequence, int, PromptScores]]:
+    """The step's log-probabilities of prompt tokens that were not known before: a prompt that was preempted is computed again."""
+    taken = []
+    chunks = [chunk for chunk in plan.chunks if chunk.num_scored]
+    for chunk, scores in zip(chunks, result.scores or (), strict=True):
+        seq = chunk.seq
+        num_known = seq.num_scored - chunk.start
+        if seq.finish is not None or num_known >= chunk.num_scored:
+            continue
+        taken.append((seq, seq.num_scored + 1, scores.behind(num_known)))
+        seq.num_scored = chunk.start + chunk.num_scored
+    return taken

@@ -14,7 +14,7 @@ from worker.schedule.life import Life, MaskLife
 from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pace import Pace, guessed_costs, load_of_chunk, load_of_step
 from worker.schedule.pages import PagePool
-from worker.schedule.plan import Chunk, Committed, StepPlan, StepResult, crops_of
+from worker.schedule.plan import Chunk, Committed, StepPlan, StepResult, crops_of, take_scores
 from worker.schedule.prefix_cache import PrefixCache
 from worker.schedule.refusal import Refusal
 from worker.schedule.sequence import Sequence
@@ -152,7 +152,7 @@ class Scheduler:
                 break
             if not self.pace.row_fits([seq.num_known for seq in self.running], len(best.tokens)):
                 break  # it would widen every running stream's gaps beyond the bound
-            if self.cache is not None:
+            if self.cache is not None and not best.is_scored:  # a cached page has no logits
                 best.num_computed = best.cached_tokens = self.cache.match(best)
             # A prompt's pages are taken whole: half-prefilled sequences never wait for each other's.
             chunk = budget.cut(best) if self._grow(best, best.num_known) else None
@@ -189,6 +189,9 @@ class Scheduler:
                 indexes.append(seq.num_sampled)
                 seq.num_sampled += 1
         tables = [table for seq in admitted if (table := self._place_automaton(seq)) is not None]
+        for seq, index in zip(samples, indexes, strict=True):
+            if seq.budget is not None:
+                seq.watch_budget(index)
         deferred = [i for i, seq in enumerate(samples) if seq.mask is not NO_MASK]
         self._step += 1
         load = load_of_step(positions, [load_of_chunk(c.start, c.num_tokens, crops_of(c)) for c in chunks])
@@ -205,7 +208,7 @@ class Scheduler:
             tables,
             any_adjusted=adjusted,
             load=load,
-            expected_s=self.pace.costs.of(load),
+            expected_s=self.pace.costs.of(load) * (2 if any([c.num_scored for c in chunks]) else 1),
         )
 
     def _place_automaton(self, seq: Sequence) -> tuple[int, TokenTables] | None:
@@ -233,12 +236,16 @@ class Scheduler:
 
         `busy_s`: for how long it kept the device busy. `first`: samples before it were accepted by `commit_rows`.
         """
-        self.pace.on_step(plan.load, busy_s)
+        scored = take_scores(plan, result) if result.scores else []
+        if not scored:  # its chunks cost more than others of their length
+            self.pace.on_step(plan.load, busy_s)
         for chunk in plan.chunks:
             if not chunk.is_last:
                 chunk.seq.inflight_refs -= 1
                 self._settle(chunk.seq)
-        return self._accept(plan, result, now_s, first, len(plan.samples))
+        done = self._accept(plan, result, now_s, first, len(plan.samples))
+        done.scored = scored
+        return done
 
     def _accept(self, plan: StepPlan, result: StepResult, now_s: float, first: int, last: int) -> Committed:
         """Accept samples [first, last)."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Sampling
 from worker.constraints.constraint import Constraint
+from worker.constraints.thought_budget import ThoughtBudget
 from worker.schedule.life import HOLDING, Life, MaskLife, mask_moved, moved
 
 IMAGE_TOKEN = -1
@@ -79,6 +80,8 @@ class Sequence:
     cached_tokens: int = 0
     values: dict[int, tuple[float, float]] = field(default_factory=dict)  # generated index → decoded value
     page_keys: list[bytes] = field(default_factory=list)  # prefix-cache keys of its full pages
+    num_scored: int = 0  # prompt positions whose next token's log-probability is committed
+    budget: ThoughtBudget | None = None  # its constraint, while that may still force tokens
 
     finish: FinishReason | None = None
     error: tuple[ErrorCode, str] | None = None
@@ -94,6 +97,11 @@ class Sequence:
     def in_prefill(self) -> bool:
         """Whether some known position has not been launched yet."""
         return self.num_computed < self.num_known
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be computed."""
+        return self.sampling.num_prompt_logprobs >= 0 and self.num_scored < self.num_prompt - 1
 
     @property
     def holds(self) -> bool:
@@ -114,13 +122,25 @@ class Sequence:
 
     def place_automaton(self, place: int) -> None:
         """The automaton lies on the device (place above 0), or not (place 0): then the host makes the masks."""
-        needs_host = self.constraint is not None and not place
+        needs_host = self.constraint is not None and not place and self.budget is None
         if needs_host and self.mask is MaskLife.NONE:
             self.mask = mask_moved(self.mask, MaskLife.DUE)
         elif not needs_host and self.mask is not MaskLife.NONE:
             self.mask = mask_moved(self.mask, MaskLife.NONE)
             self.ready_mask = None
         self.table_place = place
+
+    def watch_budget(self, index: int) -> None:
+        """The token at `index` is planned: the host masks it only where its thought's budget may end there."""
+        assert self.budget is not None
+        needs_host = self.budget.may_force(index, self.num_generated)
+        if needs_host and self.mask is MaskLife.NONE:
+            self.mask = mask_moved(self.mask, MaskLife.DUE)
+        elif not needs_host and self.mask is not MaskLife.NONE:
+            self.mask = mask_moved(self.mask, MaskLife.NONE)
+            self.ready_mask = None
+        if self.budget.is_spent:
+            self.budget = None if self.mask is MaskLife.NONE else self.budget
 
     def on_slow_mask(self) -> None:
         """The mask built with its step was slow: the next mask is built ahead, and the sequence sits out until it is ready."""
@@ -141,6 +161,8 @@ class Sequence:
         return ready
 
     def __post_init__(self) -> None:
+        if isinstance(self.constraint, ThoughtBudget):
+            self.budget = self.constraint
         self.place_automaton(0)
         s = self.sampling
         self.is_spatial = self.task != "text"

@@ -7,12 +7,14 @@ for a GPU's published forward time without using the CPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
 from shared.protocol import ImageSpec, ModelCard
 from worker.constraints.automaton import TokenAutomaton
-from worker.schedule.plan import Chunk, StepPlan, StepResult
+from worker.schedule.plan import Chunk, PromptScores, StepPlan, StepResult
 from worker.schedule.sequence import Sequence
 from worker.sim.profiles import Profile
 from worker.sim.timeline import Clock, SimEvent, SimStream, Timeline
@@ -74,6 +76,15 @@ def value_of(token_id: int, state: int, card: ModelCard) -> tuple[float, float]:
     return (x, y) if token_id == card.size_id else (0.0, 0.0)
 
 
+def score_of(state: int, num_top: int, vocab_size: int) -> tuple[float, int, list[int]]:
+    """The logprob and rank that the fake model gives a token behind a prefix, and the ids it finds likelier."""
+    return (
+        -(mix(state) % 4096) / 256,
+        1 + mix(state + 1) % 7,
+        [(state + k) % vocab_size for k in range(num_top)],
+    )
+
+
 def mark_of(token_id: int, value: tuple[float, float]) -> int:
     """What a position holds in the fake paged memory: the token, and the value it was embedded by."""
     return (token_id | int(value[0] * 1024) << 20 | int(value[1] * 1024) << 32) & _MASK
@@ -94,6 +105,7 @@ class SimSlot:
         self.masks = self.host_masks.copy()
         self.states: list[int] = [0] * shape.max_rows  # the "logits": each sample's prefix hash
         self.bad = [False] * shape.max_rows
+        self.scores: list[PromptScores] = []
         self.ids = np.zeros(shape.max_rows, np.int64)
         self.values = np.zeros((shape.max_rows, 2))
         self.host_ids = np.zeros(shape.max_rows, np.int64)
@@ -149,6 +161,7 @@ class SimRunner:
         known = _known_marks(plan)
         spans = [(c.start, c.num_tokens, c.is_last) for c in plan.chunks] if fits else []
         num_rows = len(plan.decode)
+        scored = [(c.num_scored, c.seq.sampling.num_prompt_logprobs) for c in plan.chunks] if fits else []
 
         def forward() -> None:
             slot.device.buffer[:num_words] = slot.host.buffer[:num_words]
@@ -158,6 +171,7 @@ class SimRunner:
                 if nan_index is not None:
                     self.nan_at[row] = nan_index
             self._forward(slot, num_rows, spans, known)
+            slot.scores = list(self._scores(slot, spans, scored))
 
         crops = sum(p.num_crops for c in plan.chunks for p in c.seq.pictures if c.start <= p.position)
         cost_s = self.profile.forward(
@@ -222,6 +236,8 @@ class SimRunner:
         result = StepResult(slot.host_ids[:num].tolist(), slot.host_bad[:num])
         if any([seq.is_spatial for seq in plan.samples[:num]]):
             result.values = [(x, y) for x, y in slot.host_values[:num].tolist()]
+        if plan.num_scored and num == len(plan.samples):
+            result.scores = slot.scores
         return result
 
     def device_times(self, slot_number: int) -> DeviceTimes:
@@ -260,6 +276,28 @@ class SimRunner:
                 slot.states[sample] = self._state(slot.device.chunk_tables[i], start + num, int(ids[at - 1]))
                 sample += 1
 
+    def _scores(
+        self, slot: SimSlot, spans: list[tuple[int, int, bool]], scored: list[tuple[int, int]]
+    ) -> Iterator[PromptScores]:
+        """What the fake model gives prompt tokens: a function of all tokens before each."""
+        at = 0
+        for i, ((start, num, _), (num_scored, num_top)) in enumerate(zip(spans, scored, strict=True)):
+            if num_scored:
+                states = [
+                    self._state(
+                        slot.device.chunk_tables[i], start + j + 1, int(slot.device.chunks[0][at + j])
+                    )
+                    for j in range(num_scored)
+                ]
+                found = [score_of(state, num_top, self.card.vocab_size) for state in states]
+                yield PromptScores(
+                    np.array([logprob for logprob, _, _ in found], np.float32).tobytes(),
+                    np.array([rank for _, rank, _ in found], np.int32).tobytes(),
+                    np.array([ids for _, _, ids in found], np.int32).tobytes(),
+                    np.array([[-float(k) for k in range(num_top)] for _ in found], np.float32).tobytes(),
+                )
+            at += num
+
     def _state(self, table: I32, length: int, token_id: int) -> int:
         if not self.exact:
             return mix(token_id * 0x10001 + length)
@@ -281,7 +319,7 @@ class SimRunner:
                 words = words.copy()
                 automaton.fill_mask(words)
             if masked or automaton is not None:
-                allowed = _ids_of(words)
+                allowed = _ids_of(words, self.card.vocab_size)
             token_id = choose(state, float(draws[i]) if is_random else 0.0, allowed)
             slot.ids[i] = self.last_ids[row] = token_id
             slot.values[i] = self.last_values[row] = value_of(token_id, state, self.card)
@@ -304,9 +342,10 @@ def _automaton(seq: Sequence) -> TokenAutomaton | None:
     return None
 
 
-def _ids_of(words: I32) -> list[int]:
-    bits: list[int] = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
-    return bits
+def _ids_of(words: I32, vocab_size: int) -> list[int]:
+    """The ids that a mask allows; its last word may have bits of none."""
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little", count=vocab_size)
+    return np.flatnonzero(bits).tolist()
 
 
 def _finds_no_memory(chunk: Chunk) -> bool:

@@ -15,6 +15,10 @@ OUTPUT_FIELDS = 5
 """Words of one row's outputs: id, bad, then two values and the token's logprob bit for bit as float32."""
 
 
+SCORE_FIELDS = 2 + 2 * 20
+"""Words of one prompt token's scores: its logprob bit for bit, its rank, the most likely ids, their logprobs bit for bit."""
+
+
 class Slot:
     """One ping-pong working set over a torch device: `host` are numpy views, the rest device tensors.
 
@@ -49,6 +53,11 @@ class Slot:
         self.host_outputs, self.outputs = pair(rows, OUTPUT_FIELDS)
         self.host_top, self.top = pair(rows, 2 * shape.max_logprobs)  # ids, then logprobs bit for bit
         self.host_masks, self.masks = pair(rows, shape.mask_words)
+        # Of prompts whose tokens are scored (`worker.step.prompt_scores`): the tokens, and what they got.
+        self.host_targets, self.targets = pair(shape.chunk_tokens, dtype=torch.int64)
+        self.host_scores, self.scores = pair(shape.chunk_tokens, SCORE_FIELDS)
+        self.host_targets_np: np.ndarray[tuple[int], np.dtype[np.int64]] = self.host_targets.numpy()
+        self.host_scores_np: I32 = self.host_scores.numpy()
         # Sample indexes of each sampling group: rows without a mask, rows with one.
         self.host_picks, self.picks = pair(2, rows, dtype=torch.int64)
         self.host_outputs_np: I32 = self.host_outputs.numpy()

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.forward import SPAN_FIELDS, SPAN_TOKENS, chunk_spans
+from worker.schedule.life import MaskLife
 from worker.schedule.plan import Chunk, StepPlan
 from worker.schedule.rng import uniforms
 from worker.schedule.sequence import Sequence
@@ -34,13 +35,12 @@ INT_FIELDS = (
 FLOAT_FIELDS = ("temperature", "top_p", "min_p", "uniform", "presence", "frequency", "repetition", "ban_stop")
 FIELDS = INT_FIELDS + FLOAT_FIELDS
 NOTHING: tuple[list[int], int] = ([], 0)
+NO_MASK = MaskLife.NONE
 
 
 def needs_eager(seq: Sequence) -> bool:
     """Whether no captured step can sample this row: penalties and biases, log-probabilities, a mask from the host."""
-    if seq.is_adjusted or seq.sampling.num_logprobs >= 0:
-        return True
-    return seq.constraint is not None and not seq.table_place
+    return seq.is_adjusted or seq.sampling.num_logprobs >= 0 or seq.mask is not NO_MASK
 
 
 def is_plain(seq: Sequence) -> bool:
@@ -125,6 +125,7 @@ class Views:
         "buffer",
         "chunk_tables",
         "chunks",
+        "deferred",
         "draws",
         "ends",
         "floats",
@@ -155,6 +156,9 @@ class Views:
         self.held = [NOTHING] * rows  # of each decode row: the page list in its table, and how much of it
         self.samples: list[Sequence] = []
         self.rows: list[int] = []  # the rows of `samples`, because a resumed sequence may have another row
+        self.deferred: list[
+            int
+        ] = []  # rows are masked by the host for a while only, where a thought's budget ends
         self.draws = False
 
 
@@ -174,8 +178,13 @@ def stage_rows(views: Views, plan: StepPlan) -> None:
     page_tokens = views.shape.page_tokens
     num_rows, num = len(plan.decode), len(plan.samples)
     rows = [seq.row for seq in plan.samples]
-    is_same = num == num_rows and rows == views.rows and plan.samples == views.samples
-    views.rows, views.samples = rows, plan.samples if num == num_rows else []
+    is_same = (
+        num == num_rows
+        and rows == views.rows
+        and plan.samples == views.samples
+        and plan.deferred == views.deferred
+    )
+    views.rows, views.samples, views.deferred = rows, plan.samples if num == num_rows else [], plan.deferred
     if num_rows:
         positions = plan.positions
         ints["positions"][:num_rows] = positions

@@ -25,6 +25,7 @@ from worker.step.contract import DeviceTimes, GraphCounts, OutOfDeviceMemory, Pr
 from worker.step.decode_graphs import DecodeGraphs, Flavour, bucket_sizes, flavour_of, least_bucket
 from worker.step.features import FeatureCache
 from worker.step.kv_memory import kv_memory
+from worker.step.prompt_scores import read_scores, score_chunks
 from worker.step.rows import RowTables
 from worker.step.slot import Slot
 from worker.step.staging import (
@@ -268,14 +269,18 @@ class TorchRunner:
     @torch.inference_mode()
     def launch_copy(self, slot_number: int, plan: StepPlan) -> None:
         slot, copy = self.slots[slot_number], self.device.copy
-        num, first = len(plan.samples), slot.early_rows
+        num, first, num_scored = len(plan.samples), slot.early_rows, plan.num_scored
         self._last_sampled = self.device.compute.record(slot.next_sampled())
-        copied = slot.next_copied(has_outputs=num > first)
-        if num > first:
+        has_outputs = num > first or num_scored > 0
+        copied = slot.next_copied(has_outputs=has_outputs)
+        if has_outputs:
             # The copy waits for this step's own event, not for work that the compute stream is given later.
             copy.wait(slot.sampled)
             with copy.use():
-                slot.host_outputs[first:num].copy_(slot.outputs[first:num], non_blocking=True)
+                if num > first:
+                    slot.host_outputs[first:num].copy_(slot.outputs[first:num], non_blocking=True)
+                if num_scored:
+                    slot.host_scores[:num_scored].copy_(slot.scores[:num_scored], non_blocking=True)
                 if any([seq.sampling.num_logprobs > 0 for seq in plan.samples]):
                     slot.host_top[:num].copy_(slot.top[:num], non_blocking=True)
             copy.record(copied)
@@ -300,7 +305,10 @@ class TorchRunner:
         slot.copied.synchronize()
         if slot.early_rows:
             slot.rows_copied.synchronize()
-        return slot.read(plan, len(plan.samples))
+        result = slot.read(plan, len(plan.samples))
+        if plan.num_scored:
+            result.scores = list(read_scores(slot, plan))
+        return result
 
     def device_times(self, slot_number: int) -> DeviceTimes:
         slot = self.slots[slot_number]
@@ -354,6 +362,8 @@ class TorchRunner:
         else:
             hidden, tokens = self._chunk_tokens(slot, plan)
             hidden = self.model.forward(hidden, tokens, self.cache)
+        if plan.num_scored:
+            score_chunks(self.model, slot, plan, hidden, self._progress)
         ends = slice(len(plan.decode), len(plan.samples))
         if ends.start == ends.stop:
             return
@@ -392,6 +402,8 @@ class TorchRunner:
         tokens.progress = self._progress
         hidden = self.model.forward(hidden, tokens, self.cache)
         num = len(plan.samples)
+        if plan.num_scored:
+            score_chunks(self.model, slot, plan, hidden[num_rows:], self._progress)
         if plan.chunks:
             if not num:
                 return

@@ -36,7 +36,7 @@ class FakeTokens:
         return token_id >= FIRST_BYTE_ID
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeModel:
     """See `ServedModel`. `pauses` is awaited inside every encoding, so that a test can do things meanwhile."""
 
@@ -65,6 +65,9 @@ class FakeModel:
         return text_ids("|".join(f"{message['role']}:{message['content']}" for message in messages))
 
     def special_id(self, text: str) -> int | None:
+        return None
+
+    def mark_id(self, text: str) -> int | None:
         return None
 
     def decode(self, token_ids: list[int], *, keep_special: bool = False) -> str:

@@ -105,3 +105,29 @@ async def test_a_model_that_is_asked_one_question_refuses_what_it_has_no_place_f
     message: dict[str, Any], param: str
 ) -> None:
     assert await ask(FakeModel(), [message, {"role": "user", "content": "q"}]) == "refused " + param
+
+
+class Counted(Templated):
+    """Counts how often a conversation is rendered."""
+
+    num = 0
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> list[int]:
+        self.num += 1
+        return await super().encode_chat(messages, options)
+
+
+async def test_what_was_found_to_be_shown_is_not_looked_for_again() -> None:
+    model = Counted(WHOLE)
+    await ask(model, HISTORY)
+    assert model.num == 4  # once for the prompt, and once for each of name, tool_calls and the result
+    await ask(model, [*HISTORY, {"role": "assistant", "content": "", "tool_calls": [CALL]}])
+    assert model.num == 5
+    await ask(model, [{"role": "system", "content": "s", "name": "bob"}])  # another role's name
+    assert model.num == 7
+
+
+async def test_what_is_passed_over_is_refused_each_time() -> None:
+    model = Counted(WHOLE.replace("{{ m.name }}", ""))
+    for _ in range(2):
+        assert await ask(model, HISTORY) == "refused messages[0].name"

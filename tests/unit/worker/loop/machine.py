@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import Drain, Sampling
+from shared.protocol import Drain, Sampling, ThinkingBudget
 from tests.unit.worker.loop.simulation import GATEWAY, Simulation, Stream, check_stream, expected
 from worker.loop.inbox import LeaseEnded, Received
 from worker.sim.runner import NAN_TOKEN, OOM_TOKEN
@@ -104,6 +104,31 @@ class Loop(RuleBasedStateMachine):
             priority=priority,
             deadline_s=deadline_s,
         )
+
+    @rule(
+        target=streams,
+        words=st.lists(st.integers(20, 24), max_size=20),
+        max_tokens=st.integers(1, 9),
+        num_scores=st.integers(-1, 2),
+        budget=st.one_of(st.none(), st.integers(0, 6)),
+        marks=st.sampled_from([([], [40]), ([], [40, 41]), ([31], [40])]),
+        temperature=st.sampled_from([0.0, 1.0]),
+        seed=st.integers(0, 1 << 20),
+    )
+    def submit_scored_or_bounded(
+        self,
+        words: list[int],
+        max_tokens: int,
+        num_scores: int,
+        budget: int | None,
+        marks: tuple[list[int], list[int]],
+        temperature: float,
+        seed: int,
+    ) -> Stream:
+        """Log-probabilities of its prompt, a budget for its thought, or both."""
+        sampling = Sampling(temperature=temperature, seed=seed, num_prompt_logprobs=num_scores)
+        thinking = None if budget is None else ThinkingBudget(budget, *marks)
+        return self.sim.submit([30, *words], max_tokens, sampling=sampling, thinking=thinking)
 
     @rule(target=streams, at=st.integers(0, 3), max_tokens=st.integers(1, 9))
     def submit_poisoned(self, at: int, max_tokens: int) -> Stream:

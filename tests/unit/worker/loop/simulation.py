@@ -20,10 +20,12 @@ from shared.protocol import (
     Grammar,
     ImageInput,
     ModelCard,
+    PromptLogprobs,
     Rejected,
     Sampling,
     StepOutputs,
     Submit,
+    ThinkingBudget,
     TraceChunk,
     pack_i32,
     unpack_i32,
@@ -31,6 +33,7 @@ from shared.protocol import (
 )
 from tests.unit.worker.constraints.spatial_grammar import SpatialGrammar
 from worker.constraints.constraint import Constraint
+from worker.constraints.thought_budget import ThoughtBudget
 from worker.loop.engine import Engine
 from worker.loop.inbox import Command, CompiledSubmit, Inbox, MaskReady, Outbox, Received
 from worker.loop.masks import MaskFiller
@@ -51,6 +54,7 @@ from worker.sim.runner import (
     image_mark,
     mark_of,
     prefix_hash,
+    score_of,
     value_of,
 )
 from worker.sim.timeline import VirtualClock
@@ -72,6 +76,7 @@ class Stream:
     rejected: Rejected | None = None
     cancelled: bool = False
     gateway: bytes = GATEWAY
+    scores: list[tuple[float, int, list[int], list[float]]] = field(default_factory=list)  # of the prompt
 
 
 class RecordingOutbox:
@@ -93,6 +98,11 @@ class RecordingOutbox:
             return
         assert isinstance(message, StepOutputs), message
         assert message.epoch == EPOCH
+        for item in message.prompt_logprobs:
+            stream = self.streams[gateway, item.sequence_id]
+            assert stream.finish is None and not stream.tokens, "a prompt's scores after its answer"
+            assert item.first == len(stream.scores) + 1, "a gap or a repeat"
+            stream.scores += unpack_scores(item)
         rows = zip(
             unpack_i64(message.sequence_ids),
             unpack_i32(message.first_index),
@@ -116,6 +126,15 @@ class RecordingOutbox:
     def broadcast(self, message: FromWorker) -> None:
         if isinstance(message, Beat):
             self.beats.append(message)
+
+
+def unpack_scores(item: PromptLogprobs) -> list[tuple[float, int, list[int], list[float]]]:
+    """Logprob, rank, and the most likely ids with theirs, of each token."""
+    logprobs = np.frombuffer(item.logprobs, np.float32).tolist()
+    ranks = np.frombuffer(item.ranks, np.int32).tolist()
+    ids = np.frombuffer(item.top_ids, np.int32).reshape(len(ranks), -1).tolist()
+    tops = np.frombuffer(item.top_logprobs, np.float32).reshape(len(ranks), -1).tolist()
+    return list(zip(logprobs, ranks, ids, tops, strict=True))
 
 
 def punctual_masks() -> MaskFiller:
@@ -313,6 +332,7 @@ class Simulation(SimWorker):
         max_objects: int = 3,
         grammar: Grammar | None = None,
         constraint: Constraint | None = None,
+        thinking: ThinkingBudget | None = None,
     ) -> Stream:
         """Hand the engine one submission through its inbox; a grammar comes with its compiled constraint."""
         sequence_id = self._next_id
@@ -336,6 +356,7 @@ class Simulation(SimWorker):
             priority=priority,
             deadline_s=deadline_s,
             grammar=grammar,
+            thinking=thinking,
         )
         stream = Stream(message, gateway=gateway)
         self.outbox.streams[gateway, sequence_id] = stream
@@ -367,6 +388,7 @@ class Answer:
     reason: FinishReason = FinishReason.LENGTH
     tokens: list[int] = field(default_factory=list)
     values: list[tuple[float, float]] = field(default_factory=list)
+    scores: list[tuple[float, int, list[int], list[float]]] = field(default_factory=list)
 
 
 def expected(submit: Submit) -> tuple[list[int], FinishReason]:
@@ -399,6 +421,14 @@ def oracle(submit: Submit) -> Answer:
             max_objects=submit.max_objects,
         )
     answer = Answer()
+    num_top = submit.sampling.num_prompt_logprobs
+    for place in range(1, len(prompt) if num_top >= 0 else 0):
+        logprob, rank, ids = score_of(
+            prefix_hash(np.array(marks[:place], np.uint64)), num_top, CARD.vocab_size
+        )
+        answer.scores.append((logprob, rank, ids, [-float(k) for k in range(num_top)]))
+    asked = submit.thinking
+    thought = None if asked is None else ThoughtBudget(asked.budget, asked.opens, asked.closes)
     everything = list(range(CARD.vocab_size))
     for index in range(submit.max_tokens):
         state = prefix_hash(np.array(marks, np.uint64))
@@ -408,9 +438,16 @@ def oracle(submit: Submit) -> Answer:
         sampling = submit.sampling
         draw = float(np.float32(uniform(sampling.seed, index))) if sampling.temperature > 0 else 0.0
         allowed = everything if grammar is None else sorted(grammar.allowed_ids())
+        if thought is not None:
+            words = np.zeros(-(-CARD.vocab_size // 32), np.int32)
+            thought.fill_mask(words)
+            bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: CARD.vocab_size]
+            allowed = np.flatnonzero(bits).tolist()
         token_id = choose(state, draw, allowed)
         if grammar is not None:
             grammar.advance(token_id)
+        if thought is not None:
+            thought.advance(token_id)
         if token_id in (0, *submit.stop_ids):
             answer.reason = FinishReason.STOP
             return answer
@@ -427,7 +464,10 @@ def oracle(submit: Submit) -> Answer:
 def check_stream(stream: Stream) -> None:
     """A finished stream equals the oracle; a cancelled one is a prefix of it."""
     assert stream.finish is not None
-    tokens, reason = expected(stream.submit)
+    answer = oracle(stream.submit)
+    tokens, reason = answer.tokens, answer.reason
+    wanted = answer.scores if stream.tokens else answer.scores[: len(stream.scores)]
+    assert stream.scores == wanted, "log-probabilities of the prompt"
     if stream.finish.reason in (FinishReason.CANCELLED, FinishReason.DEADLINE):
         assert stream.tokens == tokens[: len(stream.tokens)]
     else:

@@ -1,0 +1,1 @@
+"""Owns the description of this gateway's HTTP interface: `/openapi.json`."""
