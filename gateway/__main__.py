@@ -128,7 +128,7 @@ class Gateway:
             if (error.name or "").partition(".")[0] not in _GRPC_PACKAGES:
                 raise  # a fault of ours, not an extra that was left out
             raise ConfigError(f"grpc_port is set, but gRPC is not installed: {error}") from None
-        self._grpc = await module.start_grpc(self.service, self.config)
+        self._grpc = await module.start_grpc(self.service, self.config, self.service.access)
         self.grpc_port = getattr(self._grpc, "port", self.config.grpc_port)
 
 

@@ -71,7 +71,7 @@ Prepare = Callable[..., Awaitable[Any]]
 def create_app(service: Service) -> web.Application:
     """The application over a started (or starting) service."""
     config = service.config
-    boundary = Boundary(config, service.metrics)
+    boundary = Boundary(config, service.metrics, service.access, service.meters)
     app = web.Application(middlewares=[boundary.middleware], client_max_size=config.max_body_bytes)
     app.on_response_prepare.append(boundary.on_prepare)
     app[SERVICE] = service
@@ -106,7 +106,7 @@ def create_app(service: Service) -> web.Application:
         router.add_get(path, _ready(service))
     router.add_get("/metrics", _metrics(service))
     router.add_get("/debug/trace", _recording(service))
-    register_websocket(app, service, config, holdings)
+    register_websocket(app, service, config, holdings, service.access)
     _add_page(app)
     return app
 

@@ -55,6 +55,9 @@ class GatewayConfig(BaseModel):
     retry_wait_s: float = Field(30.0, ge=0, description="how long unstarted requests wait for a new worker")
 
     api_keys: tuple[SecretStr, ...] = Field((), description="none: anybody who can reach the port")
+    keys_file: str | None = Field(
+        None, description="API keys with tenants and limits, a line each, read again when it changes"
+    )
     public: tuple[str, ...] = Field(
         (), description="routes open without a key where keys are set: page, readiness, metrics"
     )

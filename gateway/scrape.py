@@ -31,6 +31,13 @@ _VLLM_HISTOGRAMS: Final = {
     "vllm:request_decode_time_seconds": "request_decode_time_seconds",
 }
 
+_KEY_TOTALS: Final = {
+    "requests": "Requests by key",
+    "refused": "Requests beyond a key's limits",
+    "prompt_tokens": "Tokens of prompts by key",
+    "generated_tokens": "Tokens made by key",
+}
+
 _BOUNDS: Final = [*(str(bound) for bound in HISTOGRAM_BUCKETS_S), "+Inf"]
 
 
@@ -78,6 +85,7 @@ class Scrape(Collector):
             family.add_metric([], _buckets(histogram), histogram.total_s)
             yield family
         yield from self._service_families(self._service)
+        yield from _key_families(self._service)
         if self._service.config.vllm_metrics:
             yield from self._vllm_families(self._service)
 
@@ -149,6 +157,22 @@ class Scrape(Collector):
             family = HistogramMetricFamily(name, HISTOGRAMS[ours], labels=["model_name"])
             family.add_metric([model], _buckets(histogram), histogram.total_s)
             yield family
+
+
+def _key_families(service: Service) -> Iterator[Metric]:
+    """What each key of the file that was used has used, by its name; never anything of the key itself."""
+    used = [meter for meter in service.meters.all() if meter.totals.requests or meter.totals.refused]
+    if not used:
+        return
+    for name, help in _KEY_TOTALS.items():
+        family = CounterMetricFamily(f"degas_key_{name}", help, labels=["key", "tenant"])
+        for meter in used:
+            family.add_metric([meter.entry.name, meter.entry.owner], getattr(meter.totals, name))
+        yield family
+    streams = GaugeMetricFamily("degas_key_streams", "Answers in the making", labels=["key", "tenant"])
+    for meter in used:
+        streams.add_metric([meter.entry.name, meter.entry.owner], meter.num_streams)
+    yield streams
 
 
 def _beat_values(worker: Worker) -> Iterator[tuple[str, str | None, float]]:

@@ -16,12 +16,15 @@ import msgspec
 import structlog
 import zmq
 
+from gateway.access import Access
+from gateway.caller import CALLER
 from gateway.config import GatewayConfig
 from gateway.confined.grammars import GrammarChecker
 from gateway.confined.images import ImageDecoder
 from gateway.core.catalog import AnnouncedModel, Catalog
 from gateway.core.dispatch import Dispatch
 from gateway.core.flights import Flights
+from gateway.core.key_file import KeyFile
 from gateway.core.metrics import Metrics
 from gateway.core.placement import Placement, Worker
 from gateway.core.recordings import Recordings
@@ -29,6 +32,7 @@ from gateway.core.tokens import TokenizerError
 from gateway.core.tracing import Tracing
 from gateway.core.worker_link import WorkerLink
 from gateway.decisions.admission import Admission
+from gateway.decisions.limits import Meter, Meters
 from gateway.generation import (
     GenerateRequest,
     Listener,
@@ -52,6 +56,9 @@ class Service:
     ) -> None:
         self.config = config
         self.metrics = metrics or Metrics()
+        self.access = Access(config)
+        self.meters = Meters()
+        self._key_file = KeyFile(self.access, self.meters, now)
         self.images = ImageDecoder(config)
         self.grammars = GrammarChecker()
         self.gateway_id = f"gw-{secrets.token_hex(6)}"
@@ -89,6 +96,7 @@ class Service:
         for worker in self._workers:
             worker.link.open()
         self._dispatch.start()
+        self._key_file.start()
 
     @property
     def draining(self) -> bool:
@@ -117,6 +125,7 @@ class Service:
         self.begin_drain()
         self.end_all(RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down"))
         self._dispatch.stop()
+        await self._key_file.stop()
         for worker in self._workers:
             worker.link.close()
         await self.images.stop()
@@ -130,11 +139,17 @@ class Service:
     def model(self, model_id: str | None) -> AnnouncedModel:
         """See `Core.model`."""
         try:
-            return self._catalog.find(model_id)
+            found = self._catalog.find(model_id)
         except RequestError as error:
             raise (
                 self._placement.nobody(error.message) if error.code is ErrorCode.LOADING else error
             ) from None
+        meter = self.meters.of(CALLER.get().key)
+        if meter is not None and not meter.entry.may_use(found.card.model_id):
+            allowed = ", ".join(meter.entry.models or ()) or "none"
+            message = f"this key may not use model {found.card.model_id}; it may use: {allowed}"
+            raise RequestError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
+        return found
 
     def models(self) -> list[AnnouncedModel]:
         """See `Core.models`."""
@@ -166,7 +181,30 @@ class Service:
 
     def submit(self, request: GenerateRequest, listener: Listener) -> RunningStream:
         """See `Core.submit`."""
-        return self._dispatch.submit(request, listener)
+        return self._dispatch.submit(request, listener, self._meter())
+
+    def begin_request(self) -> None:
+        """See `ServingCore.begin_request`."""
+        meter = self._meter()
+        if meter is not None:
+            try:
+                meter.on_request(self._now())
+            except RequestError as error:
+                self.metrics.on_refused(error.code)
+                raise
+
+    def _meter(self) -> Meter | None:
+        """The meter of the key that the running task acts for; None for a key without one.
+
+        Raises `RequestError` UNAUTHORIZED for a key that was revoked or has expired since, as an open WebSocket's may.
+        """
+        name = CALLER.get().key
+        if not self.access.needs_key or name.startswith("api_keys["):
+            return None
+        meter = self.meters.of(name)
+        if meter is None or meter.entry.is_over(time.time()):
+            raise RequestError(ErrorCode.UNAUTHORIZED, "the API key was revoked, or has expired")
+        return meter
 
     def readiness(self) -> tuple[bool, str]:
         """See `ServingCore.readiness`."""

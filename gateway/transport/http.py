@@ -18,9 +18,10 @@ import structlog
 from aiohttp import HttpVersion11, web
 
 from gateway.access import Access
-from gateway.caller import CALLER, caller
+from gateway.caller import CALLER, caller, set_key
 from gateway.config import GatewayConfig
 from gateway.decisions.holdings import Holdings
+from gateway.decisions.limits import Meters
 from gateway.decisions.quota import LogQuota
 from gateway.errors import error_body, error_headers, has_own_errors, http_status
 from gateway.faults import fault_fields
@@ -33,6 +34,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 H = TypeVar("H", bound=Callable[..., Awaitable[web.StreamResponse]])
 
 TENANT: Final = web.RequestKey("tenant", str)
+KEY_NAME: Final = web.RequestKey("key_name", str)
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 HOLDINGS: Final = web.AppKey("holdings", Holdings)
 """Bytes of bodies and messages that are still arriving, by tenant."""
@@ -61,7 +63,10 @@ _READ_HEADERS: Final = (
 )
 """How the names of headers begin that are read here or by libraries; keys' are not among them: their bytes are compared as they are."""
 _PASSED_ON: Final = ("Allow", "Sec-WebSocket-Version", "Upgrade")  # of aiohttp's refusals
-_EXPOSED: Final = "x-request-id, retry-after, retry-after-ms"
+_EXPOSED: Final = (
+    "x-request-id, retry-after, retry-after-ms, x-degas-stream, x-ratelimit-limit-requests, x-ratelimit-limit-tokens, "
+    "x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
+)
 _ALLOWED_HEADERS: Final = "authorization, *"  # SDKs add headers of their own; `*` does not cover the key's
 
 log = structlog.get_logger(__name__)
@@ -86,10 +91,11 @@ def authenticates_itself(handler: H) -> H:
 class Boundary:
     """The outermost middleware."""
 
-    def __init__(self, config: GatewayConfig, metrics: HttpCounts) -> None:
+    def __init__(self, config: GatewayConfig, metrics: HttpCounts, access: Access, meters: Meters) -> None:
         self._config = config
         self._metrics = metrics
-        self._access = Access(config)
+        self._access = access
+        self._meters = meters
         self._public = frozenset((*config.public, "liveness"))
         self._refusals = Refusals()
         self._quota = LogQuota(_FAULT_LINES_PER_S)
@@ -156,7 +162,11 @@ class Boundary:
         ):
             request[TENANT] = ""
         else:
-            request[TENANT] = self._access.authenticate(request.headers)
+            owner = self._access.authenticate(request.headers)
+            request[TENANT] = owner.tenant
+            if owner.name:
+                request[KEY_NAME] = owner.name
+                set_key(owner.name)
         return await handler(request)
 
     def _preflight(self, request: web.Request) -> web.Response:
@@ -177,6 +187,8 @@ class Boundary:
         headers = response.headers
         if REQUEST_ID in request:
             headers["x-request-id"] = request[REQUEST_ID]
+        if (name := request.get(KEY_NAME)) and (meter := self._meters.of(name)) is not None:
+            headers.update(meter.headers(time.monotonic()))
         headers["X-Content-Type-Options"] = "nosniff"
         headers.popall("Server", None)  # aiohttp's, with its version
         origin = self._access.cors_origin(request.headers.get("Origin"))
@@ -262,6 +274,7 @@ async def admit_body(request: web.Request, core: ServingCore) -> bytes:
     if (request.content_length or 0) <= core.config.max_body_bytes:
         try:
             core.check_any_capacity(request[TENANT])
+            core.begin_request()
         except RequestError:
             # Without this a client in the middle of its upload would see a closed connection instead of the answer.
             if not request.content.is_eof():

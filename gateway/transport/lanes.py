@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from contextvars import copy_context
 from typing import Final
 
 import msgspec
@@ -23,7 +24,7 @@ from gateway.api.response_stream import ResponseStream
 from gateway.decisions.holdings import Holding
 from gateway.errors import error_headers, error_object, http_status
 from gateway.faults import fault_fields
-from gateway.generation import Core, End, RequestError, Usage
+from gateway.generation import End, RequestError, ServingCore, Usage
 from gateway.transport.frames import FrameWriter
 from shared.errors import ErrorCode, FinishReason
 
@@ -80,7 +81,7 @@ class Lanes:
 
     def __init__(
         self,
-        core: Core,
+        core: ServingCore,
         writer: FrameWriter,
         conversations: Conversations,
         *,
@@ -105,6 +106,8 @@ class Lanes:
         self._pending_bytes = 0
         self._waiting = waiting  # the same bytes, beside what the tenant's other connections hold
         self._closed = False
+        # A waiting response begins when another ends, inside the core's callback: who asked must not come from there.
+        self._context = copy_context()
 
     @property
     def num_active(self) -> int:
@@ -170,12 +173,15 @@ class Lanes:
 
     def _begin(self, body: ResponseCreate) -> None:
         lane = body.stream_id
-        task = asyncio.get_running_loop().create_task(self._prepare(body), name="prepare-response")
+        task = asyncio.get_running_loop().create_task(
+            self._prepare(body), name="prepare-response", context=self._context.copy()
+        )
         self._preparing[lane] = task
         task.add_done_callback(lambda task: self._on_prepared(lane, task))
 
     async def _prepare(self, body: ResponseCreate) -> None:
         try:
+            self._core.begin_request()
             previous = responses.recall(body, self._tenant, self._own_turns, self._shared_turns)
             prepared = await responses.prepare(
                 self._core, body, tenant=self._tenant, previous=previous, stream_id=body.stream_id
