@@ -23,7 +23,7 @@ import typer
 import uvloop
 from aiohttp import web
 
-from gateway.app import create_app
+from gateway.app import RESUMPTION, create_app
 from gateway.config import GATEWAY_SETTINGS, ConfigError, GatewayConfig, load
 from gateway.core.service import Service
 from gateway.decisions.quota import LogQuota
@@ -59,8 +59,10 @@ class Gateway:
     async def start(self) -> None:
         """Listen and connect to the workers. Raises OSError (port taken) or `ConfigError`."""
         config = self.config
+        app = create_app(self.service)
+        self.resumption = app[RESUMPTION]
         runner = DoorRunner(
-            create_app(self.service),
+            app,
             handler_cancellation=True,  # a client that leaves ends its handler, and with it its streams, at once
             keepalive_timeout=config.idle_timeout_s,  # counts from connecting: also the deadline of the header
             auto_decompress=False,

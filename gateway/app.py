@@ -28,11 +28,13 @@ from gateway.transport.http import (
     public,
     read_body,
 )
+from gateway.transport.resumption import LAST_EVENT, Resumption, register_streams
 from gateway.transport.websocket import register_websocket
 from shared.errors import ErrorCode
 
 WEB_FOLDER: Final = Path(__file__).parent / "web"
 SERVICE: Final = web.AppKey("service", Service)
+RESUMPTION: Final = web.AppKey("resumption", Resumption)
 
 _PAGE_TYPES: Final = {
     ".html": "text/html; charset=utf-8",
@@ -76,6 +78,7 @@ def create_app(service: Service) -> web.Application:
     app.on_response_prepare.append(boundary.on_prepare)
     app[SERVICE] = service
     app[HOLDINGS] = holdings = Holdings(config.max_unfinished_bytes)
+    app[RESUMPTION] = resumption = Resumption(config, service.metrics)
     router = app.router
     for path, prepare in (
         ("/v1/chat/completions", chat.prepare),
@@ -88,7 +91,7 @@ def create_app(service: Service) -> web.Application:
         ("/v1/detect", moondream.prepare_detect),
         ("/v1/point", moondream.prepare_point),
     ):
-        router.add_post(path, _generation(service, prepare))
+        router.add_post(path, _generation(service, prepare, resumption))
     router.add_post("/v1/messages/count_tokens", _told(service, anthropic.count_tokens))
     router.add_post("/tokenize", _told(service, tokenize.tokenize))
     router.add_post("/detokenize", _told(service, tokenize.detokenize))
@@ -106,20 +109,26 @@ def create_app(service: Service) -> web.Application:
         router.add_get(path, _ready(service))
     router.add_get("/metrics", _metrics(service))
     router.add_get("/debug/trace", _recording(service))
-    register_websocket(app, service, config, holdings, service.access)
+    register_streams(app, resumption)
+    register_websocket(app, service, config, holdings, service.access, resumption)
     _add_page(app)
     return app
 
 
-def _generation(service: Service, prepare: Prepare) -> Handler:
+def _generation(service: Service, prepare: Prepare, resumption: Resumption) -> Handler:
     """A handler for one generating route."""
     config: GatewayConfig = service.config
 
     async def handle(request: web.Request) -> web.StreamResponse:
+        if LAST_EVENT in request.headers:  # the same request again, of a client that lost its stream
+            return await resumption.resume(request)
+        is_resumable = resumption.is_asked(request)
         data = await admit_body(request, service)
         prepared: PreparedRequest = await prepare(
             service, data, request_id=request[REQUEST_ID], tenant=request[TENANT]
         )
+        if prepared.stream and is_resumable:
+            return await resumption.start(request, service.submit, prepared.requests, prepared)
         if prepared.stream:
             return await sse.respond(
                 request, config, service.metrics, service.submit, prepared.requests, prepared

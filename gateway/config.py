@@ -90,6 +90,15 @@ class GatewayConfig(BaseModel):
         10.0, ge=0.05, description="a stream that waits says so at least this often: a comment, a ping"
     )
     slow_client_s: float = Field(10.0, gt=0, description="a client that reads nothing for so long is cut off")
+    resume_window_s: float = Field(
+        30.0, ge=0, description="how long a resumable stream waits for its client; 0: none is resumable"
+    )
+    resume_bytes: ByteSize = Field(
+        ByteSize(1 << 20), ge=4 << 10, description="last events held of one resumable stream"
+    )
+    resume_total_bytes: ByteSize = Field(
+        ByteSize(64 << 20), ge=4 << 10, description="the same of all together"
+    )
 
     image_processes: int = Field(
         0,

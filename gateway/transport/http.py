@@ -35,6 +35,8 @@ H = TypeVar("H", bound=Callable[..., Awaitable[web.StreamResponse]])
 
 TENANT: Final = web.RequestKey("tenant", str)
 KEY_NAME: Final = web.RequestKey("key_name", str)
+STREAM_ID: Final = web.RequestKey("stream_id", str)
+"""The stream that the answer is of, where it can be resumed."""
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 HOLDINGS: Final = web.AppKey("holdings", Holdings)
 """Bytes of bodies and messages that are still arriving, by tenant."""
@@ -174,7 +176,7 @@ class Boundary:
             message = "this origin may not call; add it to cors_origins on the server"
             raise RequestError(ErrorCode.FORBIDDEN_ORIGIN, message)
         headers = {
-            "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+            "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
             "Access-Control-Allow-Headers": _ALLOWED_HEADERS,
             "Access-Control-Max-Age": "600",
         }
@@ -189,6 +191,8 @@ class Boundary:
             headers["x-request-id"] = request[REQUEST_ID]
         if (name := request.get(KEY_NAME)) and (meter := self._meters.of(name)) is not None:
             headers.update(meter.headers(time.monotonic()))
+        if STREAM_ID in request:
+            headers["x-degas-stream"] = request[STREAM_ID]
         headers["X-Content-Type-Options"] = "nosniff"
         headers.popall("Server", None)  # aiohttp's, with its version
         origin = self._access.cors_origin(request.headers.get("Origin"))

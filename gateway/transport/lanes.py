@@ -19,13 +19,15 @@ import structlog
 from gateway.api import response_bodies, responses
 from gateway.api.conversations import Conversations
 from gateway.api.parameters import Json
-from gateway.api.response_bodies import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer
+from gateway.api.response_bodies import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer, Resume
 from gateway.api.response_stream import ResponseStream
 from gateway.decisions.holdings import Holding
 from gateway.errors import error_headers, error_object, http_status
 from gateway.faults import fault_fields
 from gateway.generation import End, RequestError, ServingCore, Usage
 from gateway.transport.frames import FrameWriter
+from gateway.transport.resumed_lanes import ResumedResponses
+from gateway.transport.resumption import Resumption
 from shared.errors import ErrorCode, FinishReason
 
 MAX_ACTIVE_LANES: Final = 16
@@ -84,6 +86,7 @@ class Lanes:
         core: ServingCore,
         writer: FrameWriter,
         conversations: Conversations,
+        resumption: Resumption,
         *,
         tenant: str,
         waiting: Holding,
@@ -93,6 +96,7 @@ class Lanes:
         self._core = core
         self._writer = writer
         self._sink = LaneSink(writer)
+        self._resumed = ResumedResponses(resumption, writer, tenant)
         self._shared_turns = conversations
         self._own_turns = Conversations(
             max_turns=64, max_bytes=16 << 20
@@ -112,7 +116,7 @@ class Lanes:
     @property
     def num_active(self) -> int:
         """Responses being prepared or streamed."""
-        return len(self._preparing) + len(self._streams)
+        return len(self._preparing) + len(self._streams) + len(self._resumed)
 
     @property
     def is_busy(self) -> bool:
@@ -130,6 +134,8 @@ class Lanes:
                     self._on_cancel(event)
                 case ResponseSteer():
                     raise RequestError(ErrorCode.UNSUPPORTED, "steering is not supported", param="type")
+                case Resume():
+                    self._resumed.begin(event.response_id, event.starting_after)
                 case Authenticate():
                     pass  # already authenticated: a second key changes nothing
         except RequestError as error:
@@ -142,8 +148,11 @@ class Lanes:
         self._waiting.set(0)
         for task in self._preparing.values():
             task.cancel()
+        left = self._resumed.leave()
         for stream in list(self._streams.values()):
-            stream.cancel()
+            if stream not in left:
+                stream.cancel()
+        self._streams.clear()
 
     # ------------------------------------------------------------ creating
 
@@ -205,16 +214,22 @@ class Lanes:
     def _start(self, body: ResponseCreate, prepared: responses.Prepared) -> None:
         turns = self._shared_turns if body.store is not False else self._own_turns
         lane, turn = body.stream_id, prepared.turn
+        is_resumable = body.degas is not None and body.degas.resumable
+        sink = self._resumed.sink() if is_resumable else None
 
         def on_closed(stream: ResponseStream, end: End, output: Sequence[Json]) -> None:
             self._streams.pop(lane, None)
+            if sink is not None:
+                self._resumed.end(sink)
             if stream.refusal is not None:
                 self._refuse(lane, stream.refusal)
             turns.remember_answer(self._tenant, stream.opening.response_id, turn, end, output)
             self._begin_next()
 
         tokens = prepared.request.model.tokens
-        stream = ResponseStream(prepared.opening, self._sink, tokens, on_closed)
+        stream = ResponseStream(prepared.opening, sink or self._sink, tokens, on_closed)
+        if sink is not None:
+            self._resumed.open(sink, stream)
         self._streams[lane] = stream
         if body.generate is False:
             stream.on_end(End(FinishReason.STOP, Usage()))  # the turn is kept, nothing is generated
@@ -223,6 +238,8 @@ class Lanes:
             stream.running = self._core.submit(prepared.request, stream)
         except RequestError:
             del self._streams[lane]
+            if sink is not None:
+                self._resumed.end(sink, refused=True)
             raise
         stream.open()
 
@@ -253,6 +270,7 @@ class Lanes:
             for stream in list(self._streams.values()):
                 if stream.opening.response_id == event.response_id:
                     stream.cancel()
+            self._resumed.cancel(event.response_id)
             return
         lane = event.stream_id
         dropped = [pending for pending in self._pending if pending.body.stream_id == lane]

@@ -31,6 +31,7 @@ from gateway.transport.http import authenticates_itself
 from gateway.transport.lanes import Lanes, error_event
 from gateway.transport.life import LifeSign
 from gateway.transport.responses_route import ResponsesRoute
+from gateway.transport.resumption import Resumption
 from shared.errors import ErrorCode
 
 HEARTBEAT_S: Final = 20.0
@@ -111,10 +112,12 @@ class WebSocketRoute:
         conversations: Conversations,
         holdings: Holdings,
         access: Access,
+        resumption: Resumption,
     ) -> None:
         self._core = core
         self._config = config
         self._access = access
+        self._resumption = resumption
         self._conversations = conversations
         self._holdings = holdings
         self._open: weakref.WeakSet[Socket] = weakref.WeakSet()
@@ -211,6 +214,7 @@ class WebSocketRoute:
                 self._core,
                 writer,
                 self._conversations,
+                self._resumption,
                 tenant=tenant,
                 waiting=self._holdings.holding(tenant),
             )
@@ -264,12 +268,17 @@ class WebSocketRoute:
 
 
 def register_websocket(
-    app: web.Application, core: ServingCore, config: GatewayConfig, holdings: Holdings, access: Access
+    app: web.Application,
+    core: ServingCore,
+    config: GatewayConfig,
+    holdings: Holdings,
+    access: Access,
+    resumption: Resumption,
 ) -> None:
     """Add `/v1/responses`: GET opens the WebSocket, POST is its twin over plain HTTP. They share their turns."""
     conversations = Conversations()
-    socket_route = WebSocketRoute(core, config, conversations, holdings, access)
-    post_route = ResponsesRoute(core, conversations)
+    socket_route = WebSocketRoute(core, config, conversations, holdings, access, resumption)
+    post_route = ResponsesRoute(core, conversations, resumption)
 
     @authenticates_itself
     async def connect(request: web.Request) -> web.StreamResponse:
@@ -283,4 +292,6 @@ def register_websocket(
 
     app.router.add_get("/v1/responses", connect, allow_head=False)
     app.router.add_post("/v1/responses", post)
+    app.router.add_get("/v1/responses/{id}", post_route.get, allow_head=False)
+    app.router.add_post("/v1/responses/{id}/cancel", post_route.cancel)
     app.on_shutdown.append(close_all)
