@@ -8,13 +8,24 @@ from typing import Any, Final, Protocol
 
 from aiohttp import web
 
-from gateway.api import anthropic, chat, completions, models, moondream, ollama, ollama_models, tokenize
+from gateway.admin import recording
+from gateway.api import (
+    anthropic,
+    chat,
+    completions,
+    models,
+    moondream,
+    ollama,
+    ollama_models,
+    stats,
+    tokenize,
+)
 from gateway.api.answers import Collected, collect
 from gateway.api.parameters import Json
 from gateway.config import GatewayConfig
 from gateway.core.service import Service
 from gateway.decisions.holdings import Holdings
-from gateway.generation import Core, GenerateRequest, RequestError
+from gateway.generation import Core, GenerateRequest
 from gateway.scrape import Scrape
 from gateway.transport import sse
 from gateway.transport.http import (
@@ -30,7 +41,6 @@ from gateway.transport.http import (
 )
 from gateway.transport.resumption import LAST_EVENT, Resumption, register_streams
 from gateway.transport.websocket import register_websocket
-from shared.errors import ErrorCode
 
 WEB_FOLDER: Final = Path(__file__).parent / "web"
 SERVICE: Final = web.AppKey("service", Service)
@@ -108,7 +118,8 @@ def create_app(service: Service) -> web.Application:
     for path in ("/readyz", "/v1/health/ready"):
         router.add_get(path, _ready(service))
     router.add_get("/metrics", _metrics(service))
-    router.add_get("/debug/trace", _recording(service))
+    router.add_get("/v1/stats", _stats(service))
+    router.add_get("/debug/trace", recording(service))
     register_streams(app, resumption)
     register_websocket(app, service, config, holdings, service.access, resumption)
     _add_page(app)
@@ -200,13 +211,20 @@ def _metrics(service: Service) -> Handler:
     return handle
 
 
-def _recording(service: Service) -> Handler:
+def _stats(service: Service) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
-        asked = request.query.get("steps", "200")
-        if not (asked.isascii() and asked.isdecimal() and len(asked) < 6 and 1 <= int(asked) <= 10_000):
-            message = "steps: a number from 1 to 10000"
-            raise RequestError(ErrorCode.INVALID_REQUEST, message, param="steps")
-        return web.Response(body=await service.record(int(asked)), content_type="application/json")
+        taking = [worker for worker in service.workers if worker.takes_work]
+        beats = [worker.link.beat for worker in taking if worker.link.beat is not None]
+        metrics = service.metrics
+        load = stats.Load(
+            num_workers=len(taking),
+            num_running=sum(beat.num_running for beat in beats),
+            num_waiting=sum(beat.num_waiting for beat in beats),
+            max_waiting=sum(worker.occupancy.max_waiting for worker in taking),
+            num_accepted=sum(metrics.accepted.values()),
+            num_timed_out=metrics.ended["deadline"] + metrics.errors["deadline_exceeded"],
+        )
+        return json_response(stats.stats(service, load))
 
     return handle
 

@@ -15,6 +15,7 @@ from gateway.origins import read_origin
 from shared.settings import ConfigError as ConfigError
 from shared.settings import Section
 
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9_.-]+):\d{1,5}", re.ASCII)
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -117,6 +118,11 @@ class GatewayConfig(BaseModel):
         ByteSize(2 << 30), ge=256 << 20, description="address space of a process that decodes pictures"
     )
 
+    admin_listen: str | None = Field(
+        None, description="<host>:<port> of the operator's own routes (drain, keys, workers); none: off"
+    )
+    admin_token_file: str | None = Field(None, description="file with the token that these routes want")
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
     log_json: bool | None = Field(None, description="JSON lines; none: where stderr is no terminal")
     otlp_endpoint: str | None = Field(
@@ -168,6 +174,13 @@ class GatewayConfig(BaseModel):
             raise ValueError(f"{value!r} is not http://<host>:<port>, such as http://127.0.0.1:4318")
         return value
 
+    @field_validator("admin_listen")
+    @classmethod
+    def _check_admin(cls, value: str | None) -> str | None:
+        if value is not None and not _ADDRESS.fullmatch(value):
+            raise ValueError(f"{value!r} is not <host>:<port>, such as 127.0.0.1:9090")
+        return value
+
     @field_validator("public")
     @classmethod
     def _check_public(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -191,6 +204,8 @@ class GatewayConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> GatewayConfig:
+        if self.admin_listen and not self.admin_token_file:
+            raise ValueError("admin_listen needs admin_token_file, a file with a token")
         if self.max_unfinished_bytes < self.max_body_bytes:
             raise ValueError(
                 f"max_unfinished_bytes {self.max_unfinished_bytes} must hold one body: at least {self.max_body_bytes}"
@@ -213,6 +228,11 @@ class GatewayConfig(BaseModel):
         own = f"[{self.host}]" if ":" in self.host else self.host
         return frozenset((*LOOPBACK_NAMES, own.lower()))
 
+    def admin_address(self) -> tuple[str, int]:
+        """Where the operator's routes listen; `admin_listen` is set."""
+        host, _, port = (self.admin_listen or "").rpartition(":")
+        return host.strip("[]"), int(port)
+
     def key_texts(self) -> tuple[str, ...]:
         """The API keys in the clear. Never log them."""
         return tuple(key.get_secret_value() for key in self.api_keys)
@@ -227,6 +247,7 @@ GATEWAY_SETTINGS: Final = Section(
         "api_keys": "who may call",
         "max_body_bytes": "how much it takes",
         "image_processes": "pictures",
+        "admin_listen": "the operator's routes",
         "log_level": "what it tells",
     },
 )

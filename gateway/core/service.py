@@ -63,6 +63,7 @@ class Service:
         self.grammars = GrammarChecker()
         self.gateway_id = f"gw-{secrets.token_hex(6)}"
         self._now = now
+        self._is_ending = False
         self._admission = Admission(config.max_queue, config.max_wait_s)
         self._placement = Placement(self._admission, self.metrics.on_refused)
         self._catalog = Catalog(config)
@@ -100,12 +101,24 @@ class Service:
 
     @property
     def draining(self) -> bool:
-        """Whether new work is refused, for good."""
+        """Whether new work is refused."""
         return self._placement.draining
 
     def begin_drain(self) -> None:
-        """Refuse new work from now on; what is in flight goes on."""
+        """Refuse new work from now on, for good; what is in flight goes on."""
+        self._is_ending = True
         self._placement.draining = True
+
+    def pause(self) -> None:
+        """Refuse new work until `resume`; what is in flight goes on."""
+        self._placement.draining = True
+
+    def resume(self) -> None:
+        """Take new work again. Raises `RequestError` SHUTTING_DOWN when the end has begun."""
+        if self._is_ending:
+            raise RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down; start it again")
+        self._placement.draining = False
+        self._dispatch.resume()
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight; False when it takes too long."""
