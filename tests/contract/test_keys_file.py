@@ -61,6 +61,7 @@ def chat(gateway: GatewayThread, secret: str, **fields: object) -> Any:
 def test_who_may_call(locked: GatewayThread, worker: FakeWorker) -> None:
     assert [chat(locked, secret).status for secret in (FREE, KEY)] == [200, 200]
     assert [chat(locked, secret).status for secret in (WRONG_KEY, OLD)] == [401, 401]
+    assert [ask(locked.url, "/v1/models", headers=bearer(s)).status for s in (FREE, OLD)] == [200, 401]
     assert {submit.tenant for submit in worker.submits} >= {"acme"}
     refused = chat(locked, OTHER)
     assert refused.status == 404 and refused.error["code"] == "model_not_found"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from gateway.decisions.journals import EVENT_OVERHEAD_BYTES, Journal, Journals
 from gateway.generation import RequestError
+from shared.errors import ErrorCode
 
 STREAM_BYTES, TOTAL_BYTES, WINDOW_S = 600, 1000, 10.0
 
@@ -47,6 +48,7 @@ class JournalMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 0.0
+        self.num_opened = 3
         self.journals = Journals(WINDOW_S, STREAM_BYTES, TOTAL_BYTES)
         self.streams = [Stream() for _ in range(3)]
         self.held: list[Journal] = [
@@ -55,7 +57,7 @@ class JournalMachine(RuleBasedStateMachine):
         self.written: list[list[bytes]] = [[], [], []]
         self.readers: list[Reader | None] = [None, None, None]
 
-    @rule(index=st.integers(0, 2), size=st.integers(1, 300))
+    @rule(index=st.integers(0, 2), size=st.integers(1, 200))
     def write(self, index: int, size: int) -> None:
         journal = self.held[index]
         if not journal.ended:
@@ -68,23 +70,34 @@ class JournalMachine(RuleBasedStateMachine):
         if not self.held[index].ended:
             self.journals.end(self.held[index], self.now_s)
 
-    @rule(index=st.integers(0, 2), back=st.integers(-2, 6))
-    def come(self, index: int, back: int) -> None:
+    @rule(index=st.integers(0, 2), place=st.integers(0, 1000))
+    def come(self, index: int, place: int) -> None:
         journal = self.held[index]
-        after = journal.next - 1 - back
         if journal.is_forgotten:
             with pytest.raises(RequestError):
                 self.journals.find("t", journal.stream_id)
             return
-        if after >= journal.next or after + 1 < journal.first:
-            with pytest.raises(RequestError):
-                journal.check(after, "p")
-            return
-        journal.check(after, "p")
-        old, reader = self.readers[index], Reader(after + 1)
+        start = journal.first + place % (journal.next - journal.first + 1)
+        journal.check(start - 1, "p")
+        old, reader = self.readers[index], Reader(start)
         self.journals.attach(journal, reader, is_live=False)
         assert old is None or old.num_replaced == 1
         self.readers[index] = reader
+
+    @rule(index=st.integers(0, 2), off=st.integers(1, 3))
+    def come_for_what_is_not_there(self, index: int, off: int) -> None:
+        journal = self.held[index]
+        for after in (journal.next - 1 + off, journal.first - 1 - off):
+            with pytest.raises(RequestError):
+                journal.check(after, "p")
+
+    @rule(index=st.integers(0, 2))
+    def begin_another(self, index: int) -> None:
+        if self.held[index].is_forgotten:
+            self.num_opened += 1
+            self.streams[index], self.written[index], self.readers[index] = Stream(), [], None
+            name = f"s{self.num_opened}"
+            self.held[index] = self.journals.open(name, "t", self.streams[index], self.now_s)
 
     @rule(index=st.integers(0, 2), most=st.integers(1, 500))
     def catch_up(self, index: int, most: int) -> None:
@@ -110,8 +123,7 @@ class JournalMachine(RuleBasedStateMachine):
             self.journals.detach(self.held[index], reader, self.now_s)
             self.readers[index] = None
 
-    @precondition(lambda self: self.now_s < 100)
-    @rule(passed_s=st.floats(0, 8))
+    @rule(passed_s=st.floats(0, 6))
     def wait(self, passed_s: float) -> None:
         self.now_s += passed_s
         for journal in self.journals.on_time(self.now_s):
@@ -151,3 +163,31 @@ def test_a_foreign_tenant_is_told_what_a_stranger_is() -> None:
         said.append((caught.value.code, caught.value.message, caught.value.param))
     assert said[0] == said[1]
     assert journals.find("mine", "s").stream_id == "s"
+
+
+def test_room_is_made_from_ended_streams_that_nobody_follows() -> None:
+    journals = Journals(WINDOW_S, STREAM_BYTES, TOTAL_BYTES)
+    followed, left, own = (journals.open(name, "t", Stream(), 0.0) for name in ("followed", "left", "own"))
+    for journal in (followed, left):
+        journals.write(journal, b"x" * 300)
+        journals.end(journal, 0.0)
+    journals.attach(followed, Reader(0), is_live=False)
+    for _ in range(3):
+        journals.write(own, b"x" * 100)
+    assert left.is_forgotten and not followed.is_forgotten and len(own.events) == 3
+    for _ in range(3):
+        journals.write(own, b"x" * 100)
+    assert (
+        len(own.events) == 3 and own.first == 3 and len(followed.events) == 1
+    )  # it drops its own, not another's
+
+
+def test_a_reader_that_is_outrun_is_told() -> None:
+    journals = Journals(WINDOW_S, STREAM_BYTES, TOTAL_BYTES)
+    journal = journals.open("s", "t", Stream(), 0.0)
+    for _ in range(10):
+        journals.write(journal, b"x" * 200)
+    with pytest.raises(RequestError) as caught:
+        journal.slice(3, 100)
+    assert caught.value.code is ErrorCode.SLOW_CLIENT
+    assert journal.slice(journal.first, 1) == [b"x" * 200] and journal.slice(journal.next, 1) == []
