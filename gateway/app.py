@@ -117,7 +117,7 @@ def create_app(service: Service) -> web.Application:
         router.add_get(path, _live)
     for path in ("/readyz", "/v1/health/ready"):
         router.add_get(path, _ready(service))
-    router.add_get("/metrics", _metrics(service))
+    router.add_get("/metrics", _metrics(service, resumption))
     router.add_get("/v1/stats", _stats(service))
     router.add_get("/debug/trace", recording(service))
     register_streams(app, resumption)
@@ -200,8 +200,8 @@ def _ready(service: Service) -> Handler:
     return handle
 
 
-def _metrics(service: Service) -> Handler:
-    scrape = Scrape(service)
+def _metrics(service: Service, resumption: Resumption) -> Handler:
+    scrape = Scrape(service, lambda: resumption.journals.num_detached)
 
     @public("metrics")
     async def handle(request: web.Request) -> web.StreamResponse:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -44,8 +44,9 @@ _BOUNDS: Final = [*(str(bound) for bound in HISTOGRAM_BUCKETS_S), "+Inf"]
 class Scrape(Collector):
     """Makes Prometheus objects of a service's figures, when asked."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, num_detached: Callable[[], int]) -> None:
         self._service = service
+        self._num_detached = num_detached
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -93,6 +94,9 @@ class Scrape(Collector):
         yield GaugeMetricFamily("degas_requests_in_flight", "Accepted, not ended", service.num_in_flight)
         yield GaugeMetricFamily("degas_requests_recovering", "Waiting after a death", service.num_recovering)
         yield GaugeMetricFamily("degas_ready", "1 when new work is served", int(service.readiness()[0]))
+        yield GaugeMetricFamily(
+            "degas_streams_detached", "Resumable, under way, without a client", self._num_detached()
+        )
         yield GaugeMetricFamily("degas_images_pending", "Being decoded", service.images.num_pending)
         labels = ["worker"]
         up = GaugeMetricFamily("degas_worker_up", "1 while its decode thread makes progress", labels=labels)

@@ -167,7 +167,13 @@ class Service:
     def models(self) -> list[AnnouncedModel]:
         """See `Core.models`."""
         served = [worker.model for worker in self._workers]
-        return [model for model in self._catalog.models() if any(model is other for other in served)]
+        meter = self.meters.of(CALLER.get().key)
+        return [
+            model
+            for model in self._catalog.models()
+            if any(model is other for other in served)
+            and (meter is None or meter.entry.may_use(model.card.model_id))
+        ]
 
     async def check_grammar(self, grammar: wire.Grammar, *, param: str, tenant: str = "") -> wire.Grammar:
         """See `Core.check_grammar`."""

@@ -116,12 +116,12 @@ class Lanes:
     @property
     def num_active(self) -> int:
         """Responses being prepared or streamed."""
-        return len(self._preparing) + len(self._streams) + len(self._resumed)
+        return len(self._preparing) + len(self._streams)
 
     @property
     def is_busy(self) -> bool:
         """Whether the client waits for something."""
-        return bool(self.num_active or self._pending)
+        return bool(self.num_active or self._pending or len(self._resumed))
 
     def on_message(self, data: str) -> None:
         """Act on one client message. A faulty message is answered with an error event; the socket stays open."""

@@ -14,6 +14,7 @@ from gateway.transport.responses_route import JournalSink
 from gateway.transport.resumption import AFTER, Resumption
 from shared.errors import ErrorCode
 
+MAX_CAME_BACK: Final = 16
 _DATA: Final = b"\ndata: "
 
 
@@ -48,10 +49,10 @@ class ResumedResponses:
         self._writer = writer
         self._tenant = tenant
         self._followed: dict[str, tuple[Journal, MessageFollower]] = {}
-        self._came_back: dict[str, asyncio.Task[None] | None] = {}
+        self._came_back: dict[str, asyncio.Task[None]] = {}
 
     def __len__(self) -> int:
-        """Responses that this connection came back for."""
+        """Responses that this connection came back for. They take none of its lanes."""
         return len(self._came_back)
 
     def sink(self) -> JournalSink:
@@ -82,6 +83,9 @@ class ResumedResponses:
         if response_id in self._followed:
             message = "this connection follows the response already"
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="response_id")
+        if len(self._came_back) >= MAX_CAME_BACK:
+            message = f"{MAX_CAME_BACK} responses are gone on with on this connection; let some finish first"
+            raise RequestError(ErrorCode.QUEUE_FULL, message, param="response_id")
         follower = self._attach(journal, is_live=False)
         self._came_back[response_id] = asyncio.get_running_loop().create_task(
             self._catch_up(journal, follower, after), name="resume-response"
@@ -95,8 +99,7 @@ class ResumedResponses:
     def leave(self) -> set[ResponseStream]:
         """The connection is gone. Returns the streams that wait for another."""
         for task in self._came_back.values():
-            if task is not None:
-                task.cancel()
+            task.cancel()
         left: set[ResponseStream] = set()
         for journal, follower in list(self._followed.values()):
             self._resumption.detach(journal, follower)

@@ -66,6 +66,8 @@ def test_who_may_call(locked: GatewayThread, worker: FakeWorker) -> None:
     refused = chat(locked, OTHER)
     assert refused.status == 404 and refused.error["code"] == "model_not_found"
     assert refused.error["param"] == "model" and "something-else" in refused.error["message"]
+    assert ask(locked.url, "/v1/models", headers=bearer(OTHER)).json["data"] == []
+    assert ask(locked.url, "/v1/models/fake-vl", headers=bearer(OTHER)).status == 404
     assert ask(locked.url, "/metrics", headers=bearer(FREE)).status == 200
 
 

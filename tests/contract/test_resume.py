@@ -247,6 +247,21 @@ def test_a_dead_worker_is_told_to_who_comes_back(gateway: GatewayThread, worker:
     assert json.loads(rest[-1][1][6:])["error"]["code"] == "worker_lost"
 
 
+def test_more_than_the_write_buffer_is_caught_up(worker: FakeWorker) -> None:
+    with GatewayThread(workers=[worker.endpoint], write_buffer_bytes=4096) as gateway:
+        gateway.wait_ready()
+        worker.reply("y" * 400)
+        with ask_for(gateway, "/v1/responses", max_output_tokens=400) as opened:
+            whole = list(events_of(opened))
+        assert sum(len(event) for _, event in whole) > 16 * 4096
+        stream = whole[0][0].partition(":")[0]
+        assert again(gateway, f"{stream}:-1") == whole
+        with connect(gateway.url.replace("http", "ws") + "/v1/responses") as ws:
+            ws.send(json.dumps({"type": "degas.resume", "response_id": stream}))
+            assert [event["sequence_number"] for event in receive(ws)] == list(range(len(whole)))
+        assert gateway.gateway.service.metrics.num_slow_clients == 0
+
+
 # ------------------------------------------------------------ the official clients
 
 
