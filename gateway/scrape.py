@@ -44,7 +44,7 @@ _BOUNDS: Final = [*(str(bound) for bound in HISTOGRAM_BUCKETS_S), "+Inf"]
 class Scrape(Collector):
     """Makes Prometheus objects of a service's figures, when asked."""
 
-    def __init__(self, service: Service, num_detached: Callable[[], int]) -> None:
+    def __init__(self, service: Service, num_detached: Callable[[], int] = lambda: 0) -> None:
         self._service = service
         self._num_detached = num_detached
         self._registry = CollectorRegistry()
