@@ -21,9 +21,9 @@ _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(:(?
 
 
 class Owner(NamedTuple):
-    """Whose a request is: the name of its key, and its tenant. Both are empty where no keys are set."""
+    """Whose a request is: the handle of its key, and its tenant. Both are empty where no keys are set."""
 
-    name: str = ""
+    key: str = ""
     tenant: str = ""
 
 

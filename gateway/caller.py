@@ -12,7 +12,7 @@ TRACE_PARENT: Final = re.compile(
 
 
 class Caller(NamedTuple):
-    """How a request came in: its matched route, its `traceparent` where it sent a valid one, and its key's name."""
+    """How a request came in: its matched route, its `traceparent` where it sent a valid one, and its key's handle."""
 
     route: str = ""
     trace_parent: str = ""
@@ -29,6 +29,6 @@ def caller(route: str, trace_parent: str | None, key: str = "") -> Caller:
     return Caller(route, given if TRACE_PARENT.fullmatch(given) else "", key)
 
 
-def set_key(name: str) -> None:
+def set_key(key: str) -> None:
     """The key is known now: what this task and those that it starts ask for is asked with it."""
-    CALLER.set(CALLER.get()._replace(key=name))
+    CALLER.set(CALLER.get()._replace(key=key))

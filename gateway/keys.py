@@ -47,6 +47,11 @@ class KeyEntry(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, frozen=
         return bytes.fromhex(self.hash.removeprefix(SCHEME))
 
     @property
+    def handle(self) -> str:
+        """What the process calls this very key: another one of the same name has another. Never shown."""
+        return f"{self.name}#{self.hash[len(SCHEME) : len(SCHEME) + 16]}"
+
+    @property
     def owner(self) -> str:
         """The tenant."""
         return self.tenant or self.name

@@ -217,10 +217,10 @@ class Service:
 
         Raises `RequestError` UNAUTHORIZED for a key that was revoked or has expired since, as an open WebSocket's may.
         """
-        name = CALLER.get().key
-        if not self.access.needs_key or name.startswith("api_keys["):
+        key = CALLER.get().key
+        if not self.access.needs_key or key.startswith("api_keys["):
             return None
-        meter = self.meters.of(name)
+        meter = self.meters.of(key)
         if meter is None or meter.entry.is_over(time.time()):
             raise RequestError(ErrorCode.UNAUTHORIZED, "the API key was revoked, or has expired")
         return meter

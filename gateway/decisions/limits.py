@@ -128,22 +128,21 @@ class Meter:
 
 
 class Meters:
-    """The meters of the file's keys, by name. A revoked key's answers in the making keep its meter themselves."""
+    """The meters of the file's keys, by their handles. A revoked key's answers in the making keep its meter themselves."""
 
     def __init__(self) -> None:
         self._meters: dict[str, Meter] = {}
 
     def set(self, entries: list[KeyEntry], now_s: float) -> None:
         """These are the keys now."""
-        wanted = {entry.name: entry for entry in entries}
-        for name in [name for name, meter in self._meters.items() if name not in wanted]:
-            del self._meters[name]
-        for name, entry in wanted.items():
-            self._meters.setdefault(name, Meter(entry)).change(entry, now_s)
+        before = self._meters
+        self._meters = {entry.handle: before.get(entry.handle) or Meter(entry) for entry in entries}
+        for entry in entries:
+            self._meters[entry.handle].change(entry, now_s)
 
-    def of(self, name: str) -> Meter | None:
-        """The meter of the key of this name; None for one that is not (or not any more) in the file."""
-        return self._meters.get(name)
+    def of(self, handle: str) -> Meter | None:
+        """The meter of a key; None for one that is not (or not any more) in the file."""
+        return self._meters.get(handle)
 
     def all(self) -> list[Meter]:
         """Every meter, in the file's order."""

@@ -34,7 +34,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 H = TypeVar("H", bound=Callable[..., Awaitable[web.StreamResponse]])
 
 TENANT: Final = web.RequestKey("tenant", str)
-KEY_NAME: Final = web.RequestKey("key_name", str)
+KEY: Final = web.RequestKey("key", str)
+"""The handle of the key (`gateway.access.Owner`)."""
 STREAM_ID: Final = web.RequestKey("stream_id", str)
 """The stream that the answer is of, where it can be resumed."""
 REQUEST_ID: Final = web.RequestKey("request_id", str)
@@ -55,12 +56,14 @@ _READ_HEADERS: Final = (
     b"expect",
     b"host",
     b"if-",
+    b"last-event-id",
     b"origin",
     b"range",
     b"sec-",
     b"te",
     b"tra",  # traceparent, tracestate, trailer, transfer-encoding
     b"upgrade",
+    b"x-degas-resumable",
     b"x-request-id",
 )
 """How the names of headers begin that are read here or by libraries; keys' are not among them: their bytes are compared as they are."""
@@ -166,9 +169,9 @@ class Boundary:
         else:
             owner = self._access.authenticate(request.headers)
             request[TENANT] = owner.tenant
-            if owner.name:
-                request[KEY_NAME] = owner.name
-                set_key(owner.name)
+            if owner.key:
+                request[KEY] = owner.key
+                set_key(owner.key)
         return await handler(request)
 
     def _preflight(self, request: web.Request) -> web.Response:
@@ -189,7 +192,7 @@ class Boundary:
         headers = response.headers
         if REQUEST_ID in request:
             headers["x-request-id"] = request[REQUEST_ID]
-        if (name := request.get(KEY_NAME)) and (meter := self._meters.of(name)) is not None:
+        if (key := request.get(KEY)) and (meter := self._meters.of(key)) is not None:
             headers.update(meter.headers(time.monotonic()))
         if STREAM_ID in request:
             headers["x-degas-stream"] = request[STREAM_ID]
@@ -285,6 +288,12 @@ async def admit_body(request: web.Request, core: ServingCore) -> bytes:
                 await _discard(request, core.config.max_body_bytes, core.config.body_timeout_s)
             raise
     return await read_body(request, core.config)
+
+
+async def skip_body(request: web.Request, config: GatewayConfig) -> None:
+    """Read a body that does not count, or a client that sends all of it first would never read the answer."""
+    if not request.content.is_eof():
+        await _discard(request, config.max_body_bytes, config.body_timeout_s)
 
 
 async def read_body(request: web.Request, config: GatewayConfig) -> bytes:

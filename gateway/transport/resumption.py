@@ -29,7 +29,7 @@ from gateway.generation import (
     RunningStream,
     SpatialObject,
 )
-from gateway.transport.http import STREAM_ID, TENANT
+from gateway.transport.http import STREAM_ID, TENANT, skip_body
 from gateway.transport.sse import EventWriter, Shape
 from shared.errors import ErrorCode
 
@@ -204,6 +204,7 @@ class Resumption:
         if stream_id is None:
             message = f"{LAST_EVENT}: it must name its stream, as the ids of resumable streams do"
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param=LAST_EVENT)
+        await skip_body(request, self._config)
         journal = self.journals.find(request[TENANT], stream_id)
         journal.check(after, param)
         if journal.ended and after + 1 == journal.next:

@@ -137,7 +137,7 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
                 )
             self._running[key] = outputs
             given = dict(context.invocation_metadata() or ()).get("traceparent")
-            CALLER.set(caller("Generate", given if isinstance(given, str) else None, owner.name))
+            CALLER.set(caller("Generate", given if isinstance(given, str) else None, owner.key))
             self._core.begin_request()
             await self._generate(request, key, outputs, context)
         except RequestError as error:
@@ -186,7 +186,7 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
 
     def _owner(self, context: Context) -> Owner:
         """Whose a call is; the door has let nobody in who is nobody, but a key may be revoked meanwhile."""
-        return owner_of(self._access, context.invocation_metadata()) or Owner("-", "-")
+        return owner_of(self._access, context.invocation_metadata()) or Owner("?", "?")
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         """Cancel requests by id; ids that are not running are ignored."""

@@ -208,7 +208,7 @@ class WebSocketRoute:
                 if owner is None:
                     return
             tenant = owner.tenant
-            set_key(owner.name)
+            set_key(owner.key)
             guard.unlock(self._config.max_body_bytes, self._holdings.holding(tenant))
             lanes = opened = Lanes(
                 self._core,

@@ -155,8 +155,7 @@ def test_answers_at_once_and_places_come_back(locked: GatewayThread, worker: Fak
     with Opened(locked.url, "/v1/chat/completions", body, headers=bearer(LIMITED)):
         refused = chat(locked, LIMITED)
         assert refused.status == 429 and refused.error["param"] == "max_streams"
-    meter = locked.gateway.service.meters.of("limited")
-    assert meter is not None
+    (meter,) = (one for one in locked.gateway.service.meters.all() if one.entry.name == "limited")
     locked.wait_for(lambda: meter.num_streams == 0)
     worker.release()
 
@@ -185,7 +184,7 @@ def test_a_change_of_the_file_is_taken_over(
         worker.hold()
         ws.send(json.dumps({"type": "response.create", "input": "hi", "max_output_tokens": 3}))
         worker.wait_submits(1)
-        file.write_text(before.partition("\n")[2] + line("new", WRONG_KEY))
+        file.write_text(before.partition("\n")[2] + line("free", WRONG_KEY, tenant="acme"))
         locked.run(refresh())
         worker.release()
         said = ""

@@ -123,6 +123,18 @@ def test_the_same_post_with_the_last_id_asks_for_nothing_new(
         assert len(worker.submits) == before + BODIES[path].get("n", 1)
 
 
+def test_a_large_body_is_taken_off_the_line(gateway: GatewayThread, worker: FakeWorker) -> None:
+    """A client that sends all of its body before it reads would wait for the stream's end."""
+    worker.script = lambda _: []
+    with ask_for(gateway, "/v1/responses") as opened:
+        last_id, _ = next(events_of(opened))
+    headers = {"Last-Event-ID": last_id}
+    body = {"input": "x" * (16 << 20)}
+    with Opened(gateway.url, "/v1/responses", body, headers=headers, timeout_s=3) as opened:
+        assert opened.response.status == 200
+        assert b"in_progress" in next(events_of(opened))[1]
+
+
 def test_a_stream_that_did_not_ask_has_no_ids_and_ends_with_its_client(
     gateway: GatewayThread, worker: FakeWorker
 ) -> None:

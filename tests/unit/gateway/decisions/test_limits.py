@@ -88,14 +88,17 @@ def test_headers_as_openai_spells_them() -> None:
 def test_a_reload_keeps_what_was_used() -> None:
     meters = Meters()
     meters.set([entry(requests_per_minute=1), entry("b")], 0.0)
-    one = meters.of("a")
+    one = meters.of(entry().handle)
     assert one is not None
     one.on_request(0.0)
     meters.set([entry(requests_per_minute=1, max_streams=3)], 1.0)
-    assert meters.of("a") is one and one.entry.max_streams == 3 and meters.of("b") is None
+    assert meters.of(entry().handle) is one and one.entry.max_streams == 3 and len(meters.all()) == 1
     assert refusal(one.on_request, 1.0).param == "requests_per_minute"
     meters.set([entry(requests_per_minute=5)], 1.0)
     one.on_request(1.0)
+    rotated = KeyEntry(name="a", hash="sha256:" + "1" * 64)
+    meters.set([rotated], 1.0)
+    assert meters.of(entry().handle) is None and meters.of(rotated.handle) is not one
 
 
 @given(st.lists(st.tuples(st.floats(0, 50), st.integers(1, 20)), max_size=40), st.integers(1, 100))
