@@ -75,7 +75,7 @@ class Access:
         entry = self._by_digest.get(digest_of(given))
         if entry is None or entry.is_over(time.time()):
             return None
-        return Owner(entry.name, entry.owner)
+        return Owner(entry.handle, entry.owner)
 
     def authenticate(self, headers: Mapping[str, str]) -> Owner:
         """Whose a request is. Raises `RequestError` UNAUTHORIZED."""

@@ -63,7 +63,9 @@ def admin_app(service: Service) -> web.Application:
     """The operator's routes. Raises `ConfigError` for a token that cannot be used."""
     whole = service.config
     host, _ = whole.admin_address()
-    token = read_token(whole.admin_token_file or "")
+    if whole.admin_token_file is None:
+        raise ConfigError("admin_listen needs admin_token_file, a file with a token")
+    token = read_token(whole.admin_token_file)
     config = whole.model_copy(
         update={
             "api_keys": (SecretStr(token),),

@@ -204,8 +204,6 @@ class GatewayConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> GatewayConfig:
-        if self.admin_listen and not self.admin_token_file:
-            raise ValueError("admin_listen needs admin_token_file, a file with a token")
         if self.max_unfinished_bytes < self.max_body_bytes:
             raise ValueError(
                 f"max_unfinished_bytes {self.max_unfinished_bytes} must hold one body: at least {self.max_body_bytes}"

@@ -200,7 +200,12 @@ class Service:
 
     def submit(self, request: GenerateRequest, listener: Listener) -> RunningStream:
         """See `Core.submit`."""
-        return self._dispatch.submit(request, listener, self._meter())
+        try:
+            return self._dispatch.submit(request, listener, self._meter())
+        except RequestError as error:
+            if error.code is ErrorCode.RATE_LIMITED:
+                self.metrics.on_refused(error.code)
+            raise
 
     def begin_request(self) -> None:
         """See `ServingCore.begin_request`."""

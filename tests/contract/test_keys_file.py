@@ -155,6 +155,8 @@ def test_answers_at_once_and_places_come_back(locked: GatewayThread, worker: Fak
     with Opened(locked.url, "/v1/chat/completions", body, headers=bearer(LIMITED)):
         refused = chat(locked, LIMITED)
         assert refused.status == 429 and refused.error["param"] == "max_streams"
+    text = ask(locked.url, "/metrics", headers=bearer(FREE)).body.decode()
+    assert 'degas_requests_refused_total{code="rate_limit_exceeded"} 1.0' in text
     (meter,) = (one for one in locked.gateway.service.meters.all() if one.entry.name == "limited")
     locked.wait_for(lambda: meter.num_streams == 0)
     worker.release()
