@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from degas.key_commands import app as keys_app
 from degas.settings import ALL, OWN_SOCKET, resolve, serve_options
 from gateway.config import GATEWAY_SETTINGS
 from shared.settings import ConfigError, give_flags
@@ -118,19 +119,6 @@ def doctor() -> None:
     raise typer.Exit(examine())
 
 
-@app.command("keys")
-def keys(
-    folder: Annotated[Path, typer.Argument(help="Where the keys go.")],
-    apart: Annotated[
-        bool, typer.Option(help="A folder for the worker, another for gateways, in FOLDER.")
-    ] = False,
-) -> None:
-    """Make CURVE key pairs for a worker and its gateways, unless they exist."""
-    from degas.keys import run
-
-    raise typer.Exit(run(folder, apart=apart))
-
-
 def serve_parameters() -> Iterator[Parameter]:
     """A flag for every setting of the supervisor and of both processes; a name that two of them have is one flag."""
     seen = set(OWN_SOCKET.values())
@@ -141,6 +129,7 @@ def serve_parameters() -> Iterator[Parameter]:
                 yield parameter
 
 
+app.add_typer(keys_app, name="keys")
 give_flags(serve, serve_parameters())
 give_flags(show_config, serve_parameters())
 give_flags(worker, WORKER_SETTINGS.parameters(typer.Option))
@@ -149,7 +138,8 @@ give_flags(gateway, GATEWAY_SETTINGS.parameters(typer.Option))
 
 def main() -> None:
     """Entry point of the console script."""
-    if not {*sys.argv[1:2]} & {one.name for one in app.registered_commands}:
+    own = {one.name for one in app.registered_commands} | {one.name for one in app.registered_groups}
+    if not {*sys.argv[1:2]} & own:
         _add_measuring()
     app(prog_name="degas")
 

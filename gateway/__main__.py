@@ -24,7 +24,8 @@ import typer
 import uvloop
 from aiohttp import web
 
-from gateway.app import create_app
+from gateway.admin import admin_app
+from gateway.app import RESUMPTION, create_app
 from gateway.config import GATEWAY_SETTINGS, ConfigError, GatewayConfig, load
 from gateway.core.service import Service
 from gateway.decisions.quota import LogQuota
@@ -54,16 +55,40 @@ class Gateway:
         self.service = Service(config)
         self.port = 0
         self.grpc_port: int | None = None
+        self.admin_port: int | None = None
         self._runner: web.AppRunner | None = None
+        self._admin_runner: web.AppRunner | None = None
         self._grpc: Any = None
 
     async def start(self) -> None:
         """Listen and connect to the workers. Raises OSError (port taken) or `ConfigError`."""
         config = self.config
+        app = create_app(self.service)
+        self.resumption = app[RESUMPTION]
+        admin = admin_app(self.service) if config.admin_listen else None
+        self._runner = await self._listen(app, config.host, config.port)
+        self.port = self._runner.addresses[0][1]
+        try:
+            if admin is not None:
+                host, port = config.admin_address()
+                self._admin_runner = await self._listen(admin, host, port)
+                self.admin_port = self._admin_runner.addresses[0][1]
+                log.info("admin_listening", host=host, port=self.admin_port)
+            await self.service.start()
+            await self._start_grpc()
+        except BaseException:
+            await self.stop(drain_s=0)
+            raise
+        log.info("gateway_listening", url=self.url, grpc_port=self.grpc_port, num_workers=len(config.workers))
+        if config.host not in ("127.0.0.1", "::1", "localhost") and not self.service.access.needs_key:
+            log.warning("no_api_keys", message="anybody who can reach this port may use it; set api_keys")
+
+    async def _listen(self, app: web.Application, host: str, port: int) -> web.AppRunner:
+        """Serve an application. Raises OSError when the port is taken."""
         runner = DoorRunner(
-            create_app(self.service),
+            app,
             handler_cancellation=True,  # a client that leaves ends its handler, and with it its streams, at once
-            keepalive_timeout=config.idle_timeout_s,  # counts from connecting: also the deadline of the header
+            keepalive_timeout=self.config.idle_timeout_s,  # counts from connecting: also the deadline of the header
             auto_decompress=False,
             access_log=None,
             logger=_server_logger(),
@@ -74,23 +99,13 @@ class Gateway:
             shutdown_timeout=1.0,
         )
         await runner.setup()
-        self._runner = runner
-        site = web.TCPSite(runner, config.host, config.port, backlog=1024)
+        site = web.TCPSite(runner, host, port, backlog=1024)
         try:
             await site.start()
         except OSError:
             await runner.cleanup()
             raise
-        self.port = runner.addresses[0][1]
-        try:
-            await self.service.start()
-            await self._start_grpc()
-        except BaseException:
-            await self.stop(drain_s=0)
-            raise
-        log.info("gateway_listening", url=self.url, grpc_port=self.grpc_port, num_workers=len(config.workers))
-        if config.host not in ("127.0.0.1", "::1", "localhost") and not config.api_keys:
-            log.warning("no_api_keys", message="anybody who can reach this port may use it; set api_keys")
+        return runner
 
     @property
     def url(self) -> str:
@@ -112,9 +127,11 @@ class Gateway:
         if self._grpc is not None:
             server, self._grpc = self._grpc, None
             await server.stop(_LAST_WORDS_S)
-        if self._runner is not None:
-            runner, self._runner = self._runner, None
-            await runner.cleanup()
+        runners = (self._admin_runner, self._runner)
+        self._admin_runner = self._runner = None
+        for runner in runners:
+            if runner is not None:
+                await runner.cleanup()
         await service.stop()
 
     async def _start_grpc(self) -> None:
@@ -129,7 +146,7 @@ class Gateway:
             if (error.name or "").partition(".")[0] not in _GRPC_PACKAGES:
                 raise  # a fault of ours, not an extra that was left out
             raise ConfigError(f"grpc_port is set, but gRPC is not installed: {error}") from None
-        self._grpc = await module.start_grpc(self.service, self.config)
+        self._grpc = await module.start_grpc(self.service, self.config, self.service.access)
         self.grpc_port = getattr(self._grpc, "port", self.config.grpc_port)
 
 

@@ -5,55 +5,89 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 from gateway.config import GatewayConfig
 from gateway.generation import RequestError
+from gateway.keys import KeyEntry, KeysError, digest_of, load
 from gateway.origins import Origins, same_site
 from shared.errors import ErrorCode
+from shared.settings import ConfigError
 
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(:(?P<port>\d{1,5}))?", re.ASCII)
 
 
+class Owner(NamedTuple):
+    """Whose a request is: the handle of its key, and its tenant. Both are empty where no keys are set."""
+
+    key: str = ""
+    tenant: str = ""
+
+
 class Access:
-    """The configured keys, host names and origins."""
+    """The configured keys, host names and origins. Raises `ConfigError` for a file of keys that cannot be used."""
 
     def __init__(self, config: GatewayConfig) -> None:
         self._keys = [key.encode() for key in config.key_texts()]
-        self._tenants = [hashlib.sha256(key).hexdigest()[:16] for key in self._keys]
+        self._owners = [
+            Owner(f"api_keys[{index}]", hashlib.sha256(key).hexdigest()[:16])
+            for index, key in enumerate(self._keys)
+        ]
+        self.keys_file = None if config.keys_file is None else Path(config.keys_file)
+        self.entries: list[KeyEntry] = []
+        self._by_digest: dict[bytes, KeyEntry] = {}
+        if self.keys_file is not None:
+            try:
+                self.use(load(self.keys_file))
+            except KeysError as error:
+                raise ConfigError(f"keys_file {self.keys_file}: {error}") from None
         self._hosts = config.host_names()
         self._origins = Origins(config.cors_origins)
 
     @property
     def needs_key(self) -> bool:
         """Whether any key is configured; without one everybody who reaches the port may call."""
-        return bool(self._keys)
+        return bool(self._keys) or self.keys_file is not None
 
-    def tenant(self, key: str | None) -> str | None:
-        """The tenant that a key belongs to; None for a wrong key; "" for everybody where no keys are set.
+    def use(self, entries: Iterable[KeyEntry]) -> None:
+        """These are the file's keys from now on."""
+        self.entries = list(entries)
+        self._by_digest = {entry.digest: entry for entry in self.entries}
 
-        The key is compared with every configured one in constant time, so that timing shows nothing.
+    def owner(self, key: str | None) -> Owner | None:
+        """Whose a key is; None for one that is wrong or has expired. Nobody's where no keys are set.
+
+        The key is compared with each one of the settings in constant time. Those of the file are found by their digest, in
+        a table whose order depends on a secret of this process: time tells nothing about a key from which it could be made.
         """
-        if not self._keys:
-            return ""
+        if not self.needs_key:
+            return Owner()
         given = (key or "").encode(errors="surrogateescape")
-        found: str | None = None
-        for own, tenant in zip(self._keys, self._tenants, strict=True):
+        found: Owner | None = None
+        for own, owner in zip(self._keys, self._owners, strict=True):
             if hmac.compare_digest(own, given):
-                found = tenant
-        return found
+                found = owner
+        if found is not None or not self._by_digest:
+            return found
+        entry = self._by_digest.get(digest_of(given))
+        if entry is None or entry.is_over(time.time()):
+            return None
+        return Owner(entry.handle, entry.owner)
 
-    def authenticate(self, headers: Mapping[str, str]) -> str:
-        """The caller's tenant. Raises `RequestError` UNAUTHORIZED."""
+    def authenticate(self, headers: Mapping[str, str]) -> Owner:
+        """Whose a request is. Raises `RequestError` UNAUTHORIZED."""
         key = key_of(headers)
-        tenant = self.tenant(key)
-        if tenant is None:
+        owner = self.owner(key)
+        if owner is None:
             if key is None:
                 message = "this server needs an API key: send Authorization: Bearer <key>"
             else:
                 message = "the API key is wrong"
             raise RequestError(ErrorCode.UNAUTHORIZED, message)
-        return tenant
+        return owner
 
     def check_host(self, host: str | None) -> None:
         """Raises `RequestError` INVALID_REQUEST for a malformed or foreign `Host` (DNS rebinding)."""

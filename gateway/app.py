@@ -9,14 +9,25 @@ from typing import Any, Final, Protocol
 
 from aiohttp import web
 
-from gateway.api import anthropic, chat, completions, models, moondream, ollama, ollama_models, tokenize
+from gateway.admin import recording
+from gateway.api import (
+    anthropic,
+    chat,
+    completions,
+    models,
+    moondream,
+    ollama,
+    ollama_models,
+    stats,
+    tokenize,
+)
 from gateway.api.answers import Collected, collect
 from gateway.api.described import openapi
 from gateway.api.parameters import Json
 from gateway.config import GatewayConfig
 from gateway.core.service import Service
 from gateway.decisions.holdings import Holdings
-from gateway.generation import Core, GenerateRequest, RequestError
+from gateway.generation import Core, GenerateRequest
 from gateway.scrape import Scrape
 from gateway.transport import sse
 from gateway.transport.http import (
@@ -30,11 +41,12 @@ from gateway.transport.http import (
     public,
     read_body,
 )
+from gateway.transport.resumption import LAST_EVENT, Resumption, register_streams
 from gateway.transport.websocket import register_websocket
-from shared.errors import ErrorCode
 
 WEB_FOLDER: Final = Path(__file__).parent / "web"
 SERVICE: Final = web.AppKey("service", Service)
+RESUMPTION: Final = web.AppKey("resumption", Resumption)
 
 _PAGE_TYPES: Final = {
     ".html": "text/html; charset=utf-8",
@@ -74,11 +86,12 @@ Prepare = Callable[..., Awaitable[Any]]
 def create_app(service: Service) -> web.Application:
     """The application over a started (or starting) service."""
     config = service.config
-    boundary = Boundary(config, service.metrics)
+    boundary = Boundary(config, service.metrics, service.access, service.meters)
     app = web.Application(middlewares=[boundary.middleware], client_max_size=config.max_body_bytes)
     app.on_response_prepare.append(boundary.on_prepare)
     app[SERVICE] = service
     app[HOLDINGS] = holdings = Holdings(config.max_unfinished_bytes)
+    app[RESUMPTION] = resumption = Resumption(config, service.metrics)
     router = app.router
     for path, prepare in (
         ("/v1/chat/completions", chat.prepare),
@@ -91,7 +104,7 @@ def create_app(service: Service) -> web.Application:
         ("/v1/detect", moondream.prepare_detect),
         ("/v1/point", moondream.prepare_point),
     ):
-        router.add_post(path, _generation(service, prepare))
+        router.add_post(path, _generation(service, prepare, resumption))
     router.add_post("/v1/messages/count_tokens", _told(service, anthropic.count_tokens))
     router.add_post("/tokenize", _told(service, tokenize.tokenize))
     router.add_post("/detokenize", _told(service, tokenize.detokenize))
@@ -107,23 +120,30 @@ def create_app(service: Service) -> web.Application:
         router.add_get(path, _live)
     for path in ("/readyz", "/v1/health/ready"):
         router.add_get(path, _ready(service))
-    router.add_get("/metrics", _metrics(service))
-    router.add_get("/debug/trace", _recording(service))
+    router.add_get("/metrics", _metrics(service, resumption))
+    router.add_get("/v1/stats", _stats(service))
     router.add_get("/openapi.json", _described)
-    register_websocket(app, service, config, holdings)
+    router.add_get("/debug/trace", recording(service))
+    register_streams(app, resumption)
+    register_websocket(app, service, config, holdings, service.access, resumption)
     _add_page(app)
     return app
 
 
-def _generation(service: Service, prepare: Prepare) -> Handler:
+def _generation(service: Service, prepare: Prepare, resumption: Resumption) -> Handler:
     """A handler for one generating route."""
     config: GatewayConfig = service.config
 
     async def handle(request: web.Request) -> web.StreamResponse:
+        if LAST_EVENT in request.headers:  # the same request again, of a client that lost its stream
+            return await resumption.resume(request)
+        is_resumable = resumption.is_asked(request)
         data = await admit_body(request, service)
         prepared: PreparedRequest = await prepare(
             service, data, request_id=request[REQUEST_ID], tenant=request[TENANT]
         )
+        if prepared.stream and is_resumable:
+            return await resumption.start(request, service.submit, prepared.requests, prepared)
         if prepared.stream:
             return await sse.respond(
                 request, config, service.metrics, service.submit, prepared.requests, prepared
@@ -190,8 +210,8 @@ def _ready(service: Service) -> Handler:
     return handle
 
 
-def _metrics(service: Service) -> Handler:
-    scrape = Scrape(service)
+def _metrics(service: Service, resumption: Resumption) -> Handler:
+    scrape = Scrape(service, lambda: resumption.journals.num_detached)
 
     @public("metrics")
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -201,13 +221,20 @@ def _metrics(service: Service) -> Handler:
     return handle
 
 
-def _recording(service: Service) -> Handler:
+def _stats(service: Service) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
-        asked = request.query.get("steps", "200")
-        if not (asked.isascii() and asked.isdecimal() and len(asked) < 6 and 1 <= int(asked) <= 10_000):
-            message = "steps: a number from 1 to 10000"
-            raise RequestError(ErrorCode.INVALID_REQUEST, message, param="steps")
-        return web.Response(body=await service.record(int(asked)), content_type="application/json")
+        taking = [worker for worker in service.workers if worker.takes_work]
+        beats = [worker.link.beat for worker in taking if worker.link.beat is not None]
+        metrics = service.metrics
+        load = stats.Load(
+            num_workers=len(taking),
+            num_running=sum(beat.num_running for beat in beats),
+            num_waiting=sum(beat.num_waiting for beat in beats),
+            max_waiting=sum(worker.occupancy.max_waiting for worker in taking),
+            num_accepted=sum(metrics.accepted.values()),
+            num_timed_out=metrics.ended["deadline"] + metrics.errors["deadline_exceeded"],
+        )
+        return json_response(stats.stats(service, load))
 
     return handle
 

@@ -12,17 +12,23 @@ TRACE_PARENT: Final = re.compile(
 
 
 class Caller(NamedTuple):
-    """How a request came in: its matched route, and its `traceparent` where it sent a valid one."""
+    """How a request came in: its matched route, its `traceparent` where it sent a valid one, and its key's handle."""
 
     route: str = ""
     trace_parent: str = ""
+    key: str = ""
 
 
 CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - a tuple cannot change
 """Set by each transport for the task that serves a request; read when a sequence is submitted."""
 
 
-def caller(route: str, trace_parent: str | None) -> Caller:
+def caller(route: str, trace_parent: str | None, key: str = "") -> Caller:
     """A `Caller`; a malformed `traceparent` counts as none, as the W3C recommendation wants it."""
     given = trace_parent or ""
-    return Caller(route, given if TRACE_PARENT.fullmatch(given) else "")
+    return Caller(route, given if TRACE_PARENT.fullmatch(given) else "", key)
+
+
+def set_key(key: str) -> None:
+    """The key is known now: what this task and those that it starts ask for is asked with it."""
+    CALLER.set(CALLER.get()._replace(key=key))

@@ -15,6 +15,7 @@ from gateway.origins import read_origin
 from shared.settings import ConfigError as ConfigError
 from shared.settings import Section
 
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9_.-]+):\d{1,5}", re.ASCII)
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -61,6 +62,9 @@ class GatewayConfig(BaseModel):
     retry_wait_s: float = Field(30.0, ge=0, description="how long unstarted requests wait for a new worker")
 
     api_keys: tuple[SecretStr, ...] = Field((), description="none: anybody who can reach the port")
+    keys_file: str | None = Field(
+        None, description="API keys with tenants and limits, a line each, read again when it changes"
+    )
     public: tuple[str, ...] = Field(
         (), description="routes open without a key where keys are set: page, readiness, metrics"
     )
@@ -96,6 +100,15 @@ class GatewayConfig(BaseModel):
         10.0, ge=0.05, description="a stream that waits says so at least this often: a comment, a ping"
     )
     slow_client_s: float = Field(10.0, gt=0, description="a client that reads nothing for so long is cut off")
+    resume_window_s: float = Field(
+        30.0, ge=0, description="how long a resumable stream waits for its client; 0: none is resumable"
+    )
+    resume_bytes: ByteSize = Field(
+        ByteSize(1 << 20), ge=4 << 10, description="last events held of one resumable stream"
+    )
+    resume_total_bytes: ByteSize = Field(
+        ByteSize(64 << 20), ge=4 << 10, description="the same of all together"
+    )
 
     image_processes: int = Field(
         0,
@@ -113,6 +126,11 @@ class GatewayConfig(BaseModel):
     image_memory_bytes: ByteSize = Field(
         ByteSize(2 << 30), ge=256 << 20, description="address space of a process that decodes pictures"
     )
+
+    admin_listen: str | None = Field(
+        None, description="<host>:<port> of the operator's own routes (drain, keys, workers); none: off"
+    )
+    admin_token_file: str | None = Field(None, description="file with the token that these routes want")
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
     log_json: bool | None = Field(None, description="JSON lines; none: where stderr is no terminal")
@@ -167,6 +185,13 @@ class GatewayConfig(BaseModel):
             raise ValueError(f"{value!r} is not http://<host>:<port>, such as http://127.0.0.1:4318")
         return value
 
+    @field_validator("admin_listen")
+    @classmethod
+    def _check_admin(cls, value: str | None) -> str | None:
+        if value is not None and not _ADDRESS.fullmatch(value):
+            raise ValueError(f"{value!r} is not <host>:<port>, such as 127.0.0.1:9090")
+        return value
+
     @field_validator("public")
     @classmethod
     def _check_public(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -212,6 +237,11 @@ class GatewayConfig(BaseModel):
         own = f"[{self.host}]" if ":" in self.host else self.host
         return frozenset((*LOOPBACK_NAMES, own.lower()))
 
+    def admin_address(self) -> tuple[str, int]:
+        """Where the operator's routes listen; `admin_listen` is set."""
+        host, _, port = (self.admin_listen or "").rpartition(":")
+        return host.strip("[]"), int(port)
+
     def key_texts(self) -> tuple[str, ...]:
         """The API keys in the clear. Never log them."""
         return tuple(key.get_secret_value() for key in self.api_keys)
@@ -226,6 +256,7 @@ GATEWAY_SETTINGS: Final = Section(
         "api_keys": "who may call",
         "max_body_bytes": "how much it takes",
         "image_processes": "pictures",
+        "admin_listen": "the operator's routes",
         "log_level": "what it tells",
     },
 )

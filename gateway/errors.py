@@ -37,6 +37,7 @@ STATUSES: Final[dict[ErrorCode, Status]] = {
     ErrorCode.CONTEXT_LENGTH_EXCEEDED: Status(400, 1008, _INVALID_ARGUMENT, "invalid_request_error"),
     ErrorCode.INVALID_GRAMMAR: Status(400, 1008, _INVALID_ARGUMENT, "invalid_request_error"),
     ErrorCode.QUEUE_FULL: Status(429, 1013, _RESOURCE_EXHAUSTED, "rate_limit_error"),
+    ErrorCode.RATE_LIMITED: Status(429, 1013, _RESOURCE_EXHAUSTED, "rate_limit_error"),
     ErrorCode.LOADING: Status(503, 1013, _UNAVAILABLE, "service_unavailable_error"),
     ErrorCode.SHUTTING_DOWN: Status(503, 1012, _UNAVAILABLE, "service_unavailable_error"),
     ErrorCode.WORKER_LOST: Status(503, 1013, _UNAVAILABLE, "service_unavailable_error"),
@@ -66,6 +67,7 @@ _ANTHROPIC_TYPES: Final = {
 
 RETRY_AFTER_S: Final[dict[ErrorCode, float]] = {
     ErrorCode.QUEUE_FULL: 1.0,
+    ErrorCode.RATE_LIMITED: 1.0,
     ErrorCode.LOADING: 2.0,
     ErrorCode.SHUTTING_DOWN: 5.0,
     ErrorCode.WORKER_LOST: 2.0,

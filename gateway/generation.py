@@ -307,5 +307,8 @@ class ServingCore(Core, Protocol):
     def check_any_capacity(self, tenant: str) -> None:
         """Raises an error if `submit` would refuse a request for any model just now: call it before reading a body."""
 
+    def begin_request(self) -> None:
+        """Count a request to generate by the caller's key (`gateway.caller`). Raises `RequestError` RATE_LIMITED."""
+
     def readiness(self) -> tuple[bool, str]:
         """Whether new work would be served, and why not."""

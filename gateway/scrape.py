@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -31,14 +31,22 @@ _VLLM_HISTOGRAMS: Final = {
     "vllm:request_decode_time_seconds": "request_decode_time_seconds",
 }
 
+_KEY_TOTALS: Final = {
+    "requests": "Requests by key",
+    "refused": "Requests beyond a key's limits",
+    "prompt_tokens": "Tokens of prompts by key",
+    "generated_tokens": "Tokens made by key",
+}
+
 _BOUNDS: Final = [*(str(bound) for bound in HISTOGRAM_BUCKETS_S), "+Inf"]
 
 
 class Scrape(Collector):
     """Makes Prometheus objects of a service's figures, when asked."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, num_detached: Callable[[], int] = lambda: 0) -> None:
         self._service = service
+        self._num_detached = num_detached
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -78,6 +86,7 @@ class Scrape(Collector):
             family.add_metric([], _buckets(histogram), histogram.total_s)
             yield family
         yield from self._service_families(self._service)
+        yield from _key_families(self._service)
         if self._service.config.vllm_metrics:
             yield from self._vllm_families(self._service)
 
@@ -85,6 +94,9 @@ class Scrape(Collector):
         yield GaugeMetricFamily("degas_requests_in_flight", "Accepted, not ended", service.num_in_flight)
         yield GaugeMetricFamily("degas_requests_recovering", "Waiting after a death", service.num_recovering)
         yield GaugeMetricFamily("degas_ready", "1 when new work is served", int(service.readiness()[0]))
+        yield GaugeMetricFamily(
+            "degas_streams_detached", "Resumable, under way, without a client", self._num_detached()
+        )
         yield GaugeMetricFamily("degas_images_pending", "Being decoded", service.images.num_pending)
         labels = ["worker"]
         up = GaugeMetricFamily("degas_worker_up", "1 while its decode thread makes progress", labels=labels)
@@ -149,6 +161,22 @@ class Scrape(Collector):
             family = HistogramMetricFamily(name, HISTOGRAMS[ours], labels=["model_name"])
             family.add_metric([model], _buckets(histogram), histogram.total_s)
             yield family
+
+
+def _key_families(service: Service) -> Iterator[Metric]:
+    """What each key of the file that was used has used, by its name; never anything of the key itself."""
+    used = [meter for meter in service.meters.all() if meter.totals.requests or meter.totals.refused]
+    if not used:
+        return
+    for name, help in _KEY_TOTALS.items():
+        family = CounterMetricFamily(f"degas_key_{name}", help, labels=["key", "tenant"])
+        for meter in used:
+            family.add_metric([meter.entry.name, meter.entry.owner], getattr(meter.totals, name))
+        yield family
+    streams = GaugeMetricFamily("degas_key_streams", "Answers in the making", labels=["key", "tenant"])
+    for meter in used:
+        streams.add_metric([meter.entry.name, meter.entry.owner], meter.num_streams)
+    yield streams
 
 
 def _beat_values(worker: Worker) -> Iterator[tuple[str, str | None, float]]:

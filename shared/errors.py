@@ -18,6 +18,7 @@ class ErrorCode(StrEnum):
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     INVALID_GRAMMAR = "invalid_grammar"
     QUEUE_FULL = "queue_full"
+    RATE_LIMITED = "rate_limit_exceeded"
     LOADING = "loading"
     SHUTTING_DOWN = "shutting_down"
     WORKER_LOST = "worker_lost"

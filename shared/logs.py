@@ -19,6 +19,8 @@ from shared.redaction import redact
 _MAX_FRAMES = 8
 _MAX_TEMPLATE_CHARS = 300
 
+_level = "info"
+
 log = structlog.get_logger(__name__)
 
 
@@ -54,12 +56,33 @@ def configure_logs(process: str, *, level: str = "info", json: bool | None = Non
         ]
     structlog.configure(
         processors=[*processors, _redact_line],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        wrapper_class=_wrapper(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
     take_over_libraries()
     _take_over_tracebacks()
+
+
+def current_level() -> str:
+    """The least level that is logged."""
+    return _level
+
+
+def set_level(level: str) -> None:
+    """Log from this level on. Loggers that were used keep what they were made with, so they are made anew: nothing is paid a line."""
+    structlog.configure(wrapper_class=_wrapper(level))
+    lazy = type(structlog.get_logger())
+    for module in list(sys.modules.values()):
+        logger = getattr(module, "log", None)
+        if type(logger) is lazy:
+            vars(logger).pop("bind", None)
+
+
+def _wrapper(level: str) -> type[structlog.typing.FilteringBoundLogger]:
+    global _level
+    _level = level
+    return structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()])
 
 
 def fault_fields(error: BaseException) -> dict[str, str]:

@@ -179,6 +179,7 @@ class ModelCard(Part, frozen=True):
     default_min_p: float = 0.0
     default_repetition_penalty: float = 1.0
     chat_templates: dict[str, str] = {}  # those besides the default one, by name: tool_use, rag
+    weight_bytes: int = 0  # as they are held by the worker; 0: not told
 
 
 class Limits(Part, frozen=True):

@@ -15,7 +15,7 @@ MASK: Final = "[hidden]"
 # A scheme word or a name that secrets go by, then the secret up to white space or a mark that ends a value.
 _VALUE: Final = r"[^\s,;\"'\\(){}\[\]<>]+"
 _LOOKS_SECRET: Final = re.compile(
-    r"(?P<before>openai-insecure-api-key\.|\b(?:bearer|basic)\s+"
+    r"(?P<before>openai-insecure-api-key\.|\bsk-degas-|\b(?:bearer|basic)\s+"
     r"|\b(?:authorization|proxy-authorization|x-moondream-auth|x-api-key|api[_-]?keys?|cookie|password|secret)"
     r"\\?[\"']?\s*[:=]\s*[\[({]*(?:b?\\?[\"'])?(?!(?:bearer|basic)\s))" + _VALUE,
     re.IGNORECASE,

@@ -100,6 +100,7 @@ CARD = wire.ModelCard(
     },
     suppress_ids=[3],
     default_max_tokens=64,
+    weight_bytes=1234,
 )
 LIMITS = wire.Limits(
     max_rows=8, max_waiting=32, num_pages=1024, page_tokens=16, step_tokens=2048, max_sequence_tokens=2048

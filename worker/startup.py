@@ -148,7 +148,7 @@ def build_worker(
         if "chat" not in model.card.capabilities:
             warn_missing(source.path)
         payloads = [tokenizer, source.templates.get(DEFAULT, "").encode()]
-        card = _asked_context(model.card, config)
+        card = msgspec.structs.replace(_asked_context(model.card, config), weight_bytes=model.weight_bytes)
         num_pages = config.num_pages or _num_pages(config, device, model, card.context_tokens)
         card = _fit_context(card, (num_pages - 1) * config.page_tokens, config.context)
         with startup.phase("allocate"):

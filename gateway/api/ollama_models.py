@@ -109,7 +109,7 @@ def _entry(model: ServedModel) -> Json:
         "name": card.model_id,
         "model": card.model_id,
         "modified_at": _created(model),
-        "size": 0,  # a gateway does not see the weights
+        "size": card.weight_bytes,  # as the worker holds them; the file's may differ
         "digest": "",
         "details": _details(model),
     }

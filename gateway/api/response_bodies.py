@@ -143,12 +143,13 @@ class Reasoning(Known, kw_only=True):
 
 
 class DegasOptions(Known, kw_only=True):
-    """The extension field `degas`: which of the model's tasks, and its argument."""
+    """The extension field `degas`: which of the model's tasks, and its argument; whether the stream can be resumed."""
 
     task: Literal["query", "caption", "detect", "point"] = "query"
     length: Literal["short", "normal", "long"] = "normal"
     object: Annotated[str, Meta(max_length=512)] = ""
     max_objects: Annotated[int, Meta(ge=1, le=MAX_OBJECTS)] | None = None
+    resumable: bool = False
 
 
 class CreateBody(SamplingFields, kw_only=True):
@@ -233,7 +234,17 @@ class Authenticate(Known, tag="degas.authenticate", kw_only=True):
     api_key: Annotated[str, Meta(max_length=1024)]
 
 
-ClientEvent = ResponseCreate | ResponseCancel | ResponseSteer | Authenticate
+class Resume(Known, tag="degas.resume", kw_only=True):
+    """WebSocket: go on with a resumable response behind the last event seen; −1: none was."""
+
+    IGNORED = ("event_id",)
+
+    event_id: Any = None
+    response_id: Annotated[str, Meta(max_length=64)]
+    starting_after: Annotated[int, Meta(ge=-1, le=1 << 30)] = -1
+
+
+ClientEvent = ResponseCreate | ResponseCancel | ResponseSteer | Authenticate | Resume
 
 
 class Envelope(msgspec.Struct):

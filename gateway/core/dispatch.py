@@ -21,6 +21,7 @@ from gateway.core.metrics import Metrics
 from gateway.core.placement import Placement, Worker
 from gateway.core.tracing import Tracing
 from gateway.decisions.affinity import content_key
+from gateway.decisions.limits import Meter
 from gateway.decisions.recovery import Recovery, Verdict
 from gateway.faults import fault_fields
 from gateway.generation import GenerateRequest, Listener, RequestError
@@ -68,8 +69,8 @@ class Dispatch:
         if self._timer is not None:
             self._timer.cancel()
 
-    def submit(self, request: GenerateRequest, listener: Listener) -> Flight:
-        """Admit and send to a worker. Raises `RequestError`."""
+    def submit(self, request: GenerateRequest, listener: Listener, meter: Meter | None = None) -> Flight:
+        """Admit and send to a worker. Raises `RequestError`. `meter` counts for the key that was used."""
         model = self._catalog.current(request.model)
         model.check(request)
         key = content_key(request.tenant, [image.spec.digest for image in request.images], request.prompt_ids)
@@ -83,8 +84,17 @@ class Dispatch:
             self,
             started_s=now_s,
             deadline_s=now_s + deadline_s,
+            meter=meter,
         )
-        self._send(flight, worker)
+        num_prompt = model.num_prompt(len(request.prompt_ids), len(request.images)) if meter else 0
+        if meter is not None:
+            meter.on_submit(num_prompt, now_s)
+        try:
+            self._send(flight, worker)
+        except RequestError:
+            if meter is not None:
+                meter.take_back(num_prompt, now_s)
+            raise
         self.flights[flight] = None
         self.idle.clear()
         self._metrics.on_accepted(model.card.model_id)
@@ -131,8 +141,11 @@ class Dispatch:
         if not self.flights:
             self.idle.set()
         assert flight.state.end is not None
-        elapsed_s = self._now() - flight.started_s
+        now_s = self._now()
+        elapsed_s = now_s - flight.started_s
         self._metrics.on_end(flight.state.end, elapsed_s)
+        if flight.meter is not None:
+            flight.meter.on_end(flight.state.end.usage, now_s)
         if self._tracing is not None:
             self._tracing.end(flight, flight.state.end, elapsed_s)
         self._on_settled(flight)

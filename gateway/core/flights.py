@@ -14,6 +14,7 @@ from typing import Protocol
 
 import structlog
 
+from gateway.decisions.limits import Meter
 from gateway.decisions.recovery import Record
 from gateway.decisions.stream import Discontinuity, StreamState
 from gateway.faults import fault_fields
@@ -51,6 +52,7 @@ class Flight:
         "deadline_s",
         "has_shown",
         "listener",
+        "meter",
         "record",
         "request",
         "request_id",
@@ -69,6 +71,7 @@ class Flight:
         *,
         started_s: float,
         deadline_s: float,
+        meter: Meter | None = None,
     ) -> None:
         self.request = request
         self.request_id = request.request_id
@@ -80,6 +83,7 @@ class Flight:
         self.worker_key: int | None = None  # the worker holding it; None while it waits for one
         self.has_shown = False  # its client was given a part of the answer, which cannot be sent again
         self.record = Record()  # of the workers it lost
+        self.meter = meter  # of the key it was asked with
         self._events = events
 
     @property

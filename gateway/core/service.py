@@ -16,12 +16,15 @@ import msgspec
 import structlog
 import zmq
 
+from gateway.access import Access
+from gateway.caller import CALLER
 from gateway.config import GatewayConfig
 from gateway.confined.grammars import GrammarChecker
 from gateway.confined.images import ImageDecoder
 from gateway.core.catalog import AnnouncedModel, Catalog
 from gateway.core.dispatch import Dispatch
 from gateway.core.flights import Flights
+from gateway.core.key_file import KeyFile
 from gateway.core.metrics import Metrics
 from gateway.core.placement import Placement, Worker
 from gateway.core.recordings import Recordings
@@ -30,6 +33,7 @@ from gateway.core.tracing import Tracing
 from gateway.core.worker_link import WorkerLink
 from gateway.core.worker_pool import WorkerPool
 from gateway.decisions.admission import Admission
+from gateway.decisions.limits import Meter, Meters
 from gateway.generation import (
     GenerateRequest,
     Listener,
@@ -53,10 +57,14 @@ class Service:
     ) -> None:
         self.config = config
         self.metrics = metrics or Metrics()
+        self.access = Access(config)
+        self.meters = Meters()
+        self._key_file = KeyFile(self.access, self.meters, now)
         self.images = ImageDecoder(config)
         self.grammars = GrammarChecker()
         self.gateway_id = f"gw-{secrets.token_hex(6)}"
         self._now = now
+        self._is_ending = False
         self._admission = Admission(config.max_queue, config.max_wait_s)
         self._placement = Placement(self._admission, self.metrics.on_refused)
         self._catalog = Catalog(config)
@@ -76,6 +84,7 @@ class Service:
         await self.images.start()
         self._pool.start(self.config.workers)
         self._dispatch.start()
+        self._key_file.start()
 
     def _make_worker(self, key: int, endpoint: str) -> Worker:
         link = WorkerLink(
@@ -91,7 +100,7 @@ class Service:
 
     @property
     def draining(self) -> bool:
-        """Whether new work is refused, for good."""
+        """Whether new work is refused."""
         return self._placement.draining
 
     def give_notice(self) -> None:
@@ -99,8 +108,20 @@ class Service:
         self._placement.is_leaving = True
 
     def begin_drain(self) -> None:
-        """Refuse new work from now on; what is in flight goes on."""
+        """Refuse new work from now on, for good; what is in flight goes on."""
+        self._is_ending = True
         self._placement.draining = True
+
+    def pause(self) -> None:
+        """Refuse new work until `resume`; what is in flight goes on."""
+        self._placement.draining = True
+
+    def resume(self) -> None:
+        """Take new work again. Raises `RequestError` SHUTTING_DOWN when the end has begun."""
+        if self._is_ending:
+            raise RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down; start it again")
+        self._placement.draining = False
+        self._dispatch.resume()
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until nothing is in flight; False when it takes too long."""
@@ -120,6 +141,7 @@ class Service:
         self.begin_drain()
         self.end_all(RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down"))
         self._dispatch.stop()
+        await self._key_file.stop()
         self._pool.stop()
         await self.images.stop()
         await self.grammars.stop()
@@ -132,16 +154,28 @@ class Service:
     def model(self, model_id: str | None) -> AnnouncedModel:
         """See `Core.model`."""
         try:
-            return self._catalog.find(model_id)
+            found = self._catalog.find(model_id)
         except RequestError as error:
             raise (
                 self._placement.nobody(error.message) if error.code is ErrorCode.LOADING else error
             ) from None
+        meter = self.meters.of(CALLER.get().key)
+        if meter is not None and not meter.entry.may_use(found.card.model_id):
+            allowed = ", ".join(meter.entry.models or ()) or "none"
+            message = f"this key may not use model {found.card.model_id}; it may use: {allowed}"
+            raise RequestError(ErrorCode.MODEL_NOT_FOUND, message, param="model")
+        return found
 
     def models(self) -> list[AnnouncedModel]:
         """See `Core.models`."""
         served = [worker.model for worker in self._workers]
-        return [model for model in self._catalog.models() if any(model is other for other in served)]
+        meter = self.meters.of(CALLER.get().key)
+        return [
+            model
+            for model in self._catalog.models()
+            if any(model is other for other in served)
+            and (meter is None or meter.entry.may_use(model.card.model_id))
+        ]
 
     async def check_grammar(self, grammar: wire.Grammar, *, param: str, tenant: str = "") -> wire.Grammar:
         """See `Core.check_grammar`."""
@@ -168,7 +202,35 @@ class Service:
 
     def submit(self, request: GenerateRequest, listener: Listener) -> RunningStream:
         """See `Core.submit`."""
-        return self._dispatch.submit(request, listener)
+        try:
+            return self._dispatch.submit(request, listener, self._meter())
+        except RequestError as error:
+            if error.code is ErrorCode.RATE_LIMITED:
+                self.metrics.on_refused(error.code)
+            raise
+
+    def begin_request(self) -> None:
+        """See `ServingCore.begin_request`."""
+        meter = self._meter()
+        if meter is not None:
+            try:
+                meter.on_request(self._now())
+            except RequestError as error:
+                self.metrics.on_refused(error.code)
+                raise
+
+    def _meter(self) -> Meter | None:
+        """The meter of the key that the running task acts for; None for a key without one.
+
+        Raises `RequestError` UNAUTHORIZED for a key that was revoked or has expired since, as an open WebSocket's may.
+        """
+        key = CALLER.get().key
+        if not self.access.needs_key or key.startswith("api_keys["):
+            return None
+        meter = self.meters.of(key)
+        if meter is None or meter.entry.is_over(time.time()):
+            raise RequestError(ErrorCode.UNAUTHORIZED, "the API key was revoked, or has expired")
+        return meter
 
     def readiness(self) -> tuple[bool, str]:
         """See `ServingCore.readiness`."""

@@ -70,6 +70,16 @@ class BoundedWriter:
         """All that was written so far."""
         return self._written_bytes
 
+    @property
+    def unread_bytes(self) -> int:
+        """What the client has not taken yet; 0 once the connection is closing."""
+        return 0 if self.closed or self._transport.is_closing() else self._transport.get_write_buffer_size()
+
+    def abort(self) -> None:
+        """Cut the client off at once."""
+        self.close()
+        self._transport.abort()
+
     def close(self) -> None:
         """Write nothing more. Idempotent."""
         self.closed = True

@@ -51,6 +51,14 @@ class FrameWriter:
         """Send one text message. Once closed it is dropped: the connection's end is already under way."""
         self.bounded.write(text_frame(payload))
 
+    def unread_bytes(self) -> int:
+        """What the client has not taken yet."""
+        return self.bounded.unread_bytes
+
+    def abort(self) -> None:
+        """Cut the client off at once."""
+        self.bounded.abort()
+
     def close(self) -> None:
         """Write nothing more. Idempotent."""
         self.bounded.close()

@@ -18,9 +18,10 @@ import structlog
 from aiohttp import HttpVersion11, web
 
 from gateway.access import Access
-from gateway.caller import CALLER, caller
+from gateway.caller import CALLER, caller, set_key
 from gateway.config import GatewayConfig
 from gateway.decisions.holdings import Holdings
+from gateway.decisions.limits import Meters
 from gateway.decisions.quota import LogQuota
 from gateway.errors import error_body, error_headers, has_own_errors, http_status
 from gateway.faults import fault_fields
@@ -33,6 +34,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 H = TypeVar("H", bound=Callable[..., Awaitable[web.StreamResponse]])
 
 TENANT: Final = web.RequestKey("tenant", str)
+KEY: Final = web.RequestKey("key", str)
+"""The handle of the key (`gateway.access.Owner`)."""
+STREAM_ID: Final = web.RequestKey("stream_id", str)
+"""The stream that the answer is of, where it can be resumed."""
 REQUEST_ID: Final = web.RequestKey("request_id", str)
 HOLDINGS: Final = web.AppKey("holdings", Holdings)
 """Bytes of bodies and messages that are still arriving, by tenant."""
@@ -51,17 +56,22 @@ _READ_HEADERS: Final = (
     b"expect",
     b"host",
     b"if-",
+    b"last-event-id",
     b"origin",
     b"range",
     b"sec-",
     b"te",
     b"tra",  # traceparent, tracestate, trailer, transfer-encoding
     b"upgrade",
+    b"x-degas-resumable",
     b"x-request-id",
 )
 """How the names of headers begin that are read here or by libraries; keys' are not among them: their bytes are compared as they are."""
 _PASSED_ON: Final = ("Allow", "Sec-WebSocket-Version", "Upgrade")  # of aiohttp's refusals
-_EXPOSED: Final = "x-request-id, retry-after, retry-after-ms"
+_EXPOSED: Final = (
+    "x-request-id, retry-after, retry-after-ms, x-degas-stream, x-ratelimit-limit-requests, x-ratelimit-limit-tokens, "
+    "x-ratelimit-remaining-requests, x-ratelimit-remaining-tokens, x-ratelimit-reset-requests, x-ratelimit-reset-tokens"
+)
 _ALLOWED_HEADERS: Final = "authorization, *"  # SDKs add headers of their own; `*` does not cover the key's
 
 log = structlog.get_logger(__name__)
@@ -86,10 +96,11 @@ def authenticates_itself(handler: H) -> H:
 class Boundary:
     """The outermost middleware."""
 
-    def __init__(self, config: GatewayConfig, metrics: HttpCounts) -> None:
+    def __init__(self, config: GatewayConfig, metrics: HttpCounts, access: Access, meters: Meters) -> None:
         self._config = config
         self._metrics = metrics
-        self._access = Access(config)
+        self._access = access
+        self._meters = meters
         self._public = frozenset((*config.public, "liveness"))
         self._refusals = Refusals()
         self._quota = LogQuota(_FAULT_LINES_PER_S)
@@ -156,7 +167,11 @@ class Boundary:
         ):
             request[TENANT] = ""
         else:
-            request[TENANT] = self._access.authenticate(request.headers)
+            owner = self._access.authenticate(request.headers)
+            request[TENANT] = owner.tenant
+            if owner.key:
+                request[KEY] = owner.key
+                set_key(owner.key)
         return await handler(request)
 
     def _preflight(self, request: web.Request) -> web.Response:
@@ -164,7 +179,7 @@ class Boundary:
             message = "this origin may not call; add it to cors_origins on the server"
             raise RequestError(ErrorCode.FORBIDDEN_ORIGIN, message)
         headers = {
-            "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+            "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
             "Access-Control-Allow-Headers": _ALLOWED_HEADERS,
             "Access-Control-Max-Age": "600",
         }
@@ -177,6 +192,10 @@ class Boundary:
         headers = response.headers
         if REQUEST_ID in request:
             headers["x-request-id"] = request[REQUEST_ID]
+        if (key := request.get(KEY)) and (meter := self._meters.of(key)) is not None:
+            headers.update(meter.headers(time.monotonic()))
+        if STREAM_ID in request:
+            headers["x-degas-stream"] = request[STREAM_ID]
         headers["X-Content-Type-Options"] = "nosniff"
         headers.popall("Server", None)  # aiohttp's, with its version
         origin = self._access.cors_origin(request.headers.get("Origin"))
@@ -262,12 +281,19 @@ async def admit_body(request: web.Request, core: ServingCore) -> bytes:
     if (request.content_length or 0) <= core.config.max_body_bytes:
         try:
             core.check_any_capacity(request[TENANT])
+            core.begin_request()
         except RequestError:
             # Without this a client in the middle of its upload would see a closed connection instead of the answer.
             if not request.content.is_eof():
                 await _discard(request, core.config.max_body_bytes, core.config.body_timeout_s)
             raise
     return await read_body(request, core.config)
+
+
+async def skip_body(request: web.Request, config: GatewayConfig) -> None:
+    """Read a body that does not count, or a client that sends all of it first would never read the answer."""
+    if not request.content.is_eof():
+        await _discard(request, config.max_body_bytes, config.body_timeout_s)
 
 
 async def read_body(request: web.Request, config: GatewayConfig) -> bytes:

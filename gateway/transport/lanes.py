@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from contextvars import copy_context
 from typing import Final
 
 import msgspec
@@ -18,13 +19,15 @@ import structlog
 from gateway.api import response_bodies, responses
 from gateway.api.conversations import Conversations
 from gateway.api.parameters import Json
-from gateway.api.response_bodies import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer
+from gateway.api.response_bodies import Authenticate, ResponseCancel, ResponseCreate, ResponseSteer, Resume
 from gateway.api.response_stream import ResponseStream
 from gateway.decisions.holdings import Holding
 from gateway.errors import error_headers, error_object, http_status
 from gateway.faults import fault_fields
-from gateway.generation import Core, End, RequestError, Usage
+from gateway.generation import End, RequestError, ServingCore, Usage
 from gateway.transport.frames import FrameWriter
+from gateway.transport.resumed_lanes import ResumedResponses
+from gateway.transport.resumption import Resumption
 from shared.errors import ErrorCode, FinishReason
 
 MAX_ACTIVE_LANES: Final = 16
@@ -80,9 +83,10 @@ class Lanes:
 
     def __init__(
         self,
-        core: Core,
+        core: ServingCore,
         writer: FrameWriter,
         conversations: Conversations,
+        resumption: Resumption,
         *,
         tenant: str,
         waiting: Holding,
@@ -92,6 +96,7 @@ class Lanes:
         self._core = core
         self._writer = writer
         self._sink = LaneSink(writer)
+        self._resumed = ResumedResponses(resumption, writer, tenant)
         self._shared_turns = conversations
         self._own_turns = Conversations(
             max_turns=64, max_bytes=16 << 20
@@ -105,6 +110,8 @@ class Lanes:
         self._pending_bytes = 0
         self._waiting = waiting  # the same bytes, beside what the tenant's other connections hold
         self._closed = False
+        # A waiting response begins when another ends, inside the core's callback: who asked must not come from there.
+        self._context = copy_context()
 
     @property
     def num_active(self) -> int:
@@ -114,7 +121,7 @@ class Lanes:
     @property
     def is_busy(self) -> bool:
         """Whether the client waits for something."""
-        return bool(self.num_active or self._pending)
+        return bool(self.num_active or self._pending or len(self._resumed))
 
     def on_message(self, data: str) -> None:
         """Act on one client message. A faulty message is answered with an error event; the socket stays open."""
@@ -127,6 +134,8 @@ class Lanes:
                     self._on_cancel(event)
                 case ResponseSteer():
                     raise RequestError(ErrorCode.UNSUPPORTED, "steering is not supported", param="type")
+                case Resume():
+                    self._resumed.begin(event.response_id, event.starting_after)
                 case Authenticate():
                     pass  # already authenticated: a second key changes nothing
         except RequestError as error:
@@ -139,8 +148,11 @@ class Lanes:
         self._waiting.set(0)
         for task in self._preparing.values():
             task.cancel()
+        left = self._resumed.leave()
         for stream in list(self._streams.values()):
-            stream.cancel()
+            if stream not in left:
+                stream.cancel()
+        self._streams.clear()
 
     # ------------------------------------------------------------ creating
 
@@ -170,12 +182,15 @@ class Lanes:
 
     def _begin(self, body: ResponseCreate) -> None:
         lane = body.stream_id
-        task = asyncio.get_running_loop().create_task(self._prepare(body), name="prepare-response")
+        task = asyncio.get_running_loop().create_task(
+            self._prepare(body), name="prepare-response", context=self._context.copy()
+        )
         self._preparing[lane] = task
         task.add_done_callback(lambda task: self._on_prepared(lane, task))
 
     async def _prepare(self, body: ResponseCreate) -> None:
         try:
+            self._core.begin_request()
             previous = responses.recall(body, self._tenant, self._own_turns, self._shared_turns)
             prepared = await responses.prepare(
                 self._core, body, tenant=self._tenant, previous=previous, stream_id=body.stream_id
@@ -199,16 +214,22 @@ class Lanes:
     def _start(self, body: ResponseCreate, prepared: responses.Prepared) -> None:
         turns = self._shared_turns if body.store is not False else self._own_turns
         lane, turn = body.stream_id, prepared.turn
+        is_resumable = body.degas is not None and body.degas.resumable
+        sink = self._resumed.sink() if is_resumable else None
 
         def on_closed(stream: ResponseStream, end: End, output: Sequence[Json]) -> None:
             self._streams.pop(lane, None)
+            if sink is not None:
+                self._resumed.end(sink)
             if stream.refusal is not None:
                 self._refuse(lane, stream.refusal)
             turns.remember_answer(self._tenant, stream.opening.response_id, turn, end, output)
             self._begin_next()
 
         tokens = prepared.request.model.tokens
-        stream = ResponseStream(prepared.opening, self._sink, tokens, on_closed)
+        stream = ResponseStream(prepared.opening, sink or self._sink, tokens, on_closed)
+        if sink is not None:
+            self._resumed.open(sink, stream)
         self._streams[lane] = stream
         if body.generate is False:
             stream.on_end(End(FinishReason.STOP, Usage()))  # the turn is kept, nothing is generated
@@ -217,6 +238,8 @@ class Lanes:
             stream.running = self._core.submit(prepared.request, stream)
         except RequestError:
             del self._streams[lane]
+            if sink is not None:
+                self._resumed.end(sink, refused=True)
             raise
         stream.open()
 
@@ -247,6 +270,7 @@ class Lanes:
             for stream in list(self._streams.values()):
                 if stream.opening.response_id == event.response_id:
                     stream.cancel()
+            self._resumed.cancel(event.response_id)
             return
         lane = event.stream_id
         dropped = [pending for pending in self._pending if pending.body.stream_id == lane]

@@ -18,11 +18,11 @@ from grpc_reflection.v1alpha import reflection
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 
-from gateway.access import Access
+from gateway.access import Access, Owner
 from gateway.caller import CALLER, caller
 from gateway.config import GatewayConfig
 from gateway.generation import Delta, End, RequestError, RunningStream, ServingCore, SpatialObject, TokenInfo
-from gateway.transport.rpc_door import MAX_METADATA_BYTES, Context, RpcDoor, abort, tenant_of
+from gateway.transport.rpc_door import MAX_METADATA_BYTES, Context, RpcDoor, abort, owner_of
 from gateway.transport.rpc_requests import read_request
 from shared.errors import ErrorCode, FinishReason
 
@@ -127,8 +127,8 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Stream tokens, then one `complete` a sequence."""
-        tenant = tenant_of(self._access, context.invocation_metadata()) or ""
-        key = (tenant, request.request_id or "grpc_" + secrets.token_hex(12))
+        owner = self._owner(context)
+        key = (owner.tenant, request.request_id or "grpc_" + secrets.token_hex(12))
         outputs: list[Output] = []
         try:
             if key in self._running:
@@ -136,6 +136,9 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
                     ErrorCode.INVALID_REQUEST, "a request with this request_id is running", param="request_id"
                 )
             self._running[key] = outputs
+            given = dict(context.invocation_metadata() or ()).get("traceparent")
+            CALLER.set(caller("Generate", given if isinstance(given, str) else None, owner.key))
+            self._core.begin_request()
             await self._generate(request, key, outputs, context)
         except RequestError as error:
             await abort(context, error)
@@ -151,8 +154,6 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
     ) -> None:
         wake = asyncio.Event()
         tenant, request_id = key
-        given = dict(context.invocation_metadata() or ()).get("traceparent")
-        CALLER.set(caller("Generate", given if isinstance(given, str) else None))
         prepared = await read_request(self._core, request, request_id, tenant)
         for index, generate in enumerate(prepared):
             output = Output(index, wake)
@@ -183,9 +184,13 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
         except TimeoutError:
             raise RequestError(ErrorCode.SLOW_CLIENT, "the client read nothing for too long") from None
 
+    def _owner(self, context: Context) -> Owner:
+        """Whose a call is; the door has let nobody in who is nobody, but a key may be revoked meanwhile."""
+        return owner_of(self._access, context.invocation_metadata()) or Owner("?", "?")
+
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         """Cancel requests by id; ids that are not running are ignored."""
-        tenant = tenant_of(self._access, context.invocation_metadata()) or ""
+        tenant = self._owner(context).tenant
         for request_id in request.request_ids:
             for output in self._running.get((tenant, request_id), ()):
                 if output.running is not None:
@@ -247,7 +252,7 @@ class GrpcServer:
         await self._server.stop(grace_s)
 
 
-async def start_grpc(core: ServingCore, config: GatewayConfig) -> GrpcServer:
+async def start_grpc(core: ServingCore, config: GatewayConfig, access: Access) -> GrpcServer:
     """Listen on `config.grpc_port` and serve until `stop`. Raises OSError when the port is taken."""
     ping_ms = max(1000, round(config.life_sign_s * 1000))
     options = [
@@ -261,7 +266,6 @@ async def start_grpc(core: ServingCore, config: GatewayConfig) -> GrpcServer:
         ("grpc.http2.max_pings_without_data", 0),  # 0: any number of them
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ]
-    access = Access(config)
     server = aio.server(interceptors=[RpcDoor(access, config)], options=options)
     engine = Engine(core, config, access)
     pb_grpc.add_VllmEngineServicer_to_server(engine, server)

@@ -14,7 +14,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 import grpc
 from grpc import aio
 
-from gateway.access import Access, key_of
+from gateway.access import Access, Owner, key_of
 from gateway.config import GatewayConfig
 from gateway.errors import grpc_status, retry_after_s
 from gateway.generation import RequestError
@@ -41,10 +41,10 @@ async def abort(context: Context, error: RequestError) -> NoReturn:
     raise AssertionError("abort returned")
 
 
-def tenant_of(access: Access, metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
-    """The caller's tenant by the key in its metadata; None when a key is needed and is not there, or is wrong."""
+def owner_of(access: Access, metadata: Iterable[tuple[str, str | bytes]] | None) -> Owner | None:
+    """Whose a call is by the key in its metadata; None when a key is needed and is not there, or is wrong."""
     given = dict(metadata or ()).get("authorization")
-    return access.tenant(key_of({"Authorization": given}) if isinstance(given, str) else None)
+    return access.owner(key_of({"Authorization": given}) if isinstance(given, str) else None)
 
 
 class RpcDoor(aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
@@ -72,8 +72,8 @@ class RpcDoor(aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no typ
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         """See `grpc.aio.ServerInterceptor`."""
-        tenant = tenant_of(self._access, details.invocation_metadata)
-        if tenant is None and details.method not in OPEN_METHODS:
+        owner = owner_of(self._access, details.invocation_metadata)
+        if owner is None and details.method not in OPEN_METHODS:
             return self._refuse
         handler = await continuation(details)
         if handler is None or handler.request_streaming:
@@ -83,9 +83,9 @@ class RpcDoor(aio.ServerInterceptor):  # type: ignore[misc]  # grpc ships no typ
             return handler  # the schema's methods that nobody implements
 
         async def serve(requests: AsyncIterator[object], context: Context) -> object:
-            if tenant is None:  # a probe: answered for the whole server, whatever its message would be
+            if owner is None:  # a probe: answered for the whole server, whatever its message would be
                 return await inner(handler.request_deserializer(b""), context)
-            return await inner(await self._receive(tenant, context), context)
+            return await inner(await self._receive(owner.tenant, context), context)
 
         make = (
             grpc.stream_stream_rpc_method_handler

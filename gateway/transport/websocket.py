@@ -14,10 +14,11 @@ from typing import Final
 import structlog
 from aiohttp import HttpVersion11, WSCloseCode, WSMessage, WSMsgType, web
 
-from gateway.access import Access, key_of
+from gateway.access import Access, Owner, key_of
 from gateway.api import response_bodies
 from gateway.api.conversations import Conversations
 from gateway.api.response_bodies import Authenticate
+from gateway.caller import set_key
 from gateway.config import GatewayConfig
 from gateway.decisions.holdings import Holdings
 from gateway.errors import websocket_close
@@ -30,6 +31,7 @@ from gateway.transport.http import authenticates_itself
 from gateway.transport.lanes import Lanes, error_event
 from gateway.transport.life import LifeSign
 from gateway.transport.responses_route import ResponsesRoute
+from gateway.transport.resumption import Resumption
 from shared.errors import ErrorCode
 
 HEARTBEAT_S: Final = 20.0
@@ -104,11 +106,18 @@ class WebSocketRoute:
     """The route's open connections, and the turns they and the POST route share."""
 
     def __init__(
-        self, core: ServingCore, config: GatewayConfig, conversations: Conversations, holdings: Holdings
+        self,
+        core: ServingCore,
+        config: GatewayConfig,
+        conversations: Conversations,
+        holdings: Holdings,
+        access: Access,
+        resumption: Resumption,
     ) -> None:
         self._core = core
         self._config = config
-        self._access = Access(config)
+        self._access = access
+        self._resumption = resumption
         self._conversations = conversations
         self._holdings = holdings
         self._open: weakref.WeakSet[Socket] = weakref.WeakSet()
@@ -120,7 +129,7 @@ class WebSocketRoute:
                 ErrorCode.FORBIDDEN_ORIGIN,
                 "this origin may not connect; add it to cors_origins on the server",
             )
-        tenant = self._handshake_tenant(request)
+        owner = self._handshake_owner(request)
         if len(self._open) >= self._config.max_connections:
             raise RequestError(ErrorCode.QUEUE_FULL, f"{len(self._open)} WebSockets are open already")
         _check_handshake(request)
@@ -137,7 +146,7 @@ class WebSocketRoute:
         guard = ws.attach(request)
         self._open.add(ws)
         try:
-            await self._converse(ws, guard, request, tenant)
+            await self._converse(ws, guard, request, owner)
             if guard.fault is not None:
                 await asyncio.sleep(LINGER_S)  # ends as soon as the client leaves
         except ConnectionError:
@@ -158,22 +167,22 @@ class WebSocketRoute:
 
     # ------------------------------------------------------------ one connection
 
-    def _handshake_tenant(self, request: web.Request) -> str | None:
-        """The tenant; None for a browser that may still send its key. Raises `RequestError` UNAUTHORIZED."""
+    def _handshake_owner(self, request: web.Request) -> Owner | None:
+        """Whose connection it is; None for a browser that may still send its key. Raises `RequestError` UNAUTHORIZED."""
         key = request.get(OFFERED_KEY)
         if key is None:
             key = key_of(request.headers)
         if key is None and self._access.needs_key and request.headers.get("Origin") is not None:
             return None
-        tenant = self._access.tenant(key)
-        if tenant is None:
+        owner = self._access.owner(key)
+        if owner is None:
             raise RequestError(
                 ErrorCode.UNAUTHORIZED, "an API key is needed" if key is None else "the API key is wrong"
             )
-        return tenant
+        return owner
 
     async def _converse(
-        self, ws: Socket, guard: FrameGuard, request: web.Request, tenant: str | None
+        self, ws: Socket, guard: FrameGuard, request: web.Request, owner: Owner | None
     ) -> None:
         transport = request.transport
         if transport is None:
@@ -194,15 +203,18 @@ class WebSocketRoute:
             stall_s=self._config.slow_client_s,
         )
         try:
-            if tenant is None:
-                tenant = await self._first_message_tenant(ws, guard, writer)
-                if tenant is None:
+            if owner is None:
+                owner = await self._first_message_owner(ws, guard, writer)
+                if owner is None:
                     return
+            tenant = owner.tenant
+            set_key(owner.key)
             guard.unlock(self._config.max_body_bytes, self._holdings.holding(tenant))
             lanes = opened = Lanes(
                 self._core,
                 writer,
                 self._conversations,
+                self._resumption,
                 tenant=tenant,
                 waiting=self._holdings.holding(tenant),
             )
@@ -224,7 +236,7 @@ class WebSocketRoute:
             if lanes is not None:
                 lanes.close()
 
-    async def _first_message_tenant(self, ws: Socket, guard: FrameGuard, writer: FrameWriter) -> str | None:
+    async def _first_message_owner(self, ws: Socket, guard: FrameGuard, writer: FrameWriter) -> Owner | None:
         """Wait for the key. None when the connection ended instead, with the reason sent."""
         try:
             async with asyncio.timeout(AUTHENTICATE_WITHIN_S):
@@ -245,9 +257,9 @@ class WebSocketRoute:
             except RequestError:
                 event = None
             if isinstance(event, Authenticate):
-                tenant = self._access.tenant(event.api_key)
-                if tenant is not None:
-                    return tenant
+                owner = self._access.owner(event.api_key)
+                if owner is not None:
+                    return owner
                 error = RequestError(ErrorCode.UNAUTHORIZED, "the API key is wrong")
         writer.write(error_event(error))
         guard.dismiss()
@@ -256,12 +268,17 @@ class WebSocketRoute:
 
 
 def register_websocket(
-    app: web.Application, core: ServingCore, config: GatewayConfig, holdings: Holdings
+    app: web.Application,
+    core: ServingCore,
+    config: GatewayConfig,
+    holdings: Holdings,
+    access: Access,
+    resumption: Resumption,
 ) -> None:
     """Add `/v1/responses`: GET opens the WebSocket, POST is its twin over plain HTTP. They share their turns."""
     conversations = Conversations()
-    socket_route = WebSocketRoute(core, config, conversations, holdings)
-    post_route = ResponsesRoute(core, conversations)
+    socket_route = WebSocketRoute(core, config, conversations, holdings, access, resumption)
+    post_route = ResponsesRoute(core, conversations, resumption)
 
     @authenticates_itself
     async def connect(request: web.Request) -> web.StreamResponse:
@@ -275,4 +292,6 @@ def register_websocket(
 
     app.router.add_get("/v1/responses", connect, allow_head=False)
     app.router.add_post("/v1/responses", post)
+    app.router.add_get("/v1/responses/{id}", post_route.get, allow_head=False)
+    app.router.add_post("/v1/responses/{id}/cancel", post_route.cancel)
     app.on_shutdown.append(close_all)

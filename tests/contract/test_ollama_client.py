@@ -84,7 +84,7 @@ def test_tools_and_thinking(chatting: tuple[ollama.Client, FakeWorker]) -> None:
 
 def test_what_is_served(llama: ollama.Client, chatting: tuple[ollama.Client, FakeWorker]) -> None:
     assert [model.model for model in llama.list().models] == ["fake-vl"]
-    assert [model.model for model in llama.ps().models] == ["fake-vl"]
+    assert [(model.model, model.size) for model in llama.ps().models] == [("fake-vl", 1234)]
     shown = llama.show("fake-vl")
     assert shown.capabilities == ["completion", "vision"]
     assert chatting[0].show("fake-vl").capabilities == ["completion", "tools", "thinking"]

@@ -21,11 +21,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
+from degas.api_keys import KEY_PREFIX, new_key
+from gateway.keys import digest_of
+from shared.redaction import redact
+from tests import keys
 from tests.fake_worker import FakeWorker
 from tests.keys import KEY, MARK, WRONG_KEY
 from tests.raw_socket import TEXT, RawSocket, frame
 
 pytestmark = pytest.mark.slow
+
+FILE_KEY = keys.key("of-the-file-1")
+"""The process knows its hash only, so that it cannot look for it in what it writes."""
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,9 +74,19 @@ class Written:
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[tuple[Written, str, int]]:
     """A gateway process, its address and its gRPC port."""
+    hashed = "sha256:" + digest_of(FILE_KEY.encode()).hex()
+    (tmp_path / "keys").write_text(
+        json.dumps({"name": "filed", "hash": hashed, "requests_per_minute": 9}) + "\n"
+    )
     with FakeWorker() as worker:
         written = Written(
-            tmp_path, workers=worker.endpoint, api_keys=KEY, grpc_port=0, log_json="true", drain_deadline_s=0
+            tmp_path,
+            workers=worker.endpoint,
+            api_keys=KEY,
+            keys_file=tmp_path / "keys",
+            grpc_port=0,
+            log_json="true",
+            drain_deadline_s=0,
         )
         try:
             said = json.loads(written.wait_for("gateway_listening"))
@@ -126,7 +143,7 @@ def offers(key: str) -> Iterator[bytes]:
 
 def test_nothing_that_a_process_writes_holds_a_key(process: tuple[Written, str, int]) -> None:
     written, url, grpc_port = process
-    for key in (KEY, WRONG_KEY):
+    for key in (KEY, FILE_KEY, WRONG_KEY):
         for request in offers(key):
             with RawSocket(url) as client:
                 client.send(request)
@@ -163,8 +180,15 @@ def test_nothing_that_a_process_writes_holds_a_key(process: tuple[Written, str, 
                         call(metadata)
                     except grpc.RpcError:
                         pass
+    (written.file.parent / "keys").write_text(f"{{{FILE_KEY}\n")
+    written.wait_for("keys_file_refused")
     written.end()
     text = written.text
     assert MARK not in text, [line for line in text.splitlines() if MARK in line][:5]
     assert "Traceback" not in text and "handler_failed" not in text and "aiohttp" not in text
     assert "http" in text  # something was written at all
+
+
+def test_what_degas_made_looks_like_a_key_anywhere() -> None:
+    made, _ = new_key()
+    assert made.removeprefix(KEY_PREFIX) not in redact(f"a library said {made} and more")

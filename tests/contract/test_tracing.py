@@ -158,4 +158,4 @@ def test_an_endpoint_that_is_none_is_refused(endpoint: str) -> None:
     ],
 )
 def test_a_malformed_traceparent_counts_as_none(given: str | None, is_taken: bool) -> None:
-    assert caller("/x", given) == ("/x", PARENT if is_taken else "")
+    assert caller("/x", given) == ("/x", PARENT if is_taken else "", "")

@@ -14,7 +14,9 @@ from typing import Any, Final
 import msgspec
 
 from gateway.api.described import answers, other_answers
-from gateway.api.described.operations import BODY_ERRORS, OPERATIONS, PLAIN_ERRORS, Operation
+from gateway.api.described.operation import SSE, Operation
+from gateway.api.described.operations import BODY_ERRORS, OPERATIONS, PLAIN_ERRORS
+from gateway.api.described.resumed_operations import RESUMABLE
 from gateway.api.fields import NOTHING, Known
 from gateway.api.parameters import Json
 from gateway.errors import STATUSES, error_family
@@ -100,6 +102,9 @@ def _operation(operation: Operation, refs: dict[Any, Json]) -> Json:
     }
     if operation.text:
         made["description"] = operation.text
+    streams_events = operation.stream is not None and operation.stream[0] == SSE
+    if streams_events and operation.body is not None:
+        made["parameters"] = list(RESUMABLE)
     if operation.parameters:
         made["parameters"] = list(operation.parameters)
     if operation.public:
@@ -144,13 +149,14 @@ def _streamed(media: str, event: Any, refs: dict[Any, Json]) -> Json:
     """One event, or one line. OpenAPI 3.1 has no word for a sequence of them."""
     kinds = [refs[kind] for kind in _members(event)]
     data: Json = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
-    if media != "text/event-stream":
+    if media != SSE:
         return {"description": "One line, where the answer streams.", **data}
     return {
         "type": "object",
         "description": "One event, where `stream` is true. OpenAI's older interfaces end with the data `[DONE]`.",
         "properties": {
             "event": {"type": "string"},
+            "id": {"type": "string", "description": "Of resumable streams."},
             "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": data},
         },
         "required": ["data"],

@@ -5,8 +5,7 @@ Bodies are the structs that requests are read into (`gateway.api.fields`), so th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from gateway.api import (
     anthropic,
@@ -18,8 +17,8 @@ from gateway.api import (
     response_bodies,
     tokenize,
 )
-from gateway.api.described import answers, other_answers
-from gateway.api.parameters import Json
+from gateway.api.described import answers, other_answers, resumed_operations
+from gateway.api.described.operation import SSE, Operation
 
 BODY_ERRORS: Final = (400, 401, 404, 408, 413, 417, 422, 429, 500, 503)
 READ_ERRORS: Final = (400, 401, 404, 408, 413, 417, 429, 500, 503)
@@ -35,27 +34,6 @@ _IMAGE: Final = (
 """A red disc."""
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One method at one path. `answers` are by status; an answer that is no struct is (media type, what it is)."""
-
-    method: str
-    path: str
-    tag: str
-    summary: str
-    text: str = ""
-    body: Any = None
-    example: Json | None = None
-    answers: dict[int, Any] = field(default_factory=dict)
-    stream: tuple[str, Any] | None = None  # media type, and the shape of one event's data or of one line
-    errors: tuple[int, ...] = ()  # none: by what it is
-    parameters: tuple[Json, ...] = ()
-    needs_key: bool = True
-    public: str | None = None  # the setting's name that opens it without a key
-    socket: tuple[Any, Any] | None = None  # a WebSocket's messages: the client's, the server's
-
-
-_SSE: Final = "text/event-stream"
 _MESSAGES: Final = [{"role": "user", "content": "What is a ballet?"}]
 _FREE = {"max_tokens": 32}
 
@@ -68,7 +46,7 @@ _GENERATING: Final = (
         body=chat.ChatBody,
         example={"messages": _MESSAGES, **_FREE},
         answers={200: answers.ChatCompletion},
-        stream=(_SSE, answers.ChatChunk),
+        stream=(SSE, answers.ChatChunk),
     ),
     Operation(
         "POST",
@@ -78,7 +56,7 @@ _GENERATING: Final = (
         body=completions.CompletionBody,
         example={"prompt": "The quick brown fox", **_FREE},
         answers={200: answers.TextCompletion},
-        stream=(_SSE, answers.TextCompletion),
+        stream=(SSE, answers.TextCompletion),
     ),
     Operation(
         "POST",
@@ -88,7 +66,7 @@ _GENERATING: Final = (
         body=response_bodies.CreateBody,
         example={"input": "What is a ballet?", "max_output_tokens": 32},
         answers={200: answers.Response},
-        stream=(_SSE, answers.ResponseEvent),
+        stream=(SSE, answers.ResponseEvent),
     ),
     Operation(
         "POST",
@@ -98,7 +76,7 @@ _GENERATING: Final = (
         body=anthropic.MessagesBody,
         example={"model": "MODEL", "messages": _MESSAGES, **_FREE},
         answers={200: other_answers.MessageAnswered},
-        stream=(_SSE, other_answers.MessageEvent),
+        stream=(SSE, other_answers.MessageEvent),
     ),
     Operation(
         "POST",
@@ -130,7 +108,7 @@ _GENERATING: Final = (
         body=moondream.QueryBody,
         example={"question": "What is in the picture?", "image_url": _IMAGE},
         answers={200: other_answers.QueryAnswer},
-        stream=(_SSE, other_answers.MoondreamChunk),
+        stream=(SSE, other_answers.MoondreamChunk),
     ),
     Operation(
         "POST",
@@ -140,7 +118,7 @@ _GENERATING: Final = (
         body=moondream.CaptionBody,
         example={"image_url": _IMAGE, "length": "short"},
         answers={200: other_answers.CaptionAnswer},
-        stream=(_SSE, other_answers.MoondreamChunk),
+        stream=(SSE, other_answers.MoondreamChunk),
     ),
     Operation(
         "POST",
@@ -150,7 +128,7 @@ _GENERATING: Final = (
         body=moondream.ObjectBody,
         example={"image_url": _IMAGE, "object": "circle"},
         answers={200: other_answers.DetectAnswer},
-        stream=(_SSE, other_answers.MoondreamChunk),
+        stream=(SSE, other_answers.MoondreamChunk),
     ),
     Operation(
         "POST",
@@ -160,7 +138,7 @@ _GENERATING: Final = (
         body=moondream.ObjectBody,
         example={"image_url": _IMAGE, "object": "circle"},
         answers={200: other_answers.PointAnswer},
-        stream=(_SSE, other_answers.MoondreamChunk),
+        stream=(SSE, other_answers.MoondreamChunk),
     ),
 )
 
@@ -225,6 +203,13 @@ _TOLD: Final = (
         "Ollama",
         "Which version of the interface this is",
         answers={200: other_answers.OllamaVersion},
+    ),
+    Operation(
+        "GET",
+        "/v1/stats",
+        "Moondream",
+        "How busy it is, as moondream-station tells it",
+        answers={200: other_answers.Stats},
     ),
     Operation("GET", "/v1/models", "OpenAI", "What is served", answers={200: answers.Models}),
     Operation(
@@ -337,5 +322,13 @@ _REFUSED: Final = tuple(
     for name in ollama_models.REFUSED
 )
 
-OPERATIONS: Final = (*_GENERATING, _SOCKET, *_TOLD, *_HEALTH, *_SERVER, *_REFUSED)
+OPERATIONS: Final = (
+    *_GENERATING,
+    _SOCKET,
+    *resumed_operations.OPERATIONS,
+    *_TOLD,
+    *_HEALTH,
+    *_SERVER,
+    *_REFUSED,
+)
 """Everything that is served, but for the page's files."""

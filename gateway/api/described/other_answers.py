@@ -339,3 +339,17 @@ class Readiness(Told, kw_only=True):
 
     status: Literal["ready", "not ready"]
     reason: str
+
+
+class Stats(Told, kw_only=True):
+    """`GET /v1/stats`."""
+
+    status: Literal["running", "stopped"]
+    model: str | None
+    workers: int
+    queue_size: int
+    max_queue_size: int
+    processing: int
+    timeouts: int
+    default_timeout: float
+    requests_processed: int

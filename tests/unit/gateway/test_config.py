@@ -54,11 +54,11 @@ def access(**settings: Any) -> Access:
 
 
 def test_tenants() -> None:
-    assert access().tenant(None) == "" and not access().needs_key
+    assert access().owner(None) == ("", "") and not access().needs_key
     locked = access(api_keys="key-number-1,key-number-2")
-    assert locked.tenant(None) is None and locked.tenant("nope") is None
-    one, two = locked.tenant("key-number-1"), locked.tenant("key-number-2")
-    assert one and two and one != two and "key" not in one
+    assert locked.owner(None) is None and locked.owner("nope") is None
+    one, two = locked.owner("key-number-1"), locked.owner("key-number-2")
+    assert one and two and one.tenant != two.tenant and "key" not in one.tenant
 
 
 def test_websocket_origins() -> None:

@@ -65,16 +65,17 @@ def test_an_older_workers_card_has_the_defaults_of_what_it_leaves_out() -> None:
         "special_tokens": {"bos_token": "<s>"},
         "default_min_p": 0.1,
     }
-    appended |= {"default_repetition_penalty": 1.2, "chat_templates": {"rag": "r"}}
+    appended |= {"default_repetition_penalty": 1.2, "chat_templates": {"rag": "r"}, "weight_bytes": 9}
     whole = msgspec.msgpack.decode(
         msgspec.msgpack.encode(wire.ModelCard("m", "qwen3", 100, 10, 0, [1], **appended))
     )
-    assert whole[-5:] == [20, {"bos_token": "<s>"}, 0.1, 1.2, {"rag": "r"}]
-    assert len(whole) == len(wire.ModelCard.__struct_fields__) == 23
-    whole.pop()
+    assert whole[-6:] == [20, {"bos_token": "<s>"}, 0.1, 1.2, {"rag": "r"}, 9]
+    assert len(whole) == len(wire.ModelCard.__struct_fields__) == 24
+    whole = whole[:-2]
     for left_out in (1, 2, 3, 4):
         older = msgspec.msgpack.decode(msgspec.msgpack.encode(whole[:-left_out]), type=wire.ModelCard)
         assert older.default_repetition_penalty == 1.0 and older.chat_templates == {}
+        assert older.weight_bytes == 0
         assert older.default_min_p == (0.1 if left_out == 1 else 0.0)
         assert older.default_top_k == (20 if left_out < 4 else 0)
         assert older.special_tokens == ({"bos_token": "<s>"} if left_out < 3 else {})

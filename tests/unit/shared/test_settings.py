@@ -14,6 +14,7 @@ from worker.config import WORKER_SETTINGS
 BOTH: list[Section[Any]] = [WORKER_SETTINGS, GATEWAY_SETTINGS]
 EACH = [(section, name) for section in BOTH for name in section.settings]
 SPECIAL = {
+    "admin_listen": "127.0.0.1:9090",
     "threads": "77",
     "endpoint": "ipc:///tmp/other",
     "workers": "ipc:///tmp/a,tcp://10.0.0.1:5000",

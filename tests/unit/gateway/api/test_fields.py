@@ -102,7 +102,7 @@ RESPONSES: dict[str, Any] = {
         "verbosity": "low",
     },
     "reasoning": {"effort": "low", "summary": "auto"},
-    "degas": {"task": "query"},
+    "degas": {"task": "query", "resumable": True},
 }
 TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
 MESSAGES: dict[str, Any] = {
@@ -169,6 +169,10 @@ VALID: dict[str, tuple[Decode, dict[str, Any]]] = {
     "authenticate": (
         lambda data: bodies.parse_event(data.decode()),
         {"type": "degas.authenticate", "api_key": "none"},
+    ),
+    "resume": (
+        lambda data: bodies.parse_event(data.decode()),
+        {"type": "degas.resume", "response_id": "resp_1", "starting_after": 3, "event_id": "e"},
     ),
     "messages": (
         decoder(anthropic._decode_messages),
