@@ -40,6 +40,12 @@ class WorkerConfig(BaseModel):
         description="auto: bfloat16 on a GPU, and on a CPU that multiplies it, unless the model is small and there are no "
         "compiled bf16 products; else float32",
     )
+    quantize: Literal["int8", "int4"] | None = Field(
+        None,
+        description="round the matrices of a model in float weights to 8 or 4 bits as it loads: int8 loses next to nothing, "
+        "int4 a little. Kept in ~/.cache/degas for later starts. On a CPU it needs the compiled operations, and activations "
+        "are float32",
+    )
     chat_template: str | None = Field(
         None,
         description="a file with the Jinja template that chats are rendered by, or the name of one of the model's; none: the "

@@ -27,10 +27,12 @@ from worker.formats.source import Source
 from worker.loop.engine import Engine
 from worker.loop.inbox import Inbox, Outbox
 from worker.models.contract import Model
+from worker.models.layers import reads_blocks
 from worker.models.registry import load_model
 from worker.native.build import forbid
 from worker.native.library import use_threads
 from worker.native.products import products
+from worker.native.quantised_source import QuantisedSource
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
 from worker.schedule.limits import SchedulerLimits
@@ -113,6 +115,8 @@ def build_worker(
             f"gpu_without: {error}; a safe value is the empty one, which turns none off"
         ) from None
     if config.device == "sim" or config.model == "sim":
+        if config.quantize is not None:
+            raise ConfigError("quantize: the simulated device has no weights; a safe value is none")
         card, payloads, num_pages = (
             _asked_context(fake_card(vocab_size=VOCAB_SIZE, context_tokens=16384), config),
             [SIM_TOKENIZER, b""],
@@ -129,11 +133,14 @@ def build_worker(
             device = _open_device(config)
         known = mapped()
         with startup.phase("load weights"):
-            source = open_source(locate(config.model))
+            source: Source = open_source(locate(config.model))
             if config.model in EMBEDDED:
                 source.model_id = config.model
             tokenizer = source.tokenizer()
             source.templates = choose_templates(source.templates, config.chat_template, source.path)
+            if config.quantize is not None:
+                refuse_quantize(config, device.torch_device)
+                source = QuantisedSource(source, config.quantize)
             dtype = choose_dtype(config, device, source)
             if config.context:  # before the weights: some rotations depend on the context that is served
                 source.config.setdefault("degas", {})["context_tokens"] = config.context
@@ -226,6 +233,8 @@ def choose_dtype(config: WorkerConfig, device: Device, source: Source) -> torch.
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
     if device.torch_device.type == "cuda":
         return torch.bfloat16
+    if config.quantize is not None:
+        return torch.float32  # of activations: what compiled products of quantised weights take
     compiled = products(device.torch_device)
     if has_bf16():
         # By torch's operations a model that fits the caches gains little from bf16, and in fp32 batches agree to the
@@ -239,6 +248,23 @@ def choose_dtype(config: WorkerConfig, device: Device, source: Source) -> torch.
         log.warning("bf16_is_emulated", reason="no memory for the weights in fp32, ten times as quick here")
         return torch.bfloat16
     return torch.float32
+
+
+def refuse_quantize(config: WorkerConfig, device: torch.device) -> None:
+    """Raise ConfigError where `quantize` cannot be: on a CPU without compiled products, or not in fp32 there."""
+    if device.type != "cpu":
+        return
+    if config.dtype not in ("auto", "float32"):
+        raise ConfigError(
+            f"quantize is {config.quantize} and dtype {config.dtype}: on a CPU activations are float32 then; "
+            f"a safe value for dtype is auto"
+        )
+    if not reads_blocks(device, torch.float32):
+        raise ConfigError(
+            f"quantize is {config.quantize}, and there are no compiled products here to multiply by such weights: "
+            "install g++ or clang, and leave native on (degas doctor says what is missing); a safe value for quantize "
+            "is none"
+        )
 
 
 def _num_pages(config: WorkerConfig, device: Device, model: Model, context_tokens: int) -> int:
