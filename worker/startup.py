@@ -130,7 +130,7 @@ def build_worker(
         device_name = f"sim:{config.sim_profile}"
     else:
         with startup.phase("device"):
-            device = _open_device(config)
+            device = open_device(config)
         known = mapped()
         with startup.phase("load weights"):
             source: Source = open_source(locate(config.model))
@@ -138,9 +138,7 @@ def build_worker(
                 source.model_id = config.model
             tokenizer = source.tokenizer()
             source.templates = choose_templates(source.templates, config.chat_template, source.path)
-            if config.quantize is not None:
-                refuse_quantize(config, device.torch_device)
-                source = QuantisedSource(source, config.quantize)
+            source = quantised(source, config, device)
             dtype = choose_dtype(config, device, source)
             if config.context:  # before the weights: some rotations depend on the context that is served
                 source.config.setdefault("degas", {})["context_tokens"] = config.context
@@ -152,7 +150,7 @@ def build_worker(
             warn_missing(source.path)
         payloads = [tokenizer, source.templates.get(DEFAULT, "").encode()]
         card = _asked_context(model.card, config)
-        num_pages = config.num_pages or _num_pages(config, device, model, card.context_tokens)
+        num_pages = config.num_pages or count_pages(config, device, model, card.context_tokens)
         card = _fit_context(card, (num_pages - 1) * config.page_tokens, config.context)
         with startup.phase("allocate"):
             shape = _shape(config, card, num_pages)
@@ -215,7 +213,8 @@ def build_worker(
     return Worker(engine, ready, payloads)
 
 
-def _open_device(config: WorkerConfig) -> Device:
+def open_device(config: WorkerConfig) -> Device:
+    """The device that the settings name, its threads set."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -250,6 +249,14 @@ def choose_dtype(config: WorkerConfig, device: Device, source: Source) -> torch.
     return torch.float32
 
 
+def quantised(source: Source, config: WorkerConfig, device: Device) -> Source:
+    """The source as `quantize` asks for it. Raises ConfigError."""
+    if config.quantize is None:
+        return source
+    refuse_quantize(config, device.torch_device)
+    return QuantisedSource(source, config.quantize)
+
+
 def refuse_quantize(config: WorkerConfig, device: torch.device) -> None:
     """Raise ConfigError where `quantize` cannot be: on a CPU without compiled products, or not in fp32 there."""
     if device.type != "cpu":
@@ -267,7 +274,8 @@ def refuse_quantize(config: WorkerConfig, device: torch.device) -> None:
         )
 
 
-def _num_pages(config: WorkerConfig, device: Device, model: Model, context_tokens: int) -> int:
+def count_pages(config: WorkerConfig, device: Device, model: Model, context_tokens: int) -> int:
+    """KV pages in the memory that is free. Raises ConfigError where that is too little."""
     page_bytes = (
         2
         * model.num_layers

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loadtest.bench.held import held_bytes
 from loadtest.tables import Figures
 from worker.device.cpu import CpuDevice
 from worker.formats.locate import POCKET, locate
@@ -24,6 +23,7 @@ from worker.formats.open_source import open_source
 from worker.formats.source import Source
 from worker.forward import KVCache, PrefillSegment, StepTokens
 from worker.models.contract import Model
+from worker.models.held import held_bytes
 from worker.models.registry import load_model
 from worker.native.library import torch_alone
 from worker.native.quantised_source import QuantisedSource

@@ -47,6 +47,11 @@ class Model(Protocol):
     fuses: bool  # forwards go through a GPU's kernels, which read what a step holds on the device
 
     @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a step of one row reads."""
+        ...
+
+    @property
     def encoder(self) -> CropEncoder | None:
         """The vision encoder, of a model that reads pictures."""
         ...

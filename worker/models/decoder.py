@@ -18,6 +18,7 @@ from worker.forward import ImageCrops, KVCache, StepTokens
 from worker.models.attention import AttentionPlan, fastest_kv_dtype, fuses
 from worker.models.contract import CropEncoder, EncodeCrops
 from worker.models.head import Head
+from worker.models.held import held_bytes
 from worker.models.layers import LayerNorm, RmsNorm
 from worker.models.torch_attention import GatherSpace
 from worker.native.operations import operations
@@ -91,6 +92,11 @@ class Decoder:
         layers = [block.native_layer() for block in self._blocks]
         settings: dict[str, Any] = {"num_heads": num_heads, "eps": self._norm.eps, "qk_eps": self._norm.eps}
         return layer_stack(layers, self.device, self.dtype, **settings)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a step of one row reads: all layers and the head, without the tables of words and rotations."""
+        return held_bytes(list(self._blocks), self._norm, self._head)
 
     @property
     def encoder(self) -> CropEncoder | None:

@@ -106,6 +106,15 @@ def prebuilt(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
     return None
 
 
+def kept_library(source: Path) -> Path | None:
+    """The library that an earlier start compiled from this very source for this processor, in the user's cache."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    library = Path.home() / ".cache" / "degas" / _name(source, _key(compiler))
+    return library if library.exists() else None
+
+
 def processor_flags() -> frozenset[str]:
     """The flags that Linux lists for the first processor; empty on other systems."""
     flags = [line.partition(":")[2].split() for line in _processor().splitlines() if line.startswith("flags")]

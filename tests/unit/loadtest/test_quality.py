@@ -12,11 +12,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from loadtest.bench.cli import app
-from loadtest.bench.held import held_bytes
 from loadtest.bench.quality import PASSAGE, measure_text, pocket_table, text_table
 from loadtest.peers.checkpoint import write_checkpoint
 from worker.formats.locate import locate
 from worker.formats.open_source import open_source
+from worker.models.held import held_bytes
 from worker.models.layers import PackedLinear
 from worker.models.registry import load_model
 from worker.native.products import products

@@ -32,8 +32,12 @@ needs_products = pytest.mark.skipif(
 )
 
 
+def rounded(weight: torch.Tensor, kind: str) -> QuantisedWeight:
+    return QuantisedWeight(kind, weight.shape[0], weight.shape[1], to_blocks(weight, kind))
+
+
 def error_of(weight: torch.Tensor, kind: str) -> float:
-    made = QuantisedWeight(kind, *weight.shape, to_blocks(weight, kind))
+    made = rounded(weight, kind)
     return float((made.dequantised() - weight).norm() / weight.norm())
 
 
@@ -75,10 +79,7 @@ def test_inputs_beside_each_other() -> None:
     torch.manual_seed(2)
     parts = [torch.randn(4, 64), torch.randn(4, 32)]
     for kinds, kept in ((("Q4_1", "Q4_1"), QuantisedWeight), (("Q4_1", "Q8_0"), Levels)):
-        made = [
-            QuantisedWeight(kind, *part.shape, to_blocks(part, kind))
-            for kind, part in zip(kinds, parts, strict=True)
-        ]
+        made = [rounded(part, kind) for kind, part in zip(kinds, parts, strict=True)]
         joined = beside(made)
         assert isinstance(joined, kept)
         assert torch.equal(joined.dequantised(), torch.cat([part.dequantised() for part in made], 1))
@@ -114,12 +115,12 @@ def test_a_model_loads_in_fewer_bytes_and_answers_as_its_blocks_say(
         write(folder, family, hidden_size=96, num_hidden_layers=1)
     plain = load(folder, None, tmp_path)
     for made, most, share in (("int8", 0.06, 0.5), ("int4", 2.0, 0.45)):
-        rounded = load(folder, made, tmp_path)
-        assert 1e-5 < relative_error(logits(rounded), logits(plain)) < most
+        fewer = load(folder, made, tmp_path)
+        assert 1e-5 < relative_error(logits(fewer), logits(plain)) < most
         with monkeypatch.context() as patch:
             patch.setattr("worker.models.taking.QuantisedWeight", values)
-            assert relative_error(logits(rounded), logits(load(folder, made, tmp_path))) < 1e-4
-        assert rounded.weight_bytes < share * plain.weight_bytes and rounded.num_weights == plain.num_weights
+            assert relative_error(logits(fewer), logits(load(folder, made, tmp_path))) < 1e-4
+        assert fewer.weight_bytes < share * plain.weight_bytes and fewer.num_weights == plain.num_weights
         with torch_alone():  # where nothing multiplies by blocks, none are asked for
             assert torch.equal(logits(load(folder, made, tmp_path)), logits(load(folder, None, tmp_path)))
 

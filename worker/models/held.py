@@ -1,4 +1,4 @@
-"""Owns counting the memory that a loaded model's tensors take, whatever they are packed into. Whichever thread calls."""
+"""Owns counting the memory that tensors take, whatever they are packed into. Whichever thread calls."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import gc
 import torch
 from torch import Tensor
 
-from worker.models.contract import Model
 
-
-def held_bytes(model: Model) -> int:
-    """Bytes of all tensors that the model holds on to, memory that several share counted once."""
+def held_bytes(*holders: object) -> int:
+    """Bytes of all tensors that a model, or parts of one, hold on to; memory that several share counts once."""
     seen: set[int] = set()
     storages: dict[int, int] = {}
-    left: list[object] = [model]
+    left = list(holders)
     while left:
         one = left.pop()
         if id(one) in seen or isinstance(one, type):
