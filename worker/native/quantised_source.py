@@ -21,7 +21,7 @@ from worker.native.quantised import KINDS
 from worker.native.quantised_cache import QuantisedCache
 from worker.native.quantiser import KINDS_OF, fits, to_blocks
 
-_HEADS = ("lm_head.weight", "embed_tokens.weight")
+HEADS = ("lm_head.weight", "embed_tokens.weight")
 CPU = torch.device("cpu")
 log = structlog.get_logger("worker.native")
 
@@ -83,7 +83,7 @@ class QuantisedTensors:
                 file=self._path,
                 tensor=name,
             )
-        kind = KINDS_OF["int8" if name.endswith(_HEADS) else self._made]
+        kind = KINDS_OF["int8" if name.endswith(HEADS) else self._made]
         rows, columns = shape
         values, num_bytes, _ = KINDS[kind]
         blocks = self._cache.read(name, kind, rows, columns // values * num_bytes)
