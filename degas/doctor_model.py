@@ -17,7 +17,7 @@ from worker.formats.open_source import open_source
 from worker.models.contract import Model
 from worker.models.held import held_bytes
 from worker.models.registry import load_model
-from worker.startup import choose_dtype, count_pages, open_device, quantised
+from worker.startup import choose_dtype, choose_kv_dtype, count_pages, open_device, quantised
 
 COPY_BYTES = 64 << 20
 MEASURED_S = 0.5
@@ -48,6 +48,7 @@ def _of_model(config: WorkerConfig) -> Iterator[Line]:
     started_s = time.perf_counter()
     with torch.inference_mode():
         model = load_model(source, device.torch_device, dtype, lambda *_: None)
+    choose_kv_dtype(config, model)
     loading_s = time.perf_counter() - started_s
     activations = str(dtype).removeprefix("torch.")
     yield (

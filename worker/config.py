@@ -110,6 +110,11 @@ class WorkerConfig(BaseModel):
 
     page_tokens: int = Field(16, ge=1, le=256, description="tokens of one KV page")
     num_pages: int = Field(0, ge=0, description="KV pages; 0: from the memory that is free")
+    kv_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="on a CPU, what keys and values are kept in: auto takes bfloat16 where the compiled attention reads it, "
+        "half the memory and quicker behind long contexts, unless dtype asks for float32",
+    )
     kv_bytes: ByteSize = Field(ByteSize(512 << 20), ge=1 << 20, description="bound on KV memory on the CPU")
     prefix_cache: bool = Field(
         True, description="keep the KV pages of prompts for later ones that begin alike"

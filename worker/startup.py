@@ -144,6 +144,7 @@ def build_worker(
                 source.config.setdefault("degas", {})["context_tokens"] = config.context
             with torch.inference_mode():
                 model = load_model(source, device.torch_device, dtype, startup.progress)
+            choose_kv_dtype(config, model)
         if device.torch_device.type == "cpu":
             log.info("huge_pages", moved_bytes=use_huge_pages(besides=known))
         if "chat" not in model.card.capabilities:
@@ -255,6 +256,20 @@ def quantised(source: Source, config: WorkerConfig, device: Device) -> Source:
         return source
     refuse_quantize(config, device.torch_device)
     return QuantisedSource(source, config.quantize)
+
+
+def choose_kv_dtype(config: WorkerConfig, model: Model) -> None:
+    """Set what the model's pages will hold. Raises ConfigError for what its attention does not read."""
+    wanted = config.kv_dtype
+    if wanted == "auto":
+        if config.dtype == "auto" and model.device.type == "cpu" and torch.bfloat16 in model.kv_dtypes:
+            model.kv_dtype = torch.bfloat16
+        return
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+    if dtype not in model.kv_dtypes:
+        readable = ", ".join(str(one).removeprefix("torch.") for one in model.kv_dtypes)
+        raise ConfigError(f"kv_dtype is {wanted}, and attention reads {readable} here; a safe value is auto")
+    model.kv_dtype = dtype
 
 
 def refuse_quantize(config: WorkerConfig, device: torch.device) -> None:

@@ -39,6 +39,7 @@ class Model(Protocol):
     head_dim: int
     dtype: torch.dtype
     kv_dtype: torch.dtype  # what the paged memory holds; may be wider than the weights where that is faster
+    kv_dtypes: tuple[torch.dtype, ...]  # what it may hold besides: set `kv_dtype` before memory is made
     device: torch.device
     prefix_tokens: int  # bidirectional prefix of a prompt that carries an image (BOS + image); 0 if none
     weight_bytes: int

@@ -15,7 +15,7 @@ from torch import Tensor
 from shared.protocol import ModelCard
 from worker.device.choices import choices
 from worker.forward import ImageCrops, KVCache, StepTokens
-from worker.models.attention import AttentionPlan, fastest_kv_dtype, fuses
+from worker.models.attention import AttentionPlan, fastest_kv_dtype, fuses, readable_kv_dtypes
 from worker.models.contract import CropEncoder, EncodeCrops
 from worker.models.head import Head
 from worker.models.held import held_bytes
@@ -78,6 +78,8 @@ class Decoder:
         self.biased = biased
         self._native = operations(self.device)
         self.kv_dtype = fastest_kv_dtype(self.device, self.dtype, self._native)
+        rotary_dim = 2 * rotations[0].shape[-1]
+        self.kv_dtypes = readable_kv_dtypes(self.kv_dtype, self.dtype, head_dim, rotary_dim, self._native)
         self.fuses = fuses(self.device, head_dim)
         self._words = words
         # In the words' dtype, as the families that scale them were trained.
