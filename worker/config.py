@@ -43,7 +43,7 @@ class WorkerConfig(BaseModel):
     quantize: Literal["int8", "int4"] | None = Field(
         None,
         description="round the matrices of a model in float weights to 8 or 4 bits as it loads: int8 loses next to nothing, "
-        "int4 a little. Kept in ~/.cache/degas for later starts. On a CPU it needs the compiled operations, and activations "
+        "int4 more, the smaller the model (degas bench quality). Kept in ~/.cache/degas for later starts. On a CPU it needs the compiled operations, and activations "
         "are float32",
     )
     chat_template: str | None = Field(

@@ -273,8 +273,13 @@ def choose_kv_dtype(config: WorkerConfig, model: Model) -> None:
 
 
 def refuse_quantize(config: WorkerConfig, device: torch.device) -> None:
-    """Raise ConfigError where `quantize` cannot be: on a CPU without compiled products, or not in fp32 there."""
+    """Raise ConfigError where `quantize` cannot be: on a CPU without compiled products, or not in fp32 there; on a GPU that
+    was told to expand weights."""
     if device.type != "cpu":
+        if not reads_blocks(device, torch.bfloat16):
+            raise ConfigError(
+                f"quantize is {config.quantize}, and gpu_without turns narrow_weights off; take one of them away"
+            )
         return
     if config.dtype not in ("auto", "float32"):
         raise ConfigError(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worker.device.choices import choices
 from worker.native.operations import LANES, Operations, operations
 from worker.native.products import ADD, GATE, GELU, PLAIN, Linear, PackedWeight, Products, products
 from worker.native.quantised import Levels, Quantised, QuantisedWeight, beside, stacked
@@ -44,7 +45,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 def by_kernels(device: torch.device) -> bool:
     """Whether products with quantised weights there are a GPU's kernels."""
-    return device.type == "cuda"
+    return device.type == "cuda" and choices().narrow_weights
 
 
 def reads_blocks(device: torch.device, dtype: torch.dtype) -> bool:

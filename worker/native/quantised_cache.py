@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
+import tempfile
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,11 +92,10 @@ class QuantisedCache:
 
     def _begin(self) -> None:
         self._index = {}
-        part = self._place.with_suffix(f".part{os.getpid()}")
         try:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(mode=0o700)
-            self._part = part
+            self._part = Path(tempfile.mkdtemp(prefix=f"{self._place.name}.part", dir=self._place.parent))
+            # A load that fails leaves nothing behind; one that is killed does, until `_clear`.
+            weakref.finalize(self, shutil.rmtree, self._part, ignore_errors=True)
         except OSError as error:
             self._give_up(error)
 

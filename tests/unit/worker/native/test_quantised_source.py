@@ -15,6 +15,7 @@ from tests.unit.worker.models.dense_oracle import write
 from tests.unit.worker.models.paged_driver import Driver, quiet, relative_error
 from tests.unit.worker.models.small_checkpoint import write_checkpoint
 from worker.config import ConfigError, WorkerConfig
+from worker.device.choices import without
 from worker.formats.errors import CheckpointError
 from worker.formats.open_source import open_source
 from worker.models.contract import Model
@@ -188,3 +189,5 @@ def test_settings_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"no compiled products.*g\+\+ or clang.*none"):
         refuse_quantize(WorkerConfig(quantize="int4"), CPU)
     refuse_quantize(WorkerConfig(quantize="int4"), torch.device("cuda"))
+    with without("narrow_weights"), pytest.raises(ConfigError, match="turns narrow_weights off"):
+        refuse_quantize(WorkerConfig(quantize="int4"), torch.device("cuda"))
