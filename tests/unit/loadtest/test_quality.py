@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from loadtest.bench.cli import app
 from loadtest.bench.quality import PASSAGE, measure_text, pocket_table, text_table
 from loadtest.peers.checkpoint import write_checkpoint
+from tests.unit.worker.formats.tiny_gguf import make_oracle, write_gguf
 from worker.formats.locate import locate
 from worker.formats.open_source import open_source
 from worker.models.held import held_bytes
@@ -51,11 +52,18 @@ def test_more_is_lost_the_fewer_bits_are_kept(folder: Path, tmp_path: Path) -> N
 
 def test_the_command_writes_both(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "found.json"
-    asked = ["quality", "--model", str(folder), "--quantize", "none", "--tokens", "20", "--json", str(file)]
+    asked = ["quality", "--model", str(folder), "--quantize", "none", "--tokens", "20", "--out", str(file)]
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0 and PASSAGE.name in done.output
     (found,) = json.loads(file.read_text())
     assert found["quantize"] == "none" and found["tokens"] == 20
+    printed = CliRunner().invoke(app, [*asked[:-2], "--json"])
+    assert json.loads(printed.stdout)[0]["tokens"] == 20
+    blocks = write_gguf(tmp_path / "blocks.gguf", make_oracle("llama"), "llama", quant="Q4_0")
+    alone = CliRunner().invoke(app, ["quality", "--model", str(blocks), "--tokens", "20", "--json"])
+    assert [one["quantize"] for one in json.loads(alone.stdout)] == ["none"]
+    refused = CliRunner().invoke(app, ["quality", "--model", str(blocks), "--quantize", "int8"])
+    assert refused.exit_code == 2 and "already" in refused.output
     wrong = CliRunner().invoke(app, ["quality", "--quantize", "int3"])
     assert wrong.exit_code == 2 and "int3" in wrong.output
     missing = CliRunner().invoke(app, ["quality", "--model", "no-such-model"])
