@@ -13,6 +13,7 @@ DATA = {
     "gateway": ["web/*"],
     "worker": ["pocket/weights/*"],
     "worker.native": ["*.cpp", "*.h"],
+    "loadtest.bench": ["*.txt"],
     "loadtest.gpu": ["*.sh", "*.txt"],
 }
 

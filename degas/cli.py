@@ -112,11 +112,16 @@ def show_config(
 
 
 @app.command("doctor")
-def doctor() -> None:
-    """Check this machine and installation, and say what to do about what is wrong."""
+def doctor(
+    model_name: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Load it too: what it takes here, and how quick it can be."),
+    ] = None,
+) -> None:
+    """Check this machine and installation, and say what to do about what is wrong. Settings are those of the environment."""
     from degas.doctor import examine
 
-    raise typer.Exit(examine())
+    raise typer.Exit(examine(model_name))
 
 
 def serve_parameters() -> Iterator[Parameter]:

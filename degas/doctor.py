@@ -23,15 +23,16 @@ class Finding:
     advice: str = ""
 
 
-def examine() -> int:
-    """Print every finding; 1 if one of them keeps Degas from serving."""
+def examine(model: str | None = None) -> int:
+    """Print every finding, with a model also what it takes here; 1 if one of them keeps Degas from serving."""
     bad = 0
-    for check in CHECKS:
-        finding = check()
-        bad += not finding.is_good
-        print(f"{'ok ' if finding.is_good else 'BAD'}  {finding.name:<10} {finding.text}")
-        if finding.advice:
-            print(f"                {finding.advice}")
+    for check in CHECKS if model is None else [*CHECKS, lambda: _model(model)]:
+        made = check()
+        for finding in [made] if isinstance(made, Finding) else made:
+            bad += not finding.is_good
+            print(f"{'ok ' if finding.is_good else 'BAD'}  {finding.name:<10} {finding.text}", flush=True)
+            if finding.advice:
+                print(f"                {finding.advice}")
     return 1 if bad else 0
 
 
@@ -69,27 +70,15 @@ def _device() -> Finding:
     return Finding("device", f"cpu, {os.cpu_count()} cores (the embedded model is made for that)")
 
 
-def _operations() -> Finding:
-    """Whether a CPU worker will have its compiled operations; it serves without them, a third to a half as fast."""
-    if importlib.util.find_spec("structlog") is None:
-        return Finding(
-            "operations", "the worker is not installed", False, "pip install 'degas-serve[worker]'"
-        )
-    from worker.native.build import SOURCE, find_compiler, prebuilt
+def _operations() -> list[Finding]:
+    """Which compiled operations a CPU worker will have; it serves without them, a third to a half as fast."""
+    for package in ("structlog", "torch"):
+        if importlib.util.find_spec(package) is None:
+            advice = "pip install 'degas-serve[worker]'"
+            return [Finding("operations", f"{package} is not installed", False, advice)]
+    from degas.doctor_kernels import kernel_lines
 
-    if prebuilt(SOURCE) is not None:
-        return Finding("operations", "compiled ones for this processor are installed")
-    compiler = find_compiler()
-    if compiler is not None:
-        return Finding(
-            "operations", f"{compiler} compiles them for this processor at a CPU worker's first start"
-        )
-    return Finding(
-        "operations",
-        "no C++ compiler: on a CPU, torch alone, a third to a half as fast",
-        True,
-        "install g++ or clang, if models run on this CPU",
-    )
+    return [Finding(name, text, True, advice) for name, text, advice in kernel_lines()]
 
 
 def _memory() -> Finding:
@@ -113,7 +102,14 @@ def _port() -> Finding:
     return Finding("port", "8080 is free")
 
 
-CHECKS: list[Callable[[], Finding]] = [
+def _model(name: str) -> list[Finding]:
+    """What it takes here, loaded as a worker would load it."""
+    from degas.doctor_model import model_lines
+
+    return [Finding(*line) for line in model_lines(name)]
+
+
+CHECKS: list[Callable[[], Finding | list[Finding]]] = [
     _python,
     lambda: _package("torch", "worker"),
     lambda: _package("zmq", "gateway"),

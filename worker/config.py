@@ -40,6 +40,12 @@ class WorkerConfig(BaseModel):
         description="auto: bfloat16 on a GPU, and on a CPU that multiplies it, unless the model is small and there are no "
         "compiled bf16 products; else float32",
     )
+    quantize: Literal["int8", "int4"] | None = Field(
+        None,
+        description="round the matrices of a model in float weights to 8 or 4 bits as it loads: int8 loses next to nothing, "
+        "int4 more, the smaller the model (degas bench quality). Kept in ~/.cache/degas for later starts. On a CPU it needs the compiled operations, and activations "
+        "are float32",
+    )
     chat_template: str | None = Field(
         None,
         description="a file with the Jinja template that chats are rendered by, or the name of one of the model's; none: the "
@@ -108,6 +114,11 @@ class WorkerConfig(BaseModel):
 
     page_tokens: int = Field(16, ge=1, le=256, description="tokens of one KV page")
     num_pages: int = Field(0, ge=0, description="KV pages; 0: from the memory that is free")
+    kv_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="on a CPU, what keys and values are kept in: auto takes bfloat16 where the compiled attention reads it, "
+        "half the memory and quicker behind long contexts, unless dtype asks for float32",
+    )
     kv_bytes: ByteSize = Field(ByteSize(512 << 20), ge=1 << 20, description="bound on KV memory on the CPU")
     prefix_cache: bool = Field(
         True, description="keep the KV pages of prompts for later ones that begin alike"

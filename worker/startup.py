@@ -27,10 +27,12 @@ from worker.formats.source import Source
 from worker.loop.engine import Engine
 from worker.loop.inbox import Inbox, Outbox
 from worker.models.contract import Model
+from worker.models.layers import reads_blocks
 from worker.models.registry import load_model
 from worker.native.build import forbid
 from worker.native.library import use_threads
 from worker.native.products import products
+from worker.native.quantised_source import QuantisedSource
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
 from worker.schedule.limits import SchedulerLimits
@@ -117,6 +119,8 @@ def build_worker(
     runner: Runner
     _turn_switches(config)
     if config.device == "sim" or config.model == "sim":
+        if config.quantize is not None:
+            raise ConfigError("quantize: the simulated device has no weights; a safe value is none")
         card, payloads, num_pages = (
             _asked_context(fake_card(vocab_size=VOCAB_SIZE, context_tokens=16384), config),
             [SIM_TOKENIZER, b""],
@@ -130,26 +134,28 @@ def build_worker(
         device_name = f"sim:{config.sim_profile}"
     else:
         with startup.phase("device"):
-            device = _open_device(config)
+            device = open_device(config)
         known = mapped()
         with startup.phase("load weights"):
-            source = open_source(locate(config.model))
+            source: Source = open_source(locate(config.model))
             if config.model in EMBEDDED:
                 source.model_id = config.model
             tokenizer = source.tokenizer()
             source.templates = choose_templates(source.templates, config.chat_template, source.path)
+            source = quantised(source, config, device)
             dtype = choose_dtype(config, device, source)
             if config.context:  # before the weights: some rotations depend on the context that is served
                 source.config.setdefault("degas", {})["context_tokens"] = config.context
             with torch.inference_mode():
                 model = load_model(source, device.torch_device, dtype, startup.progress)
+            choose_kv_dtype(config, model)
         if device.torch_device.type == "cpu":
             log.info("huge_pages", moved_bytes=use_huge_pages(besides=known))
         if "chat" not in model.card.capabilities:
             warn_missing(source.path)
         payloads = [tokenizer, source.templates.get(DEFAULT, "").encode()]
         card = msgspec.structs.replace(_asked_context(model.card, config), weight_bytes=model.weight_bytes)
-        num_pages = config.num_pages or _num_pages(config, device, model, card.context_tokens)
+        num_pages = config.num_pages or count_pages(config, device, model, card.context_tokens)
         card = _fit_context(card, (num_pages - 1) * config.page_tokens, config.context)
         with startup.phase("allocate"):
             shape = _shape(config, card, num_pages)
@@ -212,7 +218,8 @@ def build_worker(
     return Worker(engine, ready, payloads)
 
 
-def _open_device(config: WorkerConfig) -> Device:
+def open_device(config: WorkerConfig) -> Device:
+    """The device that the settings name, its threads set."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -230,6 +237,8 @@ def choose_dtype(config: WorkerConfig, device: Device, source: Source) -> torch.
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
     if device.torch_device.type == "cuda":
         return torch.bfloat16
+    if config.quantize is not None:
+        return torch.float32  # of activations: what compiled products of quantised weights take
     compiled = products(device.torch_device)
     if has_bf16():
         # By torch's operations a model that fits the caches gains little from bf16, and in fp32 batches agree to the
@@ -245,7 +254,52 @@ def choose_dtype(config: WorkerConfig, device: Device, source: Source) -> torch.
     return torch.float32
 
 
-def _num_pages(config: WorkerConfig, device: Device, model: Model, context_tokens: int) -> int:
+def quantised(source: Source, config: WorkerConfig, device: Device) -> Source:
+    """The source as `quantize` asks for it. Raises ConfigError."""
+    if config.quantize is None:
+        return source
+    refuse_quantize(config, device.torch_device)
+    return QuantisedSource(source, config.quantize)
+
+
+def choose_kv_dtype(config: WorkerConfig, model: Model) -> None:
+    """Set what the model's pages will hold. Raises ConfigError for what its attention does not read."""
+    wanted = config.kv_dtype
+    if wanted == "auto":
+        if config.dtype == "auto" and model.device.type == "cpu" and torch.bfloat16 in model.kv_dtypes:
+            model.kv_dtype = torch.bfloat16
+        return
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+    if dtype not in model.kv_dtypes:
+        readable = ", ".join(str(one).removeprefix("torch.") for one in model.kv_dtypes)
+        raise ConfigError(f"kv_dtype is {wanted}, and attention reads {readable} here; a safe value is auto")
+    model.kv_dtype = dtype
+
+
+def refuse_quantize(config: WorkerConfig, device: torch.device) -> None:
+    """Raise ConfigError where `quantize` cannot be: on a CPU without compiled products, or not in fp32 there; on a GPU that
+    was told to expand weights."""
+    if device.type != "cpu":
+        if not reads_blocks(device, torch.bfloat16):
+            raise ConfigError(
+                f"quantize is {config.quantize}, and gpu_without turns narrow_weights off; take one of them away"
+            )
+        return
+    if config.dtype not in ("auto", "float32"):
+        raise ConfigError(
+            f"quantize is {config.quantize} and dtype {config.dtype}: on a CPU activations are float32 then; "
+            f"a safe value for dtype is auto"
+        )
+    if not reads_blocks(device, torch.float32):
+        raise ConfigError(
+            f"quantize is {config.quantize}, and there are no compiled products here to multiply by such weights: "
+            "install g++ or clang, and leave native on (degas doctor says what is missing); a safe value for quantize "
+            "is none"
+        )
+
+
+def count_pages(config: WorkerConfig, device: Device, model: Model, context_tokens: int) -> int:
+    """KV pages in the memory that is free. Raises ConfigError where that is too little."""
     page_bytes = (
         2
         * model.num_layers

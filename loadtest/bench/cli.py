@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import typer
 from rich.console import Console
 
+from loadtest.bench.quality_command import command as quality
 from loadtest.tables import Figures, flatten, of_objects, show
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, help="Measure parts of Degas; every figure in the docs has its command here."
 )
+
+app.command(name="quality")(quality)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON list of objects instead of a table.")]
 TransformersPython = Annotated[

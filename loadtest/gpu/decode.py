@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,6 +28,7 @@ from shared.protocol import FromWorker, Sampling, StepOutputs, Submit, pack_i32
 from worker.device.contract import Device
 from worker.loop.engine import Engine
 from worker.loop.inbox import Inbox, Received
+from worker.native.library import torch_alone
 from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pages import PagePool
 from worker.schedule.scheduler import Scheduler
@@ -282,17 +284,20 @@ def main(
         str, typer.Option(help="Row counts also run with temperature and top-p.")
     ] = "1,32",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("gpu-results"),
+    name: Annotated[str, typer.Option(help="Of the file in it.")] = "decode",
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Tiny shapes on the CPU, interpreted kernels.")
     ] = False,
 ) -> None:
-    """Measure, print the table, write `decode.json`."""
+    """Measure, print the table, write `decode.json`. A shape may end in `:int8` or `:int4`."""
     out.mkdir(parents=True, exist_ok=True)
     device = open_device(smoke=smoke)
     if smoke:
-        shapes, rows, context, steps = "tiny-moondream,tiny-qwen3", "2", 20, 3
+        made = shapes.partition(":")[1:]
+        shapes = f"tiny-qwen3:{made[1]}" if made[0] else "tiny-moondream,tiny-qwen3"
+        rows, context, steps = "2", 20, 3
         sampled_rows, depths, plain_too = "2", "2", True
-    with torch.inference_mode():
+    with torch.inference_mode(), torch_alone() if smoke else nullcontext():
         bytes_per_s = measure_bandwidth(device.torch_device, 64 << 20 if smoke else 4 << 30)
         found: list[Figures] = []
         for shape in shapes.split(","):
@@ -314,7 +319,7 @@ def main(
                 "copy_bytes_per_s": bytes_per_s,
                 "figures": [asdict(figures) for figures in found],
             }
-            (out / "decode.json").write_text(json.dumps(record, indent=1))
+            (out / f"{name}.json").write_text(json.dumps(record, indent=1))
     print(f"\ncopy bandwidth {bytes_per_s / 1e12:.2f} TB/s\n{HEADING}")
     print("\n".join(to_line(figures) for figures in found))
 

@@ -291,8 +291,11 @@ class Bench:
         num_bytes = inputs * outputs * bits // 8
         x = self.randn(rows, inputs)
         for _ in range(self.sets(num_bytes)):
-            weight = quantise(torch.randn(outputs, inputs, device=self.device), bits, min(128, inputs))
+            weight = quantise(torch.randn(outputs, inputs, device=self.device), bits, 32)
+            if bits == 4:  # as Q4_1 has it: an offset beside each scale
+                weight = replace(weight, least=-8 * weight.scales)
             plain = dequantise(weight).to(self.dtype)
+            num_bytes = weight.num_bytes
             kernels.append(lambda w=weight: quantised_linear(x, w))  # type: ignore[misc]
             references.append(lambda w=plain: F.linear(x, w))  # type: ignore[misc]
         return Case(f"int{bits} product {rows}×{inputs}→{outputs}", kernels, references, num_bytes)
@@ -352,7 +355,7 @@ class Bench:
         made += [lambda r=rows: self.gated(r, 1024, 3072) for rows in (1, 8, 32)]  # type: ignore[misc]
         made.append(lambda: self.gelu_product(9 * 729, 1152, 4304))
         made.append(lambda: self.masking(32, 151936))
-        for rows in (1, 8, 16):
+        for rows in (1, 8, 16, 32, 64):
             for bits in (8, 4):
                 made.append(lambda r=rows, b=bits: self.quantised(r, 2048, 8192, b))  # type: ignore[misc]
         return made

@@ -24,6 +24,9 @@ from worker.models.families import llama, qwen
 from worker.models.moondream import Moondream
 from worker.models.moondream_config import make_card, parse_config
 from worker.models.settings import Settings
+from worker.native.quantised import Quantised, QuantisedWeight
+from worker.native.quantised_source import HEADS
+from worker.native.quantiser import KINDS_OF, fits, to_blocks
 
 _QWEN3 = {
     "model_type": "qwen3",
@@ -133,6 +136,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+_TABLES = ("model.embed_tokens.weight",)
+_READ_BY_STEPS = ("text.blocks", "text.lm_head", "text.post_ln", "model.layers", "model.norm", "lm_head")
+
+
 @dataclass(frozen=True, slots=True)
 class RandomModel:
     """A model, and how many bytes of its weights one decode step must read whatever the batch."""
@@ -150,30 +157,47 @@ def random_model(
     folder: Path | None = None,
     seed: int = 0,
 ) -> RandomModel:
-    """A model of `SHAPES[shape]`: weights of deviation 0.02, norms of ones, biases of zeros.
+    """A model of `SHAPES[shape]`: weights of deviation 0.02, norms of ones, biases of zeros. `shape` may end in `:int8` or
+    `:int4`: matrices of products are then in blocks, as `quantize` makes them.
 
     With a `folder` it is also left there as a checkpoint that `degas serve --model` loads, with a tokenizer of
     made-up words.
     """
+    shape, _, quantize = shape.partition(":")
     raw = dict(SHAPES[shape])
     generator = torch.Generator(device).manual_seed(seed)
     taken: dict[str, Tensor] = {}
     all_bytes = decode_bytes = 0
 
-    def take(name: str, *size: int, dtype: torch.dtype = dtype) -> Tensor:
+    def count(name: str, num_bytes: int, *, is_table: bool = False) -> None:
         nonlocal all_bytes, decode_bytes
+        all_bytes += num_bytes
+        # A step reads one row of an embedding table for each token, but all of a tied table, which is also the head.
+        tied = name == "model.embed_tokens.weight" and raw.get("tie_word_embeddings")
+        if not is_table and (tied or name.startswith(_READ_BY_STEPS)):
+            decode_bytes += num_bytes
+
+    def take_weight(name: str, *size: int) -> Tensor | Quantised:
+        tensor = draw(*size)
+        kind = KINDS_OF["int8" if name.endswith(HEADS) else quantize]
+        if not fits(tensor):
+            count(name, tensor.nbytes)
+            return tensor
+        blocks = to_blocks(tensor.float(), kind)
+        count(name, blocks.nbytes)
+        return QuantisedWeight(kind, size[0], size[1], blocks)
+
+    def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
+
+    def take(name: str, *size: int, dtype: torch.dtype = dtype) -> Tensor:
         if name.endswith("bias"):
             tensor = torch.zeros(size, dtype=dtype, device=device)
         elif name.endswith("weight") and len(size) == 1:
             tensor = torch.ones(size, dtype=dtype, device=device)
         else:
-            tensor = torch.empty(size, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
-        all_bytes += tensor.nbytes
-        # A step reads one row of an embedding table for each token, but all of a tied table, which is also the head.
-        if name.startswith(
-            ("text.blocks", "text.lm_head", "text.post_ln", "model.layers", "model.norm", "lm_head")
-        ) or (name == "model.embed_tokens.weight" and raw.get("tie_word_embeddings")):
-            decode_bytes += tensor.nbytes
+            tensor = draw(*size, dtype=dtype)
+        count(name, tensor.nbytes, is_table=bool(quantize) and name in _TABLES)
         if folder is not None:
             taken[name] = tensor.to("cpu", copy=True)
         return tensor
@@ -188,7 +212,9 @@ def random_model(
             (home / "config.json").write_text(json.dumps(raw))
             source = Folder(home)
             config = parse_config(raw, source.settings_file)
-            model = Moondream(config, make_card(config, source), take, device)
+            model = Moondream(
+                config, make_card(config, source), take, device, take_weight if quantize else None
+            )
         else:
             kind = str(raw["model_type"])
             named = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[kind]
@@ -197,7 +223,9 @@ def random_model(
             source = Folder(home)
             read = {"qwen3": qwen.read_qwen3, "llama": llama.read}[kind]
             sizes = read(Settings(raw, source.settings_file))
-            model = Dense(sizes, make_dense_card(sizes, source, kind), take, device)
+            model = Dense(
+                sizes, make_dense_card(sizes, source, kind), take, device, take_weight if quantize else None
+            )
         if folder is not None:
             save_file(taken, folder / "model.safetensors")
             (folder / "tokenizer.json").write_text(json.dumps(_words(model.card.vocab_size)))

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-PARTS = ("decode", "switches", "products", "vision", "prefill", "kernels", "peer")
+PARTS = ("decode", "switches", "products", "vision", "prefill", "kernels", "quantised", "peer")
 STEP_REACH = {
     ("moondream2", 1): 1.45,
     ("moondream2", 8): 1.4,
@@ -82,6 +82,14 @@ def short_table(record: dict[str, Any], *, smoke: bool = False) -> list[str]:
             lines.append(
                 f"  quicker {'with' if turned[0] == '+' else 'without'} {turned.lstrip('+')}: {gain:.1f} µs"
             )
+    plain = {(one["shape"], one["rows"]): one for one in decode.get("figures", []) if _is_whole_step(one)}
+    for one in record.get("quantised", {}).get("figures", []):
+        if _is_whole_step(one):
+            name = f"{one['shape']}, {one['rows']} rows"
+            say(f"{name}: whole step", one["step_ms"] / one["floor_ms"], "× floor")
+            beside = plain.get((one["shape"].partition(":")[0], one["rows"]))
+            if beside is not None:
+                say("  bf16's step over it", beside["step_ms"] / one["step_ms"], "×")
     vision = record.get("vision", {})
     for one in vision.get("figures", []):
         if one["what"] in ("9 crops", "26 crops") or smoke:
@@ -101,6 +109,11 @@ def short_table(record: dict[str, Any], *, smoke: bool = False) -> list[str]:
             say(f"beside transformers, {rows} rows", ours / theirs, "×", least=PEER_REACH)
     lines += [f"FAILED {failure}" for failure in record.get("kernels", {}).get("failures", [])]
     return lines
+
+
+def _is_whole_step(one: dict[str, Any]) -> bool:
+    """Greedy, pipelined, by the kernels."""
+    return one["depth"] == 2 and not one["sampled"] and one["path"] == "fused"
 
 
 def main(

@@ -3,6 +3,7 @@
 #
 #   bash loadtest/gpu/run.sh [--smoke] first     tests decode switches products vision
 #   bash loadtest/gpu/run.sh [--smoke] second    serve prefill kernels peer profile
+#   bash loadtest/gpu/run.sh [--smoke] decode quantised    int8 and int4 weights beside bf16
 #   bash loadtest/gpu/run.sh --wheels            where there is a network: fetch into .whl/ what such a machine lacks
 #
 # or parts by name. Results go to $OUT, or to gpu-results/: at most 8 files, figures all in results.json, the short table
@@ -21,10 +22,10 @@ for argument in "$@"; do
     --wheels) parts+=(wheels) ;;
     first) parts+=(tests decode switches products vision) ;;
     second) parts+=(serve prefill kernels peer profile) ;;
-    tests | decode | switches | products | vision | serve | prefill | kernels | peer | profile) parts+=("$argument") ;;
+    tests | decode | switches | products | vision | serve | prefill | kernels | quantised | peer | profile) parts+=("$argument") ;;
     *)
       echo "unknown part '$argument': first, second, --wheels, --smoke, or some of tests decode switches products vision" \
-        "serve prefill kernels peer profile" >&2
+        "serve prefill kernels quantised peer profile" >&2
       exit 2
       ;;
   esac
@@ -143,6 +144,9 @@ for part in "${parts[@]}"; do
     serve) run serve 230 60 bash -c serve ;;
     prefill) run prefill 70 20 "$python" -m loadtest.gpu.prefill --out "$out" $smoke ;;
     kernels) run kernels 130 120 "$python" -m loadtest.gpu.kernels --out "$out" $smoke ;;
+    quantised)
+      run quantised 120 14 "$python" -m loadtest.gpu.decode --shapes "${QUANTISED:-qwen3-0.6b:int4,qwen3-0.6b:int8,moondream2:int4}" \
+        --depths 2 --sampled-rows "" --steps 60 --name quantised --out "$out" $smoke ;;
     peer) run peer 80 6 "$python" -m loadtest.gpu.peer --rows "${PEER_ROWS:-1,32}" --out "$out" $smoke ;;
     profile)
       read -r -a pairs <<<"${PROFILE:-moondream2:1}"

@@ -25,6 +25,9 @@ class GpuChoices:
     histogram: bool = True  # sampling over a histogram of distances to the best, by several programs a row
     upload_aside: bool = True  # a step's inputs are uploaded beside the step before, on a stream of their own
     early_copy: bool = True  # decode rows of a mixed step are copied out and sent before its chunks end
+    narrow_weights: bool = (
+        True  # products multiply by 8- and 4-bit weights as they are; off: expanded as a model loads
+    )
     vision_stream: bool = True  # pictures are encoded on a stream of their own, beside decode rows
     vision_gelu: bool = True  # the vision encoder's first product of an MLP takes its GELU itself
     last_joins: bool = False  # decode attention: the last program of a head to end joins its parts

@@ -134,6 +134,11 @@ class GgufTensors:
         packed = torch.frombuffer(data, dtype=torch.uint8).view(rows, -1)
         return Packed(stored.type.name, (rows, values), self._in_halves(stored, packed))
 
+    def skip(self, name: str, *shape: int) -> None:
+        """See `Tensors.skip`."""
+        stored, _ = self._find(name, shape)
+        self._told(name, stored)
+
     def finish(self) -> None:
         """See `Tensors.finish`."""
         if self._left:

@@ -79,6 +79,28 @@ class Checkpoint:
 
         Raises CheckpointError when it is missing, of another shape, or not floating point.
         """
+        stored = self._find(name, shape)
+        if stored.dtype not in _FLOATS:
+            problem = f"{stored.dtype} weights are not supported, only {', '.join(_FLOATS)}"
+            raise CheckpointError(problem, file=stored.path, tensor=stored.name)
+        try:
+            tensor: Tensor = self._files[stored.path].get_tensor(stored.name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(str(error), file=stored.path, tensor=stored.name) from error
+        self._told(name, stored)
+        # Copied, because the file may be replaced while it is mapped, and a truncated mapping kills the process.
+        tensor = tensor.t() if stored.transposed else tensor
+        return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+
+    def take_packed(self, name: str, *shape: int) -> Packed | None:
+        """See `Tensors.take_packed`: no tensor here is stored in blocks."""
+        return None
+
+    def skip(self, name: str, *shape: int) -> None:
+        """See `Tensors.skip`."""
+        self._told(name, self._find(name, shape))
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> _Stored:
         stored = self._tensors.get(name)
         if stored is None:
             raise CheckpointError(
@@ -96,24 +118,13 @@ class Checkpoint:
                 expected=shape,
                 found=found,
             )
-        if stored.dtype not in _FLOATS:
-            problem = f"{stored.dtype} weights are not supported, only {', '.join(_FLOATS)}"
-            raise CheckpointError(problem, file=stored.path, tensor=stored.name)
-        try:
-            tensor: Tensor = self._files[stored.path].get_tensor(stored.name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(str(error), file=stored.path, tensor=stored.name) from error
+        return stored
+
+    def _told(self, name: str, stored: _Stored) -> None:
         if name in self._left:
             self._left.discard(name)
             self._done_bytes += stored.num_bytes
             self._report("weights", self._done_bytes, self.num_bytes)
-        # Copied, because the file may be replaced while it is mapped, and a truncated mapping kills the process.
-        tensor = tensor.t() if stored.transposed else tensor
-        return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
-
-    def take_packed(self, name: str, *shape: int) -> Packed | None:
-        """See `Tensors.take_packed`: no tensor here is stored in blocks."""
-        return None
 
     def finish(self) -> None:
         """Let go of the files. Raises CheckpointError naming tensors that were never taken."""

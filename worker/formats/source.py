@@ -65,6 +65,10 @@ class Tensors(Protocol):
         """
         ...
 
+    def skip(self, name: str, *shape: int) -> None:
+        """Count the tensor as taken without reading it. Raises CheckpointError when it is missing or of another shape."""
+        ...
+
     def finish(self) -> None:
         """Let go of the files. Raises CheckpointError naming tensors that were never taken."""
         ...

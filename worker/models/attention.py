@@ -36,6 +36,18 @@ def fastest_kv_dtype(device: torch.device, dtype: torch.dtype, native: Operation
     return torch.float32
 
 
+def readable_kv_dtypes(
+    fastest: torch.dtype, dtype: torch.dtype, head_dim: int, rotary_dim: int, native: Operations | None
+) -> tuple[torch.dtype, ...]:
+    """All that paged memory may hold for activations of `dtype`: the compiled attention reads others than the fastest."""
+    if native is None:
+        return (fastest,)
+    both = (torch.float32, torch.bfloat16)
+    return tuple(
+        kept for kept in both if kept == fastest or native.can_attend(dtype, kept, head_dim, rotary_dim)
+    )
+
+
 Split = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """A qkv product (N, (H + 2·KH)·D) and rotations (N, 1, R/2) → rotated q (N, H, D), rotated k and v (N, KH, D)."""
 

@@ -39,12 +39,18 @@ class Model(Protocol):
     head_dim: int
     dtype: torch.dtype
     kv_dtype: torch.dtype  # what the paged memory holds; may be wider than the weights where that is faster
+    kv_dtypes: tuple[torch.dtype, ...]  # what it may hold besides: set `kv_dtype` before memory is made
     device: torch.device
     prefix_tokens: int  # bidirectional prefix of a prompt that carries an image (BOS + image); 0 if none
     weight_bytes: int
     num_weights: int
     biased: bool  # products of its layers add biases, which cuBLAS does in two launches for a single row
     fuses: bool  # forwards go through a GPU's kernels, which read what a step holds on the device
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a step of one row reads."""
+        ...
 
     @property
     def encoder(self) -> CropEncoder | None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from shared.protocol import ModelCard
 from worker.device.choices import choices
 from worker.forward import ImageCrops, KVCache, StepTokens
-from worker.models.attention import AttentionPlan, fastest_kv_dtype, fuses
+from worker.models.attention import AttentionPlan, fastest_kv_dtype, fuses, readable_kv_dtypes
 from worker.models.contract import CropEncoder, EncodeCrops
 from worker.models.head import Head
+from worker.models.held import held_bytes
 from worker.models.layers import LayerNorm, RmsNorm
 from worker.models.torch_attention import GatherSpace
 from worker.native.operations import operations
@@ -77,6 +78,8 @@ class Decoder:
         self.biased = biased
         self._native = operations(self.device)
         self.kv_dtype = fastest_kv_dtype(self.device, self.dtype, self._native)
+        rotary_dim = 2 * rotations[0].shape[-1]
+        self.kv_dtypes = readable_kv_dtypes(self.kv_dtype, self.dtype, head_dim, rotary_dim, self._native)
         self.fuses = fuses(self.device, head_dim)
         self._words = words
         # In the words' dtype, as the families that scale them were trained.
@@ -91,6 +94,11 @@ class Decoder:
         layers = [block.native_layer() for block in self._blocks]
         settings: dict[str, Any] = {"num_heads": num_heads, "eps": self._norm.eps, "qk_eps": self._norm.eps}
         return layer_stack(layers, self.device, self.dtype, **settings)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a step of one row reads: all layers and the head, without the tables of words and rotations."""
+        return held_bytes(list(self._blocks), self._norm, self._head)
 
     @property
     def encoder(self) -> CropEncoder | None:

@@ -7,7 +7,6 @@ residual, and factors of sums are multiplied into weights.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 from functools import partial
@@ -29,13 +28,13 @@ from worker.models.layers import (
     RmsNorm,
     Take,
     TakeWeight,
-    reads_blocks,
     take_norm,
     together,
 )
 from worker.models.qk_norm import head_weights, product_norm
 from worker.models.rope import pair_order, rotation_table
-from worker.native.quantised import KINDS, Quantised, QuantisedWeight
+from worker.models.taking import Taker
+from worker.native.quantised import Quantised
 from worker.native.stack import GatedLayer
 
 if TYPE_CHECKING:
@@ -287,14 +286,13 @@ def _take_scaled(
     """A product that adds to the residual stream, its factor multiplied in before the weights are rounded."""
 
     def scaled(tensor: Tensor) -> Tensor:
-        if sizes.residual_scale == 1.0:
-            return tensor
         return (tensor.float() * sizes.residual_scale).to(tensor.dtype)
 
-    bias = scaled(take(f"{name}.bias", outputs)) if biased else None
+    bias = take(f"{name}.bias", outputs) if biased else None
     weight = take_weight(f"{name}.weight", outputs, inputs)
-    if isinstance(weight, Tensor) or sizes.residual_scale != 1.0:
-        weight = scaled(weight if isinstance(weight, Tensor) else weight.dequantised())
+    if sizes.residual_scale != 1.0:
+        bias = None if bias is None else scaled(bias)
+        weight = scaled(weight) if isinstance(weight, Tensor) else weight.scaled(sizes.residual_scale)
     return PackedLinear(weight, bias)
 
 
@@ -310,29 +308,10 @@ def load_dense(
     checkpoint = source.open(report, lambda stored: _canonical_name(stored, sizes.tied))
     if sizes.tied is None:
         sizes = replace(sizes, tied="lm_head.weight" not in checkpoint)
-    weight_bytes = num_weights = 0
-
-    def take(name: str, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        nonlocal weight_bytes, num_weights
-        tensor = checkpoint.take(name, *shape, device=device, dtype=dtype)
-        weight_bytes += tensor.nbytes
-        num_weights += tensor.numel()
-        return tensor
-
-    def take_weight(name: str, *shape: int) -> Tensor | Quantised:
-        nonlocal weight_bytes, num_weights
-        if not reads_blocks(device, dtype):
-            return take(name, *shape)
-        packed = checkpoint.take_packed(name, *shape)
-        if packed is None or packed.type not in KINDS:
-            return take(name, *shape)
-        weight_bytes += packed.data.nbytes
-        num_weights += math.prod(packed.shape)
-        return QuantisedWeight(packed.type, *packed.shape, packed.data)
-
-    model = Dense(sizes, card, take, device, take_weight)
+    taker = Taker(checkpoint, device, dtype)
+    model = Dense(sizes, card, taker.take, device, taker.take_weight)
     checkpoint.finish()
-    model.weight_bytes, model.num_weights = weight_bytes, num_weights
+    model.weight_bytes, model.num_weights = taker.weight_bytes, taker.num_weights
     return model
 
 

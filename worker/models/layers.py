@@ -7,16 +7,19 @@ but very wide layers a packed product gives a row the same bits whatever the row
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from worker.device.choices import choices
-from worker.native.operations import LANES, operations
+from worker.native.operations import LANES, Operations, operations
 from worker.native.products import ADD, GATE, GELU, PLAIN, Linear, PackedWeight, Products, products
-from worker.native.quantised import Quantised, stacked
+from worker.native.quantised import Levels, Quantised, QuantisedWeight, beside, stacked
+
+if TYPE_CHECKING:
+    from worker.kernels.quantised_linear import IntegerWeight
 
 Take = Callable[..., Tensor]
 """`take(name, *shape, dtype=…)`: a checkpoint's tensor by canonical name, of that shape, on the model's device.
@@ -40,8 +43,15 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def by_kernels(device: torch.device) -> bool:
+    """Whether products with quantised weights there are a GPU's kernels."""
+    return device.type == "cuda" and choices().narrow_weights
+
+
 def reads_blocks(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products for activations of `dtype` multiply by a file's quantised blocks as they are."""
+    if by_kernels(device):
+        return True
     found = products(device)
     return dtype == torch.float32 and found is not None and found.multiplies(dtype)
 
@@ -53,14 +63,28 @@ def together(parts: Sequence[Tensor | Quantised]) -> Tensor | Quantised:
     packed = [part for part in parts if not isinstance(part, Tensor)]
     if len(packed) == len(parts):
         return stacked(packed)
-    return torch.cat([part if isinstance(part, Tensor) else part.dequantised() for part in parts])
+    return torch.cat(_alike(parts))
+
+
+def side_by_side(parts: Sequence[Tensor | Quantised]) -> Tensor | Quantised:
+    """One weight of all parts' inputs, for a product over all of them at once: in blocks if all of them are."""
+    packed = [part for part in parts if not isinstance(part, Tensor)]
+    if len(packed) == len(parts):
+        return beside(packed)
+    return torch.cat(_alike(parts), dim=1)
+
+
+def _alike(parts: Sequence[Tensor | Quantised]) -> list[Tensor]:
+    """All as tensors of the dtype that some of them are."""
+    dtype = next(part.dtype for part in parts if isinstance(part, Tensor))
+    return [part if isinstance(part, Tensor) else part.dequantised().to(dtype) for part in parts]
 
 
 class PackedLinear:
     """`y = x Wᵀ + b` with W in the layout this device multiplies fastest.
 
-    Takes `weight` (out, in) and `bias` (out,) or None, on their final device and dtype, or a weight in a file's blocks for
-    fp32 inputs on a CPU, which are multiplied as they are. Inputs are (..., in) in the same dtype; outputs (..., out).
+    Takes `weight` (out, in) and `bias` (out,) or None, on their final device and dtype, or a weight in blocks, which are
+    multiplied as they are: for fp32 inputs on a CPU, for any on a GPU. Inputs are (..., in) in the same dtype; outputs (..., out).
     `pack=False` keeps the plain product, for comparison. `gated`: the first half of the outputs gates the second, and only
     `silu_gate` may be called.
     """
@@ -69,6 +93,7 @@ class PackedLinear:
         "_arrivals",
         "_bias",
         "_gated",
+        "_integers",
         "_linear",
         "_native",
         "_operations",
@@ -82,13 +107,30 @@ class PackedLinear:
 
     def __init__(
         self,
-        weight: Tensor | Quantised,
+        weight: Tensor | Quantised | IntegerWeight,
         bias: Tensor | None = None,
         *,
         pack: bool = True,
         gated: bool = False,
     ) -> None:
         self.out_features, self.in_features = weight.shape
+        self._integers: IntegerWeight | None = None
+        self._arrivals: Tensor | None = None
+        self._native: Products | None = None
+        self._operations: Operations | None = None
+        self._gated = self._packed = False
+        self._bias = bias
+        if not isinstance(weight, Tensor | QuantisedWeight | Levels):
+            self._integers = weight
+        elif not isinstance(weight, Tensor) and by_kernels(weight.device):
+            from worker.kernels.quantised_linear import repack  # here, so that no CPU worker imports Triton
+
+            levels = weight.levels()
+            self._integers = repack(levels.q, levels.scale, levels.least)
+        if self._integers is not None:
+            self.dtype, self.device = torch.float32, self._integers.packed.device
+            return
+        assert isinstance(weight, Tensor | QuantisedWeight | Levels)
         native = (
             products(weight.device if isinstance(weight, Tensor) else torch.device("cpu")) if pack else None
         )
@@ -98,8 +140,7 @@ class PackedLinear:
         self.device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
         if native is not None and not native.can_multiply(dtype, self.in_features, self.out_features):
             native = None
-        self._native: Products | None = native
-        self._bias = bias
+        self._native = native
         can_gate = gated and self.out_features % (2 * LANES) == 0
         self._gated = can_gate and native is not None
         self._operations = operations(self.device) if can_gate else None
@@ -108,8 +149,6 @@ class PackedLinear:
             order = native.gate_order(self.out_features)
             weight = weight[order] if isinstance(weight, Tensor) else weight.ordered(order)
             bias = None if bias is None else bias[order]
-        self._packed = False
-        self._arrivals: Tensor | None = None
         if native is not None:
             self._weight: Any = native.pack(weight, bias)
         else:
@@ -135,9 +174,24 @@ class PackedLinear:
         """Whether the gate is taken inside the product."""
         return self._gated
 
+    def part(self, first: int, last: int) -> PackedLinear:
+        """The product of some outputs, in the same memory. Only of a weight on a GPU, or one that is not packed."""
+        assert self._native is None and not self._packed
+        weight = self._weight[first:last] if self._integers is None else self._integers.rows(first, last)
+        return PackedLinear(weight, None if self._bias is None else self._bias[first:last], pack=False)
+
+    def _by_kernel(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        from worker.kernels.quantised_linear import quantised_linear
+
+        assert self._integers is not None
+        found = quantised_linear(x.reshape(-1, self.in_features), self._integers, self._bias, dtype)
+        return found.view(*x.shape[:-1], self.out_features)
+
     def __call__(self, x: Tensor) -> Tensor:
         """x W^T + b."""
         assert not self._gated
+        if self._integers is not None:
+            return self._by_kernel(x, x.dtype)
         if self._native is not None:
             return self._native.multiply(x, self._weight, None, PLAIN)
         if self._packed:
@@ -148,6 +202,8 @@ class PackedLinear:
         """x W^T + b in fp32: unrounded sums where the product is compiled, or a GPU's; else fp32 of the rounded."""
         if self._native is not None:
             return self._native.unrounded(x, self._weight)
+        if self._integers is not None:
+            return self._by_kernel(x, torch.float32)
         if x.device.type == "cuda" and x.dtype != torch.float32:
             summed: Tensor = torch.mm(x.flatten(0, -2), self._weight.t(), out_dtype=torch.float32)
             summed = summed if self._bias is None else summed + self._bias
@@ -160,7 +216,7 @@ class PackedLinear:
             return self._native.multiply(x, self._weight, None, GELU)
         if self._packed:
             return self._linear(x, self._weight, self._bias, "gelu", [], "tanh")
-        return F.gelu(self._linear(x, self._weight, self._bias), approximate="tanh")
+        return F.gelu(self(x), approximate="tanh")
 
     def silu_gate(self, x: Tensor) -> Tensor:
         """silu(g) · u of the halves g, u (..., out / 2) of x Wᵀ + b."""
@@ -187,7 +243,7 @@ class PackedLinear:
                 x, residual, self._weight, self._bias, "add"
             )
             return summed
-        return residual + self._linear(x, self._weight, self._bias)
+        return residual + self(x)
 
     def takes_few(self, x: Tensor) -> bool:
         """Whether `few` is chosen and multiplies so many rows, x (N, in)."""
@@ -216,7 +272,8 @@ class PackedLinear:
 
     def gelu_fused(self, x: Tensor) -> Tensor:
         """As `gelu` for many rows on a GPU: the GELU in the product (cuBLAS's epilogue) where that is chosen, else a kernel."""
-        if choices().vision_gelu and self._bias is not None and not self._packed and self._native is None:
+        is_plain = self._native is None and self._integers is None and not self._packed
+        if choices().vision_gelu and self._bias is not None and is_plain:
             return product_gelu(self._bias, x, self._weight)
         from worker.kernels.activation import gelu_tanh
 
@@ -348,9 +405,12 @@ class GatedMlp:
         return self.down.fused(gelu_gate(both) if self._gelu else silu_gate(both), residual)
 
 
-def take_linear(take: Take, name: str, inputs: int, outputs: int) -> PackedLinear:
+def take_linear(
+    take: Take, name: str, inputs: int, outputs: int, take_weight: TakeWeight | None = None
+) -> PackedLinear:
     """The linear layer stored as `name.weight` and `name.bias`."""
-    return PackedLinear(take(f"{name}.weight", outputs, inputs), take(f"{name}.bias", outputs))
+    weight = (take_weight or take)(f"{name}.weight", outputs, inputs)
+    return PackedLinear(weight, take(f"{name}.bias", outputs))
 
 
 def take_norm(take: Take, name: str, dim: int, eps: float = 1e-5) -> LayerNorm:
@@ -358,8 +418,11 @@ def take_norm(take: Take, name: str, dim: int, eps: float = 1e-5) -> LayerNorm:
     return LayerNorm(take(f"{name}.weight", dim), take(f"{name}.bias", dim), eps)
 
 
-def take_mlp(take: Take, name: str, inputs: int, inner: int, outputs: int) -> Mlp:
+def take_mlp(
+    take: Take, name: str, inputs: int, inner: int, outputs: int, take_weight: TakeWeight | None = None
+) -> Mlp:
     """The two layers stored as `name.fc1` and `name.fc2`."""
     return Mlp(
-        take_linear(take, f"{name}.fc1", inputs, inner), take_linear(take, f"{name}.fc2", inner, outputs)
+        take_linear(take, f"{name}.fc1", inputs, inner, take_weight),
+        take_linear(take, f"{name}.fc2", inner, outputs, take_weight),
     )

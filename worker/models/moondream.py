@@ -17,11 +17,20 @@ from worker.models.attention import AttentionPlan
 from worker.models.contract import EncodeCrops
 from worker.models.decoder import Decoder
 from worker.models.head import Head
-from worker.models.layers import PackedLinear, Take, take_linear, take_norm
+from worker.models.layers import (
+    PackedLinear,
+    Take,
+    TakeWeight,
+    side_by_side,
+    take_linear,
+    take_norm,
+    together,
+)
 from worker.models.moondream_config import MoondreamConfig, TextConfig, make_card, parse_config
 from worker.models.moondream_region import RegionModel
 from worker.models.moondream_vision import VisionEncoder
 from worker.models.rope import RopeConfig, pair_order, rotation_table
+from worker.models.taking import Taker
 from worker.native.stack import ParallelLayer
 
 if TYPE_CHECKING:
@@ -65,12 +74,22 @@ def canonical_name(stored: str) -> Target | None:
 class Moondream(Decoder):
     """A loaded Moondream 2; implements `contract.Model`."""
 
-    def __init__(self, config: MoondreamConfig, card: ModelCard, take: Take, device: torch.device) -> None:
-        text = config.text
+    def __init__(
+        self,
+        config: MoondreamConfig,
+        card: ModelCard,
+        take: Take,
+        device: torch.device,
+        take_weight: TakeWeight | None = None,
+    ) -> None:
+        """`take_weight` hands out weights of products in blocks, where products read those; None: as `take`."""
+        text, take_weight = config.text, take_weight or take
         words = take("text.wte", text.vocab_size, text.dim)
-        blocks = [_TextBlock(take, f"text.blocks.{index}", text) for index in range(text.n_layers)]
+        blocks = [
+            _TextBlock(take, take_weight, f"text.blocks.{index}", text) for index in range(text.n_layers)
+        ]
         norm = take_norm(take, "text.post_ln", text.dim)
-        weight = take("text.lm_head.weight", text.vocab_size, text.dim)
+        weight = take_weight("text.lm_head.weight", text.vocab_size, text.dim)
         head = Head(weight, take("text.lm_head.bias", text.vocab_size))
         super().__init__(
             card,
@@ -89,7 +108,8 @@ class Moondream(Decoder):
         # Whether the host may look for rows that need the region model. On a CPU that is cheap and mostly saves the work; on
         # a GPU it would make the host wait, and a captured graph cannot do it.
         self.looks = device.type == "cpu"
-        self.vision = VisionEncoder(config.vision, take)
+        # A crop has hundreds of tokens: a GPU's products of so many rows gain nothing by narrow weights.
+        self.vision = VisionEncoder(config.vision, take, take_weight if device.type == "cpu" else take)
         self.region = RegionModel(config.region, take)
 
     @property
@@ -128,35 +148,33 @@ class Moondream(Decoder):
 class _TextBlock:
     """One layer: a single norm feeds attention and MLP side by side, both added to the residual stream."""
 
-    def __init__(self, take: Take, name: str, config: TextConfig) -> None:
+    def __init__(self, take: Take, take_weight: TakeWeight, name: str, config: TextConfig) -> None:
         dim = config.dim
         self._head_dim = config.head_dim
         self._num_heads = config.n_heads
         self._num_rotated = config.n_heads + config.n_kv_heads
         self._ln = take_norm(take, f"{name}.ln", dim)
-        weight = take(f"{name}.attn.qkv.weight", config.qkv_dim, dim)
+        weight = take_weight(f"{name}.attn.qkv.weight", config.qkv_dim, dim)
         order = _pair_order(config).to(weight.device)
+        weight = weight[order] if isinstance(weight, Tensor) else weight.ordered(order)
         bias = take(f"{name}.attn.qkv.bias", config.qkv_dim)[order]
         self._qkv_dim = config.qkv_dim
         self._joined: PackedLinear | None = None
         if joins(weight.device):
             # One weight, of which the two products are parts: joined and apart cost the memory of one.
-            weight = torch.cat([weight[order], take(f"{name}.mlp.fc1.weight", config.ff_dim, dim)])
+            fc1 = take_weight(f"{name}.mlp.fc1.weight", config.ff_dim, dim)
             bias = torch.cat([bias, take(f"{name}.mlp.fc1.bias", config.ff_dim)])
-            self._joined = PackedLinear(weight, bias, pack=False)
-            (qkv, fc1), (qkv_bias, fc1_bias) = (
-                t.split((config.qkv_dim, config.ff_dim)) for t in (weight, bias)
-            )
-            self._qkv = PackedLinear(qkv, qkv_bias, pack=False)
-            self._fc1 = PackedLinear(fc1, fc1_bias, pack=False)
+            self._joined = PackedLinear(together([weight, fc1]), bias, pack=False)
+            self._qkv = self._joined.part(0, config.qkv_dim)
+            self._fc1 = self._joined.part(config.qkv_dim, config.qkv_dim + config.ff_dim)
         else:
-            self._qkv = PackedLinear(weight[order], bias)
-            self._fc1 = take_linear(take, f"{name}.mlp.fc1", dim, config.ff_dim)
+            self._qkv = PackedLinear(weight, bias)
+            self._fc1 = take_linear(take, f"{name}.mlp.fc1", dim, config.ff_dim, take_weight)
         # Attention's projection and the MLP's second layer add to the same residual: one product over both inputs.
-        proj = take(f"{name}.attn.proj.weight", dim, dim)
-        fc2 = take(f"{name}.mlp.fc2.weight", dim, config.ff_dim)
+        proj = take_weight(f"{name}.attn.proj.weight", dim, dim)
+        fc2 = take_weight(f"{name}.mlp.fc2.weight", dim, config.ff_dim)
         bias = take(f"{name}.attn.proj.bias", dim) + take(f"{name}.mlp.fc2.bias", dim)
-        self._out = PackedLinear(torch.cat([proj, fc2], dim=1), bias)
+        self._out = PackedLinear(side_by_side([proj, fc2]), bias)
 
     def __call__(self, hidden: Tensor, plan: AttentionPlan, layer: int) -> Tensor:
         normed = self._ln(hidden)
@@ -231,16 +249,8 @@ def load(source: Source, device: torch.device, dtype: torch.dtype, report: Progr
     """Build the model, from either layout of names. Raises CheckpointError unless exactly this model is there."""
     config = parse_config(source.config, source.settings_file)
     checkpoint = source.open(report, canonical_name)
-    weight_bytes = num_weights = 0
-
-    def take(name: str, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        nonlocal weight_bytes, num_weights
-        tensor = checkpoint.take(name, *shape, device=device, dtype=dtype)
-        weight_bytes += tensor.nbytes
-        num_weights += tensor.numel()
-        return tensor
-
-    model = Moondream(config, make_card(config, source), take, device)
+    taker = Taker(checkpoint, device, dtype)
+    model = Moondream(config, make_card(config, source), taker.take, device, taker.take_weight)
     checkpoint.finish()
-    model.weight_bytes, model.num_weights = weight_bytes, num_weights
+    model.weight_bytes, model.num_weights = taker.weight_bytes, taker.num_weights
     return model

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from worker.forward import ImageCrops
 from worker.models.contract import EncodeCrops
-from worker.models.layers import Take, take_linear, take_mlp, take_norm
+from worker.models.layers import Take, TakeWeight, take_linear, take_mlp, take_norm
 from worker.models.moondream_config import VisionConfig
 from worker.models.tiling import cut_crops, stitch_rows
 
@@ -26,7 +26,7 @@ class VisionEncoder:
     `fuses`: norms with their residual sums and activations are a GPU's kernels (`worker.kernels`).
     """
 
-    def __init__(self, config: VisionConfig, take: Take) -> None:
+    def __init__(self, config: VisionConfig, take: Take, take_weight: TakeWeight | None = None) -> None:
         self._config = config
         self.crop_size, self.num_tokens, self.width = config.crop_size, config.num_tokens, config.enc_dim
         self.max_crops = 1 + config.max_crops
@@ -34,12 +34,12 @@ class VisionEncoder:
         self._patch_emb = take_linear(take, "vision.patch_emb", 3 * config.enc_patch_size**2, dim)
         self._pos_emb = take("vision.pos_emb", 1, config.num_tokens, dim)
         self._blocks = [
-            _VisionBlock(take, f"vision.blocks.{index}", dim, ff_dim, config.enc_n_heads)
+            _VisionBlock(take, take_weight, f"vision.blocks.{index}", dim, ff_dim, config.enc_n_heads)
             for index in range(config.enc_n_layers)
         ]
         self._post_ln = take_norm(take, "vision.post_ln", dim)
         self._proj_mlp = take_mlp(
-            take, "vision.proj_mlp", 2 * dim, config.proj_inner_dim, config.proj_out_dim
+            take, "vision.proj_mlp", 2 * dim, config.proj_inner_dim, config.proj_out_dim, take_weight
         )
         self.dtype = self._pos_emb.dtype
         self.fuses = self._pos_emb.device.type == "cuda"
@@ -103,13 +103,15 @@ class VisionEncoder:
 class _VisionBlock:
     """One pre-norm transformer layer with full attention within each crop."""
 
-    def __init__(self, take: Take, name: str, dim: int, ff_dim: int, num_heads: int) -> None:
+    def __init__(
+        self, take: Take, take_weight: TakeWeight | None, name: str, dim: int, ff_dim: int, num_heads: int
+    ) -> None:
         self._num_heads = num_heads
         self._ln1 = take_norm(take, f"{name}.ln1", dim)
-        self._qkv = take_linear(take, f"{name}.attn.qkv", dim, 3 * dim)
-        self._proj = take_linear(take, f"{name}.attn.proj", dim, dim)
+        self._qkv = take_linear(take, f"{name}.attn.qkv", dim, 3 * dim, take_weight)
+        self._proj = take_linear(take, f"{name}.attn.proj", dim, dim, take_weight)
         self._ln2 = take_norm(take, f"{name}.ln2", dim)
-        self._mlp = take_mlp(take, f"{name}.mlp", dim, ff_dim, dim)
+        self._mlp = take_mlp(take, f"{name}.mlp", dim, ff_dim, dim, take_weight)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         mixed = self._attend(self._qkv(self._ln1(hidden)), hidden.shape[0]).view(hidden.shape)

@@ -66,7 +66,9 @@ def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
         log.info("native_absent", reason="no C++ compiler; decoding uses torch alone")
         return None
     try:
-        folder = _private(folder or Path.home() / ".cache" / "degas")
+        folder = private_folder(folder or Path.home() / ".cache" / "degas")
+        if folder is None:  # compile anew at every start
+            folder = Path(tempfile.mkdtemp(prefix="degas-native-"))
         library = folder / _name(source, _key(compiler))
         if not library.exists():
             log.info("native_compile", source=source.name, note="once; later starts find it in the cache")
@@ -102,6 +104,15 @@ def prebuilt(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
             except OSError as error:
                 log.warning("native_absent", reason=str(error)[-500:])
     return None
+
+
+def kept_library(source: Path) -> Path | None:
+    """The library that an earlier start compiled from this very source for this processor, in the user's cache."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    library = Path.home() / ".cache" / "degas" / _name(source, _key(compiler))
+    return library if library.exists() else None
 
 
 def processor_flags() -> frozenset[str]:
@@ -144,12 +155,13 @@ def _processor() -> str:
     return "\n".join(line for line in lines if line.startswith(kept))
 
 
-def _private(folder: Path) -> Path:
-    """The folder, made if need be. Raises RuntimeError when others could put a library there."""
+def private_folder(folder: Path) -> Path | None:
+    """The folder, made if need be; None without a home, or in one that is not writable. Raises RuntimeError when others
+    could put a library there."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:  # no home, or a home that is not writable: compile anew at every start
-        return Path(tempfile.mkdtemp(prefix="degas-native-"))
+    except OSError:
+        return None
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise RuntimeError(f"{folder} must belong to this user and be writable by nobody else")

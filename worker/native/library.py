@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import CDLL
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -16,9 +17,23 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """The dtypes that have functions, with the ending of the functions' names."""
 
 
+_torch_alone = False
+
+
 def library(device: torch.device) -> CDLL | None:
     """The operations, compiled at the first call; None where they cannot be had."""
-    return load() if device.type == "cpu" else None
+    return load() if device.type == "cpu" and not _torch_alone else None
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """For a block: a model that loads in it computes by torch's operations for good, as a reference to compare with."""
+    global _torch_alone
+    before, _torch_alone = _torch_alone, True
+    try:
+        yield
+    finally:
+        _torch_alone = before
 
 
 def use_threads(num_threads: int) -> None:

@@ -1,4 +1,4 @@
-"""Owns weights as GGUF files hold them: ggml's blocks, and the levels, scales and offsets that they say. Decode thread.
+"""Owns weights in ggml's blocks, and the levels, scales and offsets that they say. Decode thread.
 
 Every kind is `scale · q + least` with q of at most eight bits and a scale for every 16 or 32 inputs, exactly as ggml's
 reference computes it. Compiled products read that form, so nothing is rounded again.
@@ -40,6 +40,15 @@ class Levels:
     def levels(self) -> Levels:
         """Itself."""
         return self
+
+    def scaled(self, factor: float) -> Levels:
+        """The same levels, their scales and offsets times `factor`."""
+        return Levels(self.q, self.scale * factor, None if self.least is None else self.least * factor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.q.device
 
     def dequantised(self) -> Tensor:
         """(rows, columns) fp32."""
@@ -83,6 +92,15 @@ class QuantisedWeight:
         """The rows in that order, such as `pair_order`'s of a head."""
         return QuantisedWeight(self.kind, len(rows), self.columns, self.blocks[rows])
 
+    def scaled(self, factor: float) -> Levels:
+        """The weight times `factor`."""
+        return self.levels().scaled(factor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.blocks.device
+
     def levels(self) -> Levels:
         """What the blocks say."""
         _, num_bytes, read = KINDS[self.kind]
@@ -117,6 +135,22 @@ def stacked(parts: Sequence[Quantised]) -> Quantised:
     )
 
 
+def beside(parts: Sequence[Quantised]) -> Quantised:
+    """One weight of all parts' columns, for a product over several inputs: blocks if they are of one kind, else levels."""
+    first = parts[0]
+    if isinstance(first, QuantisedWeight):
+        blocks = [
+            part.blocks for part in parts if isinstance(part, QuantisedWeight) and part.kind == first.kind
+        ]
+        if len(blocks) == len(parts):
+            columns = sum(part.shape[1] for part in parts)
+            return QuantisedWeight(first.kind, first.rows, columns, torch.cat(blocks, 1))
+    levels = [part.levels().in_sixteens() for part in parts]
+    leasts = [part.least for part in levels if part.least is not None]
+    q, scale = torch.cat([part.q for part in levels], 1), torch.cat([part.scale for part in levels], 1)
+    return Levels(q, scale, torch.cat(leasts, 1))
+
+
 _Parts = tuple[Tensor, Tensor, Tensor | None]
 """The parts of N blocks: q (N, values) int8, scale (N, scales) fp32, least (N, scales) fp32 or None."""
 
@@ -132,7 +166,7 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 def _fifth_bits(packed: Tensor) -> Tensor:
     """(N, 4) → (N, 32) int8: 16 for each bit that is set, the lowest first."""
-    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+    bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
     return (bits << 4).flatten(1).view(torch.int8)
 
 
@@ -170,14 +204,14 @@ def _q4_k(blocks: Tensor) -> _Parts:
 
 def _q5_k(blocks: Tensor) -> _Parts:
     low = _nibbles(blocks[:, 48:].unflatten(1, (4, 32))).reshape(-1, 8, 32)
-    shifts = torch.arange(8, dtype=torch.uint8).view(1, 8, 1)
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device).view(1, 8, 1)
     high = (blocks[:, 16:48].unsqueeze(1) >> shifts & 1) << 4
     return (low | high.view(torch.int8)).flatten(1), *_k_scales(blocks)
 
 
 def _q6_k(blocks: Tensor) -> _Parts:
     low = _nibbles(blocks[:, :128].unflatten(1, (2, 64))).reshape(-1, 2, 4, 32)
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 1, 4, 1)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device).view(1, 1, 4, 1)
     high = (blocks[:, 128:192].unflatten(1, (2, 1, 32)) >> shifts & 3) << 4
     scale = blocks[:, 192:208].contiguous().view(torch.int8).float() * _half(blocks, 208)
     return (low | high.view(torch.int8)).flatten(1) - 32, scale, None

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -331,15 +332,16 @@ def main() -> None:
         small = {"DIM": 1024, "SILU": True, "GATED": True, "BLOCK": 1024}
         compile_for(activation._activate, 4, small, dtype=dtype)
     compile_for(mask._mask_row, 4, {"VOCAB": 51200, "BLOCK": 2048})
-    quantised = {"INPUTS": 2048, "OUTPUTS": 8192, "GROUP": 128, "HAS_BIAS": True, "ROWS": 16, "WIDEN": False}
     compile_for(activation._activate, 4, {"DIM": 6912, "SILU": False, "GATED": True, "BLOCK": 1024})
+    product = {"INPUTS": 2048, "OUTPUTS": 8192, "GROUP": 32, "GROUPS": 4, "HAS_LEAST": False}
+    blocks = {"BLOCK_OUT": 32, "BLOCK_IN": 128}
     for bits, kind in ((8, "*i8"), (4, "*u8")):
-        compile_for(
-            quantised_linear._product,
-            4,
-            quantised | {"BITS": bits, "BLOCK_OUT": 32, "BLOCK_IN": 128},
-            weight_ptr=kind,
-        )
+        made = product | blocks | {"BITS": bits}
+        compile_it = partial(compile_for, weight_ptr=kind, scales_ptr="*fp16", least_ptr="*fp16")
+        for rows in (16, 64):
+            by = made | {"HAS_BIAS": True, "ROWS": rows, "WIDEN": False, "HAS_LEAST": bits == 4}
+            compile_it(quantised_linear._product, 4, by)
+        compile_it(quantised_linear._expand, 4, made)
 
 
 if __name__ == "__main__":

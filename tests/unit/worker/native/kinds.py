@@ -18,7 +18,8 @@ def library_of(kind: str) -> ctypes.CDLL | None:
     if compiler is None:
         return None
     flags = PLAIN if kind == "sse" else build.KINDS[kind][0]
-    folder = build._private(Path.home() / ".cache" / "degas-tests")
+    folder = build.private_folder(Path.home() / ".cache" / "degas-tests")
+    assert folder is not None
     library = folder / build._name(build.SOURCE, f"{kind}-{build._key(compiler)}")
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")

@@ -1,0 +1,104 @@
+"""Owns `degas doctor MODEL`: what a model takes here, and how quick it can be at most. Main thread; loads it as a worker would."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from shared.settings import ConfigError
+from worker.config import WorkerConfig, load
+from worker.device.contract import Device
+from worker.formats.errors import CheckpointError
+from worker.formats.hub import cache_folder
+from worker.formats.locate import hub_name, locate
+from worker.formats.open_source import open_source
+from worker.models.contract import Model
+from worker.models.held import held_bytes
+from worker.models.registry import load_model
+from worker.startup import choose_dtype, choose_kv_dtype, count_pages, open_device, quantised
+
+COPY_BYTES = 64 << 20
+MEASURED_S = 0.5
+
+Line = tuple[str, str, bool]
+"""Name, text, and whether it is good."""
+
+
+def model_lines(name: str) -> Iterator[Line]:
+    """Weights as they are held, pages, and the most tokens a second of one row. Settings come from the environment."""
+    if hub_name(name) is not None and not _is_cached(name):
+        yield "model", f"{name} is not on this machine: degas serve {name} fetches it", False
+        return
+    try:
+        config = load({"model": name})
+        if config.model == "sim" or config.device == "sim":
+            yield "model", "the simulated device has no weights to look at", True
+            return
+        yield from _of_model(config)
+    except (CheckpointError, ConfigError) as error:
+        yield "model", str(error), False
+
+
+def _of_model(config: WorkerConfig) -> Iterator[Line]:
+    device = open_device(config)
+    source = quantised(open_source(locate(config.model)), config, device)
+    dtype = choose_dtype(config, device, source)
+    started_s = time.perf_counter()
+    with torch.inference_mode():
+        model = load_model(source, device.torch_device, dtype, lambda *_: None)
+    choose_kv_dtype(config, model)
+    loading_s = time.perf_counter() - started_s
+    activations = str(dtype).removeprefix("torch.")
+    yield (
+        "weights",
+        f"{_megabytes(held_bytes(model))} held for {model.num_weights / 1e6:.1f} million, activations in {activations}; "
+        f"loaded in {loading_s:.1f} s",
+        True,
+    )
+    pages = config.num_pages or count_pages(config, device, model, model.card.context_tokens)
+    tokens = pages * config.page_tokens
+    kept = str(model.kv_dtype).removeprefix("torch.")
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.kv_dtype.itemsize
+    yield "pages", f"{pages} of {config.page_tokens} tokens in {kept}, {_megabytes(tokens * per_token)}", True
+    yield "speed", _speed(model, device, config.threads), True
+
+
+def _speed(model: Model, device: Device, threads: int) -> str:
+    read = model.step_bytes
+    per_s = copy_bandwidth(device.torch_device, threads)
+    return (
+        f"some {per_s / read:.0f} tokens/s at one row, as far as memory bounds it: a token reads {_megabytes(read)}, and "
+        f"{device.name} copies {per_s / 1e9:.1f} GB/s (threads: {threads})"
+    )
+
+
+def copy_bandwidth(device: torch.device, threads: int) -> float:
+    """Bytes read and written a second, the best copy of half a second of them. Of a model that fits a cache this says little."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        best_s, end_s = float("inf"), time.perf_counter() + MEASURED_S
+        while time.perf_counter() < end_s:
+            started_s = time.perf_counter()
+            target.copy_(source)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best_s = min(best_s, time.perf_counter() - started_s)
+        return 2 * COPY_BYTES / best_s
+    finally:
+        torch.set_num_threads(before)
+
+
+def _is_cached(name: str) -> bool:
+    wanted = hub_name(name)
+    return (
+        wanted is not None and (cache_folder() / f"models--{wanted.repository.replace('/', '--')}").is_dir()
+    )
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.2f} GB"

@@ -1,0 +1,112 @@
+"""Owns the setting `quantize`: a model of float weights that hands out its products' matrices in blocks. Decode thread, at load.
+
+A matrix is read, rounded and let go of one at a time; what it came to is kept in the user's cache. Norms, biases, embeddings
+and whatever else a model takes as floats stay as they are; the head keeps eight bits in either format, because every
+token's logits pass through its one matrix.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor
+
+from worker.formats.errors import CheckpointError
+from worker.formats.gguf_parts import parts_of
+from worker.formats.source import Packed, ProgressReport, Rename, Source, Target, Tensors
+from worker.native.quantised import KINDS
+from worker.native.quantised_cache import QuantisedCache
+from worker.native.quantiser import KINDS_OF, fits, to_blocks
+
+HEADS = ("lm_head.weight", "embed_tokens.weight")
+CPU = torch.device("cpu")
+log = structlog.get_logger("worker.native")
+
+
+class QuantisedSource:
+    """`source` with matrices in the blocks of `made`, int8 or int4; a `source.Source`. `folder`: the cache, None: the user's."""
+
+    def __init__(self, source: Source, made: str, folder: Path | None = None) -> None:
+        self._source, self._made, self._folder = source, made, folder
+        self.path, self.settings_file = source.path, source.settings_file
+        self.model_id, self.created = source.model_id, source.created
+        self.num_bytes = source.num_bytes // (2 if made == "int8" else 3)
+        self.config: dict[str, Any] = source.config
+        self.generation, self.templates = source.generation, source.templates
+
+    def open(self, report: ProgressReport, rename: Rename = Target) -> QuantisedTensors:
+        """See `Source.open`."""
+        cache = QuantisedCache(self.model_id, _files(self.path), self._made, self._folder)
+        return QuantisedTensors(self._source.open(report, rename), self._made, cache, self.path)
+
+    def tokenizer(self) -> bytes:
+        """See `Source.tokenizer`."""
+        return self._source.tokenizer()
+
+    def end_tokens(self) -> list[int]:
+        """See `Source.end_tokens`."""
+        return self._source.end_tokens()
+
+    def special_tokens(self) -> dict[str, str]:
+        """See `Source.special_tokens`."""
+        return self._source.special_tokens()
+
+
+class QuantisedTensors:
+    """The tensors of one model; a `source.Tensors`. `take_packed` raises CheckpointError for what is in blocks already."""
+
+    def __init__(self, inner: Tensors, made: str, cache: QuantisedCache, path: Path) -> None:
+        self._inner, self._made, self._cache, self._path = inner, made, cache, path
+        if not cache.is_whole:
+            log.info("quantize", to=made, note="once for these files; later starts find it in the cache")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._inner
+
+    def take(self, name: str, *shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """See `Tensors.take`."""
+        return self._inner.take(name, *shape, device=device, dtype=dtype)
+
+    def skip(self, name: str, *shape: int) -> None:
+        """See `Tensors.skip`."""
+        self._inner.skip(name, *shape)
+
+    def take_packed(self, name: str, *shape: int) -> Packed | None:
+        """See `Tensors.take_packed`: any matrix that `fits`, in blocks."""
+        found = self._inner.take_packed(name, *shape)
+        if found is not None:
+            raise CheckpointError(
+                f"quantised already, as {found.type}, so quantize {self._made} does not apply: leave it out",
+                file=self._path,
+                tensor=name,
+            )
+        kind = KINDS_OF["int8" if name.endswith(HEADS) else self._made]
+        rows, columns = shape
+        values, num_bytes, _ = KINDS[kind]
+        blocks = self._cache.read(name, kind, rows, columns // values * num_bytes)
+        if blocks is not None:
+            self._inner.skip(name, *shape)
+            return Packed(kind, (rows, columns), blocks)
+        if columns % values:
+            return None
+        weight = self._inner.take(name, *shape, device=CPU, dtype=torch.float32)
+        if not fits(weight):
+            return None
+        blocks = to_blocks(weight, kind)
+        self._cache.write(name, kind, blocks)
+        return Packed(kind, (rows, columns), blocks)
+
+    def finish(self) -> None:
+        """See `Tensors.finish`."""
+        self._inner.finish()
+        self._cache.finish()
+
+
+def _files(path: Path) -> list[Path]:
+    """All that weights may be read from."""
+    if path.is_file():
+        return list(parts_of(path))
+    return sorted([*path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")])
