@@ -224,7 +224,11 @@ class End:
 
 
 class Listener(Protocol):
-    """Hears a stream's events in order, on the loop. Its exceptions are caught and counted, and cancel the stream."""
+    """Hears a stream's events in order, on the loop. Its exceptions are caught and counted, and cancel the stream.
+
+    A listener that needs a delta's text alone may have `on_text: Callable[[str], None] | None` as well. From its second
+    delta on a stream without stop strings and log-probabilities then gives it only that, one call a token.
+    """
 
     def on_delta(self, delta: Delta) -> None:
         """New text."""

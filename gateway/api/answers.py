@@ -32,6 +32,10 @@ class EventShape:
     media_type: str = "text/event-stream; charset=utf-8"
     waiting: bytes = b": waiting\n\n"  # a comment, which clients pass over
 
+    def around(self, index: int) -> tuple[bytes, bytes] | None:
+        """See `transport.sse.Shape`: a shape whose deltas are a text between equal bytes says which."""
+        return None
+
     def failure(self, error: RequestError) -> bytes:
         """An error in mid-stream."""
         return b"data: " + error_body(error) + b"\n\n"
@@ -43,6 +47,7 @@ class Collected:
     def __init__(self, on_done: Callable[[], None]) -> None:
         self._on_done = on_done
         self._texts: list[str] = []
+        self.on_text = self._texts.append  # see `Listener`
         self.objects: list[SpatialObject] = []
         self.infos: list[TokenInfo] = []
         self.end: End | None = None

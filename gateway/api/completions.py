@@ -88,6 +88,12 @@ class Completion(EventShape):
         """One chunk."""
         return self._chunk(index, delta.text, delta.logprobs, None)
 
+    def around(self, index: int) -> tuple[bytes, bytes] | None:
+        """A chunk is its text and what never changes."""
+        mark = "\ue000"
+        before, behind = self._chunk(index, mark, None, None).split(_encode(mark))
+        return before, behind
+
     def found(self, index: int, found: SpatialObject) -> bytes:
         """A completion finds no objects."""
         return b""

@@ -118,9 +118,9 @@ class Dispatch:
         if is_over:
             self.resume()
 
-    def on_token_gap(self, gap_s: float) -> None:
+    def on_token_gap(self, gap_s: float, count: int = 1) -> None:
         """See `FlightEvents`."""
-        self._metrics.on_token_gap(gap_s)
+        self._metrics.on_token_gap(gap_s, count)
 
     def on_landed(self, flight: Flight) -> None:
         """See `FlightEvents`."""

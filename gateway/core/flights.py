@@ -30,8 +30,8 @@ class FlightEvents(Protocol):
     def on_started(self, flight: Flight) -> None:
         """A flight's first token arrived."""
 
-    def on_token_gap(self, gap_s: float) -> None:
-        """Time between two tokens of one stream."""
+    def on_token_gap(self, gap_s: float, count: int = 1) -> None:
+        """Time between two tokens of one stream, or of `count` streams with the same."""
 
     def on_landed(self, flight: Flight) -> None:
         """The flight is over and in no map any more; its listener is told next."""
@@ -51,6 +51,7 @@ class Flight:
         "record",
         "request",
         "request_id",
+        "say",
         "sequence_id",
         "started_s",
         "state",
@@ -77,6 +78,7 @@ class Flight:
         self.worker_key: int | None = None  # the worker holding it; None while it waits for one
         self.has_shown = False  # its client was given a part of the answer, which cannot be sent again
         self.record = Record()  # of the workers it lost
+        self.say: Callable[[str], None] | None = None  # what takes its text, once nothing else is to be told
         self._events = events
 
     @property
@@ -146,18 +148,39 @@ class Flights:
         logprobs = {item.sequence_id: item for item in outputs.logprobs} if outputs.logprobs else None
         now_s = self._now()
         by_id = self.by_id
+        usual_s, num_usual = 0.0, 0  # streams of one worker mostly had their last tokens at the same time
         for sequence_id, index, token_id in zip(ids, first, token_ids, strict=True):
             flight = by_id.get(sequence_id)
             if flight is None:
                 continue  # cancelled here, and the cancel crossed this frame on the wire
-            self._on_token(
-                flight,
-                index,
-                token_id,
-                now_s,
-                None if values is None else values.get(sequence_id),
-                None if logprobs is None else logprobs.get(sequence_id),
-            )
+            state, say = flight.state, flight.say
+            if say is None or index != state.next_index:
+                self._on_token(
+                    flight,
+                    index,
+                    token_id,
+                    now_s,
+                    None if values is None else values.get(sequence_id),
+                    None if logprobs is None else logprobs.get(sequence_id),
+                )
+                continue
+            gap_s = now_s - state.last_s
+            if gap_s == usual_s:
+                num_usual += 1
+            else:
+                if num_usual:
+                    self._events.on_token_gap(usual_s, num_usual)
+                usual_s, num_usual = gap_s, 1
+            state.next_index = index + 1
+            state.last_s = now_s
+            text = state.detokenize(token_id)
+            if text:
+                try:
+                    say(text)
+                except Exception as fault:
+                    self._on_listener_fault(flight, fault)
+        if num_usual:
+            self._events.on_token_gap(usual_s, num_usual)
         for finish in outputs.finishes:
             flight = by_id.get(finish.sequence_id)
             if flight is not None:
@@ -202,6 +225,8 @@ class Flights:
             try:
                 if isinstance(event, Delta):
                     flight.listener.on_delta(event)
+                    if state.is_plain:
+                        flight.say = getattr(flight.listener, "on_text", None)
                 else:
                     flight.listener.on_object(event)
             except Exception as fault:

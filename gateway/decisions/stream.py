@@ -98,6 +98,7 @@ class StreamState:
         "_task",
         "_values",
         "_want_logprobs",
+        "detokenize",
         "end",
         "last_s",
         "next_index",
@@ -116,6 +117,7 @@ class StreamState:
         drop_space: bool = False,
     ) -> None:
         self._detokenizer = detokenizer
+        self.detokenize = detokenizer.step
         self._matcher = StopMatcher(stops) if stops else None
         self._task = task
         self._want_logprobs = want_logprobs
@@ -131,6 +133,19 @@ class StreamState:
         self.next_index = 0
         self.last_s = 0.0
         self.end: End | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether from now on a token's text is all there is to it.
+
+        The caller may then do `on_token`'s work itself: `next_index`, `last_s`, and `detokenize`.
+        """
+        return (
+            self._task == "text"
+            and self._matcher is None
+            and not (self._want_logprobs or self._strip_start or self._drop_space or self._pending_ids)
+            and self.end is None
+        )
 
     # ------------------------------------------------------------ events in
 

@@ -17,6 +17,10 @@ _SHORT = struct.Struct("!BB").pack
 _MEDIUM = struct.Struct("!BBH").pack
 _LONG = struct.Struct("!BBQ").pack
 _TEXT_FINAL = 0x81
+_HEADS: Final = [
+    _SHORT(_TEXT_FINAL, size) if size < 126 else _MEDIUM(_TEXT_FINAL, 126, size) for size in range(1024)
+]
+"""Of frames of so many bytes: nearly all are short."""
 
 PING: Final = b"\x89\x00"
 """A ping without a payload, as it is sent."""
@@ -25,8 +29,8 @@ PING: Final = b"\x89\x00"
 def text_frame(payload: bytes) -> bytes:
     """One whole text frame around UTF-8 `payload`."""
     length = len(payload)
-    if length < 126:
-        return _SHORT(_TEXT_FINAL, length) + payload
+    if length < len(_HEADS):
+        return _HEADS[length] + payload
     if length < 65536:
         return _MEDIUM(_TEXT_FINAL, 126, length) + payload
     return _LONG(_TEXT_FINAL, 127, length) + payload

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+import msgspec
 from aiohttp import HttpVersion11, web
 
 from gateway.api.answers import EventShape
@@ -30,6 +31,10 @@ from gateway.transport.door import Door
 from gateway.transport.life import LifeSign
 
 _COMMIT_S: Final = 0.5  # after so long without an event the headers are sent alone
+_SIZES: Final = [b"%x\r\n" % size for size in range(1024)]
+"""What stands before a chunk of so many bytes."""
+
+_encode = msgspec.json.encode
 
 HEADERS: Final = {
     "Cache-Control": "no-cache",
@@ -55,6 +60,9 @@ class EventWriter:
         self._metrics = metrics
         self._held: list[bytes] = []
         self._writer: BoundedWriter | None = None
+        self.write_now: Callable[[bytes], None] | None = None
+        """Once the headers are out: writes bytes that need no framing any more. `write_soon`: with this turn's others."""
+        self.write_soon: Callable[[bytes], None] | None = None
         self._life: LifeSign | None = None
         self._is_chunked = request.version >= HttpVersion11
         self._response = web.StreamResponse(headers={"Content-Type": media_type, **HEADERS})
@@ -102,6 +110,7 @@ class EventWriter:
             limit_bytes=self._config.write_buffer_bytes,
             stall_s=self._config.slow_client_s,
         )
+        self.write_now, self.write_soon = self._writer.write, self._writer.write_soon
         held, self._held = b"".join((opening, *self._held)), []
         if held:
             self._writer.write(self._frame(held))
@@ -133,6 +142,11 @@ class EventWriter:
         if isinstance(door, Door):
             door.say = say
 
+    @property
+    def is_chunked(self) -> bool:
+        """Whether what is written needs a chunk's framing."""
+        return self._is_chunked
+
     def _frame(self, events: bytes) -> bytes:
         if not self._is_chunked:
             return events
@@ -155,6 +169,9 @@ class Shape(Protocol):
     def delta(self, index: int, delta: Delta) -> bytes:
         """New text of one choice."""
 
+    def around(self, index: int) -> tuple[bytes, bytes] | None:
+        """What stands before and behind a delta's text in JSON; None where a delta is more than that."""
+
     def found(self, index: int, found: SpatialObject) -> bytes:
         """One more object of one choice."""
 
@@ -171,17 +188,46 @@ class Shape(Protocol):
 class _Choice:
     """The listener of one choice."""
 
-    __slots__ = ("_done", "_index", "_shape", "_writer", "end")
+    __slots__ = (
+        "_around_bytes",
+        "_before",
+        "_behind",
+        "_done",
+        "_index",
+        "_is_alone",
+        "_shape",
+        "_writer",
+        "end",
+        "on_text",
+    )
 
-    def __init__(self, index: int, shape: Shape, writer: EventWriter, done: Callable[[End], None]) -> None:
+    def __init__(
+        self, index: int, shape: Shape, writer: EventWriter, done: Callable[[End], None], *, is_alone: bool
+    ) -> None:
         self._index = index
         self._shape = shape
         self._writer = writer
         self._done = done
+        self._is_alone = is_alone  # no other choice writes to this connection
         self.end: End | None = None
+        around = shape.around(index) if writer.is_chunked else None
+        self.on_text = None if around is None else self._on_text
+        self._before, behind = around or (b"", b"")
+        self._around_bytes = len(self._before) + len(behind)
+        self._behind = behind + b"\r\n"
 
     def on_delta(self, delta: Delta) -> None:
         self._writer.write(self._shape.delta(self._index, delta))
+
+    def _on_text(self, text: str) -> None:
+        """One event, framed as a chunk, in one join: nothing but the text changes from one to the next."""
+        write = self._writer.write_now if self._is_alone else self._writer.write_soon
+        said = _encode(text)
+        size = self._around_bytes + len(said)
+        if write is None or size >= len(_SIZES):
+            self._writer.write(b"".join((self._before, said, self._behind[:-2])))
+        else:
+            write(b"".join((_SIZES[size], self._before, said, self._behind)))
 
     def on_object(self, found: SpatialObject) -> None:
         self._writer.write(self._shape.found(self._index, found))
@@ -214,7 +260,10 @@ async def respond(
 
     running: list[RunningStream] = []
     try:
-        choices.extend(_Choice(index, shape, writer, on_done) for index in range(len(asked)))
+        is_alone = len(asked) == 1
+        choices.extend(
+            _Choice(index, shape, writer, on_done, is_alone=is_alone) for index in range(len(asked))
+        )
         for one, choice in zip(asked, choices, strict=True):
             running.append(submit(one, choice))
         await writer.first()
