@@ -47,7 +47,6 @@ class Collected:
     def __init__(self, on_done: Callable[[], None]) -> None:
         self._on_done = on_done
         self._texts: list[str] = []
-        self.on_text = self._texts.append  # see `Listener`
         self.objects: list[SpatialObject] = []
         self.infos: list[TokenInfo] = []
         self.end: End | None = None
@@ -62,6 +61,10 @@ class Collected:
         self._texts.append(delta.text)
         if delta.logprobs:
             self.infos.extend(delta.logprobs)
+
+    def on_text(self, text: str) -> None:
+        """See `TextListener`."""
+        self._texts.append(text)
 
     def on_object(self, found: SpatialObject) -> None:
         """See `Listener`."""

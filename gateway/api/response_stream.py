@@ -223,7 +223,7 @@ class ResponseStream:
             self._emit_text(delta.text, logprobs)
 
     def on_text(self, text: str) -> None:
-        """See `Listener`: a delta that is text alone."""
+        """See `TextListener`."""
         if self._reader is None and self._first_s and not self.ended and self.opening.task == "text":
             self._emit_text(text, [])
         else:

@@ -144,7 +144,7 @@ class Dispatch:
         if flight.worker_key is None:
             return
         worker = self._workers[flight.worker_key]
-        if worker.flights.by_id.pop(flight.sequence_id, None) is not None:
+        if worker.flights.remove(flight.sequence_id):
             worker.occupancy.leave(flight.request.tenant, self._now())
         flight.worker_key = None
 

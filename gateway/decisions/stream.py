@@ -85,7 +85,6 @@ class StreamState:
     """
 
     __slots__ = (
-        "_detokenizer",
         "_drop_space",
         "_first_s",
         "_infos",
@@ -98,7 +97,7 @@ class StreamState:
         "_task",
         "_values",
         "_want_logprobs",
-        "detokenize",
+        "detokenizer",
         "end",
         "last_s",
         "next_index",
@@ -116,8 +115,7 @@ class StreamState:
         strip_start: bool = False,
         drop_space: bool = False,
     ) -> None:
-        self._detokenizer = detokenizer
-        self.detokenize = detokenizer.step
+        self.detokenizer = detokenizer
         self._matcher = StopMatcher(stops) if stops else None
         self._task = task
         self._want_logprobs = want_logprobs
@@ -138,7 +136,7 @@ class StreamState:
     def is_plain(self) -> bool:
         """Whether from now on a token's text is all there is to it.
 
-        The caller may then do `on_token`'s work itself: `next_index`, `last_s`, and `detokenize`.
+        The caller may then do `on_token`'s work itself: `next_index`, `last_s`, and the detokenizer's step.
         """
         return (
             self._task == "text"
@@ -173,7 +171,7 @@ class StreamState:
         self._pending_ids.append(token_id)
         if self._want_logprobs:
             self._infos.append(_token_info(token_id, logprobs))
-        text = self._visible(self._detokenizer.step(token_id))
+        text = self._visible(self.detokenizer.step(token_id))
         stop: str | None = None
         if self._matcher is not None and text:
             text, stop = self._matcher.feed(text)
@@ -227,7 +225,7 @@ class StreamState:
     def _drain(self) -> tuple[Delta | None, str | None]:
         if self._task != "text":
             return None, None
-        text, stop = self._visible(self._detokenizer.flush()), None
+        text, stop = self._visible(self.detokenizer.flush()), None
         if self._matcher is not None:
             text, stop = self._matcher.feed(text)
             if stop is None:

@@ -26,7 +26,6 @@ class BoundedWriter:
         "_descriptor",
         "_drained_bytes",
         "_held",
-        "_is_closing",
         "_limit_bytes",
         "_loop",
         "_on_stalled",
@@ -34,7 +33,6 @@ class BoundedWriter:
         "_stall_s",
         "_timer",
         "_transport",
-        "_unread",
         "closed",
         "written_bytes",
     )
@@ -49,8 +47,6 @@ class BoundedWriter:
     ) -> None:
         self.closed = False
         self._transport = transport
-        self._is_closing = transport.is_closing
-        self._unread = transport.get_write_buffer_size
         self._descriptor = _descriptor(transport)
         self._held: list[bytes] = []
         self._on_stalled = on_stalled
@@ -68,11 +64,11 @@ class BoundedWriter:
             self._held.append(data)
             data = b"".join(self._held)
             self._held.clear()
-        if self.closed or self._is_closing():
+        if self.closed or self._transport.is_closing():
             return
         size = len(data)
         self.written_bytes += size
-        if self._descriptor >= 0 and not self._unread():
+        if self._descriptor >= 0 and not self._transport.get_write_buffer_size():
             try:
                 sent = _send(self._descriptor, data)
             except OSError:
@@ -81,7 +77,7 @@ class BoundedWriter:
                 return
             data = data[sent:]
         self._transport.write(data)
-        unread = self._unread()
+        unread = self._transport.get_write_buffer_size()
         if unread == 0:
             return
         if unread > self._limit_bytes:

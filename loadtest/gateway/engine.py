@@ -38,7 +38,7 @@ def tokenizer_json() -> bytes:
     words = ["\u0120" + token_text(step)[1:] for step in range(STEPS)]
     vocab = {text: token_id for token_id, text in enumerate([*alphabet, *words])}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    layout = {
+    layout: dict[str, object] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -64,7 +64,7 @@ class Engine:
         self._epoch = os.getpid()
         self._peer = b""
         self._tokenizer = tokenizer_json()
-        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.sndhwm = 0
         self._socket.bind(endpoint)
