@@ -53,7 +53,9 @@ class ModelTokens:
         # What the post-processor puts in front of a text; where there is none, texts begin with their first word.
         self.start_ids: list[int] = self._tokenizer.encode("", add_special_tokens=True).ids
         self._token_bytes: list[bytes] | None = None
-        self._whole: dict[int, str] = {}  # texts of shown tokens that are whole characters, once they were needed
+        self._whole: dict[
+            int, str
+        ] = {}  # texts of shown tokens that are whole characters, once they were needed
         self._partial_ids: frozenset[int] = frozenset()
         if _is_byte_level(layout.get("decoder")):
             self._token_bytes = self._bytes_of_ids()

@@ -42,7 +42,12 @@ def _handshake() -> bytes:
 
 def _create() -> bytes:
     text = json.dumps(
-        {"type": "response.create", "model": "mock", "input": "Tell me of the sea.", "max_output_tokens": _LONG}
+        {
+            "type": "response.create",
+            "model": "mock",
+            "input": "Tell me of the sea.",
+            "max_output_tokens": _LONG,
+        }
     ).encode()
     masked = bytes(byte ^ 0x55 for byte in text)
     return b"\x81\xfe" + len(text).to_bytes(2, "big") + b"\x55" * 4 + masked
@@ -149,7 +154,10 @@ class Clients:
     def _result(self) -> dict[str, object]:
         delays = sorted(self._delays_ns)
         found = {"p50_ms": 0.5, "p99_ms": 0.99} if delays else {}
-        told = {name: delays[min(len(delays) - 1, int(len(delays) * share))] / 1e6 for name, share in found.items()}
+        told = {
+            name: delays[min(len(delays) - 1, int(len(delays) * share))] / 1e6
+            for name, share in found.items()
+        }
         return {"num_tokens": self._num_tokens, "p50_ms": None, "p99_ms": None, **told}
 
     @staticmethod

@@ -58,13 +58,16 @@ class Engine:
     def __init__(self, endpoint: str, counters: Counters, steps_per_s: float, num_groups: int) -> None:
         self._counters = counters
         self._period_s = 1 / steps_per_s
-        self._groups: list[dict[int, list[int]]] = [{} for _ in range(num_groups)]  # id → [next index, max tokens]
+        self._groups: list[dict[int, list[int]]] = [
+            {} for _ in range(num_groups)
+        ]  # id → [next index, max tokens]
         self._num_submitted = 0
         self._step = 0
         self._epoch = os.getpid()
         self._peer = b""
         self._tokenizer = tokenizer_json()
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.sndhwm = 0
         self._socket.bind(endpoint)

@@ -49,7 +49,9 @@ def reference_python(say: Callable[[str], None]) -> Path:
         [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINNED],
     ):
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_MAKE_TIMEOUT_S, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_MAKE_TIMEOUT_S, check=False
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ReferenceError(f"{' '.join(command[:3])}: {error}") from None
         if done.returncode:

@@ -104,7 +104,16 @@ def open_streams(count: int) -> Load:
 
 def table(rows: Sequence[Row]) -> Figures:
     """A line for each load."""
-    names = ("load", "µs", "reference µs", "ratio", "p99 ms", "reference p99 ms", "kB a stream", "reference kB")
+    names = (
+        "load",
+        "µs",
+        "reference µs",
+        "ratio",
+        "p99 ms",
+        "reference p99 ms",
+        "kB a stream",
+        "reference kB",
+    )
     done = Figures(
         "processor time of the gateway, a streamed token (http: a request of eight tokens); p99: from the engine's send "
         "to the client's receipt, by the machine's one monotonic clock",
@@ -115,7 +124,9 @@ def table(rows: Sequence[Row]) -> Figures:
     for row in rows:
         load, said = row.load, row.to_json()
         unit = "us_per_request" if load.transport == "http" else "us_per_token"
-        what = f"{load.streams} connections" if load.transport == "http" else f"{load.streams} × {load.rate:g}/s"
+        what = (
+            f"{load.streams} connections" if load.transport == "http" else f"{load.streams} × {load.rate:g}/s"
+        )
         done.add(
             f"{load.transport}, {what}",
             *(

@@ -106,7 +106,8 @@ class Engine:
         self.queues: dict[int, asyncio.Queue[int | None]] = {}
         self.ids = itertools.count(1)
         self.epoch = 0
-        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = context.socket(zmq.DEALER)
         self.socket.linger = 0
 
     async def start(self) -> None:

@@ -78,7 +78,9 @@ def resident_kb(pid: int) -> int:
 
 
 @contextmanager
-def started(name: str, command: list[str], log: Path, variables: dict[str, str] | None = None) -> Iterator[Watched]:
+def started(
+    name: str, command: list[str], log: Path, variables: dict[str, str] | None = None
+) -> Iterator[Watched]:
     """A process, killed on the way out: nothing of it is to be kept."""
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -149,7 +151,9 @@ def take_turn(load: Load, seconds: float, python: str | None) -> Turn:
         client = [*_ROOMS, "loadtest.gateway.client", load.transport, str(port), str(shared)]
         command, variables = _gateway(endpoint, port, python)
         with (
-            started("the engine", [*engine, str(load.steps_per_s), str(load.groups)], folder / "engine.log") as one,
+            started(
+                "the engine", [*engine, str(load.steps_per_s), str(load.groups)], folder / "engine.log"
+            ) as one,
             started("the gateway", command, folder / "gateway.log", variables) as gateway,
         ):
             wait_ready(f"http://127.0.0.1:{port}", (one, gateway))
@@ -178,5 +182,7 @@ def _measure(
     if not count:
         raise BenchError("nothing was sent while it was measured")
     if not is_http and abs(noted["num_tokens"] - count) > max(2 * load.streams, 0.1 * count):
-        raise BenchError(f"{count} tokens were sent and {noted['num_tokens']} arrived: the clients cannot follow")
+        raise BenchError(
+            f"{count} tokens were sent and {noted['num_tokens']} arrived: the clients cannot follow"
+        )
     return Turn(ns / count / 1000, noted["p50_ms"], noted["p99_ms"], held_kb / load.streams)
