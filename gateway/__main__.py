@@ -74,9 +74,13 @@ class Gateway:
         )
         await runner.setup()
         self._runner = runner
-        site = web.TCPSite(runner, config.host, config.port, backlog=1024)
+        shares = config.gateways > 1
         try:
-            await site.start()
+            await web.TCPSite(
+                runner, config.host, config.port, backlog=1024, reuse_port=shares or None
+            ).start()
+            if config.own_port is not None:
+                await web.TCPSite(runner, config.host, config.own_port, backlog=64).start()
         except OSError:
             await runner.cleanup()
             raise
