@@ -105,8 +105,10 @@ class WorkerSocket:
     def send(self, frames: list[bytes]) -> None:
         """Send one message. Raises `RequestError` WORKER_LOST or QUEUE_FULL; never blocks."""
         try:
-            # Small frames are copied anyway; large ones (pixels) are handed over without a copy.
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=len(frames) == 1)
+            if len(frames) == 1:
+                self._socket.send(frames[0], _NOBLOCK)
+            else:  # large frames (pixels) are handed over without a copy
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
         except zmq.Again:
             self._events.note("send_queue_full")
             raise RequestError(
@@ -123,7 +125,7 @@ class WorkerSocket:
     def send_quietly(self, message: bytes) -> None:
         """Send one frame if a worker is connected."""
         try:
-            self._socket.send(message, zmq.NOBLOCK)
+            self._socket.send(message, _NOBLOCK)
         except zmq.ZMQError:
             pass  # no worker is connected yet; a timer tries again
         finally:
