@@ -39,7 +39,7 @@ def text_frame(payload: bytes) -> bytes:
 class FrameWriter:
     """Sends text messages without waiting; a client that does not take them is cut off and `on_stalled` called."""
 
-    __slots__ = ("bounded",)
+    __slots__ = ("bounded", "is_shared")
 
     def __init__(
         self,
@@ -49,11 +49,17 @@ class FrameWriter:
         limit_bytes: int,
         stall_s: float,
     ) -> None:
+        self.is_shared = False  # several streams write: what they say in one turn of the loop leaves together
         self.bounded = BoundedWriter(transport, on_stalled, limit_bytes=limit_bytes, stall_s=stall_s)
 
     def write(self, payload: bytes) -> None:
         """Send one text message. Once closed it is dropped: the connection's end is already under way."""
-        self.bounded.write(text_frame(payload))
+        size = len(payload)
+        frame = _HEADS[size] + payload if size < len(_HEADS) else text_frame(payload)
+        if self.is_shared:
+            self.bounded.write_soon(frame)
+        else:
+            self.bounded.write(frame)
 
     def close(self) -> None:
         """Write nothing more. Idempotent."""

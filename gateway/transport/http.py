@@ -287,7 +287,9 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
         await _discard(request, limit)
         raise too_large
     if request.content.is_eof() and request.content.exception() is None:
-        whole = request.content.read_nowait()  # nearly always: it came with its header, and nobody waits for it
+        whole = (
+            request.content.read_nowait()
+        )  # nearly always: it came with its header, and nobody waits for it
         if len(whole) > limit:
             raise too_large
         return whole

@@ -202,6 +202,7 @@ class Lanes:
 
         def on_closed(stream: ResponseStream, end: End, output: Sequence[Json]) -> None:
             self._streams.pop(lane, None)
+            self._writer.is_shared = len(self._streams) > 1
             if stream.refusal is not None:
                 self._refuse(lane, stream.refusal)
             turns.remember_answer(self._tenant, stream.opening.response_id, turn, end, output)
@@ -210,6 +211,7 @@ class Lanes:
         tokens = prepared.request.model.tokens
         stream = ResponseStream(prepared.opening, self._sink, tokens, on_closed)
         self._streams[lane] = stream
+        self._writer.is_shared = len(self._streams) > 1
         if body.generate is False:
             stream.on_end(End(FinishReason.STOP, Usage()))  # the turn is kept, nothing is generated
             return

@@ -63,7 +63,11 @@ class Server:
         return dict(found)
 
     def ask(self, max_tokens: int, *, stream: bool = False) -> HTTPConnection:
-        body: dict[str, object] = {"model": None, "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+        body: dict[str, object] = {
+            "model": None,
+            "messages": [{"role": "user", "content": "hi"}],
+            "stream": stream,
+        }
         body |= {"max_tokens": max_tokens, "ignore_eos": True}
         connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request(
