@@ -64,11 +64,12 @@ def test_bytes_arrive_in_order_however_they_leave(uv: bool) -> None:
             if number % 50 == 49:
                 await asyncio.sleep(0)
                 received += client.recv(1 << 18)
-        while len(received) < len(expected):
-            try:
-                received += client.recv(1 << 20)
-            except BlockingIOError:
-                await asyncio.sleep(0.001)
+        async with asyncio.timeout(10):
+            while len(received) < len(expected):
+                try:
+                    received += client.recv(1 << 20)
+                except BlockingIOError:
+                    await asyncio.sleep(0.001)
         assert received == expected
         assert out.written_bytes == len(expected)
 
