@@ -31,6 +31,9 @@ class ServeOptions:
     port: int = 8080  # 0 picks a free one
     grpc_port: int | None = 8081
     roles: tuple[str, ...] = ("worker", "gateway")
+    gateways: int = 1  # processes that share the ports
+    own_port: int | None = None  # of the first gateway, the others' follow; None or 0: free ones
+    own_ports: tuple[int, ...] = ()  # one for each gateway; empty: there is one gateway, on `port`
     worker_settings: Mapping[str, str] = field(default_factory=dict)
     gateway_settings: Mapping[str, str] = field(default_factory=dict)
     worker_command: tuple[str, ...] = (sys.executable, "-m", "degas.rooms", "worker")
@@ -59,8 +62,8 @@ class ServeOptions:
         environment |= {WORKER_PREFIX + name.upper(): value for name, value in self.worker_settings.items()}
         return environment if model is None else environment | {WORKER_PREFIX + "MODEL": model}
 
-    def gateway_environment(self, endpoint: str | None) -> dict[str, str]:
-        """The gateway's: ours without the worker's settings, and its own."""
+    def gateway_environment(self, endpoint: str | None, number: int = 0) -> dict[str, str]:
+        """A gateway's: ours without the worker's settings, and its own. `number`: which of them, from 0."""
         environment = _inherited(WORKER_PREFIX)
         environment[GATEWAY_PREFIX + "HOST"] = self.host
         environment[GATEWAY_PREFIX + "PORT"] = str(self.port)
@@ -68,9 +71,14 @@ class ServeOptions:
         environment[GATEWAY_PREFIX + "GRPC_PORT"] = "none" if self.grpc_port is None else str(self.grpc_port)
         if endpoint is not None:
             environment[GATEWAY_PREFIX + "WORKERS"] = endpoint
-        return environment | {
-            GATEWAY_PREFIX + name.upper(): value for name, value in self.gateway_settings.items()
-        }
+        environment |= {GATEWAY_PREFIX + name.upper(): value for name, value in self.gateway_settings.items()}
+        if self.own_ports:
+            environment[GATEWAY_PREFIX + "OWN_PORT"] = str(self.own_ports[number])
+            environment[GATEWAY_PREFIX + "GATEWAYS"] = str(self.gateways)
+        admin_host, _, admin_port = environment.get(GATEWAY_PREFIX + "ADMIN_LISTEN", "").rpartition(":")
+        if admin_port.isdecimal() and int(admin_port):  # the operator asks one gateway at a time
+            environment[GATEWAY_PREFIX + "ADMIN_LISTEN"] = f"{admin_host}:{int(admin_port) + number}"
+        return environment
 
 
 def _inherited(foreign: str) -> dict[str, str]:
@@ -92,3 +100,25 @@ def claim_port(host: str, port: int, option: str) -> int:
                 f"Choose another port with {option} (0 picks a free one)"
             ) from None
         return int(probe.getsockname()[1])
+
+
+def claim_own_ports(options: ServeOptions) -> tuple[int, ...]:
+    """A port for each of several gateways, where it answers for itself; none where there is one gateway and none is asked.
+
+    `options` has the ports that are shared. Raises `OptionsError` naming the option.
+    """
+    if options.gateways == 1 and options.own_port is None:
+        return ()
+    taken = {options.port, options.grpc_port}
+    ports: list[int] = []
+    while len(ports) < options.gateways:
+        wanted = options.own_port + len(ports) if options.own_port else 0
+        port = claim_port(options.host, wanted, "--own-port")
+        if wanted and port in taken:
+            raise OptionsError(
+                f"--own-port and the {options.gateways - 1} that follow it meet --port or --grpc-port at {port}"
+            )
+        if port not in taken:
+            taken.add(port)
+            ports.append(port)
+    return tuple(ports)

@@ -113,13 +113,15 @@ def serve_options(effective: Mapping[str, Effective]) -> ServeOptions:
         port=gateway.port,
         grpc_port=gateway.grpc_port,
         roles=roles,
+        gateways=gateway.gateways,
+        own_port=gateway.own_port,
         worker_settings=_texts(effective, "worker"),
         fetch_command=_fetch_command(effective["worker"].config.model) if "worker" in effective else (),
         # The supervisor claims the ports, and says them itself.
         gateway_settings={
             name: text
             for name, text in _texts(effective, "gateway").items()
-            if name not in ("HOST", "PORT", "GRPC_PORT")
+            if name not in ("HOST", "PORT", "GRPC_PORT", "OWN_PORT", "GATEWAYS")
         },
         drain_s=gateway.drain_deadline_s,
         drain_notice_s=gateway.drain_notice_s,

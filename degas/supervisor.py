@@ -22,9 +22,9 @@ from typing import Final
 
 from degas.child import LEASH, SCRIPT, Beat, Child, Guard, describe_exit
 from degas.forks import Nursery, reap_orphans
-from degas.options import BEAT_VARIABLE, OptionsError, ServeOptions, claim_port
+from degas.options import BEAT_VARIABLE, OptionsError, ServeOptions, claim_own_ports, claim_port
+from degas.posts import Post, make_posts, write_status
 from degas.probe import base_url, fetch_status
-from degas.restarts import Restarts
 from degas.startup_view import StartupView
 
 TICK_S: Final = 0.1
@@ -41,31 +41,6 @@ WRONG_SETTINGS: Final = 2  # a child's exit code for settings that no restart wi
 FORCED: Final = 130
 
 
-class Post:
-    """One role's place: the child that runs in it, how often it was replaced, whether it is ready."""
-
-    def __init__(self, role: str, restarts: Restarts) -> None:
-        self.role = role
-        self.restarts = restarts
-        self.child: Child | None = None
-        self.is_ready = False
-        self.ready_since_s = 0.0
-        self.was_ready = False
-        self.halt = asyncio.Event()
-
-    def on_ready(self, now_s: float) -> None:
-        """The child serves."""
-        self.is_ready = self.was_ready = True
-        self.ready_since_s = now_s
-
-    def on_death(self, now_s: float) -> float | None:
-        """The child is gone; returns how long it was ready."""
-        ready_for_s = now_s - self.ready_since_s if self.is_ready else None
-        self.is_ready = False
-        self.child = None
-        return ready_for_s
-
-
 class Supervisor:
     """Runs `degas serve`. `run` returns the exit code."""
 
@@ -77,7 +52,7 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._exit_code = 0
         self._started_s = time.monotonic()
-        self._posts = {role: Post(role, Restarts(options.restarts)) for role in options.roles}
+        self._posts = make_posts(options)
         self._endpoint: str | None = None
         self._model: str | None = None  # where a model that had to be fetched lies
 
@@ -90,12 +65,12 @@ class Supervisor:
         self._guard = Guard()
         self._nursery: Nursery | None = None
         self._guard.say(f"folder {folder}")
-        if len(self._posts) > 1:
+        if len(self._options.roles) > 1:
             self._endpoint = f"ipc://{folder}/worker.sock"
         if self._options.preload and "worker" in self._posts:
             leash = (*SCRIPT, str(LEASH))
             self._nursery = Nursery(self._options.worker_environment(self._endpoint), leash)
-        tasks = {role: asyncio.create_task(self._keep(post), name=role) for role, post in self._posts.items()}
+        tasks = {name: asyncio.create_task(self._keep(post), name=name) for name, post in self._posts.items()}
         side_tasks = [asyncio.create_task(self._announce()), asyncio.create_task(self._reap())]
         if self._options.status_file is not None:
             side_tasks.append(asyncio.create_task(self._write_status(self._options.status_file)))
@@ -104,10 +79,11 @@ class Supervisor:
             await asyncio.wait((stopping, *tasks.values()), return_when=asyncio.FIRST_COMPLETED)
             stopping.cancel()
             self._stopping.set()
-            for role in ("gateway", "worker"):  # the gateway drains while its worker still serves
-                if role in tasks:
-                    self._posts[role].halt.set()
-                    await tasks[role]
+            for role in ("gateway", "worker"):  # gateways drain while their worker still serves
+                ending = [post for post in self._posts.values() if post.role == role]
+                for post in ending:
+                    post.halt.set()
+                await asyncio.gather(*(tasks[post.name] for post in ending))
         finally:
             for post in self._posts.values():  # a child is left here only after a fault of our own
                 if post.child is not None:
@@ -149,17 +125,17 @@ class Supervisor:
             cause = cause or describe_exit(code)
             if code == WRONG_SETTINGS and not post.was_ready:
                 return self._give_up(
-                    f"the {post.role} refuses its settings ({cause}); its message is above", code
+                    f"the {post.name} refuses its settings ({cause}); its message is above", code
                 )
             delay_s = post.restarts.on_death(ready_for_s)
             if delay_s is None:
                 return self._give_up(
-                    f"the {post.role} died {post.restarts.quick_deaths} times in a row right after starting "
+                    f"the {post.name} died {post.restarts.quick_deaths} times in a row right after starting "
                     f"(last: {cause}); not trying again. What it said is above",
                     1,
                 )
             when = f" in {delay_s:.1f} s" if delay_s else ""
-            self._view.note(f"{post.role} ended ({cause}); starting it again{when}", style="yellow")
+            self._view.note(f"{post.name} ended ({cause}); starting it again{when}", style="yellow")
             await _wait_any(self._stopping, timeout_s=delay_s)
         return None
 
@@ -194,7 +170,7 @@ class Supervisor:
         options = self._options
         on_line = self._reader_of(post)
         if post.role == "gateway":
-            environment = options.gateway_environment(self._endpoint)
+            environment = options.gateway_environment(self._endpoint, post.number)
             return Child.start(options.gateway_command, environment, guard=self._guard, on_line=on_line)
         environment = options.worker_environment(self._endpoint, self._model)
         if self._nursery is not None:
@@ -237,7 +213,7 @@ class Supervisor:
                 await self._stop(post, child)
                 return None
             cause = checks.result()  # only returns with a reason to end the child
-            self._view.note(f"{post.role}: {cause}; killing it", style="red")
+            self._view.note(f"{post.name}: {cause}; killing it", style="red")
             await child.kill_hung()
             return cause
         finally:
@@ -248,10 +224,10 @@ class Supervisor:
     async def _stop(self, post: Post, child: Child) -> None:
         drain_s = self._options.drain_notice_s + self._options.drain_s
         grace_s = drain_s if post.role == "gateway" else self._options.worker_grace_s
-        if post.role == "gateway":
+        if post.role == "gateway" and post.number == 0:
             self._view.note(f"draining: streams have up to {grace_s:g} s; a second signal ends them now")
         if not await child.stop(grace_s + KILL_MARGIN_S, self._forced):
-            self._view.note(f"{post.role} did not end in time and was killed", style="yellow")
+            self._view.note(f"{post.name} did not end in time and was killed", style="yellow")
 
     async def _check_worker(self, post: Post, child: Child) -> str:
         """Return when the worker hangs: still loading after the limit, or no decode progress once ready."""
@@ -283,13 +259,13 @@ class Supervisor:
         started_s = answered_s
         while True:
             await asyncio.sleep(HEALTH_INTERVAL_S if post.is_ready else PROBE_INTERVAL_S)
-            status = await fetch_status(options.host, options.port, "/healthz")
+            status = await fetch_status(options.host, post.port or options.port, "/healthz")
             now_s = time.monotonic()
             was_late, tick_s = now_s - tick_s > options.gateway_silence_s, now_s
             if status is not None or was_late:
                 answered_s = now_s
             if status is not None and not post.is_ready:
-                self._view.phase("gateway", "listen", now_s - started_s)
+                self._view.phase(post.name, "listen", now_s - started_s)
                 post.on_ready(now_s)
                 self._changed.set()
             if now_s - answered_s > options.gateway_silence_s:
@@ -331,11 +307,8 @@ class Supervisor:
             self._changed.clear()
             if not all(post.is_ready for post in self._posts.values()):
                 continue
-            if len(self._posts) > 1 and await fetch_status(options.host, options.port, "/readyz") in (
-                None,
-                503,
-            ):
-                await asyncio.sleep(PROBE_INTERVAL_S)  # both are up, but have not met yet
+            if len(options.roles) > 1 and not await self._have_met():
+                await asyncio.sleep(PROBE_INTERVAL_S)  # all are up, but have not met yet
                 self._changed.set()
                 continue
             self._view.close()
@@ -354,21 +327,17 @@ class Supervisor:
             if options.report:
                 print(f"DEGAS-READY {json.dumps({'url': url, 'grpc_port': options.grpc_port})}", flush=True)
 
+    async def _have_met(self) -> bool:
+        """Whether every gateway says that it has a worker."""
+        ports = [post.port for post in self._posts.values() if post.port is not None]
+        told = [await fetch_status(self._options.host, port, "/readyz") for port in ports]
+        return not any(status in (None, 503) for status in told)
+
     async def _write_status(self, path: Path) -> None:
         """Refresh the file that `python -m degas.health` looks at: its age shows whether we still run."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(path.name + ".new")
         while True:
-            state = {
-                post.role: {
-                    "ready": post.is_ready,
-                    "pid": post.child.pid if post.child is not None else None,
-                    "deaths": post.restarts.num_deaths,
-                }
-                for post in self._posts.values()
-            }
-            fresh.write_text(json.dumps(state) + "\n")
-            fresh.replace(path)
+            write_status(path, self._posts.values())
             await asyncio.sleep(STATUS_INTERVAL_S)
 
     def _on_signal(self) -> None:
@@ -409,6 +378,7 @@ def serve(options: ServeOptions) -> int:
             if port == grpc_port:
                 raise OptionsError(f"--port and --grpc-port are both {port}; give them different ones")
             options = dataclasses.replace(options, port=port, grpc_port=grpc_port)
+            options = dataclasses.replace(options, own_ports=claim_own_ports(options))
         return asyncio.run(_run(options))
     except OptionsError as error:
         print(f"degas serve: {error}", file=sys.stderr, flush=True)

@@ -66,7 +66,10 @@ class Gateway:
         app = create_app(self.service)
         self.resumption = app[RESUMPTION]
         admin = admin_app(self.service) if config.admin_listen else None
-        self._runner = await self._listen(app, config.host, config.port)
+        shares = config.gateways > 1
+        self._runner = await self._listen(
+            app, config.host, config.port, shares=shares, own_port=config.own_port
+        )
         self.port = self._runner.addresses[0][1]
         try:
             if admin is not None:
@@ -83,8 +86,17 @@ class Gateway:
         if config.host not in ("127.0.0.1", "::1", "localhost") and not self.service.access.needs_key:
             log.warning("no_api_keys", message="anybody who can reach this port may use it; set api_keys")
 
-    async def _listen(self, app: web.Application, host: str, port: int) -> web.AppRunner:
-        """Serve an application. Raises OSError when the port is taken."""
+    async def _listen(
+        self,
+        app: web.Application,
+        host: str,
+        port: int,
+        *,
+        shares: bool = False,
+        own_port: int | None = None,
+    ) -> web.AppRunner:
+        """Serve an application, on a port that other processes share, and on one more of this one's own. Raises OSError when a
+        port is taken."""
         runner = DoorRunner(
             app,
             handler_cancellation=True,  # a client that leaves ends its handler, and with it its streams, at once
@@ -99,9 +111,10 @@ class Gateway:
             shutdown_timeout=1.0,
         )
         await runner.setup()
-        site = web.TCPSite(runner, host, port, backlog=1024)
         try:
-            await site.start()
+            await web.TCPSite(runner, host, port, backlog=1024, reuse_port=shares or None).start()
+            if own_port is not None:
+                await web.TCPSite(runner, host, own_port, backlog=64).start()
         except OSError:
             await runner.cleanup()
             raise

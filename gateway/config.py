@@ -41,6 +41,20 @@ class GatewayConfig(BaseModel):
         description="gRPC port; 0 picks a free one; none or -1: no gRPC; `degas serve` uses 8081",
     )
 
+    gateways: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="gateways that listen on these ports, each a process, over the same workers",
+    )
+    own_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="one more HTTP port, of one process alone, for probes and metrics where several share `port`; `degas "
+        "serve` gives each gateway one, this and those that follow, or free ones",
+    )
+
     workers: tuple[str, ...] = Field(
         (),
         description="their endpoints, ipc://<path>, tcp://<host>:<port>, or dns://<name>:<port> for every address of a "

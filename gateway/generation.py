@@ -241,7 +241,10 @@ class End:
 
 
 class Listener(Protocol):
-    """Hears a stream's events in order, on the loop. Its exceptions are caught and counted, and cancel the stream."""
+    """Hears a stream's events in order, on the loop. Its exceptions are caught and counted, and cancel the stream.
+
+    One that needs a delta's text alone is a `TextListener`.
+    """
 
     def on_delta(self, delta: Delta) -> None:
         """New text."""
@@ -251,6 +254,13 @@ class Listener(Protocol):
 
     def on_end(self, end: End) -> None:
         """The stream is over; nothing follows."""
+
+
+class TextListener(Listener, Protocol):
+    """From its second delta on it hears, of a stream without stop strings and log-probabilities, one `on_text` a token."""
+
+    def on_text(self, text: str) -> None:
+        """New text: what `on_delta` would be told with more words."""
 
 
 class RunningStream(Protocol):

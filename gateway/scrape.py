@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
@@ -91,6 +92,9 @@ class Scrape(Collector):
             yield from self._vllm_families(self._service)
 
     def _service_families(self, service: Service) -> Iterator[Metric]:
+        info = GaugeMetricFamily("degas_gateway_info", "1: which gateway answers", labels=["gateway", "pid"])
+        info.add_metric([service.gateway_id, str(os.getpid())], 1)
+        yield info
         yield GaugeMetricFamily("degas_requests_in_flight", "Accepted, not ended", service.num_in_flight)
         yield GaugeMetricFamily("degas_requests_recovering", "Waiting after a death", service.num_recovering)
         yield GaugeMetricFamily("degas_ready", "1 when new work is served", int(service.readiness()[0]))

@@ -17,10 +17,10 @@ class Histogram:
         self.counts = [0] * (len(HISTOGRAM_BUCKETS_S) + 1)
         self.total_s = 0.0
 
-    def observe(self, value_s: float) -> None:
-        """Count one duration; a bucket's bound belongs to it."""
-        self.counts[bisect_left(HISTOGRAM_BUCKETS_S, value_s)] += 1
-        self.total_s += value_s
+    def observe(self, value_s: float, count: int = 1) -> None:
+        """Count one duration, or `count` equal ones; a bucket's bound belongs to it."""
+        self.counts[bisect_left(HISTOGRAM_BUCKETS_S, value_s)] += count
+        self.total_s += value_s * count
 
     def cumulative(self) -> list[float]:
         """The number of durations up to each bound, then the number of all: Prometheus' form."""

@@ -322,6 +322,7 @@ class Beat(Message, frozen=True):
     expected_s: float = (
         0.0  # how long the loop may now be silent because its steps are slow, without being hung
     )
+    num_gateways: int = 1  # connected gateways that have sent requests: they share the places
 
 
 class TraceChunk(Message, frozen=True):

@@ -33,6 +33,10 @@ class EventShape:
     media_type: str = "text/event-stream; charset=utf-8"
     waiting: bytes = b": waiting\n\n"  # a comment, which clients pass over
 
+    def around(self, index: int) -> tuple[bytes, bytes] | None:
+        """See `transport.sse.Shape`: a shape whose deltas are a text between equal bytes says which."""
+        return None
+
     def failure(self, error: RequestError) -> bytes:
         """An error in mid-stream."""
         return b"data: " + error_body(error) + b"\n\n"
@@ -61,6 +65,10 @@ class Collected:
             self.infos.extend(delta.logprobs)
         if delta.prompt is not None:
             self.prompt = delta.prompt
+
+    def on_text(self, text: str) -> None:
+        """See `TextListener`."""
+        self._texts.append(text)
 
     def on_object(self, found: SpatialObject) -> None:
         """See `Listener`."""

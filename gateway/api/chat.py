@@ -143,6 +143,10 @@ class Chat(EventShape):
             self._tail,
         )
 
+    def around(self, index: int) -> tuple[bytes, bytes] | None:
+        """A chunk is its text and what never changes, unless it is read in parts."""
+        return None if self._choices is not None else (self._before[index], self._after)
+
     def found(self, index: int, found: SpatialObject) -> bytes:
         """Chat finds no objects."""
         return b""

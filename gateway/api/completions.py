@@ -113,6 +113,12 @@ class Completion(EventShape):
             before = self._said(index, self._echoes[index], self._echoed(index, delta.prompt), None)
         return before if self._is_silent else before + self._chunk(index, delta.text, delta.logprobs, None)
 
+    def around(self, index: int) -> tuple[bytes, bytes] | None:
+        """A chunk is its text and what never changes."""
+        mark = "\ue000"
+        before, behind = self._chunk(index, mark, None, None).split(_encode(mark))
+        return before, behind
+
     def found(self, index: int, found: SpatialObject) -> bytes:
         """A completion finds no objects."""
         return b""

@@ -172,14 +172,9 @@ class ResponseStream:
     def _emit_text(self, text: str, logprobs: list[Json]) -> None:
         self._text.append(text)
         if not logprobs:  # the hot path: everything around the number and the text is made once
-            event = b"%b%d%b%b%b" % (
-                _DELTA_HEAD,
-                self._next(),
-                self._delta_middle,
-                _encode(text),
-                _DELTA_TAIL,
-            )
-            self._sink.send("response.output_text.delta", event)
+            self._sequence_number = number = self._sequence_number + 1
+            event = (_DELTA_HEAD, b"%d" % number, self._delta_middle, _encode(text), _DELTA_TAIL)
+            self._sink.send("response.output_text.delta", b"".join(event))
             return
         self._logprobs.extend(logprobs)
         assert isinstance(self._open_item, MessageItem)
@@ -226,6 +221,13 @@ class ResponseStream:
         logprobs = [token_logprobs(info, self._tokens) for info in delta.logprobs] if delta.logprobs else []
         if delta.text or logprobs:
             self._emit_text(delta.text, logprobs)
+
+    def on_text(self, text: str) -> None:
+        """See `TextListener`."""
+        if self._reader is None and self._first_s and not self.ended and self.opening.task == "text":
+            self._emit_text(text, [])
+        else:
+            self.on_delta(Delta(text, (), 0))
 
     def on_object(self, found: SpatialObject) -> None:
         """One more box or point: the extension event, and its JSON as text so that the deltas spell the answer."""

@@ -130,9 +130,9 @@ class Dispatch:
         if is_over:
             self.resume()
 
-    def on_token_gap(self, gap_s: float) -> None:
+    def on_token_gap(self, gap_s: float, count: int = 1) -> None:
         """See `FlightEvents`."""
-        self._metrics.on_token_gap(gap_s)
+        self._metrics.on_token_gap(gap_s, count)
 
     def on_landed(self, flight: Flight) -> None:
         """See `FlightEvents`."""
@@ -159,7 +159,7 @@ class Dispatch:
         if flight.worker_key is None:
             return
         worker = self._workers[flight.worker_key]
-        if worker.flights.by_id.pop(flight.sequence_id, None) is not None:
+        if worker.flights.remove(flight.sequence_id):
             worker.occupancy.leave(flight.request.tenant, self._now())
         flight.worker_key = None
 

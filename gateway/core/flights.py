@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import structlog
 
@@ -18,7 +18,7 @@ from gateway.decisions.limits import Meter
 from gateway.decisions.recovery import Record
 from gateway.decisions.stream import Discontinuity, StreamState
 from gateway.faults import fault_fields
-from gateway.generation import Delta, GenerateRequest, Listener, RequestError
+from gateway.generation import Delta, GenerateRequest, Listener, RequestError, TextListener
 from shared import protocol as wire
 from shared.errors import ErrorCode
 
@@ -31,8 +31,8 @@ class FlightEvents(Protocol):
     def on_started(self, flight: Flight) -> None:
         """A flight's first token arrived."""
 
-    def on_token_gap(self, gap_s: float) -> None:
-        """Time between two tokens of one stream."""
+    def on_token_gap(self, gap_s: float, count: int = 1) -> None:
+        """Time between two tokens of one stream, or of `count` streams with the same."""
 
     def on_landed(self, flight: Flight) -> None:
         """The flight is over and in no map any more; its listener is told next."""
@@ -128,6 +128,17 @@ class Flight:
             log.error("listener_failed", request_id=self.request_id, **fault_fields(fault))
 
 
+class _Plain:
+    """What a token of a plain stream needs, and nothing else: with many streams each object is one more cache miss."""
+
+    __slots__ = ("detokenizer", "listener", "state")
+
+    def __init__(self, state: StreamState, listener: TextListener) -> None:
+        self.state = state
+        self.detokenizer = state.detokenizer
+        self.listener = listener
+
+
 class Flights:
     """The flights on one worker, by sequence id."""
 
@@ -141,6 +152,12 @@ class Flights:
         self._note = note
         self._now = now
         self.by_id: dict[int, Flight] = {}
+        self._plain: dict[int, _Plain] = {}  # those of them whose tokens are text and nothing else
+
+    def remove(self, sequence_id: int) -> bool:
+        """Take a flight off; False where it is not here."""
+        self._plain.pop(sequence_id, None)
+        return self.by_id.pop(sequence_id, None) is not None
 
     def on_outputs(self, outputs: wire.StepOutputs) -> None:
         """Deliver one step. Raises ValueError for a frame whose arrays do not fit together."""
@@ -152,22 +169,43 @@ class Flights:
         values = {item.sequence_id: item.values for item in outputs.values} if outputs.values else None
         logprobs = {item.sequence_id: item for item in outputs.logprobs} if outputs.logprobs else None
         now_s = self._now()
-        by_id = self.by_id
+        by_id, plains = self.by_id, self._plain
         for scores in outputs.prompt_logprobs:
             if (flight := by_id.get(scores.sequence_id)) is not None:
                 flight.state.on_prompt(scores)
+        usual_s, num_usual = 0.0, 0  # streams of one worker mostly had their last tokens at the same time
         for sequence_id, index, token_id in zip(ids, first, token_ids, strict=True):
-            flight = by_id.get(sequence_id)
-            if flight is None:
-                continue  # cancelled here, and the cancel crossed this frame on the wire
-            self._on_token(
-                flight,
-                index,
-                token_id,
-                now_s,
-                None if values is None else values.get(sequence_id),
-                None if logprobs is None else logprobs.get(sequence_id),
-            )
+            plain = plains.get(sequence_id)
+            if plain is None or index != (state := plain.state).next_index:
+                flight = by_id.get(sequence_id)
+                if flight is None:
+                    continue  # cancelled here, and the cancel crossed this frame on the wire
+                self._on_token(
+                    flight,
+                    index,
+                    token_id,
+                    now_s,
+                    None if values is None else values.get(sequence_id),
+                    None if logprobs is None else logprobs.get(sequence_id),
+                )
+                continue
+            gap_s = now_s - state.last_s
+            if gap_s == usual_s:
+                num_usual += 1
+            else:
+                if num_usual:
+                    self._events.on_token_gap(usual_s, num_usual)
+                usual_s, num_usual = gap_s, 1
+            state.next_index = index + 1
+            state.last_s = now_s
+            text = plain.detokenizer.step(token_id)
+            if text:
+                try:
+                    plain.listener.on_text(text)
+                except Exception as fault:
+                    self._on_listener_fault(by_id[sequence_id], fault)
+        if num_usual:
+            self._events.on_token_gap(usual_s, num_usual)
         for finish in outputs.finishes:
             flight = by_id.get(finish.sequence_id)
             if flight is not None and not self._is_elsewhere(flight, finish.code):
@@ -217,6 +255,9 @@ class Flights:
             try:
                 if isinstance(event, Delta):
                     flight.listener.on_delta(event)
+                    if state.is_plain and hasattr(flight.listener, "on_text"):
+                        listener = cast(TextListener, flight.listener)
+                        self._plain[flight.sequence_id] = _Plain(state, listener)
                 else:
                     flight.listener.on_object(event)
             except Exception as fault:

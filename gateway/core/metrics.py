@@ -56,9 +56,9 @@ class Metrics:
         """Time to first token of one stream."""
         self._ttft.observe(wait_s)
 
-    def on_token_gap(self, gap_s: float) -> None:
-        """Time between two tokens of one stream."""
-        self._gap.observe(gap_s)
+    def on_token_gap(self, gap_s: float, count: int = 1) -> None:
+        """Time between two tokens of one stream; of `count` streams with the same."""
+        self._gap.observe(gap_s, count)
 
     def on_end(self, end: End, elapsed_s: float) -> None:
         """A request's terminal event."""

@@ -65,7 +65,7 @@ class Service:
         self.gateway_id = f"gw-{secrets.token_hex(6)}"
         self._now = now
         self._is_ending = False
-        self._admission = Admission(config.max_queue, config.max_wait_s)
+        self._admission = Admission(config.max_queue, config.max_wait_s, num_gateways=config.gateways)
         self._placement = Placement(self._admission, self.metrics.on_refused)
         self._catalog = Catalog(config)
         self._workers = self._placement.workers
@@ -298,7 +298,9 @@ class Service:
 
     def on_beat(self, link: WorkerLink, beat: wire.Beat) -> None:
         """See `WorkerEvents`."""
-        self._pool.of(link).occupancy.on_beat(beat.drain_rate, beat.num_waiting)
+        occupancy = self._pool.of(link).occupancy
+        occupancy.on_beat(beat.drain_rate, beat.num_waiting)
+        occupancy.share(beat.num_gateways, beat.num_running + beat.num_waiting)
 
     def on_recording(self, link: WorkerLink, recording: bytes) -> None:
         """See `WorkerEvents`."""

@@ -58,6 +58,9 @@ class ModelTokens:
         # What the post-processor puts in front of a text; where there is none, texts begin with their first word.
         self.start_ids: list[int] = self._tokenizer.encode("", add_special_tokens=True).ids
         self._token_bytes: list[bytes] | None = None
+        self._whole: dict[
+            int, str
+        ] = {}  # texts of shown tokens that are whole characters, once they were needed
         self._partial_ids: frozenset[int] = frozenset()
         if _is_byte_level(layout.get("decoder")):
             self._token_bytes = self._bytes_of_ids()
@@ -135,7 +138,7 @@ class ModelTokens:
         """A fresh one for one stream. `shown`: special tokens that have their text in it."""
         skipped = self.special_ids.difference(shown) if shown else self.special_ids
         if self._token_bytes is not None:
-            return ByteDetokenizer(self._token_bytes, skipped)
+            return ByteDetokenizer(self._token_bytes, skipped, {} if shown else self._whole)
         return WindowDetokenizer(self, skipped, self._partial_ids)
 
     def _with_aliases(self) -> tuple[Tokenizer, dict[int, int]]:
@@ -167,24 +170,36 @@ class ModelTokens:
 
 
 class ByteDetokenizer:
-    """For byte-level BPE: bytes of each token through an incremental UTF-8 decoder."""
+    """For byte-level BPE: bytes of each token, decoded as far as they are whole characters.
 
-    __slots__ = ("_decode", "_skipped", "_table")
+    `whole` remembers texts between characters, for all streams that skip the same tokens.
+    """
 
-    def __init__(self, table: list[bytes], skipped: frozenset[int]) -> None:
+    __slots__ = ("_held", "_skipped", "_table", "_whole")
+
+    def __init__(self, table: list[bytes], skipped: frozenset[int], whole: dict[int, str]) -> None:
         self._table = table
         self._skipped = skipped
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._whole = whole
+        self._held = b""  # the beginning of a character
 
     def step(self, token_id: int) -> str:
         """See `gateway.decisions.stream.Detokenizer`. An id outside the vocabulary has no text."""
+        if not self._held and (known := self._whole.get(token_id)) is not None:
+            return known
         if token_id in self._skipped or not 0 <= token_id < len(self._table):
             return ""
-        return self._decode(self._table[token_id])
+        data = self._held + self._table[token_id]
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        if not self._held and used == len(data):
+            self._whole[token_id] = text
+        self._held = data[used:]
+        return text
 
     def flush(self) -> str:
         """See `gateway.decisions.stream.Detokenizer`."""
-        return self._decode(b"", True)
+        held, self._held = self._held, b""
+        return held.decode(errors="replace")
 
 
 class WindowDetokenizer:

@@ -13,6 +13,7 @@ from shared.errors import ErrorCode
 
 _RATE_WINDOW_S = 2.0
 _MAX_RETRY_S = 60.0
+_KEPT_FREE = 8  # the part of an equal share that a gateway with more leaves free for each of the others
 
 
 @dataclass(slots=True)
@@ -23,6 +24,9 @@ class Occupancy:
     max_waiting: int
     num_active: int = 0
     reported_rate: float = 0.0
+    num_others: int = 0  # requests that other gateways hold at the worker, as it last said
+    bound: int = -1  # how many places this gateway may hold just now; negative: all
+    num_gateways: int = 1  # at least so many share the places, whatever the worker knows of them
     tenants: dict[str, int] = field(default_factory=dict)
     _window_started_s: float = 0.0
     _num_finished: int = 0
@@ -34,14 +38,19 @@ class Occupancy:
         return self.max_rows + self.max_waiting
 
     @property
+    def limit(self) -> int:
+        """Places that this gateway may take of the worker's: all, unless it shares them."""
+        return self.capacity if self.bound < 0 else self.bound
+
+    @property
     def num_free(self) -> int:
-        """Places left."""
-        return self.capacity - self.num_active
+        """Places left to this gateway."""
+        return self.limit - self.num_active
 
     @property
     def load(self) -> float:
         """The share of its places that are taken; 1 is full."""
-        return self.num_active / max(1, self.capacity)
+        return (self.num_active + self.num_others) / max(1, self.capacity)
 
     @property
     def drain_rate(self) -> float:
@@ -78,6 +87,27 @@ class Occupancy:
         if num_waiting > 0 and drain_rate > 0:
             self.reported_rate = drain_rate
 
+    def share(self, num_gateways: int, num_held: int) -> None:
+        """Take this gateway's part of what is free, of `num_held` places that all gateways hold together.
+
+        Told at every heartbeat. Each gateway takes at most its part of the free places until the next one, so that all
+        together keep the bound. Whoever holds more than an equal share borrows, and leaves a few places free for those
+        who hold less: they begin there, and gain whatever drains until shares are equal.
+        """
+        num_gateways = max(num_gateways, self.num_gateways)
+        if num_gateways <= 1:
+            self.num_others, self.bound = 0, -1
+            return
+        self.num_others = max(0, num_held - self.num_active)
+        num_free = max(0, self.capacity - self.num_active - self.num_others)
+        equal = -(-self.capacity // num_gateways)
+        if self.num_active < equal:
+            part = -(-num_free // num_gateways)
+        else:
+            kept = (num_gateways - 1) * max(1, equal // _KEPT_FREE)
+            part = max(0, num_free - kept) // num_gateways
+        self.bound = self.num_active + part
+
     def wait_s(self, num_ahead: int) -> float:
         """Seconds until `num_ahead` sequences have drained; 0 when the rate is not known yet."""
         return num_ahead / self.drain_rate if self.drain_rate > 0 and num_ahead > 0 else 0.0
@@ -86,15 +116,20 @@ class Occupancy:
 class Admission:
     """The rule for taking a place."""
 
-    def __init__(self, max_queue: int, max_wait_s: float, tenant_share: float = 1.0) -> None:
+    def __init__(
+        self, max_queue: int, max_wait_s: float, tenant_share: float = 1.0, num_gateways: int = 1
+    ) -> None:
         """`tenant_share` is the part of a *full* worker one tenant may hold once others wait as well."""
+        self.num_gateways = num_gateways
         self.max_queue = max_queue
         self.max_wait_s = max_wait_s
         self.tenant_share = tenant_share
 
     def occupancy(self, max_rows: int, max_waiting: int) -> Occupancy:
         """The places of a worker with these bounds, cut to this gateway's own queue bound."""
-        return Occupancy(max_rows, min(max_waiting, self.max_queue))
+        places = Occupancy(max_rows, min(max_waiting, self.max_queue), num_gateways=self.num_gateways)
+        places.share(1, 0)
+        return places
 
     def check(self, held: Occupancy, tenant: str, num_new: int = 1, num_ahead: int = 0) -> None:
         """Raises `RequestError` QUEUE_FULL when `num_new` more requests have no place beside `num_ahead` who come first."""
@@ -102,10 +137,10 @@ class Admission:
             message = f"{num_new} sequences at once; this server holds at most {held.capacity}"
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="n")
         total = held.num_active + num_ahead
-        num_waiting = max(0, total + num_new - held.max_rows)
-        if total + num_new > held.capacity:
-            message = f"{total} requests are running or waiting, and there is room for {held.capacity}"
-            raise _full(message, held.wait_s(total + num_new - held.capacity))
+        num_waiting = max(0, total + held.num_others + num_new - held.max_rows)
+        if total + num_new > held.limit:
+            message = f"{total + held.num_others} requests are running or waiting, and there is room for {held.capacity}"
+            raise _full(message, held.wait_s(max(1, total + held.num_others + num_new - held.capacity)))
         wait_s = held.wait_s(num_waiting)
         if wait_s > self.max_wait_s:
             message = (

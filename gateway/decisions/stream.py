@@ -85,7 +85,6 @@ class StreamState:
     """
 
     __slots__ = (
-        "_detokenizer",
         "_drop_space",
         "_first_s",
         "_infos",
@@ -99,6 +98,7 @@ class StreamState:
         "_task",
         "_values",
         "_want_logprobs",
+        "detokenizer",
         "end",
         "last_s",
         "next_index",
@@ -116,7 +116,7 @@ class StreamState:
         strip_start: bool = False,
         drop_space: bool = False,
     ) -> None:
-        self._detokenizer = detokenizer
+        self.detokenizer = detokenizer
         self._matcher = StopMatcher(stops) if stops else None
         self._task = task
         self._want_logprobs = want_logprobs
@@ -133,6 +133,19 @@ class StreamState:
         self.next_index = 0
         self.last_s = 0.0
         self.end: End | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether from now on a token's text is all there is to it.
+
+        The caller may then do `on_token`'s work itself: `next_index`, `last_s`, and the detokenizer's step.
+        """
+        return (
+            self._task == "text"
+            and self._matcher is None
+            and not (self._want_logprobs or self._strip_start or self._drop_space or self._pending_ids)
+            and self.end is None
+        )
 
     # ------------------------------------------------------------ events in
 
@@ -173,7 +186,7 @@ class StreamState:
         self._pending_ids.append(token_id)
         if self._want_logprobs:
             self._infos.append(_token_info(token_id, logprobs))
-        text = self._visible(self._detokenizer.step(token_id))
+        text = self._visible(self.detokenizer.step(token_id))
         stop: str | None = None
         if self._matcher is not None and text:
             text, stop = self._matcher.feed(text)
@@ -227,7 +240,7 @@ class StreamState:
     def _drain(self) -> tuple[Delta | None, str | None]:
         if self._task != "text":
             return None, None
-        text, stop = self._visible(self._detokenizer.flush()), None
+        text, stop = self._visible(self.detokenizer.flush()), None
         if self._matcher is not None:
             text, stop = self._matcher.feed(text)
             if stop is None:

@@ -17,6 +17,10 @@ _SHORT = struct.Struct("!BB").pack
 _MEDIUM = struct.Struct("!BBH").pack
 _LONG = struct.Struct("!BBQ").pack
 _TEXT_FINAL = 0x81
+_HEADS: Final = [
+    _SHORT(_TEXT_FINAL, size) if size < 126 else _MEDIUM(_TEXT_FINAL, 126, size) for size in range(1024)
+]
+"""Of frames of so many bytes: nearly all are short."""
 
 PING: Final = b"\x89\x00"
 """A ping without a payload, as it is sent."""
@@ -25,8 +29,8 @@ PING: Final = b"\x89\x00"
 def text_frame(payload: bytes) -> bytes:
     """One whole text frame around UTF-8 `payload`."""
     length = len(payload)
-    if length < 126:
-        return _SHORT(_TEXT_FINAL, length) + payload
+    if length < len(_HEADS):
+        return _HEADS[length] + payload
     if length < 65536:
         return _MEDIUM(_TEXT_FINAL, 126, length) + payload
     return _LONG(_TEXT_FINAL, 127, length) + payload
@@ -35,7 +39,7 @@ def text_frame(payload: bytes) -> bytes:
 class FrameWriter:
     """Sends text messages without waiting; a client that does not take them is cut off and `on_stalled` called."""
 
-    __slots__ = ("bounded",)
+    __slots__ = ("bounded", "is_shared")
 
     def __init__(
         self,
@@ -45,11 +49,17 @@ class FrameWriter:
         limit_bytes: int,
         stall_s: float,
     ) -> None:
+        self.is_shared = False  # several streams write: what they say in one turn of the loop leaves together
         self.bounded = BoundedWriter(transport, on_stalled, limit_bytes=limit_bytes, stall_s=stall_s)
 
     def write(self, payload: bytes) -> None:
         """Send one text message. Once closed it is dropped: the connection's end is already under way."""
-        self.bounded.write(text_frame(payload))
+        size = len(payload)
+        frame = _HEADS[size] + payload if size < len(_HEADS) else text_frame(payload)
+        if self.is_shared:
+            self.bounded.write_soon(frame)
+        else:
+            self.bounded.write(frame)
 
     def unread_bytes(self) -> int:
         """What the client has not taken yet."""

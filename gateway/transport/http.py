@@ -312,6 +312,13 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
     if (request.content_length or 0) > limit:
         await _discard(request, limit)
         raise too_large
+    if request.content.is_eof() and request.content.exception() is None:
+        whole = (
+            request.content.read_nowait()
+        )  # nearly always: it came with its header, and nobody waits for it
+        if len(whole) > limit:
+            raise too_large
+        return whole
     pieces: list[bytes] = []
     size = 0
     holding = request.app[HOLDINGS].holding(request[TENANT])

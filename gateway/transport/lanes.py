@@ -221,6 +221,7 @@ class Lanes:
             self._streams.pop(lane, None)
             if sink is not None:
                 self._resumed.end(sink)
+            self._writer.is_shared = len(self._streams) > 1
             if stream.refusal is not None:
                 self._refuse(lane, stream.refusal)
             turns.remember_answer(self._tenant, stream.opening.response_id, turn, end, output)
@@ -231,6 +232,7 @@ class Lanes:
         if sink is not None:
             self._resumed.open(sink, stream)
         self._streams[lane] = stream
+        self._writer.is_shared = len(self._streams) > 1
         if body.generate is False:
             stream.on_end(End(FinishReason.STOP, Usage()))  # the turn is kept, nothing is generated
             return

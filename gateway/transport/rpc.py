@@ -256,7 +256,10 @@ async def start_grpc(core: ServingCore, config: GatewayConfig, access: Access) -
     """Listen on `config.grpc_port` and serve until `stop`. Raises OSError when the port is taken."""
     ping_ms = max(1000, round(config.life_sign_s * 1000))
     options = [
-        ("grpc.so_reuseport", 0),  # a taken port is an error, not a shared one
+        (
+            "grpc.so_reuseport",
+            int(config.gateways > 1),
+        ),  # otherwise a taken port is an error, not a shared one
         ("grpc.max_receive_message_length", config.max_body_bytes),
         ("grpc.max_concurrent_streams", 1024),
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+import msgspec
 from aiohttp import HttpVersion11, web
 
 from gateway.api.answers import EventShape
@@ -30,6 +31,12 @@ from gateway.transport.door import Door
 from gateway.transport.life import LifeSign
 
 _COMMIT_S: Final = 0.5  # after so long without an event the headers are sent alone
+_SIZES: Final = [b"%x\r\n" % size for size in range(1024)]
+"""What stands before a chunk of so many bytes."""
+_ENDS: Final[dict[bytes, bytes]] = {}
+"""What stands behind texts, of the few shapes there are: one object for all streams, which stays in the cache."""
+
+_encode = msgspec.json.encode
 
 HEADERS: Final = {
     "Cache-Control": "no-cache",
@@ -54,7 +61,7 @@ class EventWriter:
         self._config = config
         self._metrics = metrics
         self._held: list[bytes] = []
-        self._writer: BoundedWriter | None = None
+        self.bounded: BoundedWriter | None = None  # once the headers are out
         self._life: LifeSign | None = None
         self._is_chunked = request.version >= HttpVersion11
         self._response = web.StreamResponse(headers={"Content-Type": media_type, **HEADERS})
@@ -64,11 +71,11 @@ class EventWriter:
         """Send one or more whole events. Never waits, never raises."""
         if not events:
             return  # an empty chunk would end the body; later events would then corrupt the connection's next answer
-        if self._writer is None:
+        if self.bounded is None:
             self._held.append(events)
             self.wake()
         else:
-            self._writer.write(self._frame(events))
+            self.bounded.write(self._frame(events))
 
     def wake(self) -> None:
         """Let `first` return although nothing was written."""
@@ -82,7 +89,7 @@ class EventWriter:
     @property
     def has_events(self) -> bool:
         """Whether anything was written yet."""
-        return bool(self._held) or self._writer is not None
+        return bool(self._held) or self.bounded is not None
 
     async def open(self, opening: bytes = b"") -> None:
         """Send the headers, `opening` and what was held. Raises ConnectionError when the client is gone."""
@@ -96,7 +103,7 @@ class EventWriter:
         if writer is None or transport is None or transport.is_closing():
             raise ConnectionResetError("the client left")
         writer.send_headers()
-        self._writer = BoundedWriter(
+        self.bounded = BoundedWriter(
             transport,
             self._on_stalled,
             limit_bytes=self._config.write_buffer_bytes,
@@ -104,8 +111,8 @@ class EventWriter:
         )
         held, self._held = b"".join((opening, *self._held)), []
         if held:
-            self._writer.write(self._frame(held))
-        self._life = LifeSign(self._writer, self._frame(self._waiting), self._config.life_sign_s)
+            self.bounded.write(self._frame(held))
+        self._life = LifeSign(self.bounded, self._frame(self._waiting), self._config.life_sign_s)
         self._tell_door(self._life.say)
 
     async def finish(self) -> web.StreamResponse:
@@ -113,15 +120,15 @@ class EventWriter:
 
         Closing the connection instead would reset a client that sends its next request at that moment.
         """
-        assert self._writer is not None
+        assert self.bounded is not None
         self.abandon()
         await self._response.write_eof()
         return self._response
 
     def abandon(self) -> None:
         """Write nothing more."""
-        if self._writer is not None:
-            self._writer.close()
+        if self.bounded is not None:
+            self.bounded.close()
         if self._life is not None:
             self._life.close()
             self._life = None
@@ -132,6 +139,11 @@ class EventWriter:
         door = self._request.protocol
         if isinstance(door, Door):
             door.say = say
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether what is written needs a chunk's framing."""
+        return self._is_chunked
 
     def _frame(self, events: bytes) -> bytes:
         if not self._is_chunked:
@@ -154,6 +166,9 @@ class Shape(Protocol):
 
     def delta(self, index: int, delta: Delta) -> bytes:
         """New text of one choice."""
+
+    def around(self, index: int) -> tuple[bytes, bytes] | None:
+        """What stands before and behind a delta's text in JSON; None where a delta is more than that."""
 
     def found(self, index: int, found: SpatialObject) -> bytes:
         """One more object of one choice."""
@@ -193,6 +208,54 @@ class _Choice:
         self._done(end)
 
 
+class _TextChoice(_Choice):
+    """One whose deltas are a text between bytes that never change. `is_alone`: nobody else writes to its connection."""
+
+    __slots__ = ("_around_bytes", "_before", "_behind", "_bounded", "_is_alone")
+
+    def __init__(
+        self,
+        index: int,
+        shape: Shape,
+        writer: EventWriter,
+        done: Callable[[End], None],
+        around: tuple[bytes, bytes],
+        *,
+        is_alone: bool,
+    ) -> None:
+        super().__init__(index, shape, writer, done)
+        self._bounded: BoundedWriter | None = None
+        self._is_alone = is_alone
+        self._before, behind = around
+        self._around_bytes = len(self._before) + len(behind)
+        self._behind = _ENDS.setdefault(behind, behind + b"\r\n")
+
+    def on_text(self, text: str) -> None:
+        """See `TextListener`: one event, framed as a chunk, in one join."""
+        bounded = self._bounded
+        said = _encode(text)
+        size = self._around_bytes + len(said)
+        if bounded is None or size >= len(_SIZES):
+            self._writer.write(b"".join((self._before, said, self._behind[:-2])))
+            self._bounded = self._writer.bounded
+            return
+        chunk = b"".join((_SIZES[size], self._before, said, self._behind))
+        if self._is_alone:
+            bounded.write(chunk)
+        else:
+            bounded.write_soon(chunk)
+
+
+def _listeners(num: int, shape: Shape, writer: EventWriter, done: Callable[[End], None]) -> list[_Choice]:
+    arounds = [shape.around(index) if writer.is_chunked else None for index in range(num)]
+    return [
+        _Choice(index, shape, writer, done)
+        if around is None
+        else _TextChoice(index, shape, writer, done, around, is_alone=num == 1)
+        for index, around in enumerate(arounds)
+    ]
+
+
 async def respond(
     request: web.Request,
     config: GatewayConfig,
@@ -214,7 +277,7 @@ async def respond(
 
     running: list[RunningStream] = []
     try:
-        choices.extend(_Choice(index, shape, writer, on_done) for index in range(len(asked)))
+        choices.extend(_listeners(len(asked), shape, writer, on_done))
         for one, choice in zip(asked, choices, strict=True):
             running.append(submit(one, choice))
         await writer.first()

@@ -20,6 +20,7 @@ from shared.protocol import (
     MAX_MESSAGE_BYTES,
     MAX_PAYLOAD_BYTES,
     PROTOCOL_VERSION,
+    Beat,
     Cancel,
     Fatal,
     Hello,
@@ -50,6 +51,7 @@ class Lease:
     name: str
     lease_s: float
     until_s: float
+    asks: bool = False  # it has sent requests, so it needs its share of the places
 
 
 class Transport:
@@ -169,6 +171,9 @@ class Transport:
         outbox = self._outbox
         while len(outbox):
             gateway, message, payloads = outbox.take()
+            if isinstance(message, Beat):
+                num_asking = sum(lease.asks for lease in self._leases.values())
+                message = msgspec.structs.replace(message, num_gateways=max(1, num_asking))
             data = encode(message)
             for target in list(self._leases) if gateway is None else [gateway]:
                 self._post(socket, target, [data, *payloads])
@@ -205,6 +210,7 @@ class Transport:
         lease.until_s = self._now() + lease.lease_s
         if isinstance(message, Ping):
             return
+        lease.asks = lease.asks or isinstance(message, Submit)
         if self._compiler is not None:
             if isinstance(message, Submit) and message.grammar is not None:
                 self._compiler.submit(gateway, message, frames[2:])

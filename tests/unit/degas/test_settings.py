@@ -233,3 +233,11 @@ def test_version() -> None:
 def test_resolve_refuses_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="a safe value is 2"):
         resolve({}, {"DEGAS_WORKER_DEPTH": "0"})
+
+
+def test_each_of_several_gateways_has_the_operators_routes_on_its_own_port() -> None:
+    options = ServeOptions(
+        gateways=3, own_ports=(9001, 9002, 9003), gateway_settings={"admin_listen": "127.0.0.1:9090"}
+    )
+    ports = [options.gateway_environment(None, number)["DEGAS_GATEWAY_ADMIN_LISTEN"] for number in range(3)]
+    assert ports == ["127.0.0.1:9090", "127.0.0.1:9091", "127.0.0.1:9092"]

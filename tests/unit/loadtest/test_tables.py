@@ -10,7 +10,7 @@ from dataclasses import asdict
 import pytest
 from rich.console import Console
 
-from loadtest.bench import cli
+from loadtest.bench import cli, shown
 from loadtest.bench.cancels import Baseline, CancelReport
 from loadtest.bench.first_token import FirstToken
 from loadtest.bench.flood import FloodRow, flood_table
@@ -47,16 +47,16 @@ DECODED = {
     "cpu_ratio": 2.1,
 }
 TABLES = {
-    "loop": cli.loop_table(LOOP, "b200"),
+    "loop": shown.loop_table(LOOP, "b200"),
     "flood": flood_table(FLOOD, "8 rows, queue of 8, 16 tokens, b200"),
-    "ttft": cli.first_token_table(
+    "ttft": shown.first_token_table(
         [FirstToken("pipelined, late launch", 12.34, 56.78, 3.456)] * 3, 16, "b200"
     ),
-    "structured": cli.structured_table([Share(20, "device", 12345.0, 0.987, 12.3)] * 8, 32, "b200"),
+    "structured": shown.structured_table([Share(20, "device", 12345.0, 0.987, 12.3)] * 8, 32, "b200"),
     "cancels": of_objects("cancels", [CANCELS]),
-    "decode": cli.decode_table([DECODED] * 3, "bfloat16"),
+    "decode": shown.decode_table([DECODED] * 3, "bfloat16"),
     "pictures": pictures_table([PictureRow(12.0, "moondream", 1_326_000, 123.4, 31.2, 2.95, 0.28, 1.0)] * 6),
-    "pocket": cli.accuracy_table({"query": 0.98765, "small_many_crops": {"query": 0.5, "scenes": 150}}),
+    "pocket": shown.accuracy_table({"query": 0.98765, "small_many_crops": {"query": 0.5, "scenes": 150}}),
     "simulate": of_objects("gain", [SIMULATED] * 16),
 }
 

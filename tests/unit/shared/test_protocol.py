@@ -26,9 +26,9 @@ GOLDEN = [
 def test_a_beat_says_how_long_the_loop_may_be_silent_and_an_older_one_says_nothing() -> None:
     beat = wire.Beat(7, 9, 1, 2, 3, 4, expected_s=1.5)
     data = wire.encode(beat)
-    assert data.hex() == "9ca4426561740709010203" + "04c28080cb0000000000000000cb3ff8000000000000"
+    assert data.hex() == "9da4426561740709010203" + "04c28080cb0000000000000000cb3ff800000000000001"
     assert wire.decode_from_worker(data) == beat
-    older = msgspec.msgpack.encode(msgspec.msgpack.decode(data)[:-1])
+    older = msgspec.msgpack.encode(msgspec.msgpack.decode(data)[:-2])
     assert wire.decode_from_worker(older) == wire.Beat(7, 9, 1, 2, 3, 4)
     limits = msgspec.msgpack.encode([8, 32, 1024, 16, 2048, 2048])
     assert msgspec.msgpack.decode(limits, type=wire.Limits).progress_timeout_s == 3.0

@@ -121,6 +121,7 @@ class Dealer:
         self._wire: Wire | None = None
         self.monitor = Monitor(number + 1)
         self.received: deque[Frames] = deque()
+        self._rest: Frames = []  # of the message under way
         self.signalled = False
         self.asleep = False  # a read found it empty: only now does an arrival signal the descriptor
         self.closed = False
@@ -146,6 +147,11 @@ class Dealer:
         self._wire = self._context.wires[endpoint]
         self._wire.dealer = self
         self._wire.connect()
+
+    def get(self, option: int) -> int:
+        if option == zmq.RCVMORE:
+            return int(bool(self._rest))
+        return self.getsockopt(option)
 
     def getsockopt(self, option: int) -> int:
         assert option == zmq.EVENTS
@@ -173,6 +179,11 @@ class Dealer:
             self.asleep = True
             raise zmq.Again
         return self.received.popleft()
+
+    def recv(self, flags: int = 0) -> bytes:
+        frames = self._rest or self.recv_multipart(flags)
+        self._rest = frames[1:]
+        return frames[0]
 
     def close(self, linger: int = 0) -> None:
         self.closed = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,3 +91,77 @@ def test_the_bound_holds_and_counts_return_to_zero(events: list[str], max_queue:
     for tenant in inside:
         held.leave(tenant, now_s)
     assert held.num_active == 0 and not held.tenants
+
+
+class Sharers:
+    """Gateways over one worker, which tells them at each beat how many places are taken."""
+
+    def __init__(self, num: int, max_rows: int, max_queue: int) -> None:
+        self.admission = Admission(max_queue, max_wait_s=1e9)
+        self.gateways = [self.admission.occupancy(max_rows, max_queue) for _ in range(num)]
+        self.capacity = max_rows + max_queue
+
+    @property
+    def num_held(self) -> int:
+        return sum(gateway.num_active for gateway in self.gateways)
+
+    def beat(self) -> None:
+        held = self.num_held
+        for gateway in self.gateways:
+            gateway.share(len(self.gateways), held)
+
+    def ask(self, number: int, times: int) -> int:
+        """Requests that arrive at one gateway; returns how many got in."""
+        gateway, before = self.gateways[number], self.gateways[number].num_active
+        for _ in range(times):
+            with suppress(RequestError):
+                self.admission.check(gateway, "")
+                gateway.enter("")
+        return gateway.num_active - before
+
+    def leave(self, number: int, times: int) -> None:
+        for _ in range(min(times, self.gateways[number].num_active)):
+            self.gateways[number].leave("", 0.0)
+
+
+@given(
+    st.integers(2, 5),
+    st.integers(1, 8),
+    st.integers(0, 64),
+    st.lists(st.tuples(st.sampled_from("abl"), st.integers(0, 4), st.integers(1, 100)), max_size=60),
+)
+def test_several_gateways_keep_the_bound_together(
+    num: int, rows: int, queue: int, events: list[tuple[str, int, int]]
+) -> None:
+    all_of_them = Sharers(num, rows, queue)
+    all_of_them.beat()
+    for kind, number, times in events:
+        if kind == "b":
+            all_of_them.beat()
+        elif kind == "a":
+            all_of_them.ask(number % num, times)
+        else:
+            all_of_them.leave(number % num, times)
+        # A single free place cannot be cut into parts: the worker itself refuses those who come second to it.
+        assert all_of_them.num_held <= all_of_them.capacity + num - 1
+
+
+def test_what_others_leave_unused_is_borrowed_and_given_back() -> None:
+    both = Sharers(2, 8, 56)
+    for _ in range(10):
+        both.beat()
+        both.ask(0, 100)
+    borrowed = both.gateways[0].num_active
+    assert both.capacity - 8 <= borrowed < both.capacity  # nearly all, but for the few places kept free
+    assert both.ask(1, 100) > 0  # which the other one begins with, at once
+    for _ in range(40):
+        both.leave(0, 4)
+        both.leave(1, 4)
+        both.beat()
+        both.ask(0, 100)
+        both.ask(1, 100)
+    one, other = (gateway.num_active for gateway in both.gateways)
+    assert abs(one - other) <= 8
+    for gateway in both.gateways:  # the other one is gone: all places are this one's
+        gateway.share(1, both.num_held)
+        assert gateway.limit == both.capacity
