@@ -22,7 +22,7 @@ def test_every_file_named_exists(name: str) -> None:
     [
         ("worker/models/families/olmo2.py", "NormNames"),
         ("worker/models/families/olmo2.py", "QkNorm.WIDTH"),
-        ("tests/unit/worker/kernels/compile_all.py", 'compile_for(norm._norm_row, 8, {"DIM": 2048, '),
+        ("tests/unit/worker/kernels/compile_all.py", "compile_for(norm._norm_row, 8, normed, "),
         ("tests/gpu/test_kernels.py", "test_norms_and_activations"),
         ("gateway/app.py", '("/v1/caption", moondream.prepare_caption)'),
         ("worker/schedule/intake.py", '("min_p", s.min_p, 0.0, 1.0)'),

@@ -29,7 +29,7 @@ def test_an_unknown_variable_is_refused_with_a_hint(monkeypatch: pytest.MonkeyPa
     [
         ({"prot": 1}, "prot"),
         ({"port": 70000}, "port"),
-        ({"workers": "http://x"}, "ipc://<path> or tcp://"),
+        ({"workers": "http://x"}, "ipc://<path>, tcp://"),
         ({"workers": "ipc:///a,ipc:///a"}, "twice"),
         ({"public": "everything"}, "page, readiness, metrics"),
         ({"cors_origins": "example.com"}, "https://app.example"),
