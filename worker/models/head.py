@@ -24,19 +24,26 @@ _BLOCK_ROWS = {"cpu": 256, "cuda": 16384}
 class Head:
     """`x Wᵀ + b` in fp32 of a weight (V, D), a tensor or a file's blocks, and bias (V,) or None, on their final device and dtype.
 
-    `scale` multiplies the logits; `cap` c then makes a logit l c·tanh(l/c), 0: leaves it.
+    `scale` multiplies the logits; `cap` c then makes a logit l c·tanh(l/c), 0: leaves it. `dtype` is that of the hidden states
+    where the weight is in blocks.
     """
 
     __slots__ = ("_bias", "_cap", "_multiply", "_scale", "_weight")
 
     def __init__(
-        self, weight: Tensor | Quantised, bias: Tensor | None = None, *, scale: float = 1.0, cap: float = 0.0
+        self,
+        weight: Tensor | Quantised,
+        bias: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        cap: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._scale, self._cap = scale, cap
         self._multiply: Callable[[Tensor], Tensor]
         self._bias: Tensor | None = None
         if not isinstance(weight, Tensor):
-            self._multiply = PackedLinear(weight, bias).logits
+            self._multiply = PackedLinear(weight, bias, dtype=dtype).logits
             return
         self._weight, self._bias = weight, None if bias is None else bias.float()
         on_cpu = weight.device.type == "cpu"

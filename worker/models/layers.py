@@ -42,7 +42,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 def reads_blocks(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products for activations of `dtype` multiply by a file's quantised blocks as they are."""
     found = products(device)
-    return dtype == torch.float32 and found is not None and found.multiplies(dtype)
+    return found is not None and found.multiplies_blocks(dtype)
 
 
 def together(parts: Sequence[Tensor | Quantised]) -> Tensor | Quantised:
@@ -52,14 +52,15 @@ def together(parts: Sequence[Tensor | Quantised]) -> Tensor | Quantised:
     packed = [part for part in parts if not isinstance(part, Tensor)]
     if len(packed) == len(parts):
         return stacked(packed)
-    return torch.cat([part if isinstance(part, Tensor) else part.dequantised() for part in parts])
+    dtype = next(part.dtype for part in parts if isinstance(part, Tensor))
+    return torch.cat([part if isinstance(part, Tensor) else part.dequantised().to(dtype) for part in parts])
 
 
 class PackedLinear:
     """`y = x Wᵀ + b` with W in the layout this device multiplies fastest.
 
     Takes `weight` (out, in) and `bias` (out,) or None, on their final device and dtype, or a weight in a file's blocks for
-    fp32 inputs on a CPU, which are multiplied as they are. Inputs are (..., in) in the same dtype; outputs (..., out).
+    a CPU, which is multiplied as it is, for inputs of `dtype`. Inputs are (..., in) in the same dtype; outputs (..., out).
     `pack=False` keeps the plain product, for comparison. `gated`: the first half of the outputs gates the second, and only
     `silu_gate` may be called.
     """
@@ -85,17 +86,20 @@ class PackedLinear:
         *,
         pack: bool = True,
         gated: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.out_features, self.in_features = weight.shape
         native = (
             products(weight.device if isinstance(weight, Tensor) else torch.device("cpu")) if pack else None
         )
-        if not isinstance(weight, Tensor) and (native is None or not native.multiplies(torch.float32)):
-            weight = weight.dequantised()
-        self.dtype = dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
-        self.device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
-        if native is not None and not native.can_multiply(dtype, self.in_features, self.out_features):
-            native = None
+        if not isinstance(weight, Tensor) and (native is None or not native.multiplies_blocks(dtype)):
+            weight = weight.dequantised().to(dtype)
+        self.device = torch.device("cpu")
+        if isinstance(weight, Tensor):
+            dtype, self.device = weight.dtype, weight.device
+            if native is not None and not native.can_multiply(dtype, self.in_features, self.out_features):
+                native = None
+        self.dtype = dtype
         self._native: Products | None = native
         self._bias = bias
         can_gate = gated and self.out_features % (2 * LANES) == 0
@@ -108,7 +112,7 @@ class PackedLinear:
             bias = None if bias is None else bias[order]
         self._packed = False
         if native is not None:
-            self._weight: Any = native.pack(weight, bias)
+            self._weight: Any = native.pack(weight, bias, dtype)
         else:
             assert isinstance(weight, Tensor)
             self._packed = pack and can_pack(weight.device, weight.dtype)

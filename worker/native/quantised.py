@@ -49,8 +49,8 @@ class Levels:
     def in_sixteens(self) -> Levels:
         """These levels with a scale and an offset for every 16 columns."""
         times = self.scale_inputs // 16
-        least = torch.zeros_like(self.scale) if self.least is None else self.least
-        return Levels(self.q, self.scale.repeat_interleave(times, 1), least.repeat_interleave(times, 1))
+        least = None if self.least is None else self.least.repeat_interleave(times, 1)
+        return Levels(self.q, self.scale.repeat_interleave(times, 1), least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +111,12 @@ def stacked(parts: Sequence[Quantised]) -> Quantised:
             together = torch.cat(blocks)
             return QuantisedWeight(first.kind, len(together), first.columns, together)
     levels = [part.levels().in_sixteens() for part in parts]
-    leasts = [part.least for part in levels if part.least is not None]
-    return Levels(
-        torch.cat([part.q for part in levels]), torch.cat([part.scale for part in levels]), torch.cat(leasts)
-    )
+    least: Tensor | None = None
+    if any(part.least is not None for part in levels):
+        least = torch.cat(
+            [torch.zeros_like(part.scale) if part.least is None else part.least for part in levels]
+        )
+    return Levels(torch.cat([part.q for part in levels]), torch.cat([part.scale for part in levels]), least)
 
 
 _Parts = tuple[Tensor, Tensor, Tensor | None]

@@ -1,0 +1,135 @@
+// Owns products of int8 activations (activations.h) with weights in a file's blocks (formats.h). Sums of a block are whole
+// numbers, exact in any order; what they add to a row's result is one rounding each, in the order of the inputs:
+//
+//     sum = fma(float(dot), scale of the weights · scale of the row, sum), then fma(least, weighted sum of the row, sum)
+//
+// So a row's bits are the same whatever the other rows are, on every instruction set and on matrix registers.
+
+#pragma once
+
+#include <type_traits>
+
+#include "activations.h"
+#include "dots.h"
+#include "formats.h"
+
+namespace {
+
+constexpr int64_t FETCHED_AHEAD = 2048;
+constexpr int64_t ROWS_IN_CACHE = 256 << 10;  // bytes of activations, kept in the second-level cache from panel to panel
+
+inline Words splat_word(const void* at) {
+    uint32_t word;
+    std::memcpy(&word, at, sizeof word);
+    return word - Words{};
+}
+
+// Which products a format takes, and how much for each activation its sums start with, as a power of two; -1: nothing.
+template <typename Format>
+struct Integers {
+    typedef typename std::conditional<Format::NUM_BITS == 4, Nibbles, Bytes>::type Dots;
+    static constexpr int SHIFT = Format::LESS ? 3 : Dots::BIAS_SHIFT;
+    static_assert(Format::LESS == 0 || Format::LESS == 8, "a power of two");
+
+    static inline Ints from(const Group& group, int half) {
+        if (SHIFT < 0) return Ints{};
+        return (Ints)(splat_word(Format::BLOCK == GROUP ? &group.minus : group.minus_half + half) << SHIFT);
+    }
+    static inline float weighted(const Group& group, int half) {
+        return Format::BLOCK == GROUP ? group.weighted : group.weighted_half[half];
+    }
+};
+
+// A block's whole sum for each of a vector's outputs, added to their results.
+template <typename Format>
+inline void add_block(Floats& sum, Ints dot, Floats scale, Floats least, const Group& group, int half) {
+    const Floats both = scale * group.scale;
+    sum += __builtin_convertvector(dot, Floats) * both;
+    if (Format::ADDS_LEAST) sum += least * Integers<Format>::weighted(group, half);
+}
+
+// sums (PANELS, ROWS, VECTORS) of ROWS rows from `row` on by PANELS panels, `panel_bytes` apart.
+template <typename Format, int ROWS, int PANELS>
+__attribute__((noinline)) void sum_integers(const Activations& x, int64_t row, const uint8_t* weight, int64_t panel_bytes, Floats* to) {
+    typedef Integers<Format> Of;
+    typedef typename Of::Dots Dots;
+    constexpr int64_t STEP = Format::STEP, BLOCK = Format::BLOCK;
+    const int64_t inputs = x.inputs;
+    const int8_t* q = x.q + row * inputs;
+    Floats sums[PANELS][ROWS][VECTORS] = {};
+    for (int64_t i = 0; i < inputs; i += BLOCK, weight += Format::BLOCK_BYTES) {
+        const Group* group = x.groups + i / GROUP * x.stride + row;
+        const int half = i % GROUP / HALF_GROUP;
+        for (int p = 0; p < PANELS; p++) {
+            const uint8_t* block = weight + p * panel_bytes;
+            typename Dots::Sum dots[ROWS][VECTORS];
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < VECTORS; v++) dots[r][v] = Dots::start(Of::from(group[r], half));
+#pragma GCC unroll 1
+            for (int64_t j = 0; j < BLOCK; j += STEP) {
+                const uint8_t* at = Format::words(block) + j / STEP * PANEL * 4;
+                for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch(at + FETCHED_AHEAD + line);
+                Words words[VECTORS];
+                for (int v = 0; v < VECTORS; v++) words[v] = load_words(at + v * LANES * 4);
+                for (int part = 0; part < STEP / 4; part++) {
+                    typename Dots::Weights weights[VECTORS];
+                    for (int v = 0; v < VECTORS; v++) weights[v] = Dots::prepare(Format::four(words[v], part));
+                    for (int r = 0; r < ROWS; r++) {
+                        const Words four = splat_word(q + r * inputs + i + j + part * 4);
+                        for (int v = 0; v < VECTORS; v++) Dots::add(dots[r][v], weights[v], four);
+                    }
+                }
+            }
+            Format scales;
+            scales.open_scales(block);
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < VECTORS; v++) {
+                    const Ints dot = Dots::total(dots[r][v], Of::from(group[r], half));
+                    add_block<Format>(sums[p][r][v], dot, scales.scale[v], scales.least[v], group[r], half);
+                }
+        }
+    }
+    std::memcpy(to, sums, sizeof sums);
+}
+
+template <typename Format, int ROWS, int PANELS, typename Real>
+inline void multiply_integers(const Activations& x, const Product<Real>& product, int64_t row, const uint8_t* packed,
+                              int64_t panel_bytes, int64_t panel) {
+    Floats sums[PANELS * ROWS * VECTORS];
+    sum_integers<Format, ROWS, PANELS>(x, row, packed + panel * panel_bytes, panel_bytes, sums);
+    for (int p = 0; p < PANELS; p++)
+        for (int r = 0; r < ROWS; r++)
+            finish(product, row + r, (panel + p) * PANEL, sums + (p * ROWS + r) * VECTORS, VECTORS);
+}
+
+// Panels `first` to `last` of the outputs, of the rows from `begin` on. One row is bound by memory: as many streams of it as sums fit.
+template <typename Format, typename Real>
+void multiply_rows(int64_t begin, int64_t rows, const Activations& x, const Product<Real>& product, const uint8_t* packed,
+                   int64_t first, int64_t last) {
+    constexpr int MOST = Integers<Format>::Dots::ROWS;
+    constexpr int STREAMS = 8 / VECTORS;
+    const int64_t panel_bytes = product.inputs / Format::BLOCK * Format::BLOCK_BYTES;
+    int64_t panel = first;
+    if (rows - begin == 1)
+        for (; panel + STREAMS <= last; panel += STREAMS)
+            multiply_integers<Format, 1, STREAMS>(x, product, begin, packed, panel_bytes, panel);
+    int64_t together = ROWS_IN_CACHE / Activations::bytes(1, product.inputs) / MOST * MOST;
+    together = together < 4 * MOST ? 4 * MOST : together;
+    const int64_t all = rows - begin, chunks = (all + together - 1) / together;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {  // of like size
+        const int64_t top = begin + all * chunk / chunks, count = begin + all * (chunk + 1) / chunks - top;
+        const int64_t parts = (count + MOST - 1) / MOST;
+        for (int64_t at = panel; at < last; at++)
+            for (int64_t part = 0; part < parts; part++) {
+                const int64_t row = top + count * part / parts;
+                switch (top + count * (part + 1) / parts - row) {
+#define ROWS(COUNT) \
+    case COUNT: multiply_integers<Format, COUNT <= MOST ? COUNT : 1, 1>(x, product, row, packed, panel_bytes, at); break;
+                    ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6)
+#undef ROWS
+                }
+            }
+    }
+}
+
+}  // namespace
