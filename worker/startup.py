@@ -30,7 +30,7 @@ from worker.models.contract import Model
 from worker.models.registry import load_model
 from worker.native.build import forbid
 from worker.native.library import use_threads
-from worker.native.products import products
+from worker.native.products import products, use_activations
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
 from worker.schedule.limits import SchedulerLimits
@@ -217,6 +217,7 @@ def _open_device(config: WorkerConfig) -> Device:
     if not config.native:
         forbid()
     use_threads(config.threads)
+    use_activations(config.activations)
     return CpuDevice()
 
 

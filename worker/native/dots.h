@@ -54,7 +54,7 @@ inline Ints add_up(Ints pairs) { return (Ints)_mm256_madd_epi16((__m256i)pairs, 
 #endif
 
 struct Nibbles {
-    static constexpr int ROWS = 6;
+    static constexpr int ROWS = 5;
     static constexpr int BIAS_SHIFT = -1;
     typedef Words Weights;
     typedef Ints Sum;  // in pairs

@@ -1,4 +1,4 @@
-// Owns products of int8 activations (activations.h) with weights in a file's blocks (formats.h). Sums of a block are whole
+// Owns products of int8 activations (activations.h) with weights in a file's blocks (formats.h). Sums of a group are whole
 // numbers, exact in any order; what they add to a row's result is one rounding each, in the order of the inputs:
 //
 //     sum = fma(float(dot), scale of the weights · scale of the row, sum), then fma(least, weighted sum of the row, sum)
@@ -16,7 +16,7 @@
 namespace {
 
 constexpr int64_t FETCHED_AHEAD = 2048;
-constexpr int64_t ROWS_IN_CACHE = 256 << 10;  // bytes of activations, kept in the second-level cache from panel to panel
+constexpr int64_t ROWS_IN_CACHE = 128 << 10;  // bytes of activations, kept in the second-level cache from panel to panel
 
 inline Words splat_word(const void* at) {
     uint32_t word;
@@ -31,21 +31,21 @@ struct Integers {
     static constexpr int SHIFT = Format::LESS ? 3 : Dots::BIAS_SHIFT;
     static_assert(Format::LESS == 0 || Format::LESS == 8, "a power of two");
 
-    static inline Ints from(const Group& group, int half) {
-        if (SHIFT < 0) return Ints{};
-        return (Ints)(splat_word(Format::BLOCK == GROUP ? &group.minus : group.minus_half + half) << SHIFT);
-    }
-    static inline float weighted(const Group& group, int half) {
-        return Format::BLOCK == GROUP ? group.weighted : group.weighted_half[half];
+    // Inputs of which a block and a group have one scale each.
+    static constexpr int64_t GROUP = Format::NUM_BITS == 4 ? WIDE_GROUP : NARROW_GROUP;
+    static_assert(Format::BLOCK % GROUP == 0, "groups lie within blocks");
+
+    static inline Ints from(const float* facts, int64_t stride) {
+        return SHIFT < 0 ? Ints{} : (Ints)(splat_word(facts + MINUS * stride) << SHIFT);
     }
 };
 
-// A block's whole sum for each of a vector's outputs, added to their results.
+// A group's whole sum for each of a vector's outputs, added to their results. A row's facts stand at `facts`.
 template <typename Format>
-inline void add_block(Floats& sum, Ints dot, Floats scale, Floats least, const Group& group, int half) {
-    const Floats both = scale * group.scale;
+inline void add_group(Floats& sum, Ints dot, Floats scale, Floats least, const float* facts, int64_t stride) {
+    const Floats both = scale * facts[SCALE * stride];
     sum += __builtin_convertvector(dot, Floats) * both;
-    if (Format::ADDS_LEAST) sum += least * Integers<Format>::weighted(group, half);
+    if (Format::ADDS_LEAST) sum += least * facts[WEIGHTED * stride];
 }
 
 // sums (PANELS, ROWS, VECTORS) of ROWS rows from `row` on by PANELS panels, `panel_bytes` apart.
@@ -53,42 +53,43 @@ template <typename Format, int ROWS, int PANELS>
 __attribute__((noinline)) void sum_integers(const Activations& x, int64_t row, const uint8_t* weight, int64_t panel_bytes, Floats* to) {
     typedef Integers<Format> Of;
     typedef typename Of::Dots Dots;
-    constexpr int64_t STEP = Format::STEP, BLOCK = Format::BLOCK;
-    const int64_t inputs = x.inputs;
+    constexpr int64_t STEP = Format::STEP, GROUP = Of::GROUP;
+    const int64_t inputs = x.inputs, stride = x.stride;
     const int8_t* q = x.q + row * inputs;
     Floats sums[PANELS][ROWS][VECTORS] = {};
-    for (int64_t i = 0; i < inputs; i += BLOCK, weight += Format::BLOCK_BYTES) {
-        const Group* group = x.groups + i / GROUP * x.stride + row;
-        const int half = i % GROUP / HALF_GROUP;
+    for (int64_t i = 0; i < inputs; i += Format::BLOCK, weight += Format::BLOCK_BYTES)
         for (int p = 0; p < PANELS; p++) {
             const uint8_t* block = weight + p * panel_bytes;
-            typename Dots::Sum dots[ROWS][VECTORS];
-            for (int r = 0; r < ROWS; r++)
-                for (int v = 0; v < VECTORS; v++) dots[r][v] = Dots::start(Of::from(group[r], half));
 #pragma GCC unroll 1
-            for (int64_t j = 0; j < BLOCK; j += STEP) {
-                const uint8_t* at = Format::words(block) + j / STEP * PANEL * 4;
-                for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch(at + FETCHED_AHEAD + line);
-                Words words[VECTORS];
-                for (int v = 0; v < VECTORS; v++) words[v] = load_words(at + v * LANES * 4);
-                for (int part = 0; part < STEP / 4; part++) {
-                    typename Dots::Weights weights[VECTORS];
-                    for (int v = 0; v < VECTORS; v++) weights[v] = Dots::prepare(Format::four(words[v], part));
-                    for (int r = 0; r < ROWS; r++) {
-                        const Words four = splat_word(q + r * inputs + i + j + part * 4);
-                        for (int v = 0; v < VECTORS; v++) Dots::add(dots[r][v], weights[v], four);
+            for (int64_t begin = 0; begin < Format::BLOCK; begin += GROUP) {
+                const float* facts = x.facts + (i + begin) / GROUP * FACTS * stride + row;
+                typename Dots::Sum dots[ROWS][VECTORS];
+                for (int r = 0; r < ROWS; r++)
+                    for (int v = 0; v < VECTORS; v++) dots[r][v] = Dots::start(Of::from(facts + r, stride));
+#pragma GCC unroll 1
+                for (int64_t j = begin; j < begin + GROUP; j += STEP) {
+                    const uint8_t* at = Format::words(block) + j / STEP * PANEL * 4;
+                    for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch(at + FETCHED_AHEAD + line);
+                    Words words[VECTORS];
+                    for (int v = 0; v < VECTORS; v++) words[v] = load_words(at + v * LANES * 4);
+                    for (int part = 0; part < STEP / 4; part++) {
+                        typename Dots::Weights weights[VECTORS];
+                        for (int v = 0; v < VECTORS; v++) weights[v] = Dots::prepare(Format::four(words[v], part));
+                        for (int r = 0; r < ROWS; r++) {
+                            const Words four = splat_word(q + r * inputs + i + j + part * 4);
+                            for (int v = 0; v < VECTORS; v++) Dots::add(dots[r][v], weights[v], four);
+                        }
                     }
                 }
+                Format scales;
+                scales.open_scales(block);
+                for (int r = 0; r < ROWS; r++)
+                    for (int v = 0; v < VECTORS; v++) {
+                        const Ints dot = Dots::total(dots[r][v], Of::from(facts + r, stride));
+                        add_group<Format>(sums[p][r][v], dot, scales.scale[v], scales.least[v], facts + r, stride);
+                    }
             }
-            Format scales;
-            scales.open_scales(block);
-            for (int r = 0; r < ROWS; r++)
-                for (int v = 0; v < VECTORS; v++) {
-                    const Ints dot = Dots::total(dots[r][v], Of::from(group[r], half));
-                    add_block<Format>(sums[p][r][v], dot, scales.scale[v], scales.least[v], group[r], half);
-                }
         }
-    }
     std::memcpy(to, sums, sizeof sums);
 }
 
@@ -113,7 +114,7 @@ void multiply_rows(int64_t begin, int64_t rows, const Activations& x, const Prod
     if (rows - begin == 1)
         for (; panel + STREAMS <= last; panel += STREAMS)
             multiply_integers<Format, 1, STREAMS>(x, product, begin, packed, panel_bytes, panel);
-    int64_t together = ROWS_IN_CACHE / Activations::bytes(1, product.inputs) / MOST * MOST;
+    int64_t together = ROWS_IN_CACHE / (2 * product.inputs) / MOST * MOST;
     together = together < 4 * MOST ? 4 * MOST : together;
     const int64_t all = rows - begin, chunks = (all + together - 1) / together;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {  // of like size

@@ -1,5 +1,5 @@
-// Owns integer products on matrix registers (AMX): the whole sums of a block by tiles, what they add to the results by vectors as
-// integer_products.h does, to the same last bit.
+// Owns integer products of weights of 4 bits on matrix registers (AMX): the whole sums of a block by tiles, what they add to the
+// results by vectors as integer_products.h does, to the same last bit. (Of 8 bits a group is so short that vectors are as quick.)
 
 #pragma once
 
@@ -11,12 +11,9 @@
 namespace {
 
 constexpr int TILE_ROWS = 16;
-#ifndef AHEAD
-#define AHEAD 4
-#endif
-constexpr int64_t KEPT_BLOCKS = 8, AHEAD_BLOCKS = AHEAD;
+constexpr int64_t AHEAD_BLOCKS = 2, KEPT_BLOCKS = 4;  // sums wait in memory until the tiles are done with them
 
-// Tiles 0 to 3 hold sums, 4 and 5 rows of activations, 6 and 7 a block of 16 outputs' weights.
+// Tile 0 holds sums, 4 rows of activations, 6 a block of 16 outputs' weights.
 template <typename Format>
 inline void configure_integers() {
     Tiles tiles;
@@ -24,8 +21,8 @@ inline void configure_integers() {
         tiles.bytes[t] = 64;
         tiles.rows[t] = TILE_ROWS;
     }
-    tiles.bytes[4] = tiles.bytes[5] = Format::BLOCK;
-    tiles.rows[6] = tiles.rows[7] = Format::BLOCK / 4;
+    tiles.bytes[4] = Format::BLOCK;
+    tiles.rows[6] = Format::BLOCK / 4;
     _tile_loadconfig(&tiles);
 }
 
@@ -43,11 +40,10 @@ void expand_bytes(int64_t inputs, const uint8_t* panel, uint8_t* to) {
         }
 }
 
-// sums (TILE_ROWS) of the rows from `row` on by the LANES outputs whose bytes begin at `bytes`, `step` apart from block to block,
-// and whose scales are those of vector `v` of the panel.
+// sums (TILE_ROWS) of the rows from `row` on by the LANES outputs whose expanded weights begin at `bytes` and whose scales are those of vector `v` of the panel.
 template <typename Format>
 __attribute__((noinline)) void sum_tiles(const Activations& x, int64_t row, const uint8_t* panel, int v, const uint8_t* bytes,
-                                         int64_t step, Floats* to) {
+                                         Floats* to) {
     const int64_t inputs = x.inputs;
     const int8_t* q = x.q + row * inputs;
     alignas(64) int32_t dots[KEPT_BLOCKS][TILE_ROWS * LANES];
@@ -56,7 +52,7 @@ __attribute__((noinline)) void sum_tiles(const Activations& x, int64_t row, cons
     const auto multiply = [&](int64_t block) __attribute__((always_inline)) {
         _tile_zero(0);
         _tile_loadd(4, q + block * Format::BLOCK, inputs);
-        _tile_loadd(6, bytes + block * step, PANEL * 4);
+        _tile_loadd(6, bytes + block * Format::BLOCK * PANEL, PANEL * 4);
         _tile_dpbssd(0, 4, 6);
         _tile_stored(0, dots[block % KEPT_BLOCKS], LANES * 4);
     };
@@ -66,14 +62,12 @@ __attribute__((noinline)) void sum_tiles(const Activations& x, int64_t row, cons
         Format scales;
         scales.open_scales(panel);
         const int32_t* own = dots[block % KEPT_BLOCKS];
-        const int64_t i = block * Format::BLOCK;
-        const Group* group = x.groups + i / GROUP * x.stride + row;
-        const int half = i % GROUP / HALF_GROUP;
+        const float* facts = x.facts + block * FACTS * x.stride + row;
         Places<0, TILE_ROWS>::each([&](auto place) {
             constexpr int r = decltype(place)::value;
             Ints dot;
             std::memcpy(&dot, own + r * LANES, sizeof dot);
-            add_block<Format>(sums[r], dot, scales.scale[v], scales.least[v], group[r], half);
+            add_group<Format>(sums[r], dot, scales.scale[v], scales.least[v], facts + r, x.stride);
         });
     }
     Places<0, TILE_ROWS>::each([&](auto place) { to[decltype(place)::value] = sums[decltype(place)::value]; });
@@ -87,17 +81,15 @@ int64_t multiply_integer_tiles(int64_t rows, const Activations& x, const Product
     const int64_t whole = rows / TILE_ROWS * TILE_ROWS;
     if (!whole || !grants_tiles()) return 0;
     static thread_local std::vector<uint8_t> memory;
-    if (Format::NUM_BITS == 4 && (int64_t)memory.size() < inputs * PANEL + 64) memory.resize(inputs * PANEL + 64);
+    if ((int64_t)memory.size() < inputs * PANEL + 64) memory.resize(inputs * PANEL + 64);
     uint8_t* const expanded = (uint8_t*)(((uintptr_t)memory.data() + 63) / 64 * 64);
     configure_integers<Format>();
     for (int64_t panel = first; panel < last; panel++) {
         const uint8_t* weight = packed + panel * panel_bytes;
-        if (Format::NUM_BITS == 4) expand_bytes<Format>(inputs, weight, expanded);
-        const uint8_t* bytes = Format::NUM_BITS == 4 ? expanded : Format::words(weight);
-        const int64_t step = Format::NUM_BITS == 4 ? Format::BLOCK * PANEL : Format::BLOCK_BYTES;
+        expand_bytes<Format>(inputs, weight, expanded);
         for (int64_t row = 0; row < whole; row += TILE_ROWS) {
             Floats sums[VECTORS][TILE_ROWS];
-            for (int v = 0; v < VECTORS; v++) sum_tiles<Format>(x, row, weight, v, bytes + v * LANES * 4, step, sums[v]);
+            for (int v = 0; v < VECTORS; v++) sum_tiles<Format>(x, row, weight, v, expanded + v * LANES * 4, sums[v]);
             for (int r = 0; r < TILE_ROWS; r++) {
                 Floats done[VECTORS];
                 for (int v = 0; v < VECTORS; v++) done[v] = sums[v][r];

@@ -15,7 +15,7 @@ template <typename Format, typename Real>
 void multiply_all(int64_t rows, const Activations& x, const Product<Real>& product, const uint8_t* packed, int64_t first, int64_t last) {
     int64_t done = 0;
 #if defined(__AMX_INT8__) && defined(__AVX512F__) && defined(__linux__)
-    done = multiply_integer_tiles<Format>(rows, x, product, packed, first, last);
+    if constexpr (Format::NUM_BITS == 4) done = multiply_integer_tiles<Format>(rows, x, product, packed, first, last);
 #endif
     multiply_rows<Format>(done, rows, x, product, packed, first, last);
 }
@@ -34,22 +34,30 @@ void multiply_blocks(int format, int64_t rows, const Activations& x, const Produ
     }
 }
 
+inline int64_t group_of(int format) {
+    return format == INT4 || format == INT4_MIN || format == INT4_REAL ? WIDE_GROUP : NARROW_GROUP;
+}
+
 }  // namespace
 
 extern "C" {
 int has_integers() { return 1; }
+int64_t activation_bytes(int format, int64_t rows, int64_t inputs) { return Activations::bytes(rows, inputs, group_of(format)); }
 #define FOR_DTYPE(NAME, REAL)                                                                                               \
-    void quantise_rows_##NAME(int64_t rows, int64_t inputs, const void* x, void* memory, int64_t first, int64_t last) {     \
-        quantise_rows((const REAL*)x, Activations(memory, rows, inputs), first, last);                                      \
+    void quantise_rows_##NAME(int format, int64_t rows, int64_t inputs, const void* x, void* memory, int64_t first,         \
+                              int64_t last) {                                                                               \
+        const Activations to(memory, rows, inputs, group_of(format));                                                       \
+        if (to.group == WIDE_GROUP) return quantise_rows<WIDE_GROUP>((const REAL*)x, to, first, last);                      \
+        quantise_rows<NARROW_GROUP>((const REAL*)x, to, first, last);                                                       \
     }                                                                                                                       \
     void multiply_blocks_##NAME(int format, int64_t rows, void* memory, const void* product, const void* weight,            \
                                 int64_t first, int64_t last) {                                                              \
         const Product<REAL>& of = *(const Product<REAL>*)product;                                                           \
-        multiply_blocks(format, rows, Activations(memory, rows, of.inputs), of, (const uint8_t*)weight, first, last);       \
+        const Activations x(memory, rows, of.inputs, group_of(format));                                                     \
+        multiply_blocks(format, rows, x, of, (const uint8_t*)weight, first, last);                                          \
     }
 FOR_DTYPE(float32, float)
 FOR_DTYPE(bfloat16, bf16)
-int64_t activation_bytes(int64_t rows, int64_t inputs) { return Activations::bytes(rows, inputs); }
 }
 
 #else
@@ -57,11 +65,11 @@ int64_t activation_bytes(int64_t rows, int64_t inputs) { return Activations::byt
 extern "C" {
 int has_integers() { return 0; }
 #define FOR_DTYPE(NAME)                                                                              \
-    void quantise_rows_##NAME(int64_t, int64_t, const void*, void*, int64_t, int64_t) {}             \
+    void quantise_rows_##NAME(int, int64_t, int64_t, const void*, void*, int64_t, int64_t) {}        \
     void multiply_blocks_##NAME(int, int64_t, void*, const void*, const void*, int64_t, int64_t) {}
 FOR_DTYPE(float32)
 FOR_DTYPE(bfloat16)
-int64_t activation_bytes(int64_t, int64_t) { return 0; }
+int64_t activation_bytes(int, int64_t, int64_t) { return 0; }
 }
 
 #endif

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import CDLL, POINTER, Structure, byref, c_int, c_int64, c_void_p
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,19 +36,16 @@ _FORMATS = {
 _BF16_INPUTS, _BF16_OUTPUTS = 32, 16  # of weights for bf16 activations, multiples of these
 _GROUP_INPUTS = 32  # that are rounded to int8 together
 
-_rounds_inputs = True
+Activations = Literal["auto", "int8", "exact"]
+_activations: Activations = "auto"
 
 
-def round_inputs(wanted: bool) -> None:
-    """Whether activations are rounded to int8 (activations.h) where weights are in a file's blocks; else the blocks are read as
-    fp32. At first they are. Call before any model loads."""
-    global _rounds_inputs
-    _rounds_inputs = wanted
-
-
-def rounds_inputs() -> bool:
-    """What `round_inputs` said."""
-    return _rounds_inputs
+def use_activations(wanted: Activations) -> None:
+    """What activations are multiplied as where weights are in a file's blocks. int8: rounded, 32 inputs to a scale
+    (activations.h). exact: as they are. auto: int8, unless they are bf16 and there are matrix registers for that, which take
+    long prompts quicker over weights expanded to bf16. Call before any model loads."""
+    global _activations
+    _activations = wanted
 
 
 class Linear(Structure):
@@ -98,6 +96,7 @@ class Products:
         self._pack_blocks.argtypes = (c_int, c_int64, c_int64, *3 * (c_void_p,), c_int64, c_void_p)
         self._pack_bf16.restype = self._pack_blocks.restype = None
         self._has_integers = bool(library.has_integers())
+        self._has_tiles = bool(library.multiplies_by_tiles())
         self._pack, self._multiply = {}, {}
         for dtype, name in NAMES.items():
             pack, multiply = getattr(library, f"pack_{name}"), getattr(library, f"multiply_{name}")
@@ -121,9 +120,13 @@ class Products:
     def multiplies_blocks(self, dtype: torch.dtype) -> bool:
         """Whether there are products of activations of `dtype` with weights in a file's blocks: of fp32, and of all that are
         rounded to int8."""
-        if rounds_inputs() and self._has_integers:
-            return dtype in self._multiply
-        return dtype == torch.float32 and self.multiplies(dtype)
+        return self._rounds(dtype) or (dtype == torch.float32 and self.multiplies(dtype))
+
+    def _rounds(self, dtype: torch.dtype) -> bool:
+        """Whether activations of `dtype` are rounded to int8 there."""
+        if not self._has_integers or _activations == "exact":
+            return False
+        return _activations == "int8" or not (self._has_tiles and dtype == torch.bfloat16)
 
     def interleave(self, gate_up: Tensor) -> Tensor:
         """(2F, ...), all gates before what they gate → the order that `GATE` reads. F a multiple of 16."""
@@ -165,7 +168,7 @@ class Products:
         outputs, inputs = weight.shape
         levels: Levels = weight.levels()
         kept_in = _FORMATS.get(weight.kind, INT8_REAL if levels.least is not None else INT8_FINE)
-        rounds = rounds_inputs() and self._has_integers and inputs % _GROUP_INPUTS == 0
+        rounds = self._rounds(dtype) and inputs % _GROUP_INPUTS == 0
         least = None if levels.least is None else levels.least.data_ptr()
         q, scale = levels.q.contiguous(), levels.scale.contiguous()
         memory = torch.empty(self._bytes(kept_in, outputs, inputs), dtype=torch.uint8)

@@ -19,6 +19,12 @@
 
 namespace {
 
+#if defined(__AMX_BF16__) && defined(__linux__)
+constexpr bool HAS_TILES = true;
+#else
+constexpr bool HAS_TILES = false;
+#endif
+
 // The products for activations of a dtype: none, unless specialised below.
 template <typename Real>
 struct Weights {

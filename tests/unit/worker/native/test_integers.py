@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from tests.unit.worker.models.paged_driver import relative_error
 from tests.unit.worker.native.integer_case import plain_product, random_blocks
 from tests.unit.worker.native.kinds import library_of, other_kinds
-from worker.models.layers import PackedLinear
 from worker.native import products as settings
 from worker.native.library import load
 from worker.native.products import ADD, GATE, GELU, PLAIN, Products
@@ -33,6 +32,12 @@ def library(request: pytest.FixtureRequest) -> Iterator[CDLL]:
         pytest.skip("no C++ compiler, or a processor without 256-bit vectors")
     yield found
     found.use_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 activations too, also where there are matrix registers."""
+    monkeypatch.setattr(settings, "_activations", "int8")
 
 
 @pytest.fixture(scope="module")
@@ -155,21 +160,21 @@ def test_threads_change_no_bit(library: CDLL, multiplying: Products) -> None:
             assert all(torch.equal(*both) for both in zip(found, alone, strict=True))
 
 
-def test_exact_activations_are_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = load()
-    if library is None or not library.has_integers():
-        pytest.skip("no C++ compiler, or a processor without 256-bit vectors")
+def test_exact_activations_are_a_choice(multiplying: Products, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(6)
     weight, x = random_blocks("Q8_0", 64, 256), torch.randn(3, 256)
     want = F.linear(x.double(), weight.dequantised().double()).float()
-    rounded = PackedLinear(weight)
-    assert rounded.native is not None and rounded.native.rounds_inputs
-    monkeypatch.setattr(settings, "_rounds_inputs", False)
-    exact = PackedLinear(weight)
-    assert exact.native is not None and not exact.native.rounds_inputs
-    assert relative_error(exact(x), want) < 4e-6 < relative_error(rounded(x), want)
-    products = Products(library)
-    assert products.multiplies_blocks(torch.float32) and not products.multiplies_blocks(torch.bfloat16)
+    found = {}
+    for choice in ("int8", "exact"):
+        monkeypatch.setattr(settings, "_activations", choice)
+        packed = multiplying.pack(weight)
+        assert bool(packed.linear.rounds_inputs) == (choice == "int8")
+        assert multiplying.multiplies_blocks(torch.float32)
+        assert multiplying.multiplies_blocks(torch.bfloat16) == (choice == "int8")
+        found[choice] = relative_error(multiplying.unrounded(x, packed), want)
+    assert found["exact"] < 4e-6 < found["int8"] < 1e-2
+    monkeypatch.setattr(settings, "_activations", "auto")
+    assert multiplying.pack(weight).linear.rounds_inputs, "fp32 activations are rounded by default"
 
 
 def test_values_below_any_scale_are_0(multiplying: Products) -> None:
