@@ -75,12 +75,17 @@ def _operations() -> Finding:
         return Finding(
             "operations", "the worker is not installed", False, "pip install 'degas-serve[worker]'"
         )
-    from worker.native.build import SOURCE, find_compiler, prebuilt
+    from worker.native.build import SOURCE, find_compiler, kept, prebuilt
+    from worker.native.library import instruction_set
 
-    if prebuilt(SOURCE) is not None:
-        return Finding("operations", "compiled ones for this processor are installed")
+    found = prebuilt(SOURCE)
+    if found is not None:
+        return Finding("operations", f"compiled ones are installed: {instruction_set(found)}")
     compiler = find_compiler()
     if compiler is not None:
+        found = kept(SOURCE)
+        if found is not None:
+            return Finding("operations", f"compiled for this processor: {instruction_set(found)}")
         return Finding(
             "operations", f"{compiler} compiles them for this processor at a CPU worker's first start"
         )

@@ -82,6 +82,18 @@ def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
         return None
 
 
+def kept(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
+    """The library that an earlier `compiled` left, loaded; None if there is none. Compiles nothing."""
+    compiler, folder = find_compiler(), folder or Path.home() / ".cache" / "degas"
+    if compiler is None or not folder.exists():
+        return None
+    try:
+        library = _private(folder) / _name(source, _key(compiler))
+        return ctypes.CDLL(str(library)) if library.exists() else None
+    except (OSError, RuntimeError, subprocess.SubprocessError):
+        return None
+
+
 def build_kinds(folder: Path) -> list[Path]:
     """Compile for every kind of processor into `folder`. Raises RuntimeError where that cannot be done."""
     compiler = find_compiler()

@@ -56,5 +56,7 @@ def plain_product(x: Tensor, weight: Quantised) -> Tensor:
         dots -= offset * part.sum(-1, keepdim=True)
         sums = fused(dots.float(), levels.scale[:, of_weight] * own, sums)
         if levels.least is not None:
-            sums = fused(levels.least[:, of_weight].expand_as(sums), own * part.sum(-1, keepdim=True).float(), sums)
+            sums = fused(
+                levels.least[:, of_weight].expand_as(sums), own * part.sum(-1, keepdim=True).float(), sums
+            )
     return sums

@@ -97,7 +97,7 @@ def test_what_becomes_of_the_sums(multiplying: Products, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_extremes_do_not_saturate(multiplying: Products, kind: str, level: int) -> None:
     weight = random_blocks(kind, 33, 256)
-    values, num_bytes, _ = KINDS[kind]
+    _, num_bytes, _ = KINDS[kind]
     heads = {"Q8_0": 2, "Q4_0": 2, "Q4_1": 4, "Q5_0": 2, "Q5_1": 4, "Q4_K": 16, "Q5_K": 16, "Q6_K": 0}
     ends = {"Q6_K": 192}
     blocks = weight.blocks.view(-1, num_bytes)
@@ -110,7 +110,9 @@ def test_extremes_do_not_saturate(multiplying: Products, kind: str, level: int) 
         found = multiplying.unrounded(x.to(dtype), multiplying.pack(weight, None, dtype))
         assert torch.equal(found, plain_product(x, weight))
         for rows in (1, 2, 4, 5, 8):
-            assert torch.equal(multiplying.unrounded(x[:rows].to(dtype), multiplying.pack(weight, None, dtype)), found[:rows])
+            assert torch.equal(
+                multiplying.unrounded(x[:rows].to(dtype), multiplying.pack(weight, None, dtype)), found[:rows]
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,7 +150,12 @@ def test_mixed_kinds_are_multiplied_as_levels(multiplying: Products) -> None:
 def test_threads_change_no_bit(library: CDLL, multiplying: Products) -> None:
     torch.manual_seed(5)
     cases = []
-    for kind, outputs, inputs in (("Q4_0", 600, 96), ("Q4_1", 33, 576), ("Q8_0", 80, 1536), ("Q6_K", 1000, 256)):
+    for kind, outputs, inputs in (
+        ("Q4_0", 600, 96),
+        ("Q4_1", 33, 576),
+        ("Q8_0", 80, 1536),
+        ("Q6_K", 1000, 256),
+    ):
         packed = multiplying.pack(random_blocks(kind, outputs, inputs))
         x = torch.randn(MOST_ROWS, inputs)
         cases += [(packed, x[:rows]) for rows in (1, 2, 4, 5, MOST_ROWS)]
