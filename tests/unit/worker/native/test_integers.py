@@ -13,7 +13,7 @@ from tests.unit.worker.models.paged_driver import relative_error
 from tests.unit.worker.native.integer_case import plain_product, random_blocks
 from tests.unit.worker.native.kinds import library_of, other_kinds
 from worker.native import products as settings
-from worker.native.library import load
+from worker.native.library import instruction_set, load
 from worker.native.products import ADD, GATE, GELU, PLAIN, Products
 from worker.native.quantised import KINDS, Levels, QuantisedWeight, stacked
 
@@ -191,3 +191,7 @@ def test_values_below_any_scale_are_0(multiplying: Products) -> None:
     found = multiplying.unrounded(x, multiplying.pack(weight))
     assert torch.equal(found, plain_product(x, weight)) and not found[1].any()
     assert isinstance(weight, QuantisedWeight)
+
+
+def test_the_instruction_set_has_a_name(library: CDLL) -> None:
+    assert instruction_set(library).startswith("AVX") and instruction_set(library).endswith("int8")
