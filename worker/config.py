@@ -68,7 +68,7 @@ class WorkerConfig(BaseModel):
     )
     activations: Literal["auto", "int8", "exact"] = Field(
         "auto",
-        description="on a CPU, for the quantised weights of a GGUF file. int8: inputs of products are rounded to 8 bits, 16 or 32 to a "
+        description="on a CPU, for the quantised weights of a GGUF file. int8: inputs of products are rounded to 8 bits, 16 to a "
         "scale, and multiplied as whole numbers; exact: weights are read as floats. auto: int8, unless dtype is "
         "bfloat16 and the processor has matrix registers (AMX)",
     )

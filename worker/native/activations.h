@@ -12,29 +12,28 @@
 
 namespace {
 
-// Beside weights of 4 bits the rounding of 32 inputs with one scale is nothing; of 8 bits it would be most of the error.
-constexpr int64_t WIDE_GROUP = 32, NARROW_GROUP = 16;
+constexpr int64_t GROUP = 16;  // with 32 the error is twice as large (docs/lab-notes.md)
 constexpr float TOO_SMALL = 1e-36f;  // 127 over it is finite
 
 // What is known of a group of a row: its scale, the scale times the sum of q, and (a whole number) less that sum, which offsets of
 // weights are multiplied by.
 enum Fact { SCALE, WEIGHTED, MINUS, FACTS };
 
-// Of some rows of `inputs`, a multiple of 32: q (rows, inputs) and facts (inputs / group, FACTS, stride), those of all rows side by
+// Of some rows of `inputs`, a multiple of 32: q (rows, inputs) and facts (inputs / GROUP, FACTS, stride), those of all rows side by
 // side. The stride is an odd number of cache lines, so that a row's do not all meet in one set of a cache.
 struct Activations {
     int8_t* q;
     float* facts;
-    int64_t inputs, stride, group;
+    int64_t inputs, stride;
 
     static int64_t stride_of(int64_t rows) { return ((rows + 15) / 16 | 1) * 16; }
-    static int64_t bytes(int64_t rows, int64_t inputs, int64_t group) {
-        return rows * inputs + FACTS * stride_of(rows) * (inputs / group) * (int64_t)sizeof(float);
+    static int64_t bytes(int64_t rows, int64_t inputs) {
+        return rows * inputs + FACTS * stride_of(rows) * (inputs / GROUP) * (int64_t)sizeof(float);
     }
     // memory: `bytes`, on a boundary of 64 bytes
-    Activations(void* memory, int64_t rows, int64_t inputs, int64_t group)
-        : facts((float*)memory), inputs(inputs), stride(stride_of(rows)), group(group) {
-        q = (int8_t*)(facts + FACTS * stride * (inputs / group));
+    Activations(void* memory, int64_t rows, int64_t inputs)
+        : facts((float*)memory), inputs(inputs), stride(stride_of(rows)) {
+        q = (int8_t*)(facts + FACTS * stride * (inputs / GROUP));
     }
 };
 
@@ -52,7 +51,6 @@ inline Ints maxima(const Ints* x) {
 }
 
 // A group of whole numbers from -128 to 127, as bytes. (GCC's conversion of vectors takes out one lane after another.)
-template <int64_t GROUP>
 inline void store_bytes(int8_t* at, const Ints* x) {
 #if defined(__AVX512F__)
     for (int v = 0; v < GROUP / LANES; v++) _mm_storeu_si128((__m128i*)at + v, _mm512_cvtepi32_epi8((__m512i)x[v]));
@@ -68,7 +66,7 @@ inline void store_bytes(int8_t* at, const Ints* x) {
 }
 
 // `count` groups side by side of one row, at most as many as there are lanes: what is had of each stands in its lane.
-template <int64_t GROUP, typename Real>
+template <typename Real>
 inline void quantise_groups(const Real* x, int64_t count, int8_t* q, float* facts, int64_t stride) {
     constexpr int NUM = GROUP / LANES;
     constexpr float MAGIC = 12582912.0f;  // 1.5 · 2^23: what is added to it is rounded to a whole number, the lowest bits
@@ -91,7 +89,7 @@ inline void quantise_groups(const Real* x, int64_t count, int8_t* q, float* fact
             whole[v] = (Ints)magic - (Ints)splat(MAGIC);
             whole_sums[g] += magic - MAGIC;
         }
-        store_bytes<GROUP>(q + g * GROUP, whole);
+        store_bytes(q + g * GROUP, whole);
     }
     const Floats total = finite ? sums(whole_sums) : nothing;
     Floats known[FACTS];
@@ -101,13 +99,13 @@ inline void quantise_groups(const Real* x, int64_t count, int8_t* q, float* fact
 }
 
 // Rows `first` to `last` of x (rows, inputs).
-template <int64_t GROUP, typename Real>
+template <typename Real>
 void quantise_rows(const Real* x, const Activations& to, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++)
         for (int64_t i = 0; i < to.inputs; i += GROUP * LANES) {
             const int64_t left = (to.inputs - i) / GROUP, at = row * to.inputs + i;
             float* facts = to.facts + i / GROUP * FACTS * to.stride + row;
-            quantise_groups<GROUP>(x + at, left < LANES ? left : LANES, to.q + at, facts, to.stride);
+            quantise_groups(x + at, left < LANES ? left : LANES, to.q + at, facts, to.stride);
         }
 }
 

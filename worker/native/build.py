@@ -31,8 +31,8 @@ _V3 = frozenset(("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm"))
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 KINDS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "amx": (
-        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
-        _V4 | {"avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8"},
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
+        _V4 | {"avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"},
     ),
     "avx512bf16": (
         ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),

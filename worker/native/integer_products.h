@@ -3,7 +3,7 @@
 //
 //     sum = fma(float(dot), scale of the weights · scale of the row, sum), then fma(least, weighted sum of the row, sum)
 //
-// So a row's bits are the same whatever the other rows are, on every instruction set and on matrix registers.
+// So a row's bits are the same whatever the other rows are, on every instruction set.
 
 #pragma once
 
@@ -31,8 +31,6 @@ struct Integers {
     static constexpr int SHIFT = Format::LESS ? 3 : Dots::BIAS_SHIFT;
     static_assert(Format::LESS == 0 || Format::LESS == 8, "a power of two");
 
-    // Inputs of which a block and a group have one scale each.
-    static constexpr int64_t GROUP = Format::NUM_BITS == 4 ? WIDE_GROUP : NARROW_GROUP;
     static_assert(Format::BLOCK % GROUP == 0, "groups lie within blocks");
 
     static inline Ints from(const float* facts, int64_t stride) {
@@ -53,7 +51,7 @@ template <typename Format, int ROWS, int PANELS>
 __attribute__((noinline)) void sum_integers(const Activations& x, int64_t row, const uint8_t* weight, int64_t panel_bytes, Floats* to) {
     typedef Integers<Format> Of;
     typedef typename Of::Dots Dots;
-    constexpr int64_t STEP = Format::STEP, GROUP = Of::GROUP;
+    constexpr int64_t STEP = Format::STEP;
     const int64_t inputs = x.inputs, stride = x.stride;
     const int8_t* q = x.q + row * inputs;
     Floats sums[PANELS][ROWS][VECTORS] = {};
@@ -103,22 +101,22 @@ inline void multiply_integers(const Activations& x, const Product<Real>& product
             finish(product, row + r, (panel + p) * PANEL, sums + (p * ROWS + r) * VECTORS, VECTORS);
 }
 
-// Panels `first` to `last` of the outputs, of the rows from `begin` on. One row is bound by memory: as many streams of it as sums fit.
+// Panels `first` to `last` of the outputs, of all rows. One row is bound by memory: as many streams of it as sums fit.
 template <typename Format, typename Real>
-void multiply_rows(int64_t begin, int64_t rows, const Activations& x, const Product<Real>& product, const uint8_t* packed,
+void multiply_rows(int64_t rows, const Activations& x, const Product<Real>& product, const uint8_t* packed,
                    int64_t first, int64_t last) {
     constexpr int MOST = Integers<Format>::Dots::ROWS;
     constexpr int STREAMS = 8 / VECTORS;
     const int64_t panel_bytes = product.inputs / Format::BLOCK * Format::BLOCK_BYTES;
     int64_t panel = first;
-    if (rows - begin == 1)
+    if (rows == 1)
         for (; panel + STREAMS <= last; panel += STREAMS)
-            multiply_integers<Format, 1, STREAMS>(x, product, begin, packed, panel_bytes, panel);
+            multiply_integers<Format, 1, STREAMS>(x, product, 0, packed, panel_bytes, panel);
     int64_t together = ROWS_IN_CACHE / (2 * product.inputs) / MOST * MOST;
     together = together < 4 * MOST ? 4 * MOST : together;
-    const int64_t all = rows - begin, chunks = (all + together - 1) / together;
+    const int64_t chunks = (rows + together - 1) / together;
     for (int64_t chunk = 0; chunk < chunks; chunk++) {  // of like size
-        const int64_t top = begin + all * chunk / chunks, count = begin + all * (chunk + 1) / chunks - top;
+        const int64_t top = rows * chunk / chunks, count = rows * (chunk + 1) / chunks - top;
         const int64_t parts = (count + MOST - 1) / MOST;
         for (int64_t at = panel; at < last; at++)
             for (int64_t part = 0; part < parts; part++) {

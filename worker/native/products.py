@@ -41,7 +41,7 @@ _activations: Activations = "auto"
 
 
 def use_activations(wanted: Activations) -> None:
-    """What activations are multiplied as where weights are in a file's blocks. int8: rounded, 16 or 32 inputs to a
+    """What activations are multiplied as where weights are in a file's blocks. int8: rounded, 16 inputs to a
     scale (activations.h). exact: as they are. auto: int8, unless they are bf16 and there are matrix registers for that, which take
     long prompts quicker over weights expanded to bf16. Call before any model loads."""
     global _activations

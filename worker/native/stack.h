@@ -59,7 +59,7 @@ class Rounded {
 public:
     static constexpr int64_t ALIGNMENT = 64;
     void reserve(int64_t rows, const Linear& linear) {
-        const int64_t bytes = linear.rounds_inputs ? activation_bytes(linear.format, rows, linear.inputs) + ALIGNMENT : 0;
+        const int64_t bytes = linear.rounds_inputs ? activation_bytes(rows, linear.inputs) + ALIGNMENT : 0;
         if ((int64_t)memory.size() < bytes) memory.resize(bytes);
     }
     void* address() { return (void*)(((uintptr_t)memory.data() + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT); }
@@ -80,11 +80,11 @@ void* round_inputs(Team& team, Rounded& shared, const Linear& linear, int64_t ro
     if (team.count() > 1 && rows <= FEW_ROWS) {
         Rounded& own = Rounded::own();
         if (&own != &shared) own.reserve(rows, linear);
-        quantise_rows(linear.format, rows, linear.inputs, x, own.address(), 0, rows);
+        quantise_rows(rows, linear.inputs, x, own.address(), 0, rows);
         return own.address();
     }
     team.share(rows, 1, [&](int64_t first, int64_t last) {
-        quantise_rows(linear.format, rows, linear.inputs, x, shared.address(), first, last);
+        quantise_rows(rows, linear.inputs, x, shared.address(), first, last);
     });
     return shared.address();
 }

@@ -48,11 +48,11 @@ extern "C" {
 // Types of these units' own, which C++ would call another's, go by address. `product` is a Product of that dtype.
 void multiply_panels_float32(int format, int64_t rows, const void* product, const void* weight, int64_t first, int64_t last);
 void multiply_panels_bfloat16(int format, int64_t rows, const void* product, const void* weight, int64_t first, int64_t last);
-// Of (rows, inputs), inputs a multiple of 32: rows `first` to `last` to int8 for weights of that format, in `memory` of `activation_bytes` on a boundary of 64;
+// Of (rows, inputs), inputs a multiple of 32: rows `first` to `last` to int8 in `memory` of `activation_bytes` on a boundary of 64;
 // products of those with weights in a file's blocks, into `product`, a Product of the dtype that the rows had.
-int64_t activation_bytes(int format, int64_t rows, int64_t inputs);
-void quantise_rows_float32(int format, int64_t rows, int64_t inputs, const void* x, void* memory, int64_t first, int64_t last);
-void quantise_rows_bfloat16(int format, int64_t rows, int64_t inputs, const void* x, void* memory, int64_t first, int64_t last);
+int64_t activation_bytes(int64_t rows, int64_t inputs);
+void quantise_rows_float32(int64_t rows, int64_t inputs, const void* x, void* memory, int64_t first, int64_t last);
+void quantise_rows_bfloat16(int64_t rows, int64_t inputs, const void* x, void* memory, int64_t first, int64_t last);
 void multiply_blocks_float32(int format, int64_t rows, void* memory, const void* product, const void* weight, int64_t first, int64_t last);
 void multiply_blocks_bfloat16(int format, int64_t rows, void* memory, const void* product, const void* weight, int64_t first, int64_t last);
 int has_integers();  // whether there are any

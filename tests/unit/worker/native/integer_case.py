@@ -7,9 +7,7 @@ from torch import Tensor
 
 from worker.native.quantised import KINDS, Quantised, QuantisedWeight
 
-GROUPS = {"Q4_0": 32, "Q4_1": 32, "Q4_K": 32}
-"""Inputs that are rounded together, by the weights' kind; 16 for all others."""
-
+GROUP = 16
 HALVES = {  # where blocks of a kind hold 16-bit floats, which must be neither huge nor nothing
     "Q4_1": (0, 2),
     "Q5_1": (0, 2),
@@ -28,9 +26,9 @@ def random_blocks(kind: str, rows: int, columns: int) -> QuantisedWeight:
     return QuantisedWeight(kind, rows, columns, blocks.view(rows, -1))
 
 
-def rounded_inputs(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """x (rows, inputs) → q (rows, inputs) int64, scales (rows, inputs / group) fp32."""
-    groups = x.float().view(len(x), -1, group)
+def rounded_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (rows, inputs) → q (rows, inputs) int64, scales (rows, inputs / 16) fp32."""
+    groups = x.float().view(len(x), -1, GROUP)
     most = groups.abs().amax(-1)
     inverse = torch.full_like(most, 127.0) / most  # 127 / x would be torch's 127 · (1 / x)
     times = torch.where(most < 1e-36, 0.0, inverse)
@@ -46,8 +44,8 @@ def fused(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 def plain_product(x: Tensor, weight: Quantised) -> Tensor:
     """x (rows, inputs) finite → (rows, outputs) fp32."""
     levels = weight.levels()
-    step, offset = GROUPS.get(weight.kind, 16), 8 if weight.kind == "Q4_0" else 0
-    q, scale = rounded_inputs(x, step)
+    step, offset = GROUP, 8 if weight.kind == "Q4_0" else 0
+    q, scale = rounded_inputs(x)
     sums = torch.zeros(len(x), len(levels.q))
     for at in range(0, q.shape[1], step):
         own, of_weight = scale[:, at // step].unsqueeze(1), at // levels.scale_inputs
