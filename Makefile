@@ -38,7 +38,7 @@ mutants: $(VENV)/.dev  ## plant faults in the loop, one at a time, and show that
 
 soak: $(VENV)/.dev  ## the long runs of the tests that have a short one: state machine, cancels, kernels, instruction sets
 	@DEGAS_TEST_EVERY_KIND=1 $(BIN)/python -m pytest --timeout=3600 tests/soak/soak_loop.py tests/soak/soak_compiles.py \
-	  tests/unit/worker/native/test_attention.py $(ARGS)
+	  tests/unit/worker/native/test_attention.py tests/unit/worker/native/test_integers.py $(ARGS)
 
 constraints: $(VENV)/.dev  ## write constraints.txt from what is installed in .venv
 	@{ grep '^#' constraints.txt; $(PIP) freeze --all --exclude-editable \
