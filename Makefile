@@ -41,7 +41,7 @@ mutants: $(VENV)/.dev  ## plant faults in the loop, one at a time, and show that
 
 soak: $(VENV)/.dev  ## the long runs of the tests that have a short one: state machine, cancels, kernels, instruction sets
 	@DEGAS_TEST_EVERY_KIND=1 $(BIN)/python -m pytest --timeout=3600 tests/soak/soak_loop.py tests/soak/soak_compiles.py \
-	  tests/unit/worker/native/test_attention.py $(ARGS)
+	  tests/unit/worker/native/test_attention.py tests/unit/worker/native/test_integers.py $(ARGS)
 
 fuzz-api: $(VENV)/.dev  ## ask what /openapi.json describes, rightly and wrongly, EXAMPLES=400 times each
 	@DEGAS_FUZZ_EXAMPLES=$(or $(EXAMPLES),400) $(BIN)/python -m pytest --timeout=3600 tests/contract/test_fuzzed.py $(ARGS)

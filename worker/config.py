@@ -72,6 +72,12 @@ class WorkerConfig(BaseModel):
         "there is a C++ compiler (once, some seconds; kept in ~/.cache/degas). The images bring them ready for all "
         "x86-64 processors with AVX2. Off, or without either: torch alone",
     )
+    activations: Literal["auto", "int8", "exact"] = Field(
+        "auto",
+        description="on a CPU, for the quantised weights of a GGUF file. int8: inputs of products are rounded to 8 bits, 16 to a "
+        "scale, and multiplied as whole numbers; exact: weights are read as floats. auto: int8, unless dtype is "
+        "bfloat16 and the processor has matrix registers (AMX)",
+    )
     warm_up_s: float = Field(
         120.0,
         ge=0,

@@ -31,7 +31,7 @@ from worker.models.layers import reads_blocks
 from worker.models.registry import load_model
 from worker.native.build import forbid
 from worker.native.library import use_threads
-from worker.native.products import products
+from worker.native.products import products, use_activations
 from worker.native.quantised_source import QuantisedSource
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
@@ -228,6 +228,7 @@ def open_device(config: WorkerConfig) -> Device:
     if not config.native:
         forbid()
     use_threads(config.threads)
+    use_activations(config.activations)
     return CpuDevice()
 
 
@@ -285,7 +286,8 @@ def refuse_quantize(config: WorkerConfig, device: torch.device) -> None:
                 f"quantize is {config.quantize}, and gpu_without turns narrow_weights off; take one of them away"
             )
         return
-    if config.dtype not in ("auto", "float32"):
+    takes_bf16 = config.dtype == "bfloat16" and reads_blocks(device, torch.bfloat16)
+    if config.dtype not in ("auto", "float32") and not takes_bf16:
         raise ConfigError(
             f"quantize is {config.quantize} and dtype {config.dtype}: on a CPU activations are float32 then; "
             f"a safe value for dtype is auto"

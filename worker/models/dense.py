@@ -64,7 +64,7 @@ class Dense(Decoder):
         if words is None:
             words = take(embedding, sizes.vocab_size, sizes.dim)
         layers = range(sizes.num_layers)
-        blocks = [_Block(take, take_weight, f"model.layers.{i}", sizes, i) for i in layers]
+        blocks = [_Block(take, take_weight, f"model.layers.{i}", sizes, i, words.dtype) for i in layers]
         norm = _take_norm(take, "model.norm", sizes)
         # q and k are rotated by numbers of this length, so scores are scaled by its square, exactly and on every path.
         length = sizes.score_scale**0.5
@@ -73,7 +73,7 @@ class Dense(Decoder):
             words,
             blocks,
             norm,
-            Head(weight, scale=sizes.logit_scale, cap=sizes.logit_cap),
+            Head(weight, scale=sizes.logit_scale, cap=sizes.logit_cap, dtype=words.dtype),
             [rotation_table(r, sizes.rotary_dim, sizes.context_tokens, device, length) for r in sizes.ropes],
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
@@ -88,7 +88,13 @@ class _Block:
     stream; or both side by side behind one norm."""
 
     def __init__(
-        self, take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig, index: int
+        self,
+        take: Take,
+        take_weight: TakeWeight,
+        name: str,
+        sizes: DenseConfig,
+        index: int,
+        dtype: torch.dtype,
     ) -> None:
         names, attention = sizes.norms, f"{name}.self_attn"
         self._kind = sizes.layers[index]
@@ -105,13 +111,13 @@ class _Block:
             norm(names.after_attention),
         )
         self._before_mlp, self._after_mlp = norm(names.before_mlp), norm(names.after_mlp)
-        self._qkv = _take_qkv(take, take_weight, attention, sizes)
+        self._qkv = _take_qkv(take, take_weight, attention, sizes, dtype)
         self._qk_weight = head_weights(take, attention, sizes)
         self._head_norm = RmsNorm(torch.ones(sizes.head_dim, device=self._qkv.device), sizes.eps)
         self._product_norm = product_norm(take, attention, sizes)
-        scaled = partial(_take_scaled, take, take_weight, sizes)
+        scaled = partial(_take_scaled, take, take_weight, sizes, dtype)
         self._out = scaled(f"{attention}.o_proj", sizes.dim, sizes.q_dim, sizes.out_bias)
-        gate_up = _take_gate_up(take, take_weight, f"{name}.mlp", sizes)
+        gate_up = _take_gate_up(take, take_weight, f"{name}.mlp", sizes, dtype)
         down = scaled(f"{name}.mlp.down_proj", sizes.dim, sizes.ff_dim, sizes.mlp_bias)
         self._mlp = GatedMlp(gate_up, down, gelu=sizes.gelu)
 
@@ -232,7 +238,9 @@ def _take_norm(take: Take, name: str, sizes: DenseConfig) -> LayerNorm | RmsNorm
     return RmsNorm(take(f"{name}.weight", sizes.dim), sizes.eps)
 
 
-def _take_qkv(take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig) -> PackedLinear:
+def _take_qkv(
+    take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig, dtype: torch.dtype
+) -> PackedLinear:
     """q, k and v as one product, the dimensions of each q and k head in rotary pairs (see `pair_order`)."""
     widths = (sizes.q_dim, sizes.kv_dim, sizes.kv_dim)
     order = _qkv_order(sizes)
@@ -250,7 +258,7 @@ def _take_qkv(take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig
         bias = stacked[order.to(stacked.device)]
     weight = together(parts(take_weight, "weight", sizes.dim))
     ordered = weight[order.to(weight.device)] if isinstance(weight, Tensor) else weight.ordered(order)
-    return PackedLinear(ordered, bias)
+    return PackedLinear(ordered, bias, dtype=dtype)
 
 
 def _qkv_order(sizes: DenseConfig) -> Tensor:
@@ -261,7 +269,9 @@ def _qkv_order(sizes: DenseConfig) -> Tensor:
     return torch.cat([rotated, torch.arange(len(rotated), len(rotated) + sizes.kv_dim)])
 
 
-def _take_gate_up(take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig) -> PackedLinear:
+def _take_gate_up(
+    take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig, dtype: torch.dtype
+) -> PackedLinear:
     def stacked(take: TakeWeight, kind: str, *inputs: int) -> Tensor | Quantised:
         if sizes.fused_projections:
             return take(f"{name}.gate_up_proj.{kind}", 2 * sizes.ff_dim, *inputs)
@@ -271,13 +281,15 @@ def _take_gate_up(take: Take, take_weight: TakeWeight, name: str, sizes: DenseCo
 
     bias = stacked(take, "bias") if sizes.mlp_bias else None
     assert bias is None or isinstance(bias, Tensor)
-    return PackedLinear(stacked(take_weight, "weight", sizes.dim), bias, gated=not sizes.gelu)
+    weight = stacked(take_weight, "weight", sizes.dim)
+    return PackedLinear(weight, bias, gated=not sizes.gelu, dtype=dtype)
 
 
 def _take_scaled(
     take: Take,
     take_weight: TakeWeight,
     sizes: DenseConfig,
+    dtype: torch.dtype,
     name: str,
     outputs: int,
     inputs: int,
@@ -293,7 +305,7 @@ def _take_scaled(
     if sizes.residual_scale != 1.0:
         bias = None if bias is None else scaled(bias)
         weight = scaled(weight) if isinstance(weight, Tensor) else weight.scaled(sizes.residual_scale)
-    return PackedLinear(weight, bias)
+    return PackedLinear(weight, bias, dtype=dtype)
 
 
 def load_dense(

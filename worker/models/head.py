@@ -24,13 +24,20 @@ _BLOCK_ROWS = {"cpu": 256, "cuda": 16384}
 class Head:
     """`x Wᵀ + b` in fp32 of a weight (V, D), a tensor or a file's blocks, and bias (V,) or None, on their final device and dtype.
 
-    `scale` multiplies the logits; `cap` c then makes a logit l c·tanh(l/c), 0: leaves it.
+    `scale` multiplies the logits; `cap` c then makes a logit l c·tanh(l/c), 0: leaves it. `dtype` is that of the hidden states
+    where the weight is in blocks.
     """
 
     __slots__ = ("_arrivals", "_bias", "_cap", "_multiply", "_own_bias", "_scale", "_weight")
 
     def __init__(
-        self, weight: Tensor | Quantised, bias: Tensor | None = None, *, scale: float = 1.0, cap: float = 0.0
+        self,
+        weight: Tensor | Quantised,
+        bias: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+        cap: float = 0.0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._scale, self._cap = scale, cap
         self._multiply: Callable[[Tensor], Tensor]
@@ -38,7 +45,7 @@ class Head:
         self._own_bias = None if bias is None else bias.float()
         self._arrivals: Tensor | None = None
         if not isinstance(weight, Tensor):
-            self._multiply = PackedLinear(weight, bias).logits
+            self._multiply = PackedLinear(weight, bias, dtype=dtype).logits
             return
         self._weight, self._bias = weight, self._own_bias
         on_cpu = weight.device.type == "cpu"

@@ -53,7 +53,7 @@ def reads_blocks(device: torch.device, dtype: torch.dtype) -> bool:
     if by_kernels(device):
         return True
     found = products(device)
-    return dtype == torch.float32 and found is not None and found.multiplies(dtype)
+    return found is not None and found.multiplies_blocks(dtype)
 
 
 def together(parts: Sequence[Tensor | Quantised]) -> Tensor | Quantised:
@@ -84,7 +84,7 @@ class PackedLinear:
     """`y = x Wᵀ + b` with W in the layout this device multiplies fastest.
 
     Takes `weight` (out, in) and `bias` (out,) or None, on their final device and dtype, or a weight in blocks, which are
-    multiplied as they are: for fp32 inputs on a CPU, for any on a GPU. Inputs are (..., in) in the same dtype; outputs (..., out).
+    multiplied as they are: for inputs of `dtype` on a CPU (by default the bias's, or fp32), for any on a GPU. Inputs are (..., in) in the same dtype; outputs (..., out).
     `pack=False` keeps the plain product, for comparison. `gated`: the first half of the outputs gates the second, and only
     `silu_gate` may be called.
     """
@@ -112,7 +112,10 @@ class PackedLinear:
         *,
         pack: bool = True,
         gated: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        if dtype is None:
+            dtype = torch.float32 if bias is None else bias.dtype
         self.out_features, self.in_features = weight.shape
         self._integers: IntegerWeight | None = None
         self._arrivals: Tensor | None = None
@@ -134,12 +137,14 @@ class PackedLinear:
         native = (
             products(weight.device if isinstance(weight, Tensor) else torch.device("cpu")) if pack else None
         )
-        if not isinstance(weight, Tensor) and (native is None or not native.multiplies(torch.float32)):
-            weight = weight.dequantised()
-        self.dtype = dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
-        self.device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
-        if native is not None and not native.can_multiply(dtype, self.in_features, self.out_features):
-            native = None
+        if not isinstance(weight, Tensor) and (native is None or not native.multiplies_blocks(dtype)):
+            weight = weight.dequantised().to(dtype)
+        self.device = torch.device("cpu")
+        if isinstance(weight, Tensor):
+            dtype, self.device = weight.dtype, weight.device
+            if native is not None and not native.can_multiply(dtype, self.in_features, self.out_features):
+                native = None
+        self.dtype = dtype
         self._native = native
         can_gate = gated and self.out_features % (2 * LANES) == 0
         self._gated = can_gate and native is not None
@@ -150,7 +155,7 @@ class PackedLinear:
             weight = weight[order] if isinstance(weight, Tensor) else weight.ordered(order)
             bias = None if bias is None else bias[order]
         if native is not None:
-            self._weight: Any = native.pack(weight, bias)
+            self._weight: Any = native.pack(weight, bias, dtype)
         else:
             assert isinstance(weight, Tensor)
             self._packed = pack and can_pack(weight.device, weight.dtype)

@@ -31,11 +31,16 @@ _V3 = frozenset(("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm"))
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 KINDS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "amx": (
-        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
-        _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
+        _V4 | {"avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"},
     ),
-    "avx512bf16": (("-march=x86-64-v4", "-mavx512bf16"), _V4 | {"avx512_bf16"}),
+    "avx512bf16": (
+        ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),
+        _V4 | {"avx512_bf16", "avx512_vnni"},
+    ),
+    "avx512vnni": (("-march=x86-64-v4", "-mavx512vnni"), _V4 | {"avx512_vnni"}),
     "avx512": (("-march=x86-64-v4",), _V4),
+    "avxvnni": (("-march=x86-64-v3", "-mavxvnni"), _V3 | {"avx_vnni"}),
     "avx2": (("-march=x86-64-v3",), _V3),
 }
 """Kinds of processors, the best first: the compiler's flags, and the processor flags that Linux must list."""

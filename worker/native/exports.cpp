@@ -8,13 +8,37 @@ extern "C" {
 
 int vector_lanes() { return LANES; }
 int panel_outputs() { return PANEL; }
+// What it was compiled for, in a few words.
+const char* instruction_set() {
+    return
+#if defined(__AVX512F__)
+        "AVX-512"
+#elif defined(__AVX2__)
+        "AVX2"
+#else
+        "the compiler's vectors"
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+        ", AMX bf16"
+#elif defined(__AVX512BF16__)
+        ", bf16"
+#endif
+#if (defined(__AVX512F__) && defined(__AVX512VNNI__)) || defined(__AVXVNNI__)
+        ", VNNI int8"
+#elif defined(__AVX2__)
+        ", int8"
+#endif
+        ;
+}
 void use_threads(int count) { set_threads(count); }
 #define FOR_DTYPE(NAME, REAL)                                                                                           \
     void multiply_##NAME(const Linear* linear, int64_t rows, const void* x, const void* residual, void* out,            \
                          int64_t out_stride, int kind, int is_unrounded) {                                              \
+        Rounded& rounded = Rounded::own();                                                                              \
+        rounded.reserve(rows, *linear);                                                                                 \
         together([&](Team& team) {                                                                                      \
-            multiply(team, *linear, rows, (const REAL*)x, (const REAL*)residual, (REAL*)out, out_stride, kind, nullptr, \
-                     is_unrounded ? (float*)out : nullptr);                                                             \
+            multiply(team, rounded, *linear, rows, (const REAL*)x, (const REAL*)residual, (REAL*)out, out_stride, kind, \
+                     nullptr, is_unrounded ? (float*)out : nullptr);                                                    \
         });                                                                                                             \
     }                                                                                                                   \
     void rms_norm_##NAME(int64_t rows, int64_t dim, const void* x, const void* weight, float eps, void* out) {          \

@@ -2,7 +2,8 @@
 // in memory. Each weight is read as exactly the number that the file's own dequantisation gives.
 //
 // A panel is packed as (inputs / BLOCK) blocks, each its scales, then (BLOCK / STEP, PANEL) words of 32 bits: STEP inputs
-// of one output side by side.
+// of one output side by side. Of eight nibbles in a word the lower half of byte i is input i, its upper half input 4 + i:
+// four neighbours are had by one mask.
 
 #pragma once
 
@@ -15,7 +16,7 @@
 
 namespace {
 
-enum Format { SAME, BF16, INT8, INT4, INT4_MIN, INT4_REAL, INT8_REAL };
+enum Format { SAME, BF16, INT8, INT4, INT4_MIN, INT4_REAL, INT8_REAL, INT8_OFFSET, INT8_FINE };
 
 // The content of a file's blocks: weight = scale · q + least.
 struct Quantised {
@@ -74,27 +75,37 @@ inline void keep(half* at, float x) { *at = to_half(x); }
 template <int BITS, int BLOCK_INPUTS, typename Scale, bool HAS_LEAST, int OFFSET>
 struct Scaled {
     static constexpr int64_t BLOCK = BLOCK_INPUTS, STEP = 32 / BITS;
+    static constexpr int NUM_BITS = BITS, LESS = OFFSET;
+    static constexpr bool ADDS_LEAST = HAS_LEAST;
     static constexpr int64_t SCALE_BYTES = PANEL * sizeof(Scale);
     static constexpr int64_t HEAD_BYTES = (HAS_LEAST ? 2 : 1) * SCALE_BYTES;
     static constexpr int64_t BLOCK_BYTES = HEAD_BYTES + BLOCK / STEP * PANEL * 4;
     Floats scale[VECTORS], least[VECTORS];
 
-    inline void open(const uint8_t* block) {
+    // What the file holds.
+    inline void open_scales(const uint8_t* block) {
         for (int v = 0; v < VECTORS; v++) {
             scale[v] = load((const Scale*)block + v * LANES);
             if (HAS_LEAST) least[v] = load((const Scale*)(block + SCALE_BYTES) + v * LANES);
-            else if (OFFSET) least[v] = scale[v] * (float)-OFFSET;
         }
     }
+    inline void open(const uint8_t* block) {
+        open_scales(block);
+        for (int v = 0; v < VECTORS && OFFSET; v++) least[v] = scale[v] * (float)-OFFSET;
+    }
     static inline const uint8_t* words(const uint8_t* block) { return block + HEAD_BYTES; }
+    // Of a word the bit at which the weight of an input begins.
+    static constexpr int bit(int place) { return BITS == 8 ? place * 8 : place % 4 * 8 + place / 4 * 4; }
+    // Four neighbouring inputs' weights, a byte each.
+    static inline Words four(Words words, int part) { return BITS == 8 ? words : (part ? words >> 4 : words) & 0x0f0f0f0f; }
     template <int PLACE>
     inline Floats weight(Words words, int v) const {
-        constexpr int UP = 32 - BITS - PLACE * BITS;
+        constexpr int BIT = bit(PLACE), UP = 32 - BITS - BIT;
         Ints q;
         if (BITS == 8)
             q = (Ints)(words << UP) >> 24;
         else
-            q = (Ints)(PLACE ? (words >> (PLACE * BITS)) : words);
+            q = (Ints)(BIT ? (words >> BIT) : words);
         if (BITS == 4 && UP) q = q & 15;
         const Floats x = __builtin_convertvector(q, Floats);
         return HAS_LEAST || OFFSET ? x * scale[v] + least[v] : x * scale[v];
@@ -114,7 +125,7 @@ struct Scaled {
                         const int q = from.q[output * inputs + begin + i] + OFFSET;
                         uint8_t* place = packed + HEAD_BYTES + (i / STEP * PANEL + o) * 4;
                         std::memcpy(&word, place, 4);
-                        word |= (uint32_t)(q & ((1 << BITS) - 1)) << (i % STEP * BITS);
+                        word |= (uint32_t)(q & ((1 << BITS) - 1)) << bit(i % STEP);
                         std::memcpy(place, &word, 4);
                     }
                 }
@@ -122,11 +133,13 @@ struct Scaled {
     }
 };
 
-typedef Scaled<8, 32, half, false, 0> Int8;       // Q8_0
+typedef Scaled<8, 32, half, false, 0> Int8;       // Q8_0, Q5_0
 typedef Scaled<4, 32, half, false, 8> Int4;       // Q4_0
 typedef Scaled<4, 32, half, true, 0> Int4Min;     // Q4_1
 typedef Scaled<4, 32, float, true, 0> Int4Real;   // Q4_K
-typedef Scaled<8, 16, float, true, 0> Int8Real;   // the others
+typedef Scaled<8, 32, float, true, 0> Int8Offset;    // Q5_1, Q5_K
+typedef Scaled<8, 16, float, false, 0> Int8Fine;  // Q6_K
+typedef Scaled<8, 16, float, true, 0> Int8Real;   // any of them side by side
 #endif
 
 // Whether bf16 holds all of these exactly.

@@ -23,22 +23,26 @@ def kernels_in_use() -> KernelsInUse:
     found = prebuilt(SOURCE)
     kept = kept_library(SOURCE) if found is None else None
     if found is None and kept is None:
-        return KernelsInUse(instruction_set(), "")
-    from worker.native.library import NAMES, load  # torch
+        return KernelsInUse(processor_kind(), "")
+    from worker.native.library import NAMES, instruction_set, load  # torch
     from worker.native.operations import HEAD_DIMS
     from worker.native.products import Products
     from worker.native.quantised import KINDS as BLOCKS
 
     loaded = load()
     if loaded is None:
-        return KernelsInUse(instruction_set(), "")
+        return KernelsInUse(processor_kind(), "")
     made = Products(loaded)
-    formats = {"float32": ("fp32", "bf16", *BLOCKS), "bfloat16": ("bf16",)}
-    products = {name: formats[name] for dtype, name in NAMES.items() if made.multiplies(dtype)}
-    return KernelsInUse(instruction_set(), Path(loaded._name).name, products, HEAD_DIMS)
+    formats = {"float32": ("fp32", "bf16"), "bfloat16": ("bf16",)}
+    products = {
+        name: (*formats[name], *(BLOCKS if made.multiplies_blocks(dtype) else ()))
+        for dtype, name in NAMES.items()
+        if made.multiplies(dtype)
+    }
+    return KernelsInUse(instruction_set(loaded), Path(loaded._name).name, products, HEAD_DIMS)
 
 
-def instruction_set() -> str:
+def processor_kind() -> str:
     """The best of `build.KINDS` that this processor runs; empty where it runs none."""
     flags = processor_flags()
     return next((kind for kind, (_, needed) in KINDS.items() if needed <= flags), "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ctypes import CDLL
+from ctypes import CDLL, c_char_p
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -57,6 +57,13 @@ def bind(kind: Callable[[CDLL], Bound], device: torch.device) -> Bound | None:
 @lru_cache
 def _bound(kind: Callable[[CDLL], Any], found: CDLL) -> Any:
     return kind(found)
+
+
+def instruction_set(found: CDLL) -> str:
+    """What a library was compiled for, such as "AVX-512, AMX bf16, VNNI int8"."""
+    found.instruction_set.restype = c_char_p
+    name: bytes = found.instruction_set()
+    return name.decode()
 
 
 @lru_cache(maxsize=1)

@@ -15,20 +15,6 @@ constexpr int64_t EXPANDED_FLOATS = 288 * 16;  // of a panel: 18 KiB, which leav
 constexpr int64_t ROWS_BYTES = 512 << 10;      // of inputs, kept in the second-level cache from panel to panel
 constexpr int64_t AHEAD_BYTES = 2048;
 
-template <int PLACE, int STEP>
-struct Places {
-    template <typename Visit>
-    static inline __attribute__((always_inline)) void each(const Visit& visit) {
-        visit(std::integral_constant<int, PLACE>());
-        Places<PLACE + 1, STEP>::each(visit);
-    }
-};
-template <int STEP>
-struct Places<STEP, STEP> {
-    template <typename Visit>
-    static inline __attribute__((always_inline)) void each(const Visit&) {}
-};
-
 // ROWS rows from `row` on by PANELS panels, `panel_bytes` apart, straight out of memory.
 template <typename Format, int ROWS, int PANELS>
 void multiply_streamed(const Product<float>& product, int64_t row, const uint8_t* weight, int64_t panel_bytes, int64_t column) {

@@ -6,6 +6,7 @@
 extern "C" {
 
 int64_t bytes_packed(int format, int64_t outputs, int64_t inputs) { return packed_bytes(format, outputs, inputs); }
+int multiplies_by_tiles() { return HAS_TILES && Weights<bf16>::are_taken(); }
 int are_bfloat16(int64_t count, const float* weight) { return fit_bf16(count, weight); }
 void pack_bfloat16_for_float32(int64_t outputs, int64_t inputs, const void* weight, void* packed) {
     pack_panels<Bf16>(outputs, inputs, (const uint16_t*)weight, (uint8_t*)packed);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import CDLL, POINTER, Structure, byref, c_int, c_int64, c_void_p
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +20,32 @@ PLAIN, GELU, ADD, GATE = range(4)
 """What becomes of a sum: stored, its GELU (tanh approximation) stored, stored with the residual added; or a SiLU gate:
 of every two vectors of outputs the first gates the second, and half as many are stored (see `interleave`)."""
 
-SAME, BF16, INT8, INT4, INT4_MIN, INT4_REAL, INT8_REAL = range(7)
+SAME, BF16, INT8, INT4, INT4_MIN, INT4_REAL, INT8_REAL, INT8_OFFSET, INT8_FINE = range(9)
 """What weights are kept in (formats.h). SAME: the dtype of the activations."""
-_FORMATS = {"Q8_0": INT8, "Q4_0": INT4, "Q4_1": INT4_MIN, "Q4_K": INT4_REAL}
+_FORMATS = {
+    "Q8_0": INT8,
+    "Q5_0": INT8,
+    "Q4_0": INT4,
+    "Q4_1": INT4_MIN,
+    "Q4_K": INT4_REAL,
+    "Q5_1": INT8_OFFSET,
+    "Q5_K": INT8_OFFSET,
+    "Q6_K": INT8_FINE,
+}
 
 _BF16_INPUTS, _BF16_OUTPUTS = 32, 16  # of weights for bf16 activations, multiples of these
+_GROUP_INPUTS = 32  # that are rounded to int8 together
+
+Activations = Literal["auto", "int8", "exact"]
+_activations: Activations = "auto"
+
+
+def use_activations(wanted: Activations) -> None:
+    """What activations are multiplied as where weights are in a file's blocks. int8: rounded, 16 inputs to a
+    scale (activations.h). exact: as they are. auto: int8, unless they are bf16 and there are matrix registers for that, which take
+    long prompts quicker over weights expanded to bf16. Call before any model loads."""
+    global _activations
+    _activations = wanted
 
 
 class Linear(Structure):
@@ -35,6 +57,7 @@ class Linear(Structure):
         ("inputs", c_int64),
         ("outputs", c_int64),
         ("format", c_int64),
+        ("rounds_inputs", c_int64),
     )
 
 
@@ -44,18 +67,26 @@ class PackedWeight:
     __slots__ = ("bias", "dtype", "linear", "memory")
 
     def __init__(
-        self, memory: Tensor, bias: Tensor | None, inputs: int, outputs: int, kept_in: int, dtype: torch.dtype
+        self,
+        memory: Tensor,
+        bias: Tensor | None,
+        inputs: int,
+        outputs: int,
+        kept_in: int,
+        dtype: torch.dtype,
+        rounds_inputs: bool = False,
     ) -> None:
         self.memory, self.dtype = memory, dtype
         self.bias = None if bias is None else bias.to(dtype).contiguous()
         address = None if self.bias is None else self.bias.data_ptr()
-        self.linear = Linear(memory.data_ptr(), address, inputs, outputs, kept_in)
+        self.linear = Linear(memory.data_ptr(), address, inputs, outputs, kept_in, rounds_inputs)
 
 
 class Products:
     """The compiled products of those dtypes of activations that this processor has vectors or matrix registers for."""
 
     def __init__(self, library: CDLL) -> None:
+        self.use_threads = library.use_threads
         self._lanes = library.vector_lanes()
         self._bytes, self._are_bf16 = library.bytes_packed, library.are_bfloat16
         self._bytes.argtypes, self._bytes.restype = (c_int, c_int64, c_int64), c_int64
@@ -64,15 +95,17 @@ class Products:
         self._pack_bf16.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
         self._pack_blocks.argtypes = (c_int, c_int64, c_int64, *3 * (c_void_p,), c_int64, c_void_p)
         self._pack_bf16.restype = self._pack_blocks.restype = None
+        self._has_integers = bool(library.has_integers())
+        self._has_tiles = bool(library.multiplies_by_tiles())
         self._pack, self._multiply = {}, {}
         for dtype, name in NAMES.items():
-            if not getattr(library, f"can_multiply_{name}")():
-                continue
             pack, multiply = getattr(library, f"pack_{name}"), getattr(library, f"multiply_{name}")
             pack.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
             multiply.argtypes = (POINTER(Linear), c_int64, *3 * (c_void_p,), c_int64, c_int, c_int)
             pack.restype = multiply.restype = None
-            self._pack[dtype], self._multiply[dtype] = pack, multiply
+            self._multiply[dtype] = multiply
+            if getattr(library, f"can_multiply_{name}")():
+                self._pack[dtype] = pack
 
     def multiplies(self, dtype: torch.dtype) -> bool:
         """Whether there are products of activations of `dtype` at all."""
@@ -84,6 +117,17 @@ class Products:
             return False
         return dtype == torch.float32 or (inputs % _BF16_INPUTS == 0 and outputs % _BF16_OUTPUTS == 0)
 
+    def multiplies_blocks(self, dtype: torch.dtype) -> bool:
+        """Whether there are products of activations of `dtype` with weights in a file's blocks: of fp32, and of all that are
+        rounded to int8."""
+        return self._rounds(dtype) or (dtype == torch.float32 and self.multiplies(dtype))
+
+    def _rounds(self, dtype: torch.dtype) -> bool:
+        """Whether activations of `dtype` are rounded to int8 there."""
+        if not self._has_integers or _activations == "exact":
+            return False
+        return _activations == "int8" or not (self._has_tiles and dtype == torch.bfloat16)
+
     def interleave(self, gate_up: Tensor) -> Tensor:
         """(2F, ...), all gates before what they gate → the order that `GATE` reads. F a multiple of 16."""
         return gate_up[self.gate_order(len(gate_up))]
@@ -92,17 +136,19 @@ class Products:
         """The rows of a weight in the order that `GATE` reads."""
         return torch.arange(outputs).view(2, -1, self._lanes).transpose(0, 1).reshape(-1)
 
-    def pack(self, weight: Tensor | Quantised, bias: Tensor | None = None) -> PackedWeight:
+    def pack(
+        self, weight: Tensor | Quantised, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> PackedWeight:
         """weight (out, in) → its elements in the order `multiply` reads them, for activations of its dtype.
 
-        One in a file's blocks is for fp32 activations, and keeps as many bits an element as the file has if that is Q8_0, Q4_0
-        or Q4_1.
+        One in a file's blocks is for activations of `dtype`, one of those that `multiplies_blocks`, and keeps as many bits an
+        element as the file has if that is Q8_0, Q4_0 or Q4_1.
 
         An fp32 weight that bf16 holds exactly, as one does that was saved in bf16, is kept in bf16: half the memory, the same
         products to the last bit.
         """
         if not isinstance(weight, Tensor):
-            return self._pack_quantised(weight, bias)
+            return self._pack_quantised(weight, bias, dtype)
         outputs, inputs = weight.shape
         weight = weight.contiguous()
         kept_in, pack = SAME, self._pack[weight.dtype]
@@ -118,10 +164,11 @@ class Products:
         pack(outputs, inputs, weight.data_ptr(), memory.data_ptr())
         return PackedWeight(memory, bias, inputs, outputs, kept_in, dtype)
 
-    def _pack_quantised(self, weight: Quantised, bias: Tensor | None) -> PackedWeight:
+    def _pack_quantised(self, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> PackedWeight:
         outputs, inputs = weight.shape
-        kept_in = _FORMATS.get(weight.kind, INT8_REAL)
         levels: Levels = weight.levels()
+        kept_in = _FORMATS.get(weight.kind, INT8_REAL if levels.least is not None else INT8_FINE)
+        rounds = self._rounds(dtype) and inputs % _GROUP_INPUTS == 0
         least = None if levels.least is None else levels.least.data_ptr()
         q, scale = levels.q.contiguous(), levels.scale.contiguous()
         memory = torch.empty(self._bytes(kept_in, outputs, inputs), dtype=torch.uint8)
@@ -129,7 +176,7 @@ class Products:
         self._pack_blocks(
             kept_in, outputs, inputs, q.data_ptr(), scale.data_ptr(), least, levels.scale_inputs, address
         )
-        return PackedWeight(memory, bias, inputs, outputs, kept_in, torch.float32)
+        return PackedWeight(memory, bias, inputs, outputs, kept_in, dtype, rounds)
 
     def multiply(self, x: Tensor, packed: PackedWeight, residual: Tensor | None, kind: int) -> Tensor:
         """x (..., in) and residual (..., out) or None of the packed weight's dtype → (..., out).
@@ -178,4 +225,4 @@ def products(device: torch.device) -> Products | None:
     return bind(Products, device)
 
 
-assert ctypes.sizeof(Linear) == 40
+assert ctypes.sizeof(Linear) == 48

@@ -58,8 +58,8 @@ class Levels:
     def in_sixteens(self) -> Levels:
         """These levels with a scale and an offset for every 16 columns."""
         times = self.scale_inputs // 16
-        least = torch.zeros_like(self.scale) if self.least is None else self.least
-        return Levels(self.q, self.scale.repeat_interleave(times, 1), least.repeat_interleave(times, 1))
+        least = None if self.least is None else self.least.repeat_interleave(times, 1)
+        return Levels(self.q, self.scale.repeat_interleave(times, 1), least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +128,16 @@ def stacked(parts: Sequence[Quantised]) -> Quantised:
         if len(blocks) == len(parts):
             together = torch.cat(blocks)
             return QuantisedWeight(first.kind, len(together), first.columns, together)
-    levels = [part.levels().in_sixteens() for part in parts]
-    leasts = [part.least for part in levels if part.least is not None]
-    return Levels(
-        torch.cat([part.q for part in levels]), torch.cat([part.scale for part in levels]), torch.cat(leasts)
-    )
+    return _joined([part.levels().in_sixteens() for part in parts], dim=0)
+
+
+def _joined(parts: Sequence[Levels], dim: int) -> Levels:
+    least: Tensor | None = None
+    if any(part.least is not None for part in parts):
+        known = [torch.zeros_like(part.scale) if part.least is None else part.least for part in parts]
+        least = torch.cat(known, dim)
+    q, scale = torch.cat([part.q for part in parts], dim), torch.cat([part.scale for part in parts], dim)
+    return Levels(q, scale, least)
 
 
 def beside(parts: Sequence[Quantised]) -> Quantised:
@@ -145,10 +150,7 @@ def beside(parts: Sequence[Quantised]) -> Quantised:
         if len(blocks) == len(parts):
             columns = sum(part.shape[1] for part in parts)
             return QuantisedWeight(first.kind, first.rows, columns, torch.cat(blocks, 1))
-    levels = [part.levels().in_sixteens() for part in parts]
-    leasts = [part.least for part in levels if part.least is not None]
-    q, scale = torch.cat([part.q for part in levels], 1), torch.cat([part.scale for part in levels], 1)
-    return Levels(q, scale, torch.cat(leasts, 1))
+    return _joined([part.levels().in_sixteens() for part in parts], dim=1)
 
 
 _Parts = tuple[Tensor, Tensor, Tensor | None]

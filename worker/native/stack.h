@@ -16,7 +16,7 @@ namespace {
 // As worker/native/stack.py lays them out.
 struct Linear {
     const void *weight, *bias;
-    int64_t inputs, outputs, format;
+    int64_t inputs, outputs, format, rounds_inputs;  // whether inputs are rounded to int8: then weights are in a file's blocks
 };
 
 // Attention, then a gated MLP, each behind its RMS norm and added to the residual stream.
@@ -54,12 +54,56 @@ struct Step {
     int32_t heads, kv_heads, head_dim, page_tokens, keeps_float;
 };
 
+// Memory for rounded inputs that all threads share, the calling thread's, kept from step to step.
+class Rounded {
+public:
+    static constexpr int64_t ALIGNMENT = 64;
+    void reserve(int64_t rows, const Linear& linear) {
+        const int64_t bytes = linear.rounds_inputs ? activation_bytes(rows, linear.inputs) + ALIGNMENT : 0;
+        if ((int64_t)memory.size() < bytes) memory.resize(bytes);
+    }
+    void* address() { return (void*)(((uintptr_t)memory.data() + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT); }
+    static Rounded& own() {
+        static thread_local Rounded memory;
+        return memory;
+    }
+
+private:
+    std::vector<uint8_t> memory;
+};
+
+constexpr int64_t FEW_ROWS = 4;  // which each thread rounds for itself in less time than the others would have to be waited for
+
 template <typename Model>
-void multiply(Team& team, const Linear& linear, int64_t rows, const Model* x, const Model* residual, Model* out,
+void* round_inputs(Team& team, Rounded& shared, const Linear& linear, int64_t rows, const Model* x) {
+    const auto quantise_rows = std::is_same<Model, float>::value ? quantise_rows_float32 : quantise_rows_bfloat16;
+    if (team.count() > 1 && rows <= FEW_ROWS) {
+        Rounded& own = Rounded::own();
+        if (&own != &shared) own.reserve(rows, linear);
+        quantise_rows(rows, linear.inputs, x, own.address(), 0, rows);
+        return own.address();
+    }
+    team.share(rows, 1, [&](int64_t first, int64_t last) {
+        quantise_rows(rows, linear.inputs, x, shared.address(), first, last);
+    });
+    return shared.address();
+}
+
+// `rounded` holds room for these rows.
+template <typename Model>
+void multiply(Team& team, Rounded& rounded, const Linear& linear, int64_t rows, const Model* x, const Model* residual, Model* out,
               int64_t out_stride, int kind, const Linear* after = nullptr, float* unrounded = nullptr) {
     const Product<Model> product{linear.inputs, linear.outputs, x,    (const Model*)linear.bias,        residual, out,
                                  out_stride,    kind,           unrounded, after ? after->weight : nullptr};
-    team.share((linear.outputs + PANEL - 1) / PANEL, 64 / PANEL, [&](int64_t first, int64_t last) {
+    const int64_t panels = (linear.outputs + PANEL - 1) / PANEL;
+    if (linear.rounds_inputs) {
+        void* memory = round_inputs(team, rounded, linear, rows, x);
+        return team.share(panels, 64 / PANEL, [&](int64_t first, int64_t last) {
+            const auto multiply_blocks = std::is_same<Model, float>::value ? multiply_blocks_float32 : multiply_blocks_bfloat16;
+            multiply_blocks(linear.format, rows, memory, &product, linear.weight, first, last);
+        });
+    }
+    team.share(panels, 64 / PANEL, [&](int64_t first, int64_t last) {
         const auto multiply_panels = std::is_same<Model, float>::value ? multiply_panels_float32 : multiply_panels_bfloat16;
         multiply_panels(linear.format, rows, &product, linear.weight, first, last);
     });
@@ -149,16 +193,19 @@ int run_layers(const Step& step, const GatedLayer* layers, int64_t count, Model*
     const Model* nothing = nullptr;
     Plans& plans = Plans::own();
     plans.make(step, layers, count);
+    Rounded& rounded = Rounded::own();
+    for (const GatedLayer* layer = layers; layer < layers + count; layer++)
+        for (const Linear* linear : {&layer->qkv, &layer->out, &layer->gate_up, &layer->down}) rounded.reserve(rows, *linear);
     together([&](Team& team) {
         for (const GatedLayer* layer = layers; layer < layers + count; layer++) {
             const Linear* next = layer + 1 < layers + count ? &layer[1].qkv : nullptr;
             share_rms_norm(team, rows, dim, hidden, layer->attention_norm, step.eps, normed);
-            multiply(team, layer->qkv, rows, normed, nothing, qkv, layer->qkv.outputs, PLAIN, &layer->out);
+            multiply(team, rounded, layer->qkv, rows, normed, nothing, qkv, layer->qkv.outputs, PLAIN, &layer->out);
             attend(team, plans, step, *layer, layer->qk_weight, qkv, mixed, layer->out.inputs);
-            multiply(team, layer->out, rows, mixed, hidden, hidden, dim, ADD, &layer->gate_up);
+            multiply(team, rounded, layer->out, rows, mixed, hidden, hidden, dim, ADD, &layer->gate_up);
             share_rms_norm(team, rows, dim, hidden, layer->mlp_norm, step.eps, normed);
-            multiply(team, layer->gate_up, rows, normed, nothing, inner, inner_dim, GATE, &layer->down);
-            multiply(team, layer->down, rows, inner, hidden, hidden, dim, ADD, next);
+            multiply(team, rounded, layer->gate_up, rows, normed, nothing, inner, inner_dim, GATE, &layer->down);
+            multiply(team, rounded, layer->down, rows, inner, hidden, hidden, dim, ADD, next);
         }
     });
     return 0;
@@ -175,6 +222,9 @@ int run_layers(const Step& step, const ParallelLayer* layers, int64_t count, Mod
     const Model* nothing = nullptr;
     Plans& plans = Plans::own();
     plans.make(step, layers, count);
+    Rounded& rounded = Rounded::own();
+    for (const ParallelLayer* layer = layers; layer < layers + count; layer++)
+        for (const Linear* linear : {&layer->qkv, &layer->fc1, &layer->out}) rounded.reserve(rows, *linear);
     together([&](Team& team) {
         for (const ParallelLayer* layer = layers; layer < layers + count; layer++) {
             const Linear* next = layer + 1 < layers + count ? &layer[1].qkv : nullptr;
@@ -182,10 +232,10 @@ int run_layers(const Step& step, const ParallelLayer* layers, int64_t count, Mod
                 layer_norm(last - first, dim, hidden + first * dim, (const Model*)layer->norm, (const Model*)layer->norm_bias,
                            step.eps, normed + first * dim);
             });
-            multiply(team, layer->qkv, rows, normed, nothing, qkv, layer->qkv.outputs, PLAIN, &layer->fc1);
+            multiply(team, rounded, layer->qkv, rows, normed, nothing, qkv, layer->qkv.outputs, PLAIN, &layer->fc1);
             attend(team, plans, step, *layer, nullptr, qkv, both, both_dim);
-            multiply(team, layer->fc1, rows, normed, nothing, both + mixed_dim, both_dim, GELU, &layer->out);
-            multiply(team, layer->out, rows, both, hidden, hidden, dim, ADD, next);
+            multiply(team, rounded, layer->fc1, rows, normed, nothing, both + mixed_dim, both_dim, GELU, &layer->out);
+            multiply(team, rounded, layer->out, rows, both, hidden, hidden, dim, ADD, next);
         }
     });
     return 0;

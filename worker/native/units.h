@@ -1,5 +1,5 @@
 // Owns what the units that are compiled side by side say to each other: attention of single rows, attention of chunks, products,
-// and the rest. One compiler would take as long as all of them together, while somebody waits for a first start.
+// integer products, and the rest. One compiler would take as long as all of them together, while somebody waits for a first start.
 
 #pragma once
 
@@ -48,6 +48,14 @@ extern "C" {
 // Types of these units' own, which C++ would call another's, go by address. `product` is a Product of that dtype.
 void multiply_panels_float32(int format, int64_t rows, const void* product, const void* weight, int64_t first, int64_t last);
 void multiply_panels_bfloat16(int format, int64_t rows, const void* product, const void* weight, int64_t first, int64_t last);
+// Of (rows, inputs), inputs a multiple of 32: rows `first` to `last` to int8 in `memory` of `activation_bytes` on a boundary of 64;
+// products of those with weights in a file's blocks, into `product`, a Product of the dtype that the rows had.
+int64_t activation_bytes(int64_t rows, int64_t inputs);
+void quantise_rows_float32(int64_t rows, int64_t inputs, const void* x, void* memory, int64_t first, int64_t last);
+void quantise_rows_bfloat16(int64_t rows, int64_t inputs, const void* x, void* memory, int64_t first, int64_t last);
+void multiply_blocks_float32(int format, int64_t rows, void* memory, const void* product, const void* weight, int64_t first, int64_t last);
+void multiply_blocks_bfloat16(int format, int64_t rows, void* memory, const void* product, const void* weight, int64_t first, int64_t last);
+int has_integers();  // whether there are any
 // query and out are (key heads, tokens, group, dim), `out` sums of weighted values; of each query `tops` is the largest score in
 // powers of two, `totals` the sum of weights. `is_exact`: query and weights are not rounded to what the pages hold.
 void attend_row_float32(float* query, const void* keys, const void* values, const void* part, const void* shape, float* out,

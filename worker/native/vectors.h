@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 namespace {
@@ -188,5 +189,20 @@ inline Floats exponential(Floats x) {
 }
 
 inline Floats silu(Floats x) { return x / (exponential(-x) + 1.0f); }
+
+// visit(PLACE), …, visit(COUNT - 1), each place a constant: what it indexes stays in registers.
+template <int PLACE, int COUNT>
+struct Places {
+    template <typename Visit>
+    static inline __attribute__((always_inline)) void each(const Visit& visit) {
+        visit(std::integral_constant<int, PLACE>());
+        Places<PLACE + 1, COUNT>::each(visit);
+    }
+};
+template <int COUNT>
+struct Places<COUNT, COUNT> {
+    template <typename Visit>
+    static inline __attribute__((always_inline)) void each(const Visit&) {}
+};
 
 }  // namespace

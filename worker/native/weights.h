@@ -19,6 +19,12 @@
 
 namespace {
 
+#if defined(__AMX_BF16__) && defined(__linux__)
+constexpr bool HAS_TILES = true;
+#else
+constexpr bool HAS_TILES = false;
+#endif
+
 // The products for activations of a dtype: none, unless specialised below.
 template <typename Real>
 struct Weights {
@@ -45,6 +51,8 @@ struct Weights<float> {
             case INT4_MIN: return multiply_format<Int4Min>(rows, product, packed, first, last);
             case INT4_REAL: return multiply_format<Int4Real>(rows, product, packed, first, last);
             case INT8_REAL: return multiply_format<Int8Real>(rows, product, packed, first, last);
+            case INT8_OFFSET: return multiply_format<Int8Offset>(rows, product, packed, first, last);
+            case INT8_FINE: return multiply_format<Int8Fine>(rows, product, packed, first, last);
         }
 #if defined(__AVX512F__)
         multiply_panels(rows, product, (const float*)weight, first, last);
@@ -69,6 +77,8 @@ inline int64_t packed_bytes(int format, int64_t outputs, int64_t inputs) {
         case INT4_MIN: return packed_bytes_of<Int4Min>(outputs, inputs);
         case INT4_REAL: return packed_bytes_of<Int4Real>(outputs, inputs);
         case INT8_REAL: return packed_bytes_of<Int8Real>(outputs, inputs);
+        case INT8_OFFSET: return packed_bytes_of<Int8Offset>(outputs, inputs);
+        case INT8_FINE: return packed_bytes_of<Int8Fine>(outputs, inputs);
     }
     return 0;
 }
@@ -80,6 +90,8 @@ inline void pack_quantised(int format, int64_t outputs, int64_t inputs, const Qu
         case INT4_MIN: return Int4Min::pack(outputs, inputs, from, packed);
         case INT4_REAL: return Int4Real::pack(outputs, inputs, from, packed);
         case INT8_REAL: return Int8Real::pack(outputs, inputs, from, packed);
+        case INT8_OFFSET: return Int8Offset::pack(outputs, inputs, from, packed);
+        case INT8_FINE: return Int8Fine::pack(outputs, inputs, from, packed);
     }
 }
 

@@ -29,6 +29,7 @@ from worker.formats.open_source import open_source
 from worker.formats.source import CheckpointError, Target
 from worker.models.registry import load_model
 
+pytestmark = pytest.mark.usefixtures("exact_activations")
 CPU = torch.device("cpu")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # architecture → transformers' model_type and settings, and what the file says beside what all say.

@@ -11,7 +11,7 @@ from tests.unit.worker.kernels.test_fused_forward import plain_weights as plain_
 from tests.unit.worker.models.dense_oracle import write
 from tests.unit.worker.models.paged_driver import Driver, Row, quiet, relative_error
 from tests.unit.worker.models.small_checkpoint import write_checkpoint
-from tests.unit.worker.native.test_products import random_blocks
+from tests.unit.worker.native.integer_case import random_blocks
 from worker.formats.open_source import open_source
 from worker.kernels.quantised_linear import (
     MAX_ROWS,

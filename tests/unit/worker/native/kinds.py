@@ -12,6 +12,13 @@ PLAIN = ("-march=x86-64", "-O1")
 """Flags for a machine that has x86-64's own instructions only, where torch multiplies: only what it computes counts."""
 
 
+def other_kinds() -> list[str]:
+    """The instruction sets that are tested besides all that this machine has: AVX2, which most have; by request, every one."""
+    flags = build.processor_flags()
+    runs = [kind for kind, (_, needed) in build.KINDS.items() if needed <= flags]
+    return runs if os.environ.get("DEGAS_TEST_EVERY_KIND") else [kind for kind in runs if kind == "avx2"]
+
+
 def library_of(kind: str) -> ctypes.CDLL | None:
     """The library for a kind of `build.KINDS`, or "sse"; None without a compiler. Compiled in 15 s, once a machine."""
     compiler = build.find_compiler()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import random
 from collections.abc import Iterator
 
@@ -12,8 +11,7 @@ import torch
 
 from tests.unit.worker.models.paged_driver import relative_error
 from tests.unit.worker.native.attention_case import Case, Heads, Sequence, random_heads, random_sequences
-from tests.unit.worker.native.kinds import library_of
-from worker.native import build
+from tests.unit.worker.native.kinds import library_of, other_kinds
 from worker.native.library import load, use_threads
 from worker.native.operations import Operations, operations
 
@@ -30,13 +28,6 @@ DTYPES = [
 # the mean of values by what is left between the keys) and weights (2^-9).
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 SEEDS = 40
-
-
-def other_kinds() -> list[str]:
-    """The instruction sets that are tested besides all that this machine has: AVX2, which most have; by request, every one."""
-    flags = build.processor_flags()
-    runs = [kind for kind, (_, needed) in build.KINDS.items() if needed <= flags]
-    return runs if os.environ.get("DEGAS_TEST_EVERY_KIND") else [kind for kind in runs if kind == "avx2"]
 
 
 @pytest.fixture(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.unit.worker.models.paged_driver import relative_error
+from tests.unit.worker.native.integer_case import random_blocks
 from worker.models.layers import PackedLinear
 from worker.native.library import use_threads
 from worker.native.products import BF16, SAME, Products, products
@@ -31,14 +32,10 @@ def multiplying() -> Iterator[Products]:
     torch.set_num_threads(before)
 
 
-def random_blocks(kind: str, rows: int, columns: int) -> QuantisedWeight:
-    """Blocks of any bits, but for 16-bit floats that are neither huge nor nothing."""
-    values, num_bytes, _ = KINDS[kind]
-    blocks = torch.randint(0, 256, (rows * columns // values, num_bytes), dtype=torch.uint8)
-    halves = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,))
-    for at in halves:
-        blocks[:, at : at + 2] = (torch.rand(len(blocks), 1).half() / 16).view(torch.uint8)
-    return QuantisedWeight(kind, rows, columns, blocks.view(rows, -1))
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations as they are; test_integers.py has those that are rounded to int8."""
+    monkeypatch.setattr("worker.native.products._activations", "exact")
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [*SHAPES, (33, 48), (1, 16), (301, 96)])

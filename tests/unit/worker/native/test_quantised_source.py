@@ -27,6 +27,7 @@ from worker.native.quantised_source import QuantisedSource
 from worker.native.quantiser import fits, to_blocks
 from worker.startup import refuse_quantize
 
+pytestmark = pytest.mark.usefixtures("exact_activations")
 CPU = torch.device("cpu")
 needs_products = pytest.mark.skipif(
     (found := products(CPU)) is None or not found.multiplies(torch.float32), reason="no compiled products"
