@@ -123,8 +123,7 @@ class Dispatch:
 
     def _on_settled(self, flight: Flight) -> None:
         """A flight showed a token, or ended."""
-        # A flight that a leaving worker turned away is on trial at its first attempt.
-        if flight.record.num_attempts < 2 and not len(self.recovery) and not self.recovery.on_trial:
+        if not flight.record.num_attempts > 1 and not len(self.recovery):
             return
         is_over = self.recovery.on_settled(flight)
         self._note_recovery()

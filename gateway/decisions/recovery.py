@@ -35,6 +35,11 @@ class Record:
     unserved_s: float = 0.0  # since when nobody is known to serve its model
 
     @property
+    def has_lost(self) -> bool:
+        """Whether it lost a worker; one that a leaving worker turned away did not, and is never on trial."""
+        return bool(self.num_crashes or self.num_silences)
+
+    @property
     def level(self) -> int:
         """How much speaks against the request: 0 is nothing; from 2 it is tried by itself."""
         return 2 if self.was_alone or self.num_singled_out else min(2, self.num_trials)
@@ -49,15 +54,17 @@ class Verdict(Enum):
 
 
 def judge(record: Record) -> Verdict:
-    """Quarantine needs two crashes, one of them while the request was alone or two while it was singled out (one of three).
+    """Quarantine needs two crashes, one of them while the request was alone, or three, two of them while it was singled out
+    (one, if all were trials).
 
     All other attempts ended in a crash as well, or in silence: a request that showed a token never comes here again. An
     innocent one meets such crashes only if worker after worker happens to be killed in the moment that it begins.
     """
-    if record.num_crashes >= 2:
-        singled_out = record.num_singled_out >= 2 or (record.num_singled_out and record.num_trials >= 3)
-        if record.was_alone or singled_out:
-            return Verdict.QUARANTINE
+    if record.num_crashes >= 2 and record.was_alone:
+        return Verdict.QUARANTINE
+    singled_out = record.num_singled_out >= 2 or (record.num_singled_out and record.num_trials >= 3)
+    if record.num_crashes >= 3 and singled_out:
+        return Verdict.QUARANTINE
     if record.num_attempts >= MAX_ATTEMPTS or record.num_silences >= MAX_SILENCES:
         return Verdict.GIVE_UP
     return Verdict.RETRY
@@ -159,7 +166,7 @@ class Recovery(Generic[F]):
     # ------------------------------------------------------------ rounds
 
     def next_round(self, now_s: float) -> list[F]:
-        """Those to send now, who are then on trial; empty while a round is on trial, or when nobody waits."""
+        """Those to send now, who are then on trial if they lost a worker; empty while a round is on trial, or when nobody waits."""
         if self._trial.flights or not self._file:
             return []
         level = max(flight.record.level for flight in self._file.values())
@@ -175,7 +182,8 @@ class Recovery(Generic[F]):
         chosen = group[:size]
         for flight in chosen:
             del self._file[id(flight)]
-        self._trial = _Trial(list(chosen), now_s + TRIAL_S)
+        tried = [flight for flight in chosen if flight.record.has_lost]
+        self._trial = _Trial(tried, now_s + TRIAL_S if tried else 0.0)
         return chosen
 
     def put_back(self, flight: F) -> None:

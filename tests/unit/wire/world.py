@@ -444,6 +444,7 @@ class World:
             ErrorCode.DEADLINE_EXCEEDED: waited_s >= (client.request.deadline_s or DEADLINE_S),
             ErrorCode.SHUTTING_DOWN: self.drained,
             ErrorCode.QUEUE_FULL: True,
+            ErrorCode.CONTEXT_LENGTH_EXCEEDED: self.lossy,  # a dead worker's late `Ready` told of larger limits
             ErrorCode.INVALID_REQUEST: self.tampered,  # a frame may change and stay readable
         }
         assert causes.get(code, False), f"{client.request.request_id} ended with {code} for no reason"
