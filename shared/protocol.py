@@ -16,7 +16,7 @@ import msgspec
 
 from shared.errors import ErrorCode, FinishReason
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine runs torch today
     raise ImportError("the wire format is little-endian and packs arrays in native order")
@@ -28,6 +28,10 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
 
 class Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Parent of everything that only travels inside a message."""
+
+
+class Rule(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Parent of the ways in which a picture is cut: tagged by its class name."""
 
 
 # ---------------------------------------------------------------- gateway → worker
@@ -42,20 +46,26 @@ class Hello(Message, frozen=True):
     lease_s: float = 5.0
 
 
-class ImageInput(Part, frozen=True):
-    """One picture of a request, already decoded and resized by the gateway.
+class Sheet(Part, frozen=True):
+    """Pixels of a picture that travel as one frame, and how many crops the device cuts of them: `rows × cols`."""
 
-    Two payload frames follow the message for each image, uint8 RGB, row-major HWC:
-    the global crop `(crop_size, crop_size, 3)` and the local canvas `(canvas_height, canvas_width, 3)`
-    from which the device cuts `tiles_h × tiles_w` overlapping crops. Text-only models never see one.
+    rows: int
+    cols: int
+    height: int  # of all its pixels
+    width: int
+
+
+class ImageInput(Part, frozen=True):
+    """One picture of a request, already decoded, resized and laid out by the gateway as the model's `ImageSpec` says.
+
+    A payload frame for each sheet follows the message, uint8 RGB, row-major HWC. Text-only models never see one.
     """
 
-    position: int  # index into the prompt's token ids before which the image's tokens are inserted
-    tiles_h: int
-    tiles_w: int
-    canvas_height: int
-    canvas_width: int
-    digest: bytes  # sha256 over the two frames: the key of cached features and pages
+    sheets: list[Sheet]  # in the order in which the prompt has their crops
+    runs: list[
+        tuple[int, int]
+    ]  # (index into the prompt's ids before which positions are inserted, how many of the picture's)
+    digest: bytes  # sha256 over sizes and frames: the key of cached features and pages
 
 
 class Sampling(Part, frozen=True):
@@ -88,7 +98,7 @@ class Submit(Message, frozen=True):
     epoch: int
     sequence_id: int
     request_id: str
-    prompt: bytes  # packed int32 token ids, without the image's positions
+    prompt: bytes  # packed int32 token ids, without the pictures' positions
     max_tokens: int
     sampling: Sampling = Sampling()
     images: list[ImageInput] = []
@@ -131,14 +141,72 @@ class Trace(Message, frozen=True):
 # ---------------------------------------------------------------- worker → gateway
 
 
-class ImageSpec(Part, frozen=True):
-    """What the gateway needs to prepare a picture. Sizes in pixels except `margin_patches`."""
+class OneCrop(Rule, frozen=True):
+    """The whole picture, whatever its proportions, becomes one crop."""
 
-    crop_size: int
-    patch_size: int
+
+class OverlappingTiles(Rule, frozen=True):
+    """The whole picture as one crop, then a canvas of tiles that share margins; all of them give `crop_tokens` together."""
+
+    patch_size: int  # pixels
     margin_patches: int
     max_crops: int
-    num_tokens: int
+
+
+class EdgeTiles(Rule, frozen=True):
+    """The longer edge is scaled to `longest_edge`, both edges then to whole crops; the tiles come first, the whole last.
+
+    Not `is_split`: the whole alone.
+    """
+
+    longest_edge: int  # pixels
+    is_split: bool = True
+
+
+class RatioTiles(Rule, frozen=True):
+    """As many tiles, within bounds, as have the proportions nearest to the picture's, then the whole if they are several."""
+
+    min_tiles: int
+    max_tiles: int
+
+
+class PanAndScan(Rule, frozen=True):
+    """The whole, then pieces along the longer edge of a picture that is at least `min_ratio` times as long as wide."""
+
+    min_crop: int  # pixels of the picture
+    max_crops: int
+    min_ratio: float
+
+
+class ImageLayout(Part, frozen=True):
+    """How a picture is written into a prompt's text. `run` in the texts stands for the positions of one crop."""
+
+    placeholder: str = (
+        ""  # what the chat template writes; empty: pictures follow the prompt's first id, unwritten
+    )
+    run: str = ""  # the special token in whose places crops' features stand
+    whole: str = ""  # a picture of one crop
+    before: str = ""  # a picture of several begins with this
+    tile: str = ""  # {row} and {col}, from 1
+    tile_gap: str = ""  # between two tiles of a row
+    row_end: str = ""
+    overview: str = ""  # the crop that shows the whole
+    after: str = ""
+
+
+class ImageSpec(Part, frozen=True):
+    """How a model's pictures are prepared and placed: all that a gateway needs for it. A crop is square, in pixels."""
+
+    crop_size: int
+    crop_tokens: int  # positions in the prompt that a crop takes
+    rule: OneCrop | OverlappingTiles | EdgeTiles | RatioTiles | PanAndScan
+    resample: str = "lanczos"  # lanczos | bicubic | bilinear | nearest
+    layout: ImageLayout = ImageLayout()
+    attends: str = (
+        "causal"  # within a run: causal | block (both ways) | prefix (so, with all that stands before it)
+    )
+    max_images: int = 1  # of one request
+    max_bytes: int = 128 << 20  # of pixels, all pictures of one request together
 
 
 class ModelCard(Part, frozen=True):
@@ -327,7 +395,7 @@ decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
 def schema_hash() -> str:
     """A hash over every message's name, field names, order and types: equal only for wire-equal programs."""
     lines = [f"{code.name}={code.value}" for enum in (ErrorCode, FinishReason) for code in enum]
-    for parent in (Message, Part):
+    for parent in (Message, Part, Rule):
         for cls in sorted(parent.__subclasses__(), key=lambda cls: cls.__name__):
             fields = (f"{name}:{cls.__annotations__[name]}" for name in cls.__struct_fields__)
             lines.append(f"{parent.__name__}.{cls.__name__}({','.join(fields)})")

@@ -37,9 +37,7 @@ class Turn:
         """Bytes held; a picture shared by several turns is counted for each, which errs on the safe side."""
         text = sum(len(message.role) + num_chars(message) for message in self.messages)
         ids = sum(len(item.id or "") for item in self.answer)
-        return (
-            text + ids + (0 if self.image is None else len(self.image.global_crop) + len(self.image.canvas))
-        )
+        return text + ids + (0 if self.image is None else self.image.num_bytes)
 
 
 class Conversations:

@@ -57,7 +57,7 @@ class Worker:
             grammar=request.grammar,
             ignore_eos=request.ignore_eos,
         )
-        payloads = [frame for image in request.images for frame in (image.global_crop, image.canvas)]
+        payloads = [frame for image in request.images for frame in image.frames]
         self.link.submit(submit, payloads)
         flight.record.num_attempts += 1
         flight.worker_key = self.key

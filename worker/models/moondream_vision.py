@@ -59,7 +59,8 @@ class VisionEncoder:
         encoded = features(torch.cat(crops))
         joined = []
         for image, own in zip(images, torch.split(encoded, [len(own) for own in crops]), strict=True):
-            local = own[0] if len(own) == 1 else self._pool(own[1:], image.tiles_h, image.tiles_w)
+            tiles = image.sheets[-1]
+            local = own[0] if len(own) == 1 else self._pool(own[1:], tiles.rows, tiles.cols)
             joined.append(torch.cat([own[0], local], dim=-1))
         return list(self._proj_mlp(torch.stack(joined)).unbind(0))
 

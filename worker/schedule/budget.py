@@ -34,7 +34,7 @@ class StepBudget:
         """The next piece of a prefill, or None when nothing of it fits.
 
         Cut at page boundaries where it can be, since matrix products then round alike wherever the cut falls
-        (I8). The bidirectional prefix is never cut, nor a picture's crops: as the step's first chunk they may overdraw
+        (I8). A block that attends both ways is never cut, nor a picture's crops: as the step's first chunk they may overdraw
         the budget, or a busy batch would starve them.
         """
         start = seq.num_computed
@@ -48,8 +48,13 @@ class StepBudget:
             page_tokens = self._page_tokens
             aligned = (start + num) // page_tokens * page_tokens - start
             num = aligned if aligned > 0 or not self._is_first else num
-        if start + num < seq.prefix_tokens:
-            num = seq.prefix_tokens - start if self._is_first else 0
+        num = self._with_few_crops(seq, start, num)
+        for first, end in seq.blocks:
+            if (
+                first < start + num < end
+            ):  # the cut goes before the block, or where that is all there is, behind it
+                num = first - start if first > start else end - start if self._is_first else 0
+                break
         if num <= 0:
             return None
         chunk = Chunk(seq, start, num, start + num == seq.num_known)
@@ -62,6 +67,19 @@ class StepBudget:
         self._tokens -= num
         self._is_first = False
         return chunk
+
+    def _with_few_crops(self, seq: Sequence, start: int, num: int) -> int:
+        """At most `num` tokens, ending before a second picture whose crops would overdraw the budget."""
+        crops = 0
+        for picture in seq.pictures:
+            if picture.end <= start:
+                continue
+            if picture.position >= start + num:
+                break
+            crops += picture.num_crops
+            if crops > self._crops and crops > picture.num_crops and picture.position > start:
+                return picture.position - start
+        return num
 
     def _tokens_in_time(self, start: int) -> int:
         """Tokens of a prompt behind `start` that fit into the time: at least a few for the step's first prompt; for other

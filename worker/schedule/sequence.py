@@ -7,13 +7,16 @@ In a pipeline the first is ahead of the second by the steps in flight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import Sampling
+from shared.pictures import num_crops
+from shared.protocol import Sampling, Sheet
 from worker.constraints.constraint import Constraint
 from worker.schedule.life import HOLDING, Life, MaskLife, mask_moved, moved
 
@@ -21,24 +24,41 @@ IMAGE_TOKEN = -1
 """Stands in `tokens` for a position whose embedding comes from a picture."""
 
 
+class Run(NamedTuple):
+    """Consecutive positions that hold features of one picture."""
+
+    position: int  # the first, among all of the sequence's
+    num_tokens: int
+    offset: int  # of its first feature among the picture's
+
+
 @dataclass(slots=True, eq=False)
 class Picture:
-    """One image of a sequence: its two uint8 payloads, its place, and its cache key."""
+    """One image of a sequence: its sheets with a uint8 payload each, its places, and its cache key."""
 
-    position: int  # first expanded position its tokens take
-    num_tokens: int
-    tiles_h: int
-    tiles_w: int
-    canvas_height: int
-    canvas_width: int
+    runs: tuple[Run, ...]  # in order; at least one
+    sheets: Sequence_[Sheet]
+    frames: Sequence_[bytes]
     digest: bytes
-    global_crop: bytes
-    canvas: bytes
+
+    @property
+    def position(self) -> int:
+        """The first position it takes."""
+        return self.runs[0].position
+
+    @property
+    def end(self) -> int:
+        """Behind the last position it takes; text may stand between the runs."""
+        return self.runs[-1].position + self.runs[-1].num_tokens
 
     @property
     def num_crops(self) -> int:
-        """Crops the vision encoder runs for it, the global one included."""
-        return 1 + self.tiles_h * self.tiles_w
+        """Crops the vision encoder runs for it."""
+        return num_crops(self.sheets)
+
+
+Block = tuple[int, int]
+"""Positions [first, end) that attend to each other both ways: computed in one chunk, or not at all."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +75,7 @@ class Sequence:
     stop_ids: frozenset[int]
     arrived_s: float
     pictures: list[Picture] = field(default_factory=list)
-    prefix_tokens: int = 0
+    blocks: list[Block] = field(default_factory=list)  # in order, apart from each other
     task: str = "text"
     constraint: Constraint | None = None
     table_place: int = 0  # of its automaton on the device; 0: the host makes its masks, or it has none

@@ -31,11 +31,14 @@ class ChunkEmbedding:
         at = 0
         for chunk in chunks:
             for picture in chunk.seq.pictures:
-                start = max(picture.position, chunk.start)
-                end = min(picture.position + picture.num_tokens, chunk.start + chunk.num_tokens)
-                if start < end:
-                    to = at + start - chunk.start
-                    wanted.append((chunk.seq.tenant, picture, to, start - picture.position, end - start))
+                if picture.end <= chunk.start:
+                    continue
+                for run in picture.runs:
+                    start = max(run.position, chunk.start)
+                    end = min(run.position + run.num_tokens, chunk.start + chunk.num_tokens)
+                    if start < end:
+                        to, first = at + start - chunk.start, run.offset + start - run.position
+                        wanted.append((chunk.seq.tenant, picture, to, first, end - start))
             if chunk.seq.values and chunk.start + chunk.num_tokens > chunk.seq.num_prompt:
                 self._embed_known_values(chunk, hidden, ids, at)
             at += chunk.num_tokens

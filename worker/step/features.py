@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worker.device.choices import choices
 from worker.device.contract import Device
-from worker.forward import ImageCrops
+from worker.forward import ImageCrops, ImageSheet
 from worker.models.contract import EncodeCrops, Model
 from worker.schedule.sequence import Picture
 
@@ -67,10 +67,6 @@ class FeatureCache:
         return found
 
     def _upload(self, picture: Picture) -> ImageCrops:
-        size = self._model.card.image
-        assert size is not None
-        side = size.crop_size
-
         def pixels(data: bytes, height: int, width: int) -> Tensor:
             on_host = self._model.device.type == "cpu"
             # A copy from pageable memory would hold the host until the compute stream is through. torch keeps pinned
@@ -80,8 +76,8 @@ class FeatureCache:
             return host if on_host else host.to(self._model.device, non_blocking=True)
 
         return ImageCrops(
-            pixels(picture.global_crop, side, side),
-            pixels(picture.canvas, picture.canvas_height, picture.canvas_width),
-            picture.tiles_h,
-            picture.tiles_w,
+            [
+                ImageSheet(pixels(frame, sheet.height, sheet.width), sheet.rows, sheet.cols)
+                for sheet, frame in zip(picture.sheets, picture.frames, strict=True)
+            ]
         )

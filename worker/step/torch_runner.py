@@ -15,7 +15,7 @@ from torch import Tensor
 from worker.device.choices import choices
 from worker.device.contract import Device
 from worker.formats.source import ProgressReport
-from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens, nothing
+from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens, nothing, segments_of
 from worker.models.contract import Model
 from worker.schedule.automaton_places import TableLimits
 from worker.schedule.plan import StepPlan, StepResult
@@ -361,8 +361,8 @@ class TorchRunner:
         tokens = StepTokens(positions, writes)
         for i, chunk in enumerate(plan.chunks):
             table = slot.chunk_tables[i, : len(chunk.seq.pages)]
-            prefix = chunk.seq.prefix_tokens
-            tokens.prefills.append(PrefillSegment(chunk.num_tokens, chunk.start, prefix, table))
+            for start, num, prefix in segments_of(chunk.start, chunk.num_tokens, chunk.seq.blocks):
+                tokens.prefills.append(PrefillSegment(num, start, prefix, table))
         tokens.spans, tokens.tables = slot.spans[: num_spans(plan.chunks)], slot.chunk_tables
         return self.embedding.embed(plan.chunks, ids), tokens
 

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.worker.schedule.examples import sequence
 from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
-from worker.schedule.sequence import Picture, Sequence
+from worker.schedule.sequence import Picture, Run, Sequence
 
 PROMPT = list(range(20, 31))  # eleven tokens: two full pages of four, and three
 
@@ -35,7 +35,7 @@ def remember(cache: PrefixCache, pool: PagePool, seq: Sequence) -> list[int]:
 
 
 def picture(digest: bytes) -> Picture:
-    return Picture(1, 5, 1, 1, 8, 8, digest, b"", b"")
+    return Picture((Run(1, 5, 0),), [], [], digest)
 
 
 def test_full_pages_are_found_again_and_the_rest_is_computed(cache: PrefixCache, pool: PagePool) -> None:
@@ -62,10 +62,10 @@ def test_a_common_beginning_is_shared_up_to_where_prompts_part(cache: PrefixCach
     [
         ({"tenant": "a"}, {"tenant": "b"}),
         (
-            {"prefix_tokens": 6, "pictures": [picture(b"x")]},
-            {"prefix_tokens": 6, "pictures": [picture(b"y")]},
+            {"blocks": [(0, 6)], "pictures": [picture(b"x")]},
+            {"blocks": [(0, 6)], "pictures": [picture(b"y")]},
         ),
-        ({"prefix_tokens": 6}, {"prefix_tokens": 0}),
+        ({"blocks": [(0, 6)]}, {"blocks": []}),
     ],
     ids=["tenant", "picture", "direction"],
 )

@@ -50,7 +50,7 @@ def test_a_bidirectional_prefix_is_never_cut() -> None:
     running = sequence(3, number=1, max_tokens=9)
     steps.submit(running)
     plan_of(steps)
-    steps.submit(sequence(14, number=2, prefix_tokens=12))
+    steps.submit(sequence(14, number=2, blocks=[(0, 12)]))
     assert [c.num_tokens for c in plan_of(steps).chunks] == [12], "it may overdraw the budget"
 
 

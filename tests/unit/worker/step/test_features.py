@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest.gpu.random_models import random_model
+from shared.protocol import Sheet
 from worker.device.choices import without
 from worker.device.contract import Event
 from worker.device.cpu import CpuDevice, CpuStream
 from worker.models.moondream import Moondream
-from worker.schedule.sequence import Picture
+from worker.schedule.sequence import Picture, Run
 from worker.step.features import FeatureCache
 
 SIDE = 70
@@ -33,7 +34,8 @@ def model() -> Moondream:
 
 def picture(number: int) -> Picture:
     pixels = bytes([number]) * (SIDE * SIDE * 3)
-    return Picture(1, 25, 1, 1, SIDE, SIDE, hashlib.sha256(pixels).digest(), pixels, pixels)
+    sheets = [Sheet(1, 1, SIDE, SIDE)] * 2
+    return Picture((Run(1, 25, 0),), sheets, [pixels] * 2, hashlib.sha256(pixels).digest())
 
 
 def held_bytes(cache: FeatureCache) -> int:
