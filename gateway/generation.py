@@ -69,9 +69,6 @@ class ChatOptions:
     add_generation_prompt: bool = True  # end with the mark that opens the assistant's turn
     continue_final_message: bool = False  # end within the last message, for the model to go on with it
     variables: Mapping[str, Any] = field(default_factory=dict)
-    pictures: Sequence[
-        str
-    ] = ()  # what the prompt's text has in place of each picture's placeholder, in order
     template: str | None = None  # by its name; none: the model's usual one, with tools the one for tools
     tools: Sequence[Mapping[str, Any]] = ()  # as the interfaces describe them, for the template's `tools`
     # what the prompt's text has in place of each picture's placeholder, in order

@@ -13,7 +13,7 @@ from tests.two_sheets import image_crops
 from worker.device.cuda import CudaDevice
 from worker.forward import ImageCrops
 from worker.models.moondream import Moondream
-from worker.models.moondream_vision import attention_backend
+from worker.models.vision_tower import attention_backend
 from worker.step.contract import GraphCounts
 from worker.step.vision_graphs import VisionGraphs
 

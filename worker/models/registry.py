@@ -18,6 +18,7 @@ from worker.models.families.olmo2 import OLMO2
 from worker.models.families.phi import PHI3
 from worker.models.families.qwen import QWEN2, QWEN3
 from worker.models.families.smollm3 import SMOLLM3
+from worker.models.families.smolvlm import IDEFICS3, SMOLVLM
 from worker.models.families.stablelm import STABLELM
 from worker.models.family import Family, refuse_own_code
 from worker.models.settings import Settings
@@ -35,6 +36,8 @@ FAMILIES: tuple[Family, ...] = (
     OLMO2,
     GRANITE,
     STABLELM,
+    SMOLVLM,
+    IDEFICS3,
     # Both the architecture's class name and the `model_type` that released checkpoints carry.
     Family("moondream", "Moondream 2 (pictures)", ("HfMoondream", "moondream1"), moondream.load),
 )
