@@ -11,7 +11,9 @@ from worker.formats.source import CheckpointError, ProgressReport, Source
 from worker.models import moondream
 from worker.models.contract import Model
 from worker.models.families.gemma import GEMMA2, GEMMA3
+from worker.models.families.gemma3_pictures import GEMMA3_PICTURES
 from worker.models.families.granite import GRANITE
+from worker.models.families.internvl import INTERNVL
 from worker.models.families.llama import LLAMA
 from worker.models.families.mistral import MINISTRAL, MISTRAL
 from worker.models.families.olmo2 import OLMO2
@@ -38,6 +40,8 @@ FAMILIES: tuple[Family, ...] = (
     STABLELM,
     SMOLVLM,
     IDEFICS3,
+    GEMMA3_PICTURES,
+    INTERNVL,
     # Both the architecture's class name and the `model_type` that released checkpoints carry.
     Family("moondream", "Moondream 2 (pictures)", ("HfMoondream", "moondream1"), moondream.load),
 )

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from gateway.api.prompts import Message, Prompt, compose_chat
-from gateway.confined.image_process import Job, prepare
 from gateway.config import GatewayConfig
+from gateway.confined.image_process import Job, prepare
 from gateway.core.catalog import AnnouncedModel, Catalog
 from gateway.core.chat_format import read_format as read_format
 from gateway.generation import ChatOptions, PreparedImage, ServedModel
@@ -157,9 +157,14 @@ def stir(oracle: Any, *, unit_offset: bool = False) -> Any:
         for name, weight in oracle.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 weight.uniform_(0.5, 1.5) if "vision" in name else weight.uniform_(low, low + 1.0)
-            elif name.endswith("bias") or "lambda" in name or "cls_token" in name:
-                weight.normal_(std=0.2)
-            elif "vision" in name or "projector" in name or "connector" in name:
+            elif (
+                name.endswith("bias")
+                or "lambda" in name
+                or "cls_token" in name
+                or "vision" in name
+                or "projector" in name
+                or "connector" in name
+            ):
                 weight.normal_(std=0.2)
             elif unit_offset and "embed_tokens" in name:
                 weight *= 0.02  # scaled and tied, larger ones would say the last token again and again
@@ -297,9 +302,120 @@ def _smolvlm(folder: Path, kind: str) -> Oracle:
     return Oracle(oracle, tokenizer, DEFAULT_CHAT_TEMPLATE, image_id, process)
 
 
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{% if m.content is string %}{{ m.content | trim }}{% else %}{% for item in m.content %}"
+    "{% if item.type == 'image' %}<start_of_image>{% else %}{{ item.text | trim }}{% endif %}{% endfor %}{% endif %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def _gemma3(folder: Path, **pan: Any) -> Oracle:
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    marks = [
+        "<bos>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<start_of_image>",
+        "<image_soft_token>",
+        "<end_of_image>",
+    ]
+    tokenizer = make_tokenizer(folder, marks)
+    tokenizer.bos_token = "<bos>"
+    write_json(folder / "tokenizer_config.json", {"bos_token": "<bos>"})
+    image_id, begin, end = (tokenizer.convert_tokens_to_ids(mark) for mark in (marks[4], marks[3], marks[5]))
+    processor = Gemma3ImageProcessorPil(size={"height": 32, "width": 32}, **pan)
+    torch.manual_seed(6)
+    config = transformers.Gemma3Config(
+        text_config={
+            "vocab_size": len(tokenizer),
+            **TEXT,
+            "head_dim": 16,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **VISION},
+        mm_tokens_per_image=16 if pan else 4,
+        image_token_index=image_id,
+        boi_token_index=begin,
+        eoi_token_index=end,
+    )
+    oracle = stir(transformers.Gemma3ForConditionalGeneration(config), unit_offset=True)
+    oracle.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(GEMMA_TEMPLATE)
+    whole = f"\n\n<start_of_image>{'<image_soft_token>' * config.mm_tokens_per_image}<end_of_image>\n\n"
+
+    def process(text: str, images: list[Image.Image]) -> tuple[str, dict[str, Any]]:
+        made = processor(images, return_tensors="pt")
+        pieces = text.split("<start_of_image>")
+        for number, crops in enumerate(made["num_crops"]):
+            pieces[number] += whole
+            if crops:  # the words of its processor
+                pieces[number] = pieces[number][: -len(whole)] + (
+                    f"Here is the original image {whole} and here are some crops to help you see better "
+                    + " ".join([whole] * int(crops))
+                )
+        return "".join(pieces), {"pixel_values": made["pixel_values"]}
+
+    return Oracle(oracle, tokenizer, GEMMA_TEMPLATE, image_id, process)
+
+
+INTERN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for item in m.content %}{% if item.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ item.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _internvl(folder: Path, text: str = "qwen2", **vision: Any) -> Oracle:
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    tokenizer = make_tokenizer(folder, ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"])
+    image_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    given = {
+        "size": {"height": 32, "width": 32},
+        "max_patches": 6,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    processor = GotOcr2ImageProcessorPil(**given)
+    torch.manual_seed(7)
+    config = transformers.InternVLConfig(
+        text_config={"model_type": text, "vocab_size": len(tokenizer), **TEXT, "head_dim": 16},
+        vision_config={**VISION, "attention_bias": True, **vision},
+        image_token_id=image_id,
+        image_seq_length=4,
+    )
+    oracle = stir(transformers.InternVLForConditionalGeneration(config))
+    oracle.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(INTERN_TEMPLATE)
+
+    def process(text: str, images: list[Image.Image]) -> tuple[str, dict[str, Any]]:
+        made = processor(images, crop_to_patches=True, return_tensors="pt")
+        pieces = text.split("<IMG_CONTEXT>")
+        for number, crops in enumerate(made["num_patches"]):
+            pieces[number] += f"<img>{'<IMG_CONTEXT>' * 4 * int(crops)}</img>"
+        return "".join(pieces), {"pixel_values": made["pixel_values"]}
+
+    return Oracle(oracle, tokenizer, INTERN_TEMPLATE, image_id, process)
+
+
+PAN = {
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 20,
+    "pan_and_scan_max_num_crops": 4,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}
 FAMILIES: dict[str, Callable[[Path], Oracle]] = {
     "smolvlm": lambda folder: _smolvlm(folder, "SmolVLM"),
     "idefics3": lambda folder: _smolvlm(folder, "Idefics3"),
+    "gemma3": _gemma3,
+    "gemma3 pan": lambda folder: _gemma3(folder, **PAN),
+    "internvl": _internvl,
+    "internvl qwen3": lambda folder: _internvl(folder, "qwen3", attention_bias=False, use_mean_pooling=False),
 }
 
 
@@ -315,7 +431,13 @@ def conversation(name: str) -> list[Turn]:
         case "turns":
             first = ("user", [scene(130, 97, 1), "What is it?"])
             said: Turn = ("assistant", ["A field."])
-            return [first, said, ("user", ["And here?", scene(64, 64, 5)]), ("assistant", ["Nothing."]), ("user", ["Why?"])]
+            return [
+                first,
+                said,
+                ("user", ["And here?", scene(64, 64, 5)]),
+                ("assistant", ["Nothing."]),
+                ("user", ["Why?"]),
+            ]
         case "text":
             return [("user", ["Who are you?"])]
     raise KeyError(name)

@@ -18,10 +18,10 @@ from gateway.api.prompts import Prompt
 from gateway.core.catalog import AnnouncedModel
 from tests.unit.worker.models import picture_oracle as pictures
 from tests.unit.worker.models.dense_oracle import TOLERANCE, load
-from tests.unit.worker.models.paged_driver import Driver, relative_error
+from tests.unit.worker.models.paged_driver import Driver, Row, relative_error
 from tests.unit.worker.models.picture_oracle import CONVERSATIONS, FAMILIES, Oracle, conversation
 from tests.unit.worker.step.test_torch_runner import Harness
-from worker.forward import ImageCrops, ImageSheet
+from worker.forward import ImageCrops, ImageSheet, segments_of
 from worker.models.picture_model import PictureModel
 from worker.models.tiling import cut_crops
 
@@ -55,7 +55,9 @@ def crops_of(prompt: Prompt) -> list[ImageCrops]:
         ImageCrops(
             [
                 ImageSheet(
-                    torch.from_numpy(np.frombuffer(frame, np.uint8).reshape(sheet.height, sheet.width, 3).copy()),
+                    torch.from_numpy(
+                        np.frombuffer(frame, np.uint8).reshape(sheet.height, sheet.width, 3).copy()
+                    ),
                     sheet.rows,
                     sheet.cols,
                 )
@@ -81,9 +83,23 @@ def test_pixels_ids_features_and_logits(pair: Pair, name: str) -> None:
         features = torch.cat(model.encode_images(images))
         assert relative_error(features, oracle.features(expected.inputs)) < TOLERANCE
     hidden = pictures.embedded(model, prompt, features, oracle.image_id)
-    if model.prefix_tokens == 0:
-        _, states = Driver(model).prefill(hidden, 0)
-        assert relative_error(model.logits(states), oracle.logits(expected)) < TOLERANCE
+    runs = [run for image in prompt.images for run in image.spec.runs]
+    pieces = segments_of(0, len(hidden), blocks_at(model, runs))
+    row = Row()
+    states = Driver(model).step([], [(row, hidden[at : at + num], prefix) for at, num, prefix in pieces])
+    assert relative_error(model.logits(states), oracle.logits(expected)) < TOLERANCE
+
+
+def blocks_at(model: PictureModel, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The blocks that attend both ways, among all positions."""
+    assert model.card.image is not None
+    if model.card.image.attends == "causal":
+        return []
+    blocks, before = [], 0
+    for place, num in runs:
+        blocks.append((place + before, place + before + num))
+        before += num
+    return blocks
 
 
 def as_theirs(pair: Pair, crops: Tensor) -> Tensor:
