@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shared.protocol import (
+from shared.image_spec import (
     EdgeTiles,
     ImageInput,
     ImageSpec,

@@ -15,6 +15,16 @@ from typing import Final
 import msgspec
 
 from shared.errors import ErrorCode, FinishReason
+from shared.image_spec import EdgeTiles as EdgeTiles
+from shared.image_spec import ImageInput as ImageInput
+from shared.image_spec import ImageLayout as ImageLayout
+from shared.image_spec import ImageSpec as ImageSpec
+from shared.image_spec import OneCrop as OneCrop
+from shared.image_spec import OverlappingTiles as OverlappingTiles
+from shared.image_spec import PanAndScan as PanAndScan
+from shared.image_spec import PicturePart, Rule
+from shared.image_spec import RatioTiles as RatioTiles
+from shared.image_spec import Sheet as Sheet
 
 PROTOCOL_VERSION: Final = 2
 
@@ -27,11 +37,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Parent of everything that only travels inside a message."""
-
-
-class Rule(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
-    """Parent of the ways in which a picture is cut: tagged by its class name."""
+    """Parent of everything that only travels inside a message, `shared.image_spec` aside."""
 
 
 # ---------------------------------------------------------------- gateway → worker
@@ -44,28 +50,6 @@ class Hello(Message, frozen=True):
     schema_hash: str
     gateway_id: str
     lease_s: float = 5.0
-
-
-class Sheet(Part, frozen=True):
-    """Pixels of a picture that travel as one frame, and how many crops the device cuts of them: `rows × cols`."""
-
-    rows: int
-    cols: int
-    height: int  # of all its pixels
-    width: int
-
-
-class ImageInput(Part, frozen=True):
-    """One picture of a request, already decoded, resized and laid out by the gateway as the model's `ImageSpec` says.
-
-    A payload frame for each sheet follows the message, uint8 RGB, row-major HWC. Text-only models never see one.
-    """
-
-    sheets: list[Sheet]  # in the order in which the prompt has their crops
-    runs: list[
-        tuple[int, int]
-    ]  # (index into the prompt's ids before which positions are inserted, how many of the picture's)
-    digest: bytes  # sha256 over sizes and frames: the key of cached features and pages
 
 
 class Sampling(Part, frozen=True):
@@ -139,74 +123,6 @@ class Trace(Message, frozen=True):
 
 
 # ---------------------------------------------------------------- worker → gateway
-
-
-class OneCrop(Rule, frozen=True):
-    """The whole picture, whatever its proportions, becomes one crop."""
-
-
-class OverlappingTiles(Rule, frozen=True):
-    """The whole picture as one crop, then a canvas of tiles that share margins; all of them give `crop_tokens` together."""
-
-    patch_size: int  # pixels
-    margin_patches: int
-    max_crops: int
-
-
-class EdgeTiles(Rule, frozen=True):
-    """The longer edge is scaled to `longest_edge`, both edges then to whole crops; the tiles come first, the whole last.
-
-    Not `is_split`: the whole alone.
-    """
-
-    longest_edge: int  # pixels
-    is_split: bool = True
-
-
-class RatioTiles(Rule, frozen=True):
-    """As many tiles, within bounds, as have the proportions nearest to the picture's, then the whole if they are several."""
-
-    min_tiles: int
-    max_tiles: int
-
-
-class PanAndScan(Rule, frozen=True):
-    """The whole, then pieces along the longer edge of a picture that is at least `min_ratio` times as long as wide."""
-
-    min_crop: int  # pixels of the picture
-    max_crops: int
-    min_ratio: float
-
-
-class ImageLayout(Part, frozen=True):
-    """How a picture is written into a prompt's text. `run` in the texts stands for the positions of one crop."""
-
-    placeholder: str = (
-        ""  # what the chat template writes; empty: pictures follow the prompt's first id, unwritten
-    )
-    run: str = ""  # the special token in whose places crops' features stand
-    whole: str = ""  # a picture of one crop
-    before: str = ""  # a picture of several begins with this
-    tile: str = ""  # {row} and {col}, from 1
-    tile_gap: str = ""  # between two tiles of a row
-    row_end: str = ""
-    overview: str = ""  # the crop that shows the whole
-    after: str = ""
-
-
-class ImageSpec(Part, frozen=True):
-    """How a model's pictures are prepared and placed: all that a gateway needs for it. A crop is square, in pixels."""
-
-    crop_size: int
-    crop_tokens: int  # positions in the prompt that a crop takes
-    rule: OneCrop | OverlappingTiles | EdgeTiles | RatioTiles | PanAndScan
-    resample: str = "lanczos"  # lanczos | bicubic | bilinear | nearest
-    layout: ImageLayout = ImageLayout()
-    attends: str = (
-        "causal"  # within a run: causal | block (both ways) | prefix (so, with all that stands before it)
-    )
-    max_images: int = 1  # of one request
-    max_bytes: int = 128 << 20  # of pixels, all pictures of one request together
 
 
 class ModelCard(Part, frozen=True):
@@ -395,7 +311,7 @@ decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
 def schema_hash() -> str:
     """A hash over every message's name, field names, order and types: equal only for wire-equal programs."""
     lines = [f"{code.name}={code.value}" for enum in (ErrorCode, FinishReason) for code in enum]
-    for parent in (Message, Part, Rule):
+    for parent in (Message, Part, PicturePart, Rule):
         for cls in sorted(parent.__subclasses__(), key=lambda cls: cls.__name__):
             fields = (f"{name}:{cls.__annotations__[name]}" for name in cls.__struct_fields__)
             lines.append(f"{parent.__name__}.{cls.__name__}({','.join(fields)})")

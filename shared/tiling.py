@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Final, NamedTuple
 
-from shared.protocol import OverlappingTiles
+from shared.image_spec import OverlappingTiles
 
 MOST_EDGE: Final = 4096
 

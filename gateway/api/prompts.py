@@ -130,6 +130,16 @@ class Message(Known, kw_only=True):
             given["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return {"role": role, "content": content, **given}
 
+    def without_pictures(self) -> Message:
+        """The same, of its content only the text; itself where it has no pictures."""
+        has_pictures = isinstance(self.content, list) and any(isinstance(p, ImagePart) for p in self.content)
+        return msgspec.structs.replace(self, content=self.text()) if has_pictures else self
+
+    def picture_chars(self) -> int:
+        """Characters of its pictures' URLs."""
+        content = self.content if isinstance(self.content, list) else ()
+        return sum(len(part.image_url.url) for part in content if isinstance(part, ImagePart))
+
     def text(self) -> str:
         """All its text, in order."""
         if isinstance(self.content, str):

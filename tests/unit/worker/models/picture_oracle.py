@@ -429,7 +429,7 @@ def conversation(name: str) -> list[Turn]:
         case "two":
             return [("user", [scene(33, 150, 3), "and", scene(301, 83, 4), "which one?"])]
         case "turns":
-            first = ("user", [scene(130, 97, 1), "What is it?"])
+            first: Turn = ("user", [scene(130, 97, 1), "What is it?"])
             said: Turn = ("assistant", ["A field."])
             return [
                 first,
