@@ -50,9 +50,8 @@ class StepBudget:
             num = aligned if aligned > 0 or not self._is_first else num
         num = self._with_few_crops(seq, start, num)
         for first, end in seq.blocks:
-            if (
-                first < start + num < end
-            ):  # the cut goes before the block, or where that is all there is, behind it
+            # The cut goes before the block or, where that is all there is, behind it.
+            if first < start + num < end:
                 num = first - start if first > start else end - start if self._is_first else 0
                 break
         if num <= 0:

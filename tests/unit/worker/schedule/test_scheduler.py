@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 
 from shared.errors import ErrorCode, FinishReason
+from shared.protocol import Sheet
 from tests.unit.worker.schedule.examples import life_of, plan_of, result_of, scheduler, sequence
 from worker.schedule.life import Life
+from worker.schedule.plan import crops_of
 from worker.schedule.refusal import Refusal
+from worker.schedule.sequence import Picture, Run
 
 
 def test_a_prompt_is_prefilled_and_then_decodes_a_token_a_step() -> None:
@@ -52,6 +55,31 @@ def test_a_bidirectional_prefix_is_never_cut() -> None:
     plan_of(steps)
     steps.submit(sequence(14, number=2, blocks=[(0, 12)]))
     assert [c.num_tokens for c in plan_of(steps).chunks] == [12], "it may overdraw the budget"
+
+
+def test_a_cut_goes_before_a_block_that_does_not_fit() -> None:
+    steps = scheduler(step_tokens=8, mixed_tokens=8)
+    steps.submit(sequence(16, blocks=[(2, 5), (7, 12)]))
+    cuts = []
+    while sum(cuts) < 16:
+        plan = plan_of(steps)
+        cuts.append(plan.chunks[0].num_tokens)
+    assert cuts == [7, 5, 4], "page boundaries otherwise"
+
+
+def test_a_chunk_ends_before_a_picture_whose_crops_overdraw_the_step() -> None:
+    steps = scheduler(step_crops=3)
+
+    def picture(at: int, crops: int) -> Picture:
+        return Picture((Run(at, 4, 0),), [Sheet(1, crops, 8, 8 * crops)], [b""], bytes([at]))
+
+    steps.submit(sequence(40, pictures=[picture(2, 2), picture(8, 1), picture(20, 1), picture(30, 5)]))
+    seen = []
+    for _ in range(3):
+        plan = plan_of(steps)
+        (chunk,) = plan.chunks
+        seen.append((chunk.start, chunk.num_tokens, crops_of(chunk)))
+    assert seen == [(0, 20, 3), (20, 10, 1), (30, 10, 5)], "one picture is always taken"
 
 
 def test_a_row_that_ends_in_flight_is_a_zombie_until_its_last_commit() -> None:
