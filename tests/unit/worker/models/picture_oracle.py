@@ -262,7 +262,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- the families
 
 
-def _smolvlm(folder: Path, kind: str) -> Oracle:
+def _smolvlm(folder: Path, kind: str, **processing: Any) -> Oracle:
     """`kind` SmolVLM or Idefics3: the same computation, other classes."""
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
     from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE, get_image_prompt_string
@@ -271,7 +271,9 @@ def _smolvlm(folder: Path, kind: str) -> Oracle:
     marks = ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>"]
     tokenizer = make_tokenizer(folder, [*marks, *tiles])
     image_id = tokenizer.convert_tokens_to_ids("<image>")
-    processor = Idefics3ImageProcessorPil(size={"longest_edge": 128}, max_image_size={"longest_edge": 32})
+    processor = Idefics3ImageProcessorPil(
+        size={"longest_edge": 128}, max_image_size={"longest_edge": 32}, **processing
+    )
     torch.manual_seed(5)
     config = getattr(transformers, f"{kind}Config")(
         text_config={"model_type": "llama", "vocab_size": len(tokenizer), **TEXT},
@@ -412,6 +414,7 @@ PAN = {
 FAMILIES: dict[str, Callable[[Path], Oracle]] = {
     "smolvlm": lambda folder: _smolvlm(folder, "SmolVLM"),
     "idefics3": lambda folder: _smolvlm(folder, "Idefics3"),
+    "smolvlm unsplit": lambda folder: _smolvlm(folder, "SmolVLM", do_image_splitting=False),
     "gemma3": _gemma3,
     "gemma3 pan": lambda folder: _gemma3(folder, **PAN),
     "internvl": _internvl,

@@ -6,8 +6,12 @@ fp32, and greedy tokens through chunks, batches and both caches.
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +20,13 @@ from torch import Tensor
 
 from gateway.api.prompts import Prompt
 from gateway.core.catalog import AnnouncedModel
+from shared.pictures import num_tokens
 from tests.unit.worker.models import picture_oracle as pictures
 from tests.unit.worker.models.dense_oracle import TOLERANCE, load
 from tests.unit.worker.models.paged_driver import Driver, Row, relative_error
 from tests.unit.worker.models.picture_oracle import CONVERSATIONS, FAMILIES, Oracle, conversation
 from tests.unit.worker.step.test_torch_runner import Harness
+from worker.formats.source import CheckpointError
 from worker.forward import ImageCrops, ImageSheet, segments_of
 from worker.models.picture_model import PictureModel
 from worker.models.tiling import cut_crops
@@ -127,3 +133,104 @@ def test_greedy_tokens_in_batches_chunks_and_from_caches(pair: Pair) -> None:
                 assert stream.finish is not None and stream.finish.prompt_tokens == prompt.num_tokens
                 whole = prompt.num_tokens - 1
                 assert not again or stream.finish.cached_tokens >= whole // 16 * 16 - 16 * bool(prompt.images)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of each family, to be broken."""
+    made = {}
+    for name in ("smolvlm", "gemma3", "internvl"):
+        made[name] = tmp_path_factory.mktemp(name)
+        FAMILIES[name](made[name])
+    return made
+
+
+PREPARES = "preprocessor_config.json"
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "changes", "words"),
+    [
+        ("smolvlm", PREPARES, None, "nothing says how pictures are prepared"),
+        ("smolvlm", PREPARES, {"max_image_size": {"longest_edge": 64}}, "is 64 pixels, and the vision tower"),
+        ("smolvlm", PREPARES, {"do_normalize": False}, "'do_normalize' is false"),
+        ("smolvlm", PREPARES, {"rescale_factor": 0.5}, "supported is 1/255"),
+        ("smolvlm", PREPARES, {"resample": 5}, "'resample' is 5; supported are 0, 1, 2, 3"),
+        ("smolvlm", PREPARES, {"image_std": [0.5, 0, 0.5]}, "not above 0"),
+        ("smolvlm", PREPARES, {"image_mean": "0.5"}, "'image_mean' is not a list of three numbers"),
+        ("smolvlm", "config.json", {"scale_factor": 3}, "4 patches a side do not divide by 3"),
+        ("smolvlm", "config.json", {"text_config.model_type": "mamba"}, "'mamba'; supported is llama"),
+        ("smolvlm", "config.json", {"vision_config.hidden_act": "relu"}, "supported are gelu and"),
+        ("smolvlm", "config.json", {"vision_config.patch_size": 7}, "not whole patches"),
+        ("gemma3", "config.json", {"mm_tokens_per_image": 9}, "does not divide 4 × 4 patches"),
+        ("gemma3", "config.json", {"vision_config.vision_use_head": True}, "'vision_use_head'"),
+        ("gemma3", PREPARES, {"do_pan_and_scan": True}, "'pan_and_scan_min_crop_size' is missing"),
+        ("internvl", "config.json", {"vision_config.use_qk_norm": True}, "'use_qk_norm' is True"),
+        (
+            "internvl",
+            "config.json",
+            {"text_config.model_type": "internlm2"},
+            "supported are qwen2, qwen3, llama",
+        ),
+        ("internvl", PREPARES, {"min_patches": 7}, "'min_patches' is above 'max_patches'"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_names_the_file_and_the_setting(
+    folders: dict[str, Path],
+    family: str,
+    file: str,
+    changes: dict[str, Any] | None,
+    words: str,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(folders[family], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / file
+    if changes is None:
+        path.unlink()
+    else:
+        values = json.loads(path.read_text())
+        for name, value in changes.items():
+            *inner, last = name.split(".")
+            (values[inner[0]] if inner else values)[last] = value
+        path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=re.escape(words)) as caught:
+        load(tmp_path)
+    assert str(tmp_path if changes is None else path) in str(caught.value)
+
+
+def test_released_folders_spellings_are_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The processor's part of processor_config.json, and a decoder whose settings are mostly its class's defaults."""
+    shutil.copytree(folders["gemma3"], tmp_path, dirs_exist_ok=True)
+    prepares = tmp_path / PREPARES
+    inner = {"image_processor": json.loads(prepares.read_text())}
+    (tmp_path / "processor_config.json").write_text(json.dumps(inner))
+    prepares.unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("hidden_activation", "rms_norm_eps", "use_bidirectional_attention", "bos_token_id"):
+        del config["text_config"][name]
+    config["vision_config"].pop("hidden_act")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for folder in (folders["gemma3"], tmp_path):
+        assert load(folder).card.image == load(folders["gemma3"]).card.image
+    ids = torch.arange(4, 40)
+    found = [
+        model.logits(Driver(model).prefill(model.embed(ids), 0)[1])
+        for model in (load(folders["gemma3"]), load(tmp_path))
+    ]
+    assert torch.equal(*found)
+
+
+def test_users_words_are_never_placeholders(pair: Pair) -> None:
+    """A placeholder that a user types is text, and pictures stay where they were put."""
+    layout = pair.served.card.image
+    assert layout is not None
+    mark = layout.layout.placeholder
+    turns: list[pictures.Turn] = [
+        ("user", [f"{mark} is", pictures.scene(20, 20, 1), f"no {mark}{layout.layout.run}"])
+    ]
+    prompt = pictures.compose(pair.served, turns)
+    (image,) = prompt.images
+    assert image.num_tokens == num_tokens(layout, image.spec.sheets)
+    text = pair.served.decode(prompt.ids, keep_special=True)
+    assert f"{mark} is" in text and f"no {mark}{layout.layout.run}" in text
