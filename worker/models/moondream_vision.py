@@ -33,7 +33,8 @@ class VisionEncoder(Tower):
         positions = take("vision.pos_emb", 1, config.num_tokens, dim)
         blocks = [_block(take, f"vision.blocks.{index}", sizes) for index in range(config.enc_n_layers)]
         norm = take_norm(take, "vision.post_ln", dim)
-        super().__init__(sizes, 1 + config.max_crops, patches, positions, blocks, norm)
+        # Attention by torch: its answers are held to the last bit.
+        super().__init__(sizes, 1 + config.max_crops, patches, positions, blocks, norm, compiled=False)
         self._proj_mlp = take_mlp(
             take, "vision.proj_mlp", 2 * dim, config.proj_inner_dim, config.proj_out_dim
         )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from worker.models.crop_attention import CropAttention, crop_attention
 from worker.models.layers import LayerNorm, Mlp, PackedLinear, Take, take_linear, take_norm
 from worker.models.settings import Settings
 
@@ -53,7 +54,8 @@ class Tower:
     """Implements `contract.CropEncoder`.
 
     `patches` is the product over a patch's pixels, channel first; `positions` (1, T, D) are added to the tokens. `first`
-    (1, 1, D) is a token in front of the patches that takes part and is left out in the end; `norm` the last norm.
+    (1, 1, D) is a token in front of the patches that takes part and is left out in the end; `norm` the last norm. `compiled`:
+    attention by a CPU's compiled operations where they take its heads.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class Tower:
         blocks: Sequence[TowerBlock],
         norm: LayerNorm | None,
         first: Tensor | None = None,
+        *,
+        compiled: bool = True,
     ) -> None:
         self.config, self.max_crops = config, max_crops
         self.crop_size, self.num_tokens, self.width = config.crop_size, config.num_patches, config.dim
@@ -72,6 +76,10 @@ class Tower:
         self._patches, self._positions, self._blocks = patches, positions, blocks
         self._norm, self._first = norm, first
         self._scale, self._shift = _normalising(config, positions.device)
+        heads, where = config.num_heads, positions.device
+        attention = crop_attention(where, heads, config.dim // heads, positions.dtype) if compiled else None
+        for block in blocks:
+            block.attention = attention
 
     def pixels(self, crops: Tensor) -> Tensor:
         """(C, S, S, 3) uint8 → (C, patches, 3·P·P) fp32, normalised; a patch is flattened channel first."""
@@ -135,6 +143,7 @@ class TowerBlock:
     ) -> None:
         self._norm1, self._qkv, self._proj, self._norm2, self._mlp = norm1, qkv, proj, norm2, mlp
         self._num_heads, self._exact = num_heads, exact_gelu
+        self.attention: CropAttention | None = None  # of the whole tower; None: torch's
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(C, T, D) → (C, T, D)."""
@@ -158,6 +167,8 @@ class TowerBlock:
 
     def _attend(self, qkv: Tensor, crops: int) -> Tensor:
         """(C, T, 3·D) or (C·T, 3·D) → (C·T, D)."""
+        if self.attention is not None:
+            return self.attention.attend(qkv, crops)
         dim = qkv.shape[-1] // 3
         split = qkv.view(crops, -1, 3, self._num_heads, dim // self._num_heads)
         query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)

@@ -30,6 +30,7 @@ from worker.formats.source import CheckpointError
 from worker.forward import ImageCrops, ImageSheet, segments_of
 from worker.models.picture_model import PictureModel
 from worker.models.tiling import cut_crops
+from worker.native.operations import operations
 
 pytestmark = pytest.mark.slow
 NUM = 48
@@ -234,3 +235,12 @@ def test_users_words_are_never_placeholders(pair: Pair) -> None:
     assert image.num_tokens == num_tokens(layout, image.spec.sheets)
     text = pair.served.decode(prompt.ids, keep_special=True)
     assert f"{mark} is" in text and f"no {mark}{layout.layout.run}" in text
+
+
+def test_which_towers_attend_by_compiled_operations(pair: Pair, request: pytest.FixtureRequest) -> None:
+    if operations(torch.device("cpu")) is None:
+        pytest.skip("no compiled operations on this machine")
+    tower = pair.model.encoder
+    is_compiled = tower.config.dim // tower.config.num_heads == 16
+    assert is_compiled == ("idefics3" not in request.node.name)
+    assert all((block.attention is not None) == is_compiled for block in tower._blocks)

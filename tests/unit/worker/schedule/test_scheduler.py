@@ -60,7 +60,7 @@ def test_a_bidirectional_prefix_is_never_cut() -> None:
 def test_a_cut_goes_before_a_block_that_does_not_fit() -> None:
     steps = scheduler(step_tokens=8, mixed_tokens=8)
     steps.submit(sequence(16, blocks=[(2, 5), (7, 12)]))
-    cuts = []
+    cuts: list[int] = []
     while sum(cuts) < 16:
         plan = plan_of(steps)
         cuts.append(plan.chunks[0].num_tokens)
