@@ -25,12 +25,14 @@ from tests.unit.worker.models import picture_oracle as pictures
 from tests.unit.worker.models.dense_oracle import TOLERANCE, load
 from tests.unit.worker.models.paged_driver import Driver, Row, relative_error
 from tests.unit.worker.models.picture_oracle import CONVERSATIONS, FAMILIES, Oracle, conversation
+from tests.unit.worker.step.graph_device import GraphDevice
 from tests.unit.worker.step.test_torch_runner import Harness
 from worker.formats.source import CheckpointError
 from worker.forward import ImageCrops, ImageSheet, segments_of
 from worker.models.picture_model import PictureModel
 from worker.models.tiling import cut_crops
 from worker.native.operations import operations
+from worker.step.warm_up import warm_up
 
 pytestmark = pytest.mark.slow
 NUM = 48
@@ -244,3 +246,30 @@ def test_which_towers_attend_by_compiled_operations(pair: Pair, request: pytest.
     is_compiled = tower.config.dim // tower.config.num_heads == 16
     assert is_compiled == ("idefics3" not in request.node.name)
     assert all((block.attention is not None) == is_compiled for block in tower._blocks)
+
+
+@pytest.mark.parametrize("family", ["smolvlm unsplit", "gemma3", "internvl"])
+def test_warm_up_encodes_a_picture_and_captured_towers_give_the_same_tokens(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "worker.native.library.load", lambda: None
+    )  # a recording shows torch's operations only
+    with torch.inference_mode():
+        oracle = FAMILIES[family](tmp_path)
+        model = load(tmp_path)
+    assert isinstance(model, PictureModel)
+    encoded: list[int] = []
+    encode = model.encode_images
+    monkeypatch.setattr(
+        model, "encode_images", lambda *given: encoded.append(len(given[0])) or encode(*given)
+    )
+    harness = Harness(model, depth=2, device=GraphDevice(), automata=False)
+    assert warm_up(harness.runner) == 0 and encoded == [1]
+    served = pictures.announced(model.card, tmp_path)
+    names = ("two", "one", "text")
+    prompts = [pictures.compose(served, conversation(name)) for name in names]
+    streams = harness.answer([pictures.submit_of(p, i, 8) for i, p in enumerate(prompts)])
+    expected = [oracle.greedy(oracle.expected(conversation(name)), 8) for name in names]
+    assert [stream.tokens for stream in streams] == expected
+    assert "vision" not in harness.runner.graph_counts.eager_steps_total and len(encoded) > 1
