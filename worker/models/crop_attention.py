@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.native.operations import Operations, operations
+from worker.native.operations import HEAD_DIMS, Operations, operations
 from worker.native.token_rows import TokenRows
 
 
@@ -54,6 +54,19 @@ class CropAttention:
         runs[:, 3] = 1
         lengths = torch.full((crops * tokens,), tokens, dtype=torch.int32)
         self._rows = TokenRows(crops * tokens, lengths, None, torch.from_numpy(runs))
+
+
+MOST_PADDING = 1.25
+"""The factor by which heads may be widened with zeros to a width that compiled attention takes: 72 becomes 80."""
+
+
+def padded_width(device: torch.device, head_dim: int, dtype: torch.dtype) -> int:
+    """The width to keep heads at: their own, unless the compiled operations take only a slightly larger one."""
+    native = operations(device)
+    if native is None or native.can_attend(dtype, dtype, head_dim, 0):
+        return head_dim
+    wider = [width for width in HEAD_DIMS if head_dim < width <= MOST_PADDING * head_dim]
+    return next((width for width in wider if native.can_attend(dtype, dtype, width, 0)), head_dim)
 
 
 def crop_attention(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from worker.models.crop_attention import CropAttention, crop_attention
+from worker.models.crop_attention import CropAttention, crop_attention, padded_width
 from worker.models.layers import LayerNorm, Mlp, PackedLinear, Take, take_linear, take_norm
 from worker.models.settings import Settings
 
@@ -77,7 +77,9 @@ class Tower:
         self._norm, self._first = norm, first
         self._scale, self._shift = _normalising(config, positions.device)
         heads, where = config.num_heads, positions.device
-        attention = crop_attention(where, heads, config.dim // heads, positions.dtype) if compiled else None
+        own = config.dim // heads
+        width = padded_width(where, own, positions.dtype)
+        attention = crop_attention(where, heads, width, positions.dtype) if compiled else None
         for block in blocks:
             block.attention = attention
 
@@ -147,7 +149,7 @@ class TowerBlock:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(C, T, D) → (C, T, D)."""
-        mixed = self._attend(self._qkv(self._norm1(hidden)), hidden.shape[0]).view(hidden.shape)
+        mixed = self._attend(self._qkv(self._norm1(hidden)), hidden.shape[0]).view(*hidden.shape[:2], -1)
         hidden = self._proj.add(mixed, hidden)
         normed = self._norm2(hidden)
         if self._exact:
@@ -193,8 +195,12 @@ def take_siglip(take: Take, name: str, config: TowerConfig, max_crops: int, posi
     blocks = [
         TowerBlock(
             take_norm(take, f"{layer}.layer_norm1", config.dim, config.eps),
-            take_qkv(take, f"{layer}.self_attn", config.dim),
-            take_linear(take, f"{layer}.self_attn.out_proj", config.dim, config.dim),
+            take_qkv(take, f"{layer}.self_attn", config),
+            padded_linear(
+                take(f"{layer}.self_attn.out_proj.weight", config.dim, config.dim),
+                take(f"{layer}.self_attn.out_proj.bias", config.dim),
+                config,
+            ),
             take_norm(take, f"{layer}.layer_norm2", config.dim, config.eps),
             Mlp(
                 take_linear(take, f"{layer}.mlp.fc1", config.dim, config.ff_dim),
@@ -222,11 +228,32 @@ def take_patches(take: Take, name: str, config: TowerConfig) -> PackedLinear:
     return PackedLinear(weight.flatten(1), take(f"{name}.bias", config.dim))
 
 
-def take_qkv(take: Take, name: str, dim: int, *, biased: bool = True) -> PackedLinear:
-    """q, k and v, stored apart, as one product."""
-    parts = [f"{name}.{part}_proj" for part in "qkv"]
-    weight = torch.cat([take(f"{part}.weight", dim, dim) for part in parts])
-    return PackedLinear(weight, torch.cat([take(f"{part}.bias", dim) for part in parts]) if biased else None)
+def take_qkv(take: Take, name: str, config: TowerConfig, *, biased: bool = True) -> PackedLinear:
+    """q, k and v, stored apart, as one product, heads as wide as they are attended at."""
+    dim = config.dim
+
+    def stacked(kind: str, *inputs: int) -> Tensor:
+        parts = [take(f"{name}.{part}_proj.{kind}", dim, *inputs) for part in "qkv"]
+        own, wide = _widths(config, parts[0])
+        # Scores are divided by the root of the width.
+        parts[0] = parts[0] if own == wide else (parts[0].float() * (wide / own) ** 0.5).to(parts[0].dtype)
+        heads = torch.cat(parts).unflatten(0, (3 * config.num_heads, own))
+        return F.pad(heads.movedim(1, -1), (0, wide - own)).movedim(-1, 1).flatten(0, 1)
+
+    return PackedLinear(stacked("weight", dim), stacked("bias") if biased else None)
+
+
+def padded_linear(weight: Tensor, bias: Tensor, config: TowerConfig) -> PackedLinear:
+    """The product (D, D) behind attention, for heads as wide as they are attended at."""
+    own, wide = _widths(config, weight)
+    heads = weight.unflatten(1, (config.num_heads, own))
+    return PackedLinear(F.pad(heads, (0, wide - own)).flatten(1), bias)
+
+
+def _widths(config: TowerConfig, weight: Tensor) -> tuple[int, int]:
+    """Of a head: its own width, and the one it is attended at, with zeros behind its values."""
+    own = config.dim // config.num_heads
+    return own, padded_width(weight.device, own, weight.dtype)
 
 
 def unshuffled(features: Tensor, factor: int) -> Tensor:

@@ -32,6 +32,7 @@ from worker.models.vision_tower import (
     TowerBlock,
     TowerConfig,
     is_exact_gelu,
+    padded_linear,
     read_tower,
     take_patches,
     take_qkv,
@@ -191,26 +192,27 @@ def _block(take: Take, name: str, config: TowerConfig, *, biased: bool) -> Tower
     dim, inner = config.dim, config.ff_dim
     return TowerBlock(
         take_norm(take, f"{name}.layernorm_before", dim, config.eps),
-        take_qkv(take, f"{name}.attention", dim, biased=biased),
-        _scaled(take, f"{name}.attention.projection_layer", f"{name}.lambda_1", dim, dim),
+        take_qkv(take, f"{name}.attention", config, biased=biased),
+        padded_linear(
+            *_scaled(take, f"{name}.attention.projection_layer", f"{name}.lambda_1", dim, dim), config
+        ),
         take_norm(take, f"{name}.layernorm_after", dim, config.eps),
         Mlp(
             take_linear(take, f"{name}.mlp.fc1", dim, inner),
-            _scaled(take, f"{name}.mlp.fc2", f"{name}.lambda_2", inner, dim),
+            PackedLinear(*_scaled(take, f"{name}.mlp.fc2", f"{name}.lambda_2", inner, dim)),
         ),
         config.num_heads,
         exact_gelu=config.exact_gelu,
     )
 
 
-def _scaled(take: Take, name: str, scale: str, inputs: int, outputs: int) -> PackedLinear:
-    """A product whose outputs are multiplied by learned factors: those go into its weights, before they are rounded."""
+def _scaled(take: Take, name: str, scale: str, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a product whose outputs are multiplied by learned factors: those go into its weights, before they are rounded."""
     factors = take(scale, outputs, dtype=torch.float32)
     weight = take(f"{name}.weight", outputs, inputs)
     bias = take(f"{name}.bias", outputs)
-    return PackedLinear(
-        (weight.float() * factors[:, None]).to(weight.dtype), (bias.float() * factors).to(bias.dtype)
-    )
+    scaled = (weight.float() * factors[:, None]).to(weight.dtype)
+    return scaled, (bias.float() * factors).to(bias.dtype)
 
 
 INTERNVL = picture_family(

@@ -278,7 +278,7 @@ def _smolvlm(folder: Path, kind: str, **processing: Any) -> Oracle:
     config = getattr(transformers, f"{kind}Config")(
         text_config={"model_type": "llama", "vocab_size": len(tokenizer), **TEXT},
         # Heads of 8 attend by torch.
-        vision_config=VISION | ({"num_attention_heads": 4} if kind == "Idefics3" else {}),
+        vision_config={**VISION, "num_attention_heads": 4 if kind == "Idefics3" else 2},
         scale_factor=2,
         image_token_id=image_id,
     )
@@ -313,7 +313,7 @@ GEMMA_TEMPLATE = (
 )
 
 
-def _gemma3(folder: Path, **pan: Any) -> Oracle:
+def _gemma3(folder: Path, vision: dict[str, Any] = VISION, **pan: Any) -> Oracle:
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
     marks = [
@@ -338,7 +338,7 @@ def _gemma3(folder: Path, **pan: Any) -> Oracle:
             "sliding_window": 7,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
-        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **VISION},
+        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **vision},
         mm_tokens_per_image=16 if pan else 4,
         image_token_index=image_id,
         boi_token_index=begin,
@@ -417,6 +417,8 @@ FAMILIES: dict[str, Callable[[Path], Oracle]] = {
     "idefics3": lambda folder: _smolvlm(folder, "Idefics3"),
     "smolvlm unsplit": lambda folder: _smolvlm(folder, "SmolVLM", do_image_splitting=False),
     "gemma3": _gemma3,
+    # Heads of 72, as SigLIP's larger ones.
+    "gemma3 wide": lambda folder: _gemma3(folder, {**VISION, "hidden_size": 144}),
     "gemma3 pan": lambda folder: _gemma3(folder, **PAN),
     "internvl": _internvl,
     "internvl qwen3": lambda folder: _internvl(folder, "qwen3", attention_bias=False, use_mean_pooling=False),
