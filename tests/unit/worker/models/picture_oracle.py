@@ -406,7 +406,7 @@ def _internvl(folder: Path, text: str = "qwen2", **vision: Any) -> Oracle:
     return Oracle(oracle, tokenizer, INTERN_TEMPLATE, image_id, process)
 
 
-PAN = {
+PAN: dict[str, Any] = {
     "do_pan_and_scan": True,
     "pan_and_scan_min_crop_size": 20,
     "pan_and_scan_max_num_crops": 4,
