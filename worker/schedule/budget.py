@@ -68,17 +68,23 @@ class StepBudget:
         return chunk
 
     def _with_few_crops(self, seq: Sequence, start: int, num: int) -> int:
-        """At most `num` tokens, ending before a second picture whose crops would overdraw the budget."""
-        crops = 0
+        """At most `num` tokens, ending before the unit of a picture whose crops would overdraw crops or time; the step's
+        first unit always fits."""
+        crops, end = 0, start + num
         for picture in seq.pictures:
-            if picture.end <= start:
+            if picture.end <= start or picture.position >= end:
                 continue
-            if picture.position >= start + num:
-                break
-            crops += picture.num_crops
-            if crops > self._crops and crops > picture.num_crops and picture.position > start:
-                return picture.position - start
+            for unit in picture.units(start, end, seq.cached_tokens):
+                place = picture.place_of(unit)
+                crops += picture.unit_crops
+                if place > start and crops > picture.unit_crops and crops > self._crops_in_time():
+                    return place - start
         return num
+
+    def _crops_in_time(self) -> int:
+        if self._left_s == inf:
+            return self._crops
+        return 0 if self._pace.is_guess else min(self._crops, int(self._left_s / self._pace.costs.crop_s))
 
     def _tokens_in_time(self, start: int) -> int:
         """Tokens of a prompt behind `start` that fit into the time: at least a few for the step's first prompt; for other

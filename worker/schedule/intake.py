@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence as Sequence_
 
 from shared.errors import ErrorCode
-from shared.pictures import check_bounds, fault_of, num_bytes, num_tokens
+from shared.pictures import check_bounds, fault_of, num_bytes, num_tokens, shares_tokens
 from shared.protocol import ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
 from worker.constraints.automaton import TokenAutomaton, spatial_tables
 from worker.constraints.constraint import Constraint
@@ -124,7 +124,8 @@ def _expand(
             runs.append(Run(len(tokens), num, offset))
             tokens += [IMAGE_TOKEN] * num
             at, offset = place, offset + num
-        pictures.append(Picture(tuple(runs), image.sheets, own, image.digest))
+        unit_tokens = 0 if shares_tokens(spec) else spec.crop_tokens
+        pictures.append(Picture(tuple(runs), image.sheets, own, image.digest, unit_tokens))
     return tokens + prompt[at:], pictures
 
 

@@ -20,14 +20,13 @@ class Chunk:
 
 
 def crops_of(chunk: Chunk) -> int:
-    """The number of crops that the vision encoder runs for a chunk, unless their features are cached: those of pictures
-    that begin in it, or of which it has the first positions that are not in the prefix cache."""
-    end, known = chunk.start + chunk.num_tokens, chunk.seq.cached_tokens
+    """The number of crops that the vision encoder runs for a chunk, unless their features are cached."""
+    seq, end = chunk.seq, chunk.start + chunk.num_tokens
     return sum(
         [
-            p.num_crops
-            for p in chunk.seq.pictures
-            if p.position < end and chunk.start < p.end and chunk.start <= max(p.position, known)
+            len(picture.units(chunk.start, end, seq.cached_tokens)) * picture.unit_crops
+            for picture in seq.pictures
+            if picture.position < end and chunk.start < picture.end
         ]
     )
 

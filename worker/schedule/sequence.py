@@ -34,12 +34,17 @@ class Run(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Picture:
-    """One image of a sequence: its sheets with a uint8 payload each, its places, and its cache key."""
+    """One image of a sequence: its sheets with a uint8 payload each, its places, and its cache key.
+
+    Its features come in *units*, each encoded by itself when a chunk first needs it: a crop of `unit_tokens` features, or
+    where that is 0 the whole picture.
+    """
 
     runs: tuple[Run, ...]  # in order; at least one
     sheets: Sequence_[Sheet]
     frames: Sequence_[bytes]
     digest: bytes
+    unit_tokens: int = 0
 
     @property
     def position(self) -> int:
@@ -55,6 +60,31 @@ class Picture:
     def num_crops(self) -> int:
         """Crops the vision encoder runs for it."""
         return num_crops(self.sheets)
+
+    @property
+    def unit_crops(self) -> int:
+        """Crops of one unit."""
+        return 1 if self.unit_tokens else self.num_crops
+
+    def features_before(self, position: int) -> int:
+        """How many of its features stand before this position of the sequence."""
+        return sum([max(0, min(position - run.position, run.num_tokens)) for run in self.runs])
+
+    def units(self, start: int, end: int, known: int = -1) -> range:
+        """The units of which positions [start, end) hold features. `known` or more: without the one that an earlier chunk
+        has begun, unless the sequence itself begins here, with so many positions found in the prefix cache."""
+        first, last = self.features_before(start), self.features_before(end)
+        if first == last:
+            return range(0)
+        size = self.unit_tokens or self.features_before(self.end)
+        is_begun = known >= 0 and start > known
+        return range(-(-first // size) if is_begun else first // size, -(-last // size))
+
+    def place_of(self, unit: int) -> int:
+        """The position of a unit's first feature."""
+        offset = unit * self.unit_tokens
+        run = next(run for run in reversed(self.runs) if run.offset <= offset)
+        return run.position + offset - run.offset
 
 
 Block = tuple[int, int]

@@ -8,9 +8,10 @@ from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Sheet
 from tests.unit.worker.schedule.examples import life_of, plan_of, result_of, scheduler, sequence
 from worker.schedule.life import Life
+from worker.schedule.pace import Pace, StepCosts
 from worker.schedule.plan import crops_of
 from worker.schedule.refusal import Refusal
-from worker.schedule.sequence import Picture, Run
+from worker.schedule.sequence import Picture, Run, Sequence
 
 
 def test_a_prompt_is_prefilled_and_then_decodes_a_token_a_step() -> None:
@@ -80,6 +81,40 @@ def test_a_chunk_ends_before_a_picture_whose_crops_overdraw_the_step() -> None:
         (chunk,) = plan.chunks
         seen.append((chunk.start, chunk.num_tokens, crops_of(chunk)))
     assert seen == [(0, 20, 3), (20, 10, 1), (30, 10, 5)], "one picture is always taken"
+
+
+def test_crops_that_are_encoded_by_themselves_are_shared_out_over_steps() -> None:
+    """Six crops of four positions each, a position of text before, between and behind them; a step takes two crops."""
+    steps = scheduler(step_crops=2, cache=True)
+
+    def ask(number: int) -> Sequence:
+        runs = (Run(1, 12, 0), Run(14, 12, 12))
+        shown = Picture(runs, [Sheet(2, 3, 16, 24)], [b""], b"shown", unit_tokens=4)
+        return sequence(27, number=number, max_tokens=1, pictures=[shown])
+
+    steps.submit(ask(1))
+    seen = []
+    for _ in range(3):
+        plan = plan_of(steps)
+        seen += [(chunk.start, chunk.num_tokens, crops_of(chunk)) for chunk in plan.chunks]
+        steps.commit(plan, result_of(plan), 1.0)
+    assert seen == [(0, 9, 2), (9, 9, 2), (18, 9, 2)]
+    steps.submit(ask(2))
+    (chunk,) = plan_of(steps).chunks
+    assert (chunk.start, crops_of(chunk)) == (24, 1), "the crop that the cached pages end in is needed again"
+
+
+def test_crops_fit_into_the_time_of_a_step_but_for_the_first() -> None:
+    pace = Pace(StepCosts(0.0, 1e-6, 0.0, 1e-6, 0.0, 0.1), step_s=0.25)
+    pace.is_guess = False
+    steps = scheduler(pace=pace)
+    shown = Picture((Run(0, 20, 0),), [Sheet(1, 5, 8, 40)], [b""], b"shown", unit_tokens=4)
+    steps.submit(sequence(21, pictures=[shown]))
+    cuts = []
+    for _ in range(3):
+        (chunk,) = plan_of(steps).chunks
+        cuts.append((chunk.num_tokens, crops_of(chunk)))
+    assert cuts == [(8, 2), (8, 2), (5, 1)]
 
 
 def test_a_row_that_ends_in_flight_is_a_zombie_until_its_last_commit() -> None:
