@@ -74,7 +74,7 @@ def read(settings: Settings, source: Source) -> PictureParts:
     processor.check_side("size", tower.crop_size)
     side = round(settings.size("mm_tokens_per_image", 256) ** 0.5)
     factor = tower.grid // side
-    if side * factor != tower.grid:
+    if side < 2 or side * factor != tower.grid:
         raise settings.fault(f"'mm_tokens_per_image' does not divide {tower.grid} × {tower.grid} patches")
     spec = ImageSpec(
         tower.crop_size,
