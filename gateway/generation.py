@@ -43,11 +43,23 @@ def no_pictures(card: ModelCard, param: str) -> RequestError:
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
-    """A decoded, resized picture: the wire's description of it and its two uint8 payloads."""
+    """A decoded, resized picture: the wire's description of it and the uint8 payload of each sheet.
+
+    Where its chat template has a place for it, `spec.runs` are unset until it is put there.
+    """
 
     spec: ImageInput
-    global_crop: bytes
-    canvas: bytes
+    frames: Sequence[bytes]
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that it takes in a prompt, besides the text around them."""
+        return sum(num for _, num in self.spec.runs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its payloads."""
+        return sum(map(len, self.frames))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +71,8 @@ class ChatOptions:
     variables: Mapping[str, Any] = field(default_factory=dict)
     template: str | None = None  # by its name; none: the model's usual one, with tools the one for tools
     tools: Sequence[Mapping[str, Any]] = ()  # as the interfaces describe them, for the template's `tools`
+    # what the prompt's text has in place of each picture's placeholder, in order
+    pictures: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +125,8 @@ class ServedModel(Protocol):
     def start_ids(self) -> list[int]:
         """The token ids that a plain text begins with: those of the tokenizer's post-processor, if any; Moondream's BOS."""
 
-    def num_prompt(self, num_ids: int, num_images: int) -> int:
-        """Tokens of a prompt, its pictures' included."""
-
-    def room(self, num_prompt_ids: int, num_images: int = 0) -> int:
-        """How many tokens may be generated after such a prompt; at least 1, so that `Core.submit` refuses it."""
+    def room(self, num_prompt: int) -> int:
+        """How many tokens may be generated after so many; at least 1, so that `Core.submit` refuses the prompt."""
 
     async def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids, off the loop when the text is long. Special tokens' names in it are text unless parsed."""
@@ -164,6 +175,11 @@ class GenerateRequest:
     def model_id(self) -> str:
         """The model's name."""
         return self.model.card.model_id
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt, its pictures' included."""
+        return len(self.prompt_ids) + sum(image.num_tokens for image in self.images)
 
 
 @dataclass(frozen=True, slots=True)

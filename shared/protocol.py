@@ -15,8 +15,18 @@ from typing import Final
 import msgspec
 
 from shared.errors import ErrorCode, FinishReason
+from shared.image_spec import EdgeTiles as EdgeTiles
+from shared.image_spec import ImageInput as ImageInput
+from shared.image_spec import ImageLayout as ImageLayout
+from shared.image_spec import ImageSpec as ImageSpec
+from shared.image_spec import OneCrop as OneCrop
+from shared.image_spec import OverlappingTiles as OverlappingTiles
+from shared.image_spec import PanAndScan as PanAndScan
+from shared.image_spec import PicturePart, Rule
+from shared.image_spec import RatioTiles as RatioTiles
+from shared.image_spec import Sheet as Sheet
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine runs torch today
     raise ImportError("the wire format is little-endian and packs arrays in native order")
@@ -27,7 +37,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Parent of everything that only travels inside a message."""
+    """Parent of everything that only travels inside a message, `shared.image_spec` aside."""
 
 
 # ---------------------------------------------------------------- gateway → worker
@@ -40,22 +50,6 @@ class Hello(Message, frozen=True):
     schema_hash: str
     gateway_id: str
     lease_s: float = 5.0
-
-
-class ImageInput(Part, frozen=True):
-    """One picture of a request, already decoded and resized by the gateway.
-
-    Two payload frames follow the message for each image, uint8 RGB, row-major HWC:
-    the global crop `(crop_size, crop_size, 3)` and the local canvas `(canvas_height, canvas_width, 3)`
-    from which the device cuts `tiles_h × tiles_w` overlapping crops. Text-only models never see one.
-    """
-
-    position: int  # index into the prompt's token ids before which the image's tokens are inserted
-    tiles_h: int
-    tiles_w: int
-    canvas_height: int
-    canvas_width: int
-    digest: bytes  # sha256 over the two frames: the key of cached features and pages
 
 
 class Sampling(Part, frozen=True):
@@ -99,7 +93,7 @@ class Submit(Message, frozen=True):
     epoch: int
     sequence_id: int
     request_id: str
-    prompt: bytes  # packed int32 token ids, without the image's positions
+    prompt: bytes  # packed int32 token ids, without the pictures' positions
     max_tokens: int
     sampling: Sampling = Sampling()
     images: list[ImageInput] = []
@@ -141,16 +135,6 @@ class Trace(Message, frozen=True):
 
 
 # ---------------------------------------------------------------- worker → gateway
-
-
-class ImageSpec(Part, frozen=True):
-    """What the gateway needs to prepare a picture. Sizes in pixels except `margin_patches`."""
-
-    crop_size: int
-    patch_size: int
-    margin_patches: int
-    max_crops: int
-    num_tokens: int
 
 
 class ModelCard(Part, frozen=True):
@@ -357,7 +341,7 @@ decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
 def schema_hash() -> str:
     """A hash over every message's name, field names, order and types: equal only for wire-equal programs."""
     lines = [f"{code.name}={code.value}" for enum in (ErrorCode, FinishReason) for code in enum]
-    for parent in (Message, Part):
+    for parent in (Message, Part, PicturePart, Rule):
         for cls in sorted(parent.__subclasses__(), key=lambda cls: cls.__name__):
             fields = (f"{name}:{cls.__annotations__[name]}" for name in cls.__struct_fields__)
             lines.append(f"{parent.__name__}.{cls.__name__}({','.join(fields)})")

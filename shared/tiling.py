@@ -1,13 +1,16 @@
-"""Owns how a picture is split into overlapping crops: tile counts and canvas size. Any thread.
+"""Owns the arithmetic of cutting pictures: tile counts, canvas sizes, pieces. Any thread.
 
-Both sides of the wire use it: the gateway to resize a picture to its canvas, the worker to cut the canvas
-again and to check what it was sent. Lengths are pixels unless a name says patches.
+`shared.pictures` says which of it a model uses. Lengths are pixels unless a name says patches.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+from shared.image_spec import OverlappingTiles
+
+MOST_EDGE: Final = 4096
 
 
 class Canvas(NamedTuple):
@@ -45,14 +48,87 @@ def choose_tiles(height: int, width: int, window: int, margin: int, max_crops: i
     return max(1, tiles_h), max(1, tiles_w)
 
 
-def canvas_for(
-    height: int, width: int, *, crop_size: int, patch_size: int, margin_patches: int, max_crops: int
-) -> Canvas:
-    """The canvas of a `height × width` picture; the keywords are the fields of `protocol.ImageSpec`.
+def canvas_length(tiles: int, crop_size: int, margin: int) -> int:
+    """Of so many tiles along an axis, neighbours sharing `margin` pixels."""
+    return tiles * (crop_size - margin) + margin
 
-    Raises ValueError when the margins leave no window.
+
+def canvas_for(height: int, width: int, *, crop_size: int, rule: OverlappingTiles) -> Canvas:
+    """The canvas of a `height × width` picture. Raises ValueError when the margins leave no window."""
+    margin = 2 * rule.margin_patches * rule.patch_size
+    tiles_h, tiles_w = choose_tiles(height, width, crop_size - margin, margin, rule.max_crops)
+    return Canvas(
+        tiles_h,
+        tiles_w,
+        canvas_length(tiles_h, crop_size, margin),
+        canvas_length(tiles_w, crop_size, margin),
+    )
+
+
+def edge_sizes(
+    width: int, height: int, longest_edge: int, crop_size: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The (width, height) that transformers' Idefics3 processor scales a picture to, and then rounds up to whole crops.
+
+    In its floating-point steps, so that odd sizes come out alike.
     """
-    margin = 2 * margin_patches * patch_size
-    window = crop_size - margin
-    tiles_h, tiles_w = choose_tiles(height, width, window, margin, max_crops)
-    return Canvas(tiles_h, tiles_w, tiles_h * window + margin, tiles_w * window + margin)
+    ratio = width / height
+    if width >= height:
+        wide, high = longest_edge, int(longest_edge / ratio)
+        high += high % 2
+    else:
+        wide, high = int(longest_edge * ratio), longest_edge
+        wide += wide % 2
+    wide, high = max(wide, 1), max(high, 1)
+    # A picture is never larger than this along an edge, whatever is asked for.
+    if wide >= high and wide > MOST_EDGE:
+        wide, high = MOST_EDGE, int(MOST_EDGE / (wide / high))
+    elif high > wide and high > MOST_EDGE:
+        wide, high = int(MOST_EDGE * (wide / high)), MOST_EDGE
+    scaled = (max(wide, 1), max(high, 1))
+    ratio = scaled[0] / scaled[1]
+
+    def whole(length: int) -> int:
+        return math.ceil(length / crop_size) * crop_size
+
+    if scaled[0] >= scaled[1]:
+        cut_wide = whole(scaled[0])
+        return scaled, (cut_wide, max(crop_size, whole(int(cut_wide / ratio))))
+    cut_high = whole(scaled[1])
+    return scaled, (max(crop_size, whole(int(cut_high * ratio))), cut_high)
+
+
+def nearest_ratio(width: int, height: int, crop_size: int, least: int, most: int) -> tuple[int, int]:
+    """(columns, rows) of tiles, `least` to `most` of them, whose proportions are nearest to the picture's.
+
+    Of equally near ones the larger, while it has less than twice the picture's area (InternVL's rule).
+    """
+    grids = [(cols, rows) for cols in range(1, most + 1) for rows in range(1, most + 1)]
+    grids = sorted((g for g in grids if least <= g[0] * g[1] <= most), key=lambda g: g[0] * g[1])
+    best, best_off = (1, 1), math.inf
+    for cols, rows in grids:
+        off = abs(width / height - cols / rows)
+        is_filled = width * height > 0.5 * crop_size * crop_size * cols * rows
+        if off < best_off or (off == best_off and is_filled):
+            best, best_off = (cols, rows), off
+    return best
+
+
+def pieces_along(
+    width: int, height: int, min_crop: int, max_crops: int, min_ratio: float
+) -> list[tuple[int, int, int, int]]:
+    """Boxes (left, top, right, bottom) that cut a long picture along its longer edge; none if it is not long enough.
+
+    Gemma 3's pan and scan.
+    """
+    long, short = max(width, height), min(width, height)
+    if long / short < min_ratio:
+        return []
+    count = min(max_crops, max(2, min(long // min_crop, math.floor(long / short + 0.5))))
+    step = math.ceil(long / count)
+    if min(step, short) < min_crop:
+        return []
+    starts = [step * i for i in range(count) if step * i < long]
+    if width >= height:
+        return [(at, 0, min(at + step, width), height) for at in starts]
+    return [(0, at, width, min(at + step, height)) for at in starts]

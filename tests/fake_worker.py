@@ -85,7 +85,7 @@ CARD = wire.ModelCard(
     bos_id=0,
     eos_ids=[0],
     created=1_700_000_000,
-    image=wire.ImageSpec(crop_size=56, patch_size=7, margin_patches=1, max_crops=4, num_tokens=64),
+    image=wire.ImageSpec(56, 64, wire.OverlappingTiles(7, 1, 4), attends="prefix"),
     capabilities=["chat", "query", "caption", "detect", "point"],
     templates={
         "query_prefix": [1, 8, 2],
@@ -601,8 +601,7 @@ class FakeWorker:
         submit = sequence.submit
         peer.sequences.pop(submit.sequence_id, None)
         num_prompt = len(submit.prompt) // 4
-        if self.card.image is not None:
-            num_prompt += len(submit.images) * self.card.image.num_tokens
+        num_prompt += sum(num for image in submit.images for _, num in image.runs)
         finishes.append(
             wire.Finish(
                 submit.sequence_id,

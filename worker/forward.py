@@ -7,7 +7,7 @@ of the prefill segments in order. All tensors live on the model's device. Token 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,23 @@ SPAN_FIELDS = 5
 chunk whose block table it reads."""
 
 Span = tuple[int, int, int, int, int]
+
+
+def segments_of(start: int, num_tokens: int, blocks: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """A chunk of `num_tokens` from position `start` as pieces (start, number of tokens, bidirectional prefix), in order.
+
+    A piece begins with at most one of the blocks that attend both ways, and what follows that is causal: to all of the
+    block and before it a prefix is the same, since causal attention sees all that lies before.
+    """
+    end = start + num_tokens
+    inner = [block for block in blocks if block[0] < end and start < block[1]]
+    if not inner:
+        return [(start, num_tokens, 0)]
+    pieces = [] if inner[0][0] <= start else [(start, inner[0][0] - start, 0)]
+    stops = [first for first, _ in inner[1:]] + [end]
+    for (first, stop), behind in zip(inner, stops, strict=True):
+        pieces.append((max(first, start), behind - max(first, start), stop))
+    return pieces
 
 
 def chunk_spans(chunk: int, first: int, num_tokens: int, start: int, prefix: int) -> list[Span]:
@@ -49,7 +66,9 @@ class PrefillSegment:
 
     num_tokens: int
     num_context: int
-    prefix_tokens: int  # positions < prefix_tokens attend to each other both ways (image prefix); 0: causal
+    prefix_tokens: (
+        int  # its positions < prefix_tokens attend to each other both ways, and to all before; 0: causal
+    )
     block_table: Tensor  # (P,) int32
 
 
@@ -96,10 +115,16 @@ class KVCache:
 
 
 @dataclass(slots=True)
-class ImageCrops:
-    """One picture on the device: `global_crop` (S, S, 3) uint8, `canvas` (H, W, 3) uint8, cut into tiles."""
+class ImageSheet:
+    """Pixels (H, W, 3) uint8 on the device, which hold `rows × cols` crops."""
 
-    global_crop: Tensor
-    canvas: Tensor
-    tiles_h: int
-    tiles_w: int
+    pixels: Tensor
+    rows: int
+    cols: int
+
+
+@dataclass(slots=True)
+class ImageCrops:
+    """One picture on the device: the sheets that the model's `ImageSpec` cuts it into."""
+
+    sheets: list[ImageSheet]

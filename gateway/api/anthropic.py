@@ -241,7 +241,7 @@ async def count_tokens(core: Core, data: bytes) -> Json:
     body = decode_body(_decode_count, data)
     model = core.model(body.model)
     prompt = await _prompt(core, model, body, _tools(body))
-    return {"input_tokens": model.num_prompt(len(prompt.ids), len(prompt.images))}
+    return {"input_tokens": prompt.num_tokens}
 
 
 async def _prompt(core: Core, model: ServedModel, body: _Conversation, tools: ToolsAsked | None) -> Prompt:

@@ -33,7 +33,7 @@ class MessageAnswer(EventShape):
         self.stream = stream
         self._id = f"msg_{request_id}"
         self._reader = reading.reader()
-        self._num_prompt = request.model.num_prompt(len(request.prompt_ids), len(request.images))
+        self._num_prompt = request.num_prompt
         self._num_blocks = 0
         self._open: str | None = None  # the kind of the block that is open
 

@@ -23,7 +23,8 @@ from shared.errors import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A finished response and all that led to it: the conversation's messages, and the last picture.
+    """A finished response and all that led to it: the conversation's messages, with their pictures where the model has
+    places for them, else the last picture.
 
     `answer` has the response's own items as a client would send them back. Their texts are those of the last messages.
     """
@@ -35,11 +36,9 @@ class Turn:
     @property
     def size_bytes(self) -> int:
         """Bytes held; a picture shared by several turns is counted for each, which errs on the safe side."""
-        text = sum(len(message.role) + num_chars(message) for message in self.messages)
+        text = sum(len(m.role) + num_chars(m) + m.picture_chars() for m in self.messages)
         ids = sum(len(item.id or "") for item in self.answer)
-        return (
-            text + ids + (0 if self.image is None else len(self.image.global_crop) + len(self.image.canvas))
-        )
+        return text + ids + (0 if self.image is None else self.image.num_bytes)
 
 
 class Conversations:

@@ -235,7 +235,7 @@ async def _prepare(
 def _until_it_ends(body: _Asked, model: ServedModel, prompt: Prompt) -> int | None:
     """−1 and −2 of `num_predict`: as long as there is room."""
     asked = body.options.num_predict if body.options is not None else None
-    return model.room(len(prompt.ids), len(prompt.images)) if asked is not None and asked < 0 else None
+    return model.room(prompt.num_tokens) if asked is not None and asked < 0 else None
 
 
 def _fields(body: _Asked) -> SamplingFields:

@@ -1,7 +1,7 @@
 """Owns turning chat messages into a prompt: token ids and pictures. No sockets; runs on the gateway's loop.
 
-Two kinds of model: those with a chat template get the whole conversation through it. Moondream has no notion
-of a conversation: it is asked the last user turn about the most recent picture, and earlier turns and system
+Two kinds of model: those with a chat template get the whole conversation through it, with all its pictures.
+Moondream has no notion of a conversation: it is asked the last user turn about the most recent picture, and earlier turns and system
 messages, which its prompt has no place for, do not reach it.
 """
 
@@ -17,6 +17,7 @@ from msgspec import Meta
 from gateway.api.fields import Known
 from gateway.api.histories import check_no_history, check_shown
 from gateway.api.parameters import Json
+from gateway.api.pictures import expansions, place_pictures, prepare_pictures, takes_several
 from gateway.api.spoken import Reading, opens_thinking, reading_of
 from gateway.api.tools import ToolsAsked, told
 from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, ServedModel, no_pictures
@@ -119,12 +120,25 @@ class Message(Known, kw_only=True):
         """Everything of the message that a template may read, under the interface's own names."""
         content: Any = self.content
         if isinstance(content, list):
-            content = [{"type": "text", "text": part.text} for part in content if isinstance(part, TextPart)]
+            content = [
+                {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+                for part in content
+            ]
         role = "system" if self.role == "developer" else self.role
         given = {name: getattr(self, name) for name in _PASSED if getattr(self, name) is not None}
         if self.tool_calls is not None:
             given["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return {"role": role, "content": content, **given}
+
+    def without_pictures(self) -> Message:
+        """The same, of its content only the text; itself where it has no pictures."""
+        has_pictures = isinstance(self.content, list) and any(isinstance(p, ImagePart) for p in self.content)
+        return msgspec.structs.replace(self, content=self.text()) if has_pictures else self
+
+    def picture_chars(self) -> int:
+        """Characters of its pictures' URLs."""
+        content = self.content if isinstance(self.content, list) else ()
+        return sum(len(part.image_url.url) for part in content if isinstance(part, ImagePart))
 
     def text(self) -> str:
         """All its text, in order."""
@@ -142,6 +156,11 @@ class Prompt:
     strip_start: bool = False  # the model's answers begin with a space that belongs to its template
     drop_space: bool = False  # as `GenerateRequest.drop_space`
     reading: Reading = field(default_factory=Reading)
+
+    @property
+    def num_tokens(self) -> int:
+        """Its length with the pictures' positions."""
+        return len(self.ids) + sum(image.num_tokens for image in self.images)
 
 
 async def compose_chat(
@@ -171,7 +190,7 @@ async def compose_chat(
     if takes_questions(model.card):
         check_no_history(model, [message.for_template() for message in messages])
         return replace(await _compose_question(core, model, messages), reading=reading)
-    prompt = await _compose_template(model, messages, options or ChatOptions(), tools)
+    prompt = await _compose_template(core, model, messages, options or ChatOptions(), tools)
     return replace(prompt, reading=replace(reading, thinks_first=opens_thinking(model, reading, prompt.ids)))
 
 
@@ -215,12 +234,16 @@ async def _compose_question(core: Core, model: ServedModel, messages: Sequence[M
 
 
 async def _compose_template(
-    model: ServedModel, messages: Sequence[Message], options: ChatOptions, tools: ToolsAsked | None
+    core: Core,
+    model: ServedModel,
+    messages: Sequence[Message],
+    options: ChatOptions,
+    tools: ToolsAsked | None,
 ) -> Prompt:
     card = model.card
-    picture = _last_picture(messages)
-    if picture is not None:
-        raise no_pictures(card, picture[1])
+    pictures = _pictures(messages)
+    if pictures and not takes_several(card):
+        raise no_pictures(card, pictures[-1][1])
     if card.family in _WITHOUT_LANGUAGE:
         text = "\n".join(message.text() for message in messages)
         bos = [] if card.bos_id is None else [card.bos_id]
@@ -231,10 +254,24 @@ async def _compose_template(
         turns, places = told(tools, turns)
     elif tools is not None:
         options = replace(options, tools=tools.for_template())
+    images = await prepare_pictures(core, model, pictures) if pictures else []
+    options = replace(options, pictures=expansions(card, images))
     ids = await model.encode_chat(turns, options)
     await check_shown(model, turns, options, ids, places)
+    ids, images = place_pictures(model, ids, images)
     # An answer that continues a message keeps its first space; an answer in a turn of its own drops it.
-    return Prompt(ids, drop_space=model.drops_first_space and not options.continue_final_message)
+    return Prompt(ids, images, drop_space=model.drops_first_space and not options.continue_final_message)
+
+
+def _pictures(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """The URL and the field's name of every picture, in order."""
+    return [
+        (part.image_url.url, f"messages[{index}].content[{place}].image_url.url")
+        for index, message in enumerate(messages)
+        if isinstance(message.content, list)
+        for place, part in enumerate(message.content)
+        if isinstance(part, ImagePart)
+    ]
 
 
 def _last_picture(messages: Sequence[Message]) -> tuple[str, str] | None:

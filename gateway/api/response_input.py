@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gateway.api.parameters import invalid
-from gateway.api.prompts import FunctionCall, Message, ToolCall
+from gateway.api.prompts import FunctionCall, ImagePart, ImageUrl, Message, TextPart, ToolCall
 from gateway.api.response_bodies import CreateBody, Item, Part
 from gateway.generation import RequestError
 from shared.errors import ErrorCode
@@ -29,12 +29,16 @@ _TEXT: Final = ("input_text", "output_text", "text")
 
 @dataclass(frozen=True, slots=True)
 class InputRead:
-    """A body's input: its messages in order, each one's place in the body, and the most recent picture."""
+    """A body's input: its messages in order, each one's place in the body, and the most recent picture.
+
+    `second_param` names a second picture of the message that has it.
+    """
 
     messages: tuple[Message, ...]
     places: tuple[str, ...]
     image_url: str | None = None
     image_param: str = "input"
+    second_param: str = ""
 
     @property
     def question(self) -> str:
@@ -85,7 +89,7 @@ class _Reader:
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.places: list[str] = []
-        self.picture: tuple[str | None, str] = (None, "input")
+        self.picture: tuple[str | None, str, str] = (None, "input", "")
 
     def read(self, item: Item, where: str) -> None:
         """One more item."""
@@ -110,24 +114,28 @@ class _Reader:
         role = "user" if item.role is None else item.role
         if role not in _ROLES:
             raise invalid(f"one of {', '.join(_ROLES)} is expected", f"{where}.role")
-        text = self._content(item, where)
+        content = self._content(item, where)
         turn = self._open_turn() if role == "assistant" else None
+        message = Message(role=role, content=content)  # type: ignore[arg-type]  # it was checked
         if turn is not None and _goes_on(turn):
-            turn.content = "\n".join(filter(None, (turn.text(), text))) or turn.content
+            turn.content = "\n".join(filter(None, (turn.text(), message.text()))) or turn.content
         else:
-            self._add(Message(role=role, content=text), where)  # type: ignore[arg-type]  # it was checked
+            self._add(message, where)
 
-    def _content(self, item: Item, where: str) -> str:
+    def _content(self, item: Item, where: str) -> str | list[TextPart | ImagePart]:
+        """The text; where there are pictures, the parts one for one."""
         if item.content is None or isinstance(item.content, str):
             return item.content or ""
         text, found = _read_parts(item.content, f"{where}.content")
-        if len(found) > 1:
-            param = found[1][1]
-            message = f"{param}: one picture a message is supported; an earlier message's is replaced by a later one's"
-            raise RequestError(ErrorCode.UNSUPPORTED, message, param=param)
-        if found:
-            self.picture = found[0]
-        return text
+        if not found:
+            return text
+        self.picture = (*found[0], found[1][1] if len(found) > 1 else "")
+        return [
+            TextPart(text=part.text or "")
+            if part.image_url is None
+            else ImagePart(image_url=ImageUrl(url=part.image_url))
+            for part in item.content
+        ]
 
     def _call(self, item: Item, where: str) -> None:
         if not item.name:

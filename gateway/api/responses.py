@@ -12,6 +12,7 @@ import msgspec
 from gateway.api.conversations import Conversations, Turn
 from gateway.api.histories import check_no_history
 from gateway.api.parameters import TOKENS_PER_OBJECT, Json, invalid, renamed
+from gateway.api.pictures import takes_several
 from gateway.api.prompts import (
     Message,
     Prompt,
@@ -28,7 +29,7 @@ from gateway.api.response_stream import Opening
 from gateway.api.spoken import reading_of
 from gateway.api.structured import Wanted, schema_grammar
 from gateway.api.tools import ToolsAsked, read_tools, tool_of
-from gateway.generation import ChatOptions, Core, GenerateRequest, RequestError, ServedModel, no_pictures
+from gateway.generation import ChatOptions, Core, GenerateRequest, RequestError, ServedModel
 from shared.errors import ErrorCode
 from shared.protocol import Grammar
 
@@ -86,11 +87,14 @@ async def prepare(
     else:
         prompt = await _compose_task(model, options)
     image = previous.image if previous else None
-    if asked.image_url is not None:
-        image = await core.prepare_image(model, asked.image_url, param=asked.image_param)
-    if image is None and options.task != "query":
-        raise invalid(f"{options.task} needs a picture: an input_image with a data URL", "input")
-    prompt = replace(prompt, images=[] if image is None else [image])
+    kept = asked.messages
+    if not takes_several(model.card):
+        kept = tuple(message.without_pictures() for message in kept)
+        if asked.image_url is not None:
+            image = await core.prepare_image(model, asked.image_url, param=asked.image_param)
+        if image is None and options.task != "query":
+            raise invalid(f"{options.task} needs a picture: an input_image with a data URL", "input")
+        prompt = replace(prompt, images=[] if image is None else [image])
     response_id = "resp_" + secrets.token_hex(16)
     length = Length(body.max_output_tokens, "max_output_tokens")
     objects = None if task == "text" else Objects(task, options.max_objects)
@@ -99,7 +103,7 @@ async def prepare(
         response_id, request.model_id, task, _echo(body, request, tools), stream_id, prompt.reading
     )
     messages = previous.messages if previous is not None else ()
-    return Prepared(request, opening, Turn((*messages, *asked.messages), image))
+    return Prepared(request, opening, Turn((*messages, *kept), image))
 
 
 def _check_options(options: DegasOptions) -> None:
@@ -158,8 +162,10 @@ class _Conversation:
             return renamed(error, "input")
         if not param.startswith("messages["):
             return error
-        number, _, _ = param[len("messages[") :].partition("]")
-        return renamed(error, self.places[int(number)])
+        number, _, rest = param[len("messages[") :].partition("]")
+        place = self.places[int(number)]
+        is_part = rest.startswith(".content[") and place.startswith("input[")
+        return renamed(error, place + rest.removesuffix(".url") if is_part else place)
 
 
 def _conversation(body: CreateBody, asked: InputRead, previous: Turn | None) -> _Conversation:
@@ -181,12 +187,17 @@ async def _compose(
     tools: ToolsAsked | None,
     is_constrained: bool,
 ) -> Prompt:
-    """The prompt without its picture. Moondream gets the last user turn; a model with a chat template gets all turns."""
+    """The prompt. Moondream gets the last user turn, its picture comes later; a model with a chat template gets all."""
     card = model.card
-    if not asked.question and (takes_questions(card) or not asked.has_results):
+    has_more = asked.has_results or asked.image_url is not None
+    if not asked.question and (takes_questions(card) or not has_more):
         raise invalid("a user message with text is needed", "input")
-    if asked.image_url is not None and not takes_questions(card):
-        raise no_pictures(card, asked.image_param)
+    if asked.second_param and takes_questions(card):
+        param = asked.second_param
+        message = (
+            f"{param}: one picture a message is supported; an earlier message's is replaced by a later one's"
+        )
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param=param)
     try:
         if takes_questions(card):
             check_no_history(model, [message.for_template() for message in conversation.messages])

@@ -18,12 +18,15 @@ from gateway.confined import data_urls
 from gateway.confined.pictures.decode import LARGE_PIXELS, Decoded, decode_for, start
 from gateway.confined.pictures.essence import NoPicture, Refused
 from shared.confined import read, run_confined, write
-from shared.protocol import ImageSpec
-from shared.tiling import Canvas, canvas_for
+from shared.pictures import Box, Drawing, drawings
+from shared.protocol import ImageSpec, Sheet
 
 # How much larger than its target a picture stays along each axis: reduced by a JPEG's decoder, and by averages.
 _SPARE: Final = 1.5
 _SPARE_OF_AVERAGES: Final = 2.0
+_FILTERS: Final = {
+    name.lower(): Image.Resampling[name] for name in ("LANCZOS", "BICUBIC", "BILINEAR", "NEAREST")
+}
 
 
 class Job(msgspec.Struct, array_like=True):
@@ -37,15 +40,11 @@ class Job(msgspec.Struct, array_like=True):
 
 
 class Answer(msgspec.Struct, array_like=True):
-    """Followed by the global crop and the canvas, unless `error` says why there are none."""
+    """Followed by the pixels of all sheets, one after another, unless `error` says why there are none."""
 
     error: str = ""
     too_large: bool = False
-    global_bytes: int = 0
-    tiles_h: int = 0
-    tiles_w: int = 0
-    canvas_height: int = 0
-    canvas_width: int = 0
+    sheets: list[Sheet] = []
     digest: bytes = b""
 
 
@@ -60,50 +59,65 @@ def unpack(body: bytes, job: Job) -> bytes:
     return data
 
 
-def prepare(data: bytes, job: Job) -> tuple[Answer, bytes, bytes]:
-    """Decode one file and cut it to what the model wants. Raises `Refused`.
+def prepare(data: bytes, job: Job) -> tuple[Answer, list[bytes]]:
+    """Decode one file and resize it to the sheets that the model wants. Raises `Refused`.
 
-    Both pictures are Lanczos of the whole one. From a megapixel on, a size that is far beyond theirs is averaged away
-    before: pixels are then within 1.5 levels of 255 of that on average, 99 of 100 within 8.
+    Every sheet is resized from the whole picture, in as many steps as its drawing has. From a megapixel on, a size that is
+    far beyond theirs is averaged away before: pixels are then within 1.5 levels of 255 of that on average, 99 of 100 within 8.
     """
-    spec = job.spec
-
-    def canvas_of(width: int, height: int) -> Canvas:
-        return canvas_for(
-            height,
-            width,
-            crop_size=spec.crop_size,
-            patch_size=spec.patch_size,
-            margin_patches=spec.margin_patches,
-            max_crops=spec.max_crops,
-        )
 
     def enough(width: int, height: int) -> tuple[int, int]:
-        canvas = canvas_of(width, height)
-        wide, high = max(canvas.width, spec.crop_size), max(canvas.height, spec.crop_size)
+        wide = high = 1.0
+        for drawing in drawings(job.spec, width, height):
+            left, top, right, bottom = drawing.box or (0, 0, width, height)
+            wide = max(wide, drawing.sizes[0][0] * width / (right - left))
+            high = max(high, drawing.sizes[0][1] * height / (bottom - top))
         return math.ceil(_SPARE * wide), math.ceil(_SPARE * high)
 
     decoded = decode_for(data, max_pixels=job.max_pixels, min_side=job.min_side, wanted=enough)
-    tiles_h, tiles_w, height, width = canvas_of(decoded.width, decoded.height)
-    crop = _resize(decoded, spec.crop_size, spec.crop_size)
-    canvas = crop if (height, width) == (spec.crop_size, spec.crop_size) else _resize(decoded, width, height)
-    digest = hashlib.sha256(crop)
-    digest.update(canvas)
-    answer = Answer(
-        global_bytes=len(crop),
-        tiles_h=tiles_h,
-        tiles_w=tiles_w,
-        canvas_height=height,
-        canvas_width=width,
-        digest=digest.digest(),
-    )
-    return answer, crop, canvas
+    made = drawings(job.spec, decoded.width, decoded.height)
+    if job.spec.resample not in _FILTERS:
+        raise Refused(f"this gateway does not know the filter {job.spec.resample!r}")
+    easel = _Easel(decoded, _FILTERS[job.spec.resample])
+    frames = [easel.draw(drawing).tobytes() for drawing in made]
+    digest = hashlib.sha256()
+    for drawing, frame in zip(made, frames, strict=True):
+        # Sizes as well: of a picture of one colour the bytes are the same lying and standing.
+        digest.update(msgspec.msgpack.encode(drawing.sheet))
+        digest.update(frame)
+    return Answer(sheets=[drawing.sheet for drawing in made], digest=digest.digest()), frames
 
 
-def _resize(decoded: Decoded, width: int, height: int) -> bytes:
-    gap = _SPARE_OF_AVERAGES if decoded.width * decoded.height >= LARGE_PIXELS else None
-    image = decoded.image
-    return image.resize((width, height), Image.Resampling.LANCZOS, decoded.box, gap).tobytes()
+class _Easel:
+    """One decoded picture, resized again and again; each step once."""
+
+    def __init__(self, decoded: Decoded, resample: Image.Resampling) -> None:
+        self._decoded = decoded
+        self._filter = resample
+        self._gap = _SPARE_OF_AVERAGES if decoded.width * decoded.height >= LARGE_PIXELS else None
+        self._made: dict[tuple[object, ...], Image.Image] = {}
+
+    def draw(self, drawing: Drawing) -> Image.Image:
+        """The sheet's pixels."""
+        image, box = self._part(drawing.box)
+        for number, size in enumerate(drawing.sizes, 1):
+            key = (drawing.box, *drawing.sizes[:number])
+            if key not in self._made:
+                self._made[key] = image.resize(size, self._filter, box, self._gap)
+            image, box = self._made[key], None
+        return image
+
+    def _part(self, box: Box | None) -> tuple[Image.Image, tuple[float, float, float, float] | None]:
+        """The picture's pixels, or those of a part of it, and where in the image they lie."""
+        decoded = self._decoded
+        if box is None:
+            return decoded.image, decoded.box
+        left, top, right, bottom = decoded.box
+        if (right - left, bottom - top) == (decoded.width, decoded.height) and left == top == 0:
+            return decoded.image.crop(box), None  # with nothing of its surroundings
+        across, down = (right - left) / decoded.width, (bottom - top) / decoded.height
+        part = (left + box[0] * across, top + box[1] * down, left + box[2] * across, top + box[3] * down)
+        return decoded.image, part
 
 
 def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
@@ -113,16 +127,15 @@ def serve(stdin: BinaryIO, stdout: BinaryIO) -> None:
     while message := read(stdin):
         job, data = decode_job(message[0]), message[1]
         try:
-            answer, crop, canvas = prepare(unpack(data, job), job)
+            answer, frames = prepare(unpack(data, job), job)
         except NoPicture as refused:
             spelling = "its base64 undone" if job.is_base64 else "as the data URL does not say ;base64"
-            answer, crop, canvas = Answer(f"{refused}, {spelling}"), b"", b""
+            answer, frames = Answer(f"{refused}, {spelling}"), []
         except Refused as refused:
-            answer, crop, canvas = Answer(str(refused), refused.too_large), b"", b""
+            answer, frames = Answer(str(refused), refused.too_large), []
         except MemoryError:
-            answer = Answer("preparing the picture takes more memory than allowed", True)
-            crop = canvas = b""
-        write(stdout, msgspec.msgpack.encode(answer), crop, canvas)
+            answer, frames = Answer("preparing the picture takes more memory than allowed", True), []
+        write(stdout, msgspec.msgpack.encode(answer), *frames)
 
 
 if __name__ == "__main__":

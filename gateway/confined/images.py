@@ -19,6 +19,7 @@ from gateway.confined.children import ask, end_child, start_child
 from gateway.confined.image_process import Answer, Job
 from gateway.generation import PreparedImage, RequestError
 from shared.errors import ErrorCode
+from shared.pictures import num_bytes, num_tokens
 from shared.protocol import ImageInput, ImageSpec
 
 _MAX_PENDING: Final = 256
@@ -80,15 +81,14 @@ class ImageDecoder:
         if answer.error:
             code = ErrorCode.PAYLOAD_TOO_LARGE if answer.too_large else ErrorCode.INVALID_REQUEST
             raise RequestError(code, answer.error, param=param)
-        wire = ImageInput(
-            position=0,
-            tiles_h=answer.tiles_h,
-            tiles_w=answer.tiles_w,
-            canvas_height=answer.canvas_height,
-            canvas_width=answer.canvas_width,
-            digest=answer.digest,
-        )
-        return PreparedImage(wire, pixels[: answer.global_bytes], pixels[answer.global_bytes :])
+        frames, at = [], 0
+        for sheet in answer.sheets:
+            size = num_bytes([sheet])
+            frames.append(pixels[at : at + size])
+            at += size
+        # The picture follows the prompt's first id, unless the chat template has a place for it.
+        runs = [(1, num_tokens(spec, answer.sheets))]
+        return PreparedImage(ImageInput(answer.sheets, runs, answer.digest), frames)
 
     def _read_url(self, url: str, spec: ImageSpec, param: str) -> tuple[Job, bytes]:
         """The job for a data URL and its body, still encoded."""

@@ -58,9 +58,9 @@ class AnnouncedModel:
         """Most tokens of prompt and answer together."""
         return min(self.card.context_tokens, self.limits.max_sequence_tokens or self.card.context_tokens)
 
-    def room(self, num_prompt_ids: int, num_images: int = 0) -> int:
+    def room(self, num_prompt: int) -> int:
         """See `ServedModel.room`."""
-        return max(1, self.longest - self.num_prompt(num_prompt_ids, num_images))
+        return max(1, self.longest - num_prompt)
 
     async def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """See `ServedModel.encode`."""
@@ -70,7 +70,22 @@ class AnnouncedModel:
         """See `ServedModel.encode_chat`."""
         template = choose_template(self.templates, self.card.model_id, options)
         text = await template.render_async(messages, options)
+        if options.pictures:
+            text = self._with_pictures(text, options.pictures)
         return await self._off_loop(self.tokens.encode_rendered, text)
+
+    def _with_pictures(self, text: str, pictures: Sequence[str]) -> str:
+        """A rendered text with what stands for each picture in place of its placeholder, as transformers' processors do
+        before they tokenise. Users' words that look like a placeholder are not there yet. Raises `RequestError`."""
+        assert self.card.image is not None
+        pieces = text.split(self.card.image.layout.placeholder)
+        if len(pieces) != len(pictures) + 1:
+            message = (
+                f"the model's chat template shows {len(pieces) - 1} of {len(pictures)} pictures; put them into "
+                "messages of the user"
+            )
+            raise RequestError(ErrorCode.INVALID_REQUEST, message, param="messages")
+        return pieces[0] + "".join(a + b for a, b in zip(pictures, pieces[1:], strict=True))
 
     async def _off_loop(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
         return encode(text) if len(text) <= _INLINE_CHARS else await asyncio.to_thread(encode, text)
@@ -87,13 +102,9 @@ class AnnouncedModel:
         """See `ServedModel.mark_id`."""
         return self.tokens.mark_id(text)
 
-    def num_prompt(self, num_ids: int, num_images: int) -> int:
-        """See `ServedModel.num_prompt`."""
-        return num_ids + (self.card.image.num_tokens * num_images if self.card.image is not None else 0)
-
     def check(self, request: GenerateRequest) -> None:
         """Raises `RequestError` for a request this model can never hold, naming what would fit."""
-        num_prompt = self.num_prompt(len(request.prompt_ids), len(request.images))
+        num_prompt = request.num_prompt
         if not request.prompt_ids:
             raise RequestError(
                 ErrorCode.INVALID_REQUEST, "prompt: at least one token is needed", param="prompt"
@@ -118,7 +129,7 @@ class AnnouncedModel:
         return StreamState(
             self.tokens.detokenizer(shown=request.shown_ids),
             started_s=started_s,
-            num_prompt=self.num_prompt(len(request.prompt_ids), len(request.images)),
+            num_prompt=request.num_prompt,
             stops=request.stop,
             task=request.task,
             want_logprobs=request.sampling.num_logprobs >= 0,

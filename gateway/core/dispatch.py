@@ -86,7 +86,7 @@ class Dispatch:
             deadline_s=now_s + deadline_s,
             meter=meter,
         )
-        num_prompt = model.num_prompt(len(request.prompt_ids), len(request.images)) if meter else 0
+        num_prompt = request.num_prompt if meter else 0
         if meter is not None:
             meter.on_submit(num_prompt, now_s)
         try:

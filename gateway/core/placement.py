@@ -77,7 +77,7 @@ class Worker:
             ignore_eos=request.ignore_eos,
             thinking=request.thinking,
         )
-        payloads = [frame for image in request.images for frame in (image.global_crop, image.canvas)]
+        payloads = [frame for image in request.images for frame in image.frames]
         self.link.submit(submit, payloads)
         flight.record.num_attempts += 1
         flight.worker_key = self.key

@@ -188,9 +188,11 @@ class Service:
             raise no_pictures(card, param)
         self.check_capacity(model, num_new=1 + self.images.num_pending)
         image = await self.images.prepare(data_url, card.image, param=param)
-        # The picture follows BOS, as `gateway.api.prompts` composes every prompt that has one.
-        position = 0 if card.bos_id is None else 1
-        return replace(image, spec=msgspec.structs.replace(image.spec, position=position))
+        if card.bos_id is not None:
+            return image
+        # There is no first id for the picture to follow.
+        runs = [(0, num) for _, num in image.spec.runs]
+        return replace(image, spec=msgspec.structs.replace(image.spec, runs=runs))
 
     def check_capacity(self, model: ServedModel, tenant: str = "", num_new: int = 1) -> None:
         """See `Core.check_capacity`."""

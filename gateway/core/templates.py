@@ -143,16 +143,17 @@ class ChatTemplate:
         return "".join(pieces)
 
     def _as_content(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Contents in the form that this template reads: text, or a list of parts if it shows only parts."""
-        if not any(isinstance(message.get("content"), list) for message in messages):
-            return messages
+        """Contents in the form that this template reads: text, or a list of parts if it shows only parts. Messages with
+        pictures keep their parts, since only those say where a picture stands."""
         if self._wants_parts is None:
             self._wants_parts = not self._shows("probe") and self._shows([{"type": "text", "text": "probe"}])
         if self._wants_parts:
+            return [_with_parts(message) for message in messages]
+        if not any(isinstance(message.get("content"), list) for message in messages):
             return messages
         return [
             {**message, "content": _joined(message["content"])}
-            if isinstance(message.get("content"), list)
+            if isinstance(message.get("content"), list) and not _has_picture(message["content"])
             else message
             for message in messages
         ]
@@ -200,6 +201,18 @@ def _present(message: Mapping[str, Any]) -> dict[str, Any]:
     if reasoning is not None:
         present = {"thinking": reasoning, **present, "reasoning_content": reasoning}
     return present
+
+
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose text is a part, for templates that read nothing else."""
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
+
+
+def _has_picture(parts: list[Any]) -> bool:
+    return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
 
 
 def _joined(parts: list[Any]) -> str:

@@ -16,6 +16,7 @@ from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from gateway.api.parameters import MAX_TOP_LOGPROBS, SamplingFields, choice_count, decode_body, invalid
+from gateway.api.pictures import takes_several
 from gateway.api.prompts import Prompt, takes_questions, task_prompt
 from gateway.api.requests import Length, check_fields, make_requests
 from gateway.api.structured import Wanted, constraint
@@ -153,6 +154,9 @@ async def _read_images(
         message = "only pictures are supported"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="media_refs.items[0].modality")
     card = model.card
+    if takes_several(card):
+        message = f"model {card.model_id} has its pictures' places in its chat template; send them to /v1/chat/completions"
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param="media_refs.items")
     if card.bos_id is not None and prompt_ids[0] != card.bos_id:
         message = f"the prompt of a picture starts with {card.bos_id}, the picture follows it"
         raise RequestError(ErrorCode.INVALID_REQUEST, message, param="tokenized.input_ids")

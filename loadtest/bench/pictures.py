@@ -20,13 +20,13 @@ from PIL import Image
 from gateway.confined.image_process import Job, prepare, unpack
 from gateway.confined.pictures.decode import start
 from loadtest.tables import Figures
-from shared.protocol import ImageSpec
+from shared.protocol import ImageSpec, OverlappingTiles
 from shared.tiling import canvas_for
 
 SIDES = {0.5: (866, 577), 2.0: (1632, 1224), 12.0: (4000, 3000)}
 SPECS = {
-    "moondream": ImageSpec(crop_size=378, patch_size=14, margin_patches=4, max_crops=12, num_tokens=729),
-    "pocket": ImageSpec(crop_size=56, patch_size=7, margin_patches=1, max_crops=4, num_tokens=64),
+    "moondream": ImageSpec(378, 729, OverlappingTiles(patch_size=14, margin_patches=4, max_crops=12)),
+    "pocket": ImageSpec(56, 64, OverlappingTiles(patch_size=7, margin_patches=1, max_crops=4)),
 }
 _MAX_PIXELS = 1 << 30
 _DETAIL = (4, 16, 64, 256, 1024)  # samples across, from coarse to fine
@@ -79,7 +79,7 @@ def measure(megapixels: Sequence[float], models: Sequence[str], rounds: int) -> 
             for _ in range(rounds):
                 ours.append(_seconds(prepare, body, job))
                 whole.append(_seconds(prepare_whole, body, job))
-            differences = np.abs(_pixels(prepare(data, job)[1:]) - _pixels(prepare_whole(data, job)))
+            differences = np.abs(_pixels(prepare(data, job)[1]) - _pixels(prepare_whole(data, job)))
             seconds, whole_seconds = statistics.median(ours), statistics.median(whole)
             rows.append(
                 PictureRow(
@@ -100,14 +100,8 @@ def prepare_whole(data: bytes, job: Job) -> tuple[bytes, bytes]:
     """Crop and canvas from all pixels of the picture, by Pillow alone: what a reduced one is compared with."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     spec = job.spec
-    canvas_size = canvas_for(
-        image.height,
-        image.width,
-        crop_size=spec.crop_size,
-        patch_size=spec.patch_size,
-        margin_patches=spec.margin_patches,
-        max_crops=spec.max_crops,
-    )
+    assert isinstance(spec.rule, OverlappingTiles)
+    canvas_size = canvas_for(image.height, image.width, crop_size=spec.crop_size, rule=spec.rule)
     crop = image.resize((spec.crop_size, spec.crop_size), Image.Resampling.LANCZOS).tobytes()
     canvas = image.resize((canvas_size.width, canvas_size.height), Image.Resampling.LANCZOS).tobytes()
     hashlib.sha256(crop + canvas).digest()

@@ -24,7 +24,7 @@ from loadtest.gpu.kernels import measure_products
 from loadtest.gpu.random_models import random_model
 from worker.device.choices import without
 from worker.device.contract import Device
-from worker.forward import ImageCrops
+from worker.forward import ImageCrops, ImageSheet
 from worker.models.contract import EncodeCrops
 from worker.models.moondream import Moondream
 from worker.models.moondream_config import VisionConfig
@@ -109,7 +109,7 @@ def picture(model: Moondream, tiles_h: int, tiles_w: int) -> ImageCrops:
 
     window = side - margin
     canvas = pixels(tiles_h * window + margin, tiles_w * window + margin)
-    return ImageCrops(pixels(side, side), canvas, tiles_h, tiles_w)
+    return ImageCrops([ImageSheet(pixels(side, side), 1, 1), ImageSheet(canvas, tiles_h, tiles_w)])
 
 
 @dataclass(frozen=True, slots=True)

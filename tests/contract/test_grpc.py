@@ -92,7 +92,7 @@ def test_text_goes_through_the_models_template_with_its_picture(stub: Any, worke
     templates = CARD.templates
     expected = [0, *templates["query_prefix"], *text_ids("hi"), *templates["query_suffix"]]
     assert unpack_i32(submit.prompt).tolist() == expected
-    assert len(submit.images) == 1 and submit.images[0].position == 1
+    assert len(submit.images) == 1 and submit.images[0].runs == [(1, 64)]
 
 
 def test_samples_carry_their_index_and_differ_in_seed(stub: Any, worker: FakeWorker) -> None:

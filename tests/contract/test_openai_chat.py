@@ -129,9 +129,9 @@ def test_picture_and_question(client: openai.OpenAI, worker: FakeWorker, picture
     submit, (crop, canvas) = worker.submits[0], worker.payloads[0]
     assert ids_text(wire.unpack_i32(submit.prompt).tolist()) == "which colour?"
     image = submit.images[0]
-    assert image.position == 1
+    assert image.runs == [(1, 64)]
     assert len(crop) == 56 * 56 * 3
-    assert len(canvas) == image.canvas_height * image.canvas_width * 3
+    assert len(canvas) == image.sheets[1].height * image.sheets[1].width * 3
     assert set(crop[0::3]) == {255} and set(crop[1::3]) == {0}
 
 

@@ -122,7 +122,7 @@ def test_picture_and_text_parts_reach_the_worker(client: openai.OpenAI, worker: 
     ]
     client.responses.create(model="fake-vl", input=[{"role": "user", "content": content}])
     assert prompt_text(worker) == "what is it"
-    assert len(worker.submits[-1].images) == 1 and worker.submits[-1].images[0].position == 1
+    assert len(worker.submits[-1].images) == 1 and worker.submits[-1].images[0].runs == [(1, 64)]
 
 
 def test_sampling_fields_reach_the_worker(client: openai.OpenAI, worker: FakeWorker) -> None:

@@ -18,7 +18,6 @@ from loadtest.gpu.random_models import random_model
 from shared.protocol import (
     Cancel,
     FromWorker,
-    ImageInput,
     Sampling,
     StepOutputs,
     Submit,
@@ -27,6 +26,7 @@ from shared.protocol import (
     unpack_i32,
     unpack_i64,
 )
+from tests.two_sheets import image_input
 from worker.device.choices import flipped, names
 from worker.device.cuda import CudaDevice
 from worker.loop.engine import Engine
@@ -232,7 +232,7 @@ def test_captured_chunks_equal_eager_ones(runner: TorchRunner, monkeypatch: pyte
     if runner.model.encoder is not None:
         pixels = random.Random(1).randbytes(70 * 70 * 3)
         for number in (1, 5, 9):
-            image = ImageInput(1, 1, 1, 70, 70, hashlib.sha256(pixels).digest())
+            image = image_input(1, 25, 70, hashlib.sha256(pixels).digest())
             submits[number] = msgspec.structs.replace(submits[number], images=[image])
             frames[submits[number].sequence_id] = [pixels, pixels]
     buckets: list[int] = []

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from loadtest.gpu.random_models import random_model
+from tests.two_sheets import image_crops
 from worker.device.cuda import CudaDevice
 from worker.forward import ImageCrops
 from worker.models.moondream import Moondream
-from worker.models.moondream_vision import attention_backend
+from worker.models.vision_tower import attention_backend
 from worker.step.contract import GraphCounts
 from worker.step.vision_graphs import VisionGraphs
 
@@ -26,7 +27,7 @@ def picture(model: Moondream, tiles_h: int, tiles_w: int) -> ImageCrops:
         return torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, device=model.device)
 
     canvas = pixels(tiles_h * window + margin, tiles_w * window + margin)
-    return ImageCrops(pixels(side, side), canvas, tiles_h, tiles_w)
+    return image_crops(pixels(side, side), canvas, tiles_h, tiles_w)
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -97,10 +97,10 @@ def _attend_chunk(
     best = tl.full([BLOCK_Q], -1e30, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     mixed = tl.zeros([BLOCK_Q, HEAD_DIM], tl.float32)
-    # The block's first query sees the earliest key; queries in a prefix see the whole prefix, whatever the window.
+    # The block's first query sees the earliest key.
     begin = 0
     if WINDOW:
-        begin = tl.where(start < prefix, 0, tl.maximum(start - (WINDOW - 1), 0) // BLOCK_K * BLOCK_K)
+        begin = tl.maximum(start - (WINDOW - 1), 0) // BLOCK_K * BLOCK_K
     for at in range(begin, stop, BLOCK_K):
         tokens = at + tl.arange(0, BLOCK_K)
         inside = tokens < stop
@@ -114,8 +114,7 @@ def _attend_chunk(
             value = value.to(tl.float32)
         seen = tokens[None, :] <= last_seen[:, None]
         if WINDOW:
-            near = tokens[None, :] > position[:, None] - WINDOW
-            seen = seen & (near | ((tokens < prefix)[None, :] & (position < prefix)[:, None]))
+            seen = seen & (tokens[None, :] > position[:, None] - WINDOW)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         if CAPPED:  # cap · tanh(scores / cap), which is ±cap where the power overflows or vanishes
             scores = cap - 2.0 * cap / (tl.exp(2.0 * scores / cap) + 1.0)
@@ -146,7 +145,7 @@ def prefill_attention(
     query (N, H, D) and out (N, H·D): all flattened tokens of the step, rows may be strided; rows outside every
     span are neither read nor written. A chunk that begins inside its prefix holds the rest of it. keys, values
     (num_pages, page_tokens, KH, D) contiguous. D a power of two, at least 16. `window`: a query sees so many keys, itself
-    counted, besides its prefix; 0: all. Scores s become cap·tanh(s/cap) if `cap` is given. The reference is
+    counted, besides those behind it in its prefix; 0: all. Scores s become cap·tanh(s/cap) if `cap` is given. The reference is
     `worker.models.torch_attention.TorchRows`.
     """
     _, num_heads, head_dim = query.shape

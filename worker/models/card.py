@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.protocol import ModelCard
+from shared.protocol import ImageSpec, ModelCard
 from worker.formats.chat_templates import DEFAULT
 from worker.formats.source import Source
 from worker.models.dense_config import DenseConfig, described
 from worker.models.settings import Settings
 
 
-def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
+def make_card(
+    sizes: DenseConfig,
+    source: Source,
+    family: str,
+    config: Settings | None = None,
+    image: ImageSpec | None = None,
+) -> ModelCard:
     """What gateways are told. Ids and sampling defaults come from generation_config.json and config.json.
 
-    Raises CheckpointError on ids outside the vocabulary, and on defaults that are none.
+    `config` are that file's settings if they do not all stand at its top. Raises CheckpointError on ids outside the
+    vocabulary, and on defaults that are none.
     """
-    config = Settings(source.config, source.settings_file)
+    config = config or Settings(source.config, source.settings_file)
     generation = Settings(source.generation, source.path / "generation_config.json")
     said = described(config)
 
@@ -38,6 +45,7 @@ def make_card(sizes: DenseConfig, source: Source, family: str) -> ModelCard:
         # Each file may name ends that the others lack: a base model's config.json, an instruct model's generation_config.
         eos_ids=list(dict.fromkeys([*ids("eos_token_id"), *ends])),
         created=source.created,
+        image=image,
         capabilities=[*(["chat"] if source.templates else []), "completions"],
         description=str(said.get("description") or ""),
         special_tokens=source.special_tokens(),

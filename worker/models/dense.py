@@ -8,6 +8,7 @@ residual, and factors of sums are multiplied into weights.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shared.protocol import ModelCard
-from worker.formats.source import ProgressReport, Source, Target
+from worker.formats.source import ProgressReport, Rename, Source, Target
 from worker.models.attention import AttentionPlan
 from worker.models.decoder import Decoder
 from worker.models.dense_config import DenseConfig
@@ -315,13 +316,25 @@ def load_dense(
     device: torch.device,
     dtype: torch.dtype,
     report: ProgressReport,
+    *,
+    rename: Rename = Target,
+    build: Callable[..., Dense] | None = None,
 ) -> Dense:
-    """Build the model. Raises CheckpointError unless exactly this model is there."""
-    checkpoint = source.open(report, lambda stored: _canonical_name(stored, sizes.tied))
+    """Build the model. Raises CheckpointError unless exactly this model is there.
+
+    `rename` gives stored tensors the names that this decoder has for them; `build` makes a model of it that has more parts,
+    from the arguments of `Dense`.
+    """
+
+    def canonical(stored: str) -> Target | None:
+        renamed = rename(stored)
+        return renamed and _canonical_name(renamed.name, sizes.tied)
+
+    checkpoint = source.open(report, canonical)
     if sizes.tied is None:
         sizes = replace(sizes, tied="lm_head.weight" not in checkpoint)
     taker = Taker(checkpoint, device, dtype)
-    model = Dense(sizes, card, taker.take, device, taker.take_weight)
+    model = (build or Dense)(sizes, card, taker.take, device, taker.take_weight)
     checkpoint.finish()
     model.weight_bytes, model.num_weights = taker.weight_bytes, taker.num_weights
     return model

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shared.protocol import ImageSpec, ModelCard
+from shared.protocol import ImageSpec, ModelCard, OverlappingTiles
 from worker.formats.source import CheckpointError, Source
 
 _Section = TypeVar("_Section")
@@ -221,10 +221,9 @@ def make_card(config: MoondreamConfig, source: Source) -> ModelCard:
         created=source.created,
         image=ImageSpec(
             crop_size=vision.crop_size,
-            patch_size=vision.enc_patch_size,
-            margin_patches=vision.overlap_margin,
-            max_crops=vision.max_crops,
-            num_tokens=vision.num_tokens,
+            crop_tokens=vision.num_tokens,
+            rule=OverlappingTiles(vision.enc_patch_size, vision.overlap_margin, vision.max_crops),
+            attends="prefix",
         ),
         capabilities=(["chat"] if "query" in capabilities else []) + capabilities,
         templates=templates,

@@ -11,13 +11,16 @@ from worker.formats.source import CheckpointError, ProgressReport, Source
 from worker.models import moondream
 from worker.models.contract import Model
 from worker.models.families.gemma import GEMMA2, GEMMA3
+from worker.models.families.gemma3_pictures import GEMMA3_PICTURES
 from worker.models.families.granite import GRANITE
+from worker.models.families.internvl import INTERNVL
 from worker.models.families.llama import LLAMA
 from worker.models.families.mistral import MINISTRAL, MISTRAL
 from worker.models.families.olmo2 import OLMO2
 from worker.models.families.phi import PHI3
 from worker.models.families.qwen import QWEN2, QWEN3
 from worker.models.families.smollm3 import SMOLLM3
+from worker.models.families.smolvlm import IDEFICS3, SMOLVLM
 from worker.models.families.stablelm import STABLELM
 from worker.models.family import Family, refuse_own_code
 from worker.models.settings import Settings
@@ -35,6 +38,10 @@ FAMILIES: tuple[Family, ...] = (
     OLMO2,
     GRANITE,
     STABLELM,
+    SMOLVLM,
+    IDEFICS3,
+    GEMMA3_PICTURES,
+    INTERNVL,
     # Both the architecture's class name and the `model_type` that released checkpoints carry.
     Family("moondream", "Moondream 2 (pictures)", ("HfMoondream", "moondream1"), moondream.load),
 )

@@ -1,38 +1,33 @@
-"""Owns the device's side of tiling: cutting a canvas into overlapping crops, and undoing it. Decode thread."""
+"""Owns the device's side of tiling: cutting sheets into crops, and undoing it for features. Decode thread."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from worker.forward import ImageCrops
+from worker.forward import ImageCrops, ImageSheet
 
 
-def cut_crops(image: ImageCrops, crop_size: int, margin: int) -> Tensor:
-    """One picture → (1 + tiles, S, S, 3) uint8 on the device: the global crop, then the tiles row by row.
+def cut_crops(image: ImageCrops, crop_size: int, margin: int = 0) -> Tensor:
+    """One picture → (C, S, S, 3) uint8 on the device: the crops of its sheets in order, row by row.
 
-    Neighbouring tiles share `margin` pixels (both sides together). Raises ValueError when the canvas or the
-    global crop is not of the size that the tiling asks for.
+    Neighbouring crops of a sheet share `margin` pixels. Raises ValueError when a sheet is not of the size that its
+    crops ask for.
     """
+    return torch.cat([_cut(sheet, crop_size, margin) for sheet in image.sheets])
+
+
+def _cut(sheet: ImageSheet, crop_size: int, margin: int) -> Tensor:
     window = crop_size - margin
-    height, width = image.tiles_h * window + margin, image.tiles_w * window + margin
-    if image.canvas.shape != (height, width, 3) or image.global_crop.shape != (crop_size, crop_size, 3):
+    height, width = sheet.rows * window + margin, sheet.cols * window + margin
+    if sheet.pixels.shape != (height, width, 3):
         raise ValueError(
-            f"{image.tiles_h}×{image.tiles_w} tiles need a canvas of {height}×{width} and a global crop of "
-            f"{crop_size}×{crop_size}, not {tuple(image.canvas.shape)} and {tuple(image.global_crop.shape)}"
+            f"{sheet.rows}×{sheet.cols} crops need a sheet of {height}×{width}, not {tuple(sheet.pixels.shape)}"
         )
-    crops = torch.empty(
-        1 + image.tiles_h * image.tiles_w,
-        crop_size,
-        crop_size,
-        3,
-        dtype=torch.uint8,
-        device=image.canvas.device,
-    )
-    crops[0] = image.global_crop
-    tiles = image.canvas.unfold(0, crop_size, window).unfold(1, crop_size, window)
-    crops[1:].view(image.tiles_h, image.tiles_w, crop_size, crop_size, 3).copy_(tiles.permute(0, 1, 3, 4, 2))
-    return crops
+    if sheet.rows == sheet.cols == 1:
+        return sheet.pixels.unsqueeze(0)
+    tiles = sheet.pixels.unfold(0, crop_size, window).unfold(1, crop_size, window)
+    return tiles.permute(0, 1, 3, 4, 2).reshape(-1, crop_size, crop_size, 3)
 
 
 def stitch_rows(tiles: int, grid: int, margin: int) -> list[int]:

@@ -22,8 +22,8 @@ CAPPED_QUERIES = (
 
 @dataclass(frozen=True, slots=True)
 class LayerAttention:
-    """How one layer attends. A query sees itself and the `window` − 1 keys before it, 0: all of them; keys of a
-    bidirectional prefix see each other whatever the window. `cap` c makes a score s c·tanh(s/c), 0: leaves it."""
+    """How one layer attends. A query sees itself and the `window` − 1 keys before it, 0: all of them, and within a
+    bidirectional prefix those behind it. `cap` c makes a score s c·tanh(s/c), 0: leaves it."""
 
     window: int = 0
     cap: float = 0.0
@@ -138,7 +138,7 @@ class TorchRows:
         queries, context, prefix = prefill.num_tokens, prefill.num_context, prefill.prefix_tokens
         num_keys, window, page_tokens = context + queries, self._window, self._cache.page_tokens
         # The first key that any of the queries sees.
-        first = max(0, context - window + 1) if window and prefix <= context else 0
+        first = max(0, context - window + 1) if window else 0
         pages, skipped = None, 0
         if context:
             skipped = first // page_tokens
@@ -147,7 +147,7 @@ class TorchRows:
         mask: Tensor | None = None
         causal = False
         limited = 0 < window < num_keys
-        if queries == 1 or prefix >= num_keys:
+        if queries == 1 or (prefix >= num_keys and not limited):
             pass  # every query sees every key that is left
         elif context == 0 and prefix <= 1 and not limited:
             causal = True
@@ -156,10 +156,10 @@ class TorchRows:
             position = torch.arange(context, num_keys, device=device)[:, None]
             key = torch.arange(first, num_keys, device=device)
             hidden = key > position
-            if limited:
-                hidden |= key <= position - window
             if prefix > context:
                 hidden &= (key >= prefix) | (position >= prefix)
+            if limited:
+                hidden |= key <= position - window
             mask = torch.zeros(hidden.shape, dtype=self._mask_dtype, device=device)
             mask.masked_fill_(hidden, float("-inf"))
         return _Segment(start, start + queries, keys, pages, mask, causal)

@@ -123,7 +123,7 @@ struct Queries {
         for (int64_t token = 0, query = 0; token < part.count; token++)
             for (int64_t head = 0; head < group; head++, query++) {
                 ends[query] = part.lengths[token];
-                begins[query] = first_seen(ends[query], part.prefix, shape.window);
+                begins[query] = first_seen(part.position + token, shape.window);
             }
     }
     // Those that see a key of a block.

@@ -12,7 +12,7 @@ namespace {
 struct Run {
     int64_t rows;
     const int32_t* table;
-    int64_t prefix, is_chunk;
+    int64_t position, is_chunk;  // of a chunk's first row
 };
 
 // The rows of a step. `runs` null: each row has a line of `tables`. A length is the number of leading keys that a row sees.
@@ -91,9 +91,9 @@ private:
             for (int64_t blocks = (run.rows + together - 1) / together, block = blocks; block-- > 0;) {
                 const int64_t first = run.rows * block / blocks, count = run.rows * (block + 1) / blocks - first;
                 const int32_t* lengths = rows.lengths + row + first;
-                const int64_t begin = first_seen(lengths[0], run.prefix, shape.window) / SPAN_KEYS * SPAN_KEYS;
+                const int64_t begin = first_seen(run.position + first, shape.window) / SPAN_KEYS * SPAN_KEYS;
                 for (int head = 0; head < shape.kv_heads; head++)
-                    add({run.table, lengths, row + first, count, run.prefix, head, head + 1, begin, lengths[count - 1], run.table[0], -1,
+                    add({run.table, lengths, row + first, count, run.position + first, head, head + 1, begin, lengths[count - 1], run.table[0], -1,
                          true},
                         shape, by_span, floats);
             }
@@ -105,14 +105,14 @@ private:
         int64_t whole = 0;
         each_run(rows, [&](int64_t row, const Run& run) {
             for (int64_t i = row; !run.is_chunk && i < row + run.rows; i++)
-                whole += spans_of(first_seen(rows.lengths[i], 0, shape.window), rows.lengths[i]);
+                whole += spans_of(first_seen(rows.lengths[i] - 1, shape.window), rows.lengths[i]);
         });
         const int step = threads > 1 && whole < 16 * threads ? 1 : shape.kv_heads;
         each_run(rows, [&](int64_t row, const Run& run) {
             for (int64_t i = row; !run.is_chunk && i < row + run.rows; i++)
                 for (int head = 0; head < shape.kv_heads; head += step) {
-                    const int64_t begin = first_seen(rows.lengths[i], 0, shape.window);
-                    add({run.table, rows.lengths + i, i, 1, 0, head, head + step, begin, rows.lengths[i], run.table[0], -1, false}, shape,
+                    const int64_t begin = first_seen(rows.lengths[i] - 1, shape.window);
+                    add({run.table, rows.lengths + i, i, 1, rows.lengths[i] - 1, head, head + step, begin, rows.lengths[i], run.table[0], -1, false}, shape,
                         true, floats);
                 }
         });

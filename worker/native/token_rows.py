@@ -1,7 +1,7 @@
 """Owns laying out the tokens of a step for the compiled attention: what each may see, and where its keys lie. Decode thread.
 
 A decode row sees all tokens of its sequence; a prompt's token sees those up to itself, or a whole bidirectional prefix:
-always a leading part, or the last keys of one in layers with a window.
+always a leading part, or in layers with a window that part from `window` - 1 keys before the token on.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class TokenRows:
     lengths: Tensor  # (num,) int32: leading positions of its sequence that each row sees, itself counted
     tables: Tensor | None  # (num, P) int32, of decode rows alone
     runs: Tensor | None
-    """(R, 4) int64: how many consecutive rows are one sequence's, the address of its int32 block table, its bidirectional
-    prefix, and whether they are a chunk's."""
+    """(R, 4) int64: how many consecutive rows are one sequence's, the address of its int32 block table, the first one's
+    position if they are a chunk's, and whether they are."""
 
 
 def token_rows(tokens: StepTokens) -> TokenRows | None:
@@ -47,7 +47,7 @@ def token_rows(tokens: StepTokens) -> TokenRows | None:
         end = chunk.num_context + chunk.num_tokens
         seen = np.arange(chunk.num_context + 1, end + 1, dtype=np.int32)
         lengths.append(np.maximum(seen, chunk.prefix_tokens, dtype=np.int32))
-        run = (chunk.num_tokens, chunk.block_table.data_ptr(), chunk.prefix_tokens, 1)
+        run = (chunk.num_tokens, chunk.block_table.data_ptr(), chunk.num_context, 1)
         runs.append(np.array([run], np.int64))
     together = np.concatenate(lengths)
     return TokenRows(len(together), torch.from_numpy(together), None, torch.from_numpy(np.concatenate(runs)))

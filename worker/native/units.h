@@ -16,10 +16,10 @@ struct Shape {
 };
 
 // What one thread attends to at a time: a row, or some queries of a chunk, with the keys from `begin` to `end` of some of the
-// key heads. A row has no prefix; a chunk's part has one key head.
+// key heads. A chunk's part has one key head.
 struct Part {
     const int32_t *table, *lengths;  // of the first row; a length is the number of leading keys that a row sees
-    int64_t row, count, prefix;
+    int64_t row, count, position;    // of the first row within its sequence, then of each behind it one more
     int first_head, last_head;
     int64_t begin, end;
     int64_t next_page;  // the first that the part behind this one reads
@@ -37,9 +37,9 @@ inline bool can_attend(int dim) {
     return false;
 }
 
-// The first key that a row of this length sees. Those of a prefix see all of it.
-inline int64_t first_seen(int64_t length, int64_t prefix, int window) {
-    return window && length > prefix && length > window ? length - window : 0;
+// The first key that a row at this position sees.
+inline int64_t first_seen(int64_t position, int window) {
+    return window && position + 1 > window ? position + 1 - window : 0;
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ class StepBudget:
         """The next piece of a prefill, or None when nothing of it fits.
 
         Cut at page boundaries where it can be, since matrix products then round alike wherever the cut falls
-        (I8). The bidirectional prefix is never cut, nor a picture's crops: as the step's first chunk they may overdraw
+        (I8). A block that attends both ways is never cut, nor a picture's crops: as the step's first chunk they may overdraw
         the budget, or a busy batch would starve them.
         """
         start = seq.num_computed
@@ -50,8 +50,12 @@ class StepBudget:
             page_tokens = self._page_tokens
             aligned = (start + num) // page_tokens * page_tokens - start
             num = aligned if aligned > 0 or not self._is_first else num
-        if start + num < seq.prefix_tokens:
-            num = seq.prefix_tokens - start if self._is_first else 0
+        num = self._with_few_crops(seq, start, num)
+        for first, end in seq.blocks:
+            # The cut goes before the block or, where that is all there is, behind it.
+            if first < start + num < end:
+                num = first - start if first > start else end - start if self._is_first else 0
+                break
         if num <= 0:
             return None
         num_scored = max(0, min(num, seq.num_prompt - 1 - start)) if seq.is_scored else 0
@@ -65,6 +69,25 @@ class StepBudget:
         self._tokens -= num
         self._is_first = False
         return chunk
+
+    def _with_few_crops(self, seq: Sequence, start: int, num: int) -> int:
+        """At most `num` tokens, ending before the unit of a picture whose crops would overdraw crops or time; the step's
+        first unit always fits."""
+        crops, end = 0, start + num
+        for picture in seq.pictures:
+            if picture.end <= start or picture.position >= end:
+                continue
+            for unit in picture.units(start, end, seq.cached_tokens):
+                place = picture.place_of(unit)
+                crops += picture.unit_crops
+                if place > start and crops > picture.unit_crops and crops > self._crops_in_time():
+                    return place - start
+        return num
+
+    def _crops_in_time(self) -> int:
+        if self._left_s == inf:
+            return self._crops
+        return 0 if self._pace.is_guess else min(self._crops, int(self._left_s / self._pace.costs.crop_s))
 
     def _tokens_in_time(self, start: int) -> int:
         """Tokens of a prompt behind `start` that fit into the time: at least a few for the step's first prompt; for other

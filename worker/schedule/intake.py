@@ -6,14 +6,16 @@ The gateway has checked the same bounds; a worker trusts no gateway.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence as Sequence_
 
 from shared.errors import ErrorCode
+from shared.pictures import check_bounds, fault_of, num_bytes, num_tokens, shares_tokens
 from shared.protocol import ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
 from worker.constraints.automaton import TokenAutomaton, spatial_tables
 from worker.constraints.constraint import Constraint
 from worker.constraints.thought_budget import ThoughtBudget
 from worker.schedule.refusal import Refusal
-from worker.schedule.sequence import IMAGE_TOKEN, Picture, Sequence
+from worker.schedule.sequence import IMAGE_TOKEN, Block, Picture, Run, Sequence
 
 MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
@@ -48,9 +50,6 @@ def build_sequence(
     if pictures and message.sampling.num_prompt_logprobs >= 0:
         text = "log-probabilities of a prompt with pictures are not computed"
         raise Refusal(ErrorCode.UNSUPPORTED, text, "num_prompt_logprobs")
-    prefix = 0
-    if pictures and pictures[0].position <= 1:
-        prefix = pictures[0].position + pictures[0].num_tokens
     return Sequence(
         gateway=gateway,
         sequence_id=message.sequence_id,
@@ -63,7 +62,7 @@ def build_sequence(
         | (frozenset() if message.ignore_eos else frozenset(card.eos_ids)),
         arrived_s=now_s,
         pictures=pictures,
-        prefix_tokens=prefix,
+        blocks=blocks_of(card.image, pictures),
         task=message.task,
         constraint=_constraint(message, card, compiled) or _thought_budget(message, card),
         tenant=message.tenant,
@@ -103,38 +102,58 @@ def _check_sampling(message: Submit, card: ModelCard) -> None:
 def _expand(
     prompt: list[int], images: list[ImageInput], frames: list[bytes], spec: ImageSpec | None
 ) -> tuple[list[int], list[Picture]]:
+    """The prompt with the pictures' positions, and the pictures."""
     if not images:
         return prompt, []
     if spec is None:
         raise Refusal(ErrorCode.UNSUPPORTED, "this model reads text only", "image")
-    if len(images) > 1:
-        raise Refusal(ErrorCode.UNSUPPORTED, "one picture per request is supported", "image")
-    if len(frames) != 2 * len(images):
+    fault = check_bounds(spec, images)
+    if fault:
+        raise Refusal(ErrorCode.UNSUPPORTED, fault, "image")
+    if len(frames) != sum(len(image.sheets) for image in images):
         raise Refusal(
             ErrorCode.INVALID_REQUEST, f"{len(images)} pictures came with {len(frames)} frames", "image"
         )
-    image = images[0]
-    margin = 2 * spec.margin_patches * spec.patch_size
-    window = spec.crop_size - margin
-    if not (image.tiles_h >= 1 and image.tiles_w >= 1 and image.tiles_h * image.tiles_w <= spec.max_crops):
-        raise Refusal(
-            ErrorCode.INVALID_REQUEST,
-            f"tiles {image.tiles_h}×{image.tiles_w} exceed {spec.max_crops}",
-            "image",
-        )
-    height, width = image.tiles_h * window + margin, image.tiles_w * window + margin
-    if (image.canvas_height, image.canvas_width) != (height, width):
-        raise Refusal(ErrorCode.INVALID_REQUEST, f"the canvas must be {height}×{width} pixels", "image")
-    if len(frames[0]) != spec.crop_size**2 * 3 or len(frames[1]) != height * width * 3:
-        raise Refusal(ErrorCode.INVALID_REQUEST, "a picture's frame has the wrong size", "image")
-    if not 0 <= image.position <= len(prompt):
-        raise Refusal(ErrorCode.INVALID_REQUEST, f"the picture's position lies in 0 … {len(prompt)}", "image")
-    at = image.position
-    tokens = prompt[:at] + [IMAGE_TOKEN] * spec.num_tokens + prompt[at:]
-    picture = Picture(
-        at, spec.num_tokens, image.tiles_h, image.tiles_w, height, width, image.digest, frames[0], frames[1]
-    )
-    return tokens, [picture]
+    tokens: list[int] = []
+    pictures: list[Picture] = []
+    at = 0
+    for image in images:
+        own, frames = frames[: len(image.sheets)], frames[len(image.sheets) :]
+        _check_picture(spec, image, own)
+        runs: list[Run] = []
+        offset = 0
+        for place, num in image.runs:
+            if num < 1 or not at <= place <= len(prompt):
+                message = f"a picture's runs lie in {at} … {len(prompt)}, in order, with a position each"
+                raise Refusal(ErrorCode.INVALID_REQUEST, message, "image")
+            tokens += prompt[at:place]
+            runs.append(Run(len(tokens), num, offset))
+            tokens += [IMAGE_TOKEN] * num
+            at, offset = place, offset + num
+        unit_tokens = 0 if shares_tokens(spec) else spec.crop_tokens
+        pictures.append(Picture(tuple(runs), image.sheets, own, image.digest, unit_tokens))
+    return tokens + prompt[at:], pictures
+
+
+def _check_picture(spec: ImageSpec, image: ImageInput, frames: list[bytes]) -> None:
+    fault = fault_of(spec, image.sheets)
+    if not fault and [len(frame) for frame in frames] != [num_bytes([sheet]) for sheet in image.sheets]:
+        fault = "a picture's frame has the wrong size"
+    wanted = num_tokens(spec, image.sheets)
+    if not fault and sum(max(0, num) for _, num in image.runs) != wanted:
+        fault = f"the runs of a picture have {wanted} positions together"
+    if fault:
+        raise Refusal(ErrorCode.INVALID_REQUEST, fault, "image")
+
+
+def blocks_of(spec: ImageSpec | None, pictures: Sequence_[Picture]) -> list[Block]:
+    """The positions that attend to each other both ways: each run's, or the prompt's beginning up to a first picture."""
+    if spec is None or spec.attends == "causal":
+        return []
+    blocks = [(run.position, run.position + run.num_tokens) for picture in pictures for run in picture.runs]
+    if spec.attends == "prefix" and blocks and blocks[0][0] <= 1:
+        blocks[0] = (0, blocks[0][1])
+    return blocks
 
 
 def _thought_budget(message: Submit, card: ModelCard) -> ThoughtBudget | None:

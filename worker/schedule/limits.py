@@ -38,9 +38,10 @@ class SchedulerLimits:
                 f"max_tokens up to {most - seq.num_prompt} fits",
                 "max_tokens",
             )
-        if seq.prefix_tokens > self.step_tokens:
+        longest = max([end - first for first, end in seq.blocks], default=0)
+        if longest > self.step_tokens:
             raise Refusal(
                 ErrorCode.CONTEXT_LENGTH_EXCEEDED,
-                f"the picture's {seq.prefix_tokens} prefix tokens exceed the step budget of {self.step_tokens}",
+                f"a picture's {longest} positions that attend both ways exceed the step budget of {self.step_tokens}",
                 "image",
             )

@@ -22,7 +22,14 @@ class Chunk:
 
 def crops_of(chunk: Chunk) -> int:
     """The number of crops that the vision encoder runs for a chunk, unless their features are cached."""
-    return sum([p.num_crops for p in chunk.seq.pictures if chunk.start < p.position + p.num_tokens])
+    seq, end = chunk.seq, chunk.start + chunk.num_tokens
+    return sum(
+        [
+            len(picture.units(chunk.start, end, seq.cached_tokens)) * picture.unit_crops
+            for picture in seq.pictures
+            if picture.position < end and chunk.start < picture.end
+        ]
+    )
 
 
 @dataclass(slots=True, eq=False)

@@ -1,7 +1,7 @@
 """Owns which full KV pages are remembered by content, and which of them to forget first. Pure; decode thread.
 
-A page's key is a hash chain over everything its contents depend on: tenant, the bidirectional prefix as a
-whole, every earlier token, and the digests of pictures. Pages enter only after the step that wrote them was
+A page's key is a hash chain over everything its contents depend on: tenant, every earlier token, the digests of
+pictures, and as a whole each block that attends both ways. Pages enter only after the step that wrote them was
 committed without fault, so a cancelled or failed row never leaves bad pages behind.
 """
 
@@ -100,19 +100,27 @@ class PrefixCache:
             digest = blake2b(keys[-1] if keys else _root(seq), digest_size=16)
             digest.update(array("i", seq.tokens[start:end]).tobytes())
             for picture in seq.pictures:
-                if picture.position < end and start < picture.position + picture.num_tokens:
+                if picture.position < end and start < picture.end:
                     digest.update(picture.digest)
+            for first, stop in seq.blocks:
+                if first < end and start < stop:
+                    digest.update(_block(seq, first, stop))
             keys.append(digest.digest())
         return keys[number]
 
 
 def _root(seq: Sequence) -> bytes:
-    """What every page of a sequence depends on: its tenant and its bidirectional prefix."""
+    """What every page of a sequence depends on: its tenant."""
     digest = blake2b(digest_size=16)
     digest.update(len(seq.tenant.encode()).to_bytes(4, "little") + seq.tenant.encode())
-    if seq.prefix_tokens:
-        digest.update(array("i", seq.tokens[: seq.prefix_tokens]).tobytes())
-        for picture in seq.pictures:
-            if picture.position < seq.prefix_tokens:
-                digest.update(picture.digest)
+    return digest.digest()
+
+
+def _block(seq: Sequence, first: int, stop: int) -> bytes:
+    """What every page of a block that attends both ways depends on: all of it."""
+    digest = blake2b(array("i", [first, stop]).tobytes(), digest_size=16)
+    digest.update(array("i", seq.tokens[first:stop]).tobytes())
+    for picture in seq.pictures:
+        if picture.position < stop and first < picture.end:
+            digest.update(picture.digest)
     return digest.digest()

@@ -7,13 +7,16 @@ In a pipeline the first is ahead of the second by the steps in flight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import Sampling
+from shared.pictures import num_crops
+from shared.protocol import Sampling, Sheet
 from worker.constraints.constraint import Constraint
 from worker.constraints.thought_budget import ThoughtBudget
 from worker.schedule.life import HOLDING, Life, MaskLife, mask_moved, moved
@@ -22,24 +25,71 @@ IMAGE_TOKEN = -1
 """Stands in `tokens` for a position whose embedding comes from a picture."""
 
 
+class Run(NamedTuple):
+    """Consecutive positions that hold features of one picture."""
+
+    position: int  # the first, among all of the sequence's
+    num_tokens: int
+    offset: int  # of its first feature among the picture's
+
+
 @dataclass(slots=True, eq=False)
 class Picture:
-    """One image of a sequence: its two uint8 payloads, its place, and its cache key."""
+    """One image of a sequence: its sheets with a uint8 payload each, its places, and its cache key.
 
-    position: int  # first expanded position its tokens take
-    num_tokens: int
-    tiles_h: int
-    tiles_w: int
-    canvas_height: int
-    canvas_width: int
+    Its features come in *units*, each encoded by itself when a chunk first needs it: a crop of `unit_tokens` features, or
+    where that is 0 the whole picture.
+    """
+
+    runs: tuple[Run, ...]  # in order; at least one
+    sheets: Sequence_[Sheet]
+    frames: Sequence_[bytes]
     digest: bytes
-    global_crop: bytes
-    canvas: bytes
+    unit_tokens: int = 0
+
+    @property
+    def position(self) -> int:
+        """The first position it takes."""
+        return self.runs[0].position
+
+    @property
+    def end(self) -> int:
+        """Behind the last position it takes; text may stand between the runs."""
+        return self.runs[-1].position + self.runs[-1].num_tokens
 
     @property
     def num_crops(self) -> int:
-        """Crops the vision encoder runs for it, the global one included."""
-        return 1 + self.tiles_h * self.tiles_w
+        """Crops the vision encoder runs for it."""
+        return num_crops(self.sheets)
+
+    @property
+    def unit_crops(self) -> int:
+        """Crops of one unit."""
+        return 1 if self.unit_tokens else self.num_crops
+
+    def features_before(self, position: int) -> int:
+        """How many of its features stand before this position of the sequence."""
+        return sum([max(0, min(position - run.position, run.num_tokens)) for run in self.runs])
+
+    def units(self, start: int, end: int, known: int = -1) -> range:
+        """The units of which positions [start, end) hold features. `known` or more: without the one that an earlier chunk
+        has begun, unless the sequence itself begins here, with so many positions found in the prefix cache."""
+        first, last = self.features_before(start), self.features_before(end)
+        if first == last:
+            return range(0)
+        size = self.unit_tokens or self.features_before(self.end)
+        is_begun = known >= 0 and start > known
+        return range(-(-first // size) if is_begun else first // size, -(-last // size))
+
+    def place_of(self, unit: int) -> int:
+        """The position of a unit's first feature."""
+        offset = unit * self.unit_tokens
+        run = next(run for run in reversed(self.runs) if run.offset <= offset)
+        return run.position + offset - run.offset
+
+
+Block = tuple[int, int]
+"""Positions [first, end) that attend to each other both ways: computed in one chunk, or not at all."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +106,7 @@ class Sequence:
     stop_ids: frozenset[int]
     arrived_s: float
     pictures: list[Picture] = field(default_factory=list)
-    prefix_tokens: int = 0
+    blocks: list[Block] = field(default_factory=list)  # in order, apart from each other
     task: str = "text"
     constraint: Constraint | None = None
     table_place: int = 0  # of its automaton on the device; 0: the host makes its masks, or it has none

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from shared.protocol import ImageSpec, ModelCard
+from shared.protocol import ImageSpec, ModelCard, OverlappingTiles
 from worker.constraints.automaton import TokenAutomaton
-from worker.schedule.plan import Chunk, PromptScores, StepPlan, StepResult
+from worker.schedule.plan import Chunk, PromptScores, StepPlan, StepResult, crops_of
 from worker.schedule.sequence import Sequence
 from worker.sim.profiles import Profile
 from worker.sim.timeline import Clock, SimEvent, SimStream, Timeline
@@ -42,9 +42,7 @@ def fake_card(*, vocab_size: int = 97, context_tokens: int = 4096, num_image_tok
         vocab_size=vocab_size,
         bos_id=0,
         eos_ids=[0],
-        image=ImageSpec(
-            crop_size=8, patch_size=2, margin_patches=1, max_crops=4, num_tokens=num_image_tokens
-        ),
+        image=ImageSpec(8, num_image_tokens, OverlappingTiles(2, 1, 4), attends="prefix"),
         capabilities=["chat", "detect", "point"],
     )
 
@@ -173,7 +171,7 @@ class SimRunner:
             self._forward(slot, num_rows, spans, known)
             slot.scores = list(self._scores(slot, spans, scored))
 
-        crops = sum(p.num_crops for c in plan.chunks for p in c.seq.pictures if c.start <= p.position)
+        crops = sum(crops_of(chunk) for chunk in plan.chunks)
         cost_s = self.profile.forward(
             num_rows, sum(c.num_tokens for c in plan.chunks), crops, plan.load.num_keys
         )
@@ -368,9 +366,11 @@ def _known_marks(plan: StepPlan) -> dict[tuple[int, int], int]:
     for i, chunk in enumerate(plan.chunks):
         seq, end = chunk.seq, chunk.start + chunk.num_tokens
         for picture in seq.pictures:
-            # All positions of a bidirectional prefix depend on the whole picture, also those before the picture.
-            for position in range(chunk.start, min(end, picture.position + picture.num_tokens)):
-                known[i, position] = image_mark(picture.digest, position - picture.position)
+            for run in picture.runs:
+                # All positions of a block depend on the whole picture, also those of a prefix before the picture.
+                first = next((a for a, b in seq.blocks if a <= run.position < b), run.position)
+                for position in range(max(chunk.start, first), min(end, run.position + run.num_tokens)):
+                    known[i, position] = image_mark(picture.digest, run.offset + position - run.position)
         for index, value in seq.values.items():
             position = seq.num_prompt + index
             if chunk.start <= position < end:

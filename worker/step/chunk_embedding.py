@@ -27,22 +27,27 @@ class ChunkEmbedding:
         hidden = self._model.embed(ids.clamp_min(0))  # image positions are overwritten below
         if out is not None:
             hidden = out.copy_(hidden)
-        wanted: list[tuple[str, Picture, int, int, int]] = []
+        wanted: list[tuple[str, Picture, int, int, int, int]] = []
         at = 0
         for chunk in chunks:
             for picture in chunk.seq.pictures:
-                start = max(picture.position, chunk.start)
-                end = min(picture.position + picture.num_tokens, chunk.start + chunk.num_tokens)
-                if start < end:
-                    to = at + start - chunk.start
-                    wanted.append((chunk.seq.tenant, picture, to, start - picture.position, end - start))
+                if picture.end <= chunk.start:
+                    continue
+                for run in picture.runs:
+                    start = max(run.position, chunk.start)
+                    end = min(run.position + run.num_tokens, chunk.start + chunk.num_tokens)
+                    if start < end:
+                        to, first = at + start - chunk.start, run.offset + start - run.position
+                        for unit, offset, num in _pieces(picture, first, end - start):
+                            wanted.append((chunk.seq.tenant, picture, unit, to, offset, num))
+                            to += num
             if chunk.seq.values and chunk.start + chunk.num_tokens > chunk.seq.num_prompt:
                 self._embed_known_values(chunk, hidden, ids, at)
             at += chunk.num_tokens
         if wanted:
-            features = self._features.get((tenant, picture) for tenant, picture, *_ in wanted)
-            for tenant, picture, to, offset, num in wanted:
-                hidden[to : to + num].copy_(features[tenant, picture.digest][offset : offset + num])
+            features = self._features.get((tenant, picture, unit) for tenant, picture, unit, *_ in wanted)
+            for tenant, picture, unit, to, offset, num in wanted:
+                hidden[to : to + num].copy_(features[tenant, picture.digest, unit][offset : offset + num])
         return hidden
 
     def _embed_known_values(self, chunk: Chunk, hidden: Tensor, ids: Tensor, at: int) -> None:
@@ -61,3 +66,17 @@ class ChunkEmbedding:
         known = to_device(torch.tensor(pairs, dtype=torch.float32), self._model.device)
         spatial = torch.ones(len(where), dtype=torch.bool, device=hidden.device)
         hidden.index_copy_(0, index, self._model.embed_next(ids[index], known, spatial).to(hidden.dtype))
+
+
+def _pieces(picture: Picture, first: int, num: int) -> list[tuple[int, int, int]]:
+    """Features [first, first + num) of a picture as (unit, offset within it, how many), in order."""
+    size = picture.unit_tokens
+    if not size:
+        return [(0, first, num)]
+    pieces = []
+    while num:
+        unit, offset = divmod(first, size)
+        count = min(num, size - offset)
+        pieces.append((unit, offset, count))
+        first, num = first + count, num - count
+    return pieces

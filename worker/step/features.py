@@ -6,18 +6,23 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shared.protocol import Sheet
 from worker.device.choices import choices
 from worker.device.contract import Device
-from worker.forward import ImageCrops
+from worker.forward import ImageCrops, ImageSheet
 from worker.models.contract import EncodeCrops, Model
 from worker.schedule.sequence import Picture
 
+Key = tuple[str, bytes, int]
+"""Tenant, picture's digest, unit."""
+
 
 class FeatureCache:
-    """Least recently used features, bounded in bytes, keyed by tenant and pixels: a shared key would let one
+    """Least recently used features, bounded in bytes, keyed by tenant, pixels and unit: a shared key would let one
     tenant learn from timing which pictures another has sent."""
 
     def __init__(
@@ -30,17 +35,17 @@ class FeatureCache:
         self._encode = encode
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._features: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
+        self._features: OrderedDict[Key, Tensor] = OrderedDict()
 
-    def get(self, wanted: Iterable[tuple[str, Picture]]) -> dict[tuple[str, bytes], Tensor]:
-        """Features (num_image_tokens, D) for each (tenant, picture), all misses encoded together."""
-        found: dict[tuple[str, bytes], Tensor] = {}
-        missing: dict[tuple[str, bytes], Picture] = {}
-        for tenant, picture in wanted:
-            key = (tenant, picture.digest)
+    def get(self, wanted: Iterable[tuple[str, Picture, int]]) -> dict[Key, Tensor]:
+        """Features (positions, D) for each (tenant, picture, unit), all misses encoded together."""
+        found: dict[Key, Tensor] = {}
+        missing: dict[Key, tuple[Picture, int]] = {}
+        for tenant, picture, unit in wanted:
+            key = (tenant, picture.digest, unit)
             features = self._features.get(key)
             if features is None:
-                missing[key] = picture
+                missing[key] = picture, unit
             else:
                 self._features.move_to_end(key)
                 found[key] = features
@@ -49,7 +54,7 @@ class FeatureCache:
             # waits only where their features are read.
             stream = self._device.aside if choices().vision_stream else self._device.compute
             with stream.use():
-                crops = [self._upload(picture) for picture in missing.values()]
+                crops = [self._upload(picture, unit) for picture, unit in missing.values()]
                 for key, encoded in zip(missing, self._model.encode_images(crops, self._encode), strict=True):
                     # Pictures that are encoded together come as views of one tensor, and a view keeps all of it alive: what
                     # is kept has memory of its own, so that the bound counts what is really held.
@@ -66,22 +71,33 @@ class FeatureCache:
                 self._num_bytes -= old.nbytes
         return found
 
-    def _upload(self, picture: Picture) -> ImageCrops:
-        size = self._model.card.image
-        assert size is not None
-        side = size.crop_size
+    def _upload(self, picture: Picture, unit: int) -> ImageCrops:
+        """All sheets of a picture that is one unit, else the one crop."""
+        if not picture.unit_tokens:
+            return ImageCrops(
+                [
+                    ImageSheet(self._pixels(_array(frame, sheet)), sheet.rows, sheet.cols)
+                    for sheet, frame in zip(picture.sheets, picture.frames, strict=True)
+                ]
+            )
+        for sheet, frame in zip(picture.sheets, picture.frames, strict=True):
+            if unit < sheet.rows * sheet.cols:
+                row, col = divmod(unit, sheet.cols)
+                high, wide = sheet.height // sheet.rows, sheet.width // sheet.cols
+                whole = _array(frame, sheet)
+                crop = whole[row * high : (row + 1) * high, col * wide : (col + 1) * wide]
+                return ImageCrops([ImageSheet(self._pixels(crop), 1, 1)])
+            unit -= sheet.rows * sheet.cols
+        raise IndexError("intake lets no picture through that has more runs than crops")
 
-        def pixels(data: bytes, height: int, width: int) -> Tensor:
-            on_host = self._model.device.type == "cpu"
-            # A copy from pageable memory would hold the host until the compute stream is through. torch keeps pinned
-            # blocks, and hands one out again only when the copies that read it are done.
-            host = torch.empty((height, width, 3), dtype=torch.uint8, pin_memory=not on_host)
-            host.numpy()[:] = np.frombuffer(data, np.uint8).reshape(height, width, 3)
-            return host if on_host else host.to(self._model.device, non_blocking=True)
+    def _pixels(self, values: npt.NDArray[np.uint8]) -> Tensor:
+        on_host = self._model.device.type == "cpu"
+        # A copy from pageable memory would hold the host until the compute stream is through. torch keeps pinned
+        # blocks, and hands one out again only when the copies that read it are done.
+        host = torch.empty(values.shape, dtype=torch.uint8, pin_memory=not on_host)
+        host.numpy()[:] = values
+        return host if on_host else host.to(self._model.device, non_blocking=True)
 
-        return ImageCrops(
-            pixels(picture.global_crop, side, side),
-            pixels(picture.canvas, picture.canvas_height, picture.canvas_width),
-            picture.tiles_h,
-            picture.tiles_w,
-        )
+
+def _array(frame: bytes, sheet: Sheet) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(frame, np.uint8).reshape(sheet.height, sheet.width, 3)

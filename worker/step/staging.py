@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from worker.forward import SPAN_FIELDS, SPAN_TOKENS, chunk_spans
+from worker.forward import SPAN_FIELDS, SPAN_TOKENS, chunk_spans, segments_of
 from worker.schedule.life import MaskLife
 from worker.schedule.plan import Chunk, StepPlan
 from worker.schedule.rng import uniforms
@@ -36,6 +36,7 @@ FLOAT_FIELDS = ("temperature", "top_p", "min_p", "uniform", "presence", "frequen
 FIELDS = INT_FIELDS + FLOAT_FIELDS
 NOTHING: tuple[list[int], int] = ([], 0)
 NO_MASK = MaskLife.NONE
+LEAST_BLOCK = 4  # positions of a block that attends both ways, besides a prompt's first
 
 
 def needs_eager(seq: Sequence) -> bool:
@@ -50,7 +51,13 @@ def is_plain(seq: Sequence) -> bool:
 
 def num_spans(chunks: list[Chunk]) -> int:
     """Spans of a step's chunks."""
-    return sum([-(-chunk.num_tokens // SPAN_TOKENS) for chunk in chunks])
+    return sum(
+        [
+            -(-num // SPAN_TOKENS)
+            for chunk in chunks
+            for _, num, _ in segments_of(chunk.start, chunk.num_tokens, chunk.seq.blocks)
+        ]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +96,8 @@ class StepShape:
 
     @property
     def max_spans(self) -> int:
-        """Spans of one step: each chunk's last may be short."""
-        return self.chunk_tokens // SPAN_TOKENS + self.max_rows
+        """Spans of one step: each chunk's last may be short, and that before a block that attends both ways."""
+        return self.chunk_tokens // SPAN_TOKENS + self.chunk_tokens // LEAST_BLOCK + self.max_rows
 
     @property
     def ends_start(self) -> int:
@@ -271,10 +278,13 @@ def stage_chunks(views: Views, plan: StepPlan, *, alone: bool = False) -> None:
         ids[at : at + num] = seq.tokens[start : start + num]
         positions[at : at + num] = own
         writes[at : at + num] = pages[own // page_tokens] * page_tokens + own % page_tokens
-        spans = chunk_spans(i, flat, num, start, seq.prefix_tokens)
-        views.spans[at_span : at_span + len(spans)] = spans
+        own_flat = flat
+        for piece_start, piece_num, prefix in segments_of(start, num, seq.blocks):
+            spans = chunk_spans(i, own_flat, piece_num, piece_start, prefix)
+            views.spans[at_span : at_span + len(spans)] = spans
+            at_span += len(spans)
+            own_flat += piece_num
         views.chunk_tables[i, : len(pages)] = pages
-        at_span += len(spans)
         at += num
         flat += num
         if chunk.is_last:

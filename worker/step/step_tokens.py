@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from worker.device.choices import choices
-from worker.forward import DecodeRows, PrefillSegment, StepTokens
+from worker.forward import DecodeRows, PrefillSegment, StepTokens, segments_of
 from worker.schedule.plan import StepPlan
 from worker.step.slot import Slot
 from worker.step.staging import num_spans
@@ -32,6 +32,7 @@ def chunk_tokens(slot: Slot, plan: StepPlan) -> tuple[Tensor, StepTokens]:
     tokens = StepTokens(positions, writes)
     for i, chunk in enumerate(plan.chunks):
         table = slot.chunk_tables[i, : len(chunk.seq.pages)]
-        tokens.prefills.append(PrefillSegment(chunk.num_tokens, chunk.start, chunk.seq.prefix_tokens, table))
+        for start, num, prefix in segments_of(chunk.start, chunk.num_tokens, chunk.seq.blocks):
+            tokens.prefills.append(PrefillSegment(num, start, prefix, table))
     tokens.spans, tokens.tables = slot.spans[: num_spans(plan.chunks)], slot.chunk_tables
     return ids, tokens

@@ -13,8 +13,10 @@ from functools import partial
 import structlog
 import torch
 
+from shared.image_spec import ImageSpec
+from shared.pictures import drawings
 from worker.formats.source import ProgressReport
-from worker.forward import PrefillSegment, StepTokens, chunk_spans
+from worker.forward import ImageCrops, ImageSheet, PrefillSegment, StepTokens, chunk_spans
 from worker.step.decode_graphs import Flavour
 from worker.step.staging import stage_padding
 from worker.step.step_sampler import Wants
@@ -70,12 +72,9 @@ def _tasks(runner: TorchRunner) -> list[Task]:
         for num, last in _prefill_sizes(most, runner.model.prefix_tokens)
     ]
     tasks += [(f"sampling {wants}", partial(_sampling, runner, wants)) for wants in _samplings(runner)]
-    encoder = runner.model.encoder
-    if encoder is not None:
-        crops = torch.zeros(
-            (1, encoder.crop_size, encoder.crop_size, 3), dtype=torch.uint8, device=runner.device.torch_device
-        )
-        tasks.append(("vision encoder", partial(_encode, runner, crops)))
+    spec = runner.model.card.image
+    if runner.model.encoder is not None and spec is not None:
+        tasks.append(("vision encoder", partial(_encode, runner, spec)))
     tasks += _graphs(runner)
     if runner.vision_graphs is not None:
         vision = runner.vision_graphs
@@ -154,10 +153,20 @@ def _sampling(runner: TorchRunner, wants: Wants) -> None:
 
 
 @torch.inference_mode()
-def _encode(runner: TorchRunner, crops: torch.Tensor) -> None:
-    assert runner.model.encoder is not None
+def _encode(runner: TorchRunner, spec: ImageSpec) -> None:
+    """A small square picture of black, from its sheets to its embeddings."""
+    where = runner.device.torch_device
+    side = spec.crop_size
+    sheets = [
+        ImageSheet(
+            torch.zeros((sheet.height, sheet.width, 3), dtype=torch.uint8, device=where),
+            sheet.rows,
+            sheet.cols,
+        )
+        for sheet in (drawing.sheet for drawing in drawings(spec, side, side))
+    ]
     with runner.device.compute.use():
-        runner.model.encoder.features(crops)
+        runner.model.encode_images([ImageCrops(sheets)])
 
 
 @torch.inference_mode()

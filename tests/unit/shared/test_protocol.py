@@ -46,7 +46,7 @@ def test_step_outputs_travel_packed() -> None:
     )
     data = wire.encode(message)
     assert data.startswith(
-        bytes.fromhex("99ab537465704f7574707574730709c41005000000000000000600000000000000")
+        bytes.fromhex("9aab537465704f7574707574730709c41005000000000000000600000000000000")
     )
     back = wire.decode_from_worker(data)
     assert isinstance(back, wire.StepOutputs)

@@ -12,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from gateway.generation import PreparedImage
 from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
+from tests.two_sheets import image_input
 from tests.unit.wire.client import Client, Habits
 from tests.unit.wire.fake_zmq import Frames
 from tests.unit.wire.world import KILL_TOKEN, Node, World
@@ -134,8 +135,8 @@ class Service(RuleBasedStateMachine):
     ) -> Client:
         images = []
         if image is not None:
-            spec = wire.ImageInput(1, 1, 1, 8, 8, hashlib.sha256(image).digest())
-            images = [PreparedImage(spec, bytes(192), bytes(192))]
+            spec = image_input(1, 9, 8, hashlib.sha256(image).digest())
+            images = [PreparedImage(spec, [bytes(192), bytes(192)])]
         habits = Habits(cancels_at, raises_at, error)
         if comes_back:
             habits.at_end = lambda: self.submit_again([30, *words, 23])

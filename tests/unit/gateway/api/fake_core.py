@@ -21,6 +21,7 @@ from gateway.generation import (
 from shared import protocol as wire
 from shared.errors import ErrorCode
 from tests.fake_worker import CARD, FIRST_BYTE_ID, ids_text, text_ids
+from tests.two_sheets import image_input
 
 
 class FakeTokens:
@@ -49,11 +50,8 @@ class FakeModel:
     pause: asyncio.Event | None = None
     rendered: list[tuple[Sequence[Mapping[str, Any]], ChatOptions]] = field(default_factory=list)
 
-    def num_prompt(self, num_ids: int, num_images: int) -> int:
-        return num_ids + 64 * num_images
-
-    def room(self, num_prompt_ids: int, num_images: int = 0) -> int:
-        return max(1, self.card.context_tokens - self.num_prompt(num_prompt_ids, num_images))
+    def room(self, num_prompt: int) -> int:
+        return max(1, self.card.context_tokens - num_prompt)
 
     async def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         if self.pause is not None:
@@ -98,7 +96,7 @@ class FakeCore:
         return grammar
 
     async def prepare_image(self, model: ServedModel, data_url: str, *, param: str) -> PreparedImage:
-        return PreparedImage(wire.ImageInput(1, 1, 1, 56, 56, data_url.encode()), b"", b"")
+        return PreparedImage(image_input(1, 64, 56, data_url.encode()), [])
 
     def submit(self, request: GenerateRequest, listener: Listener) -> RunningStream:
         raise NotImplementedError

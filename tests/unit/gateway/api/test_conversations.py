@@ -13,7 +13,7 @@ from shared.protocol import ImageInput
 
 def turn(text: str = "hi", image_bytes: int = 0) -> Turn:
     """A turn of a known size."""
-    image = PreparedImage(ImageInput(1, 1, 1, 1, 1, b""), b"", b"x" * image_bytes) if image_bytes else None
+    image = PreparedImage(ImageInput([], [], b""), [b"x" * image_bytes]) if image_bytes else None
     return Turn((Message(role="user", content=text),), image)
 
 

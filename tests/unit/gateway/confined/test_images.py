@@ -24,11 +24,12 @@ from tests.fake_worker import FakeWorker
 from tests.gateway_thread import GatewayThread
 from tests.http_client import Answer as HttpAnswer
 from tests.http_client import ask
+from tests.two_sheets import spec_of
 from tests.unit.gateway.confined import picture_files as files
 from tests.unit.gateway.confined.picture_files import encoded
 
-MOONDREAM = ImageSpec(crop_size=378, patch_size=14, margin_patches=4, max_crops=12, num_tokens=729)
-SMALL = ImageSpec(crop_size=56, patch_size=7, margin_patches=1, max_crops=4, num_tokens=64)
+MOONDREAM = spec_of(378, 14, 4, 12, 729)
+SMALL = spec_of(56, 7, 1, 4, 64)
 
 
 def job(spec: ImageSpec = SMALL) -> Job:
@@ -49,11 +50,11 @@ def png_header(width: int, height: int) -> bytes:
 
 def test_crop_and_canvas_are_plain_lanczos() -> None:
     image = Image.effect_mandelbrot((300, 200), (-2, -1.5, 1, 1.5), 50).convert("RGB")
-    answer, crop, canvas = prepare(encoded(image), job())
+    answer, (crop, canvas) = prepare(encoded(image), job())
     assert crop == image.resize((56, 56), Image.Resampling.LANCZOS).tobytes()
-    size = (answer.canvas_width, answer.canvas_height)
-    assert canvas == image.resize(size, Image.Resampling.LANCZOS).tobytes()
-    assert answer.tiles_h * 42 + 14 == answer.canvas_height
+    tiles = answer.sheets[1]
+    assert canvas == image.resize((tiles.width, tiles.height), Image.Resampling.LANCZOS).tobytes()
+    assert tiles.rows * 42 + 14 == tiles.height
     again = prepare(encoded(image, "BMP"), job())[0]
     assert again.digest == answer.digest, "the digest is of the pixels, not of the file"
 
@@ -65,7 +66,7 @@ def test_tilings_of_the_reference() -> None:
     rows = json.loads(file.read_text())
     for height, width, tiles_h, tiles_w in rows[:20]:
         answer = prepare(encoded(Image.new("L", (width, height)), "PNG", compress_level=1), job(MOONDREAM))[0]
-        assert (answer.tiles_h, answer.tiles_w) == (tiles_h, tiles_w), (height, width)
+        assert (answer.sheets[1].rows, answer.sheets[1].cols) == (tiles_h, tiles_w), (height, width)
 
 
 def test_orientation_is_undone_and_transparency_is_white() -> None:
@@ -74,11 +75,11 @@ def test_orientation_is_undone_and_transparency_is_white() -> None:
     exif[0x0112] = 6
     answer = prepare(encoded(image, "JPEG", exif=exif), Job(MOONDREAM, 10**6, 4))[0]
     assert isinstance(answer, Answer)
-    _, crop, _ = prepare(encoded(Image.new("RGBA", (20, 20), (10, 20, 30, 0))), job())
+    _, (crop, _) = prepare(encoded(Image.new("RGBA", (20, 20), (10, 20, 30, 0))), job())
     assert set(crop) == {255}
     tall = Image.new("RGB", (600, 200), "blue")
     turned = prepare(encoded(tall, "JPEG", exif=exif), job(SMALL))[0]
-    assert turned.tiles_h > turned.tiles_w
+    assert turned.sheets[1].rows > turned.sheets[1].cols
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -90,11 +91,12 @@ def test_large_jpegs_are_decoded_smaller_within_the_stated_bound(orientation: in
         image = Image.blend(image, layer.resize(image.size, Image.Resampling.BICUBIC), 2.0 / size**0.5)
     turn = files.segment(0xE1, b"Exif\0\0" + files.exif(orientation))
     data = files.with_segments(encoded(image, "JPEG", quality=90), turn)
-    answer, *got = prepare(data, job())
+    answer, got = prepare(data, job())
     whole = Image.fromarray(
         files.turned(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")), orientation)
     )
-    for pixels, shape in zip(got, ((56, 56), (answer.canvas_width, answer.canvas_height)), strict=True):
+    for pixels, sheet in zip(got, answer.sheets, strict=True):
+        shape = sheet.width, sheet.height
         want = np.asarray(whole.resize(shape, Image.Resampling.LANCZOS)).reshape(-1).astype(int)
         difference = np.abs(np.frombuffer(pixels, np.uint8) - want)
         assert difference.mean() <= 1.5 and np.percentile(difference, 99) <= 8
@@ -103,7 +105,7 @@ def test_large_jpegs_are_decoded_smaller_within_the_stated_bound(orientation: in
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "YCbCr"])
 def test_every_common_mode_is_turned_to_rgb(mode: str) -> None:
     kind = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
-    _, crop, canvas = prepare(encoded(Image.new(mode, (30, 30)), kind), job())
+    _, (crop, canvas) = prepare(encoded(Image.new(mode, (30, 30)), kind), job())
     assert len(crop) == 56 * 56 * 3 and len(canvas) % 3 == 0
 
 
@@ -134,7 +136,7 @@ def test_animations_are_refused_without_counting_their_frames() -> None:
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     with pytest.raises(Refused, match="single frame"):
         prepare(data, job())
-    assert prepare(encoded(frames[0], "GIF"), job())[0].tiles_h == 1
+    assert prepare(encoded(frames[0], "GIF"), job())[0].sheets[1].rows == 1
 
 
 # ---------------------------------------------------------------- through the gateway and its process

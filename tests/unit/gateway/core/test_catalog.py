@@ -23,7 +23,9 @@ def announce(
     tokenizer: bytes = TOKENIZER,
     template: bytes = b"",
 ) -> AnnouncedModel:
-    return catalog.announce(wire.Ready(1, "", 1, card, limits, "fake"), tokenizer, template)
+    return catalog.announce(
+        wire.Ready(wire.PROTOCOL_VERSION, "", 1, card, limits, "fake"), tokenizer, template
+    )
 
 
 def test_the_same_announcement_is_the_same_model() -> None:

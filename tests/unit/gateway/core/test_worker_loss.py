@@ -187,7 +187,7 @@ def test_fatal_ends_streams_with_its_own_code(gateway: GatewayThread, worker: Fa
         [wire.encode(wire.StepOutputs(1, 1, wire.pack_i64([1, 2]), wire.pack_i32([0]), wire.pack_i32([9])))],
         [wire.encode(wire.StepOutputs(77, 1, b"", b"", b""))],
         [wire.encode(wire.Rejected(77, 1, ErrorCode.INTERNAL, ""))],
-        [wire.encode(wire.Ready(1, wire.schema_hash(), 55, CARD, LIMITS, "x"))],
+        [wire.encode(wire.Ready(wire.PROTOCOL_VERSION, wire.schema_hash(), 55, CARD, LIMITS, "x"))],
         [wire.encode(wire.Hello(1, "", "a gateway, not a worker"))],
         [b"\x00" * (5 << 20)],
     ],

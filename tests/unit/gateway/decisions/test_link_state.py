@@ -15,7 +15,7 @@ from tests.fake_worker import CARD, LIMITS
 
 
 def ready(epoch: int) -> wire.Ready:
-    return wire.Ready(1, "", epoch, CARD, LIMITS, "fake")
+    return wire.Ready(wire.PROTOCOL_VERSION, "", epoch, CARD, LIMITS, "fake")
 
 
 def beat(expected_s: float = 0.0) -> wire.Beat:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from loadtest.gpu.results import gather, short_table
+from shared.protocol import OverlappingTiles
 from shared.tiling import canvas_for
 
 ROOT = Path(__file__).parents[4]
@@ -59,7 +60,7 @@ def test_the_wheels_are_the_tested_versions() -> None:
 
 
 def test_the_picture_of_the_serve_part_is_nine_crops() -> None:
-    canvas = canvas_for(500, 700, crop_size=378, patch_size=14, margin_patches=4, max_crops=12)
+    canvas = canvas_for(500, 700, crop_size=378, rule=OverlappingTiles(14, 4, 12))
     assert (canvas.tiles_h, canvas.tiles_w) == (2, 4)
 
 

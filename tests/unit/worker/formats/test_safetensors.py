@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shared.protocol import OverlappingTiles
 from tests.unit.worker.models.paged_driver import GOLDEN, quiet
 from tests.unit.worker.models.small_checkpoint import SECTIONS, older_layout, random_tensors, write_checkpoint
 from worker.formats.open_source import open_source
@@ -254,8 +255,8 @@ def test_card(tmp_path: Path) -> None:
     assert (card.model_id, card.description, card.family) == ("degas-pocket", "small", "moondream")
     assert card.capabilities == ["chat", "query", "caption", "detect", "point"]
     assert card.image is not None
-    assert (card.image.crop_size, card.image.patch_size, card.image.margin_patches) == (70, 14, 1)
-    assert (card.image.max_crops, card.image.num_tokens, card.context_tokens) == (4, 25, 256)
+    assert card.image.rule == OverlappingTiles(patch_size=14, margin_patches=1, max_crops=4)
+    assert (card.image.crop_size, card.image.crop_tokens, card.context_tokens) == (70, 25, 256)
     assert (card.bos_id, card.eos_ids, card.suppress_ids) == (0, [0], [3])
     assert card.templates == {
         "caption_short": [1, 32708, 2, 12492, 3],

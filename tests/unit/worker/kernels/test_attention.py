@@ -211,7 +211,7 @@ def seen_by(num_queries: int, context: int, prefix: int, window: int = 0) -> Ten
     """(S, L) bool: which keys each query attends to."""
     key, query = torch.arange(context + num_queries), torch.arange(context, context + num_queries)[:, None]
     near = key > query - window if window else key >= 0
-    return ((key <= query) & near) | ((key < prefix) & (query < prefix))
+    return ((key <= query) | ((key < prefix) & (query < prefix))) & near
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

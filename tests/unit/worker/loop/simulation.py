@@ -31,6 +31,7 @@ from shared.protocol import (
     unpack_i32,
     unpack_i64,
 )
+from tests.two_sheets import image_input
 from tests.unit.worker.constraints.spatial_grammar import SpatialGrammar
 from worker.constraints.constraint import Constraint
 from worker.constraints.thought_budget import ThoughtBudget
@@ -258,8 +259,8 @@ class SimWorker:
         for step in pipeline._in_flight:
             held = [*step.plan.decode, *(chunk.seq for chunk in step.plan.chunks)]
             for chunk in step.plan.chunks:
-                inside = chunk.start < chunk.seq.prefix_tokens
-                assert not inside or chunk.start + chunk.num_tokens >= chunk.seq.prefix_tokens, "prefix split"
+                end = chunk.start + chunk.num_tokens
+                assert not any(first < end < stop for first, stop in chunk.seq.blocks), "block split"
             assert len(held) == len(set(map(id, held))), "a sequence holds two rows of one step"
             for seq in held:
                 in_flight[id(seq)] = in_flight.get(id(seq), 0) + 1
@@ -340,7 +341,7 @@ class Simulation(SimWorker):
         images: list[ImageInput] = []
         frames: list[bytes] = []
         if image is not None:
-            images = [ImageInput(1, 1, 1, 8, 8, hashlib.sha256(image).digest())]
+            images = [image_input(1, 9, 8, hashlib.sha256(image).digest())]
             frames = [bytes(192), bytes(192)]
         message = Submit(
             epoch=EPOCH,
@@ -406,9 +407,9 @@ def oracle(submit: Submit) -> Answer:
     if submit.images:
         image = submit.images[0]
         assert CARD.image is not None
-        num = CARD.image.num_tokens
-        marks[: image.position] = [image_mark(image.digest, i) for i in range(-image.position, num)]
-        expanded[image.position : image.position] = [-1] * num
+        ((position, num),) = image.runs
+        marks[:position] = [image_mark(image.digest, i) for i in range(-position, num)]
+        expanded[position:position] = [-1] * num
     if NAN_TOKEN in expanded[:-1]:
         nan_index = expanded[expanded.index(NAN_TOKEN) + 1]
     grammar = None

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shared.protocol import OverlappingTiles
 from shared.tiling import canvas_for
+from tests.two_sheets import image_crops
 from worker.forward import DecodeRows, ImageCrops, KVCache, PrefillSegment, StepTokens
 from worker.models.contract import Model
 
@@ -40,21 +42,15 @@ def prepare(model: Model, image: Image.Image) -> ImageCrops:
     """Resize a picture the way a gateway does."""
     spec = model.card.image
     assert spec is not None
-    canvas = canvas_for(
-        image.height,
-        image.width,
-        crop_size=spec.crop_size,
-        patch_size=spec.patch_size,
-        margin_patches=spec.margin_patches,
-        max_crops=spec.max_crops,
-    )
+    assert isinstance(spec.rule, OverlappingTiles)
+    canvas = canvas_for(image.height, image.width, crop_size=spec.crop_size, rule=spec.rule)
     resized = image.resize((canvas.width, canvas.height), Image.Resampling.LANCZOS)
     small = image.resize((spec.crop_size, spec.crop_size), Image.Resampling.LANCZOS)
-    return ImageCrops(
-        global_crop=torch.from_numpy(np.array(small)),
-        canvas=torch.from_numpy(np.array(resized)),
-        tiles_h=canvas.tiles_h,
-        tiles_w=canvas.tiles_w,
+    return image_crops(
+        torch.from_numpy(np.array(small)),
+        torch.from_numpy(np.array(resized)),
+        canvas.tiles_h,
+        canvas.tiles_w,
     )
 
 

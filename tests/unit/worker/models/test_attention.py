@@ -93,9 +93,9 @@ def test_against_plain_loop(
             held = [pages[p // PAGE_TOKENS] * PAGE_TOKENS + p % PAGE_TOKENS for p in range(length)]
             q_pos, k_pos = torch.arange(first, length)[:, None], torch.arange(length)[None]
             allowed = k_pos <= q_pos
+            allowed |= (q_pos < prefix) & (k_pos < prefix)
             if kind.window:
                 allowed &= k_pos > q_pos - kind.window
-            allowed |= (q_pos < prefix) & (k_pos < prefix)
             queries = query[start : start + length - first]
             want = plain(queries, flat_keys[held], flat_values[held], allowed, kind.cap)
             got = found[start : start + length - first].double()

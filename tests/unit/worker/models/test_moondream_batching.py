@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.two_sheets import image_crops
 from tests.unit.worker.models.paged_driver import Driver, Row, quiet, relative_error, same
 from tests.unit.worker.models.small_checkpoint import SECTIONS, write_checkpoint
 from worker.formats.folder import Folder
@@ -42,7 +43,7 @@ def picture(seed: int, tiles_h: int, tiles_w: int) -> ImageCrops:
     canvas = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     small = torch.randint(0, 256, (70, 70, 3), dtype=torch.uint8, generator=generator)
     one_tile = tiles_h == tiles_w == 1
-    return ImageCrops(canvas if one_tile else small, canvas, tiles_h, tiles_w)
+    return image_crops(canvas if one_tile else small, canvas, tiles_h, tiles_w)
 
 
 @pytest.mark.parametrize("cuts", [[1] * 37, [5, 16, 16], [36, 1], [20, 17]])
@@ -145,8 +146,8 @@ def test_pictures_of_one_batch_equal_single_pictures(small: Moondream) -> None:
 
 def test_a_canvas_of_another_size_is_refused(small: Moondream) -> None:
     image = picture(1, 2, 2)
-    image.tiles_w = 1
-    with pytest.raises(ValueError, match="canvas"):
+    image.sheets[1].cols = 1
+    with pytest.raises(ValueError, match="sheet"):
         small.encode_images([image])
 
 

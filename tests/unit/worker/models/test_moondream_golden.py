@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shared.protocol import OverlappingTiles
 from shared.tiling import canvas_for, choose_tiles
 from tests.unit.worker.models.paged_driver import Driver, Row, prepare, relative_error
 from worker.forward import ImageCrops
@@ -24,14 +25,14 @@ Golden = dict[str, np.ndarray]
 def test_tilings(golden_folder: Path) -> None:
     for height, width, tiles_h, tiles_w in json.loads((golden_folder / "tilings.json").read_text()):
         assert choose_tiles(height, width, 266, 112, 12) == (tiles_h, tiles_w), (height, width)
-        canvas = canvas_for(height, width, crop_size=378, patch_size=14, margin_patches=4, max_crops=12)
+        canvas = canvas_for(height, width, crop_size=378, rule=OverlappingTiles(14, 4, 12))
         assert canvas == (tiles_h, tiles_w, tiles_h * 266 + 112, tiles_w * 266 + 112)
 
 
 @pytest.mark.parametrize("index", range(4))
 def test_crops(index: int, images: list[ImageCrops], golden: Golden) -> None:
     image = images[index]
-    assert [image.tiles_h, image.tiles_w] == golden[f"image{index}.tiling"].tolist()
+    assert [image.sheets[1].rows, image.sheets[1].cols] == golden[f"image{index}.tiling"].tolist()
     crops = cut_crops(image, 378, 112)
     means = crops.double().mean(dim=(1, 2))
     assert relative_error(means, golden[f"image{index}.crop_means"]) < 1e-9

@@ -125,9 +125,9 @@ class Case:
             query = query.view(one.count, heads.heads, heads.dim)
             q_pos, k_pos = torch.arange(one.context, length)[:, None], torch.arange(length)[None]
             seen = k_pos <= q_pos
+            seen |= (q_pos < one.prefix) & (k_pos < one.prefix)
             if heads.window:
                 seen &= k_pos > q_pos - heads.window
-            seen |= (q_pos < one.prefix) & (k_pos < one.prefix)
             group = heads.heads // heads.kv_heads
             key, value = (part[lines].repeat_interleave(group, 1).transpose(0, 1) for part in (keys, values))
             scores = query.transpose(0, 1) @ key.transpose(1, 2) / math.sqrt(heads.dim)

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.worker.schedule.examples import sequence
 from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
-from worker.schedule.sequence import Picture, Sequence
+from worker.schedule.sequence import Picture, Run, Sequence
 
 PROMPT = list(range(20, 31))  # eleven tokens: two full pages of four, and three
 
@@ -34,8 +34,8 @@ def remember(cache: PrefixCache, pool: PagePool, seq: Sequence) -> list[int]:
     return pages
 
 
-def picture(digest: bytes) -> Picture:
-    return Picture(1, 5, 1, 1, 8, 8, digest, b"", b"")
+def picture(digest: bytes, position: int = 1, num_tokens: int = 5) -> Picture:
+    return Picture((Run(position, num_tokens, 0),), [], [], digest)
 
 
 def test_full_pages_are_found_again_and_the_rest_is_computed(cache: PrefixCache, pool: PagePool) -> None:
@@ -62,12 +62,18 @@ def test_a_common_beginning_is_shared_up_to_where_prompts_part(cache: PrefixCach
     [
         ({"tenant": "a"}, {"tenant": "b"}),
         (
-            {"prefix_tokens": 6, "pictures": [picture(b"x")]},
-            {"prefix_tokens": 6, "pictures": [picture(b"y")]},
+            {"blocks": [(0, 6)], "pictures": [picture(b"x")]},
+            {"blocks": [(0, 6)], "pictures": [picture(b"y")]},
         ),
-        ({"prefix_tokens": 6}, {"prefix_tokens": 0}),
+        ({"blocks": [(0, 6)]}, {"blocks": []}),
+        # Nothing of the picture is on the first page, which depends on it all the same.
+        (
+            {"blocks": [(0, 9)], "pictures": [picture(b"x", 5)]},
+            {"blocks": [(0, 9)], "pictures": [picture(b"y", 5)]},
+        ),
+        ({"pictures": [picture(b"x", 0, 2)]}, {"pictures": [picture(b"y", 0, 2)]}),
     ],
-    ids=["tenant", "picture", "direction"],
+    ids=["tenant", "picture", "direction", "block", "causal picture"],
 )
 def test_what_a_page_depends_on_tells_it_apart(
     cache: PrefixCache, pool: PagePool, one: dict[str, Any], other: dict[str, Any]
@@ -97,3 +103,13 @@ def test_pages_of_a_faulty_row_are_not_to_be_found(cache: PrefixCache, pool: Pag
     cache.forget(seq)
     cache.release(seq)
     assert cache.match(sequence(PROMPT)) == 0 and pool.num_free == pool.total
+
+
+def test_of_several_pictures_the_common_ones_are_found_again(cache: PrefixCache, pool: PagePool) -> None:
+    one, two, other = picture(b"one", 0, 4), picture(b"two", 4, 4), picture(b"other", 4, 4)
+    pages = remember(cache, pool, sequence(PROMPT, pictures=[one, two]))
+    again = sequence(PROMPT, pictures=[one, other])
+    assert cache.match(again) == 4 and again.pages == pages[:1]
+    swapped = [picture(b"two", 0, 4), picture(b"one", 4, 4)]
+    assert cache.match(sequence(PROMPT, pictures=swapped)) == 0
+    assert cache.match(sequence(PROMPT, pictures=[one, two])) == 8

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 
 from shared.errors import ErrorCode, FinishReason
+from shared.protocol import Sheet
 from tests.unit.worker.schedule.examples import life_of, plan_of, result_of, scheduler, sequence
 from worker.schedule.life import Life
+from worker.schedule.pace import Pace, StepCosts
+from worker.schedule.plan import crops_of
 from worker.schedule.refusal import Refusal
+from worker.schedule.sequence import Picture, Run, Sequence
 
 
 def test_a_prompt_is_prefilled_and_then_decodes_a_token_a_step() -> None:
@@ -50,8 +54,67 @@ def test_a_bidirectional_prefix_is_never_cut() -> None:
     running = sequence(3, number=1, max_tokens=9)
     steps.submit(running)
     plan_of(steps)
-    steps.submit(sequence(14, number=2, prefix_tokens=12))
+    steps.submit(sequence(14, number=2, blocks=[(0, 12)]))
     assert [c.num_tokens for c in plan_of(steps).chunks] == [12], "it may overdraw the budget"
+
+
+def test_a_cut_goes_before_a_block_that_does_not_fit() -> None:
+    steps = scheduler(step_tokens=8, mixed_tokens=8)
+    steps.submit(sequence(16, blocks=[(2, 5), (7, 12)]))
+    cuts: list[int] = []
+    while sum(cuts) < 16:
+        plan = plan_of(steps)
+        cuts.append(plan.chunks[0].num_tokens)
+    assert cuts == [7, 5, 4], "page boundaries otherwise"
+
+
+def test_a_chunk_ends_before_a_picture_whose_crops_overdraw_the_step() -> None:
+    steps = scheduler(step_crops=3)
+
+    def picture(at: int, crops: int) -> Picture:
+        return Picture((Run(at, 4, 0),), [Sheet(1, crops, 8, 8 * crops)], [b""], bytes([at]))
+
+    steps.submit(sequence(40, pictures=[picture(2, 2), picture(8, 1), picture(20, 1), picture(30, 5)]))
+    seen = []
+    for _ in range(3):
+        plan = plan_of(steps)
+        (chunk,) = plan.chunks
+        seen.append((chunk.start, chunk.num_tokens, crops_of(chunk)))
+    assert seen == [(0, 20, 3), (20, 10, 1), (30, 10, 5)], "one picture is always taken"
+
+
+def test_crops_that_are_encoded_by_themselves_are_shared_out_over_steps() -> None:
+    """Six crops of four positions each, a position of text before, between and behind them; a step takes two crops."""
+    steps = scheduler(step_crops=2, cache=True)
+
+    def ask(number: int) -> Sequence:
+        runs = (Run(1, 12, 0), Run(14, 12, 12))
+        shown = Picture(runs, [Sheet(2, 3, 16, 24)], [b""], b"shown", unit_tokens=4)
+        return sequence(27, number=number, max_tokens=1, pictures=[shown])
+
+    steps.submit(ask(1))
+    seen = []
+    for _ in range(3):
+        plan = plan_of(steps)
+        seen += [(chunk.start, chunk.num_tokens, crops_of(chunk)) for chunk in plan.chunks]
+        steps.commit(plan, result_of(plan), 1.0)
+    assert seen == [(0, 9, 2), (9, 9, 2), (18, 9, 2)]
+    steps.submit(ask(2))
+    (chunk,) = plan_of(steps).chunks
+    assert (chunk.start, crops_of(chunk)) == (24, 1), "the crop that the cached pages end in is needed again"
+
+
+def test_crops_fit_into_the_time_of_a_step_but_for_the_first() -> None:
+    pace = Pace(StepCosts(0.0, 1e-6, 0.0, 1e-6, 0.0, 0.1), step_s=0.25)
+    pace.is_guess = False
+    steps = scheduler(pace=pace)
+    shown = Picture((Run(0, 20, 0),), [Sheet(1, 5, 8, 40)], [b""], b"shown", unit_tokens=4)
+    steps.submit(sequence(21, pictures=[shown]))
+    cuts = []
+    for _ in range(3):
+        (chunk,) = plan_of(steps).chunks
+        cuts.append((chunk.num_tokens, crops_of(chunk)))
+    assert cuts == [(8, 2), (8, 2), (5, 1)]
 
 
 def test_a_row_that_ends_in_flight_is_a_zombie_until_its_last_commit() -> None:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loadtest.gpu.random_models import random_model
 from shared.errors import ErrorCode
 from shared.protocol import Sampling, Submit, pack_i32
+from tests.two_sheets import image_crops
 from tests.unit.worker.loop.simulation import EPOCH, GATEWAY, Stream
 from tests.unit.worker.step.graph_device import GraphDevice, RecordedGraph
 from tests.unit.worker.step.test_torch_runner import GOLDEN, Harness, load, mixture
@@ -434,7 +435,7 @@ def test_vision_graphs_equal_the_encoder(tiny: Moondream) -> None:
         def pixels(*shape: int) -> torch.Tensor:
             return torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=generator)
 
-        return ImageCrops(pixels(side, side), pixels(height, width), tiles_h, tiles_w)
+        return image_crops(pixels(side, side), pixels(height, width), tiles_h, tiles_w)
 
     pictures = [picture(1, 1), picture(1, 2), picture(2, 2)]
     with torch.inference_mode():

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest.gpu.random_models import random_model
+from shared.protocol import Sheet
 from worker.device.choices import without
 from worker.device.contract import Event
 from worker.device.cpu import CpuDevice, CpuStream
 from worker.models.moondream import Moondream
-from worker.schedule.sequence import Picture
+from worker.schedule.sequence import Picture, Run
 from worker.step.features import FeatureCache
 
 SIDE = 70
@@ -33,7 +34,8 @@ def model() -> Moondream:
 
 def picture(number: int) -> Picture:
     pixels = bytes([number]) * (SIDE * SIDE * 3)
-    return Picture(1, 25, 1, 1, SIDE, SIDE, hashlib.sha256(pixels).digest(), pixels, pixels)
+    sheets = [Sheet(1, 1, SIDE, SIDE)] * 2
+    return Picture((Run(1, 25, 0),), sheets, [pixels] * 2, hashlib.sha256(pixels).digest())
 
 
 def held_bytes(cache: FeatureCache) -> int:
@@ -53,17 +55,17 @@ def held_bytes(cache: FeatureCache) -> int:
 )
 def test_what_is_kept_stays_within_the_bound(model: Moondream, batches: list[list[int]], most: int) -> None:
     with torch.inference_mode():
-        one = FeatureCache(model, 1 << 30, CpuDevice()).get([("a", picture(0))])
+        one = FeatureCache(model, 1 << 30, CpuDevice()).get([("a", picture(0), 0)])
         each = next(iter(one.values())).nbytes
         cache = FeatureCache(model, most * each, CpuDevice())
         for batch in batches:
-            wanted = [("a", picture(number)) for number in batch]
+            wanted = [("a", picture(number), 0) for number in batch]
             found = cache.get(wanted)
-            assert set(found) == {("a", p.digest) for _, p in wanted}
+            assert set(found) == {("a", p.digest, 0) for _, p, _ in wanted}
             assert held_bytes(cache) <= most * each
-            for tenant, shown in wanted:
-                alone = model.encode_images([cache._upload(shown)])[0]
-                torch.testing.assert_close(found[tenant, shown.digest], alone)
+            for tenant, shown, unit in wanted:
+                alone = model.encode_images([cache._upload(shown, unit)])[0]
+                torch.testing.assert_close(found[tenant, shown.digest, unit], alone)
 
 
 class Streamed(CpuStream):
@@ -108,13 +110,13 @@ def test_pictures_are_encoded_beside_the_compute_stream_which_waits_before_it_re
 
     with torch.inference_mode():
         cache = FeatureCache(model, 1 << 30, device, encode)
-        found = cache.get([("a", picture(1)), ("a", picture(2))])
+        found = cache.get([("a", picture(1), 0), ("a", picture(2), 0)])
         kept = [(str(features.untyped_storage().data_ptr()), "handed over") for features in found.values()]
         order = [("aside", "begin"), ("encoder", "run"), ("aside", "end"), ("aside", "record")]
         assert device.told == [*order, ("compute", "wait"), *kept]
         device.told.clear()
-        cache.get([("a", picture(2))])
+        cache.get([("a", picture(2), 0)])
         assert device.told == [], "nothing is waited for where nothing is encoded"
         with without("vision_stream"):
-            cache.get([("a", picture(3))])
+            cache.get([("a", picture(3), 0)])
         assert device.told == [("compute", "begin"), ("encoder", "run"), ("compute", "end")]

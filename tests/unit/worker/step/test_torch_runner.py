@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.protocol import ImageInput, Sampling, Submit, pack_i32
+from shared.protocol import ImageInput, OverlappingTiles, Sampling, Submit, pack_i32
 from shared.tiling import canvas_for
+from tests.two_sheets import image_input
 from tests.unit.worker.loop.simulation import EPOCH, GATEWAY, RecordingOutbox, Stream, punctual_masks
 from worker.device.contract import Device
 from worker.device.cpu import CpuDevice
@@ -132,19 +133,14 @@ def picture(number: int, model: Model) -> tuple[ImageInput, list[bytes]]:
     spec = model.card.image
     assert spec is not None
     image = Image.open(GOLDEN / f"image{number}.png").convert("RGB")
-    canvas_size = canvas_for(
-        image.height,
-        image.width,
-        crop_size=spec.crop_size,
-        patch_size=spec.patch_size,
-        margin_patches=spec.margin_patches,
-        max_crops=spec.max_crops,
-    )
+    assert isinstance(spec.rule, OverlappingTiles)
+    canvas_size = canvas_for(image.height, image.width, crop_size=spec.crop_size, rule=spec.rule)
     tiles_h, tiles_w, height, width = canvas_size
     whole = np.asarray(image.resize((spec.crop_size, spec.crop_size), Image.Resampling.LANCZOS)).tobytes()
     canvas = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)).tobytes()
     digest = hashlib.sha256(whole + canvas).digest()
-    return ImageInput(1, tiles_h, tiles_w, height, width, digest), [whole, canvas]
+    side, tiles = spec.crop_size, (tiles_h, tiles_w)
+    return image_input(1, spec.crop_tokens, side, digest, tiles, (height, width)), [whole, canvas]
 
 
 def mixture(model: Model, *, seed: int, temperature: float) -> list[tuple[Submit, list[bytes]]]:

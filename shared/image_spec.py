@@ -1,0 +1,106 @@
+"""Owns how pictures are described on the wire: what a model wants of them, and what a request brings. Every process.
+
+`shared.pictures` does what is said here; fields are appended as in `shared.protocol`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class PicturePart(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Parent of what is said of pictures."""
+
+
+class Rule(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Parent of the ways in which a picture is cut: tagged by its class name."""
+
+
+class OneCrop(Rule, frozen=True):
+    """The whole picture, whatever its proportions, becomes one crop."""
+
+
+class OverlappingTiles(Rule, frozen=True):
+    """The whole picture as one crop, then a canvas of tiles that share margins; all of them give `crop_tokens` together."""
+
+    patch_size: int  # pixels
+    margin_patches: int
+    max_crops: int
+
+
+class EdgeTiles(Rule, frozen=True):
+    """The longer edge is scaled to `longest_edge`, both edges then to whole crops; the tiles come first, the whole last.
+
+    Not `is_split`: the whole alone.
+    """
+
+    longest_edge: int  # pixels
+    is_split: bool = True
+
+
+class RatioTiles(Rule, frozen=True):
+    """As many tiles, within bounds, as have the proportions nearest to the picture's, then the whole if they are several."""
+
+    min_tiles: int
+    max_tiles: int
+
+
+class PanAndScan(Rule, frozen=True):
+    """The whole, then pieces along the longer edge of a picture that is at least `min_ratio` times as long as wide."""
+
+    min_crop: int  # pixels of the picture
+    max_crops: int
+    min_ratio: float
+
+
+class ImageLayout(PicturePart, frozen=True):
+    """How a picture is written into a prompt's text. `run` in the texts stands for the positions of one crop."""
+
+    placeholder: str = (
+        ""  # what the chat template writes; empty: pictures follow the prompt's first id, unwritten
+    )
+    run: str = ""  # the special token in whose places crops' features stand
+    whole: str = ""  # a picture of one crop
+    before: str = ""  # a picture of several begins with this
+    tile: str = ""  # {row} and {col}, from 1
+    tile_gap: str = ""  # between two tiles of a row
+    row_end: str = ""
+    overview: str = ""  # the crop that shows the whole
+    after: str = ""
+
+
+class ImageSpec(PicturePart, frozen=True):
+    """How a model's pictures are prepared and placed: all that a gateway needs for it. A crop is square, in pixels."""
+
+    crop_size: int
+    crop_tokens: int  # positions in the prompt that a crop takes
+    rule: OneCrop | OverlappingTiles | EdgeTiles | RatioTiles | PanAndScan
+    resample: str = "lanczos"  # lanczos | bicubic | bilinear | nearest
+    layout: ImageLayout = ImageLayout()
+    attends: str = (
+        "causal"  # within a run: causal | block (both ways) | prefix (so, with all that stands before it)
+    )
+    max_images: int = 1  # of one request
+    max_bytes: int = 128 << 20  # of pixels, all pictures of one request together
+
+
+class Sheet(PicturePart, frozen=True):
+    """Pixels of a picture that travel as one frame, and how many crops the device cuts of them: `rows × cols`."""
+
+    rows: int
+    cols: int
+    height: int  # of all its pixels
+    width: int
+
+
+class ImageInput(PicturePart, frozen=True):
+    """One picture of a request, already decoded, resized and laid out by the gateway as the model's `ImageSpec` says.
+
+    A payload frame for each sheet follows the message, uint8 RGB, row-major HWC. Text-only models never see one.
+    """
+
+    sheets: list[Sheet]  # in the order in which the prompt has their crops
+    runs: list[
+        tuple[int, int]
+    ]  # (index into the prompt's ids before which positions are inserted, how many of the picture's)
+    digest: bytes  # sha256 over sizes and frames: the key of cached features and pages

@@ -1,0 +1,68 @@
+"""Folders of families that read pictures behind a real gateway and a real worker: the tokens transformers gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from tests.integration.stack import stack
+from tests.unit.worker.models.picture_oracle import FAMILIES, Turn, data_url, scene
+
+pytestmark = pytest.mark.slow
+
+NUM = 16
+
+
+def as_openai(turns: Sequence[Turn]) -> list[Any]:
+    """A conversation as the official client sends it."""
+    sent = []
+    for role, parts in turns:
+        content: Any = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image_url", "image_url": {"url": data_url(part)}}
+            for part in parts
+        ]
+        sent.append({"role": role, "content": content if role == "user" else parts[0]})
+    return sent
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "gemma3"])
+def test_two_pictures_then_a_second_turn(family: str, tmp_path: Path) -> None:
+    oracle = FAMILIES[family](tmp_path)
+    turns: list[Turn] = [("user", [scene(70, 50, 1), "and", scene(33, 150, 2), "which one?"])]
+    with stack(["--device", "cpu", "--dtype", "float32", "--model", str(tmp_path)]) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        (model,) = client.models.list().data
+        follow_ups: list[Sequence[Any]] = [["And why?"], [scene(20, 20, 3), "and this?"]]
+        for more in follow_ups:
+            expected = oracle.expected(turns)
+            answer = client.chat.completions.create(
+                model=model.id,
+                messages=as_openai(turns),
+                max_tokens=NUM,
+                temperature=0,
+                extra_body={"ignore_eos": True},
+            )
+            assert answer.usage is not None and answer.usage.prompt_tokens == len(expected.ids)
+            with torch.inference_mode():
+                tokens = oracle.greedy(expected, NUM)
+            said = oracle.tokenizer.decode(tokens, skip_special_tokens=True)
+            assert answer.choices[0].message.content == said
+            turns += [("assistant", ["Both."]), ("user", more)]
+        assert answer.usage is not None
+        cached = answer.usage.prompt_tokens_details
+        assert cached is not None and (cached.cached_tokens or 0) > 16, (
+            "the second turn reads the first from the cache"
+        )
+        too_many = [("user", [scene(8, 8, 1)] * 17)]
+        with pytest.raises(openai.APIStatusError, match="takes at most 16 a request"):
+            client.chat.completions.create(model=model.id, messages=as_openai(too_many))
+        video: Any = [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA"}}]
+        with pytest.raises(openai.BadRequestError, match="send some of their frames as pictures"):
+            client.chat.completions.create(model=model.id, messages=[{"role": "user", "content": video}])

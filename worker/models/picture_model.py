@@ -1,0 +1,110 @@
+"""Owns models that read pictures beside a dense decoder: a vision tower and a projector in front of it. Decode thread.
+
+A family says how its pictures are cut and placed (`ImageSpec`), what its tensors are called, and how tower and projector
+are built; nothing else of it is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.protocol import ImageSpec, ModelCard
+from worker.formats.source import ProgressReport, Rename, Source
+from worker.forward import ImageCrops
+from worker.models.card import make_card
+from worker.models.contract import EncodeCrops, Model
+from worker.models.dense import Dense, load_dense
+from worker.models.dense_config import DenseConfig
+from worker.models.family import Family
+from worker.models.layers import Take, TakeWeight
+from worker.models.settings import Settings
+from worker.models.tiling import cut_crops
+from worker.models.vision_tower import Tower
+
+Project = Callable[[Tensor], Tensor]
+"""A tower's features (C, T, D) → input embeddings of the decoder (C, crop_tokens, dim)."""
+
+ReadText = Callable[[Settings], DenseConfig]
+
+
+@dataclass(frozen=True, slots=True)
+class PictureParts:
+    """What a family makes of a folder."""
+
+    text: Settings  # of the decoder, its class's defaults included
+    sizes: DenseConfig
+    spec: ImageSpec
+    rename: Rename  # stored names → `model.…`, `lm_head.…` for the decoder, any others for the rest
+    build: Callable[[Take], tuple[Tower, Project]]
+
+
+class PictureModel(Dense):
+    """A dense decoder that reads pictures; implements `contract.Model`."""
+
+    def __init__(
+        self,
+        parts: PictureParts,
+        sizes: DenseConfig,
+        card: ModelCard,
+        take: Take,
+        device: torch.device,
+        take_weight: TakeWeight | None = None,
+    ) -> None:
+        super().__init__(sizes, card, take, device, take_weight)
+        self._tower, self._project = parts.build(take)
+        self._spec = parts.spec
+        if parts.spec.attends != "causal":
+            self.prefix_tokens = parts.spec.crop_tokens
+
+    @property
+    def encoder(self) -> Tower:
+        """The vision tower."""
+        return self._tower
+
+    def encode_images(self, images: list[ImageCrops], features: EncodeCrops | None = None) -> list[Tensor]:
+        """Pictures → one (crops · crop_tokens, D) tensor each. Raises ValueError on sheets that do not fit."""
+        if not images:
+            return []
+        crops = [cut_crops(image, self._spec.crop_size) for image in images]
+        encoded = self._project((features or self._tower.features)(torch.cat(crops)))
+        return [own.flatten(0, 1) for own in torch.split(encoded, [len(own) for own in crops])]
+
+
+def picture_family(
+    name: str, title: str, architecture: str, read: Callable[[Settings, Source], PictureParts]
+) -> Family:
+    """A family of `PictureModel`s: `read` makes its parts, `name` is their `model_type` too."""
+
+    def load(source: Source, device: torch.device, dtype: torch.dtype, report: ProgressReport) -> Model:
+        settings = Settings(source.config, source.settings_file)
+        model_type = settings.get("model_type", name)
+        if model_type != name:
+            raise settings.fault(f"'model_type' is {model_type!r}, not {name!r} as its architecture")
+        parts = read(settings, source)
+        # Ends and beginnings stand in either of the two.
+        said = {**parts.text.values, **{key: v for key, v in settings.values.items() if v is not None}}
+        card = make_card(parts.sizes, source, name, Settings(said, settings.file), image=parts.spec)
+
+        def build(*given: object) -> PictureModel:
+            return PictureModel(parts, *given)  # type: ignore[arg-type]
+
+        return load_dense(source, parts.sizes, card, device, dtype, report, rename=parts.rename, build=build)
+
+    return Family(name, title, (architecture,), load)
+
+
+def text_settings(settings: Settings, defaults: dict[str, object]) -> Settings:
+    """The decoder's settings in `text_config`, over the defaults of its class, which released folders leave out."""
+    given = {key: value for key, value in settings.objects("text_config").items() if value is not None}
+    whole = {"degas": settings.get("degas"), "tie_word_embeddings": None}
+    return Settings({**defaults, **given, **whole}, settings.file)
+
+
+def section(settings: Settings, name: str, defaults: dict[str, object]) -> Settings:
+    """An object of config.json, over the defaults of its class."""
+    given = {key: value for key, value in settings.objects(name).items() if value is not None}
+    return Settings({**defaults, **given}, settings.file)
