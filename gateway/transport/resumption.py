@@ -57,10 +57,10 @@ class Resumption:
 
     def is_asked(self, request: web.Request) -> bool:
         """Whether a request asks to be resumable. Raises `RequestError` where that is turned off."""
-        given = request.headers.get(HEADER, "").strip().lower()
-        if given in ("", "false", "0"):
+        given = request.headers.get(HEADER, "false")
+        if given == "false":
             return False
-        if given not in ("true", "1"):
+        if given != "true":
             raise RequestError(ErrorCode.INVALID_REQUEST, f"{HEADER}: true or false", param=HEADER)
         self.check_on(HEADER)
         return True

@@ -42,6 +42,7 @@ _TAGS: Final = {
     "Ollama": "Ollama's routes. Those that manage models are refused.",
     "Moondream": "Moondream's own routes: questions, captions, boxes and points.",
     "Tokens": "Texts to token ids and back, as vLLM has it.",
+    "Streams": "Going on with an answer after a lost connection.",
     "Server": "Health, figures and this description.",
 }
 _INTRODUCTION: Final = """\
@@ -102,6 +103,7 @@ def _operation(operation: Operation, refs: dict[Any, Json]) -> Json:
     }
     if operation.text:
         made["description"] = operation.text
+    assert operation.tag in _TAGS
     streams_events = operation.stream is not None and operation.stream[0] == SSE
     if streams_events and operation.body is not None:
         made["parameters"] = list(RESUMABLE)

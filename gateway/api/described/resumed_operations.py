@@ -49,7 +49,7 @@ OPERATIONS: Final = (
     Operation(
         "GET",
         "/v1/streams/{id}",
-        "Degas",
+        "Streams",
         "Go on with a resumable stream",
         text="Behind `Last-Event-ID`, or `starting_after`. 204: it has ended, and nothing follows.",
         answers={200: ("text/event-stream", "The events that follow."), 204: ("", "It has ended.")},
@@ -59,7 +59,7 @@ OPERATIONS: Final = (
     Operation(
         "DELETE",
         "/v1/streams/{id}",
-        "Degas",
+        "Streams",
         "Cancel a resumable stream",
         answers={204: ("", "It is cancelled.")},
         errors=_ERRORS,
