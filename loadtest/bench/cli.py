@@ -184,6 +184,10 @@ def engine(
         str, typer.Option(help="Compute threads of each engine; several with --gguf and --model.")
     ] = "1",
     cores: Cores = "",
+    activations: Annotated[
+        Literal["auto", "int8", "exact"],
+        typer.Option(help="Degas, with --gguf: what activations are multiplied as (docs/operating.md)."),
+    ] = "auto",
     transformers_python: TransformersPython = sys.executable,
     vllm_python: VllmPython = "",
     llama_cpp_python: LlamaCppPython = "",
@@ -204,7 +208,8 @@ def engine(
         if path is not None:
             if gguf is not None and model is not None:
                 raise ValueError("give either --gguf or --model")
-            one_file = measure_file(FileWorkload(path, *asked, counts, on_cores), peers, left_out, say=_say)
+            load = FileWorkload(path, *asked, counts, on_cores, activations)
+            one_file = measure_file(load, peers, left_out, say=_say)
             _print_file(one_file, as_json=as_json)
             return
         if len(counts) != 1:

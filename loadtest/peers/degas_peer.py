@@ -17,6 +17,7 @@ from worker.loop.engine import Engine
 from worker.loop.inbox import Inbox, Received
 from worker.models.registry import load_model
 from worker.native.library import use_threads
+from worker.native.products import use_activations
 from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
@@ -145,6 +146,7 @@ class DegasSide:
 
 def make(spec: Spec) -> DegasSide:
     """The engine as `degas worker` would set it up, with rows and pages for what is asked."""
+    use_activations(spec.activations)  # type: ignore[arg-type]
     return DegasSide(
         Path(spec.folder),
         getattr(torch, spec.dtype),

@@ -33,6 +33,7 @@ class FileWorkload:
     rounds: int = 5
     threads: tuple[int, ...] = (1,)
     cores: tuple[int, ...] = ()  # empty: any
+    activations: str = "auto"  # Degas's setting
 
     def check(self) -> None:
         """Raise ValueError naming the option and a safe value."""
@@ -142,7 +143,7 @@ def _measure_threads(
         gguf = engines.start_all(peers, load.path, Path(home), stack)
         tokens = (max(load.prompt_tokens, PREFILL_TOKENS), load.new_tokens)
         for name in engines.names:
-            spec = Spec(str(load.path), gguf, done.dtype, threads, max(load.rows), *tokens)
+            spec = Spec(str(load.path), gguf, done.dtype, threads, max(load.rows), *tokens, load.activations)
             engines.load(name, spec)
         rng = random.Random(1)
 

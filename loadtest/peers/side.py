@@ -35,6 +35,7 @@ class Spec:
     max_rows: int
     prompt_tokens: int
     new_tokens: int
+    activations: str = "auto"  # Degas alone: what they are multiplied as where weights are in blocks
 
 
 @dataclass(frozen=True, slots=True)
