@@ -43,6 +43,11 @@ class Access:
                 found = tenant
         return found
 
+    @property
+    def tenant_names(self) -> dict[str, str]:
+        """What tenants are called where others may read it: the first key's is `key-1`. Nothing in a name is a key's."""
+        return {tenant: f"key-{number}" for number, tenant in enumerate(self._tenants, 1)}
+
     def authenticate(self, headers: Mapping[str, str]) -> str:
         """The caller's tenant. Raises `RequestError` UNAUTHORIZED."""
         key = key_of(headers)

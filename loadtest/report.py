@@ -165,7 +165,7 @@ def terminal_report(result: Result) -> RenderableType:
     for name, tally in (("all", result.all), ("slow readers", result.kinds.get("slow"))):
         if tally is not None and tally.errors:
             parts += _errors(name, tally)
-    parts += [Text(f"{value} {unit}".rstrip() + f": {what}") for value, unit, what in figures_of_cost(result)]
+    parts += [Text(f"{what}: {value} {unit}".rstrip()) for value, unit, what in figures_of_cost(result)]
     parts.append(
         Text(
             f"client: {result.client_cpu_share:.0%} of a core, sent late by p50 "

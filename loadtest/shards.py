@@ -44,10 +44,9 @@ def run_metered(scenario: Scenario, on_progress: Progress | None = None) -> Resu
     before = on_loop(_read(scenario))
     result = _run_together(scenario) if scenario.processes > 1 else run_alone(scenario, on_progress)
     after = on_loop(_read_when_idle(scenario))
-    result.cost, result.joules = _grown(before.cost, after.cost), _grown(before.joules, after.joules)
+    result.joules = _grown(before.joules, after.joules)
     result.still_in_flight = None if after.in_flight is None else int(after.in_flight)
-    price = scenario.price_per_hour
-    if price:
+    if price := scenario.price_per_hour or scenario.target.price_per_hour:
         result.cost = price * result.elapsed_s / 3600
     return result
 

@@ -25,9 +25,8 @@ _MAX_METRICS_BYTES: Final = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Meter:
-    """Readings of a target's counters; None: it does not say."""
+    """Readings of a target's metrics; None: it does not say."""
 
-    cost: float | None = None  # so far, in the currency of its price
     joules: float | None = None
     in_flight: float | None = None  # requests under way
     price_per_hour: float | None = None  # of all its devices together
@@ -107,7 +106,6 @@ async def read_meter(scenario: Scenario, session: aiohttp.ClientSession) -> Mete
     except (aiohttp.ClientError, OSError, TimeoutError):
         return Meter()
     return Meter(
-        cost=_sum_of(data, b"degas_worker_cost_total"),
         joules=_sum_of(data, b"degas_worker_energy_joules_total"),
         in_flight=_sum_of(data, b"degas_requests_in_flight"),
         price_per_hour=_sum_of(data, b"degas_worker_price_per_hour"),

@@ -141,8 +141,7 @@ def _gateway(now: Scrape, before: Scrape | None) -> GatewayFigures:
     span_s = now.at_s - before.at_s if before is not None else None
 
     def rate(name: str) -> float | None:
-        grown = _grown(now, before, name)
-        return None if span_s is None or grown is None else grown / span_s
+        return None if span_s is None else (_grown(now, before, name) or 0.0) / span_s
 
     return GatewayFigures(
         now.url,

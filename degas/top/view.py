@@ -24,9 +24,11 @@ def render(figures: Figures, clock: str) -> RenderableType:
     parts += [_state_line(names[one.url], one) for one in figures.gateways]
     there = [one for one in figures.gateways if one.is_there]
     if there:
-        parts += [Text(), _gateways(there, names)]
+        legend = "refused, errors: a second; first, p99: time to first token; gap: the median"
+        parts += [Text(), _gateways(there, names), Text(legend, style="dim")]
     if figures.workers:
-        parts += [Text(), _workers(figures.workers, names)]
+        legend = "step: the device's time, host: the loop's; bubble: device idle with work at hand"
+        parts += [Text(), _workers(figures.workers, names), Text(legend, style="dim")]
         parts += [_worker_line(_worker_name(one, names), one) for one in figures.workers if one.is_up]
     if figures.models:
         parts += [Text(), *(_model_line(one) for one in figures.models)]
@@ -46,18 +48,7 @@ def _state_line(name: str, one: GatewayFigures) -> Text:
 
 
 def _gateways(gateways: list[GatewayFigures], names: dict[str, str]) -> Table:
-    table = _table(
-        "gateway",
-        "streams",
-        "req/s",
-        "refused/s",
-        "errors/s",
-        "tok/s",
-        "first p50",
-        "p99",
-        "gap p50",
-        "workers",
-    )
+    table = _table("", "streams", "req/s", "refused", "errors", "tok/s", "first", "p99", "gap", "workers")
     for one in gateways:
         table.add_row(
             names[one.url],
@@ -135,7 +126,7 @@ def _tenants(tenants: list[dict[str, Any]]) -> Table:
 
 def _table(first: str, *others: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, overflow="ellipsis")
+    table.add_column(first, no_wrap=True)
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table

@@ -131,6 +131,8 @@ class Dispatch:
         assert flight.state.end is not None
         elapsed_s = self._now() - flight.started_s
         self._metrics.on_end(flight.state.end, elapsed_s)
+        request = flight.request
+        self._metrics.ledger.on_end(request.model.card.model_id, request.tenant, flight.state.end.usage)
         if self._tracing is not None:
             self._tracing.end(flight, flight.state.end, elapsed_s)
         self._on_settled(flight)

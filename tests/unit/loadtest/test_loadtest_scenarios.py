@@ -220,15 +220,15 @@ def test_parts_offer_the_whole_and_merge_to_it() -> None:
 
 
 async def test_meters_are_read_where_there_are_any() -> None:
-    metrics = 'degas_worker_cost_total{worker="0"} 1.5\ndegas_worker_cost_total{worker="1"} 2.0\n# x\ndegas_requests_in_flight 3.0\n'
-    for text, cost, in_flight in ((metrics, 3.5, 3.0), ("", None, None)):
+    metrics = 'degas_worker_price_per_hour{worker="0"} 1.5\ndegas_worker_price_per_hour{worker="1"} 2.0\n# x\ndegas_requests_in_flight 3.0\n'
+    for text, price, in_flight in ((metrics, 3.5, 3.0), ("", None, None)):
         server = FakeServer(metrics=text)
         async with serving(server):
             import aiohttp
 
             async with aiohttp.ClientSession() as session:
                 meter = await read_meter(Scenario(url=server.url), session)
-        assert (meter.cost, meter.in_flight, meter.joules) == (cost, in_flight, None)
+        assert (meter.price_per_hour, meter.in_flight, meter.joules) == (price, in_flight, None)
 
 
 def test_two_runs_are_compared(tmp_path: Path) -> None:
