@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import msgspec
 import structlog
 import zmq
 
@@ -19,6 +18,7 @@ from shared.errors import ErrorCode
 from shared.protocol import (
     MAX_MESSAGE_BYTES,
     MAX_PAYLOAD_BYTES,
+    NO_MESSAGE,
     PROTOCOL_VERSION,
     Cancel,
     Fatal,
@@ -192,7 +192,7 @@ class Transport:
             return
         try:
             message = decode_from_gateway(frames[1])
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except NO_MESSAGE as error:
             self._on_bad_frame(gateway, str(error))
             return
         if isinstance(message, Hello):
