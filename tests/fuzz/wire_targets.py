@@ -6,6 +6,7 @@ import asyncio
 import random
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, cast
@@ -96,6 +97,7 @@ class _Peer:
         """Take it."""
 
 
+@cache  # kept for good: a ZeroMQ context that is collected waits for its sockets
 def worker_side() -> Callable[[bytes], object]:
     """A frame as a worker's I/O thread takes it, and what it lets in as the decode thread takes that."""
     inbox: Inbox = SimpleQueue()
@@ -220,6 +222,7 @@ _WS = (
 )
 
 
+@cache
 def wire_targets() -> list[Target]:
     """Both ends of the wire, frames of clients, files."""
     files = _Files()
