@@ -198,7 +198,12 @@ def use_curve(socket: zmq.Socket[bytes], folder: Path) -> None:
             raise ConfigError(f"{own.name} holds no secret key")
         socket.curve_serverkey = server_public
         socket.curve_publickey, socket.curve_secretkey = own_public, own_secret
-    except (OSError, ValueError, IndexError, zmq.ZMQError) as error:  # IndexError: a line of a file has no value
+    except (
+        OSError,
+        ValueError,
+        IndexError,
+        zmq.ZMQError,
+    ) as error:  # IndexError: a line of a file has no value
         raise ConfigError(
             f"curve_key_dir {folder}: {server.name} or {own.name} is no key file ({error}); "
             "remove the set and let `degas keys` make a new one"

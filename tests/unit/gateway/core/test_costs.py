@@ -56,6 +56,6 @@ def test_the_ledger_adds_and_keys_have_numbers_for_names() -> None:
     for _ in range(2):
         ledger.on_end("a", "t", Usage(prompt_tokens=3, completion_tokens=5, prefill_s=0.5, decode_s=1.0))
     assert ledger.accounts[("a", "t")] == Account(6, 10, 3.0)
-    access = Access(GatewayConfig(api_keys=("secret-one-1234", "secret-two-1234")))  # type: ignore[arg-type]
+    access = Access(GatewayConfig(api_keys=("secret-one-1234", "secret-two-1234")))
     assert sorted(access.tenant_names.values()) == ["key-1", "key-2"]
     assert access.tenant("secret-two-1234") in access.tenant_names
