@@ -46,7 +46,7 @@ def run_metered(scenario: Scenario, on_progress: Progress | None = None) -> Resu
     after = on_loop(_read_when_idle(scenario))
     result.joules = _grown(before.joules, after.joules)
     result.still_in_flight = None if after.in_flight is None else int(after.in_flight)
-    if price := scenario.price_per_hour or scenario.target.price_per_hour:
+    if price := scenario.price_per_hour or scenario.target.price_per_hour or after.price_per_hour:
         result.cost = price * result.elapsed_s / 3600
     return result
 
