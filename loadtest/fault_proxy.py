@@ -73,16 +73,16 @@ class FaultProxy:
             self._end(writer)
             return
         self._writers.add(back)
+        up = asyncio.create_task(self._pump(reader, back, counts=False))
+        down = asyncio.create_task(self._pump(there, writer, counts=True))
         try:
-            up = asyncio.create_task(self._pump(reader, back, counts=False))
-            down = asyncio.create_task(self._pump(there, writer, counts=True))
-            _, rest = await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
-            for one in rest:
-                one.cancel()
-            await asyncio.gather(up, down, return_exceptions=True)
+            await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._end(back)
             self._end(writer)
+            up.cancel()
+            down.cancel()
+            await asyncio.gather(up, down, return_exceptions=True)
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, counts: bool
