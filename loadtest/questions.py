@@ -29,7 +29,15 @@ _SHORT: Final = (
 )
 _TURNS: Final = ("Tell me about the {a}.", "And the {b}?", "Why is that so?", "Say it in other words.")
 _PICTURE_TURNS: Final = ("Are you sure?", "What else is there?", "Say it in other words.", "Where is it?")
-_LONG_TASK: Final = "What is the first word of the text above?"
+_LONG_TASK: Final = "What is the first sentence of the text above?"
+_SENTENCES: Final = (
+    "The {a} is near the {b}.",
+    "A {a} has a {b}.",
+    "Every {a} needs a {b}.",
+    "I saw the {a} and the {b}.",
+    "The {a} of the {b} was good.",
+)
+"""A model ends at once behind thousands of loose words; behind sentences it answers."""
 _LONGEST_DEFAULT: Final = 2000  # tokens of a long prompt when nothing is said
 _SHARE_OF_CONTEXT: Final = 0.6
 
@@ -94,8 +102,11 @@ def num_words(scenario: Scenario) -> int:
 
 
 def long_text(words: int, rng: random.Random) -> str:
-    """So many random words: two prompts share no beginning, so no cache helps."""
-    return " ".join(rng.choices(WORDS, k=words))
+    """Random sentences of about so many words: two prompts share no beginning, so no cache helps."""
+    found: list[str] = []
+    while len(found) < words:
+        found += _fill(_SENTENCES, rng).split()
+    return " ".join(found[:words])
 
 
 def check_answer(call: Call, schema: dict[str, Any]) -> None:

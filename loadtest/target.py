@@ -138,6 +138,8 @@ async def _models(scenario: Scenario, session: aiohttp.ClientSession) -> list[di
         raise ScenarioError(
             f"{url} does not answer ({error or type(error).__name__}); is the server up?"
         ) from None
+    except ScenarioError:  # a ValueError as well
+        raise
     except ValueError:
         return []
     data = body.get("data") if isinstance(body, dict) else None
@@ -244,6 +246,8 @@ async def _prompt_tokens(scenario: Scenario, session: aiohttp.ClientSession, tex
             if response.status in (429, 503):
                 return None
             raise ScenarioError(f"a trial request was refused: {said[0]}: {said[1]}")
+    except ScenarioError:  # a ValueError as well
+        raise
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError, AttributeError):
         return None
 

@@ -21,7 +21,9 @@ class FakeServer:
     gap_s: float = 0.0
     unready: int = 1  # times that it says it is not ready
     models: list[dict[str, Any]] | None = None  # what /v1/models lists; None: there is no such page
+    models_status: int = 200
     takes_pictures: bool = True
+    takes_trials: bool = True  # whole answers
     metrics: str = ""
     answer: str = ""  # sent as one piece instead of words
     serial: bool = False  # one request at a time, as a saturated server
@@ -68,7 +70,8 @@ class FakeServer:
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
         fault = self._next_fault()
-        if not self.takes_pictures and "image_url" in json.dumps(body):
+        has_picture = "image_url" in json.dumps(body)
+        if (has_picture and not self.takes_pictures) or not (body.get("stream") or self.takes_trials):
             refused = {"message": "no pictures here", "type": "invalid_request_error", "code": "unsupported"}
             return web.json_response({"error": refused}, status=400)
         if not body.get("stream"):
@@ -173,7 +176,7 @@ class FakeServer:
     async def list_models(self, request: web.Request) -> web.Response:
         if self.models is None:
             return web.Response(status=404)
-        return web.json_response({"object": "list", "data": self.models})
+        return web.json_response({"object": "list", "data": self.models}, status=self.models_status)
 
     async def show_metrics(self, request: web.Request) -> web.Response:
         return web.Response(text=self.metrics, status=200 if self.metrics else 404)

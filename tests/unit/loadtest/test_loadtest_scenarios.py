@@ -84,6 +84,13 @@ async def test_what_cannot_be_asked_is_said_before_anything_is_sent(
         await fitted(server, **values)
 
 
+async def test_a_missing_key_and_a_refused_trial_are_said() -> None:
+    with pytest.raises(ScenarioError, match="--api-key-env"):
+        await fitted(FakeServer(models=[DEGAS_TEXT], models_status=401))
+    with pytest.raises(ScenarioError, match="trial request was refused: unsupported"):
+        await fitted(FakeServer(models=[DEGAS_TEXT], takes_trials=False), kind="long")
+
+
 async def test_long_prompts_fit_the_context_by_measured_words() -> None:
     scenario = await fitted(FakeServer(models=[DEGAS_TEXT]), kind="long")
     assert scenario.target.tokens_per_word == pytest.approx(2.0)  # as the fake counts
