@@ -27,7 +27,7 @@ here = [room for room in ROOMS if Path(room).is_dir()]  # an image's build copie
 inside = find_packages(include=[pattern for room in here for pattern in (room, f"{room}.*")])
 
 setup(
-    packages=["degas", *map(installed, inside)],
+    packages=[*find_packages(include=["degas", "degas.*"]), *map(installed, inside)],
     package_dir={installed(room): room for room in here},
     package_data={"degas": ["py.typed"]} | {installed(name): files for name, files in DATA.items()},
 )

@@ -1,4 +1,4 @@
-"""Owns the `degas` command: serve, worker, gateway, models, config, doctor, keys, bench, loadtest. Main thread; heavy imports are lazy."""
+"""Owns the `degas` command: serve, worker, gateway, models, config, doctor, keys, top, bench, loadtest. Main thread; heavy imports are lazy."""
 
 from __future__ import annotations
 
@@ -122,6 +122,43 @@ def doctor(
     from degas.doctor import examine
 
     raise typer.Exit(examine(model_name))
+
+
+@app.command("top")
+def top(
+    urls: Annotated[list[str] | None, typer.Argument(metavar="[URL]...", help="Gateways to watch.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and stop.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Figures for programs, a line each interval.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(help="Seconds between readings; with --once 0: one reading, since the start.")
+    ] = 1.0,
+    api_key_env: Annotated[
+        str, typer.Option(help="Name of the variable with the key, where metrics need one.")
+    ] = "DEGAS_API_KEY",
+) -> None:
+    """Watch gateways and their workers: streams, queue, tokens, step times, pages, cost. Ctrl-C ends it."""
+    try:
+        from degas.top.command import run
+        from degas.top.scrape import check_url
+    except ModuleNotFoundError as error:
+        typer.echo(f"degas top needs {error.name}: pip install 'degas-serve[gateway]'", err=True)
+        raise typer.Exit(WRONG_SETTINGS) from None
+    try:
+        addresses = [check_url(url) for url in urls or ["http://127.0.0.1:8080"]]
+        if not (0.1 <= interval <= 3600 or (once and interval == 0)):
+            raise ValueError(
+                f"--interval must be between 0.1 and 3600 s, not {interval:g}; 1 is a safe value"
+            )
+    except ValueError as error:
+        typer.echo(f"degas top: {error}", err=True)
+        raise typer.Exit(WRONG_SETTINGS) from None
+    key = os.environ.get(api_key_env) or None
+    if key is None and api_key_env != "DEGAS_API_KEY":
+        typer.echo(f"degas top: the variable {api_key_env} is not set", err=True)
+        raise typer.Exit(WRONG_SETTINGS)
+    raise typer.Exit(run(addresses, key=key, interval_s=interval, once=once, as_json=as_json))
 
 
 def serve_parameters() -> Iterator[Parameter]:

@@ -77,7 +77,7 @@ def _check_pair(secret_file: Path, public_file: Path) -> None:
     try:
         public, secret = zmq.auth.load_certificate(secret_file)
         shown, _ = zmq.auth.load_certificate(public_file)
-    except (ValueError, OSError) as error:
+    except (ValueError, IndexError, OSError) as error:  # IndexError: a line of a file has no value
         raise KeysError(f"{error}; remove all four files to make new ones") from None
     if secret is None or zmq.curve_public(secret) != public or shown != public:
         raise KeysError(

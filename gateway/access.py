@@ -77,6 +77,13 @@ class Access:
             return None
         return Owner(entry.handle, entry.owner)
 
+    @property
+    def tenant_names(self) -> dict[str, str]:
+        """What tenants are called where others may read it: those of the settings' keys `key-1` and so on, for nothing in a name
+        is a key's; the file's by their own names."""
+        names = {owner.tenant: f"key-{number}" for number, owner in enumerate(self._owners, 1)}
+        return names | {entry.owner: entry.owner for entry in self.entries}
+
     def authenticate(self, headers: Mapping[str, str]) -> Owner:
         """Whose a request is. Raises `RequestError` UNAUTHORIZED."""
         key = key_of(headers)

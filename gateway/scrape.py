@@ -16,6 +16,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from gateway.core.costs import model_costs
 from gateway.core.metrics import HISTOGRAMS
 from gateway.core.placement import Worker
 from gateway.core.service import Service
@@ -39,6 +40,7 @@ _KEY_TOTALS: Final = {
     "generated_tokens": "Tokens made by key",
 }
 
+_INFO: Final = ("model", "device", "epoch")
 _BOUNDS: Final = [*(str(bound) for bound in HISTOGRAM_BUCKETS_S), "+Inf"]
 
 
@@ -88,6 +90,7 @@ class Scrape(Collector):
             yield family
         yield from self._service_families(self._service)
         yield from _key_families(self._service)
+        yield from self._cost_families(self._service)
         if self._service.config.vllm_metrics:
             yield from self._vllm_families(self._service)
 
@@ -109,8 +112,15 @@ class Scrape(Collector):
         )
         histograms: dict[str, HistogramMetricFamily] = {}
         values: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        info = GaugeMetricFamily(
+            "degas_worker_info",
+            "What it serves, on what; epoch: the number of its life",
+            labels=[*labels, *_INFO],
+        )
         for worker in service.workers:
             key = str(worker.key)
+            if (ready := worker.link.ready) is not None:
+                info.add_metric([key, ready.model.model_id, ready.device, str(ready.epoch)], 1)
             up.add_metric([key], int(worker.link.ready is not None))
             for anomaly, number in worker.link.anomalies.items():
                 anomalies.add_metric([key, anomaly], number)
@@ -128,9 +138,45 @@ class Scrape(Collector):
                     )
                 histograms[name].add_metric([key], list(zip(_BOUNDS, numbers, strict=False)), numbers[-1])
         yield up
+        yield info
         yield anomalies
         yield from values.values()
         yield from histograms.values()
+
+    def _cost_families(self, service: Service) -> Iterator[Metric]:
+        """Cost and energy, as far as workers have a price or a meter: what is not known has no sample."""
+        per_unit = "Generated tokens for one unit of the workers' currency, since they started"
+        models = model_costs(
+            (worker.model.card.model_id, worker.link)
+            for worker in service.workers
+            if worker.model is not None
+        )
+        tokens = GaugeMetricFamily("degas_model_tokens_per_currency", per_unit, labels=["model"])
+        energy = GaugeMetricFamily(
+            "degas_model_joules_per_token", "Energy of its devices for a generated token", labels=["model"]
+        )
+        for model, costs in models.items():
+            for family, value in ((tokens, costs.tokens_per_currency), (energy, costs.joules_per_token)):
+                if value is not None:
+                    family.add_metric([model], value)
+        yield tokens
+        yield energy
+        labels = ["model", "tenant"]
+        prompts = CounterMetricFamily("degas_tenant_prompt_tokens", "Prompt tokens by tenant", labels=labels)
+        generated = CounterMetricFamily("degas_tenant_generation_tokens", "Tokens by tenant", labels=labels)
+        rows = CounterMetricFamily("degas_tenant_row_seconds", "Time its requests held a row", labels=labels)
+        shares = GaugeMetricFamily("degas_tenant_tokens_per_currency", per_unit, labels=labels)
+        tenant_names = service.access.tenant_names
+        for (model, tenant), account in service.metrics.ledger.accounts.items():
+            # A tenant of the file keeps its name when its last key is gone.
+            names = [model, tenant_names.get(tenant, tenant)]
+            prompts.add_metric(names, account.prompt_tokens)
+            generated.add_metric(names, account.generated_tokens)
+            rows.add_metric(names, account.row_s)
+            share = models[model].tokens_per_currency_of(account) if model in models else None
+            if share is not None:
+                shares.add_metric(names, share)
+        yield from (prompts, generated, rows, shares)
 
     def _vllm_families(self, service: Service) -> Iterator[Metric]:
         metrics = service.metrics

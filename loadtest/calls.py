@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from loadtest.histogram import Histogram
 from loadtest.scenarios import Slo
 
-OK = "ok"
+OK: Final = "ok"
+LEFT: Final = "left"
+"""How a call ended whose client went away on purpose: neither an answer nor an error."""
+MAX_MESSAGE_CHARS: Final = 300
 
 
 class Call:
@@ -26,15 +29,22 @@ class Call:
         "end_s",
         "first_s",
         "gaps_s",
+        "is_cut",
+        "kind",
         "last_s",
+        "leave_after",
+        "message",
+        "pause_s",
+        "pieces",
         "sent_s",
         "status",
         "surface",
         "tokens",
     )
 
-    def __init__(self, surface: str, due_s: float) -> None:
+    def __init__(self, surface: str, due_s: float, kind: str = "short") -> None:
         self.surface = surface
+        self.kind = kind
         self.due_s = due_s
         self.sent_s = due_s
         self.first_s = 0.0  # 0: no output yet
@@ -44,20 +54,38 @@ class Call:
         self.tokens: int | None = None  # the server's own count, if it sends one
         self.status = 0  # HTTP's, where there was one
         self.code = ""  # how it ended; empty while it runs
+        self.message = ""  # what the server said of an error
+        self.is_cut = False  # the answer ended by its length
+        self.leave_after = 0  # pieces of output after which the client goes away; 0: it stays
+        self.pause_s = 0.0  # between two reads, of a client that is slow on purpose
+        self.pieces: list[str] | None = None  # the answer's text, where somebody wants it
 
-    def on_text(self, now_s: float) -> None:
+    def on_text(self, now_s: float, text: str = "") -> None:
         """Output arrived."""
+        if self.pieces is not None:
+            self.pieces.append(text)
         if self.first_s == 0.0:
             self.first_s = now_s
         else:
             self.gaps_s.append(now_s - self.last_s)
         self.last_s = now_s
 
-    def on_end(self, now_s: float, code: str = OK) -> None:
+    def on_end(self, now_s: float, code: str = OK, message: str = "") -> None:
         """Note the request's end; only the first call counts."""
         if not self.code:
             self.code = code
             self.end_s = now_s
+            self.message = message[:MAX_MESSAGE_CHARS]
+
+    @property
+    def wants_to_leave(self) -> bool:
+        """Whether the client has seen as much as it stays for."""
+        return bool(self.leave_after) and self.num_chunks >= self.leave_after
+
+    @property
+    def text(self) -> str:
+        """The answer, if `pieces` were kept."""
+        return "".join(self.pieces or ())
 
     @property
     def ended(self) -> bool:
@@ -95,9 +123,11 @@ class Tally:
     good: int = 0
     refused: int = 0  # answered with "too many requests"
     empty: int = 0  # ended well without a single piece of output
+    left: int = 0  # the client went away on purpose
     tokens: int = 0
     chunks: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    first_errors: dict[str, str] = field(default_factory=dict)  # code -> what the first of them said
     ttft: Histogram = field(default_factory=Histogram)
     gap: Histogram = field(default_factory=Histogram)
     total: Histogram = field(default_factory=Histogram)
@@ -109,8 +139,15 @@ class Tally:
         """Count a finished call."""
         self.sent += 1
         self.chunks += call.num_chunks
+        if call.code == LEFT:
+            self.left += 1
+            if call.first_s:
+                self.ttft.record(call.first_s - call.due_s)
+            return
         if call.code != OK:
             self.errors[call.code] += 1
+            if call.message:
+                self.first_errors.setdefault(call.code, call.message)
             self.refused += call.status == 429 or call.code == "queue_full"
             if not call.first_s:
                 self.refusal.record(call.end_s - call.due_s)
@@ -126,6 +163,21 @@ class Tally:
         for gap_s in call.gaps_s:
             self.gap.record(gap_s)
 
+    @property
+    def good_share(self) -> float:
+        """The good ones of those whose clients stayed."""
+        stayed = self.sent - self.left
+        return self.good / stayed if stayed else 0.0
+
+    def add(self, other: Tally) -> None:
+        """Take in everything that another process counted."""
+        for name in ("sent", "ok", "good", "refused", "empty", "left", "tokens", "chunks"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.errors.update(other.errors)
+        self.first_errors = {**other.first_errors, **self.first_errors}
+        for name in ("ttft", "gap", "total", "refusal"):
+            getattr(self, name).add(getattr(other, name))
+
     def summary(self, elapsed_s: float) -> dict[str, Any]:
         """Counts, rates and latencies for the JSON report."""
         per_s = 1 / elapsed_s if elapsed_s > 0 else 0.0
@@ -135,10 +187,12 @@ class Tally:
             "good": self.good,
             "empty": self.empty,
             "refused_429": self.refused,
+            "left": self.left,
             "errors": dict(self.errors.most_common()),
+            "first_errors": dict(self.first_errors),
             "throughput_rps": round(self.ok * per_s, 3),
             "goodput_rps": round(self.good * per_s, 3),
-            "good_share": round(self.good / self.sent, 4) if self.sent else 0.0,
+            "good_share": round(self.good_share, 4),
             "tokens": self.tokens,
             "tokens_per_s": round(self.tokens * per_s, 2),
             "chunks": self.chunks,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Final
@@ -18,18 +20,19 @@ from typing import Final
 import aiohttp
 
 from loadtest import sse
-from loadtest.calls import OK, Call, Tally
+from loadtest.bodies import build_body, lane_of
+from loadtest.calls import LEFT, OK, Call, Tally
 from loadtest.histogram import Histogram
 from loadtest.lanes import Lanes
 from loadtest.pictures import Picture, draw_pictures
-from loadtest.scenarios import MAX_IN_FLIGHT, Planned, Scenario, ScenarioError, plan
-from loadtest.surfaces import build_body, lane_of
+from loadtest.questions import Ask, check_answer, make_ask, next_turn
+from loadtest.scenarios import MAX_IN_FLIGHT, Planned, Scenario, plan
+from loadtest.target import wait_until_ready
 
 LOST_AFTER: Final = 64
 """The server counts as dead after this many requests in a row without an answer, over at least `LOST_AFTER_S`."""
 LOST_AFTER_S: Final = 2.0
 _NO_ANSWER: Final = frozenset({"connection_refused", "disconnected", "client_overload"})
-_READY_POLL_S: Final = 0.1
 
 
 @dataclass(slots=True)
@@ -40,6 +43,7 @@ class Second:
     ok: int = 0
     good: int = 0
     failed: int = 0
+    left: int = 0  # clients that went away on purpose
     tokens: int = 0
     in_flight: int = 0  # the most at once
 
@@ -64,10 +68,16 @@ class Result:
     elapsed_s: float = 0.0  # what rates are divided by
     stopped: str | None = None  # why it ended early
     groups: dict[str, Tally] = field(default_factory=dict)  # "all", and one per interface
+    kinds: dict[str, Tally] = field(
+        default_factory=dict
+    )  # one per kind of request; slow readers are in no other group
     lateness: Histogram = field(default_factory=Histogram)  # sent after due, the client's own fault
     client_cpu_share: float = 0.0  # of one core
     seconds: list[Second] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
+    cost: float | None = None  # what the target's devices cost meanwhile, in the currency of its price
+    joules: float | None = None  # what they used meanwhile, where the target says
+    still_in_flight: int | None = None  # requests that the target had under way shortly after the end
 
     @property
     def all(self) -> Tally:
@@ -80,12 +90,17 @@ Progress = Callable[[float, Result], None]
 
 
 async def run(
-    scenario: Scenario, *, stop: asyncio.Event | None = None, on_progress: Progress | None = None
+    scenario: Scenario,
+    *,
+    stop: asyncio.Event | None = None,
+    on_progress: Progress | None = None,
+    start_at_s: float | None = None,
 ) -> Result:
     """Run a scenario to its end, to `stop`, or to the server's death, and return what was measured.
 
-    Raises `ScenarioError` before anything is sent when the scenario may not run, or the server that a warm-up waits
-    for is not ready in time. A server that fails, refuses or dies later is a result, not an exception.
+    `start_at_s`, of `time.time()`: when arrivals begin, so that several processes begin together. Raises
+    `ScenarioError` before anything is sent when the scenario may not run, or the server that a warm-up waits for is
+    not ready in time. A server that fails, refuses or dies later is a result, not an exception.
     """
     scenario.check()
     pictures = draw_pictures(
@@ -94,51 +109,53 @@ async def run(
         size_px=scenario.picture_px,
         height_px=scenario.picture_height_px,
     )
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
-    headers = {"Content-Type": "application/json", **sse.key_headers(scenario.api_key)}
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
-        lanes = Lanes(session, scenario.url.rstrip("/"), num_connections=scenario.connections)
+    async with _sessions(scenario) as (session, slow_session):
+        lanes = Lanes(session, scenario.base_url, num_connections=scenario.connections)
         try:
             if scenario.warmup_requests:
-                await _warm_up(scenario, session, lanes, pictures)
-            measured = _Run(scenario, session, lanes, pictures, stop or asyncio.Event(), on_progress)
+                await wait_until_ready(scenario, session)
+                few = warm_up_of(scenario)
+                await _Run(few, session, slow_session, lanes, pictures, asyncio.Event(), None).run()
+            if start_at_s is not None:
+                await asyncio.sleep(max(0.0, start_at_s - time.time()))
+            measured = _Run(
+                scenario, session, slow_session, lanes, pictures, stop or asyncio.Event(), on_progress
+            )
             return await measured.run()
         finally:
             await lanes.close()
 
 
-async def _warm_up(
-    scenario: Scenario, session: aiohttp.ClientSession, lanes: Lanes, pictures: list[Picture]
-) -> None:
-    """Wait until the server is ready and send a few unmeasured requests."""
-    await _wait_until_ready(scenario, session)
-    few = replace(
-        scenario, in_flight=4, max_requests=scenario.warmup_requests, seconds=scenario.request_timeout_s,
-        seed=scenario.seed + 1, warmup_requests=0,
+def warm_up_of(scenario: Scenario) -> Scenario:
+    """The few requests before a scenario that are not measured."""
+    return replace(
+        scenario, kind="short", in_flight=4, max_requests=scenario.warmup_requests,
+        seconds=scenario.request_timeout_s, seed=scenario.seed + 1, warmup_requests=0, processes=1,
     )  # fmt: skip
-    await _Run(few, session, lanes, pictures, asyncio.Event(), None).run()
 
 
-async def _wait_until_ready(scenario: Scenario, session: aiohttp.ClientSession) -> None:
-    """Ask until the server says that it is ready. Raises `ScenarioError` after `ready_s`: figures of a server that
-    is still starting would be figures of nothing."""
-    url = scenario.url.rstrip("/") + "/readyz"
-    deadline_s = time.monotonic() + scenario.ready_s
-    while True:
-        try:
-            async with session.get(url) as response:
-                if response.status in (200, 404):  # 404: a server without that page is taken as ready
-                    return
-                found = f"status {response.status}"
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            found = type(error).__name__
-        if time.monotonic() >= deadline_s:
-            raise ScenarioError(
-                f"{url} was not ready within {scenario.ready_s:g} s (last answer: {found}); nothing was measured. "
-                "Raise --ready-s if the server needs longer to start"
-            )
-        await asyncio.sleep(_READY_POLL_S)
+@asynccontextmanager
+async def _sessions(
+    scenario: Scenario,
+) -> AsyncIterator[tuple[aiohttp.ClientSession, aiohttp.ClientSession]]:
+    """Connections as clients have them, and those of slow readers, whose sockets buffer next to nothing."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
+    headers = {"Content-Type": "application/json", **sse.key_headers(scenario.api_key)}
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0)
+    slow_connector = aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_small_socket)
+    async with (
+        aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session,
+        aiohttp.ClientSession(connector=slow_connector, timeout=timeout, headers=headers) as slow_session,
+    ):
+        yield session, slow_session
+
+
+def _small_socket(info: aiohttp.AddrInfoType) -> socket.socket:
+    family, kind, protocol, *_ = info
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, sse.SLOW_BUFFER_BYTES)
+    made.setblocking(False)
+    return made
 
 
 class _Run:
@@ -148,6 +165,7 @@ class _Run:
         self,
         scenario: Scenario,
         session: aiohttp.ClientSession,
+        slow_session: aiohttp.ClientSession,
         lanes: Lanes,
         pictures: list[Picture],
         stop: asyncio.Event,
@@ -155,9 +173,10 @@ class _Run:
     ) -> None:
         self._scenario = scenario
         self._session = session
+        self._slow_session = slow_session
         self._lanes = lanes
         self._pictures = pictures
-        self._url = scenario.url.rstrip("/")
+        self._url = scenario.base_url
         self._stop = stop
         self._on_progress = on_progress
         self._start_s = 0.0
@@ -212,12 +231,12 @@ class _Run:
         for planned in plan(self._scenario):
             delay_s = self._start_s + planned.due_s - time.perf_counter()
             await asyncio.sleep(max(delay_s, 0.0))  # if late, sleep 0 so that the reading tasks run
-            call = Call(planned.surface, self._start_s + planned.due_s)
+            call = self._call(planned, self._start_s + planned.due_s)
             if self._num_open >= MAX_IN_FLIGHT:
                 call.on_end(time.perf_counter(), "client_overload")
                 self._count(call)
                 continue
-            task = asyncio.create_task(self._fire(planned, call))
+            task = asyncio.create_task(self._one(planned, call))
             self._in_flight.add(task)
             task.add_done_callback(self._in_flight.discard)
 
@@ -233,31 +252,61 @@ class _Run:
             planned = next(plans, None)
             if planned is None:
                 return
-            call = Call(planned.surface, now_s)
-            await self._fire(planned, call)
-            if call.code != OK:
+            call = self._call(planned, now_s)
+            await self._one(planned, call)
+            if call.code not in (OK, LEFT):
                 await asyncio.sleep(0.01)  # pause, so that a server that refuses at once is not flooded
 
-    async def _fire(self, planned: Planned, call: Call) -> None:
+    def _call(self, planned: Planned, due_s: float) -> Call:
+        call = Call(planned.surface, due_s, planned.kind)
+        call.leave_after = planned.leave_after
+        call.pause_s = self._scenario.pause_s if planned.kind == "slow" else 0.0
+        if planned.kind in ("chat", "structured"):
+            call.pieces = []
+        return call
+
+    async def _one(self, planned: Planned, call: Call) -> None:
+        """A planned request; of a conversation all its turns, each counted from when its question was asked."""
+        ask = make_ask(planned, self._scenario, self._pictures)
+        await self._fire(planned, call, ask)
+        if planned.kind != "chat":
+            return
+        for turn in range(1, self._scenario.turns):
+            if call.code != OK or self._stop.is_set():
+                return
+            await asyncio.sleep(self._scenario.think_s)
+            ask = next_turn(ask, call.text, turn)
+            call = self._call(planned, time.perf_counter())
+            await self._fire(planned, call, ask)
+
+    async def _fire(self, planned: Planned, call: Call, ask: Ask) -> None:
         self._num_open += 1
         second = self._second(call.due_s)
         second.arrived += 1
         second.in_flight = max(second.in_flight, self._num_open)
-        timeout_s = self._scenario.request_timeout_s
-        body = build_body(planned, self._pictures[planned.picture], self._scenario.model)
+        scenario = self._scenario
+        timeout_s = scenario.request_timeout_s
+        body = build_body(planned, ask, scenario.model, is_degas=scenario.target.is_degas)
         try:
             if planned.surface == "responses":
                 await self._lanes.stream(call, lane_of(planned), body, timeout_s)
             else:
-                await sse.stream(self._session, self._url, call, body, timeout_s)
+                session = self._slow_session if call.pause_s else self._session
+                await sse.stream(session, self._url, call, body, timeout_s)
         finally:
             self._num_open -= 1
+            if ask.schema is not None:
+                check_answer(call, ask.schema)
             self._count(call)
 
     def _count(self, call: Call) -> None:
         result = self._result
+        slo = self._scenario.slo
+        result.kinds.setdefault(call.kind, Tally(slo)).on_call(call)
+        if call.kind == "slow":
+            return  # its times say how slowly it reads
         result.all.on_call(call)
-        result.groups.setdefault(call.surface, Tally(self._scenario.slo)).on_call(call)
+        result.groups.setdefault(call.surface, Tally(slo)).on_call(call)
         result.lateness.record(call.sent_s - call.due_s)
         ttft_s = call.first_s - call.due_s if call.first_s else 0.0
         due_s = call.due_s - self._start_s
@@ -267,6 +316,8 @@ class _Run:
             second.ok += 1
             second.good += call.is_good(self._scenario.slo)
             second.tokens += call.num_tokens
+        elif call.code == LEFT:
+            second.left += 1
         else:
             second.failed += 1
         self._watch_for_loss(call)

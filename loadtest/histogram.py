@@ -49,6 +49,26 @@ class Histogram:
         self._hdr.add(other._hdr)
         self._sum_s += other._sum_s
 
+    def __getstate__(self) -> tuple[str, float]:
+        """For another process: the counts in HDR's own encoding, and the sum."""
+        return (self._hdr.encode().decode() if len(self) else "", self._sum_s)
+
+    def __setstate__(self, state: tuple[str, float]) -> None:
+        encoded, self._sum_s = state
+        self._hdr = HdrHistogram(LOWEST_US, HIGHEST_US, SIGNIFICANT_DIGITS)
+        if encoded:
+            self._hdr.decode_and_add(encoded)
+
+    @classmethod
+    def from_summary(cls, values: dict[str, Any]) -> Histogram:
+        """The histogram of a JSON report. Raises `ValueError` for one that is damaged."""
+        made = cls()
+        try:
+            made.__setstate__((str(values["hdr"]), float(values["mean"]) * int(values["count"]) / 1e3))
+        except Exception as error:  # the library has exceptions of its own for each kind of damage
+            raise ValueError(f"no histogram: {error}") from error
+        return made
+
     def __len__(self) -> int:
         return int(self._hdr.get_total_count())
 

@@ -13,7 +13,7 @@ from typing import Final
 import aiohttp
 import msgspec
 
-from loadtest.calls import OK, Call
+from loadtest.calls import LEFT, OK, Call
 from loadtest.surfaces import PATHS, Fact, read_response_event
 
 MAX_EVENT_BYTES: Final = 1 << 20
@@ -29,7 +29,10 @@ class Lanes:
         self._connections = [_Connection() for _ in range(num_connections)]
 
     async def stream(self, call: Call, lane: str, body: bytes, timeout_s: float) -> None:
-        """Send one request on its lane and wait for its end; like `sse.stream`, it never raises but CancelledError."""
+        """Send one request on its lane and wait for its end; like `sse.stream`, it never raises but CancelledError.
+
+        A client that leaves says so and does not wait for the server's answer to that.
+        """
         connection = min(self._connections, key=lambda connection: len(connection.open))
         connection.open[lane] = entry = _Lane(call)
         try:
@@ -41,14 +44,16 @@ class Lanes:
                 entry.sent = True
                 await socket.send_str(body.decode())
                 await entry.ended.wait()
+            if call.code == LEFT:
+                await connection.cancel(lane)
         except TimeoutError:
             call.on_end(time.perf_counter(), "timeout")
             await connection.cancel(lane)
         except aiohttp.WSServerHandshakeError as error:
             call.status = error.status
-            call.on_end(time.perf_counter(), f"http_{error.status}")
-        except aiohttp.ClientConnectorError:
-            call.on_end(time.perf_counter(), "connection_refused")
+            call.on_end(time.perf_counter(), f"http_{error.status}", error.message)
+        except aiohttp.ClientConnectorError as error:
+            call.on_end(time.perf_counter(), "connection_refused", str(error))
         except (aiohttp.ClientError, ConnectionError, OSError):
             call.on_end(time.perf_counter(), "disconnected")
         finally:
@@ -70,8 +75,8 @@ class _Lane:
         self.ended = asyncio.Event()
         self.sent = False
 
-    def end(self, now_s: float, code: str = OK) -> None:
-        self.call.on_end(now_s, code)
+    def end(self, now_s: float, code: str = OK, message: str = "") -> None:
+        self.call.on_end(now_s, code, message)
         self.ended.set()
 
 
@@ -138,16 +143,19 @@ class _Connection:
                 fact.error is not None
             ):  # an error of the connection itself: none of its responses may ever end
                 for lane in self.open.values():
-                    lane.end(now_s, fact.error)
+                    lane.end(now_s, fact.error, fact.message)
             return
         found = self.open.get(fact.lane)
         if found is None:
             return  # a late end of a request that was given up
         if fact.text:
-            found.call.on_text(now_s)
+            found.call.on_text(now_s, fact.text)
+            if found.call.wants_to_leave:
+                found.end(now_s, LEFT)
         if fact.tokens is not None:
             found.call.tokens = fact.tokens
+        found.call.is_cut |= fact.is_cut
         if fact.error is not None:
-            found.end(now_s, fact.error)
+            found.end(now_s, fact.error, fact.message)
         elif fact.done:
             found.end(now_s)

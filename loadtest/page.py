@@ -10,17 +10,20 @@ from loadtest.client import Result
 from loadtest.histogram import Histogram
 from loadtest.plots import histogram_plot, percentile_plot, rate_plot, time_plot
 from loadtest.report import (
-    NAMES,
     describe_load,
     describe_slo,
+    describe_target,
+    error_text,
+    figures_of_cost,
     find_warnings,
     format_ms,
     latencies,
+    name_of,
     ordered_groups,
     to_json,
 )
 
-_STYLE: Final = """
+STYLE: Final = """
 :root{color-scheme:light dark;--paper:#faf9f6;--card:#fff;--ink:#1d2126;--soft:#6a717b;--rule:#e4e2dc;
 --ttft:#0d8577;--gap:#c2710c;--total:#4658cf;--bad:#cf3a36;--good:#2f9e6b;--slow:#e0ad3c}
 @media (prefers-color-scheme:dark){:root{--paper:#12151a;--card:#1a1e25;--ink:#e8eaee;--soft:#959da9;--rule:#2b313b;
@@ -57,7 +60,7 @@ svg{width:100%;height:auto;display:block;overflow:visible}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;margin-top:8px}
 th,td{padding:5px 10px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{font-weight:500;color:var(--soft);font-size:13px}th:first-child,td:first-child{text-align:left;padding-left:0}
-tr:last-child td{border-bottom:0}tr.group td{font-weight:600;padding-top:12px}
+tr:last-child td{border-bottom:0}td.said,th.said{text-align:left;white-space:normal}tr.group td{font-weight:600;padding-top:12px}
 details{margin-top:20px}summary{cursor:pointer;color:var(--soft)}
 pre{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:14px;font-size:12px}
 """
@@ -70,28 +73,36 @@ def html_report(result: Result) -> str:
     warnings = "".join(f'<p class="warn">{escape(warning)}</p>' for warning in find_warnings(result))
     latency_legend = (("c-ttft", "first token"), ("c-gap", "gap between pieces"), ("c-total", "whole answer"))
     plots = (
-        _figure("Latency by percentile", "Each step to the right is ten times rarer.", percentile_plot(result),
+        figure_html("Latency by percentile", "Each step to the right is ten times rarer.", percentile_plot(result),
                 latency_legend),
-        _figure("Latency over time", "Each request where it was due to leave.", time_plot(result),
+        figure_html("Latency over time", "Each request where it was due to leave.", time_plot(result),
                 (latency_legend[0], latency_legend[2], ("c-bad", "failed"))),
-        _figure("Distribution", "Requests by latency.", histogram_plot(result), (latency_legend[0], latency_legend[2])),
-        _figure("Every second", "What ended in it.", rate_plot(result),
+        figure_html("Distribution", "Requests by latency.", histogram_plot(result), (latency_legend[0], latency_legend[2])),
+        figure_html("Every second", "What ended in it.", rate_plot(result),
                 (("c-good", "good"), ("c-slow", "too slow"), ("c-bad", "failed"), ("c-arrived", "arrived"),
                  ("c-flight", "most in flight"))),
     )  # fmt: skip
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>Degas load test · {escape(result.started_at)}</title><style>{_STYLE}</style></head><body><main>"
-        f"<h1>Load test</h1><p class=sub><code>{escape(result.scenario.url)}</code> · {escape(describe_load(result))}"
+    body = (
+        f"<h1>Load test: {escape(result.scenario.kind)}</h1><p class=sub><code>{escape(result.scenario.url)}</code> · "
+        f"{escape(describe_target(result))} · {escape(describe_load(result))}"
         f" · {escape(_when(result))}</p>{warnings}{_tiles(result)}"
         f'<div class="plots">{"".join(plots)}</div>{_latency_sheet(result)}{_rate_sheet(result)}{_error_sheet(result)}'
         f'<p class="note">Latencies count from the moment a request was due, so waiting is in them. '
         f"This client used {result.client_cpu_share:.0%} of a core and sent late by "
         f"{format_ms(result.lateness.percentile_ms(99))} ms at p99.</p>"
         f"<details><summary>The whole result as JSON</summary><pre>{escape(json.dumps(to_json(result), indent=1))}"
-        "</pre></details></main></body></html>\n"
+        "</pre></details>"
+    )
+    return page_html(f"Degas load test · {result.started_at}", STYLE, body)
+
+
+def page_html(title: str, style: str, body: str) -> str:
+    """A page in one file that may fetch nothing."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{escape(title)}</title><style>{style}</style></head><body><main>{body}</main></body></html>\n"
     )
 
 
@@ -99,7 +110,8 @@ def _when(result: Result) -> str:
     return result.started_at.replace("T", " ").replace("+00:00", " UTC")
 
 
-def _figure(title: str, note: str, svg: str, legend: tuple[tuple[str, str], ...]) -> str:
+def figure_html(title: str, note: str, svg: str, legend: tuple[tuple[str, str], ...]) -> str:
+    """A plot with its title and legend; nothing without a plot."""
     if not svg:
         return ""
     items = "".join(f'<span class="{css}"><i></i>{escape(name)}</span>' for css, name in legend)
@@ -120,6 +132,7 @@ def _tiles(result: Result) -> str:
         (f"{values['goodput_rps']:.1f}", "/s", f"good ({values['good_share']:.1%})"),
         (f"{values['tokens_per_s']:,.0f}", "/s", "tokens"),
         (f"{tally.errors.total():,}", f"of {tally.sent:,}", "failed or refused"),
+        *figures_of_cost(result),
     )
     cells = (f'<div class="tile"><b>{value}<small>{unit}</small></b><span>{escape(name)}</span></div>'
              for value, unit, name in tiles)  # fmt: skip
@@ -130,7 +143,7 @@ def _latency_sheet(result: Result) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("count", "p50", "p90", "p99", "p99.9", "max", "mean"))
     rows: list[str] = []
     for name, tally in ordered_groups(result):
-        rows.append(f'<tr class="group"><td colspan="8">{escape(NAMES[name])}</td></tr>')
+        rows.append(f'<tr class="group"><td colspan="8">{escape(name_of(name))}</td></tr>')
         rows += [_latency_row(label, histogram) for label, histogram in latencies(tally) if len(histogram)]
     return (
         f'<div class="sheet"><h2>Latency, ms</h2><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
@@ -149,16 +162,19 @@ def _latency_row(label: str, histogram: Histogram) -> str:
 
 def _rate_sheet(result: Result) -> str:
     head = "".join(
-        f"<th>{name}</th>" for name in ("sent", "ok", "429", "errors", "ok/s", "goodput/s", "tokens/s")
+        f"<th>{name}</th>"
+        for name in ("sent", "ok", "429", "errors", "left", "ok/s", "goodput/s", "tokens/s")
     )
     rows: list[str] = []
     for name, tally in ordered_groups(result):
         values = tally.summary(result.elapsed_s)
         cells = (
-            f"{tally.sent:,}", f"{tally.ok:,}", f"{tally.refused:,}", f"{tally.errors.total() - tally.refused:,}",
+            f"{tally.sent:,}", f"{tally.ok:,}", f"{tally.refused:,}", f"{tally.errors.total() - tally.refused:,}", f"{tally.left:,}",
             f"{values['throughput_rps']:.1f}", f"{values['goodput_rps']:.1f}", f"{values['tokens_per_s']:,.0f}",
         )  # fmt: skip
-        rows.append(f"<tr><td>{escape(NAMES[name])}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        rows.append(
+            f"<tr><td>{escape(name_of(name))}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        )
     return (
         f'<div class="sheet"><h2>Rates</h2><span class="note">good: {escape(describe_slo(result))}</span>'
         f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table></div>"
@@ -169,7 +185,9 @@ def _error_sheet(result: Result) -> str:
     if not result.all.errors:
         return ""
     rows = "".join(
-        f"<tr><td><code>{escape(code)}</code></td><td>{count:,}</td></tr>"
+        f"<tr><td><code>{escape(code)}</code></td><td>{count:,}</td>"
+        f'<td class="said">{escape(error_text(result.all, code))}</td></tr>'
         for code, count in result.all.errors.most_common()
     )
-    return f'<div class="sheet"><h2>Errors by code</h2><table><tr><th>code</th><th>count</th></tr>{rows}</table></div>'
+    heads = "<th>code</th><th>count</th><th class=said>what the first one said</th>"
+    return f'<div class="sheet"><h2>Errors by code</h2><table><tr>{heads}</tr>{rows}</table></div>'

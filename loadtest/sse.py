@@ -10,13 +10,18 @@ from typing import Final
 import aiohttp
 import msgspec
 
-from loadtest.calls import Call
-from loadtest.surfaces import PATHS, Fact, read_chat_event, read_error_body, read_query_event
+from loadtest.calls import LEFT, Call
+from loadtest.surfaces import PATHS, Fact, read_chat_event, read_query_event, read_refusal
 
 MAX_EVENT_BYTES: Final = 1 << 20
 MAX_ERROR_BYTES: Final = 64 << 10
 
-_READERS: Final[dict[str, Callable[[bytes], Fact]]] = {"query": read_query_event, "chat": read_chat_event}
+_READERS: Final[dict[str, Callable[[bytes], Fact]]] = {
+    "query": read_query_event,
+    "chat": read_chat_event,
+    "completions": read_chat_event,
+}
+SLOW_BUFFER_BYTES: Final = 4096  # of a slow reader's socket and of what is read ahead
 
 
 def key_headers(api_key: str | None) -> dict[str, str]:
@@ -35,8 +40,8 @@ async def stream(
             await _stream(session, base_url + PATHS[call.surface], call, body)
     except TimeoutError:
         call.on_end(time.perf_counter(), "timeout")
-    except aiohttp.ClientConnectorError:
-        call.on_end(time.perf_counter(), "connection_refused")
+    except aiohttp.ClientConnectorError as error:
+        call.on_end(time.perf_counter(), "connection_refused", str(error))
     except aiohttp.ServerTimeoutError:
         call.on_end(time.perf_counter(), "timeout")
     except aiohttp.ClientResponseError:
@@ -52,11 +57,12 @@ async def stream(
 async def _stream(session: aiohttp.ClientSession, url: str, call: Call, body: bytes) -> None:
     read = _READERS[call.surface]
     call.sent_s = time.perf_counter()
-    async with session.post(url, data=body) as response:
+    ahead = SLOW_BUFFER_BYTES if call.pause_s else 1 << 16
+    async with session.post(url, data=body, read_bufsize=ahead) as response:
         call.status = response.status
         if response.status != 200:
             error = await response.content.read(MAX_ERROR_BYTES)
-            call.on_end(time.perf_counter(), read_error_body(error, response.status))
+            call.on_end(time.perf_counter(), *read_refusal(error, response.status))
             return
         pending = b""
         async for data in response.content.iter_any():
@@ -64,9 +70,14 @@ async def _stream(session: aiohttp.ClientSession, url: str, call: Call, body: by
             *events, pending = (pending + data).replace(b"\r\n", b"\n").split(b"\n\n")
             for event in events:
                 _count_event(call, event, read, now_s)
+            if call.wants_to_leave:
+                call.on_end(now_s, LEFT)
+                return  # which closes the connection, since the answer has not ended
             if len(pending) > MAX_EVENT_BYTES:
                 call.on_end(now_s, "bad_event")
                 return
+            if call.pause_s and not call.ended:
+                await asyncio.sleep(call.pause_s)
     call.on_end(time.perf_counter(), "truncated")  # unless a terminal event came first
 
 
@@ -78,10 +89,11 @@ def _count_event(call: Call, event: bytes, read: Callable[[bytes], Fact], now_s:
             continue  # comments, ids and event names add nothing to the data
         fact = read(line[5:].strip())
         if fact.text:
-            call.on_text(now_s)
+            call.on_text(now_s, fact.text)
         if fact.tokens is not None:
             call.tokens = fact.tokens
+        call.is_cut |= fact.is_cut
         if fact.error is not None:
-            call.on_end(now_s, fact.error)
+            call.on_end(now_s, fact.error, fact.message)
         elif fact.done:
             call.on_end(now_s)

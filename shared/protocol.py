@@ -331,11 +331,14 @@ _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
 """Encode one message to msgpack bytes."""
 
+NO_MESSAGE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding raises for bytes that are no message: also for text that is no UTF-8, and for what is nested too deeply."""
+
 decode_from_gateway = msgspec.msgpack.Decoder(FromGateway).decode
-"""Decode a gateway's message. Raises `msgspec.ValidationError` or `msgspec.DecodeError`."""
+"""Decode a gateway's message. Raises one of `NO_MESSAGE`."""
 
 decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
-"""Decode a worker's message. Raises `msgspec.ValidationError` or `msgspec.DecodeError`."""
+"""Decode a worker's message. Raises one of `NO_MESSAGE`."""
 
 
 def schema_hash() -> str:

@@ -133,6 +133,14 @@ class WorkerConfig(BaseModel):
         ByteSize(256 << 20), ge=0, description="image features kept for repeated pictures"
     )
 
+    price_per_hour: float | None = Field(
+        None,
+        gt=0,
+        le=1e9,
+        description="price of an hour of this worker's device, in any currency: tokens per unit of it are then on /metrics; "
+        "none: no such figures",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
     log_json: bool | None = Field(None, description="JSON lines; none: where stderr is no terminal")
     progress_timeout_s: float = Field(

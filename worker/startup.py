@@ -19,11 +19,13 @@ from worker.device.choices import switch
 from worker.device.contract import Device
 from worker.device.cpu import CpuDevice, available_bytes, has_bf16
 from worker.device.cuda import CudaDevice
+from worker.device.energy import open_meter
 from worker.device.huge_pages import mapped, use_huge_pages
 from worker.formats.chat_templates import DEFAULT, choose_templates, warn_missing
 from worker.formats.locate import EMBEDDED, locate
 from worker.formats.open_source import open_source
 from worker.formats.source import Source
+from worker.loop.costs import Costs
 from worker.loop.engine import Engine
 from worker.loop.inbox import Inbox, Outbox
 from worker.models.contract import Model
@@ -132,6 +134,7 @@ def build_worker(
         runner = SimRunner(card, RealClock(), PROFILES[config.sim_profile], shape, exact=False)
         pace = Pace(guessed_costs(1, 1e6), step_s=config.step_s or 0.0, gap_s=_gap_s(config, 0.0))
         device_name = f"sim:{config.sim_profile}"
+        meter = None  # this machine's energy would not be the simulated device's
     else:
         with startup.phase("device"):
             device = open_device(config)
@@ -172,6 +175,7 @@ def build_worker(
                 warm_up(torch_runner, startup.progress, budget_s=config.warm_up_s)
         runner = torch_runner
         device_name = device.name
+        meter = open_meter(device.torch_device.type)
     pool = PagePool(num_pages, config.page_tokens)
     limits = SchedulerLimits(
         max_rows=shape.max_rows,
@@ -197,6 +201,7 @@ def build_worker(
         governor=DepthGovernor(config.depth) if config.depth > 2 else None,
         late_launch=config.late_launch,
         on_beat=on_beat,
+        costs=Costs(config.price_per_hour, meter),
     )
     ready = Ready(
         PROTOCOL_VERSION,

@@ -144,6 +144,8 @@ class Dispatch:
         now_s = self._now()
         elapsed_s = now_s - flight.started_s
         self._metrics.on_end(flight.state.end, elapsed_s)
+        request = flight.request
+        self._metrics.ledger.on_end(request.model.card.model_id, request.tenant, flight.state.end.usage)
         if flight.meter is not None:
             flight.meter.on_end(flight.state.end.usage, now_s)
         if self._tracing is not None:

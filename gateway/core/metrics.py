@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
+from gateway.core.costs import Ledger
 from gateway.generation import End
 from shared.errors import ErrorCode
 from shared.histogram import Histogram
@@ -38,6 +39,7 @@ class Metrics:
         self.cached_tokens = 0
         self.generated_tokens = 0
         self.num_slow_clients = 0
+        self.ledger = Ledger()
         self.histograms = {name: Histogram() for name in HISTOGRAMS}
         self._ttft = self.histograms["time_to_first_token_seconds"]
         self._gap = self.histograms["inter_token_latency_seconds"]

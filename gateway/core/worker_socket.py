@@ -8,11 +8,9 @@ drain: a missed edge would stall this worker's streams for good.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from pathlib import Path
 from typing import Final, Protocol
 
-import msgspec
 import zmq
 import zmq.auth
 from zmq.utils.monitor import parse_monitor_message
@@ -168,7 +166,7 @@ class WorkerSocket:
                 return
             try:
                 self._events.on_frames(frames)
-            except msgspec.DecodeError as error:  # ValidationError is one
+            except wire.NO_MESSAGE as error:
                 self._events.note("malformed", reason=str(error)[:200])
             except Exception as fault:
                 self._events.note("failed_message", **fault_fields(fault))
@@ -205,10 +203,20 @@ def use_curve(socket: zmq.Socket[bytes], folder: Path) -> None:
     for path in (server, own):
         if not path.is_file():
             raise ConfigError(f"curve_key_dir has no {path.name}")
-    with contextlib.suppress(KeyError):
+    try:
         server_public, _ = zmq.auth.load_certificate(server)
         own_public, own_secret = zmq.auth.load_certificate(own)
         if own_secret is None:
             raise ConfigError(f"{own.name} holds no secret key")
         socket.curve_serverkey = server_public
         socket.curve_publickey, socket.curve_secretkey = own_public, own_secret
+    except (
+        OSError,
+        ValueError,
+        IndexError,
+        zmq.ZMQError,
+    ) as error:  # IndexError: a line of a file has no value
+        raise ConfigError(
+            f"curve_key_dir {folder}: {server.name} or {own.name} is no key file ({error}); "
+            "remove the set and let `degas keys` make a new one"
+        ) from None

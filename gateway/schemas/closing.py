@@ -51,7 +51,11 @@ def _closes(schema: Json) -> bool:
     if not _SPEAKS.isdisjoint(schema):
         return False
     least = schema.get("minProperties", 0)
-    return all(name in listed for name in needed) and isinstance(least, int) and least <= len(listed)
+    return (
+        all(isinstance(name, str) and name in listed for name in needed)
+        and isinstance(least, int)
+        and least <= len(listed)
+    )
 
 
 def _shared(root: Any) -> set[int]:

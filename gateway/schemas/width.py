@@ -36,7 +36,8 @@ def _width(schema: Any, root: Any, widths: dict[int, int], depth: int) -> int:
     listed = schema.get("properties")
     needed = schema.get("required")
     names = set(listed) if isinstance(listed, dict) else set()
-    optional = len(names.difference(needed if isinstance(needed, list) else ()))
+    required = [one for one in needed if isinstance(one, str)] if isinstance(needed, list) else []
+    optional = len(names.difference(required))
     total = max(1, optional)
     ref = schema.get("$ref")
     if isinstance(ref, str):

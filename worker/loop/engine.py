@@ -15,6 +15,7 @@ import structlog
 from shared.errors import ErrorCode
 from shared.protocol import Fatal, ModelCard
 from worker.loop.commands import Commands
+from worker.loop.costs import Costs
 from worker.loop.heartbeat import Heartbeat
 from worker.loop.inbox import Command, Inbox, Outbox
 from worker.loop.masks import MaskFiller
@@ -57,6 +58,7 @@ class Engine:
         wait_for_command: Callable[[float], Command | None] | None = None,
         masks: MaskFiller | None = None,
         governor: DepthGovernor | None = None,
+        costs: Costs | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -68,7 +70,7 @@ class Engine:
         self._outbox = outbox
         self._clock = clock
         self._epoch = epoch
-        self._reports = Reports(outbox, clock, epoch, self.metrics)
+        self._reports = Reports(outbox, clock, epoch, self.metrics, costs)
         self._recording = Recording(outbox, epoch)
         self._masks = masks or MaskFiller(inbox.put)
         self._commands = Commands(scheduler, self._reports, self._masks, self._recording, card, clock, epoch)

@@ -16,6 +16,7 @@ from shared.protocol import (
     pack_i32,
     pack_i64,
 )
+from worker.loop.costs import Costs
 from worker.loop.inbox import Outbox
 from worker.loop.metrics import WorkerMetrics
 from worker.schedule.drain_rate import DrainRate
@@ -29,12 +30,18 @@ class Reports:
     """Builds the messages of commits and terminal events and leaves them in the outbox."""
 
     def __init__(
-        self, outbox: Outbox, clock: Callable[[], float], epoch: int, metrics: WorkerMetrics
+        self,
+        outbox: Outbox,
+        clock: Callable[[], float],
+        epoch: int,
+        metrics: WorkerMetrics,
+        costs: Costs | None = None,
     ) -> None:
         self._outbox = outbox
         self._clock = clock
         self._epoch = epoch
         self.metrics = metrics
+        self._costs = costs or Costs()
         self._drain_rate = DrainRate()
 
     def send_step(self, plan: StepPlan, done: Committed, result: StepResult) -> None:
@@ -125,6 +132,7 @@ class Reports:
         gauges = self.metrics.export()
         gauges["loop_seconds_total"] = loop_s
         gauges["preemptions_total"] = scheduler.num_preemptions
+        gauges |= self._costs.figures(loop_s)
         if scheduler.cache is not None:
             gauges["prefix_cache_queries_total"] = scheduler.cache.num_query_tokens
             gauges["prefix_cache_hits_total"] = scheduler.cache.num_hit_tokens

@@ -26,7 +26,12 @@ def secure_with(folder_name: str) -> Secure:
     secret_file = folder / SECRET_NAME
     if not secret_file.is_file():
         raise ConfigError(f"curve_key_dir {folder} has no {SECRET_NAME}; `degas keys {folder}` makes one")
-    public, secret = zmq.auth.load_certificate(secret_file)
+    try:
+        public, secret = zmq.auth.load_certificate(secret_file)
+    except (OSError, ValueError, IndexError) as error:  # IndexError: a line of it has no value
+        raise ConfigError(
+            f"{secret_file} is no key file ({error}); remove it and let `degas keys {folder}` make a new set"
+        ) from None
     if secret is None:
         raise ConfigError(f"{secret_file} holds no secret key")
 

@@ -19,6 +19,7 @@ from shared.errors import ErrorCode
 from shared.protocol import (
     MAX_MESSAGE_BYTES,
     MAX_PAYLOAD_BYTES,
+    NO_MESSAGE,
     PROTOCOL_VERSION,
     Beat,
     Cancel,
@@ -197,7 +198,7 @@ class Transport:
             return
         try:
             message = decode_from_gateway(frames[1])
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except NO_MESSAGE as error:
             self._on_bad_frame(gateway, str(error))
             return
         if isinstance(message, Hello):

@@ -20,6 +20,12 @@ class FakeServer:
     first_s: float = 0.0
     gap_s: float = 0.0
     unready: int = 1  # times that it says it is not ready
+    models: list[dict[str, Any]] | None = None  # what /v1/models lists; None: there is no such page
+    models_status: int = 200
+    takes_pictures: bool = True
+    takes_trials: bool = True  # whole answers
+    metrics: str = ""
+    answer: str = ""  # sent as one piece instead of words
     serial: bool = False  # one request at a time, as a saturated server
     fault: Callable[[int], str | None] | None = None
     seen: Counter[str] = field(default_factory=Counter)
@@ -64,6 +70,13 @@ class FakeServer:
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
         fault = self._next_fault()
+        has_picture = "image_url" in json.dumps(body)
+        if (has_picture and not self.takes_pictures) or not (body.get("stream") or self.takes_trials):
+            refused = {"message": "no pictures here", "type": "invalid_request_error", "code": "unsupported"}
+            return web.json_response({"error": refused}, status=400)
+        if not body.get("stream"):
+            words = len(json.dumps(body["messages"]).split())
+            return web.json_response({"choices": [], "usage": {"prompt_tokens": 2 * words}})
         if fault == "busy":
             error = {"error": {"message": "full", "type": "rate_limit", "param": None, "code": "queue_full"}}
             return web.json_response(error, status=429, headers={"Retry-After": "1"})
@@ -71,7 +84,11 @@ class FakeServer:
             _transport(request).write(b"0\r\n\r\n")  # what a body ended twice leaves for the next answer
         if fault == "plain500":
             return web.Response(status=500, text="boom")
-        limit = body["settings"]["max_tokens"] if surface == "query" else body["max_completion_tokens"]
+        limit = (
+            body["settings"]["max_tokens"]
+            if surface == "query"
+            else body.get("max_completion_tokens", body.get("max_tokens"))
+        )
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         async with self._turn():
             await response.prepare(request)
@@ -80,7 +97,8 @@ class FakeServer:
             async for index in self._pace(limit):
                 if index == 1 and fault in ("midstream", "reset", "truncate", "garbage"):
                     if fault == "midstream":
-                        await self._send(response, {"error": {"message": "x", "code": "worker_lost"}})
+                        lost = {"message": "its worker was lost", "code": "worker_lost"}
+                        await self._send(response, {"error": lost})
                     elif fault == "garbage":
                         await response.write(b"data: {nonsense\n\n")
                     elif fault == "reset":
@@ -89,12 +107,18 @@ class FakeServer:
                 if surface == "query":
                     chunk = {"chunk": f"w{index} ", "completed": False, "token_index": index}
                 else:
-                    chunk = {"choices": [{"index": 0, "delta": {"content": f"w{index} "}}], "usage": None}
+                    text = self.answer or f"w{index} "
+                    chunk = {"choices": [{"index": 0, "delta": {"content": text}}], "usage": None}
                 await self._send(response, chunk)
+                if self.answer:
+                    break
             if surface == "query":
                 await self._send(response, {"chunk": "", "completed": True, "token_index": limit - 1})
             else:
-                await self._send(response, {"choices": [{"delta": {}, "finish_reason": "length"}]})
+                await self._send(
+                    response,
+                    {"choices": [{"delta": {}, "finish_reason": "stop" if self.answer else "length"}]},
+                )
                 await self._send(response, {"choices": [], "usage": {"completion_tokens": limit}})
                 await response.write(b"data: [DONE]\n\n")
         return response
@@ -149,6 +173,14 @@ class FakeServer:
             details = {"reason": "max_output_tokens"}
             await send("response.incomplete", response={"usage": usage, "incomplete_details": details})
 
+    async def list_models(self, request: web.Request) -> web.Response:
+        if self.models is None:
+            return web.Response(status=404)
+        return web.json_response({"object": "list", "data": self.models}, status=self.models_status)
+
+    async def show_metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics, status=200 if self.metrics else 404)
+
     async def ready(self, request: web.Request) -> web.Response:
         self.seen["readyz"] += 1
         return web.Response(status=200 if self.seen["readyz"] > self.unready else 503)
@@ -167,6 +199,8 @@ async def serving(server: FakeServer) -> AsyncIterator[FakeServer]:
     app.router.add_post("/v1/chat/completions", server.stream_sse)
     app.router.add_get("/v1/responses", server.responses_ws)
     app.router.add_get("/readyz", server.ready)
+    app.router.add_get("/v1/models", server.list_models)
+    app.router.add_get("/metrics", server.show_metrics)
     runner = web.AppRunner(app, shutdown_timeout=0.1, access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loadtest.bodies import build_body
 from loadtest.calls import Call, Tally
 from loadtest.histogram import Histogram
 from loadtest.pictures import draw_picture, draw_pictures
+from loadtest.questions import make_ask
 from loadtest.scenarios import Scenario, ScenarioError, Slo, check_target, plan
 from loadtest.surfaces import (
-    build_body,
     read_chat_event,
     read_error_body,
     read_query_event,
@@ -194,14 +195,14 @@ def test_pictures_are_seeded_and_differ() -> None:
 def test_stream_events_are_read() -> None:
     assert read_query_event(b'{"chunk":"a","completed":false,"token_index":0}').text
     last = read_query_event(b'{"chunk":"","completed":true,"token_index":6,"metrics":{"output_tokens":5}}')
-    assert (last.done, last.text, last.tokens) == (True, False, 5)
+    assert (last.done, last.text, last.tokens) == (True, "", 5)
     assert read_query_event(b'{"error":{"code":"worker_lost","message":"m"}}').error == "worker_lost"
     assert not read_chat_event(b'{"choices":[{"delta":{"role":"assistant","content":""}}]}').text
     assert read_chat_event(b'{"choices":[{"delta":{"content":"x"}}],"usage":null}').text
     assert read_chat_event(b'{"choices":[],"usage":{"completion_tokens":4}}').tokens == 4
     assert read_chat_event(b"[DONE]").done
     delta = read_response_event('{"type":"response.output_text.delta","stream_id":"r1","delta":"x"}')
-    assert (delta.text, delta.lane) == (True, "r1")
+    assert (delta.text, delta.lane) == ("x", "r1")
     done = read_response_event(
         b'{"type":"response.completed","stream_id":"r1","response":{"usage":{"output_tokens":3}}}'
     )
@@ -227,8 +228,10 @@ def test_bodies_match_their_interfaces() -> None:
     import json
 
     picture = draw_picture(1)
-    for planned in list(plan(Scenario(rate=100, seconds=1, transport="both")))[:4]:
-        body = json.loads(build_body(planned, picture, "pocket"))
+    scenario = Scenario(rate=100, seconds=1, transport="both")
+    for planned in list(plan(scenario))[:4]:
+        ask = make_ask(planned, scenario, [picture] * scenario.pictures)
+        body = json.loads(build_body(planned, ask, "pocket"))
         assert body["model"] == "pocket"
         if planned.surface == "query":
             assert body["stream"] and body["settings"]["max_tokens"] == planned.max_tokens
