@@ -151,7 +151,10 @@ class GatewayConfig(BaseModel):
     otlp_endpoint: str | None = Field(
         None, description="OpenTelemetry collector for traces, http://host:4318; none: no tracing"
     )
-    vllm_metrics: bool = Field(False, description="also export the names vLLM dashboards expect")
+    vllm_metrics: bool = Field(
+        False,
+        description="also export the names that vLLM dashboards and Kubernetes' inference gateways expect",
+    )
 
     @field_validator("image_processes")
     @classmethod

@@ -192,6 +192,13 @@ class Scrape(Collector):
             ("kv_cache_usage_perc", used / total if total else 0.0),
         ):
             yield _labelled(GaugeMetricFamily(f"vllm:{name}", name, labels=["model_name"]), model, value)
+        limits = [worker.link.ready.limits for worker in service.workers if worker.link.ready is not None]
+        if limits:  # an inference gateway's endpoint picker takes the size of KV memory from these labels
+            size = {"block_size": str(limits[0].page_tokens)}
+            size["num_gpu_blocks"] = str(sum(one.num_pages for one in limits))
+            config = GaugeMetricFamily("vllm:cache_config_info", "KV memory", labels=list(size))
+            config.add_metric(list(size.values()), 1)
+            yield config
         for name in ("prefix_cache_queries", "prefix_cache_hits"):
             value = sum(beat.metrics.get(f"{name}_total", 0.0) for beat in beats)
             yield _labelled(CounterMetricFamily(f"vllm:{name}", name, labels=["model_name"]), model, value)

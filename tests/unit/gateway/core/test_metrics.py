@@ -73,6 +73,7 @@ def test_vllm_names_on_request(worker: FakeWorker) -> None:
         told = samples(gateway)
     assert told["vllm:num_requests_running{model_name=fake-vl}"] == 0
     assert told["vllm:kv_cache_usage_perc{model_name=fake-vl}"] == 0
+    assert told["vllm:cache_config_info{block_size=16,num_gpu_blocks=1024}"] == 1
     assert told["vllm:prefix_cache_hits_total{model_name=fake-vl}"] == 6
     assert told["vllm:request_success_total{finished_reason=stop,model_name=fake-vl}"] == 1
     assert told["vllm:e2e_request_latency_seconds_count{model_name=fake-vl}"] == 1
