@@ -104,7 +104,7 @@ WIRE_MUTANTS = [
     Mutant("take a repeated token", "gateway/decisions/stream.py", "if index != self.next_index:", "if index > self.next_index:", WIRE),
     Mutant("off by one in what a finish must have counted", "gateway/decisions/stream.py", "num_unsent = 1 if", "num_unsent = 2 if", WIRE),
     Mutant("forget to retry", "gateway/core/dispatch.py", "if verdict is Verdict.RETRY}", "if False}", WIRE),
-    Mutant("quarantine without evidence", "gateway/decisions/recovery.py", "if record.was_alone or singled_out:", "if True:", WIRE),
+    Mutant("quarantine without evidence", "gateway/decisions/recovery.py", "if record.num_crashes >= 3 and singled_out:", "if record.num_crashes >= 2:", WIRE),
     Mutant("tried again behind newcomers", "gateway/core/placement.py", "(AHEAD if flight.record.num_attempts else 0)", "0", WIRE),
     Mutant("newcomers take the places of those who wait", "gateway/core/dispatch.py", "self._placement.num_returning = len(self.recovery)", "pass", WIRE),
     Mutant("retry what had begun", "gateway/core/dispatch.py", "[flight for flight in lost if not flight.has_shown]", "list(lost)", WIRE),
@@ -127,7 +127,7 @@ WIRE_MUTANTS = [
 HOST_MUTANTS = [
     Mutant("show a row's old pages", "worker/step/staging.py", "            if pages is not shown:\n                num_shown = 0\n", "", HOST),
     Mutant("forget that padding overwrote a table", "worker/step/staging.py", "    views.held[start:end] = [NOTHING] * (end - start)\n", "", HOST),
-    Mutant("forget that a sequence moved to another row", "worker/step/staging.py", "and rows == views.rows and", "and", HOST),
+    Mutant("forget that a sequence moved to another row", "worker/step/staging.py", "        and rows == views.rows\n", "", HOST),
     Mutant("let a row run on without its mask", "worker/schedule/scheduler.py", " or seq.mask is AWAITED:", ":", HOST),
     Mutant("resume a row whose mask is being built", "worker/schedule/scheduler.py", "best.mask is AWAITED or not", "not", HOST),
     Mutant("use a mask built ahead twice", "worker/schedule/sequence.py", "        self.mask = mask_moved(self.mask, MaskLife.AWAITED if self.is_mask_slow else MaskLife.DUE)\n        self.ready_mask = None\n", "", HOST),
