@@ -24,6 +24,7 @@ from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, S
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard
 
+_USUAL: Final = ChatOptions()
 _PASSED: Final = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 _WITHOUT_LANGUAGE: Final = ("sim", "fake")  # stand-ins for a model: any rendering is as good as another
 
@@ -190,8 +191,10 @@ async def compose_chat(
     if takes_questions(model.card):
         check_no_history(model, [message.for_template() for message in messages])
         return replace(await _compose_question(core, model, messages), reading=reading)
-    prompt = await _compose_template(core, model, messages, options or ChatOptions(), tools)
-    return replace(prompt, reading=replace(reading, thinks_first=opens_thinking(model, reading, prompt.ids)))
+    prompt = await _compose_template(core, model, messages, options or _USUAL, tools)
+    if opens_thinking(model, reading, prompt.ids):
+        reading = replace(reading, thinks_first=True)
+    return replace(prompt, reading=reading)
 
 
 def _asked_for(options: ChatOptions) -> str:
@@ -255,7 +258,8 @@ async def _compose_template(
     elif tools is not None:
         options = replace(options, tools=tools.for_template())
     images = await prepare_pictures(core, model, pictures) if pictures else []
-    options = replace(options, pictures=expansions(card, images))
+    if images:
+        options = replace(options, pictures=expansions(card, images))
     ids = await model.encode_chat(turns, options)
     await check_shown(model, turns, options, ids, places)
     ids, images = place_pictures(model, ids, images)

@@ -197,7 +197,9 @@ class Placement:
         return False, "no worker is ready"
 
     def _home(self, ready: list[Worker], key: bytes | None) -> Worker:
-        if key is not None and len(ready) > 1:
+        if len(ready) == 1:
+            return ready[0]
+        if key is not None:
             place = home(key, [worker.candidate for worker in ready])
             if place is not None:
                 return ready[place]
