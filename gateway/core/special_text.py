@@ -23,6 +23,7 @@ class SpecialText:
         listed = "|".join(map(re.escape, self.names))
         self._find = re.compile(listed).sub if self.names else None
         self._beginnings = {name[:end] for name in self.names for end in range(1, len(name))}
+        self._firsts = {name[0] for name in self.names}
         self._longest = max(map(len, self._beginnings), default=0)
         self._stand_in = re.compile(_NONCE + r"([nc])(\d+)q")
         self._either = re.compile(f"{self._stand_in.pattern}|({listed})") if self.names else self._stand_in
@@ -64,6 +65,8 @@ class SpecialText:
         text = self._find(lambda match: f"{_NONCE}n{self._numbers[match[0]]}q", text)
         # A name that was split over two strings would be whole again when a template joins them.
         body = text.rstrip()
+        if self._firsts.isdisjoint(body[-self._longest :]):
+            return text
         for size in range(min(self._longest, len(body)), 0, -1):
             if body[-size:] in self._beginnings:
                 start = len(body) - size

@@ -1,7 +1,7 @@
 """Owns chat templates: the model folder's Jinja text, compiled as transformers does, in a sandbox, within bounds.
 
 `render_async` runs on one thread kept for this. When a template does not end within its deadline the thread is
-replaced, and the request gets an error.
+replaced, and the request gets an error. Short conversations through the plainest templates need no thread (`template_bounds`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from gateway.core.chat_format import read_format
+from gateway.core.template_bounds import ends_at_once
 from gateway.core.tokens import ModelTokens
 from gateway.generation import ChatOptions, RequestError
 from shared.errors import ErrorCode
@@ -34,6 +35,8 @@ WITH_TOOLS: Final = "tool_use"
 
 _DEADLINE_S: Final = 2.0
 _MAX_OUTPUT_CHARS: Final = 4 << 20
+_SHORT_TURNS: Final = 64
+_SHORT_CHARS: Final = 4096  # as `gateway.core.catalog` encodes on the loop
 _MAX_WORDS: Final = 500  # characters of a template's own error message
 _REASONING: Final = (
     "reasoning_content",
@@ -60,6 +63,7 @@ class ChatTemplate:
         environment.globals["namespace"] = _Namespace
         try:
             self._template = environment.from_string(source)
+            self._ends_at_once = ends_at_once(environment.parse(source))
         except (TemplateError, RecursionError) as error:
             raise RequestError(ErrorCode.INTERNAL, f"the chat template does not compile: {error}") from None
         self.source = source
@@ -91,7 +95,9 @@ class ChatTemplate:
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="messages") from None
 
     async def render_async(self, messages: Messages, options: ChatOptions) -> str:
-        """As `render_guarded`, on the template thread. Raises `RequestError`."""
+        """As `render_guarded`, on the template thread unless it is sure to end at once. Raises `RequestError`."""
+        if self._ends_at_once and _is_short(messages, options):
+            return self.render_guarded(messages, options)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_DEADLINE_S):
@@ -166,6 +172,20 @@ class ChatTemplate:
             )
         except Exception:  # the template takes another kind of content
             return False
+
+
+def _is_short(messages: Messages, options: ChatOptions) -> bool:
+    """A few turns of text, and nothing else."""
+    if len(messages) > _SHORT_TURNS or options.tools or options.variables:
+        return False
+    num_chars = 0
+    for message in messages:
+        for value in message.values():
+            if isinstance(value, str):
+                num_chars += len(value)
+            elif value is not None:
+                return False
+    return num_chars <= _SHORT_CHARS
 
 
 def choose_template(
