@@ -32,7 +32,7 @@ class SpecialText:
         """A copy of plain data in which stand-ins replace names, and parts of names that a template could join to one."""
         if isinstance(value, str):
             return self._protect_text(value)
-        if isinstance(value, Mapping):
+        if isinstance(value, dict) or isinstance(value, Mapping):  # noqa: SIM101 - the second asks an abstract class
             return {key: self.protect(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.protect(item) for item in value]

@@ -66,6 +66,7 @@ class ChatTemplate:
             self._ends_at_once = ends_at_once(environment.parse(source))
         except (TemplateError, RecursionError) as error:
             raise RequestError(ErrorCode.INTERNAL, f"the chat template does not compile: {error}") from None
+        self._globals = dict(self._template.globals)
         self.source = source
         self.format = read_format(source)
         self._special_text = tokens.special_text
@@ -112,10 +113,10 @@ class ChatTemplate:
         plain = [_present(message) for message in self._special_text.protect(list(messages))]
         end = _mark_end(plain) if options.continue_final_message else ""
         variables = {
-            "tools": self._special_text.protect(list(options.tools)) or None,
+            "tools": self._special_text.protect(list(options.tools)) if options.tools else None,
             "documents": None,
             **self._special,
-            **self._special_text.protect(options.variables),
+            **(self._special_text.protect(options.variables) if options.variables else {}),
             "add_generation_prompt": options.add_generation_prompt,
         }
         try:
@@ -140,7 +141,10 @@ class ChatTemplate:
 
     def _generate(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         pieces, size = [], 0
-        for piece in self._template.generate(messages=self._as_content(messages), **variables):
+        # Not `generate`, which merges the environment's names through two chained mappings at every call.
+        names = {**self._globals, **variables, "messages": self._as_content(messages)}
+        context = self._template.new_context(names, shared=True)
+        for piece in self._template.root_render_func(context):
             size += len(piece)
             if size > _MAX_OUTPUT_CHARS:
                 message = f"the rendered prompt is longer than {_MAX_OUTPUT_CHARS} characters"
