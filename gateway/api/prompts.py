@@ -194,7 +194,7 @@ async def compose_chat(
     prompt = await _compose_template(core, model, messages, options or _USUAL, tools)
     if opens_thinking(model, reading, prompt.ids):
         reading = replace(reading, thinks_first=True)
-    return replace(prompt, reading=reading)
+    return Prompt(prompt.ids, prompt.images, prompt.strip_start, prompt.drop_space, reading)
 
 
 def _asked_for(options: ChatOptions) -> str:

@@ -37,7 +37,9 @@ class Worker:
     def takes_work(self) -> bool:
         """Whether the worker serves and does not drain."""
         beat = self.link.beat
-        return not self.is_leaving and self.link.ready is not None and not (beat is not None and beat.draining)
+        return (
+            not self.is_leaving and self.link.ready is not None and not (beat is not None and beat.draining)
+        )
 
     @property
     def num_active(self) -> int:

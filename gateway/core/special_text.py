@@ -60,13 +60,11 @@ class SpecialText:
         return self.names[int(match[2])] if match[1] == "n" else chr(int(match[2]))
 
     def _protect_text(self, text: str) -> str:
-        if self._find is None:
+        if self._find is None or not any(first in text for first in self._firsts):
             return text
         text = self._find(lambda match: f"{_NONCE}n{self._numbers[match[0]]}q", text)
         # A name that was split over two strings would be whole again when a template joins them.
         body = text.rstrip()
-        if self._firsts.isdisjoint(body[-self._longest :]):
-            return text
         for size in range(min(self._longest, len(body)), 0, -1):
             if body[-size:] in self._beginnings:
                 start = len(body) - size

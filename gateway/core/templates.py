@@ -18,6 +18,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -141,10 +142,11 @@ class ChatTemplate:
 
     def _generate(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         pieces, size = [], 0
-        # Not `generate`, which merges the environment's names through two chained mappings at every call.
+        # Not `generate`, which walks through the environment's chained names twice at every call.
+        template = self._template
         names = {**self._globals, **variables, "messages": self._as_content(messages)}
-        context = self._template.new_context(names, shared=True)
-        for piece in self._template.root_render_func(context):
+        context = new_context(template.environment, template.name, template.blocks, names, shared=True)
+        for piece in template.root_render_func(context):
             size += len(piece)
             if size > _MAX_OUTPUT_CHARS:
                 message = f"the rendered prompt is longer than {_MAX_OUTPUT_CHARS} characters"

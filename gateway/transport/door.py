@@ -20,7 +20,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from gateway.generation import RequestError
 from gateway.transport.guard import FrameGuard
-from gateway.transport.refusal import ready_answer
+from gateway.transport.refusal import ReadyAnswer, ready_answer
 from shared.errors import ErrorCode
 
 MAX_HEADER_BYTES: Final = 32 << 10
@@ -80,6 +80,11 @@ class Door(RequestHandler):
             self._header_bytes += len(data)
             if self._header_bytes > MAX_HEADER_BYTES and not self._close:
                 self._refuse_header()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """As aiohttp's, where reading was paused. aiohttp calls it for each body that was read, and parses nothing once more."""
+        if self._reading_paused or self._buffer_paused:
+            super().resume_reading(resume_parser)
 
     def _refuse_header(self) -> None:
         error = RequestError(
@@ -156,6 +161,9 @@ class Door(RequestHandler):
         if self._half_closed and not self._messages:
             resp.force_close()
         try:
+            if isinstance(resp, ReadyAnswer) and not self._upgraded:
+                request._finish()
+                return resp, not resp.send(request)  # nothing about it waits
             return await super().finish_response(request, resp, start_time)
         finally:
             self._answered += 1

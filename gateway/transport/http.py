@@ -123,7 +123,7 @@ class Boundary:
         status = 499
         code: str | None = None
         try:
-            response = await self._answer(request, handler)
+            response = self._enter(request) or await handler(request)
             status = response.status
             if isinstance(response, WholeAnswer):
                 return self._heads.finish(response, request, request_id, self._limits_of(request))
@@ -159,7 +159,8 @@ class Boundary:
                 more = {"num_left_out": num_left_out} if num_left_out else {}
                 log.info("http", **fields, elapsed_ms=elapsed_ms, **more)
 
-    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    def _enter(self, request: web.Request) -> web.Response | None:
+        """Whether it may come in, and whose it is; the answer to a browser's question beforehand. Raises `RequestError`."""
         _check_headers(request)
         self._access.check_host(request.headers.get("Host"))
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
@@ -176,7 +177,7 @@ class Boundary:
             if owner.key:
                 request[KEY] = owner.key
                 set_key(owner.key)
-        return await handler(request)
+        return None
 
     def _preflight(self, request: web.Request) -> web.Response:
         if self._access.cors_origin(request.headers.get("Origin")) is None:
