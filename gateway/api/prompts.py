@@ -7,6 +7,7 @@ messages, which its prompt has no place for, do not reach it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final, Literal
@@ -26,6 +27,7 @@ from shared.protocol import ModelCard
 
 _USUAL: Final = ChatOptions()
 _PASSED: Final = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+_passed = operator.attrgetter(*_PASSED)
 _WITHOUT_LANGUAGE: Final = ("sim", "fake")  # stand-ins for a model: any rendering is as good as another
 
 
@@ -126,7 +128,8 @@ class Message(Known, kw_only=True):
                 for part in content
             ]
         role = "system" if self.role == "developer" else self.role
-        given = {name: getattr(self, name) for name in _PASSED if getattr(self, name) is not None}
+        passed = zip(_PASSED, _passed(self), strict=True)
+        given: Json = {name: value for name, value in passed if value is not None}
         if self.tool_calls is not None:
             given["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return {"role": role, "content": content, **given}

@@ -60,7 +60,12 @@ class SpecialText:
         return self.names[int(match[2])] if match[1] == "n" else chr(int(match[2]))
 
     def _protect_text(self, text: str) -> str:
-        if self._find is None or not any(first in text for first in self._firsts):
+        if self._find is None:
+            return text
+        for first in self._firsts:  # nearly no text has even the first character of one
+            if first in text:
+                break
+        else:
             return text
         text = self._find(lambda match: f"{_NONCE}n{self._numbers[match[0]]}q", text)
         # A name that was split over two strings would be whole again when a template joins them.

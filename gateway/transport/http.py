@@ -112,7 +112,7 @@ class Boundary:
         """Run one request. Only cancellation leaves it as an exception."""
         started_s = time.monotonic()
         given = request.headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else os.urandom(12).hex()
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else os.urandom(12).hex()
         request[REQUEST_ID] = request_id
         structlog.contextvars.bind_contextvars(request_id=request_id)
         route = route_name(request)

@@ -81,7 +81,12 @@ def test_only_short_conversations_go_without_the_thread(
     template = ChatTemplate(CHAT_TEMPLATE, ModelTokens(tokenizer_json()), CARD)
     handed: list[object] = []
     submit = template._thread.submit
-    monkeypatch.setattr(template._thread, "submit", lambda *job: handed.append(job) or submit(*job))
+
+    def noted(*job: Any) -> Any:
+        handed.append(job)
+        return submit(*job)
+
+    monkeypatch.setattr(template._thread, "submit", noted)
 
     said = asyncio.run(template.render_async(messages, options))
 
