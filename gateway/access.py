@@ -27,6 +27,9 @@ class Owner(NamedTuple):
     tenant: str = ""
 
 
+_NOBODY = Owner()
+
+
 class Access:
     """The configured keys, host names and origins. Raises `ConfigError` for a file of keys that cannot be used."""
 
@@ -44,6 +47,7 @@ class Access:
                 self.use(load(self.keys_file))
             except KeysError as error:
                 raise ConfigError(f"keys_file {self.keys_file}: {error}") from None
+        self._last_host: str | None = None  # one that passed; most requests of a server name the same
         self._hosts = config.host_names()
         self._origins = Origins(config.cors_origins)
 
@@ -86,6 +90,8 @@ class Access:
 
     def authenticate(self, headers: Mapping[str, str]) -> Owner:
         """Whose a request is. Raises `RequestError` UNAUTHORIZED."""
+        if not self.needs_key:
+            return _NOBODY
         key = key_of(headers)
         owner = self.owner(key)
         if owner is None:
@@ -98,12 +104,15 @@ class Access:
 
     def check_host(self, host: str | None) -> None:
         """Raises `RequestError` INVALID_REQUEST for a malformed or foreign `Host` (DNS rebinding)."""
+        if host is not None and host == self._last_host:
+            return
         match = _HOST.fullmatch(host or "")
         if match is None or int(match["port"] or 0) > 65535:
             raise RequestError(ErrorCode.INVALID_REQUEST, "the Host header is missing or malformed")
         if self._hosts is not None and match["name"].lower() not in self._hosts:
             message = "this Host is not served here; add it to allowed_hosts (DEGAS_GATEWAY_ALLOWED_HOSTS)"
             raise RequestError(ErrorCode.INVALID_REQUEST, message)
+        self._last_host = host
 
     def cors_origin(self, origin: str | None) -> str | None:
         """The value for `Access-Control-Allow-Origin`, or None when this origin gets none."""

@@ -40,6 +40,7 @@ from gateway.transport.http import (
     json_response,
     public,
     read_body,
+    whole_answer,
 )
 from gateway.transport.resumption import LAST_EVENT, Resumption, register_streams
 from gateway.transport.websocket import register_websocket
@@ -149,7 +150,7 @@ def _generation(service: Service, prepare: Prepare, resumption: Resumption) -> H
                 request, config, service.metrics, service.submit, prepared.requests, prepared
             )
         choices = await collect(service.submit, prepared.requests) if prepared.requests else []
-        return json_response(prepared.answer(choices))
+        return whole_answer(prepared.answer(choices))
 
     return handle
 

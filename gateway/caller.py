@@ -25,8 +25,8 @@ CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B03
 
 def caller(route: str, trace_parent: str | None, key: str = "") -> Caller:
     """A `Caller`; a malformed `traceparent` counts as none, as the W3C recommendation wants it."""
-    given = trace_parent or ""
-    return Caller(route, given if TRACE_PARENT.fullmatch(given) else "", key)
+    is_valid = trace_parent is not None and TRACE_PARENT.fullmatch(trace_parent)
+    return Caller(route, (trace_parent or "") if is_valid else "", key)
 
 
 def set_key(key: str) -> None:

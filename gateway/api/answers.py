@@ -48,6 +48,7 @@ class Collected:
     def __init__(self, on_done: Callable[[], None]) -> None:
         self._on_done = on_done
         self._texts: list[str] = []
+        self.on_text = self._texts.append  # see `TextListener`
         self.objects: list[SpatialObject] = []
         self.infos: list[TokenInfo] = []
         self.prompt: list[PromptScore] = []
@@ -65,10 +66,6 @@ class Collected:
             self.infos.extend(delta.logprobs)
         if delta.prompt is not None:
             self.prompt = delta.prompt
-
-    def on_text(self, text: str) -> None:
-        """See `TextListener`."""
-        self._texts.append(text)
 
     def on_object(self, found: SpatialObject) -> None:
         """See `Listener`."""

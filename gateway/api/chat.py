@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
@@ -109,12 +110,23 @@ class Chat(EventShape):
         self._frame = ChunkFrame(
             f"chatcmpl-{request_id}", "chat.completion.chunk", requests[0].model_id, body
         )
-        self._head, self._tail = self._frame.head, self._frame.tail
-        # Made once, so that each token only joins bytes.
-        self._before = [
-            self._head + b',"choices":[{"index":%d,"delta":{"content":' % i for i in range(len(requests))
+        self._tail = self._frame.tail
+
+    # Made once, so that each token only joins bytes, and for streams only.
+
+    @functools.cached_property
+    def _head(self) -> bytes:
+        return self._frame.head
+
+    @functools.cached_property
+    def _before(self) -> list[bytes]:
+        return [
+            self._head + b',"choices":[{"index":%d,"delta":{"content":' % i for i in range(len(self.requests))
         ]
-        self._after = b'},"logprobs":null,"finish_reason":null}' + self._tail
+
+    @functools.cached_property
+    def _after(self) -> bytes:
+        return b'},"logprobs":null,"finish_reason":null}' + self._tail
 
     # ------------------------------------------------------------ the stream, see `transport.sse.Shape`
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Final
 
@@ -25,8 +26,12 @@ class ChunkFrame:
         }
         options = body.stream_options
         self._wants_usage = bool(body.stream) and options is not None and bool(options.include_usage)
-        self.head = b"data: " + _encode(self._fields)[:-1]
         self.tail = b"]" + (b',"usage":null' if self._wants_usage else b"") + b"}\n\n"
+
+    @functools.cached_property
+    def head(self) -> bytes:
+        """What a chunk begins with; whole answers need none."""
+        return b"data: " + _encode(self._fields)[:-1]
 
     def closing(self, usage: Json) -> bytes:
         """Usage in a chunk without choices, if it was asked for, and the end mark."""

@@ -5,8 +5,8 @@ Which fields are known at all, and what becomes of the others, is the rule in `g
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
@@ -184,7 +184,7 @@ def stops(value: str | list[str] | None) -> list[str]:
 def samplings(fields: SamplingFields, card: ModelCard, num_logprobs: int, count: int) -> list[Sampling]:
     """How each of `count` choices is sampled: alike, but for the seed. Raises `RequestError`."""
     temperature = card.default_temperature if fields.temperature is None else fields.temperature
-    seed = secrets.randbits(63) if fields.seed is None else fields.seed % _INT64
+    seed = int.from_bytes(os.urandom(8)) >> 1 if fields.seed is None else fields.seed % _INT64
     first = Sampling(
         temperature=temperature,
         top_k=card.default_top_k if fields.top_k is None else max(0, fields.top_k),

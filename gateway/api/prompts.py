@@ -7,6 +7,7 @@ messages, which its prompt has no place for, do not reach it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final, Literal
@@ -24,7 +25,9 @@ from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, S
 from shared.errors import ErrorCode
 from shared.protocol import ModelCard
 
+_USUAL: Final = ChatOptions()
 _PASSED: Final = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+_passed = operator.attrgetter(*_PASSED)
 _WITHOUT_LANGUAGE: Final = ("sim", "fake")  # stand-ins for a model: any rendering is as good as another
 
 
@@ -125,7 +128,8 @@ class Message(Known, kw_only=True):
                 for part in content
             ]
         role = "system" if self.role == "developer" else self.role
-        given = {name: getattr(self, name) for name in _PASSED if getattr(self, name) is not None}
+        passed = zip(_PASSED, _passed(self), strict=True)
+        given: Json = {name: value for name, value in passed if value is not None}
         if self.tool_calls is not None:
             given["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return {"role": role, "content": content, **given}
@@ -190,8 +194,10 @@ async def compose_chat(
     if takes_questions(model.card):
         check_no_history(model, [message.for_template() for message in messages])
         return replace(await _compose_question(core, model, messages), reading=reading)
-    prompt = await _compose_template(core, model, messages, options or ChatOptions(), tools)
-    return replace(prompt, reading=replace(reading, thinks_first=opens_thinking(model, reading, prompt.ids)))
+    prompt = await _compose_template(core, model, messages, options or _USUAL, tools)
+    if opens_thinking(model, reading, prompt.ids):
+        reading = replace(reading, thinks_first=True)
+    return Prompt(prompt.ids, prompt.images, prompt.strip_start, prompt.drop_space, reading)
 
 
 def _asked_for(options: ChatOptions) -> str:
@@ -255,7 +261,8 @@ async def _compose_template(
     elif tools is not None:
         options = replace(options, tools=tools.for_template())
     images = await prepare_pictures(core, model, pictures) if pictures else []
-    options = replace(options, pictures=expansions(card, images))
+    if images:
+        options = replace(options, pictures=expansions(card, images))
     ids = await model.encode_chat(turns, options)
     await check_shown(model, turns, options, ids, places)
     ids, images = place_pictures(model, ids, images)

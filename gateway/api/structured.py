@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Final
 
 import msgspec
@@ -15,6 +16,10 @@ Wanted = tuple[Grammar, str]
 """A constraint, and the name of the field that holds it."""
 
 _KINDS: Final = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark"}
+
+_FIELDS: Final = ("response_format", "structured_outputs", *(f"guided_{name}" for name in _KINDS))
+_NOTHING: Final = (None,) * len(_FIELDS)
+_asked = operator.attrgetter(*_FIELDS)
 
 
 async def grammar(
@@ -64,6 +69,8 @@ def schema_grammar(schema: Json, param: str, *, strict: bool | None) -> Wanted:
 
 def _wanted(fields: SamplingFields) -> list[Wanted]:
     """Every constraint of a body with the field that asked for it, in the order of these fields."""
+    if _asked(fields) == _NOTHING:
+        return []
     found: list[Wanted] = []
     asked = format_grammar(fields.response_format)
     if asked is not None:

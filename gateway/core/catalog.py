@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from gateway.config import GatewayConfig
@@ -26,20 +26,15 @@ class AnnouncedModel:
     limits: wire.Limits
     tokens: ModelTokens
     templates: Mapping[str, ChatTemplate]  # by name, `default` among them; empty: there is none
+    chat_format: ChatFormat | None = field(init=False)  # see `ServedModel.chat_format`
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "chat_format", _format_of(self.templates))
 
     @property
     def template_names(self) -> list[str]:
         """See `ServedModel.template_names`."""
         return list(self.templates)
-
-    @property
-    def chat_format(self) -> ChatFormat | None:
-        """See `ServedModel.chat_format`."""
-        usual = self.templates.get(DEFAULT)
-        if usual is None:
-            return None
-        for_tools = self.templates.get(WITH_TOOLS, usual).format
-        return replace(usual.format, shows_tools=for_tools.shows_tools, dialect=for_tools.dialect)
 
     @property
     def drops_first_space(self) -> bool:
@@ -143,6 +138,14 @@ class AnnouncedModel:
             isinstance(other, AnnouncedModel)
             and (self.card, self.tokens.digest) == (other.card, other.tokens.digest)
         )
+
+
+def _format_of(templates: Mapping[str, ChatTemplate]) -> ChatFormat | None:
+    usual = templates.get(DEFAULT)
+    if usual is None:
+        return None
+    for_tools = templates.get(WITH_TOOLS, usual).format
+    return replace(usual.format, shows_tools=for_tools.shows_tools, dialect=for_tools.dialect)
 
 
 class Catalog:

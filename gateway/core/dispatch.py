@@ -73,7 +73,7 @@ class Dispatch:
         """Admit and send to a worker. Raises `RequestError`. `meter` counts for the key that was used."""
         model = self._catalog.current(request.model)
         model.check(request)
-        key = content_key(request.tenant, [image.spec.digest for image in request.images], request.prompt_ids)
+        key = self._content_key(request)
         worker = self._placement.place(model, request.tenant, 1, key)
         now_s = self._now()
         deadline_s = min(request.deadline_s or self._max_deadline_s, self._max_deadline_s)
@@ -101,6 +101,13 @@ class Dispatch:
         if self._tracing is not None:
             self._tracing.begin(flight)
         return flight
+
+    def _content_key(self, request: GenerateRequest) -> bytes | None:
+        """What says where the request belongs; None where there is no choice."""
+        if len(self._placement.workers) < 2:
+            return None
+        digests = [image.spec.digest for image in request.images]
+        return content_key(request.tenant, digests, request.prompt_ids)
 
     def end_all(self, error: RequestError) -> int:
         """End every flight with this error; returns how many there were."""

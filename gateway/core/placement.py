@@ -36,8 +36,10 @@ class Worker:
     @property
     def takes_work(self) -> bool:
         """Whether the worker serves and does not drain."""
-        drains = self.is_leaving or (self.link.beat is not None and self.link.beat.draining)
-        return self.link.ready is not None and not drains
+        beat = self.link.beat
+        return (
+            not self.is_leaving and self.link.ready is not None and not (beat is not None and beat.draining)
+        )
 
     @property
     def num_active(self) -> int:
@@ -123,10 +125,10 @@ class Placement:
         ready = self._ready(model)
         if not ready:
             raise self.nobody("no worker serves this model at the moment")
-        shared = [worker for worker in ready if worker is not self.reserved]
+        shared = ready if self.reserved is None else [w for w in ready if w is not self.reserved]
         best = self._home(shared or ready, key)
         refusal = self._refusal(best, tenant, num_new)
-        if refusal is not None and key is not None:
+        if refusal is not None and key is not None and len(ready) > 1:
             best = self._home(shared or ready, None)
             refusal = self._refusal(best, tenant, num_new)
         if refusal is not None:
@@ -161,8 +163,10 @@ class Placement:
 
     def check(self, model: AnnouncedModel, tenant: str, num_new: int) -> None:
         """Raises the error that `place` would; more requests than the largest worker holds count as that many."""
-        most = max((worker.occupancy.capacity for worker in self.workers if worker.model is model), default=1)
-        self.place(model, tenant, min(num_new, most))
+        if num_new > 1:
+            served = [worker.occupancy.capacity for worker in self.workers if worker.model is model]
+            num_new = min(num_new, max(served, default=1))
+        self.place(model, tenant, num_new)
 
     def check_any(self, tenant: str) -> None:
         """Raises an error if `place` would refuse a request for any model just now."""
@@ -197,7 +201,9 @@ class Placement:
         return False, "no worker is ready"
 
     def _home(self, ready: list[Worker], key: bytes | None) -> Worker:
-        if key is not None and len(ready) > 1:
+        if len(ready) == 1:
+            return ready[0]
+        if key is not None:
             place = home(key, [worker.candidate for worker in ready])
             if place is not None:
                 return ready[place]

@@ -23,6 +23,7 @@ class SpecialText:
         listed = "|".join(map(re.escape, self.names))
         self._find = re.compile(listed).sub if self.names else None
         self._beginnings = {name[:end] for name in self.names for end in range(1, len(name))}
+        self._firsts = {name[0] for name in self.names}
         self._longest = max(map(len, self._beginnings), default=0)
         self._stand_in = re.compile(_NONCE + r"([nc])(\d+)q")
         self._either = re.compile(f"{self._stand_in.pattern}|({listed})") if self.names else self._stand_in
@@ -31,7 +32,7 @@ class SpecialText:
         """A copy of plain data in which stand-ins replace names, and parts of names that a template could join to one."""
         if isinstance(value, str):
             return self._protect_text(value)
-        if isinstance(value, Mapping):
+        if isinstance(value, dict) or isinstance(value, Mapping):  # noqa: SIM101 - the second asks an abstract class
             return {key: self.protect(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.protect(item) for item in value]
@@ -60,6 +61,11 @@ class SpecialText:
 
     def _protect_text(self, text: str) -> str:
         if self._find is None:
+            return text
+        for first in self._firsts:  # nearly no text has even the first character of one
+            if first in text:
+                break
+        else:
             return text
         text = self._find(lambda match: f"{_NONCE}n{self._numbers[match[0]]}q", text)
         # A name that was split over two strings would be whole again when a template joins them.

@@ -1,7 +1,7 @@
 """Owns chat templates: the model folder's Jinja text, compiled as transformers does, in a sandbox, within bounds.
 
 `render_async` runs on one thread kept for this. When a template does not end within its deadline the thread is
-replaced, and the request gets an error.
+replaced, and the request gets an error. Short conversations through the plainest templates need no thread (`template_bounds`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from gateway.core.chat_format import read_format
+from gateway.core.template_bounds import ends_at_once
 from gateway.core.tokens import ModelTokens
 from gateway.generation import ChatOptions, RequestError
 from shared.errors import ErrorCode
@@ -34,6 +36,8 @@ WITH_TOOLS: Final = "tool_use"
 
 _DEADLINE_S: Final = 2.0
 _MAX_OUTPUT_CHARS: Final = 4 << 20
+_SHORT_TURNS: Final = 64
+_SHORT_CHARS: Final = 4096  # as `gateway.core.catalog` encodes on the loop
 _MAX_WORDS: Final = 500  # characters of a template's own error message
 _REASONING: Final = (
     "reasoning_content",
@@ -60,8 +64,10 @@ class ChatTemplate:
         environment.globals["namespace"] = _Namespace
         try:
             self._template = environment.from_string(source)
+            self._ends_at_once = ends_at_once(environment.parse(source))
         except (TemplateError, RecursionError) as error:
             raise RequestError(ErrorCode.INTERNAL, f"the chat template does not compile: {error}") from None
+        self._globals = dict(self._template.globals)
         self.source = source
         self.format = read_format(source)
         self._special_text = tokens.special_text
@@ -91,7 +97,9 @@ class ChatTemplate:
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="messages") from None
 
     async def render_async(self, messages: Messages, options: ChatOptions) -> str:
-        """As `render_guarded`, on the template thread. Raises `RequestError`."""
+        """As `render_guarded`, on the template thread unless it is sure to end at once. Raises `RequestError`."""
+        if self._ends_at_once and _is_short(messages, options):
+            return self.render_guarded(messages, options)
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_DEADLINE_S):
@@ -106,10 +114,10 @@ class ChatTemplate:
         plain = [_present(message) for message in self._special_text.protect(list(messages))]
         end = _mark_end(plain) if options.continue_final_message else ""
         variables = {
-            "tools": self._special_text.protect(list(options.tools)) or None,
+            "tools": self._special_text.protect(list(options.tools)) if options.tools else None,
             "documents": None,
             **self._special,
-            **self._special_text.protect(options.variables),
+            **(self._special_text.protect(options.variables) if options.variables else {}),
             "add_generation_prompt": options.add_generation_prompt,
         }
         try:
@@ -134,7 +142,11 @@ class ChatTemplate:
 
     def _generate(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         pieces, size = [], 0
-        for piece in self._template.generate(messages=self._as_content(messages), **variables):
+        # Not `generate`, which walks through the environment's chained names twice at every call.
+        template = self._template
+        names = {**self._globals, **variables, "messages": self._as_content(messages)}
+        context = new_context(template.environment, template.name, template.blocks, names, shared=True)
+        for piece in template.root_render_func(context):
             size += len(piece)
             if size > _MAX_OUTPUT_CHARS:
                 message = f"the rendered prompt is longer than {_MAX_OUTPUT_CHARS} characters"
@@ -166,6 +178,20 @@ class ChatTemplate:
             )
         except Exception:  # the template takes another kind of content
             return False
+
+
+def _is_short(messages: Messages, options: ChatOptions) -> bool:
+    """A few turns of text, and nothing else."""
+    if len(messages) > _SHORT_TURNS or options.tools or options.variables:
+        return False
+    num_chars = 0
+    for message in messages:
+        for value in message.values():
+            if isinstance(value, str):
+                num_chars += len(value)
+            elif value is not None:
+                return False
+    return num_chars <= _SHORT_CHARS
 
 
 def choose_template(

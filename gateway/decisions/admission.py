@@ -137,6 +137,8 @@ class Admission:
             message = f"{num_new} sequences at once; this server holds at most {held.capacity}"
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="n")
         total = held.num_active + num_ahead
+        if total + held.num_others + num_new <= held.max_rows and total + num_new <= held.limit:
+            return  # it would run at once
         num_waiting = max(0, total + held.num_others + num_new - held.max_rows)
         if total + num_new > held.limit:
             message = f"{total + held.num_others} requests are running or waiting, and there is room for {held.capacity}"

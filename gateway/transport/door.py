@@ -7,18 +7,20 @@ header's bytes, half-closed clients, and the frame guard in front of its WebSock
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import functools
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 from aiohttp.web_response import StreamResponse
+from aiohttp.web_urldispatcher import UrlMappingMatchInfo
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from gateway.generation import RequestError
 from gateway.transport.guard import FrameGuard
-from gateway.transport.refusal import ready_answer
+from gateway.transport.refusal import ReadyAnswer, ready_answer
 from shared.errors import ErrorCode
 
 MAX_HEADER_BYTES: Final = 32 << 10
@@ -78,6 +80,11 @@ class Door(RequestHandler):
             self._header_bytes += len(data)
             if self._header_bytes > MAX_HEADER_BYTES and not self._close:
                 self._refuse_header()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """As aiohttp's, where reading was paused. aiohttp calls it for each body that was read, and parses nothing once more."""
+        if self._reading_paused or self._buffer_paused:
+            super().resume_reading(resume_parser)
 
     def _refuse_header(self) -> None:
         error = RequestError(
@@ -154,6 +161,9 @@ class Door(RequestHandler):
         if self._half_closed and not self._messages:
             resp.force_close()
         try:
+            if isinstance(resp, ReadyAnswer) and not self._upgraded:
+                request._finish()
+                return resp, not resp.send(request)  # nothing about it waits
             return await super().finish_response(request, resp, start_time)
         finally:
             self._answered += 1
@@ -191,6 +201,8 @@ class DoorRunner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         make_request = made.request_factory
+        app = self.app
+        assert isinstance(app, web.Application)
 
         def make(message: Any, payload: Any, *rest: Any) -> Any:
             cleaned, expectation, key = _clean(message)
@@ -202,12 +214,40 @@ class DoorRunner(web.AppRunner):
             return request
 
         return _Doors(
-            made.request_handler,
+            _straight(app, made.request_handler),
             request_factory=make,
             handler_cancellation=made.handler_cancellation,
             loop=made._loop,
             **made._kwargs,
         )
+
+
+def _straight(
+    app: web.Application, usual: Callable[[Any], Awaitable[StreamResponse]]
+) -> Callable[[Any], Awaitable[StreamResponse]]:
+    """`usual`, and past the router for posts to paths without variables: finding the same route again and wrapping its handler
+    anew is a tenth of a short request's time."""
+    known: dict[str, tuple[UrlMappingMatchInfo, Callable[[Any], Awaitable[StreamResponse]]]] = {}
+    for route in app.router.routes():
+        resource = route.resource
+        if route.method != "POST" or not isinstance(resource, web.PlainResource):
+            continue
+        match = UrlMappingMatchInfo({}, route)
+        match.add_app(app)
+        match.freeze()
+        handler = route.handler
+        for middleware in reversed(app.middlewares):
+            handler = functools.partial(middleware, handler=handler)
+        known[resource.canonical] = match, handler
+
+    def handle(request: Any) -> Awaitable[StreamResponse]:
+        found = known.get(request.raw_path) if request.method == "POST" else None
+        if found is None:
+            return usual(request)
+        request._match_info, handler = found
+        return handler(request)
+
+    return handle
 
 
 def _clean(message: Any) -> tuple[Any, str | None, str | None]:

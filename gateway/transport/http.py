@@ -7,8 +7,8 @@ keys are configured, whatever its path looks like.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, TypeVar
@@ -28,6 +28,7 @@ from gateway.faults import fault_fields
 from gateway.generation import HttpCounts, RequestError, ServingCore
 from gateway.transport.door import EXPECTATION
 from gateway.transport.refusal import Refusals
+from gateway.transport.whole import Heads, WholeAnswer
 from shared.errors import ErrorCode
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -103,6 +104,7 @@ class Boundary:
         self._meters = meters
         self._public = frozenset((*config.public, "liveness"))
         self._refusals = Refusals()
+        self._heads = Heads()
         self._quota = LogQuota(_FAULT_LINES_PER_S)
 
     @web.middleware
@@ -110,7 +112,7 @@ class Boundary:
         """Run one request. Only cancellation leaves it as an exception."""
         started_s = time.monotonic()
         given = request.headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else os.urandom(12).hex()
         request[REQUEST_ID] = request_id
         structlog.contextvars.bind_contextvars(request_id=request_id)
         route = route_name(request)
@@ -121,8 +123,10 @@ class Boundary:
         status = 499
         code: str | None = None
         try:
-            response = await self._answer(request, handler)
+            response = self._enter(request) or await handler(request)
             status = response.status
+            if isinstance(response, WholeAnswer):
+                return self._heads.finish(response, request, request_id, self._limits_of(request))
             return response
         except RequestError as error:
             status, code = http_status(error), error.code.value
@@ -155,7 +159,8 @@ class Boundary:
                 more = {"num_left_out": num_left_out} if num_left_out else {}
                 log.info("http", **fields, elapsed_ms=elapsed_ms, **more)
 
-    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    def _enter(self, request: web.Request) -> web.Response | None:
+        """Whether it may come in, and whose it is; the answer to a browser's question beforehand. Raises `RequestError`."""
         _check_headers(request)
         self._access.check_host(request.headers.get("Host"))
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
@@ -172,7 +177,7 @@ class Boundary:
             if owner.key:
                 request[KEY] = owner.key
                 set_key(owner.key)
-        return await handler(request)
+        return None
 
     def _preflight(self, request: web.Request) -> web.Response:
         if self._access.cors_origin(request.headers.get("Origin")) is None:
@@ -187,13 +192,17 @@ class Boundary:
             headers["Access-Control-Allow-Private-Network"] = "true"
         return web.Response(status=204, headers=headers)
 
+    def _limits_of(self, request: web.Request) -> dict[str, str] | None:
+        """Headers that say what the request's key has left, if it has limits."""
+        meter = self._meters.of(key) if (key := request.get(KEY)) else None
+        return None if meter is None else meter.headers(time.monotonic())
+
     async def on_prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         """Headers of every answer, streams included; a signal of the application."""
         headers = response.headers
         if REQUEST_ID in request:
             headers["x-request-id"] = request[REQUEST_ID]
-        if (key := request.get(KEY)) and (meter := self._meters.of(key)) is not None:
-            headers.update(meter.headers(time.monotonic()))
+        headers.update(self._limits_of(request) or {})
         if STREAM_ID in request:
             headers["x-degas-stream"] = request[STREAM_ID]
         headers["X-Content-Type-Options"] = "nosniff"
@@ -214,6 +223,11 @@ def route_name(request: web.Request) -> str:
 def json_response(value: object, *, status: int = 200) -> web.Response:
     """An answer in JSON."""
     return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
+
+
+def whole_answer(value: object) -> WholeAnswer:
+    """An answer in JSON, status 200, of a handler that the boundary called: it writes the head."""
+    return WholeAnswer(msgspec.json.encode(value))
 
 
 def error_response(
@@ -298,27 +312,27 @@ async def skip_body(request: web.Request, config: GatewayConfig) -> None:
 
 async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
     """The whole body, within its bounds of size and time. Raises `RequestError`."""
-    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
+    headers = request.headers
+    encoding = headers.get("Content-Encoding")
+    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
         message = "compressed bodies are not accepted; send it without Content-Encoding"
         raise RequestError(ErrorCode.INVALID_REQUEST, message)
     # A foreign web page could send any other content type without the browser asking first (a preflight).
-    if request.content_type != "application/json":
-        given = request.headers.get("Content-Type", "none")[:100]
+    given = headers.get("Content-Type", "none")
+    if given != "application/json" and request.content_type != "application/json":
+        given = given[:100]
         message = f"expected the header Content-Type: application/json, got {given}"
         raise RequestError(ErrorCode.INVALID_REQUEST, message)
     limit = config.max_body_bytes
-    too_large = RequestError(ErrorCode.PAYLOAD_TOO_LARGE, f"the body may have at most {limit} bytes")
+    content = request.content
+    if content.is_eof() and content.exception() is None:
+        whole = content.read_nowait()  # nearly always: it came with its header, and nobody waits for it
+        if len(whole) > limit:
+            raise _too_large(limit)
+        return whole
     if (request.content_length or 0) > limit:
         await _discard(request, limit)
-        raise too_large
-    if request.content.is_eof() and request.content.exception() is None:
-        whole = (
-            request.content.read_nowait()
-        )  # nearly always: it came with its header, and nobody waits for it
-        if len(whole) > limit:
-            raise too_large
-        return whole
+        raise _too_large(limit)
     pieces: list[bytes] = []
     size = 0
     holding = request.app[HOLDINGS].holding(request[TENANT])
@@ -329,7 +343,7 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
                 size += len(piece)
                 if size > limit:
                     await _discard(request, limit)
-                    raise too_large
+                    raise _too_large(limit)
                 if not holding.may_take(size):
                     await _discard(request, limit)
                     message = "too much is being uploaded with this key at once; let some of it finish first"
@@ -347,6 +361,10 @@ async def read_body(request: web.Request, config: GatewayConfig) -> bytes:
     finally:
         holding.set(0)
     return b"".join(pieces)
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(ErrorCode.PAYLOAD_TOO_LARGE, f"the body may have at most {limit} bytes")
 
 
 def _invite(request: web.Request) -> None:

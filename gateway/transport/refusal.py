@@ -37,11 +37,17 @@ class ReadyAnswer(web.StreamResponse):
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Write all of it. Raises ConnectionError when the client is gone."""
+        if not self.send(request):
+            raise ConnectionResetError("the client left")
+        return None
+
+    def send(self, request: web.BaseRequest) -> bool:
+        """Write all of it; False: the client is gone."""
         transport = request.transport
         if transport is None or transport.is_closing():
-            raise ConnectionResetError("the client left")
+            return False
         transport.write(self.data)
-        return None
+        return True
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Nothing: `prepare` has written everything."""

@@ -23,6 +23,12 @@ MODEL: Final = "mock"
 FIRST_ID: Final = 256
 MAX_SEQUENCES: Final = 16384
 _BEAT_S: Final = 0.5
+_MARKS: Final = ("<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE: Final = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML, as most small models have it: both stacks render it."""
 
 
 def token_text(step: int) -> str:
@@ -31,18 +37,30 @@ def token_text(step: int) -> str:
 
 
 def tokenizer_json() -> bytes:
-    """Byte-level BPE: an id a byte, and one for every number of a step."""
+    """Byte-level BPE: an id a byte, one for every number of a step, and the template's marks."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = iter(range(256, 512))
     alphabet = [chr(byte) if byte in printable else chr(next(hidden)) for byte in range(256)]
     words = ["\u0120" + token_text(step)[1:] for step in range(STEPS)]
     vocab = {text: token_id for token_id, text in enumerate([*alphabet, *words])}
+    marks = [
+        {
+            "id": len(vocab) + number,
+            "content": mark,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        for number, mark in enumerate(_MARKS)
+    ]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     layout: dict[str, object] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [],
+        "added_tokens": marks,
         "normalizer": None,
         "pre_tokenizer": level,
         "post_processor": None,
@@ -106,11 +124,12 @@ class Engine:
                     for sequence_id in message.sequence_ids:
                         group.pop(sequence_id, None)
             elif isinstance(message, wire.Hello):
-                self._send(self._ready(), self._tokenizer, b"")
+                self._send(self._ready(), self._tokenizer, CHAT_TEMPLATE.encode())
 
     def _ready(self) -> wire.Ready:
         most = 1 << 30
-        card = wire.ModelCard(MODEL, "fake", most, FIRST_ID + STEPS, None, [], default_max_tokens=16)
+        num_ids = FIRST_ID + STEPS + len(_MARKS)
+        card = wire.ModelCard(MODEL, "llama", most, num_ids, None, [], default_max_tokens=16)
         limits = wire.Limits(MAX_SEQUENCES, 0, 1 << 20, 16, 1 << 16, most, progress_timeout_s=30.0)
         return wire.Ready(wire.PROTOCOL_VERSION, wire.schema_hash(), self._epoch, card, limits, "mock")
 

@@ -21,6 +21,8 @@ PINNED: Final = (
     "websockets==17.4",
     "pyzmq==27.3.0",
     "msgspec==0.22.0",
+    "jinja2==3.1.6",
+    "tokenizers==0.23.3",
 )
 _MAKE_TIMEOUT_S: Final = 600.0
 
@@ -58,7 +60,7 @@ def reference_python(say: Callable[[str], None]) -> Path:
             last = (done.stderr or done.stdout).strip().splitlines()[-1:]
             raise ReferenceError(
                 f"the reference's environment cannot be made: {''.join(last)}; give --reference-python PATH of one with "
-                "fastapi, uvicorn[standard], pydantic, pyzmq and msgspec, or --no-reference"
+                "fastapi, uvicorn[standard], pydantic, pyzmq, msgspec, jinja2 and tokenizers, or --no-reference"
             )
     (folder / "complete").touch()
     return python

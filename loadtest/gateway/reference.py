@@ -1,7 +1,9 @@
-"""Owns the reference stack: FastAPI on uvicorn, a pydantic chunk a token, over the same engine's wire. Its own environment.
+"""Owns the reference stack: FastAPI on uvicorn, jinja2, tokenizers, a pydantic chunk a token, over the same engine's wire.
 
-`PYTHON reference.py ENDPOINT PORT FIRST_ID`, without anything of this project: servers of open models are written this way,
-a queue and a generator a stream, a model of pydantic for each chunk.
+`PYTHON reference.py ENDPOINT PORT FIRST_ID` in an environment of its own, without anything of this project: servers of open
+models are written this way, a queue and a generator a stream, a model of pydantic for each chunk. It does a request's work as
+Degas does: the engine's own template and tokenizer make the prompt, and the tokenizer decodes a whole answer. A streamed token's
+text is looked up in a table, which is less than a detokenizer does.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import uvicorn
 import zmq
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse, StreamingResponse
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import BaseModel
+from tokenizers import Tokenizer
 
 ENDPOINT, PORT, FIRST_ID = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 TEXTS = [f" {step:04d}" for step in range(8192)]
@@ -106,6 +110,8 @@ class Engine:
         self.queues: dict[int, asyncio.Queue[int | None]] = {}
         self.ids = itertools.count(1)
         self.epoch = 0
+        self.tokenizer: Any = None
+        self.template: Any = None
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = context.socket(zmq.DEALER)
         self.socket.linger = 0
@@ -122,10 +128,17 @@ class Engine:
         self.socket.send(msgspec.msgpack.encode(message))
         asyncio.get_running_loop().call_soon(self.drain)  # the descriptor is edge-triggered
 
-    def submit(self, prompt: str, max_tokens: int) -> tuple[int, asyncio.Queue[int | None]]:
+    def encode(self, messages: list[Message]) -> list[int]:
+        """The prompt's ids, as transformers' `apply_chat_template` makes them."""
+        turns = [message.model_dump() for message in messages]
+        text = self.template.render(messages=turns, tools=None, add_generation_prompt=True)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def submit(self, prompt: list[int], max_tokens: int) -> tuple[int, asyncio.Queue[int | None]]:
         sequence_id = next(self.ids)
         queue = self.queues[sequence_id] = asyncio.Queue()
-        ids = array.array("i", list(prompt.encode())).tobytes()
+        ids = array.array("i", prompt).tobytes()
         self.send(["Submit", self.epoch, sequence_id, uuid.uuid4().hex, ids, max_tokens])
         return sequence_id, queue
 
@@ -142,6 +155,9 @@ class Engine:
             message = msgspec.msgpack.decode(frames[0])
             if message[0] == "Ready":
                 self.epoch = message[3]
+                self.tokenizer = Tokenizer.from_str(frames[1].decode())
+                environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+                self.template = environment.from_string(frames[2].decode())
             elif message[0] == "StepOutputs":
                 ids = array.array("q", message[3])
                 tokens = array.array("i", message[5])
@@ -175,7 +191,7 @@ async def ready() -> dict[str, str]:
 @app.post("/v1/chat/completions")
 async def chat(request: ChatRequest) -> Any:
     answer_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-    prompt = "\n".join(message.content for message in request.messages)
+    prompt = engine.encode(request.messages)
     sequence_id, queue = engine.submit(prompt, request.max_tokens)
 
     def chunk(delta: Delta, reason: str | None = None) -> str:
@@ -197,7 +213,7 @@ async def chat(request: ChatRequest) -> Any:
     tokens = []
     while (token := await queue.get()) is not None:
         tokens.append(token)
-    text = "".join(TEXTS[token - FIRST_ID] for token in tokens)
+    text = engine.tokenizer.decode(tokens)
     choice = Choice(message=Message(role="assistant", content=text), finish_reason="length")
     usage = Usage(
         prompt_tokens=len(prompt), completion_tokens=len(tokens), total_tokens=len(prompt) + len(tokens)
@@ -210,7 +226,9 @@ async def chat(request: ChatRequest) -> Any:
 async def responses(socket: WebSocket) -> None:
     await socket.accept()
     body = Create.model_validate_json(await socket.receive_text())
-    sequence_id, queue = engine.submit(body.input, body.max_output_tokens)
+    sequence_id, queue = engine.submit(
+        engine.encode([Message(role="user", content=body.input)]), body.max_output_tokens
+    )
     item_id = f"msg_{uuid.uuid4().hex}"
     try:
         for number in itertools.count():
