@@ -142,12 +142,14 @@ def roundings(cases: Cases) -> None:
         x[5] = torch.arange(inputs) % 33 / 127 * 8  # ties
         at = cases.tape.room(ACTIVATION_BYTES)
         cases.results.append(Result(f"rounded {dtype}", at, (ACTIVATION_BYTES,), torch.uint8))
-        cases.tape.call(f"quantise_rows_{NAMES[dtype]}", rows, inputs, cases.tape.put(x.to(dtype)), at, 0, rows)
+        cases.tape.call(
+            f"quantise_rows_{NAMES[dtype]}", rows, inputs, cases.tape.put(x.to(dtype)), at, 0, rows
+        )
 
 
 def along_rows(cases: Cases) -> None:
     """Norms, the gate, the largest."""
-    rows, dim = 5, 208
+    rows, dim = 5, 224
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
         x, weight, bias = (torch.randn(size).to(dtype) for size in ((rows, dim), (dim,), (dim,)))
         at = [cases.tape.put(part) for part in (x, weight, bias)]
@@ -171,7 +173,9 @@ class Pages:
         rows = token_rows(step)
         assert rows is not None
         decode = step.decode
-        tables = ([] if decode is None else [decode.block_tables]) + [one.block_table for one in step.prefills]
+        tables = ([] if decode is None else [decode.block_tables]) + [
+            one.block_table for one in step.prefills
+        ]
         self.num, self.lengths = rows.num, tape.put(rows.lengths)
         self.write_index = tape.put(step.write_index)
         self.runs, self.tables, self.stride = None, None, 0
@@ -198,16 +202,19 @@ LAYERS = (
 STEPS = (
     [Sequence(context, 1, is_chunk=False) for context in (0, 3, 150, 1100)],
     [Sequence(33, 1, is_chunk=False), Sequence(0, 9), Sequence(40, 13, 6), Sequence(0, 5, 5)],
+    [Sequence(1030, 7)],
 )
 
 
 def attention(cases: Cases) -> list[tuple[Case, Result, Result, Result]]:
     """Rows and chunks over pages: each case, and where its result and the keys and values that it wrote are."""
-    made = []
+    made: list[tuple[Case, Result, Result, Result]] = []
     for dtype in NAMES:
         for kept in NAMES:
             for number, heads in enumerate(LAYERS):
-                case = Case(heads, STEPS[number % 2] + STEPS[1][:2], dtype, kept, number)
+                case = Case(
+                    heads, STEPS[(number + len(made) // len(LAYERS)) % len(STEPS)], dtype, kept, number
+                )
                 made.append((case, *_attend(cases, case)))
     return made
 
@@ -236,7 +243,11 @@ def layers(cases: Cases, threads: int) -> None:
     """Two layers in one call, of both kinds, with fp32 weights and with rounded inputs."""
     cases.tape.call("use_threads", threads)
     # Inputs that lie between two whole numbers may be rounded to either: half a step, of 127 for the largest.
-    for dtype, rounds, bound in ((torch.float32, False, 1e-5), (torch.float32, True, 2e-2), (torch.bfloat16, True, 3e-2)):
+    for dtype, rounds, bound in (
+        (torch.float32, False, 1e-5),
+        (torch.float32, True, 2e-2),
+        (torch.bfloat16, True, 3e-2),
+    ):
         for is_gated in (True, False):
             _layers(cases, dtype, rounds, is_gated, bound)
     cases.tape.call("use_threads", 1)
@@ -271,8 +282,12 @@ def _layers(cases: Cases, dtype: torch.dtype, rounds: bool, is_gated: bool, boun
             made.append(
                 record(
                     GatedLayer,
-                    **{"attention_norm": norm(), "qkv": qkv, "qk_weight": qk_weight, "out": linear(dim, width)},
-                    **{"mlp_norm": norm(), "gate_up": linear(2 * inner, dim, cases.gate_order(2 * inner))},
+                    attention_norm=norm(),
+                    qkv=qkv,
+                    qk_weight=qk_weight,
+                    out=linear(dim, width),
+                    mlp_norm=norm(),
+                    gate_up=linear(2 * inner, dim, cases.gate_order(2 * inner)),
                     **{"down": linear(dim, inner), **shared},
                 )
             )
@@ -280,17 +295,32 @@ def _layers(cases: Cases, dtype: torch.dtype, rounds: bool, is_gated: bool, boun
             made.append(
                 record(
                     ParallelLayer,
-                    **{"norm": norm(), "norm_bias": norm(), "qkv": qkv, "fc1": linear(inner, dim)},
+                    norm=norm(),
+                    norm_bias=norm(),
+                    qkv=qkv,
+                    fc1=linear(inner, dim),
                     **{"out": linear(dim, width + inner), **shared},
                 )
             )
     angle = torch.rand(pages.num, 1, 8) * 6
     step = record(
         _Step,
-        **{"rows": pages.num, "dim": dim, "write_index": pages.write_index, "runs": pages.runs, "tables": pages.tables},
-        **{"table_stride": pages.stride, "lengths": pages.lengths, "rotary": 16, "eps": 1e-5, "qk_eps": 1e-5},
-        **{"rotation": tape.put(torch.view_as_real(torch.polar(torch.ones_like(angle), angle)))},
-        **{"heads": 4, "kv_heads": 2, "head_dim": 16, "page_tokens": 16, "keeps_float": 1},
+        rows=pages.num,
+        dim=dim,
+        write_index=pages.write_index,
+        runs=pages.runs,
+        tables=pages.tables,
+        table_stride=pages.stride,
+        lengths=pages.lengths,
+        rotary=16,
+        eps=1e-5,
+        qk_eps=1e-5,
+        rotation=tape.put(torch.view_as_real(torch.polar(torch.ones_like(angle), angle))),
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        page_tokens=16,
+        keeps_float=1,
     )
     name = "gated" if is_gated else "parallel"
     shape = (pages.num, dim)

@@ -74,7 +74,9 @@ class Tape:
 
     def put_records(self, *records: Record) -> At:
         """Structures one behind another."""
-        at = self.put(torch.frombuffer(bytearray(b"".join(one.content for one in records)), dtype=torch.uint8))
+        at = self.put(
+            torch.frombuffer(bytearray(b"".join(one.content for one in records)), dtype=torch.uint8)
+        )
         start = 0
         for one in records:
             for offset, place in one.places.items():

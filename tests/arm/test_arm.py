@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.arm import cases as made
 from tests.arm.cases import Cases, Result
@@ -35,9 +36,19 @@ runs = pytest.mark.skipif(
 @compiles
 @pytest.mark.parametrize("kind", ARM_KINDS)
 def test_the_source_is_understood(kind: str) -> None:
+    """All of it for the first kind; of the others what differs."""
     assert COMPILER is not None
-    command = [COMPILER, *FLAGS, *ARM_KINDS[kind][0], "-Wall", "-Werror", "-Wno-unused-function", "-fsyntax-only"]
-    done = subprocess.run([*command, *map(str, _units(SOURCE))], capture_output=True, text=True)
+    units = [unit for unit in _units(SOURCE) if kind == next(iter(ARM_KINDS)) or unit.stem == "integers"]
+    command = [
+        COMPILER,
+        *FLAGS,
+        *ARM_KINDS[kind][0],
+        "-Wall",
+        "-Werror",
+        "-Wno-unused-function",
+        "-fsyntax-only",
+    ]
+    done = subprocess.run([*command, *map(str, units)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -69,7 +80,9 @@ def _cases(lanes: int, own: CDLL) -> Cases:
     return Cases(lanes, lambda kind, outputs, inputs: own.bytes_packed(kind, -(-outputs // 64) * 64, inputs))
 
 
-def _differences(results: list[Result], others: list[Result], found: list, want: list) -> list[str]:
+def _differences(
+    results: list[Result], others: list[Result], found: list[Tensor], want: list[Tensor]
+) -> list[str]:
     wrong = []
     for result, other in zip(results, others, strict=True):
         got, expected = result.of(found), other.of(want)

@@ -170,7 +170,7 @@ def _processor() -> str:
 
 def _mac_model() -> str:
     """A Mac's processor by name, such as Apple M2; empty on other systems. `platform` tells no Apple chip from another."""
-    if sys.platform != "darwin":
+    if platform.system() != "Darwin":
         return ""
     command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
     return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
@@ -207,9 +207,11 @@ def _compile_here(compiler: str, source: Path, library: Path) -> None:
     *first, last = flags_here()
     for flags in first:
         try:
-            return _compile(compiler, source, library, flags)
+            _compile(compiler, source, library, flags)
         except RuntimeError as error:
             log.info("native_flags", refused=" ".join(flags), reason=str(error)[-200:])
+        else:
+            return
     _compile(compiler, source, library, last)
 
 

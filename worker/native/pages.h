@@ -72,19 +72,21 @@ void score_page(const float* query, const Kept* keys, const Kept* ahead, int cou
         const int here = count - start < LANES ? count - start : LANES;
         for (int t = 0; t < here; t += TOGETHER, keys += TOGETHER * stride, ahead += TOGETHER * stride) {
             Floats dot[TOGETHER][QUERIES], key[TOGETHER][PART];
-            int own[TOGETHER];
             for (int k = 0; k < TOGETHER; k++) {
-                own[k] = t + k < here ? k * stride : 0;  // nobody reads what is behind the last one's score
-                fetch<VECTORS>(ahead + own[k]);
+                const int own = t + k < here ? k * stride : 0;  // nobody reads what is behind the last one's score
+                fetch<VECTORS>(ahead + own);
+                load_head<PART>(keys + own, key[k]);
             }
-            for (int part = 0; part < VECTORS; part += PART) {
-                for (int k = 0; k < TOGETHER; k++) load_head<PART>(keys + own[k] + part * LANES, key[k]);
+            for (int k = 0; k < TOGETHER; k++)
+                for (int g = 0; g < QUERIES; g++) dot[k][g] = q[g][0] * key[k][0];
+            for (int i = 1; i < PART; i++)
+                for (int k = 0; k < TOGETHER; k++)
+                    for (int g = 0; g < QUERIES; g++) dot[k][g] += q[g][i] * key[k][i];
+            for (int part = PART; part < VECTORS; part += PART) {
+                for (int k = 0; k < TOGETHER; k++) load_head<PART>(keys + (t + k < here ? k * stride : 0) + part * LANES, key[k]);
                 for (int i = 0; i < PART; i++)
                     for (int k = 0; k < TOGETHER; k++)
-                        for (int g = 0; g < QUERIES; g++) {
-                            const Floats product = q[g][part + i] * key[k][i];
-                            dot[k][g] = part + i ? dot[k][g] + product : product;
-                        }
+                        for (int g = 0; g < QUERIES; g++) dot[k][g] += q[g][part + i] * key[k][i];
             }
             for (int k = 0; k < TOGETHER; k++)
                 for (int g = 0; g < QUERIES; g++) dots[g][t + k] = dot[k][g];

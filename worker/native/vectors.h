@@ -74,13 +74,12 @@ inline void keep_loaded(Floats& x) {
 #endif
 }
 
-// The end of a loop, which GCC for Arm would unroll in spite of its pragma, and then not keep sums in registers.
-inline int64_t not_unrolled(int64_t end) {
+// In a loop that counts by i, which GCC for Arm would unroll in spite of its pragma, and then not keep sums in registers.
 #if defined(__aarch64__)
-    asm("" : "+r"(end));
+#define NOT_UNROLLED(i) asm("" : "+r"(i))
+#else
+#define NOT_UNROLLED(i)
 #endif
-    return end;
-}
 
 inline Four folded(Four x) { return x; }
 
