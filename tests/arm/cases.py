@@ -15,7 +15,7 @@ from tests.unit.worker.native.integer_case import random_blocks
 from worker.forward import StepTokens
 from worker.native.library import NAMES
 from worker.native.products import _FORMATS, ADD, BF16, GATE, GELU, INT8_REAL, PLAIN, SAME, Linear
-from worker.native.quantised import Levels, Quantised
+from worker.native.quantised import KINDS, Levels, Quantised
 from worker.native.stack import GatedLayer, ParallelLayer, _Step
 from worker.native.token_rows import token_rows
 
@@ -113,6 +113,21 @@ def products(cases: Cases) -> None:
                         cases.tape.call(
                             f"multiply_{NAMES[dtype]}", linear, rows, given, None, out, outputs, PLAIN, 1
                         )
+
+
+def extremes(cases: Cases) -> None:
+    """The largest whole numbers everywhere, which sums in 16 bits must hold."""
+    rows, outputs, inputs = 5, 20, 96
+    x = torch.full((rows, inputs), 3.0)
+    x[1], x[2, ::2], x[3, 1::3] = -3.0, -3.0, -3.0
+    for kind in ("Q8_0", "Q4_0"):
+        for level in (0x80, 0x7F, 0xFF, 0):
+            weight = random_blocks(kind, outputs, inputs)
+            _, num_bytes, _ = KINDS[kind]
+            weight.blocks.view(-1, num_bytes)[:, 2:] = level
+            linear = cases.tape.put_records(cases.linear(weight, None, True))
+            out = cases.out(f"{kind} of {level}", (rows, outputs), torch.float32)
+            cases.tape.call("multiply_float32", linear, rows, cases.tape.put(x), None, out, outputs, PLAIN, 1)
 
 
 def finishes(cases: Cases) -> None:

@@ -93,7 +93,7 @@ def _differences(
 
 
 @runs
-@pytest.mark.parametrize("what", ["products", "finishes", "roundings", "along_rows"])
+@pytest.mark.parametrize("what", ["products", "extremes", "finishes", "roundings", "along_rows"])
 def test_what_another_processor_computes(arm: list[str], own: CDLL, what: str, tmp_path: Path) -> None:
     here, there = _cases(own.vector_lanes(), own), _cases(4, own)
     for each in (here, there):
