@@ -45,8 +45,8 @@ COPY pocket pocket
 COPY loadtest loadtest
 COPY degas degas
 RUN pip install --no-deps .
-# The CPU's decode operations for every kind of x86-64 processor: the image that runs has no compiler.
-RUN if [ "$(uname -m)" = x86_64 ]; then cd / && python -m degas.rooms worker.native.build; fi
+# The CPU's decode operations for every kind of x86-64 or 64-bit Arm processor: the image that runs has no compiler.
+RUN case "$(uname -m)" in x86_64|aarch64) cd / && python -m degas.rooms worker.native.build;; esac
 
 FROM python:${PYTHON}-slim-bookworm AS runtime
 RUN groupadd --system --gid 10001 degas \

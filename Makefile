@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Processes that `make test` spreads the test files over; WORKERS=0 runs all of them in one.
 WORKERS ?= 2
 
-.PHONY: serve test test-docker check setup pocket mutants soak fuzz-api constraints clean help
+.PHONY: serve test test-arm test-docker check setup pocket mutants soak fuzz-api constraints clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -21,6 +21,11 @@ serve: $(VENV)/.serve $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)  ## serv
 
 test: $(VENV)/.dev  ## run every test
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-arm: $(VENV)/.dev  ## compile the CPU's operations for 64-bit Arm and run them under qemu; installs both
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { \
+	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu qemu-user; }
+	@DEGAS_TEST_ARM=1 $(BIN)/python -m pytest --timeout=1200 tests/arm $(ARGS)
 
 test-docker: $(VENV)/.dev  ## build the images and try compose.yaml for real; needs a Docker engine and Compose 2.24
 	@DEGAS_TEST_DOCKER=1 $(BIN)/python -m pytest --timeout=1900 tests/docker $(ARGS)

@@ -60,6 +60,10 @@ inline void store_bytes(int8_t* at, const Ints* x) {
         const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
         _mm_storeu_si128((__m128i*)(at + i), bytes);
     }
+#elif defined(__aarch64__)
+    int16x8_t halves[2];
+    for (int i = 0; i < 2; i++) halves[i] = vcombine_s16(vmovn_s32((int32x4_t)x[2 * i]), vmovn_s32((int32x4_t)x[2 * i + 1]));
+    vst1q_s8(at, vcombine_s8(vmovn_s16(halves[0]), vmovn_s16(halves[1])));
 #else
     for (int64_t i = 0; i < GROUP; i++) at[i] = (int8_t)x[i / LANES][i % LANES];
 #endif

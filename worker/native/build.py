@@ -1,7 +1,8 @@
 """Owns compiling C++ for this very machine, once, and finding the result again. Decode thread, while a model loads.
 
 Without a compiler, or with one that fails, the callers' torch path runs. `python -m worker.native.build` compiles for
-every kind of processor beside the source, for images, which hold no compiler (docs/architecture.md, "Devices").
+every kind of this machine's architecture beside the source, for images, which hold no compiler (docs/architecture.md,
+"Devices").
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from pathlib import Path
 import structlog
 
 COMPILERS = ("c++", "g++", "clang++")
-# gnu++17, because with c++17 compilers do not contract a product and a sum to a fused operation.
-FLAGS = ("-std=gnu++17", "-O3", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-pthread")
+# A product and a sum become one fused operation wherever that is possible: GCC's habit with gnu++17, clang must be told.
+FLAGS = ("-std=gnu++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-pthread")
 COMPILE_S = 300.0
 # The other units beside it are compiled at the same time.
 SOURCE = Path(__file__).with_name("exports.cpp")
 
 _V3 = frozenset(("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm"))
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-KINDS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
+_ARM_V82 = frozenset(("asimd", "fphp", "asimdhp", "asimdrdm", "asimddp", "atomics", "crc32"))
+Kinds = dict[str, tuple[tuple[str, ...], frozenset[str]]]
+X86_KINDS: Kinds = {
     "amx": (
         ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
         _V4 | {"avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16"},
@@ -43,7 +46,12 @@ KINDS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
     "avxvnni": (("-march=x86-64-v3", "-mavxvnni"), _V3 | {"avx_vnni"}),
     "avx2": (("-march=x86-64-v3",), _V3),
 }
-"""Kinds of processors, the best first: the compiler's flags, and the processor flags that Linux must list."""
+ARM_KINDS: Kinds = {
+    "armv82": (("-march=armv8.2-a+dotprod+fp16",), _ARM_V82),
+    "armv8": (("-march=armv8-a",), frozenset(("asimd",))),
+}
+KINDS = {"x86_64": X86_KINDS, "aarch64": ARM_KINDS, "arm64": ARM_KINDS}.get(platform.machine(), {})
+"""Kinds of this machine's processors, the best first: the compiler's flags, and the processor flags that Linux must list."""
 
 log = structlog.get_logger("worker.native")
 _allowed = True
@@ -77,7 +85,7 @@ def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
         library = folder / _name(source, _key(compiler))
         if not library.exists():
             log.info("native_compile", source=source.name, note="once; later starts find it in the cache")
-            _compile(compiler, source, library, ("-march=native",))
+            _compile_here(compiler, source, library)
         return ctypes.CDLL(str(library))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.warning("native_absent", reason=str(error)[-500:])
@@ -87,8 +95,8 @@ def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
 def build_kinds(folder: Path) -> list[Path]:
     """Compile for every kind of processor into `folder`. Raises RuntimeError where that cannot be done."""
     compiler = find_compiler()
-    if compiler is None or platform.machine() != "x86_64":
-        raise RuntimeError("libraries for other machines need a C++ compiler on an x86-64 one")
+    if compiler is None or not KINDS:
+        raise RuntimeError("libraries for other machines need a C++ compiler on an x86-64 or 64-bit Arm one")
     made = []
     for kind, (flags, _) in KINDS.items():
         library = folder / _name(SOURCE, kind)
@@ -121,9 +129,9 @@ def kept_library(source: Path) -> Path | None:
 
 
 def processor_flags() -> frozenset[str]:
-    """The flags that Linux lists for the first processor; empty on other systems."""
-    flags = [line.partition(":")[2].split() for line in _processor().splitlines() if line.startswith("flags")]
-    return frozenset(flags[0] if flags else ())
+    """The flags that Linux lists for the first processor ("Features" on Arm); empty on other systems."""
+    lines = [line for line in _processor().splitlines() if line.startswith(("flags", "Features"))]
+    return frozenset(lines[0].partition(":")[2].split() if lines else ())
 
 
 def find_compiler() -> str | None:
@@ -155,9 +163,17 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
-        return f"{platform.machine()} {platform.processor()}"
+        return f"{platform.machine()} {platform.processor()} {_mac_model()}"
     kept = ("model name", "flags", "Features", "CPU part")
     return "\n".join(line for line in lines if line.startswith(kept))
+
+
+def _mac_model() -> str:
+    """A Mac's processor by name, such as Apple M2; empty on other systems. `platform` tells no Apple chip from another."""
+    if platform.system() != "Darwin":
+        return ""
+    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
 
 
 def private_folder(folder: Path) -> Path | None:
@@ -171,6 +187,32 @@ def private_folder(folder: Path) -> Path | None:
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise RuntimeError(f"{folder} must belong to this user and be writable by nobody else")
     return folder
+
+
+def flags_here() -> list[tuple[str, ...]]:
+    """The compiler's flags for this machine's processor, in the order in which they are tried.
+
+    For Arm compilers read `-march` as an architecture, and `-mcpu=native` is what names the processor: older clangs do not
+    know it, or not the processor. Then the best of `KINDS`, and at last the compiler's default, which is an M1 for Apple's.
+    """
+    if platform.machine() not in ("aarch64", "arm64"):
+        return [("-march=native",)]
+    flags = processor_flags()
+    best = next((kind for kind, needed in KINDS.values() if needed <= flags), ())
+    return list(dict.fromkeys((("-mcpu=native",), best, ())))
+
+
+def _compile_here(compiler: str, source: Path, library: Path) -> None:
+    """Raises RuntimeError with the compiler's last words if no flags suit it."""
+    *first, last = flags_here()
+    for flags in first:
+        try:
+            _compile(compiler, source, library, flags)
+        except RuntimeError as error:
+            log.info("native_flags", refused=" ".join(flags), reason=str(error)[-200:])
+        else:
+            return
+    _compile(compiler, source, library, last)
 
 
 def _compile(compiler: str, source: Path, library: Path, flags: tuple[str, ...]) -> None:

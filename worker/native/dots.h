@@ -8,23 +8,26 @@
 
 #include "vectors.h"
 
-#if defined(__AVX2__)
+#if defined(DEGAS_MULTIPLIES)
 
 namespace {
 
-// Of four weights and activations each to a 32-bit lane; the weights unsigned.
+// Of four weights and activations each to a 32-bit lane; the weights unsigned on x86, with a sign on Arm.
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 #define DEGAS_DOT4
 inline Ints dot4(Ints sum, Words weights, Words x) { return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x); }
 #elif defined(__AVXVNNI__) && !defined(__AVX512F__)
 #define DEGAS_DOT4
 inline Ints dot4(Ints sum, Words weights, Words x) { return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, (__m256i)x); }
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define DEGAS_DOT4
+inline Ints dot4(Ints sum, Words weights, Words x) { return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)weights, (int8x16_t)x); }
 #endif
 
 #if defined(DEGAS_DOT4)
 
 struct Nibbles {
-    static constexpr int ROWS = 6;  // whose sums of a panel fit the registers
+    static constexpr int ROWS = LANES == 4 ? 4 : 6;  // whose sums of a panel fit the registers, on Arm beside nibbles taken apart
     static constexpr int BIAS_SHIFT = -1;
     typedef Words Weights;
     typedef Ints Sum;
@@ -34,10 +37,52 @@ struct Nibbles {
     static inline Ints total(Sum sum, Ints) { return sum; }
 };
 
+#if defined(__aarch64__)
+struct Bytes : Nibbles {
+    static constexpr int ROWS = 6;
+};
+#else
 // A weight is read as itself and 128, which the sum starts without: 2^BIAS_SHIFT for each activation.
 struct Bytes : Nibbles {
     static constexpr int BIAS_SHIFT = 7;
     static inline Weights prepare(Words weights) { return weights ^ 0x80808080; }
+};
+#endif
+
+#elif defined(__aarch64__)
+
+// Products in 16 bits, two vectors of them: of the first two outputs and of the last two. Nothing overflows: eight products of 15
+// and 127, of neighbours sixteen; or two of 128 and 127.
+inline int16x8_t neighbours(int16x8_t first, int16x8_t last) { return vpaddq_s16(first, last); }
+
+struct Nibbles {
+    static constexpr int ROWS = 3;
+    static constexpr int BIAS_SHIFT = -1;
+    typedef Words Weights;
+    struct Sum {
+        int16x8_t first, last;
+    };
+    static inline Weights prepare(Words weights) { return weights; }
+    static inline Sum start(Ints) { return {vdupq_n_s16(0), vdupq_n_s16(0)}; }
+    static inline void add(Sum& sum, Weights weights, Words x) {
+        sum.first = vmlal_s8(sum.first, vget_low_s8((int8x16_t)weights), vget_low_s8((int8x16_t)x));
+        sum.last = vmlal_high_s8(sum.last, (int8x16_t)weights, (int8x16_t)x);
+    }
+    static inline Ints total(Sum sum, Ints from) { return (Ints)vpaddlq_s16(neighbours(sum.first, sum.last)) + from; }
+};
+
+struct Bytes {
+    static constexpr int ROWS = 4;
+    static constexpr int BIAS_SHIFT = -1;
+    typedef Words Weights;
+    typedef Ints Sum;
+    static inline Weights prepare(Words weights) { return weights; }
+    static inline Sum start(Ints from) { return from; }
+    static inline void add(Sum& sum, Weights weights, Words x) {
+        const int16x8_t first = vmull_s8(vget_low_s8((int8x16_t)weights), vget_low_s8((int8x16_t)x));
+        sum = (Ints)vpadalq_s16((int32x4_t)sum, neighbours(first, vmull_high_s8((int8x16_t)weights, (int8x16_t)x)));
+    }
+    static inline Ints total(Sum sum, Ints) { return sum; }
 };
 
 #else

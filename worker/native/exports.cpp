@@ -15,6 +15,8 @@ const char* instruction_set() {
         "AVX-512"
 #elif defined(__AVX2__)
         "AVX2"
+#elif defined(__aarch64__)
+        "NEON"
 #else
         "the compiler's vectors"
 #endif
@@ -25,7 +27,9 @@ const char* instruction_set() {
 #endif
 #if (defined(__AVX512F__) && defined(__AVX512VNNI__)) || defined(__AVXVNNI__)
         ", VNNI int8"
-#elif defined(__AVX2__)
+#elif defined(__ARM_FEATURE_DOTPROD)
+        ", sdot int8"
+#elif defined(DEGAS_MULTIPLIES)
         ", int8"
 #endif
         ;

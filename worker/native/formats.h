@@ -7,10 +7,6 @@
 
 #pragma once
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 #include "vectors.h"
 #include "product.h"
 
@@ -38,7 +34,15 @@ struct half {
 #if defined(__AVX512F__)
 inline Floats load(const half* at) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)at)); }
 inline half to_half(float x) { return {(uint16_t)_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), 0), 0)}; }
-#elif defined(__F16C__) && defined(__AVX2__)
+#elif defined(__aarch64__)
+inline Floats load(const half* at) { return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)at))); }
+inline half to_half(float x) {
+    const __fp16 rounded = x;
+    half kept;
+    std::memcpy(&kept, &rounded, sizeof kept);
+    return kept;
+}
+#elif defined(DEGAS_MULTIPLIES)
 inline Floats load(const half* at) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)at)); }
 inline half to_half(float x) { return {(uint16_t)_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), 0), 0)}; }
 #endif
@@ -67,7 +71,7 @@ struct Bf16 {
     }
 };
 
-#if defined(__F16C__)
+#if defined(DEGAS_MULTIPLIES)
 inline void keep(half* at, float x) { *at = to_half(x); }
 
 // BITS a weight, a scale for each BLOCK_INPUTS inputs of an output. HAS_LEAST: and what is added; else OFFSET is taken off q

@@ -66,6 +66,7 @@ __attribute__((noinline)) void sum_integers(const Activations& x, int64_t row, c
                     for (int v = 0; v < VECTORS; v++) dots[r][v] = Dots::start(Of::from(facts + r, stride));
 #pragma GCC unroll 1
                 for (int64_t j = begin; j < begin + GROUP; j += STEP) {
+                    NOT_UNROLLED(j);
                     const uint8_t* at = Format::words(block) + j / STEP * PANEL * 4;
                     for (int line = 0; line < PANEL * 4; line += 64) __builtin_prefetch(at + FETCHED_AHEAD + line);
                     Words words[VECTORS];

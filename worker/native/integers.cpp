@@ -1,8 +1,9 @@
 // Owns the unit of integer products: rounding activations to int8, and multiplying blocks by them.
 
 #include "units.h"
+#include "vectors.h"
 
-#if defined(__AVX2__) && defined(__F16C__)
+#if defined(DEGAS_MULTIPLIES)
 
 #include "integer_products.h"
 

@@ -48,12 +48,14 @@ inline void fetch(const Kept* ahead) {
     for (int i = 0; i < VECTORS * LANES; i += 64 / sizeof(Kept)) __builtin_prefetch(ahead + i);
 }
 
-// Where registers are few, keys are taken two at a time and values by so many of a head's vectors that sums stay in them.
-constexpr int TOGETHER = LANES == 8 ? 2 : 1;
+// Where registers do not hold a head, keys are taken several at a time, and values by so many of a head's vectors that sums stay
+// in them. A short vector's sums would also wait for one another: so four keys of two vectors each at once.
+constexpr int TOGETHER = LANES == 4 ? 4 : LANES == 8 ? 2 : 1;
+constexpr int key_vectors_at_once(int vectors) { return LANES == 4 ? 2 : vectors; }
 constexpr int vectors_at_once(int vectors, int queries) {
-    if (LANES != 8) return vectors;
+    if (LANES == 16) return vectors;
     int most = vectors;
-    while (most > 2 && (most * queries > 12 || vectors % most || most % 2)) most--;
+    while (most > 2 && (most * queries > (LANES == 4 ? 20 : 12) || vectors % most || most % 2)) most--;
     return most;
 }
 
@@ -61,6 +63,7 @@ constexpr int vectors_at_once(int vectors, int queries) {
 template <int VECTORS, int QUERIES, typename Kept>
 void score_page(const float* query, const Kept* keys, const Kept* ahead, int count, int stride, float* scores,
                 int64_t width) {
+    constexpr int PART = key_vectors_at_once(VECTORS);
     Floats q[QUERIES][VECTORS];
     for (int g = 0; g < QUERIES; g++)
         for (int i = 0; i < VECTORS; i++) q[g][i] = load(query + (g * VECTORS + i) * LANES);
@@ -68,17 +71,23 @@ void score_page(const float* query, const Kept* keys, const Kept* ahead, int cou
         Floats dots[QUERIES][LANES] = {};
         const int here = count - start < LANES ? count - start : LANES;
         for (int t = 0; t < here; t += TOGETHER, keys += TOGETHER * stride, ahead += TOGETHER * stride) {
-            Floats dot[TOGETHER][QUERIES], key[TOGETHER][VECTORS];
+            Floats dot[TOGETHER][QUERIES], key[TOGETHER][PART];
             for (int k = 0; k < TOGETHER; k++) {
                 const int own = t + k < here ? k * stride : 0;  // nobody reads what is behind the last one's score
                 fetch<VECTORS>(ahead + own);
-                load_head<VECTORS>(keys + own, key[k]);
+                load_head<PART>(keys + own, key[k]);
             }
             for (int k = 0; k < TOGETHER; k++)
                 for (int g = 0; g < QUERIES; g++) dot[k][g] = q[g][0] * key[k][0];
-            for (int i = 1; i < VECTORS; i++)
+            for (int i = 1; i < PART; i++)
                 for (int k = 0; k < TOGETHER; k++)
                     for (int g = 0; g < QUERIES; g++) dot[k][g] += q[g][i] * key[k][i];
+            for (int part = PART; part < VECTORS; part += PART) {
+                for (int k = 0; k < TOGETHER; k++) load_head<PART>(keys + (t + k < here ? k * stride : 0) + part * LANES, key[k]);
+                for (int i = 0; i < PART; i++)
+                    for (int k = 0; k < TOGETHER; k++)
+                        for (int g = 0; g < QUERIES; g++) dot[k][g] += q[g][part + i] * key[k][i];
+            }
             for (int k = 0; k < TOGETHER; k++)
                 for (int g = 0; g < QUERIES; g++) dots[g][t + k] = dot[k][g];
         }

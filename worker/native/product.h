@@ -6,7 +6,7 @@
 
 namespace {
 
-// Outputs side by side, as many as the registers take for six rows: the last panel of a weight is filled up with zeros.
+// Outputs side by side, as many as the registers (16 of 256 bits, 32 of others) take for six rows: the last panel of a weight is filled up with zeros.
 constexpr int64_t VECTORS = LANES == 8 ? 2 : 4;
 constexpr int64_t PANEL = VECTORS * LANES;
 

@@ -13,6 +13,8 @@ namespace {
 inline void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb");  // some ten nanoseconds; `yield` does nothing on most
 #endif
 }
 

@@ -1,19 +1,26 @@
 // Owns the vectors that the compiled operations compute with: as many floats as a register of the processor holds,
 // loaded from and stored to fp32 and bf16.
 //
-// GCC's and clang's vectors, never wider than a register, because compilers keep wider ones in memory. On x86 they are
-// `__m512` or `__m256` under another name, so that intrinsics take them as they are.
+// GCC's and clang's vectors, never wider than a register, because compilers keep wider ones in memory. They are `__m512`,
+// `__m256` or, on Arm, `float32x4_t` under another name, so that intrinsics take them as they are.
 
 #pragma once
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
+
+// Processors that there are compiled products for: those with integer vectors, and instructions that read 16-bit floats.
+#if (defined(__AVX2__) && defined(__F16C__)) || (defined(__aarch64__) && defined(__ARM_NEON))
+#define DEGAS_MULTIPLIES
+#endif
 
 namespace {
 
@@ -66,6 +73,13 @@ inline void keep_loaded(Floats& x) {
     asm("" : "+v"(x));
 #endif
 }
+
+// In a loop that counts by i, which GCC for Arm would unroll in spite of its pragma, and then not keep sums in registers.
+#if defined(__aarch64__)
+#define NOT_UNROLLED(i) asm("" : "+r"(i))
+#else
+#define NOT_UNROLLED(i)
+#endif
 
 inline Four folded(Four x) { return x; }
 

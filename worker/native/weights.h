@@ -1,6 +1,6 @@
 // Owns which products there are on this processor for each dtype of activations, and packing weights for them.
 //
-// fp32 activations multiply weights of any format of formats.h, wherever there are 256-bit vectors. bf16 ones multiply bf16
+// fp32 activations multiply weights of any format of formats.h, with 256-bit vectors and on Arm. bf16 ones multiply bf16
 // weights alone, where the processor has arithmetic for that; elsewhere fp32 over bf16 weights is quicker than emulating it.
 
 #pragma once
@@ -33,7 +33,7 @@ struct Weights {
     static void multiply(int, int64_t, const Product<Real>&, const void*, int64_t, int64_t) {}
 };
 
-#if defined(__AVX2__) && defined(__F16C__)
+#if defined(DEGAS_MULTIPLIES)
 
 template <>
 struct Weights<float> {

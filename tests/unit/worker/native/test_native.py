@@ -271,6 +271,31 @@ def test_no_compiler_or_a_failing_one_is_no_error(tmp_path: Path, monkeypatch: p
     assert build.compiled(source, kept) is None
 
 
+def test_arm_is_tried_by_its_processor_then_by_what_linux_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = "processor\t: 0\nFeatures\t: fp asimd evtstrm atomics fphp asimdhp asimdrdm asimddp crc32\nCPU part\t: 0xd0c\n"
+    monkeypatch.setattr(build, "_processor", lambda: listed)
+    monkeypatch.setattr(build, "KINDS", build.ARM_KINDS)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    (dotted, _), (plain, _) = build.ARM_KINDS["armv82"], build.ARM_KINDS["armv8"]
+    assert build.flags_here() == [("-mcpu=native",), dotted, ()]
+    listed = "Features : fp asimd crc32"
+    assert build.flags_here() == [("-mcpu=native",), plain, ()]
+    listed = "arm64 arm Apple M2"
+    assert build.flags_here() == [("-mcpu=native",), ()]
+    tried = []
+
+    def refuses(compiler: str, source: Path, library: Path, flags: tuple[str, ...]) -> None:
+        tried.append(flags)
+        if flags:
+            raise RuntimeError("unknown target CPU 'native'")
+
+    monkeypatch.setattr(build, "_compile", refuses)
+    build._compile_here("c++", build.SOURCE, tmp_path / "library.so")
+    assert tried == [("-mcpu=native",), ()]
+
+
 def test_a_folder_others_may_write_to_is_refused(tmp_path: Path) -> None:
     if operations(CPU) is None:
         pytest.skip("no C++ compiler")
