@@ -92,7 +92,9 @@ class ImageSpec(PicturePart, frozen=True):
     )
     max_images: int = 1  # of one request
     max_bytes: int = 128 << 20  # of pixels, all pictures of one request together
-    position_axes: int = 1  # 3: a picture's positions are (time, row, column), see `worker.schedule.rotary_places`
+    position_axes: int = (
+        1  # 3: a picture's positions are (time, row, column), see `worker.schedule.rotary_places`
+    )
 
 
 class Sheet(PicturePart, frozen=True):

@@ -7,7 +7,7 @@ tensors are called and builds the parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -188,7 +188,10 @@ class FreeTower:
             at = steps * (side - 1) / max(length - 1, 1)
             low = at.floor().long().clamp(0, side - 1)
             part = (at - low).view(-1, *[1] * (2 - axis))
-            below, above = table.index_select(axis, low), table.index_select(axis, (low + 1).clamp(max=side - 1))
+            below, above = (
+                table.index_select(axis, low),
+                table.index_select(axis, (low + 1).clamp(max=side - 1)),
+            )
             table = below * (1 - part) + above * part
         return table
 

@@ -205,7 +205,9 @@ def _spec(settings: Settings, processor: Preprocessor, tower: FreeConfig, sizes:
         ("temporal_patch_size", tower.frames),
     ):
         if said.size(name) != wanted:
-            raise said.fault(f"{name!r} is {said.size(name)}, and the vision tower of config.json has {wanted}")
+            raise said.fault(
+                f"{name!r} is {said.size(name)}, and the vision tower of config.json has {wanted}"
+            )
     size = Settings({**said.objects("size")}, said.file)
     least = said.size("min_pixels", size.size("shortest_edge", 56 * 56))
     most = said.size("max_pixels", size.size("longest_edge", 28 * 28 * 1280))
@@ -300,7 +302,9 @@ def _build25(config: FreeConfig, out: int, take: Take) -> tuple[FreeTower, Proje
 
 def _block25(take: Take, name: str, config: FreeConfig) -> FreeBlock:
     def stacked(kind: str, *inputs: int) -> torch.Tensor:
-        return torch.cat([take(f"{name}.mlp.{part}_proj.{kind}", config.ff_dim, *inputs) for part in ("gate", "up")])
+        return torch.cat(
+            [take(f"{name}.mlp.{part}_proj.{kind}", config.ff_dim, *inputs) for part in ("gate", "up")]
+        )
 
     return FreeBlock(
         RmsNorm(take(f"{name}.norm1.weight", config.dim), _EPS),
@@ -314,9 +318,7 @@ def _block25(take: Take, name: str, config: FreeConfig) -> FreeBlock:
     )
 
 
-QWEN3_VL = picture_family(
-    "qwen3_vl", "Qwen3-VL (dense; pictures)", "Qwen3VLForConditionalGeneration", read3
-)
+QWEN3_VL = picture_family("qwen3_vl", "Qwen3-VL (dense; pictures)", "Qwen3VLForConditionalGeneration", read3)
 QWEN25_VL = picture_family(
     "qwen2_5_vl", "Qwen2.5-VL (pictures)", "Qwen2_5_VLForConditionalGeneration", read25
 )

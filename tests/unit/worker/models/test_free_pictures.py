@@ -113,9 +113,7 @@ def test_pixels_ids_features_and_logits(pair: Pair, name: str) -> None:
     seq = sequence_of(pair, prompt)
     theirs = oracle.logits(expected)
     for cuts in ([], [7, 24, 25]):
-        error = relative_error(run(pair, seq, features, cuts), theirs)
-        print(name, cuts, error)
-        assert error < TOLERANCE
+        assert relative_error(run(pair, seq, features, cuts), theirs) < TOLERANCE
 
 
 def test_greedy_tokens_in_batches_chunks_and_from_caches(pair: Pair) -> None:
