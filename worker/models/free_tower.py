@@ -166,7 +166,8 @@ class FreeTower:
 
     def _permuted(self, values: Tensor, order: Tensor) -> Tensor:
         """Tokens (T, …) with their squares in this order."""
-        return values.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+        squares: Tensor = values.unflatten(0, (len(order), -1))
+        return squares[order].flatten(0, 1)
 
     def _rotation(self, high: int, wide: int) -> Tensor:
         """(T, 1, head_dim / 2) complex64: the first half of the pairs by row, the others by column."""

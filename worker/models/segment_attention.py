@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worker.models.vision_tower import attention_backend
 from worker.native.operations import Operations, operations
 from worker.native.token_rows import TokenRows
 
@@ -82,7 +83,9 @@ class SegmentAttention:
 
 def _full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """(S, T, H, D) each → (S, T, H·D)."""
-    mixed = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)))
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    with attention_backend(query.device):
+        mixed = F.scaled_dot_product_attention(query, key, value)
     return mixed.transpose(1, 2).flatten(2)
 
 
