@@ -25,6 +25,9 @@ class CropEncoder(Protocol):
     width: int  # of one token's features
     max_crops: int  # of one picture, the global one included
     dtype: torch.dtype
+    progress: Callable[
+        [], None
+    ]  # called between layers where the host waits for them; set it before `features`
 
     def features(self, crops: Tensor) -> Tensor:
         """(C, S, S, 3) uint8 → (C, num_tokens, width). Reads nothing on the host, so it can be captured."""

@@ -7,7 +7,7 @@ tensors are called and builds the parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.pictures import LOAD_PIXELS
+from worker.forward import nothing
 from worker.models.layers import GatedMlp, LayerNorm, Mlp, PackedLinear, RmsNorm, Take
 from worker.models.rope import pair_order
 from worker.models.segment_attention import SegmentAttention
@@ -101,6 +102,7 @@ class FreeTower:
         taps: dict[int, Merger] | None = None,
     ) -> None:
         self.config, self.dtype, self.width = config, dtype, config.dim
+        self.progress: Callable[[], None] = nothing
         self.num_tokens = LOAD_PIXELS // config.patch_size**2
         self._patches, self._blocks, self._merger = patches, blocks, merger
         self._table, self._taps = table, taps or {}
@@ -144,6 +146,7 @@ class FreeTower:
             hidden = block(hidden, full if layer in config.full else narrow)
             if layer in self._taps:
                 tapped.append(self._taps[layer](hidden))
+            self.progress()
         merged = torch.cat([self._merger(hidden), *tapped], dim=1)
         if order is not None:
             merged = merged[torch.argsort(order)]

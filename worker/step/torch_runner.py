@@ -375,9 +375,10 @@ class TorchRunner:
         slot.hidden[ends].copy_(hidden)
 
     def _encode_one_by_one(self, crops: Tensor) -> Tensor:
-        """See `EncodeCrops`: crop by crop, with `progress` called after each."""
+        """See `EncodeCrops`: crop by crop, with `progress` called between layers and after each."""
         encoder = self.model.encoder
         assert encoder is not None
+        encoder.progress = self._progress
         encoded = []
         for crop in crops.split(1):
             encoded.append(encoder.features(crop))

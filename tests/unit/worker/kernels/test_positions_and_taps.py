@@ -57,7 +57,12 @@ def test_a_chunk_with_taps_runs_eagerly() -> None:
     seq.pictures = [Picture((Run(10, 5, 0),), [], [], b"")]
     asked: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worker.step.chunk_graphs.bucket_of", lambda num, buckets: asked.append(num) or 0)
+
+        def bucket_of(num: int, _: list[int]) -> int:
+            asked.append(num)
+            return 0
+
+        patch.setattr("worker.step.chunk_graphs.bucket_of", bucket_of)
         for start, num in ((0, 10), (0, 11), (14, 3), (15, 4)):
             assert graphs.pad(None, [Chunk(seq, start, num, False)]) == 0
     assert asked == [10, 4], "text before and behind the picture may replay a graph"
