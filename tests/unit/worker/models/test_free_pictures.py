@@ -147,6 +147,22 @@ def test_greedy_tokens_in_batches_chunks_and_from_caches(pair: Pair) -> None:
                 assert not again or stream.finish.cached_tokens >= whole // 16 * 16 - 16
 
 
+def test_pictures_join_running_rows_in_chunks(pair: Pair) -> None:
+    """Chunks of pictures share steps with rows that decode behind pictures, and behind none."""
+    names = ("small", "text", "two", "one")
+    prompts = [pictures.compose(pair.served, conversation(name)) for name in names]
+    expected = [pair.oracle.greedy(pair.oracle.expected(conversation(name)), NUM) for name in names]
+    harness = Harness(pair.model, depth=2, mixed_tokens=24)
+    submits = [pictures.submit_of(prompt, number, NUM) for number, prompt in enumerate(prompts)]
+    streams = harness.begin(submits[:2])
+    while not all(stream.tokens for stream in streams):
+        harness.engine.tick()
+    streams += harness.begin(submits[2:])
+    while harness.engine.tick():
+        pass
+    assert len(streams[0].tokens) == NUM and [stream.tokens for stream in streams] == expected
+
+
 def test_preempted_rows_go_on_at_their_positions(pair: Pair) -> None:
     """So little memory that sequences lose their pages and are prefilled again, generated tokens and all."""
     names = ("two", "one", "turns")
