@@ -165,7 +165,7 @@ def _older(folder: Path, make: Callable[[Path], FreeOracle], kind: str) -> FreeO
 
 FREE: dict[str, Callable[[Path], FreeOracle]] = {
     "qwen3_vl": qwen3_vl,
-    "qwen2.5_vl": qwen25_vl,
+    "qwen2_5_vl": qwen25_vl,
     "qwen3_vl older": lambda folder: _older(folder, qwen3_vl, "qwen3_vl"),
-    "qwen2.5_vl older": lambda folder: _older(folder, qwen25_vl, "qwen2_5_vl"),
+    "qwen2_5_vl older": lambda folder: _older(folder, qwen25_vl, "qwen2_5_vl"),
 }

@@ -175,7 +175,7 @@ def test_preempted_rows_go_on_at_their_positions(pair: Pair) -> None:
     assert harness.engine.scheduler.num_preemptions > 0
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2.5_vl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 def test_by_torch_alone_and_captured(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without compiled operations, decode rows replayed from recordings that take positions as data."""
     monkeypatch.setattr("worker.native.library.load", lambda: None)
@@ -269,7 +269,7 @@ def test_a_picture_that_is_far_too_long_is_refused_by_its_proportions(pair: Pair
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder of each family, to be broken."""
     made = {}
-    for name in ("qwen3_vl", "qwen2.5_vl"):
+    for name in ("qwen3_vl", "qwen2_5_vl"):
         made[name] = tmp_path_factory.mktemp(name)
         FREE[name](made[name])
     return made
@@ -299,9 +299,9 @@ PREPARES = "preprocessor_config.json"
             {"text_config.rope_parameters": {"rope_theta": 1e4, "mrope_section": [4, 4, 4]}},
             "three numbers are expected, 8 together",
         ),
-        ("qwen2.5_vl", "config.json", {"vision_config.window_size": 7}, "'window_size' is below 8 pixels"),
-        ("qwen2.5_vl", "config.json", {"vision_config.fullatt_block_indexes": 1}, "layers of the tower"),
-        ("qwen2.5_vl", "config.json", {"vision_config.hidden_act": "gelu"}, "supported is silu"),
+        ("qwen2_5_vl", "config.json", {"vision_config.window_size": 7}, "'window_size' is below 8 pixels"),
+        ("qwen2_5_vl", "config.json", {"vision_config.fullatt_block_indexes": 1}, "layers of the tower"),
+        ("qwen2_5_vl", "config.json", {"vision_config.hidden_act": "gelu"}, "supported is silu"),
     ],
     ids=str,
 )
