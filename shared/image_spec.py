@@ -53,6 +53,16 @@ class PanAndScan(Rule, frozen=True):
     min_ratio: float
 
 
+class FreeSize(Rule, frozen=True):
+    """One crop of nearly the picture's own proportions: each side is whole squares of `crop_size`, the area within bounds.
+
+    A square gives `crop_tokens` positions, row by row.
+    """
+
+    min_pixels: int  # area
+    max_pixels: int
+
+
 class ImageLayout(PicturePart, frozen=True):
     """How a picture is written into a prompt's text. `run` in the texts stands for the positions of one crop."""
 
@@ -70,11 +80,11 @@ class ImageLayout(PicturePart, frozen=True):
 
 
 class ImageSpec(PicturePart, frozen=True):
-    """How a model's pictures are prepared and placed: all that a gateway needs for it. A crop is square, in pixels."""
+    """How a model's pictures are prepared and placed: all that a gateway needs for it. A crop is square, in pixels, unless the rule says otherwise."""
 
     crop_size: int
     crop_tokens: int  # positions in the prompt that a crop takes
-    rule: OneCrop | OverlappingTiles | EdgeTiles | RatioTiles | PanAndScan
+    rule: OneCrop | OverlappingTiles | EdgeTiles | RatioTiles | PanAndScan | FreeSize
     resample: str = "lanczos"  # lanczos | bicubic | bilinear | nearest
     layout: ImageLayout = ImageLayout()
     attends: str = (
@@ -82,6 +92,9 @@ class ImageSpec(PicturePart, frozen=True):
     )
     max_images: int = 1  # of one request
     max_bytes: int = 128 << 20  # of pixels, all pictures of one request together
+    position_axes: int = (
+        1  # 3: a picture's positions are (time, row, column), see `worker.schedule.rotary_places`
+    )
 
 
 class Sheet(PicturePart, frozen=True):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from shared.image_spec import (
     EdgeTiles,
+    FreeSize,
     ImageInput,
     ImageSpec,
     OneCrop,
@@ -20,10 +21,23 @@ from shared.image_spec import (
     RatioTiles,
     Sheet,
 )
-from shared.tiling import MOST_EDGE, canvas_for, canvas_length, edge_sizes, nearest_ratio, pieces_along
+from shared.tiling import (
+    MOST_EDGE,
+    MOST_RATIO,
+    canvas_for,
+    canvas_length,
+    edge_sizes,
+    free_size,
+    most_free_pixels,
+    nearest_ratio,
+    pieces_along,
+)
 
 Size = tuple[int, int]  # width, height
 Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+LOAD_PIXELS = 448 * 448
+"""What counts as one crop of a picture that is not cut into crops of one size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +76,16 @@ def drawings(spec: ImageSpec, width: int, height: int) -> list[Drawing]:
             boxes = pieces_along(width, height, rule.min_crop, rule.max_crops, rule.min_ratio)
             one = Sheet(1, 1, side, side)
             return [_whole(side), *(Drawing(one, ((side, side),), box) for box in boxes)]
+        case FreeSize():
+            wide, high = free_size(width, height, side, rule.min_pixels, rule.max_pixels)
+            return [Drawing(Sheet(1, 1, high, wide), ((wide, high),))]
+
+
+def refusal_of(spec: ImageSpec, width: int, height: int) -> str:
+    """Why a picture of this size cannot be prepared, in words; empty if it can."""
+    if isinstance(spec.rule, FreeSize) and max(width, height) > MOST_RATIO * min(width, height):
+        return f"a picture of {width}×{height} pixels is more than {MOST_RATIO} times as long as wide"
+    return ""
 
 
 def _whole(side: int, *sizes: Size) -> Drawing:
@@ -80,7 +104,24 @@ def num_crops(sheets: Sequence[Sheet]) -> int:
 
 def num_tokens(spec: ImageSpec, sheets: Sequence[Sheet]) -> int:
     """Positions that a picture takes in a prompt, without the text around them."""
+    if isinstance(spec.rule, FreeSize):
+        rows, cols = grid_of(spec, sheets)
+        return spec.crop_tokens * rows * cols
     return spec.crop_tokens * (1 if shares_tokens(spec) else num_crops(sheets))
+
+
+def grid_of(spec: ImageSpec, sheets: Sequence[Sheet]) -> tuple[int, int]:
+    """Rows and columns of the positions of a picture that keeps its proportions; (0, 0) of others."""
+    if not sheets or not isinstance(spec.rule, FreeSize):
+        return 0, 0
+    return sheets[0].height // spec.crop_size, sheets[0].width // spec.crop_size
+
+
+def num_loads(spec: ImageSpec, sheets: Sequence[Sheet]) -> int:
+    """What encoding a picture costs, in crops: a large picture that is one crop counts by its area."""
+    if isinstance(spec.rule, FreeSize):
+        return math.ceil(sheets[0].height * sheets[0].width / LOAD_PIXELS)
+    return num_crops(sheets)
 
 
 def num_bytes(sheets: Sequence[Sheet]) -> int:
@@ -92,7 +133,7 @@ def max_crops(spec: ImageSpec) -> int:
     """The most crops that a picture has, whatever its size."""
     rule = spec.rule
     match rule:
-        case OneCrop():
+        case OneCrop() | FreeSize():
             return 1
         case OverlappingTiles():
             return 1 + rule.max_crops
@@ -108,6 +149,9 @@ def max_crops(spec: ImageSpec) -> int:
 
 def max_tokens(spec: ImageSpec) -> int:
     """The most positions that a picture takes."""
+    if isinstance(spec.rule, FreeSize):
+        most = most_free_pixels(spec.crop_size, spec.rule.min_pixels, spec.rule.max_pixels)
+        return spec.crop_tokens * (most // spec.crop_size**2)
     return spec.crop_tokens * (1 if shares_tokens(spec) else max_crops(spec))
 
 
@@ -121,6 +165,8 @@ def fault_of(spec: ImageSpec, sheets: Sequence[Sheet]) -> str:
     """What is wrong with the sheets of a picture, in words; empty if this spec can have made them."""
     if not sheets:
         return "a picture has no sheets"
+    if isinstance(spec.rule, FreeSize):
+        return _free_fault(spec, sheets)
     margin = margin_of(spec)
     for sheet in sheets:
         if sheet.rows < 1 or sheet.cols < 1:
@@ -133,6 +179,17 @@ def fault_of(spec: ImageSpec, sheets: Sequence[Sheet]) -> str:
         return f"a picture has at most {most} crops, not {num_crops(sheets)}"
     if shares_tokens(spec) and [len(sheets), sheets[0].rows, sheets[0].cols] != [2, 1, 1]:
         return "a picture has two sheets here, the whole and its tiles"
+    return ""
+
+
+def _free_fault(spec: ImageSpec, sheets: Sequence[Sheet]) -> str:
+    sheet, unit = sheets[0], spec.crop_size
+    if len(sheets) > 1 or (sheet.rows, sheet.cols) != (1, 1):
+        return "a picture is one crop here"
+    if min(sheet.height, sheet.width) < unit or sheet.height % unit or sheet.width % unit:
+        return f"a picture's sides are whole multiples of {unit} pixels"
+    if num_tokens(spec, sheets) > max_tokens(spec):
+        return f"a picture has at most {max_tokens(spec)} positions, not {num_tokens(spec, sheets)}"
     return ""
 
 
@@ -186,18 +243,27 @@ def take_runs(
             places.append(len(kept))
         else:
             kept.append(token_id)
-    counts = [num_tokens(spec, sheets) // spec.crop_tokens for sheets in pictures]
-    if sum(counts) != len(places):
-        raise ValueError(f"the prompt has places for {len(places)} crops, the pictures have {sum(counts)}")
+    wanted = [_run_sizes(spec, sheets) for sheets in pictures]
+    if sum(map(len, wanted)) != len(places):
+        raise ValueError(
+            f"the prompt has places for {len(places)} crops, the pictures have {sum(map(len, wanted))}"
+        )
     runs: list[list[tuple[int, int]]] = []
     at = 0
-    for count in counts:
+    for sizes in wanted:
         own: list[tuple[int, int]] = []
-        for place in places[at : at + count]:
+        for place, size in zip(places[at : at + len(sizes)], sizes, strict=True):
             if own and own[-1][0] == place and spec.attends == "causal":
-                own[-1] = (place, own[-1][1] + spec.crop_tokens)
+                own[-1] = (place, own[-1][1] + size)
             else:
-                own.append((place, spec.crop_tokens))
+                own.append((place, size))
         runs.append(own)
-        at += count
+        at += len(sizes)
     return kept, runs
+
+
+def _run_sizes(spec: ImageSpec, sheets: Sequence[Sheet]) -> list[int]:
+    """Positions of each run token of a picture."""
+    if isinstance(spec.rule, FreeSize) or shares_tokens(spec):
+        return [num_tokens(spec, sheets)]
+    return [spec.crop_tokens] * num_crops(sheets)

@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from shared.image_spec import OverlappingTiles
 
 MOST_EDGE: Final = 4096
+MOST_RATIO: Final = 200  # of a picture's sides, where its proportions are kept
 
 
 class Canvas(NamedTuple):
@@ -112,6 +113,33 @@ def nearest_ratio(width: int, height: int, crop_size: int, least: int, most: int
         if off < best_off or (off == best_off and is_filled):
             best, best_off = (cols, rows), off
     return best
+
+
+def free_size(width: int, height: int, unit: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The (width, height) in whole units whose area lies within bounds, of nearly the same proportions.
+
+    In the steps of Qwen's `smart_resize`, so that odd sizes come out alike.
+    """
+    high, wide = round(height / unit) * unit, round(width / unit) * unit
+    if high * wide > max_pixels:
+        by = math.sqrt((height * width) / max_pixels)
+        high = max(unit, math.floor(height / by / unit) * unit)
+        wide = max(unit, math.floor(width / by / unit) * unit)
+    elif high * wide < min_pixels:
+        by = math.sqrt(min_pixels / (height * width))
+        high = math.ceil(height * by / unit) * unit
+        wide = math.ceil(width * by / unit) * unit
+    return max(wide, unit), max(high, unit)
+
+
+def most_free_pixels(unit: int, min_pixels: int, max_pixels: int) -> int:
+    """The largest area that `free_size` gives for pictures up to `MOST_RATIO` times as long as wide.
+
+    Rounding up to a unit may overdraw both bounds, of long pictures above all.
+    """
+    rounded_up = min_pixels + math.ceil(15 * unit * math.sqrt(min_pixels)) + unit * unit
+    one_unit_high = math.ceil(unit * math.sqrt(MOST_RATIO * max_pixels))
+    return max(max_pixels, one_unit_high, rounded_up)
 
 
 def pieces_along(

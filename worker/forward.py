@@ -89,7 +89,9 @@ def nothing() -> None:
 class StepTokens:
     """Where the N flattened tokens of a step stand."""
 
-    positions: Tensor  # (N,) int64; where the model runs by kernels, int32 will do for both
+    # (N,) int64, or (axes, N) where a position has several; where the model runs by kernels, int32 will do, as for `write_index`.
+    # Only rotations read them: what a token sees follows from lengths and segments.
+    positions: Tensor
     write_index: Tensor  # (N,) int64: page · page_tokens + offset, the cache line each token's K and V go to
     decode: DecodeRows | None = None
     prefills: list[PrefillSegment] = field(default_factory=list)
@@ -97,9 +99,21 @@ class StepTokens:
     # only these: its `prefills` is empty, and tokens outside every span are padding with undefined hidden states.
     spans: Tensor | None = None  # (S, 5) int32, see `chunk_spans`; entries of zeros are empty
     tables: Tensor | None = None  # (C, P) int32, unused entries undefined
+    # (first flattened token, (n, taps · D)): what is added to the residual stream of n tokens behind the first layers, D
+    # columns a layer.
+    taps: list[tuple[int, Tensor]] = field(default_factory=list)
     progress: Callable[[], None] = (
         nothing  # called between layers if the host waits for them, to show that the loop does not hang
     )
+
+
+def add_taps(hidden: Tensor, taps: Sequence[tuple[int, Tensor]], layer: int) -> None:
+    """Add to the residual stream (N, D) behind a layer, in place, what `StepTokens.taps` have for it."""
+    dim = hidden.shape[1]
+    for first, values in taps:
+        own = values[:, layer * dim : (layer + 1) * dim]
+        if own.shape[1]:
+            hidden[first : first + len(own)] += own
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from gateway.confined import data_urls
 from gateway.confined.pictures.decode import LARGE_PIXELS, Decoded, decode_for, start
 from gateway.confined.pictures.essence import NoPicture, Refused
 from shared.confined import read, run_confined, write
-from shared.pictures import Box, Drawing, drawings
+from shared.pictures import Box, Drawing, drawings, refusal_of
 from shared.protocol import ImageSpec, Sheet
 
 # How much larger than its target a picture stays along each axis: reduced by a JPEG's decoder, and by averages.
@@ -75,6 +75,9 @@ def prepare(data: bytes, job: Job) -> tuple[Answer, list[bytes]]:
         return math.ceil(_SPARE * wide), math.ceil(_SPARE * high)
 
     decoded = decode_for(data, max_pixels=job.max_pixels, min_side=job.min_side, wanted=enough)
+    refusal = refusal_of(job.spec, decoded.width, decoded.height)
+    if refusal:
+        raise Refused(refusal)
     made = drawings(job.spec, decoded.width, decoded.height)
     if job.spec.resample not in _FILTERS:
         raise Refused(f"this gateway does not know the filter {job.spec.resample!r}")

@@ -13,17 +13,21 @@ from worker.formats.source import ProgressReport, Source
 from worker.forward import ImageCrops, KVCache, StepTokens
 
 EncodeCrops = Callable[[Tensor], Tensor]
-"""(C, S, S, 3) uint8 → (C, num_tokens, width), see `CropEncoder`."""
+"""(C, S, S, 3) uint8 → (C, num_tokens, width), see `CropEncoder`; of crops of any size (1, H, W, 3) → (1, tokens, width)."""
 
 
 class CropEncoder(Protocol):
-    """The part of a vision encoder that runs over crops of one size, however many pictures they come from."""
+    """The part of a vision encoder that runs over crops of one size, however many pictures they come from; or over one crop
+    of any size at a time, where `crop_size` is 0: `num_tokens` are then of a crop of `shared.pictures.LOAD_PIXELS`."""
 
     crop_size: int
     num_tokens: int  # of one crop
     width: int  # of one token's features
     max_crops: int  # of one picture, the global one included
     dtype: torch.dtype
+    progress: Callable[
+        [], None
+    ]  # called between layers where the host waits for them; set it before `features`
 
     def features(self, crops: Tensor) -> Tensor:
         """(C, S, S, 3) uint8 → (C, num_tokens, width). Reads nothing on the host, so it can be captured."""
@@ -42,6 +46,7 @@ class Model(Protocol):
     kv_dtypes: tuple[torch.dtype, ...]  # what it may hold besides: set `kv_dtype` before memory is made
     device: torch.device
     prefix_tokens: int  # bidirectional prefix of a prompt that carries an image (BOS + image); 0 if none
+    num_taps: int  # of decoder layers, the first ones, behind which more features of a picture are added
     weight_bytes: int
     num_weights: int
     biased: bool  # products of its layers add biases, which cuBLAS does in two launches for a single row

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared.protocol import ModelCard
 from worker.device.choices import choices
-from worker.forward import ImageCrops, KVCache, StepTokens
+from worker.forward import ImageCrops, KVCache, StepTokens, add_taps
 from worker.models.attention import AttentionPlan, fastest_kv_dtype, fuses, readable_kv_dtypes
 from worker.models.contract import CropEncoder, EncodeCrops
 from worker.models.head import Head
@@ -55,6 +55,8 @@ class Decoder:
     """
 
     prefix_tokens = 0
+    num_taps = 0
+    rotary_axes: Tensor | None = None  # (R/2,) int64: by which axis of its position each pair is rotated
 
     def __init__(
         self,
@@ -132,15 +134,19 @@ class Decoder:
         plan = AttentionPlan(tokens, cache, self._space, self._native, rotations, hidden.dtype)
         for layer, block in enumerate(self._blocks):
             hidden = block(hidden, plan, layer)
+            add_taps(hidden, tokens.taps, layer)
             tokens.progress()
         return hidden
 
-    @staticmethod
-    def _turn(table: Tensor, positions: Tensor) -> Tensor:
-        """(N, 1, R/2): each token's row of a table."""
+    def _turn(self, table: Tensor, positions: Tensor) -> Tensor:
+        """(N, 1, R/2): each token's row of a table, or of several rows the pairs that are rotated by each."""
         if table.shape[0] == 1:
-            return table.expand(positions.shape[0], -1, -1).contiguous()
-        return table.index_select(0, positions)
+            return table.expand(positions.shape[-1], -1, -1).contiguous()
+        if positions.dim() == 1:
+            return table.index_select(0, positions)
+        assert self.rotary_axes is not None
+        rows = positions.long().index_select(0, self.rotary_axes).t()
+        return table.squeeze(1).gather(0, rows).unsqueeze(1)
 
     def _forward_fused(
         self, hidden: Tensor, rotations: list[Tensor], tokens: StepTokens, cache: KVCache
@@ -158,6 +164,7 @@ class Decoder:
         gained: Tensor | None = None
         for layer, block in enumerate(self._blocks):
             hidden, gained = block.fused(hidden, gained, plan, layer)
+            add_taps(hidden, tokens.taps, layer)
         return hidden, gained
 
     def decode(self, hidden: Tensor, tokens: StepTokens, cache: KVCache) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.protocol import ImageSpec, ModelCard
+from shared.protocol import FreeSize, ImageSpec, ModelCard
 from worker.formats.source import ProgressReport, Rename, Source
 from worker.forward import ImageCrops
 from worker.models.card import make_card
@@ -20,6 +20,7 @@ from worker.models.contract import EncodeCrops, Model
 from worker.models.dense import Dense, load_dense
 from worker.models.dense_config import DenseConfig
 from worker.models.family import Family
+from worker.models.free_tower import FreeTower
 from worker.models.layers import Take, TakeWeight
 from worker.models.settings import Settings
 from worker.models.tiling import cut_crops
@@ -39,7 +40,9 @@ class PictureParts:
     sizes: DenseConfig
     spec: ImageSpec
     rename: Rename  # stored names → `model.…`, `lm_head.…` for the decoder, any others for the rest
-    build: Callable[[Take], tuple[Tower, Project]]
+    build: Callable[[Take], tuple[Tower | FreeTower, Project]]
+    rotary_axes: tuple[int, ...] = ()  # of each rotated pair, where the spec's positions have several
+    num_taps: int = 0  # see `contract.Model`; features are then (1 + taps) · dim wide
 
 
 class PictureModel(Dense):
@@ -59,16 +62,23 @@ class PictureModel(Dense):
         self._spec = parts.spec
         if parts.spec.attends != "causal":
             self.prefix_tokens = parts.spec.crop_tokens
+        self.num_taps = parts.num_taps
+        if parts.rotary_axes:
+            self.rotary_axes = torch.tensor(parts.rotary_axes, device=device)
 
     @property
-    def encoder(self) -> Tower:
+    def encoder(self) -> Tower | FreeTower:
         """The vision tower."""
         return self._tower
 
     def encode_images(self, images: list[ImageCrops], features: EncodeCrops | None = None) -> list[Tensor]:
-        """Pictures → one (crops · crop_tokens, D) tensor each. Raises ValueError on sheets that do not fit."""
+        """Pictures → one (crops · crop_tokens, D) tensor each, with `num_taps` times as many columns more. Raises
+        ValueError on sheets that do not fit."""
         if not images:
             return []
+        if isinstance(self._spec.rule, FreeSize):
+            encode = features or self._tower.features
+            return [self._project(encode(image.sheets[0].pixels.unsqueeze(0)))[0] for image in images]
         crops = [cut_crops(image, self._spec.crop_size) for image in images]
         encoded = self._project((features or self._tower.features)(torch.cat(crops)))
         return [own.flatten(0, 1) for own in torch.split(encoded, [len(own) for own in crops])]

@@ -19,6 +19,7 @@ from worker.models.families.mistral import MINISTRAL, MISTRAL
 from worker.models.families.olmo2 import OLMO2
 from worker.models.families.phi import PHI3
 from worker.models.families.qwen import QWEN2, QWEN3
+from worker.models.families.qwen_vl import QWEN3_VL, QWEN25_VL
 from worker.models.families.smollm3 import SMOLLM3
 from worker.models.families.smolvlm import IDEFICS3, SMOLVLM
 from worker.models.families.stablelm import STABLELM
@@ -42,6 +43,8 @@ FAMILIES: tuple[Family, ...] = (
     IDEFICS3,
     GEMMA3_PICTURES,
     INTERNVL,
+    QWEN3_VL,
+    QWEN25_VL,
     # Both the architecture's class name and the `model_type` that released checkpoints carry.
     Family("moondream", "Moondream 2 (pictures)", ("HfMoondream", "moondream1"), moondream.load),
 )

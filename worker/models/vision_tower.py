@@ -6,7 +6,7 @@ are called and builds the blocks; normalising pixels is the tower's, so that onl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from worker.forward import nothing
 from worker.models.crop_attention import CropAttention, crop_attention, padded_width
 from worker.models.layers import LayerNorm, Mlp, PackedLinear, Take, take_linear, take_norm
 from worker.models.settings import Settings
@@ -73,6 +74,7 @@ class Tower:
         self.config, self.max_crops = config, max_crops
         self.crop_size, self.num_tokens, self.width = config.crop_size, config.num_patches, config.dim
         self.dtype, self.fuses = positions.dtype, positions.device.type == "cuda"
+        self.progress: Callable[[], None] = nothing
         self._patches, self._positions, self._blocks = patches, positions, blocks
         self._norm, self._first = norm, first
         self._scale, self._shift = _normalising(config, positions.device)
@@ -103,6 +105,7 @@ class Tower:
     def _plain(self, hidden: Tensor) -> Tensor:
         for block in self._blocks:
             hidden = block(hidden)
+            self.progress()
         return hidden if self._norm is None else self._norm(hidden)
 
     def _fused(self, hidden: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worker.forward import KVCache, StepTokens
+from worker.forward import KVCache, StepTokens, add_taps
 from worker.native.library import NAMES, library
 from worker.native.operations import Operations, operations, where
 from worker.native.products import Linear
@@ -142,12 +142,13 @@ class LayerStack:
         step.runs, step.tables, step.table_stride = where(rows)
         step.lengths = rows.lengths.data_ptr()
         step.rotation, step.rotary = rotation.data_ptr(), 2 * rotation.shape[-1]
-        together = len(self._layers) if rows.num <= PROGRESS_ROWS else 1
+        together = len(self._layers) if rows.num <= PROGRESS_ROWS and not tokens.taps else 1
         for first in range(0, len(self._layers), together):
             layers = addressof(self._layers) + first * sizeof(self._kind)
             failed = self._call(byref(step), layers, together, out.data_ptr())
             assert not failed, "can_attend was asked"
             if together == 1:
+                add_taps(out, tokens.taps, first)
                 tokens.progress()
         return out
 

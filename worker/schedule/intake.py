@@ -9,12 +9,21 @@ import math
 from collections.abc import Sequence as Sequence_
 
 from shared.errors import ErrorCode
-from shared.pictures import check_bounds, fault_of, num_bytes, num_tokens, shares_tokens
-from shared.protocol import ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
+from shared.pictures import (
+    check_bounds,
+    fault_of,
+    grid_of,
+    num_bytes,
+    num_loads,
+    num_tokens,
+    shares_tokens,
+)
+from shared.protocol import FreeSize, ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
 from worker.constraints.automaton import TokenAutomaton, spatial_tables
 from worker.constraints.constraint import Constraint
 from worker.constraints.thought_budget import ThoughtBudget
 from worker.schedule.refusal import Refusal
+from worker.schedule.rotary_places import prompt_places
 from worker.schedule.sequence import IMAGE_TOKEN, Block, Picture, Run, Sequence
 
 MAX_STOP_IDS = 64
@@ -50,6 +59,9 @@ def build_sequence(
     if pictures and message.sampling.num_prompt_logprobs >= 0:
         text = "log-probabilities of a prompt with pictures are not computed"
         raise Refusal(ErrorCode.UNSUPPORTED, text, "num_prompt_logprobs")
+    rotary, rotary_shift = None, 0
+    if pictures and card.image is not None and card.image.position_axes > 1:
+        rotary, rotary_shift = prompt_places(len(tokens), pictures)
     return Sequence(
         gateway=gateway,
         sequence_id=message.sequence_id,
@@ -63,6 +75,8 @@ def build_sequence(
         arrived_s=now_s,
         pictures=pictures,
         blocks=blocks_of(card.image, pictures),
+        rotary=rotary,
+        rotary_shift=rotary_shift,
         task=message.task,
         constraint=_constraint(message, card, compiled) or _thought_budget(message, card),
         tenant=message.tenant,
@@ -130,8 +144,18 @@ def _expand(
             runs.append(Run(len(tokens), num, offset))
             tokens += [IMAGE_TOKEN] * num
             at, offset = place, offset + num
-        unit_tokens = 0 if shares_tokens(spec) else spec.crop_tokens
-        pictures.append(Picture(tuple(runs), image.sheets, own, image.digest, unit_tokens))
+        is_whole = shares_tokens(spec) or isinstance(spec.rule, FreeSize)
+        pictures.append(
+            Picture(
+                tuple(runs),
+                image.sheets,
+                own,
+                image.digest,
+                unit_tokens=0 if is_whole else spec.crop_tokens,
+                grid=grid_of(spec, image.sheets),
+                loads=num_loads(spec, image.sheets),
+            )
+        )
     return tokens + prompt[at:], pictures
 
 
@@ -142,6 +166,8 @@ def _check_picture(spec: ImageSpec, image: ImageInput, frames: list[bytes]) -> N
     wanted = num_tokens(spec, image.sheets)
     if not fault and sum(max(0, num) for _, num in image.runs) != wanted:
         fault = f"the runs of a picture have {wanted} positions together"
+    if not fault and isinstance(spec.rule, FreeSize) and len(image.runs) != 1:
+        fault = "a picture has one run here"
     if fault:
         raise Refusal(ErrorCode.INVALID_REQUEST, fault, "image")
 

@@ -32,6 +32,16 @@ def crops_of(chunk: Chunk) -> int:
     )
 
 
+def holds_picture(chunk: Chunk) -> bool:
+    """Whether a picture's features stand in the chunk."""
+    end = chunk.start + chunk.num_tokens
+    return any(
+        run.position < end and chunk.start < run.position + run.num_tokens
+        for picture in chunk.seq.pictures
+        for run in picture.runs
+    )
+
+
 @dataclass(slots=True, eq=False)
 class StepPlan:
     """One step: decode rows first, then prefill chunks; `samples` names the rows that get a token, in order."""

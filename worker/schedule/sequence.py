@@ -46,6 +46,8 @@ class Picture:
     frames: Sequence_[bytes]
     digest: bytes
     unit_tokens: int = 0
+    grid: tuple[int, int] = (0, 0)  # rows and columns of its positions, where those have several axes
+    loads: int = 0  # what encoding it costs in crops, if that is not their number
 
     @property
     def position(self) -> int:
@@ -59,8 +61,8 @@ class Picture:
 
     @property
     def num_crops(self) -> int:
-        """Crops the vision encoder runs for it."""
-        return num_crops(self.sheets)
+        """Crops the vision encoder runs for it; of a crop of any size, as many as its area counts for."""
+        return self.loads or num_crops(self.sheets)
 
     @property
     def unit_crops(self) -> int:
@@ -107,6 +109,8 @@ class Sequence:
     arrived_s: float
     pictures: list[Picture] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)  # in order, apart from each other
+    rotary: npt.NDArray[np.int32] | None = None  # (axes, num_prompt), where positions are not indexes
+    rotary_shift: int = 0  # position less index of what stands behind the prompt
     task: str = "text"
     constraint: Constraint | None = None
     table_place: int = 0  # of its automaton on the device; 0: the host makes its masks, or it has none

@@ -21,9 +21,15 @@ class ChunkEmbedding:
         self._model = model
         self._features = features
 
-    def embed(self, chunks: list[Chunk], ids: Tensor, out: Tensor | None = None) -> Tensor:
+    def embed(
+        self,
+        chunks: list[Chunk],
+        ids: Tensor,
+        out: Tensor | None = None,
+        taps: list[tuple[int, Tensor]] | None = None,
+    ) -> Tensor:
         """(N,) int64 ids of all chunks, in order, and of padding → (N, D), in `out` if given; ids of image positions
-        are below 0."""
+        are below 0. What features have beyond D columns goes to `taps`, see `StepTokens`."""
         hidden = self._model.embed(ids.clamp_min(0))  # image positions are overwritten below
         if out is not None:
             hidden = out.copy_(hidden)
@@ -47,7 +53,11 @@ class ChunkEmbedding:
         if wanted:
             features = self._features.get((tenant, picture, unit) for tenant, picture, unit, *_ in wanted)
             for tenant, picture, unit, to, offset, num in wanted:
-                hidden[to : to + num].copy_(features[tenant, picture.digest, unit][offset : offset + num])
+                own = features[tenant, picture.digest, unit][offset : offset + num]
+                hidden[to : to + num].copy_(own[:, : hidden.shape[1]])
+                if own.shape[1] > hidden.shape[1]:
+                    assert taps is not None
+                    taps.append((to, own[:, hidden.shape[1] :]))
         return hidden
 
     def _embed_known_values(self, chunk: Chunk, hidden: Tensor, ids: Tensor, at: int) -> None:

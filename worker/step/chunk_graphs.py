@@ -13,11 +13,12 @@ from worker.device.choices import choices
 from worker.device.contract import Device
 from worker.forward import SPAN_TOKENS, KVCache, StepTokens
 from worker.models.contract import Model
-from worker.schedule.plan import Chunk
+from worker.schedule.plan import Chunk, holds_picture
 from worker.step.contract import GraphCounts
 from worker.step.graph_table import GraphTable
 from worker.step.slot import Slot
 from worker.step.staging import num_spans, stage_chunk_padding
+from worker.step.step_tokens import unpacked
 
 MOST_CHUNKS = 16
 """Chunks that always fit into a graph's spans; more chunks fit if their last spans are nearly full."""
@@ -89,8 +90,11 @@ class ChunkGraphs(GraphTable[()]):
     def pad(self, slot: Slot, chunks: list[Chunk]) -> int:
         """Pad a step's staged chunks up to the bucket that serves them, and return it; 0: they run eagerly as they are.
 
-        It also returns 0 while the model runs without the kernels, because only kernels read spans on the device.
+        It also returns 0 while the model runs without the kernels, because only kernels read spans on the device, and for
+        pictures whose features go into several layers, because the graph has a place for those of the first only.
         """
+        if self._model.num_taps and any(holds_picture(chunk) for chunk in chunks):
+            return 0
         bucket = bucket_of(sum([chunk.num_tokens for chunk in chunks]), self.buckets)
         if not bucket or not self._model.fuses or num_spans(chunks) > span_capacity(bucket):
             return 0
@@ -106,7 +110,7 @@ class ChunkGraphs(GraphTable[()]):
     def _forward(self, slot: Slot, bucket: int) -> None:
         """The model over the slot's first `bucket` chunk tokens, padding included. What graphs record."""
         chunks = slot.chunks[:, :bucket]
-        _, positions, writes = chunks if choices().narrow_indexes else chunks.long()  # kernels take either
+        _, positions, writes = unpacked(chunks if choices().narrow_indexes else chunks.long())
         tokens = StepTokens(positions, writes)
         tokens.spans, tokens.tables = slot.spans[: span_capacity(bucket)], slot.chunk_tables
         hidden = self._model.forward(self.inputs[:bucket], tokens, self._cache)

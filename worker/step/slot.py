@@ -42,7 +42,9 @@ class Slot:
             for i, name in enumerate(FIELDS)
         }
         self.tables = packed[shape.tables_start : shape.chunks_start].view(rows, pages)
-        self.chunks = packed[shape.chunks_start : shape.ends_start].view(3, shape.chunk_tokens)
+        self.chunks = packed[shape.chunks_start : shape.ends_start].view(
+            shape.chunk_fields, shape.chunk_tokens
+        )
         self.ends = packed[shape.ends_start : shape.spans_start].view(len(FIELDS), rows)
         self.spans = packed[shape.spans_start : shape.chunk_tables_start].view(-1, SPAN_FIELDS)
         self.chunk_tables = packed[shape.chunk_tables_start :].view(rows, pages)

@@ -16,6 +16,7 @@ from worker.forward import SPAN_FIELDS, SPAN_TOKENS, chunk_spans, segments_of
 from worker.schedule.life import MaskLife
 from worker.schedule.plan import Chunk, StepPlan
 from worker.schedule.rng import uniforms
+from worker.schedule.rotary_places import places_of
 from worker.schedule.sequence import Sequence
 
 I32 = npt.NDArray[np.int32]
@@ -73,6 +74,7 @@ class StepShape:
     num_slots: int = 2
     step_crops: int = 26  # of pictures, as the scheduler bounds them; one picture may have more
     max_logprobs: int = 20
+    position_axes: int = 1  # of a chunk's tokens, which are rotated by them
 
     @property
     def max_pages(self) -> int:
@@ -95,6 +97,11 @@ class StepShape:
         return self.step_tokens + self.max_rows
 
     @property
+    def chunk_fields(self) -> int:
+        """Of a chunk's token: its id, its position on each axis, its write index."""
+        return 2 + self.position_axes
+
+    @property
     def max_spans(self) -> int:
         """Spans of one step: each chunk's last may be short, and that before a block that attends both ways."""
         return self.chunk_tokens // SPAN_TOKENS + self.chunk_tokens // LEAST_BLOCK + self.max_rows
@@ -102,7 +109,7 @@ class StepShape:
     @property
     def ends_start(self) -> int:
         """Where the fields of rows whose prefill ends are kept while padding takes their places."""
-        return self.chunks_start + 3 * self.chunk_tokens
+        return self.chunks_start + self.chunk_fields * self.chunk_tokens
 
     @property
     def spans_start(self) -> int:
@@ -155,7 +162,9 @@ class Views:
         self.ints: dict[str, I32] = {name: sections[i] for i, name in enumerate(FIELDS)}
         self.floats: dict[str, F32] = {name: self.ints[name].view(np.float32) for name in FLOAT_FIELDS}
         self.tables: I32 = buffer[shape.tables_start : shape.chunks_start].reshape(rows, pages)
-        self.chunks: I32 = buffer[shape.chunks_start : shape.ends_start].reshape(3, shape.chunk_tokens)
+        self.chunks: I32 = buffer[shape.chunks_start : shape.ends_start].reshape(
+            shape.chunk_fields, shape.chunk_tokens
+        )
         self.ends: I32 = buffer[shape.ends_start : shape.spans_start].reshape(len(FIELDS), rows)
         self.spans: I32 = buffer[shape.spans_start : shape.chunk_tables_start].reshape(-1, SPAN_FIELDS)
         self.chunk_tables: I32 = buffer[shape.chunk_tables_start :].reshape(rows, pages)
@@ -200,6 +209,8 @@ def stage_rows(views: Views, plan: StepPlan) -> None:
             seq.pages[p // page_tokens] * page_tokens + p % page_tokens
             for seq, p in zip(plan.decode, positions, strict=True)
         ]
+        if views.shape.position_axes > 1:
+            ints["positions"][:num_rows] += [seq.rotary_shift for seq in plan.decode]
         held = views.held
         for i, seq in enumerate(plan.decode):
             pages, (shown, num_shown) = seq.pages, held[i]
@@ -264,7 +275,7 @@ def stage_ends(views: Views, start: int, end: int) -> None:
 
 def stage_chunks(views: Views, plan: StepPlan, *, alone: bool = False) -> None:
     """Write the prefill chunks' inputs: behind the decode rows, or `alone` as a forward of their own."""
-    ids, positions, writes = views.chunks
+    ids, positions, writes = views.chunks[0], views.chunks[1:-1], views.chunks[-1]
     page_tokens = views.shape.page_tokens
     at, at_span, sample = 0, 0, len(plan.decode)
     flat = 0 if alone else sample
@@ -276,7 +287,7 @@ def stage_chunks(views: Views, plan: StepPlan, *, alone: bool = False) -> None:
         pages = np.asarray(seq.pages, dtype=np.int32)
         own = np.arange(start, start + num, dtype=np.int32)
         ids[at : at + num] = seq.tokens[start : start + num]
-        positions[at : at + num] = own
+        positions[:, at : at + num] = own if seq.rotary is None else places_of(seq, start, start + num)
         writes[at : at + num] = pages[own // page_tokens] * page_tokens + own % page_tokens
         own_flat = flat
         for piece_start, piece_num, prefix in segments_of(start, num, seq.blocks):

@@ -25,10 +25,15 @@ def decode_tokens(slot: Slot, num_rows: int, max_tokens: int, *, narrow: bool) -
     )
 
 
+def unpacked(chunks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A slot's chunks (2 + axes, N) → ids (N,), positions (N,) or where they have several axes (axes, N), write indexes (N,)."""
+    return chunks[0], chunks[1] if len(chunks) == 3 else chunks[1:-1], chunks[-1]
+
+
 def chunk_tokens(slot: Slot, plan: StepPlan) -> tuple[Tensor, StepTokens]:
     """Ids (N,) int64 of the chunks' tokens, and where they stand, without the decode rows."""
     num_tokens = sum([chunk.num_tokens for chunk in plan.chunks])
-    ids, positions, writes = (section[:num_tokens].long() for section in slot.chunks)
+    ids, positions, writes = unpacked(slot.chunks[:, :num_tokens].long())
     tokens = StepTokens(positions, writes)
     for i, chunk in enumerate(plan.chunks):
         table = slot.chunk_tables[i, : len(chunk.seq.pages)]

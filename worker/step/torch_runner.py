@@ -6,6 +6,7 @@ chunks follow as a forward of their own (docs/gpu.md, "Mixed steps"); elsewhere 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -70,7 +71,8 @@ class TorchRunner:
     ) -> None:
         self.model = model
         self.device = device
-        self.shape = shape
+        image = model.card.image
+        self.shape = shape = replace(shape, position_axes=1 if image is None else image.position_axes)
         self.num_slots = shape.num_slots
         self._max_tokens = shape.max_pages * shape.page_tokens
         self.slots = [Slot(number, shape, device) for number in range(shape.num_slots)]
@@ -86,7 +88,7 @@ class TorchRunner:
         self.chunk_graphs: ChunkGraphs | None = None
         self.vision_graphs: VisionGraphs | None = None
         encode = self._encode_one_by_one
-        if model.encoder is not None and device.captures:
+        if model.encoder is not None and model.encoder.crop_size and device.captures:
             self.vision_graphs = VisionGraphs(device, model.encoder, shape.step_crops, self.graph_counts)
             encode = self.vision_graphs.features
         self.embedding = ChunkEmbedding(model, FeatureCache(model, feature_bytes, device, encode))
@@ -348,7 +350,7 @@ class TorchRunner:
     def _chunk_tokens(self, slot: Slot, plan: StepPlan) -> tuple[Tensor, StepTokens]:
         """Embeddings of the chunks alone, and where they stand."""
         ids, tokens = chunk_tokens(slot, plan)
-        return self.embedding.embed(plan.chunks, ids), tokens
+        return self.embedding.embed(plan.chunks, ids, taps=tokens.taps), tokens
 
     def _prefill(self, slot: Slot, plan: StepPlan, bucket: int) -> None:
         """The chunks as a forward of their own, by the graph of their bucket or, if that is 0, eagerly as they are;
@@ -373,9 +375,10 @@ class TorchRunner:
         slot.hidden[ends].copy_(hidden)
 
     def _encode_one_by_one(self, crops: Tensor) -> Tensor:
-        """(C, S, S, 3) uint8 → (C, num_tokens, width), crop by crop, with `progress` called after each."""
+        """See `EncodeCrops`: crop by crop, with `progress` called between layers and after each."""
         encoder = self.model.encoder
         assert encoder is not None
+        encoder.progress = self._progress
         encoded = []
         for crop in crops.split(1):
             encoded.append(encoder.features(crop))
@@ -396,7 +399,9 @@ class TorchRunner:
                 hidden = embedded
             else:
                 hidden = torch.cat([hidden, embedded])
-                tokens.positions = torch.cat([rows.positions, tokens.positions])
+                own = rows.positions.expand(*tokens.positions.shape[:-1], -1)
+                tokens.positions = torch.cat([own, tokens.positions], dim=-1)
+                tokens.taps = [(num_rows + first, values) for first, values in tokens.taps]
                 tokens.write_index = torch.cat([rows.write_index, tokens.write_index])
                 tokens.decode = rows.decode
         tokens.progress = self._progress

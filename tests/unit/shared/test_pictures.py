@@ -11,6 +11,7 @@ import pytest
 from shared import pictures
 from shared.protocol import (
     EdgeTiles,
+    FreeSize,
     ImageInput,
     ImageLayout,
     ImageSpec,
@@ -20,7 +21,7 @@ from shared.protocol import (
     RatioTiles,
     Sheet,
 )
-from shared.tiling import edge_sizes, nearest_ratio, pieces_along
+from shared.tiling import MOST_RATIO, edge_sizes, free_size, nearest_ratio, pieces_along
 
 RULES = [
     OneCrop(),
@@ -33,6 +34,8 @@ RULES = [
     RatioTiles(3, 6),
     RatioTiles(1, 1),
     PanAndScan(256, 4, 1.2),
+    FreeSize(200_000, 4_000_000),
+    FreeSize(3000, 3500),
 ]
 
 
@@ -52,6 +55,7 @@ def test_sizes_are_those_of_the_processors() -> None:
     from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
     from transformers.models.idefics3 import image_processing_pil_idefics3 as idefics3
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     asked: list[SizeDict] = []
 
@@ -74,6 +78,11 @@ def test_sizes_are_those_of_the_processors() -> None:
         for least, most in ((1, 12), (2, 6)):
             found = nearest_ratio(width, height, 448, least, most)
             assert found == get_optimal_tiled_canvas((height, width), (448, 448), least, most)
+        for unit, least, most in ((28, 3136, 12845056), (32, 65536, 1310720), (8, 256, 4096)):
+            if max(width, height) <= MOST_RATIO * min(width, height):
+                assert free_size(width, height, unit, least, most)[::-1] == smart_resize(
+                    height, width, unit, least, most
+                )
         boxes = pieces_along(width, height, 256, 4, 1.2)
         theirs = gemma.pan_and_scan(empty, 256, 4, 1.2)
         assert [(b - t, r - l) for l, t, r, b in boxes] == [piece.shape[1:] for piece in theirs]  # noqa: E741
@@ -84,6 +93,9 @@ def test_every_picture_fits_its_own_spec(rule: Any) -> None:
     spec = ImageSpec(378 if isinstance(rule, OverlappingTiles) else 364, 5, rule)
     most_seen = 0
     for width, height in some_sizes(200):
+        if pictures.refusal_of(spec, width, height):
+            assert isinstance(rule, FreeSize) and max(width, height) > MOST_RATIO * min(width, height)
+            continue
         drawn = pictures.drawings(spec, width, height)
         sheets = [drawing.sheet for drawing in drawn]
         assert pictures.fault_of(spec, sheets) == ""

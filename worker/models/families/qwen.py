@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from worker.models.dense_config import DenseConfig, QkNorm, plain_layers, read_dense, sliding_layers
 from worker.models.family import dense_family
+from worker.models.rope import RopeConfig
 from worker.models.settings import Settings
 from worker.models.torch_attention import LayerAttention
 
 
-def read_qwen2(settings: Settings) -> DenseConfig:
-    """Biases on q, k and v, whatever config.json says, and none on the way out."""
-    return read_dense(settings, qkv_bias=True, layers=_layers(settings), mlp_bias=False)
+def read_qwen2(settings: Settings, ropes: tuple[RopeConfig, ...] | None = None) -> DenseConfig:
+    """Biases on q, k and v, whatever config.json says, and none on the way out. `ropes` in place of its own reading."""
+    return read_dense(settings, ropes=ropes, qkv_bias=True, layers=_layers(settings), mlp_bias=False)
 
 
-def read_qwen3(settings: Settings) -> DenseConfig:
+def read_qwen3(settings: Settings, ropes: tuple[RopeConfig, ...] | None = None) -> DenseConfig:
     """RMS norms of each head, which is 128 wide whatever hidden_size is, unless config.json says otherwise."""
     biased = settings.flag("attention_bias")
     return read_dense(
         settings,
         head_dim=128,
+        ropes=ropes,
         qkv_bias=biased,
         out_bias=biased,
         mlp_bias=False,

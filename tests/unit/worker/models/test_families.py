@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.unit.worker.models import dense_oracle as dense
-from tests.unit.worker.models import picture_oracle
+from tests.unit.worker.models import free_oracle, picture_oracle
 from tests.unit.worker.models.dense_oracle import LLAMA3_ROPE, edit_config, load, respell, write
 from tests.unit.worker.models.paged_driver import Driver, relative_error
 from worker.formats.source import CheckpointError
@@ -209,7 +209,7 @@ def test_the_documents_say_same_tokens_of_the_families_that_are_tested_here() ->
         for architecture in re.findall(r"`(\w+)`", cells[1])
     }
     tested = {family for family, _ in VARIANTS.values()} | {
-        name.split()[0] for name in picture_oracle.FAMILIES
+        name.split()[0] for name in (*picture_oracle.FAMILIES, *free_oracle.FREE)
     }
     served = {
         architecture: family.name.removesuffix("_text") in tested
@@ -273,7 +273,8 @@ def test_a_base_models_folder_without_the_prefix(tmp_path: Path) -> None:
     ("named", "expected"),
     [
         (["Qwen3MoeForCausalLM", "qwen3_moe"], "Qwen 3 (dense)"),
-        (["Qwen2_5_VLForConditionalGeneration"], "Qwen 2 and 2.5"),
+        (["Qwen2VLForConditionalGeneration"], "Qwen 2 and 2.5"),
+        (["Qwen3VLMoeForConditionalGeneration"], "Qwen3-VL (dense"),
         (["Gemma3ForConditionalGeneration", "gemma3"], "Gemma 3"),
         (["GraniteMoeForCausalLM"], "Granite 3"),
         (["Phi3SmallForCausalLM"], "Phi-3"),

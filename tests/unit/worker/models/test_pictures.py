@@ -31,6 +31,7 @@ from worker.formats.source import CheckpointError
 from worker.forward import ImageCrops, ImageSheet, segments_of
 from worker.models.picture_model import PictureModel
 from worker.models.tiling import cut_crops
+from worker.models.vision_tower import Tower
 from worker.native.operations import operations
 from worker.step.warm_up import warm_up
 
@@ -243,6 +244,7 @@ def test_which_towers_attend_by_compiled_operations(pair: Pair, request: pytest.
     if operations(torch.device("cpu")) is None:
         pytest.skip("no compiled operations on this machine")
     tower = pair.model.encoder
+    assert isinstance(tower, Tower)
     is_compiled = tower.config.dim // tower.config.num_heads in (16, 72)
     assert is_compiled == ("idefics3" not in request.node.name)
     assert all((block.attention is not None) == is_compiled for block in tower._blocks)
