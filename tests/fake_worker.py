@@ -85,7 +85,7 @@ CARD = wire.ModelCard(
     bos_id=0,
     eos_ids=[0],
     created=1_700_000_000,
-    image=wire.ImageSpec(56, 64, wire.OverlappingTiles(7, 1, 4), attends="prefix"),
+    image=wire.ImageSpec(56, 64, wire.OverlappingTiles(7, 1, 4), attends="prefix", max_images=16),
     capabilities=["chat", "query", "caption", "detect", "point"],
     templates={
         "query_prefix": [1, 8, 2],

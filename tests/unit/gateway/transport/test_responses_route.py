@@ -97,7 +97,7 @@ def test_fields_that_all_bodies_share_reach_the_worker(gateway: GatewayThread, w
 def test_an_answer_named_by_its_item_stands_in_its_place(answer: str) -> None:
     held = Conversations()
     said = (("user", "how many?"), ("assistant", "how many what?"), ("user", "dots"))
-    asked = Turn(tuple(Message(role=role, content=text) for role, text in said), None)  # type: ignore[arg-type]
+    asked = Turn(tuple(Message(role=role, content=text) for role, text in said))  # type: ignore[arg-type]
     output = [{"id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": answer}]}]
     held.remember_answer("mine", "resp_1", asked, End(FinishReason.STOP, Usage()), output)
     items = [{"content": "dots"}, {"type": "item_reference", "id": "msg_1"}, {"content": "sure?"}]
