@@ -57,7 +57,12 @@ def test_calls_results_and_thinking_count() -> None:
     held.remember_answer("", "resp_1", turn(), End(FinishReason.STOP, Usage()), output)
     assert held.size_bytes >= 1500
     said = Message(role="tool", content="r" * 300, tool_call_id="c")
-    assert Turn((said,),).size_bytes >= 300
+    assert (
+        Turn(
+            (said,),
+        ).size_bytes
+        >= 300
+    )
 
 
 def test_a_call_that_was_cut_off_is_not_gone_on_with() -> None:

@@ -29,7 +29,7 @@ def text(said: str) -> dict[str, Any]:
 
 async def asked(*messages: dict[str, Any]) -> GenerateRequest:
     body = json.dumps({"messages": messages}).encode()
-    (request,) = (await chat.prepare(FakeCore(), body, request_id="r", tenant="")).requests  # type: ignore[arg-type]
+    (request,) = (await chat.prepare(FakeCore(), body, request_id="r", tenant="")).requests
     return request
 
 
@@ -77,8 +77,11 @@ async def test_a_later_system_message_goes_to_the_turn_behind_it() -> None:
         ([{"role": "user", "content": [picture("a")]}], "messages[0].content"),
         ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "messages[1].content"),
         (
-            [{"role": "user", "content": "x"}, {"role": "assistant", "content": [picture("a")]}]
-            + [{"role": "user", "content": "y"}],
+            [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "content": [picture("a")]},
+                {"role": "user", "content": "y"},
+            ],
             "messages[1].content",
         ),
         ([{"role": "user", "content": [text("x"), *[picture("a")] * 17]}], "messages[0].content[17].image_url.url"),
@@ -99,21 +102,21 @@ async def test_every_door_gives_the_same_prompt() -> None:
     system = "Be brief."
     wanted = (await asked({"role": "system", "content": system}, *history)).prompt_ids
     body: dict[str, Any] = {"model": CARD.model_id, "max_tokens": 5, "messages": history, "system": system}
-    made = await anthropic.prepare(FakeCore(), json.dumps(body).encode(), request_id="r", tenant="")  # type: ignore[arg-type]
+    made = await anthropic.prepare(FakeCore(), json.dumps(body).encode(), request_id="r", tenant="")
     assert made.requests[0].prompt_ids == wanted
     body = {"model": CARD.model_id, "messages": [{"role": "system", "content": system}, *history]}
-    answer = await ollama.prepare_chat(FakeCore(), json.dumps(body).encode(), request_id="r", tenant="")  # type: ignore[arg-type]
+    answer = await ollama.prepare_chat(FakeCore(), json.dumps(body).encode(), request_id="r", tenant="")
     assert answer.requests[0].prompt_ids == wanted
     held = Turn((Message(role="user", content="one"), Message(role="assistant", content="two")))
     for previous, given in ((held, history[2:]), (None, history)):
         create = parse_body(json.dumps({"input": given, "instructions": system}).encode())
-        response = await prepare_response(FakeCore(), create, tenant="", previous=previous)  # type: ignore[arg-type]
+        response = await prepare_response(FakeCore(), create, tenant="", previous=previous)
         assert response.request.prompt_ids == wanted
 
 
 async def test_another_task_of_a_response_is_about_the_last_picture() -> None:
     parts = [{"type": "input_image", "image_url": f"data:{name}"} for name in "ab"]
     body = {"input": [{"role": "user", "content": parts}], "degas": {"task": "point", "object": "dot"}}
-    made = await prepare_response(FakeCore(), parse_body(json.dumps(body).encode()), tenant="")  # type: ignore[arg-type]
+    made = await prepare_response(FakeCore(), parse_body(json.dumps(body).encode()), tenant="")
     assert made.request.prompt_ids == [*BOS, 1, 25, 2, *text_ids(" dot"), 3]
     assert [image.spec.digest for image in made.request.images] == [b"data:b"]

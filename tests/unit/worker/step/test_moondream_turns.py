@@ -1,0 +1,157 @@
+"""Conversations with several turns and pictures, through the engine, against a plain second implementation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from shared.protocol import ImageInput, Sampling, Submit, pack_i32
+from tests.two_sheets import image_input
+from tests.unit.worker.loop.simulation import EPOCH, Stream
+from tests.unit.worker.models.moondream_oracle import PlainText, Span
+from tests.unit.worker.models.small_checkpoint import write_checkpoint
+from tests.unit.worker.step.test_torch_runner import Harness, load
+from worker.models.moondream import Moondream
+from worker.schedule.intake import build_sequence
+
+NUM, SIDE, TOKENS = 25, 70, 20  # positions and pixels of a picture, tokens of an answer
+Picture = tuple[ImageInput, list[bytes]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Moondream:
+    loaded = load(folder)
+    assert isinstance(loaded, Moondream)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path, model: Moondream) -> PlainText:
+    return PlainText(folder, model.config.text)
+
+
+def picture(seed: int, place: int) -> Picture:
+    frame = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8).tobytes()
+    return image_input(place, NUM, SIDE, b"picture %d" % seed), [frame, frame]
+
+
+def conversation(number: int, ids: list[int], pictures: list[Picture], max_tokens: int = TOKENS) -> tuple[Submit, list[bytes]]:  # fmt: skip
+    submit = Submit(
+        epoch=EPOCH,
+        sequence_id=number,
+        request_id=str(number),
+        prompt=pack_i32(ids),
+        max_tokens=max_tokens,
+        images=[image for image, _ in pictures],
+        ignore_eos=True,
+        sampling=Sampling(num_logprobs=0),
+    )
+    return submit, [frame for _, frames in pictures for frame in frames]
+
+
+def words(count: int, seed: int) -> list[int]:
+    return [int(one) for one in np.random.default_rng(seed).integers(10, 96, count)]
+
+
+def two_pictures_first(number: int = 1) -> tuple[Submit, list[bytes]]:
+    ids = [0, *words(30, 1)]
+    return conversation(number, ids, [picture(1, 1), picture(2, 1), picture(3, 20)])
+
+
+def text_first(number: int = 2) -> tuple[Submit, list[bytes]]:
+    return conversation(number, [0, *words(40, 2)], [picture(2, 12), picture(2, 30)])
+
+
+def whole(
+    submit: Submit, frames: list[bytes], model: Moondream, plain: PlainText
+) -> tuple[Tensor, list[Span]]:
+    """The prompt's input embeddings, and its blocks as the facts have them: BOS belongs to a picture right behind it."""
+    seq = build_sequence(b"", submit, frames, model.card, 0.0)
+    inputs, blocks = plain.words([max(token, 0) for token in seq.tokens]), []
+    with torch.inference_mode():
+        for image in seq.pictures:
+            (features,) = model.encode_images([_crops(image.frames[0])])
+            inputs[image.position : image.end] = features.clone()
+            blocks.append((0 if image.position == 1 else image.position, image.end))
+    return inputs, blocks
+
+
+def _crops(frame: bytes):  # type: ignore[no-untyped-def]
+    from tests.two_sheets import image_crops
+
+    pixels = torch.from_numpy(np.frombuffer(frame, np.uint8).copy().reshape(SIDE, SIDE, 3))
+    return image_crops(pixels, pixels, 1, 1)
+
+
+def check(stream: Stream, model: Moondream, plain: PlainText, frames: list[bytes]) -> None:
+    """Greedy tokens and their log-probabilities, each from the whole sequence run anew."""
+    submit = stream.submit
+    inputs, blocks = whole(submit, frames, model, plain)
+    tokens: list[int] = []
+    logprobs = []
+    for _ in range(submit.max_tokens):
+        logits = plain.logits(plain.hidden(inputs, blocks)[-1:])[0]
+        scores = logits.log_softmax(-1)
+        logits[model.card.suppress_ids] = -torch.inf
+        tokens.append(int(logits.argmax()))
+        logprobs.append(float(scores[tokens[-1]]))
+        inputs = torch.cat([inputs, plain.words(tokens[-1:])])
+    assert stream.tokens == tokens
+    assert stream.logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("mixed_tokens", [1600, 32])
+def test_tokens_equal_the_plain_implementations(
+    model: Moondream, plain: PlainText, mixed_tokens: int
+) -> None:
+    """Alone and together, in chunks beside decoding rows, and once more from the caches."""
+    submits = [two_pictures_first(), text_first()]
+    harness = Harness(model, depth=2, mixed_tokens=mixed_tokens)
+    beside = conversation(9, [0, *words(3, 9)], [], max_tokens=60)
+    streams = harness.begin([beside])
+    for _ in range(4):
+        harness.engine.tick()
+    again = [(msgspec.structs.replace(one, sequence_id=10 + i), f) for i, (one, f) in enumerate(submits)]
+    for asked, num_cached in ((submits, 0), (again, 48)):
+        for stream, (_, frames) in zip(harness.answer(asked), asked, strict=True):
+            check(stream, model, plain, frames)
+            assert stream.finish is not None and stream.finish.cached_tokens >= num_cached
+    assert streams[0].finish is not None
+
+
+def test_a_follow_up_reuses_the_turns_before_it(model: Moondream, plain: PlainText) -> None:
+    harness = Harness(model, depth=1)
+    first, frames = two_pictures_first()
+    (stream,) = harness.answer([(first, frames)])
+    ids = [0, *words(30, 1), *stream.tokens, *words(9, 4)]
+    pictures = [picture(1, 1), picture(2, 1), picture(3, 20)]
+    follow_up = conversation(5, ids, pictures)
+    (found,) = harness.answer([follow_up])
+    check(found, model, plain, follow_up[1])
+    assert found.finish is not None and found.finish.cached_tokens >= 96
+    # Another picture in a place of its own shares what stands before it, and no more.
+    other = conversation(6, ids, [picture(1, 1), picture(4, 1), picture(3, 20)])
+    (found,) = harness.answer([other])
+    check(found, model, plain, other[1])
+    assert found.finish is not None and 0 < found.finish.cached_tokens <= 1 + NUM
+
+
+def test_bounds_are_announced_and_kept(model: Moondream) -> None:
+    spec = model.card.image
+    assert spec is not None and spec.max_images == (256 - 1 - 32) // NUM
+    too_many = conversation(1, [0, 20], [picture(1, 1)] * (spec.max_images + 1))
+    harness = Harness(model, depth=1)
+    (stream,) = harness.begin([too_many])
+    while harness.engine.tick() or not harness.inbox.empty():
+        pass
+    assert stream.rejected is not None and f"at most {spec.max_images}" in stream.rejected.message
