@@ -216,12 +216,20 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class SpatialObject:
-    """A point (`width` and `height` 0) or box in fractions of the picture, clamped to [0, 1]."""
+    """A point (`width` and `height` 0) or box in fractions of the picture, clamped to [0, 1].
+
+    `logprobs`, where asked for: natural log-probabilities of the bins of x, y and a box's width and height, in this order.
+    """
 
     x: float
     y: float
     width: float = 0.0
     height: float = 0.0
+    logprobs: tuple[float, ...] = ()
+
+    def scores(self) -> dict[str, float]:
+        """The log-probabilities by name."""
+        return dict(zip(("x", "y", "width", "height"), self.logprobs, strict=False))
 
     def box(self) -> dict[str, float]:
         """The box's corners under Moondream's names."""

@@ -220,7 +220,10 @@ class TokenValues(Part, frozen=True):
     sequence_id: int
     token_index: int
     values: list[float]
-    logprob: float = 0.0
+    logprob: float = 0.0  # not used
+    logprobs: list[
+        float
+    ] = []  # of the bins that the values come from, one a value, where they were asked for
 
 
 class TokenLogprobs(Part, frozen=True):

@@ -113,6 +113,7 @@ class Token:
 
     token_id: int
     values: list[float] | None = None
+    value_logprobs: list[float] | None = None
     logprob: wire.TokenLogprobs | None = None
 
 
@@ -280,15 +281,16 @@ class FakeWorker:
         self.script = script
 
     def reply_objects(self, objects: list[tuple[float, ...]]) -> None:
-        """Answer with points (x, y) or boxes (x, y, width, height)."""
+        """Answer with points (x, y) or boxes (x, y, width, height); asked for log-probabilities, with −¼ and −½ as theirs."""
         card = self.card
 
-        def script(_: wire.Submit) -> list[Action]:
+        def script(submit: wire.Submit) -> list[Action]:
             actions: list[Action] = []
+            scores = [-0.25, -0.5] if submit.sampling.num_logprobs >= 0 else None
             for found in objects:
-                actions += [Token(card.coord_id, [found[0]]), Token(card.coord_id, [found[1]])]
+                actions += [Token(card.coord_id, [value], scores) for value in found[:2]]
                 if len(found) == 4:
-                    actions.append(Token(card.size_id, [found[2], found[3]]))
+                    actions.append(Token(card.size_id, [found[2], found[3]], scores))
             return [*actions, Token(card.eos_ids[0]), End()]
 
         self.script = script
@@ -544,7 +546,10 @@ class FakeWorker:
                 first.append(sequence.next_index)
                 tokens.append(said.token_id)
                 if said.values is not None:
-                    values.append(wire.TokenValues(sequence_id, sequence.next_index, said.values))
+                    own = said.value_logprobs or []
+                    values.append(
+                        wire.TokenValues(sequence_id, sequence.next_index, said.values, logprobs=own)
+                    )
                 if said.logprob is not None:
                     changed = {"sequence_id": sequence_id, "token_index": sequence.next_index}
                     logprobs.append(msgspec.structs.replace(said.logprob, **changed))

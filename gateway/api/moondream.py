@@ -70,6 +70,7 @@ class ObjectBody(_Body, kw_only=True):
 
     image_url: str
     object: Argument
+    logprobs: bool | None = None
 
 
 _decode_query = msgspec.json.Decoder(QueryBody).decode
@@ -137,7 +138,8 @@ class Answer(EventShape):
         }
 
     def _shape(self, found: SpatialObject) -> Json:
-        return {"x": found.x, "y": found.y} if self._name == "points" else dict(found.box())
+        shape: Json = {"x": found.x, "y": found.y} if self._name == "points" else dict(found.box())
+        return {**shape, "logprobs": found.scores()} if found.logprobs else shape
 
 
 async def prepare_query(core: Core, data: bytes, *, request_id: str, tenant: str) -> Answer:
@@ -188,7 +190,8 @@ async def _prepare_spatial(
     model = checked.model
     ids = task_prompt(model.card, task, await model.encode(" " + body.object.strip()))
     image = await core.prepare_image(model, body.image_url, param="image_url")
-    objects = Objects(task, body.settings.max_objects if body.settings is not None else None)
+    max_objects = body.settings.max_objects if body.settings is not None else None
+    objects = Objects(task, max_objects, wants_logprobs=bool(body.logprobs))
     return _answer(name, checked, body, Prompt(ids, [image]), request_id, objects)
 
 

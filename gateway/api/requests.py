@@ -65,6 +65,7 @@ class Objects:
 
     task: str
     max_objects: int | None
+    wants_logprobs: bool = False  # of the bins of their coordinates and sizes
 
 
 async def check_fields(
@@ -137,7 +138,11 @@ def make_requests(
         max_tokens, max_objects = _budget(checked, prompt, length, objects)
         for sampling in checked.samplings:
             if objects is not None:
-                sampling = Sampling(temperature=checked.temperature or 0.0, seed=sampling.seed)
+                sampling = Sampling(
+                    temperature=checked.temperature or 0.0,
+                    seed=sampling.seed,
+                    num_logprobs=0 if objects.wants_logprobs else -1,
+                )
             made.append(
                 GenerateRequest(
                     request_id=request_id if alone else f"{request_id}-{len(made)}",

@@ -86,7 +86,7 @@ async def prepare(
         prompt = await _compose_task(core, model, options, conversation)
     response_id = "resp_" + secrets.token_hex(16)
     length = Length(body.max_output_tokens, "max_output_tokens")
-    objects = None if task == "text" else Objects(task, options.max_objects)
+    objects = None if task == "text" else Objects(task, options.max_objects, options.logprobs)
     (request,) = make_requests(checked, response_id, [prompt], length, objects)
     opening = Opening(
         response_id, request.model_id, task, _echo(body, request, tools), stream_id, prompt.reading
@@ -99,11 +99,11 @@ def _check_options(options: DegasOptions) -> None:
     """Raises `RequestError` for an argument that the task has no use for."""
     used = {
         "caption": ("length", "object"),
-        "detect": ("object", "max_objects"),
-        "point": ("object", "max_objects"),
+        "detect": ("object", "max_objects", "logprobs"),
+        "point": ("object", "max_objects", "logprobs"),
     }
     defaults = DegasOptions()
-    for name in ("length", "object", "max_objects"):
+    for name in ("length", "object", "max_objects", "logprobs"):
         if name not in used.get(options.task, ()) and getattr(options, name) != getattr(defaults, name):
             raise invalid(f"{options.task} has no use for it; leave it out", f"degas.{name}")
 
@@ -115,7 +115,7 @@ def _num_logprobs(body: CreateBody, task: str) -> int:
         return -1
     if task != "text":
         param = "include" if by_include else "top_logprobs"
-        message = f"{param}: {task} answers in coordinates, which have no log-probabilities; leave it out"
+        message = f"{param}: {task} answers in coordinates, whose log-probabilities degas.logprobs gives; leave it out"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param=param)
     return body.top_logprobs or 0
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from gateway.generation import Delta, End, PromptScore, RequestError, SpatialObject, TokenInfo, Usage
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import Finish, PromptLogprobs, TokenLogprobs
+from shared.protocol import Finish, PromptLogprobs, TokenLogprobs, TokenValues
 
 
 class Detokenizer(Protocol):
@@ -129,7 +129,7 @@ class StreamState:
         self._pending_index = 0
         self._infos: list[TokenInfo] = []
         self._prompt: list[PromptScore] = []
-        self._values: list[list[float]] = []
+        self._values: list[TokenValues] = []
         self.next_index = 0
         self.last_s = 0.0
         self.end: End | None = None
@@ -167,7 +167,7 @@ class StreamState:
         index: int,
         token_id: int,
         now_s: float,
-        values: list[float] | None = None,
+        values: TokenValues | None = None,
         logprobs: TokenLogprobs | None = None,
     ) -> Delta | SpatialObject | None:
         """Accept the next token. May set `end` (a stop string). Raises `Discontinuity` and changes nothing."""
@@ -267,19 +267,25 @@ class StreamState:
             return Delta(text, ids, self._pending_index, infos, prompt)
         return Delta(text, ids, self._pending_index, infos)
 
-    def _on_spatial(self, values: list[float] | None) -> SpatialObject | None:
+    def _on_spatial(self, values: TokenValues | None) -> SpatialObject | None:
         """x, then y, then for a box its (width, height); an end token carries no values."""
-        if not values:
+        if values is None or not values.values:
             return None
         self._values.append(values)
         needed = 3 if self._task == "detect" else 2
         if len(self._values) < needed:
             return None
-        (x, *_), (y, *_), *rest = self._values
+        (x, *_), (y, *_), *rest = (one.values for one in self._values)
+        logprobs: tuple[float, ...] = ()
+        if all(one.logprobs for one in self._values):
+            # Of a coordinate the first is meant; a size has two.
+            logprobs = tuple(
+                score for i, one in enumerate(self._values) for score in one.logprobs[: 1 if i < 2 else 2]
+            )
         self._values = []
         size = rest[0] if rest else [0.0, 0.0]
         width, height = (size[0], size[1]) if len(size) > 1 else (size[0], size[0])
-        return SpatialObject(_clamp(x), _clamp(y), _clamp(width), _clamp(height))
+        return SpatialObject(_clamp(x), _clamp(y), _clamp(width), _clamp(height), logprobs)
 
     def _usage(
         self,

@@ -141,7 +141,9 @@ def test_the_token_limit_makes_it_incomplete(client: openai.OpenAI) -> None:
     assert response.incomplete_details.reason == "max_output_tokens"
 
 
-def test_previous_response_continues_with_its_turn_and_picture(client: openai.OpenAI, worker: FakeWorker) -> None:
+def test_previous_response_continues_with_its_turn_and_picture(
+    client: openai.OpenAI, worker: FakeWorker
+) -> None:
     content: Any = [
         {"type": "input_text", "text": "one"},
         {"type": "input_image", "image_url": picture_url()},

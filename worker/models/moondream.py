@@ -144,6 +144,14 @@ class Moondream(Decoder):
             values = torch.where(is_size, self.region.decode_size(hidden), values)
         return values
 
+    def score_values(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """See `contract.Model`. The decoders run twice, which a request that asks for this pays alone."""
+        is_coordinate = (token_ids == self.card.coord_id).unsqueeze(1)
+        is_size = (token_ids == self.card.size_id).unsqueeze(1)
+        coordinates = F.pad(self.region.score_coordinate(hidden), (0, 1))
+        scores = torch.where(is_size, self.region.score_size(hidden), coordinates)
+        return self.decode_values(hidden, token_ids), torch.where(is_size | is_coordinate, scores, 0.0)
+
 
 class _TextBlock:
     """One layer: a single norm feeds attention and MLP side by side, both added to the residual stream."""

@@ -120,7 +120,11 @@ class StepSampler:
         if wants.adjusted:
             self._rows.count(index, ids)
         if wants.spatial:
-            values = self._model.decode_values(hidden, ids)
+            if wants.num_top >= 0:
+                values, scores = self._model.score_values(hidden, ids)
+                out[:, 5:7] = scores.view(torch.int32)
+            else:
+                values = self._model.decode_values(hidden, ids)
             self._rows.last_values.index_copy_(0, index, values)
             out[:, 2:4] = values.view(torch.int32)
         if wants.num_top >= 0:

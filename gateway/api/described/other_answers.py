@@ -255,6 +255,15 @@ class _MoondreamAnswer(Told, kw_only=True):
     metrics: MoondreamMetrics
 
 
+class BinScores(Told, kw_only=True):
+    """Natural log-probabilities of the bins that the coordinates, and of a box the sizes, were read from."""
+
+    x: float
+    y: float
+    width: float | UnsetType = UNSET
+    height: float | UnsetType = UNSET
+
+
 class Box(Told, kw_only=True):
     """Corners in fractions of the picture."""
 
@@ -262,6 +271,7 @@ class Box(Told, kw_only=True):
     y_min: float
     x_max: float
     y_max: float
+    logprobs: BinScores | UnsetType = UNSET
 
 
 class Point(Told, kw_only=True):
@@ -269,6 +279,7 @@ class Point(Told, kw_only=True):
 
     x: float
     y: float
+    logprobs: BinScores | UnsetType = UNSET
 
 
 class QueryAnswer(_MoondreamAnswer, kw_only=True):

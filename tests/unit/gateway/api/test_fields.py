@@ -202,7 +202,7 @@ VALID: dict[str, tuple[Decode, dict[str, Any]]] = {
     "caption": (decoder(moondream._decode_caption), {"image_url": "data:,", "settings": SETTINGS}),
     "detect": (
         decoder(moondream._decode_object),
-        {"image_url": "data:,", "object": "o", "settings": SETTINGS},
+        {"image_url": "data:,", "object": "o", "logprobs": True, "settings": SETTINGS},
     ),
 }
 

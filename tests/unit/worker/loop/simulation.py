@@ -79,7 +79,7 @@ class Stream:
     gateway: bytes = GATEWAY
     scores: list[tuple[float, int, list[int], list[float]]] = field(default_factory=list)  # of the prompt
     logprobs: list[float] = field(default_factory=list)  # of its tokens
-    confidences: list[float] = field(default_factory=list)  # of its values
+    value_logprobs: list[list[float]] = field(default_factory=list)
 
 
 class RecordingOutbox:
@@ -123,6 +123,7 @@ class RecordingOutbox:
             stream = self.streams[gateway, value.sequence_id]
             assert value.token_index == len(stream.values)
             stream.values.append((value.values[0], value.values[1]))
+            stream.value_logprobs.append(value.logprobs)
         for finish in message.finishes:
             stream = self.streams[gateway, finish.sequence_id]
             assert stream.finish is None, "two terminal events"

@@ -155,3 +155,24 @@ def test_bounds_are_announced_and_kept(model: Moondream) -> None:
     while harness.engine.tick() or not harness.inbox.empty():
         pass
     assert stream.rejected is not None and f"at most {spec.max_images}" in stream.rejected.message
+
+
+def test_boxes_bring_the_log_probabilities_of_their_bins(model: Moondream, plain: PlainText) -> None:
+    submit, frames = conversation(1, [0, *words(6, 5)], [picture(1, 1)], max_tokens=7)
+    found_only = Sampling(num_logprobs=0, logit_bias={0: -50.0})  # no end before two boxes
+    asked = msgspec.structs.replace(submit, task="detect", max_objects=2, sampling=found_only)
+    silent = msgspec.structs.replace(found_only, num_logprobs=-1)
+    unasked = msgspec.structs.replace(asked, sequence_id=2, sampling=silent)
+    text = conversation(3, [0, *words(6, 6)], [])
+    found, other, _ = Harness(model, depth=2).answer([(asked, frames), (unasked, frames), text])
+    assert found.values == other.values and not any(other.value_logprobs) and not found.logprobs
+    inputs, blocks = whole(asked, frames, model, plain)
+    for token, values, scores in zip(found.tokens, found.values, found.value_logprobs, strict=True):
+        hidden = plain.hidden(inputs, blocks)[-1:]
+        is_size = token == model.card.size_id
+        bins = plain.region("size_decoder" if is_size else "coord_decoder", hidden).view(1 + is_size, -1)
+        wanted = bins.log_softmax(-1).max(-1).values.tolist()
+        assert scores[: len(wanted)] == pytest.approx(wanted, abs=1e-4)
+        own = torch.tensor([values[: 1 + is_size]])
+        inputs = torch.cat([inputs, plain.fourier(own, "size" if is_size else "coord")])
+    assert len(found.values) == 6
