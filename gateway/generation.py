@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from gateway.config import GatewayConfig
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import Grammar, ImageInput, ModelCard, Sampling, ThinkingBudget
+from shared.protocol import Grammar, ImageInput, ModelCard, PromptValue, Sampling, ThinkingBudget
 
 
 class RequestError(Exception):
@@ -170,6 +170,7 @@ class GenerateRequest:
     strip_start: bool = False  # drop white space before the first visible character
     drop_space: bool = False  # drop one space, if the answer begins with it
     thinking: ThinkingBudget | None = None
+    values: Sequence[PromptValue] = ()  # what some of the prompt's ids stand for
 
     @property
     def model_id(self) -> str:

@@ -87,6 +87,13 @@ class ThinkingBudget(Part, frozen=True):
     closes: list[int]  # the closing mark's
 
 
+class PromptValue(Part, frozen=True):
+    """A coordinate [x] or a size [width, height] in fractions of the picture, in place of the prompt's id at `index`."""
+
+    index: int
+    values: list[float]
+
+
 class Submit(Message, frozen=True):
     """Ask for one sequence. Answered by `StepOutputs` rows ending in a `Finish`, or by one `Rejected`."""
 
@@ -106,6 +113,7 @@ class Submit(Message, frozen=True):
     grammar: Grammar | None = None
     ignore_eos: bool = False  # benchmarks: run to max_tokens whatever the model says
     thinking: ThinkingBudget | None = None
+    values: list[PromptValue] = []  # of the prompt's coordinate and size ids
 
 
 class Cancel(Message, frozen=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,9 +16,11 @@ from gateway.api.parameters import (
     Json,
     SamplingFields,
     decode_body,
+    invalid,
 )
 from gateway.api.prompts import Prompt, task_prompt
 from gateway.api.requests import CheckedFields, Length, Objects, check_fields, make_requests
+from gateway.api.spatial_refs import SpatialRefs, place_refs
 from gateway.generation import Core, Delta, End, GenerateRequest, RequestError, SpatialObject
 from shared.errors import ErrorCode
 
@@ -40,29 +42,30 @@ class Settings(Known, kw_only=True):
 
 
 class _Body(Known, kw_only=True):
-    REFUSED: ClassVar[tuple[str, ...]] = ("spatial_refs",)
-
     model: str | None = None
     settings: Settings | None = None
     stream: bool | None = None
-    spatial_refs: Any = None
 
 
 class QueryBody(_Body, kw_only=True):
     """`/v1/query`."""
 
-    REFUSED = (*_Body.REFUSED, "reasoning")
+    REFUSED = ("reasoning",)
 
     question: Argument
     image_url: str | None = None
     reasoning: bool | None = None
+    spatial_refs: SpatialRefs | None = None
 
 
 class CaptionBody(_Body, kw_only=True):
     """`/v1/caption`."""
 
+    REFUSED = ("spatial_refs",)
+
     image_url: str
     length: Literal["short", "normal", "long"] = "normal"
+    spatial_refs: Any = None
 
 
 class ObjectBody(_Body, kw_only=True):
@@ -71,6 +74,7 @@ class ObjectBody(_Body, kw_only=True):
     image_url: str
     object: Argument
     logprobs: bool | None = None
+    spatial_refs: SpatialRefs | None = None
 
 
 _decode_query = msgspec.json.Decoder(QueryBody).decode
@@ -148,8 +152,11 @@ async def prepare_query(core: Core, data: bytes, *, request_id: str, tenant: str
     _refuse_setting(body, "max_objects")
     checked = await _check(core, body, tenant)
     model = checked.model
-    ids = task_prompt(model.card, "query", await model.encode(body.question.strip()))
-    prompt = Prompt(ids, strip_start=True)
+    refs, values = place_refs(model.card, "query", body.spatial_refs or ())
+    if refs and body.image_url is None:
+        raise invalid("places are in a picture; give one as image_url", "spatial_refs")
+    ids = task_prompt(model.card, "query", [*refs, *await model.encode(body.question.strip())])
+    prompt = Prompt(ids, strip_start=True, values=values)
     if body.image_url is not None:
         prompt.images.append(await core.prepare_image(model, body.image_url, param="image_url"))
     return _answer("answer", checked, body, prompt, request_id)
@@ -188,11 +195,15 @@ async def _prepare_spatial(
     _refuse_setting(body, "max_tokens")
     checked = await _check(core, body, tenant)
     model = checked.model
-    ids = task_prompt(model.card, task, await model.encode(" " + body.object.strip()))
+    if task != "point" and body.spatial_refs is not None:
+        message = f"spatial_refs: they go with /v1/query and /v1/point, not with {task}; leave it out"
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param="spatial_refs")
+    refs, values = place_refs(model.card, task, body.spatial_refs or ())
+    ids = task_prompt(model.card, task, [*refs, *await model.encode(" " + body.object.strip())])
     image = await core.prepare_image(model, body.image_url, param="image_url")
     max_objects = body.settings.max_objects if body.settings is not None else None
     objects = Objects(task, max_objects, wants_logprobs=bool(body.logprobs))
-    return _answer(name, checked, body, Prompt(ids, [image]), request_id, objects)
+    return _answer(name, checked, body, Prompt(ids, [image], values=values), request_id, objects)
 
 
 def _refuse_setting(body: _Body, name: str) -> None:

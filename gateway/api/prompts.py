@@ -22,7 +22,7 @@ from gateway.api.spoken import Reading, opens_thinking, reading_of
 from gateway.api.tools import ToolsAsked, told
 from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, ServedModel, no_pictures
 from shared.errors import ErrorCode
-from shared.protocol import ModelCard
+from shared.protocol import ModelCard, PromptValue
 
 _PASSED: Final = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 _WITHOUT_LANGUAGE: Final = ("sim", "fake")  # stand-ins for a model: any rendering is as good as another
@@ -157,6 +157,7 @@ class Prompt:
     strip_start: bool = False  # the model's answers begin with a space that belongs to its template
     drop_space: bool = False  # as `GenerateRequest.drop_space`
     reading: Reading = field(default_factory=Reading)
+    values: Sequence[PromptValue] = ()  # as `GenerateRequest.values`
 
     @property
     def num_tokens(self) -> int:

@@ -164,6 +164,7 @@ def make_requests(
                     drop_space=prompt.drop_space and checked.grammar is None,
                     shown_ids=prompt.reading.shown_ids,
                     thinking=thinking,
+                    values=prompt.values,
                 )
             )
     return made

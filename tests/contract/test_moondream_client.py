@@ -83,9 +83,13 @@ def test_what_is_not_offered_is_refused_by_name(gateway: GatewayThread, picture:
     with pytest.raises(urllib.error.HTTPError) as caught:
         model.query(picture, "why?", reasoning=True)
     assert caught.value.code == 400 and b'"param":"reasoning"' in caught.value.read()
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        model.point(picture, "x", spatial_refs=[(0.5, 0.5)])
-    assert caught.value.code == 400
+
+
+def test_places_are_asked_about(gateway: GatewayThread, worker: FakeWorker, picture: Image.Image) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
+    worker.reply("a circle")
+    assert model.query(picture, "what?", spatial_refs=[(0.5, 0.25)])["answer"] == "a circle"
+    assert [value.values for value in worker.submits[0].values] == [[0.5], [0.25]]
 
 
 def test_keys(worker: FakeWorker, picture: Image.Image) -> None:

@@ -59,7 +59,6 @@ class RegionModel:
         bins = logits.max(-1).indices.float()
         return torch.exp2(bins / (logits.shape[-1] - 1) * 10.0 - 10.0)
 
-
     def score_coordinate(self, hidden: Tensor) -> Tensor:
         """(R, D) hidden states → (R, 1) fp32: the log-probability of the bin that `decode_coordinate` takes."""
         return _most_likely(self.coordinate_logits(hidden)).unsqueeze(-1)

@@ -15,7 +15,7 @@ from worker.constraints.automaton import TokenAutomaton, spatial_tables
 from worker.constraints.constraint import Constraint
 from worker.constraints.thought_budget import ThoughtBudget
 from worker.schedule.refusal import Refusal
-from worker.schedule.sequence import IMAGE_TOKEN, Block, Picture, Run, Sequence
+from worker.schedule.sequence import IMAGE_TOKEN, Block, Picture, Run, Sequence, Value
 
 MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
@@ -47,6 +47,7 @@ def build_sequence(
         )
     _check_sampling(message, card)
     tokens, pictures = _expand(prompt, message.images, frames, card.image)
+    values = _values(message, prompt, len(tokens), card)
     if pictures and message.sampling.num_prompt_logprobs >= 0:
         text = "log-probabilities of a prompt with pictures are not computed"
         raise Refusal(ErrorCode.UNSUPPORTED, text, "num_prompt_logprobs")
@@ -64,6 +65,7 @@ def build_sequence(
         pictures=pictures,
         blocks=blocks_of(card.image, pictures),
         task=message.task,
+        values=values,
         constraint=_constraint(message, card, compiled) or _thought_budget(message, card),
         tenant=message.tenant,
         priority=message.priority,
@@ -133,6 +135,26 @@ def _expand(
         unit_tokens = 0 if shares_tokens(spec) else spec.crop_tokens
         pictures.append(Picture(tuple(runs), image.sheets, own, image.digest, unit_tokens))
     return tokens + prompt[at:], pictures
+
+
+def _values(message: Submit, prompt: list[int], num_tokens: int, card: ModelCard) -> dict[int, Value]:
+    """The values that stand in the prompt, as `Sequence.values` has them: by position, counted from the prompt's end."""
+    found: dict[int, Value] = {}
+    for given in message.values:
+        fault = ""
+        if not {"detect", "point"} & set(card.capabilities):
+            fault = f"model {card.model_id} reads no coordinates"
+        elif not 0 <= given.index < len(prompt):
+            fault = f"values stand at indexes 0 … {len(prompt) - 1}"
+        elif len(given.values) != {card.coord_id: 1, card.size_id: 2}.get(prompt[given.index], 0):
+            fault = "a coordinate's id has one value, a size's two, and no other id has any"
+        elif not all(math.isfinite(value) and 0.0 <= value <= 1.0 for value in given.values):
+            fault = "values lie in 0 … 1"
+        if fault:
+            raise Refusal(ErrorCode.INVALID_REQUEST, fault, "values")
+        pictured = sum(num for image in message.images for at, num in image.runs if at <= given.index)
+        found[given.index + pictured - num_tokens] = (given.values[0], given.values[-1])
+    return found
 
 
 def _check_picture(spec: ImageSpec, image: ImageInput, frames: list[bytes]) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from gateway.api import anthropic, chat, ollama
+from gateway.api import anthropic, chat, moondream, ollama
 from gateway.api.conversations import Turn
 from gateway.api.prompts import Message
 from gateway.api.response_bodies import parse_body
 from gateway.api.responses import prepare as prepare_response
 from gateway.generation import GenerateRequest, RequestError
+from shared.protocol import PromptValue
 from tests.fake_worker import CARD, text_ids
 from tests.unit.gateway.api.fake_core import FakeCore
 
@@ -120,3 +121,38 @@ async def test_another_task_of_a_response_is_about_the_last_picture() -> None:
     made = await prepare_response(FakeCore(), parse_body(json.dumps(body).encode()), tenant="")
     assert made.request.prompt_ids == [*BOS, 1, 25, 2, *text_ids(" dot"), 3]
     assert [image.spec.digest for image in made.request.images] == [b"data:b"]
+
+
+async def test_places_stand_between_prefix_and_text() -> None:
+    refs = [[0.25, 0.5], [0.0, 0.25, 0.5, 0.75]]
+    ids = [CARD.coord_id] * 4 + [CARD.size_id]
+    wanted = [PromptValue(4 + i, value) for i, value in enumerate([[0.25], [0.5], [0.25], [0.5], [0.5, 0.5]])]
+    body = {"image_url": "data:a", "spatial_refs": refs}
+    query = json.dumps({**body, "question": "what?"}).encode()
+    (request,) = (await moondream.prepare_query(FakeCore(), query, request_id="r", tenant="")).requests
+    assert request.prompt_ids == [*BOS, *PREFIX, *ids, *text_ids("what?"), *SUFFIX]
+    assert request.values == wanted and places(request) == [(b"data:a", [(1, 64)])]
+    point = json.dumps({**body, "object": "dot"}).encode()
+    (request,) = (await moondream.prepare_point(FakeCore(), point, request_id="r", tenant="")).requests
+    assert request.prompt_ids == [*BOS, 1, 25, 2, *ids, *text_ids(" dot"), 3] and request.values == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"spatial_refs": [[0.5, 0.5, 0.5]]}, "spatial_refs[0]"),
+        ({"spatial_refs": [[0.5, 0.5], [0.5, 0.5, 0.25, 0.75]]}, "spatial_refs[1]"),
+        ({"spatial_refs": [[0.5, 1.5]]}, "spatial_refs[0][1]"),
+        ({"spatial_refs": [[0.5, 0.5]] * 101}, "spatial_refs"),
+        ({"spatial_refs": [[0.5, 0.5]], "image_url": None}, "spatial_refs"),
+    ],
+)
+async def test_places_that_are_none_are_named(fields: dict[str, Any], param: str) -> None:
+    body = json.dumps({"question": "what?", "image_url": "data:a", **fields}).encode()
+    with pytest.raises(RequestError) as caught:
+        await moondream.prepare_query(FakeCore(), body, request_id="r", tenant="")
+    assert caught.value.param == param
+    with pytest.raises(RequestError) as caught:
+        body = json.dumps({"object": "x", "image_url": "data:a", "spatial_refs": [[0.5, 0.5]]}).encode()
+        await moondream.prepare_detect(FakeCore(), body, request_id="r", tenant="")
+    assert caught.value.param == "spatial_refs"

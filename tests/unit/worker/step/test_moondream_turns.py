@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.protocol import ImageInput, Sampling, Submit, pack_i32
+from shared.protocol import ImageInput, PromptValue, Sampling, Submit, pack_i32
 from tests.two_sheets import image_input
 from tests.unit.worker.loop.simulation import EPOCH, Stream
 from tests.unit.worker.models.moondream_oracle import PlainText, Span
@@ -18,6 +18,7 @@ from tests.unit.worker.models.small_checkpoint import write_checkpoint
 from tests.unit.worker.step.test_torch_runner import Harness, load
 from worker.models.moondream import Moondream
 from worker.schedule.intake import build_sequence
+from worker.schedule.refusal import Refusal
 
 NUM, SIDE, TOKENS = 25, 70, 20  # positions and pixels of a picture, tokens of an answer
 Picture = tuple[ImageInput, list[bytes]]
@@ -83,6 +84,11 @@ def whole(
             (features,) = model.encode_images([_crops(image.frames[0])])
             inputs[image.position : image.end] = features.clone()
             blocks.append((0 if image.position == 1 else image.position, image.end))
+    for given in submit.values:
+        # Every picture of these prompts stands before them.
+        place = given.index + NUM * len(submit.images)
+        kind = "size" if len(given.values) == 2 else "coord"
+        inputs[place] = plain.fourier(torch.tensor([given.values]), kind)[0]
     return inputs, blocks
 
 
@@ -176,3 +182,39 @@ def test_boxes_bring_the_log_probabilities_of_their_bins(model: Moondream, plain
         own = torch.tensor([values[: 1 + is_size]])
         inputs = torch.cat([inputs, plain.fourier(own, "size" if is_size else "coord")])
     assert len(found.values) == 6
+
+
+def test_places_in_the_prompt_are_embedded_by_value(model: Moondream, plain: PlainText) -> None:
+    """In chunks, and from a cache that tells other places apart though their ids are the same."""
+    card = model.card
+    ids = [0, *words(4, 7), *[card.coord_id] * 4, card.size_id, *words(40, 8)]
+    submit, frames = conversation(1, ids, [picture(1, 1)])
+    places = [[0.25], [0.5], [0.75], [0.125], [0.5, 0.25]]
+    values = [PromptValue(5 + i, one) for i, one in enumerate(places)]
+    asked = msgspec.structs.replace(submit, values=values)
+    moved = [PromptValue(5, [0.875]), *values[1:]]
+    other = msgspec.structs.replace(submit, sequence_id=2, values=moved)
+    again = msgspec.structs.replace(asked, sequence_id=3)
+    harness = Harness(model, depth=1, mixed_tokens=32)
+    streams = [harness.answer([(one, frames)])[0] for one in (asked, other, again)]
+    assert len({tuple(stream.logprobs) for stream in streams[:2]}) == 2
+    for stream in streams:
+        check(stream, model, plain, frames)
+    cached = [stream.finish.cached_tokens for stream in streams if stream.finish is not None]
+    assert cached[1] <= 1 + NUM < 48 <= cached[2]
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        (PromptValue(99, [0.5]), "indexes 0"),
+        (PromptValue(1, [0.5]), "no other id has any"),
+        (PromptValue(2, [0.5, 0.5]), "a coordinate's id has one value"),
+        (PromptValue(2, [float("nan")]), "0 … 1"),
+    ],
+)
+def test_values_without_a_place_are_refused(model: Moondream, value: PromptValue, fault: str) -> None:
+    submit, frames = conversation(1, [0, 20, model.card.coord_id], [])
+    with pytest.raises(Refusal, match=fault) as caught:
+        build_sequence(b"", msgspec.structs.replace(submit, values=[value]), frames, model.card, 0.0)
+    assert caught.value.param == "values"
