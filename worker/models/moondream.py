@@ -50,9 +50,9 @@ _OLDER_NAMES = (
     (r"text_model\.transformer\.h\.", "text.blocks."),
     (r"text_model\.lm_head\.ln\.", "text.post_ln."),
     (r"text_model\.lm_head\.linear\.", "text.lm_head."),
-    (r"region_model\.coordinate_features\.weight$", "region.coord_features"),
-    (r"region_model\.size_features\.weight$", "region.size_features"),
-    (r"region_model\.coordinate_(encoder|decoder)\.", r"region.coord_\1."),
+    (r"region(?:_model)?\.coord(?:inate)?_features\.weight$", "region.coord_features"),
+    (r"region(?:_model)?\.size_features\.weight$", "region.size_features"),
+    (r"region(?:_model)?\.coordinate_(encoder|decoder)\.", r"region.coord_\1."),
     (r"region_model\.", "region."),
 )
 _COMPUTED = re.compile(r"(^|\.)(freqs_cis|attn_mask|kv_cache\.\w+|rotary_emb\.inv_freq)$")
