@@ -17,7 +17,7 @@ from gateway.api.fields import Known
 from gateway.api.histories import check_no_history, check_shown
 from gateway.api.parameters import Json
 from gateway.api.pictures import expansions, place_pictures, prepare_pictures, takes_several
-from gateway.api.query_turns import compose_turns
+from gateway.api.query_turns import QueryTurn, compose_turns
 from gateway.api.spoken import Reading, opens_thinking, reading_of
 from gateway.api.tools import ToolsAsked, told
 from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, ServedModel, no_pictures
@@ -191,7 +191,8 @@ async def compose_chat(
     reading = reading_of(model, tools, is_constrained=is_constrained)
     if takes_questions(model.card):
         check_no_history(model, [message.for_template() for message in messages])
-        ids, images = await compose_turns(core, model, messages, pictures_of(messages))
+        turns = [QueryTurn(message.role, message.text(), message.num_pictures) for message in messages]
+        ids, images = await compose_turns(core, model, turns, pictures_of(messages))
         return Prompt(ids, images, strip_start=True, reading=reading)
     prompt = await _compose_template(core, model, messages, options or ChatOptions(), tools)
     return replace(prompt, reading=replace(reading, thinks_first=opens_thinking(model, reading, prompt.ids)))

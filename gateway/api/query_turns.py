@@ -7,20 +7,26 @@ them: BOS once, then for every user turn its pictures, the query prefix, the tex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from gateway.api.pictures import placed_before, prepare_pictures
 from gateway.generation import Core, PreparedImage, RequestError, ServedModel, no_pictures
 from shared.errors import ErrorCode
 
-if TYPE_CHECKING:
-    from gateway.api.prompts import Message
-
 _SYSTEM = ("system", "developer")
 
 
+@dataclass(frozen=True, slots=True)
+class QueryTurn:
+    """A message, as far as a query has a place for it."""
+
+    role: str
+    text: str
+    num_pictures: int
+
+
 async def compose_turns(
-    core: Core, model: ServedModel, messages: Sequence[Message], pictures: Sequence[tuple[str, str]]
+    core: Core, model: ServedModel, messages: Sequence[QueryTurn], pictures: Sequence[tuple[str, str]]
 ) -> tuple[list[int], list[PreparedImage]]:
     """The prompt's ids without the pictures' positions, and the pictures where they stand in it.
 
@@ -37,28 +43,28 @@ async def compose_turns(
     told: list[str] = []  # system messages that no user turn has taken yet
     for message in messages:
         if message.role in _SYSTEM:
-            told.append(message.text().strip())
+            told.append(message.text.strip())
             continue
         if message.role == "assistant":
             # Clients were shown the answer without the space that may begin it, and send it back so.
-            ids += [*suffix, *await model.encode(message.text())]
+            ids += [*suffix, *await model.encode(message.text)]
             continue
         own = images[len(placed) : len(placed) + message.num_pictures]
         placed += [placed_before(image, len(ids)) for image in own]
-        text = "\n\n".join(filter(None, (*told, message.text().strip())))
+        text = "\n\n".join(filter(None, (*told, message.text.strip())))
         told.clear()
         ids += [*prefix, *await model.encode(text)] if text else prefix
     return [*ids, *suffix], placed
 
 
-def _check_turns(messages: Sequence[Message]) -> None:
+def _check_turns(messages: Sequence[QueryTurn]) -> None:
     """Raises `RequestError` for a conversation that does not end with a question, or has pictures where none can stand."""
     asked = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
     if asked is None:
         raise RequestError(
             ErrorCode.INVALID_REQUEST, "messages: one with the role user is needed", param="messages"
         )
-    if not messages[asked].text().strip():
+    if not messages[asked].text.strip():
         raise _invalid("the last user message has no text; ask something about the picture", asked)
     for index, message in enumerate(messages):
         if message.role in _SYSTEM and index > asked:
