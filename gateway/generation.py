@@ -159,7 +159,7 @@ class GenerateRequest:
     images: list[PreparedImage] = field(default_factory=list)
     stop: list[str] = field(default_factory=list)
     stop_ids: list[int] = field(default_factory=list)
-    task: str = "text"  # text | detect | point
+    task: str = "text"  # text | detect | point | reason
     max_objects: int = 0
     tenant: str = ""
     priority: int = 0
@@ -202,6 +202,15 @@ class PromptScore:
 
 
 @dataclass(frozen=True, slots=True)
+class ThoughtPart:
+    """What one token adds to a thought: text, a point (x, y) of the piece that is being said, or the end of that piece."""
+
+    text: str = ""
+    point: tuple[float, float] | None = None
+    closes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """Text that may be shown now: whole characters, no part of a stop string. `token_index` from 0.
 
@@ -213,6 +222,7 @@ class Delta:
     token_index: int
     logprobs: list[TokenInfo] | None = None
     prompt: list[PromptScore] | None = None
+    thought: ThoughtPart | None = None  # of a request that reasons first; `text` is empty then
 
 
 @dataclass(frozen=True, slots=True)

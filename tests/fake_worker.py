@@ -90,6 +90,10 @@ CARD = wire.ModelCard(
     templates={
         "query_prefix": [1, 8, 2],
         "query_suffix": [3],
+        "reasoning_suffix": [3, 4],
+        "reasoning_end": [3],
+        "reasoning_close": [3],
+        "reasoning_cuts": [7, 9],
         "caption_short": [1, 20, 2, 21, 3],
         "caption_normal": [1, 20, 2, 22, 3],
         "caption_long": [1, 20, 2, 23, 3],

@@ -21,7 +21,8 @@ from gateway.api.parameters import (
 from gateway.api.prompts import Prompt, task_prompt
 from gateway.api.requests import CheckedFields, Length, Objects, check_fields, make_requests
 from gateway.api.spatial_refs import SpatialRefs, place_refs
-from gateway.generation import Core, Delta, End, GenerateRequest, RequestError, SpatialObject
+from gateway.decisions.grounded import reasoning_object
+from gateway.generation import Core, Delta, End, GenerateRequest, RequestError, SpatialObject, ThoughtPart
 from shared.errors import ErrorCode
 
 _encode = msgspec.json.encode
@@ -49,8 +50,6 @@ class _Body(Known, kw_only=True):
 
 class QueryBody(_Body, kw_only=True):
     """`/v1/query`."""
-
-    REFUSED = ("reasoning",)
 
     question: Argument
     image_url: str | None = None
@@ -92,6 +91,7 @@ class Answer(EventShape):
         self._name = name
         self._texts: list[str] = []
         self._objects: list[SpatialObject] = []
+        self._thoughts: list[ThoughtPart] = []
         self._token_index = 0
 
     # ------------------------------------------------------------ the stream, see `transport.sse.Shape`
@@ -101,11 +101,22 @@ class Answer(EventShape):
         return b""
 
     def delta(self, index: int, delta: Delta) -> bytes:
-        """One chunk."""
+        """One chunk; of a thought its text and its point."""
+        if delta.thought is not None:
+            return self._thought_chunk(delta.thought, delta.token_index)
         self._texts.append(delta.text)
         self._token_index = delta.token_index
         text = _encode(delta.text)
         return b'data: {"chunk":%b,"completed":false,"token_index":%d}\n\n' % (text, delta.token_index)
+
+    def _thought_chunk(self, part: ThoughtPart, token_index: int) -> bytes:
+        self._thoughts.append(part)
+        if not part.text and part.point is None:
+            return b""
+        points = [] if part.point is None else [list(part.point)]
+        said = {"text": part.text, "points": points}
+        chunk = {"chunk": "", "completed": False, "token_index": token_index, "reasoning": said}
+        return b"data: " + _encode(chunk) + b"\n\n"
 
     def found(self, index: int, found: SpatialObject) -> bytes:
         """One object, in the shape of the whole answer's."""
@@ -115,7 +126,11 @@ class Answer(EventShape):
 
     def end(self, index: int, end: End) -> bytes:
         """The chunk with everything."""
-        last = {"chunk": "", "completed": True, **self._whole("".join(self._texts), self._objects, end)}
+        last = {
+            "chunk": "",
+            "completed": True,
+            **self._whole("".join(self._texts), self._objects, end, self._thoughts),
+        }
         return b"data: " + _encode(last) + b"\n\n"
 
     def closing(self, ends: Sequence[End]) -> bytes:
@@ -128,15 +143,18 @@ class Answer(EventShape):
         """The answer of a request that does not stream."""
         choice = choices[0]
         assert choice.end is not None
-        return self._whole(choice.text, choice.objects, choice.end)
+        return self._whole(choice.text, choice.objects, choice.end, choice.thoughts)
 
-    def _whole(self, text: str, objects: list[SpatialObject], end: End) -> Json:
+    def _whole(
+        self, text: str, objects: list[SpatialObject], end: End, thoughts: Sequence[ThoughtPart]
+    ) -> Json:
         said: object = text
         if self._name in ("objects", "points"):
             said = [self._shape(found) for found in objects]
         return {
             "request_id": self._request_id,
             self._name: said,
+            **({"reasoning": reasoning_object(thoughts)} if self.requests[0].task == "reason" else {}),
             "finish_reason": end.reason.value,
             "metrics": metrics_object(end.usage),
         }
@@ -155,11 +173,17 @@ async def prepare_query(core: Core, data: bytes, *, request_id: str, tenant: str
     refs, values = place_refs(model.card, "query", body.spatial_refs or ())
     if refs and body.image_url is None:
         raise invalid("places are in a picture; give one as image_url", "spatial_refs")
-    ids = task_prompt(model.card, "query", [*refs, *await model.encode(body.question.strip())])
+    argument = [*refs, *await model.encode(body.question.strip())]
+    suffix = "reasoning_suffix" if body.reasoning else None
+    if suffix is not None and "reasoning_close" not in model.card.templates:
+        message = f"reasoning: model {model.card.model_id} does not reason before it answers; leave it out"
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param="reasoning")
+    ids = task_prompt(model.card, "query", argument, suffix=suffix)
     prompt = Prompt(ids, strip_start=True, values=values)
     if body.image_url is not None:
         prompt.images.append(await core.prepare_image(model, body.image_url, param="image_url"))
-    return _answer("answer", checked, body, prompt, request_id)
+    task = "reason" if body.reasoning else "text"
+    return _answer("answer", checked, body, prompt, request_id, task=task)
 
 
 async def prepare_caption(core: Core, data: bytes, *, request_id: str, tenant: str) -> Answer:
@@ -232,9 +256,10 @@ def _answer(
     prompt: Prompt,
     request_id: str,
     objects: Objects | None = None,
+    task: str = "text",
 ) -> Answer:
     # How long a list of coordinates may be follows from `max_objects`.
     asked = body.settings.max_tokens if body.settings is not None and objects is None else None
     length = Length(asked, "settings.max_tokens")
-    (request,) = make_requests(checked, request_id, [prompt], length, objects)
+    (request,) = make_requests(checked, request_id, [prompt], length, objects, task=task)
     return Answer(request_id, name, request, bool(body.stream))

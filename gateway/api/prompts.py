@@ -259,10 +259,12 @@ def pictures_of(messages: Sequence[Message]) -> list[tuple[str, str]]:
     ]
 
 
-def task_prompt(card: ModelCard, task: str, argument: Sequence[int] = ()) -> list[int]:
+def task_prompt(
+    card: ModelCard, task: str, argument: Sequence[int] = (), *, suffix: str | None = None
+) -> list[int]:
     """BOS, the task's template and its argument, in Moondream's order. Raises `RequestError` UNSUPPORTED.
 
-    `task` is query, detect, point (which have a prefix and a suffix) or caption_short, caption_normal, …
+    `suffix` names another template than the task's own. `task` is query, detect, point (which have a prefix and a suffix) or caption_short, caption_normal, …
     """
     whole = card.templates.get(task)
     prefix = card.templates.get(f"{task}_prefix")
@@ -275,4 +277,4 @@ def task_prompt(card: ModelCard, task: str, argument: Sequence[int] = ()) -> lis
     bos = [] if card.bos_id is None else [card.bos_id]
     if whole is not None:
         return [*bos, *whole]
-    return [*bos, *(prefix or ()), *argument, *card.templates.get(f"{task}_suffix", ())]
+    return [*bos, *(prefix or ()), *argument, *card.templates.get(suffix or f"{task}_suffix", ())]

@@ -126,6 +126,7 @@ def make_requests(
     length: Length,
     objects: Objects | None = None,
     thinking: ThinkingBudget | None = None,
+    task: str = "text",
 ) -> list[GenerateRequest]:
     """One `GenerateRequest` for each choice of each prompt, prompt by prompt. Raises `RequestError` naming a length.
 
@@ -153,7 +154,7 @@ def make_requests(
                     images=prompt.images,
                     stop=checked.stop,
                     stop_ids=checked.stop_ids,
-                    task="text" if objects is None else objects.task,
+                    task=task if objects is None else objects.task,
                     max_objects=max_objects,
                     tenant=checked.tenant,
                     priority=checked.priority,

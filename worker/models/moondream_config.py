@@ -263,4 +263,6 @@ def _flatten_templates(ids: TokenizerConfig, file: Path) -> dict[str, list[int]]
         flat["reasoning_suffix"] = [*suffix, ids.thinking_id]
         flat["reasoning_end"] = suffix
         flat["reasoning_suppress"] = [ids.eos_id, ids.size_id]
+        flat["reasoning_close"] = [ids.answer_id]
+        flat["reasoning_cuts"] = [ids.start_ground_points_id, ids.end_ground_id]
     return flat

@@ -13,6 +13,7 @@ from shared.pictures import check_bounds, fault_of, num_bytes, num_tokens, share
 from shared.protocol import ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
 from worker.constraints.automaton import TokenAutomaton, spatial_tables
 from worker.constraints.constraint import Constraint
+from worker.constraints.reasoning import reasoning_tables
 from worker.constraints.thought_budget import ThoughtBudget
 from worker.schedule.refusal import Refusal
 from worker.schedule.sequence import IMAGE_TOKEN, Block, Picture, Run, Sequence, Value
@@ -211,6 +212,8 @@ def _constraint(message: Submit, card: ModelCard, compiled: Constraint | None) -
         return compiled
     if message.task == "text":
         return None
+    if message.task == "reason":
+        return _reasoning(card)
     if message.task not in ("detect", "point") or message.task not in card.capabilities:
         raise Refusal(
             ErrorCode.UNSUPPORTED, f"task {message.task!r} is not one of {card.capabilities}", "task"
@@ -221,6 +224,20 @@ def _constraint(message: Submit, card: ModelCard, compiled: Constraint | None) -
         end_id=card.eos_ids[0],
         with_size=message.task == "detect",
         max_objects=message.max_objects or DEFAULT_OBJECTS,
+        vocab_size=card.vocab_size,
+    )
+    return TokenAutomaton(tables)
+
+
+def _reasoning(card: ModelCard) -> TokenAutomaton:
+    closing = card.templates.get("reasoning_close")
+    if not closing:
+        raise Refusal(ErrorCode.UNSUPPORTED, f"model {card.model_id} does not reason first", "task")
+    tables = reasoning_tables(
+        end_id=card.eos_ids[0],
+        banned_ids=tuple(card.templates.get("reasoning_suppress", ())),
+        closing_id=closing[0],
+        opener=tuple(card.templates.get("reasoning_end", ())),
         vocab_size=card.vocab_size,
     )
     return TokenAutomaton(tables)

@@ -197,7 +197,13 @@ VALID: dict[str, tuple[Decode, dict[str, Any]]] = {
     "chat/detokenize": (decoder(tokenize._decode_detokenize), {"tokens": [1]}),
     "query": (
         decoder(moondream._decode_query),
-        {"question": "q", "image_url": "data:,", "spatial_refs": [[0.5, 0.5]], "settings": SETTINGS},
+        {
+            "question": "q",
+            "image_url": "data:,",
+            "spatial_refs": [[0.5, 0.5]],
+            "reasoning": True,
+            "settings": SETTINGS,
+        },
     ),
     "caption": (decoder(moondream._decode_caption), {"image_url": "data:,", "settings": SETTINGS}),
     "detect": (

@@ -218,3 +218,40 @@ def test_values_without_a_place_are_refused(model: Moondream, value: PromptValue
     with pytest.raises(Refusal, match=fault) as caught:
         build_sequence(b"", msgspec.structs.replace(submit, values=[value]), frames, model.card, 0.0)
     assert caught.value.param == "values"
+
+
+@pytest.mark.parametrize("automata", [True, False])
+def test_a_thought_points_closes_and_is_answered(model: Moondream, plain: PlainText, automata: bool) -> None:
+    """Coordinates of a thought are fed back by value; what may come when is as Moondream's code has it."""
+    card = model.card
+    ids = [0, *words(6, 5), *card.templates["reasoning_suffix"]]
+    submit, frames = conversation(1, ids, [picture(1, 1)], max_tokens=24)
+    bias = {card.coord_id: 5.5, card.templates["reasoning_close"][0]: 4.5}
+    asked = msgspec.structs.replace(submit, task="reason", sampling=Sampling(logit_bias=bias))
+    text = conversation(
+        2, [0, *words(6, 6)], [picture(2, 1)]
+    )  # a row beside it, which never says the closing id
+    found, beside = Harness(model, depth=2, automata=automata).answer([(asked, frames), text])
+    check(beside, model, plain, text[1])
+    inputs, blocks = whole(asked, frames, model, plain)
+    state, seen = "thought", set()
+    for token, values in zip(found.tokens, found.values, strict=True):
+        hidden = plain.hidden(inputs, blocks)[-1:]
+        logits = plain.logits(hidden)[0]
+        for token_id, value in bias.items():
+            logits[token_id] += value
+        if state == "opener":
+            assert token == 3
+            state = "answer"
+        else:
+            logits[[0, card.size_id] if state == "thought" else [3]] = -torch.inf
+            assert token == int(logits.argmax())
+            state = "opener" if token == 3 else state
+        seen.add((state, token == card.coord_id))
+        if token == card.coord_id:
+            coordinate = plain.region("coord_decoder", hidden).argmax() / 64
+            assert values[0] == float(coordinate)
+            inputs = torch.cat([inputs, plain.fourier(coordinate.view(1, 1), "coord")])
+        else:
+            inputs = torch.cat([inputs, plain.words([token])])
+    assert {("thought", True), ("opener", False), ("answer", False)} <= seen
