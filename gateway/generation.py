@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from gateway.config import GatewayConfig
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import Grammar, ImageInput, ModelCard, Sampling, ThinkingBudget
+from shared.protocol import Grammar, ImageInput, ModelCard, PromptValue, Sampling, ThinkingBudget
 
 
 class RequestError(Exception):
@@ -159,7 +159,7 @@ class GenerateRequest:
     images: list[PreparedImage] = field(default_factory=list)
     stop: list[str] = field(default_factory=list)
     stop_ids: list[int] = field(default_factory=list)
-    task: str = "text"  # text | detect | point
+    task: str = "text"  # text | detect | point | reason
     max_objects: int = 0
     tenant: str = ""
     priority: int = 0
@@ -170,6 +170,7 @@ class GenerateRequest:
     strip_start: bool = False  # drop white space before the first visible character
     drop_space: bool = False  # drop one space, if the answer begins with it
     thinking: ThinkingBudget | None = None
+    values: Sequence[PromptValue] = ()  # what some of the prompt's ids stand for
 
     @property
     def model_id(self) -> str:
@@ -201,6 +202,15 @@ class PromptScore:
 
 
 @dataclass(frozen=True, slots=True)
+class ThoughtPart:
+    """What one token adds to a thought: text, a point (x, y) of the piece that is being said, or the end of that piece."""
+
+    text: str = ""
+    point: tuple[float, float] | None = None
+    closes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """Text that may be shown now: whole characters, no part of a stop string. `token_index` from 0.
 
@@ -212,16 +222,25 @@ class Delta:
     token_index: int
     logprobs: list[TokenInfo] | None = None
     prompt: list[PromptScore] | None = None
+    thought: ThoughtPart | None = None  # of a request that reasons first; `text` is empty then
 
 
 @dataclass(frozen=True, slots=True)
 class SpatialObject:
-    """A point (`width` and `height` 0) or box in fractions of the picture, clamped to [0, 1]."""
+    """A point (`width` and `height` 0) or box in fractions of the picture, clamped to [0, 1].
+
+    `logprobs`, where asked for: natural log-probabilities of the bins of x, y and a box's width and height, in this order.
+    """
 
     x: float
     y: float
     width: float = 0.0
     height: float = 0.0
+    logprobs: tuple[float, ...] = ()
+
+    def scores(self) -> dict[str, float]:
+        """The log-probabilities by name."""
+        return dict(zip(("x", "y", "width", "height"), self.logprobs, strict=False))
 
     def box(self) -> dict[str, float]:
         """The box's corners under Moondream's names."""

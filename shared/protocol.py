@@ -88,6 +88,13 @@ class ThinkingBudget(Part, frozen=True):
     closes: list[int]  # the closing mark's
 
 
+class PromptValue(Part, frozen=True):
+    """A coordinate [x] or a size [width, height] in fractions of the picture, in place of the prompt's id at `index`."""
+
+    index: int
+    values: list[float]
+
+
 class Submit(Message, frozen=True):
     """Ask for one sequence. Answered by `StepOutputs` rows ending in a `Finish`, or by one `Rejected`."""
 
@@ -99,7 +106,7 @@ class Submit(Message, frozen=True):
     sampling: Sampling = Sampling()
     images: list[ImageInput] = []
     stop_ids: list[int] = []
-    task: str = "text"  # text | detect | point
+    task: str = "text"  # text | detect | point | reason
     max_objects: int = 0
     tenant: str = ""
     priority: int = 0  # lower runs first
@@ -107,6 +114,7 @@ class Submit(Message, frozen=True):
     grammar: Grammar | None = None
     ignore_eos: bool = False  # benchmarks: run to max_tokens whatever the model says
     thinking: ThinkingBudget | None = None
+    values: list[PromptValue] = []  # of the prompt's coordinate and size ids
 
 
 class Cancel(Message, frozen=True):
@@ -221,7 +229,10 @@ class TokenValues(Part, frozen=True):
     sequence_id: int
     token_index: int
     values: list[float]
-    logprob: float = 0.0
+    logprob: float = 0.0  # not used
+    logprobs: list[
+        float
+    ] = []  # of the bins that the values come from, one a value, where they were asked for
 
 
 class TokenLogprobs(Part, frozen=True):

@@ -85,11 +85,15 @@ CARD = wire.ModelCard(
     bos_id=0,
     eos_ids=[0],
     created=1_700_000_000,
-    image=wire.ImageSpec(56, 64, wire.OverlappingTiles(7, 1, 4), attends="prefix"),
+    image=wire.ImageSpec(56, 64, wire.OverlappingTiles(7, 1, 4), attends="prefix", max_images=16),
     capabilities=["chat", "query", "caption", "detect", "point"],
     templates={
         "query_prefix": [1, 8, 2],
         "query_suffix": [3],
+        "reasoning_suffix": [3, 4],
+        "reasoning_end": [3],
+        "reasoning_close": [3],
+        "reasoning_cuts": [7, 9],
         "caption_short": [1, 20, 2, 21, 3],
         "caption_normal": [1, 20, 2, 22, 3],
         "caption_long": [1, 20, 2, 23, 3],
@@ -113,6 +117,7 @@ class Token:
 
     token_id: int
     values: list[float] | None = None
+    value_logprobs: list[float] | None = None
     logprob: wire.TokenLogprobs | None = None
 
 
@@ -280,15 +285,16 @@ class FakeWorker:
         self.script = script
 
     def reply_objects(self, objects: list[tuple[float, ...]]) -> None:
-        """Answer with points (x, y) or boxes (x, y, width, height)."""
+        """Answer with points (x, y) or boxes (x, y, width, height); asked for log-probabilities, with −¼ and −½ as theirs."""
         card = self.card
 
-        def script(_: wire.Submit) -> list[Action]:
+        def script(submit: wire.Submit) -> list[Action]:
             actions: list[Action] = []
+            scores = [-0.25, -0.5] if submit.sampling.num_logprobs >= 0 else None
             for found in objects:
-                actions += [Token(card.coord_id, [found[0]]), Token(card.coord_id, [found[1]])]
+                actions += [Token(card.coord_id, [value], scores) for value in found[:2]]
                 if len(found) == 4:
-                    actions.append(Token(card.size_id, [found[2], found[3]]))
+                    actions.append(Token(card.size_id, [found[2], found[3]], scores))
             return [*actions, Token(card.eos_ids[0]), End()]
 
         self.script = script
@@ -544,7 +550,10 @@ class FakeWorker:
                 first.append(sequence.next_index)
                 tokens.append(said.token_id)
                 if said.values is not None:
-                    values.append(wire.TokenValues(sequence_id, sequence.next_index, said.values))
+                    own = said.value_logprobs or []
+                    values.append(
+                        wire.TokenValues(sequence_id, sequence.next_index, said.values, logprobs=own)
+                    )
                 if said.logprob is not None:
                     changed = {"sequence_id": sequence_id, "token_index": sequence.next_index}
                     logprobs.append(msgspec.structs.replace(said.logprob, **changed))

@@ -20,6 +20,7 @@ from gateway.generation import (
     RequestError,
     RunningStream,
     SpatialObject,
+    ThoughtPart,
     TokenInfo,
     TokenTexts,
     Usage,
@@ -52,6 +53,7 @@ class Collected:
         self.objects: list[SpatialObject] = []
         self.infos: list[TokenInfo] = []
         self.prompt: list[PromptScore] = []
+        self.thoughts: list[ThoughtPart] = []
         self.end: End | None = None
 
     @property
@@ -62,6 +64,8 @@ class Collected:
     def on_delta(self, delta: Delta) -> None:
         """See `Listener`."""
         self._texts.append(delta.text)
+        if delta.thought is not None:
+            self.thoughts.append(delta.thought)
         if delta.logprobs:
             self.infos.extend(delta.logprobs)
         if delta.prompt is not None:

@@ -17,28 +17,26 @@ from gateway.api.parameters import Json
 from gateway.api.prompts import Message
 from gateway.api.response_bodies import Item, Part
 from gateway.api.response_input import num_chars, read_items
-from gateway.generation import End, PreparedImage
+from gateway.generation import End
 from shared.errors import FinishReason
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A finished response and all that led to it: the conversation's messages, with their pictures where the model has
-    places for them, else the last picture.
+    """A finished response and all that led to it: the conversation's messages, with their pictures.
 
     `answer` has the response's own items as a client would send them back. Their texts are those of the last messages.
     """
 
     messages: tuple[Message, ...]
-    image: PreparedImage | None
     answer: tuple[Item, ...] = ()
 
     @property
     def size_bytes(self) -> int:
-        """Bytes held; a picture shared by several turns is counted for each, which errs on the safe side."""
+        """Bytes held; a picture that several turns share is counted for each, which errs on the safe side."""
         text = sum(len(m.role) + num_chars(m) + m.picture_chars() for m in self.messages)
         ids = sum(len(item.id or "") for item in self.answer)
-        return text + ids + (0 if self.image is None else self.image.num_bytes)
+        return text + ids
 
 
 class Conversations:
@@ -79,7 +77,7 @@ class Conversations:
                         part.logprobs = None  # large, and nobody reads them again
             said = [item for item in answer if item.type != "function_call" or item.status == "completed"]
             messages = [m for m in read_items(said).messages if num_chars(m)]
-            self.remember(tenant, response_id, Turn((*turn.messages, *messages), turn.image, answer))
+            self.remember(tenant, response_id, Turn((*turn.messages, *messages), answer))
 
     def recall(self, tenant: str, response_id: str) -> Turn | None:
         """The tenant's turn of this id, if it is still held."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -16,10 +16,13 @@ from gateway.api.parameters import (
     Json,
     SamplingFields,
     decode_body,
+    invalid,
 )
 from gateway.api.prompts import Prompt, task_prompt
 from gateway.api.requests import CheckedFields, Length, Objects, check_fields, make_requests
-from gateway.generation import Core, Delta, End, GenerateRequest, RequestError, SpatialObject
+from gateway.api.spatial_refs import SpatialRefs, place_refs
+from gateway.decisions.grounded import reasoning_object
+from gateway.generation import Core, Delta, End, GenerateRequest, RequestError, SpatialObject, ThoughtPart
 from shared.errors import ErrorCode
 
 _encode = msgspec.json.encode
@@ -40,29 +43,28 @@ class Settings(Known, kw_only=True):
 
 
 class _Body(Known, kw_only=True):
-    REFUSED: ClassVar[tuple[str, ...]] = ("spatial_refs",)
-
     model: str | None = None
     settings: Settings | None = None
     stream: bool | None = None
-    spatial_refs: Any = None
 
 
 class QueryBody(_Body, kw_only=True):
     """`/v1/query`."""
 
-    REFUSED = (*_Body.REFUSED, "reasoning")
-
     question: Argument
     image_url: str | None = None
     reasoning: bool | None = None
+    spatial_refs: SpatialRefs | None = None
 
 
 class CaptionBody(_Body, kw_only=True):
     """`/v1/caption`."""
 
+    REFUSED = ("spatial_refs",)
+
     image_url: str
     length: Literal["short", "normal", "long"] = "normal"
+    spatial_refs: Any = None
 
 
 class ObjectBody(_Body, kw_only=True):
@@ -70,6 +72,8 @@ class ObjectBody(_Body, kw_only=True):
 
     image_url: str
     object: Argument
+    logprobs: bool | None = None
+    spatial_refs: SpatialRefs | None = None
 
 
 _decode_query = msgspec.json.Decoder(QueryBody).decode
@@ -87,6 +91,7 @@ class Answer(EventShape):
         self._name = name
         self._texts: list[str] = []
         self._objects: list[SpatialObject] = []
+        self._thoughts: list[ThoughtPart] = []
         self._token_index = 0
 
     # ------------------------------------------------------------ the stream, see `transport.sse.Shape`
@@ -96,11 +101,22 @@ class Answer(EventShape):
         return b""
 
     def delta(self, index: int, delta: Delta) -> bytes:
-        """One chunk."""
+        """One chunk; of a thought its text and its point."""
+        if delta.thought is not None:
+            return self._thought_chunk(delta.thought, delta.token_index)
         self._texts.append(delta.text)
         self._token_index = delta.token_index
         text = _encode(delta.text)
         return b'data: {"chunk":%b,"completed":false,"token_index":%d}\n\n' % (text, delta.token_index)
+
+    def _thought_chunk(self, part: ThoughtPart, token_index: int) -> bytes:
+        self._thoughts.append(part)
+        if not part.text and part.point is None:
+            return b""
+        points = [] if part.point is None else [list(part.point)]
+        said = {"text": part.text, "points": points}
+        chunk = {"chunk": "", "completed": False, "token_index": token_index, "reasoning": said}
+        return b"data: " + _encode(chunk) + b"\n\n"
 
     def found(self, index: int, found: SpatialObject) -> bytes:
         """One object, in the shape of the whole answer's."""
@@ -110,7 +126,11 @@ class Answer(EventShape):
 
     def end(self, index: int, end: End) -> bytes:
         """The chunk with everything."""
-        last = {"chunk": "", "completed": True, **self._whole("".join(self._texts), self._objects, end)}
+        last = {
+            "chunk": "",
+            "completed": True,
+            **self._whole("".join(self._texts), self._objects, end, self._thoughts),
+        }
         return b"data: " + _encode(last) + b"\n\n"
 
     def closing(self, ends: Sequence[End]) -> bytes:
@@ -123,21 +143,25 @@ class Answer(EventShape):
         """The answer of a request that does not stream."""
         choice = choices[0]
         assert choice.end is not None
-        return self._whole(choice.text, choice.objects, choice.end)
+        return self._whole(choice.text, choice.objects, choice.end, choice.thoughts)
 
-    def _whole(self, text: str, objects: list[SpatialObject], end: End) -> Json:
+    def _whole(
+        self, text: str, objects: list[SpatialObject], end: End, thoughts: Sequence[ThoughtPart]
+    ) -> Json:
         said: object = text
         if self._name in ("objects", "points"):
             said = [self._shape(found) for found in objects]
         return {
             "request_id": self._request_id,
             self._name: said,
+            **({"reasoning": reasoning_object(thoughts)} if self.requests[0].task == "reason" else {}),
             "finish_reason": end.reason.value,
             "metrics": metrics_object(end.usage),
         }
 
     def _shape(self, found: SpatialObject) -> Json:
-        return {"x": found.x, "y": found.y} if self._name == "points" else dict(found.box())
+        shape: Json = {"x": found.x, "y": found.y} if self._name == "points" else dict(found.box())
+        return {**shape, "logprobs": found.scores()} if found.logprobs else shape
 
 
 async def prepare_query(core: Core, data: bytes, *, request_id: str, tenant: str) -> Answer:
@@ -146,11 +170,20 @@ async def prepare_query(core: Core, data: bytes, *, request_id: str, tenant: str
     _refuse_setting(body, "max_objects")
     checked = await _check(core, body, tenant)
     model = checked.model
-    ids = task_prompt(model.card, "query", await model.encode(body.question.strip()))
-    prompt = Prompt(ids, strip_start=True)
+    refs, values = place_refs(model.card, "query", body.spatial_refs or ())
+    if refs and body.image_url is None:
+        raise invalid("places are in a picture; give one as image_url", "spatial_refs")
+    argument = [*refs, *await model.encode(body.question.strip())]
+    suffix = "reasoning_suffix" if body.reasoning else None
+    if suffix is not None and "reasoning_close" not in model.card.templates:
+        message = f"reasoning: model {model.card.model_id} does not reason before it answers; leave it out"
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param="reasoning")
+    ids = task_prompt(model.card, "query", argument, suffix=suffix)
+    prompt = Prompt(ids, strip_start=True, values=values)
     if body.image_url is not None:
         prompt.images.append(await core.prepare_image(model, body.image_url, param="image_url"))
-    return _answer("answer", checked, body, prompt, request_id)
+    task = "reason" if body.reasoning else "text"
+    return _answer("answer", checked, body, prompt, request_id, task=task)
 
 
 async def prepare_caption(core: Core, data: bytes, *, request_id: str, tenant: str) -> Answer:
@@ -186,10 +219,15 @@ async def _prepare_spatial(
     _refuse_setting(body, "max_tokens")
     checked = await _check(core, body, tenant)
     model = checked.model
-    ids = task_prompt(model.card, task, await model.encode(" " + body.object.strip()))
+    if task != "point" and body.spatial_refs is not None:
+        message = f"spatial_refs: they go with /v1/query and /v1/point, not with {task}; leave it out"
+        raise RequestError(ErrorCode.UNSUPPORTED, message, param="spatial_refs")
+    refs, values = place_refs(model.card, task, body.spatial_refs or ())
+    ids = task_prompt(model.card, task, [*refs, *await model.encode(" " + body.object.strip())])
     image = await core.prepare_image(model, body.image_url, param="image_url")
-    objects = Objects(task, body.settings.max_objects if body.settings is not None else None)
-    return _answer(name, checked, body, Prompt(ids, [image]), request_id, objects)
+    max_objects = body.settings.max_objects if body.settings is not None else None
+    objects = Objects(task, max_objects, wants_logprobs=bool(body.logprobs))
+    return _answer(name, checked, body, Prompt(ids, [image], values=values), request_id, objects)
 
 
 def _refuse_setting(body: _Body, name: str) -> None:
@@ -218,9 +256,10 @@ def _answer(
     prompt: Prompt,
     request_id: str,
     objects: Objects | None = None,
+    task: str = "text",
 ) -> Answer:
     # How long a list of coordinates may be follows from `max_objects`.
     asked = body.settings.max_tokens if body.settings is not None and objects is None else None
     length = Length(asked, "settings.max_tokens")
-    (request,) = make_requests(checked, request_id, [prompt], length, objects)
+    (request,) = make_requests(checked, request_id, [prompt], length, objects, task=task)
     return Answer(request_id, name, request, bool(body.stream))

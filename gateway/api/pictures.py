@@ -51,6 +51,11 @@ async def prepare_pictures(
     return images
 
 
+def placed_before(image: PreparedImage, index: int) -> PreparedImage:
+    """The picture with all its positions in one run before this index of the prompt's ids."""
+    return replace(image, spec=msgspec.structs.replace(image.spec, runs=[(index, image.num_tokens)]))
+
+
 def expansions(card: ModelCard, images: Sequence[PreparedImage]) -> list[str]:
     """What stands for each picture in the prompt's text."""
     if card.image is None:

@@ -1,8 +1,7 @@
 """Owns turning chat messages into a prompt: token ids and pictures. No sockets; runs on the gateway's loop.
 
-Two kinds of model: those with a chat template get the whole conversation through it, with all its pictures.
-Moondream has no notion of a conversation: it is asked the last user turn about the most recent picture, and earlier turns and system
-messages, which its prompt has no place for, do not reach it.
+Two kinds of model, and both get the whole conversation with all its pictures: those with a chat template through it, Moondream
+as a row of its queries (`gateway.api.query_turns`).
 """
 
 from __future__ import annotations
@@ -19,11 +18,12 @@ from gateway.api.fields import Known
 from gateway.api.histories import check_no_history, check_shown
 from gateway.api.parameters import Json
 from gateway.api.pictures import expansions, place_pictures, prepare_pictures, takes_several
+from gateway.api.query_turns import QueryTurn, compose_turns
 from gateway.api.spoken import Reading, opens_thinking, reading_of
 from gateway.api.tools import ToolsAsked, told
 from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, ServedModel, no_pictures
 from shared.errors import ErrorCode
-from shared.protocol import ModelCard
+from shared.protocol import ModelCard, PromptValue
 
 _USUAL: Final = ChatOptions()
 _PASSED: Final = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
@@ -134,10 +134,11 @@ class Message(Known, kw_only=True):
             given["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return {"role": role, "content": content, **given}
 
-    def without_pictures(self) -> Message:
-        """The same, of its content only the text; itself where it has no pictures."""
-        has_pictures = isinstance(self.content, list) and any(isinstance(p, ImagePart) for p in self.content)
-        return msgspec.structs.replace(self, content=self.text()) if has_pictures else self
+    @property
+    def num_pictures(self) -> int:
+        """Pictures among its parts."""
+        content = self.content if isinstance(self.content, list) else ()
+        return sum(isinstance(part, ImagePart) for part in content)
 
     def picture_chars(self) -> int:
         """Characters of its pictures' URLs."""
@@ -160,6 +161,7 @@ class Prompt:
     strip_start: bool = False  # the model's answers begin with a space that belongs to its template
     drop_space: bool = False  # as `GenerateRequest.drop_space`
     reading: Reading = field(default_factory=Reading)
+    values: Sequence[PromptValue] = ()  # as `GenerateRequest.values`
 
     @property
     def num_tokens(self) -> int:
@@ -193,7 +195,9 @@ async def compose_chat(
     reading = reading_of(model, tools, is_constrained=is_constrained)
     if takes_questions(model.card):
         check_no_history(model, [message.for_template() for message in messages])
-        return replace(await _compose_question(core, model, messages), reading=reading)
+        turns = [QueryTurn(message.role, message.text(), message.num_pictures) for message in messages]
+        ids, images = await compose_turns(core, model, turns, pictures_of(messages))
+        return Prompt(ids, images, strip_start=True, reading=reading)
     prompt = await _compose_template(core, model, messages, options or _USUAL, tools)
     if opens_thinking(model, reading, prompt.ids):
         reading = replace(reading, thinks_first=True)
@@ -216,27 +220,8 @@ def effort_variables(effort: str | None) -> Json:
 
 
 def takes_questions(card: ModelCard) -> bool:
-    """Whether the model is asked one question at a time, as Moondream is."""
+    """Whether the model is asked by queries, as Moondream is, and has no chat template."""
     return card.family == "moondream" or "query_prefix" in card.templates
-
-
-async def _compose_question(core: Core, model: ServedModel, messages: Sequence[Message]) -> Prompt:
-    asked = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
-    if asked is None:
-        raise RequestError(
-            ErrorCode.INVALID_REQUEST, "messages: one with the role user is needed", param="messages"
-        )
-    question = messages[asked].text().strip()
-    picture = _last_picture(messages)
-    if not question:
-        message = "the last user message has no text; ask something about the picture"
-        raise RequestError(ErrorCode.INVALID_REQUEST, message, param=f"messages[{asked}].content")
-    images = []
-    if picture is not None:
-        url, param = picture
-        images.append(await core.prepare_image(model, url, param=param))
-    ids = await model.encode(question)
-    return Prompt(task_prompt(model.card, "query", ids), images, strip_start=True)
 
 
 async def _compose_template(
@@ -247,7 +232,7 @@ async def _compose_template(
     tools: ToolsAsked | None,
 ) -> Prompt:
     card = model.card
-    pictures = _pictures(messages)
+    pictures = pictures_of(messages)
     if pictures and not takes_several(card):
         raise no_pictures(card, pictures[-1][1])
     if card.family in _WITHOUT_LANGUAGE:
@@ -270,7 +255,7 @@ async def _compose_template(
     return Prompt(ids, images, drop_space=model.drops_first_space and not options.continue_final_message)
 
 
-def _pictures(messages: Sequence[Message]) -> list[tuple[str, str]]:
+def pictures_of(messages: Sequence[Message]) -> list[tuple[str, str]]:
     """The URL and the field's name of every picture, in order."""
     return [
         (part.image_url.url, f"messages[{index}].content[{place}].image_url.url")
@@ -281,29 +266,12 @@ def _pictures(messages: Sequence[Message]) -> list[tuple[str, str]]:
     ]
 
 
-def _last_picture(messages: Sequence[Message]) -> tuple[str, str] | None:
-    """The most recent picture's URL and its field's name. Raises `RequestError` when that message has two pictures."""
-    for index in range(len(messages) - 1, -1, -1):
-        content = messages[index].content
-        if not isinstance(content, list):
-            continue
-        found = [
-            (part.image_url.url, f"messages[{index}].content[{place}].image_url.url")
-            for place, part in enumerate(content)
-            if isinstance(part, ImagePart)
-        ]
-        if len(found) > 1:
-            message = "one picture a message is supported; an earlier message's is replaced by a later one's"
-            raise RequestError(ErrorCode.UNSUPPORTED, message, param=found[1][1])
-        if found:
-            return found[0]
-    return None
-
-
-def task_prompt(card: ModelCard, task: str, argument: Sequence[int] = ()) -> list[int]:
+def task_prompt(
+    card: ModelCard, task: str, argument: Sequence[int] = (), *, suffix: str | None = None
+) -> list[int]:
     """BOS, the task's template and its argument, in Moondream's order. Raises `RequestError` UNSUPPORTED.
 
-    `task` is query, detect, point (which have a prefix and a suffix) or caption_short, caption_normal, …
+    `suffix` names another template than the task's own. `task` is query, detect, point (which have a prefix and a suffix) or caption_short, caption_normal, …
     """
     whole = card.templates.get(task)
     prefix = card.templates.get(f"{task}_prefix")
@@ -316,4 +284,4 @@ def task_prompt(card: ModelCard, task: str, argument: Sequence[int] = ()) -> lis
     bos = [] if card.bos_id is None else [card.bos_id]
     if whole is not None:
         return [*bos, *whole]
-    return [*bos, *(prefix or ()), *argument, *card.templates.get(f"{task}_suffix", ())]
+    return [*bos, *(prefix or ()), *argument, *card.templates.get(suffix or f"{task}_suffix", ())]

@@ -65,6 +65,7 @@ class Objects:
 
     task: str
     max_objects: int | None
+    wants_logprobs: bool = False  # of the bins of their coordinates and sizes
 
 
 async def check_fields(
@@ -125,6 +126,7 @@ def make_requests(
     length: Length,
     objects: Objects | None = None,
     thinking: ThinkingBudget | None = None,
+    task: str = "text",
 ) -> list[GenerateRequest]:
     """One `GenerateRequest` for each choice of each prompt, prompt by prompt. Raises `RequestError` naming a length.
 
@@ -137,7 +139,11 @@ def make_requests(
         max_tokens, max_objects = _budget(checked, prompt, length, objects)
         for sampling in checked.samplings:
             if objects is not None:
-                sampling = Sampling(temperature=checked.temperature or 0.0, seed=sampling.seed)
+                sampling = Sampling(
+                    temperature=checked.temperature or 0.0,
+                    seed=sampling.seed,
+                    num_logprobs=0 if objects.wants_logprobs else -1,
+                )
             made.append(
                 GenerateRequest(
                     request_id=request_id if alone else f"{request_id}-{len(made)}",
@@ -148,7 +154,7 @@ def make_requests(
                     images=prompt.images,
                     stop=checked.stop,
                     stop_ids=checked.stop_ids,
-                    task="text" if objects is None else objects.task,
+                    task=task if objects is None else objects.task,
                     max_objects=max_objects,
                     tenant=checked.tenant,
                     priority=checked.priority,
@@ -159,6 +165,7 @@ def make_requests(
                     drop_space=prompt.drop_space and checked.grammar is None,
                     shown_ids=prompt.reading.shown_ids,
                     thinking=thinking,
+                    values=prompt.values,
                 )
             )
     return made

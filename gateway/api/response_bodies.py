@@ -149,6 +149,7 @@ class DegasOptions(Known, kw_only=True):
     length: Literal["short", "normal", "long"] = "normal"
     object: Annotated[str, Meta(max_length=512)] = ""
     max_objects: Annotated[int, Meta(ge=1, le=MAX_OBJECTS)] | None = None
+    logprobs: bool = False
     resumable: bool = False
 
 

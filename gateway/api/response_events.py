@@ -154,7 +154,7 @@ class ObjectFound(Event, tag="degas.object", kw_only=True):
     response_id: str
     output_index: int
     object_index: int
-    object: dict[str, float]
+    object: Json
 
 
 def item_id(response_id: str, kind: str = "msg", output_index: int = 0) -> str:

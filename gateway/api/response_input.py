@@ -1,4 +1,4 @@
-"""Owns reading a Responses body's `input`: items become the messages of a conversation, and a picture. Pure.
+"""Owns reading a Responses body's `input`: items become the messages of a conversation. Pure.
 
 Thinking, text and calls that follow each other are one turn of the assistant's, as chat has it.
 """
@@ -29,16 +29,10 @@ _TEXT: Final = ("input_text", "output_text", "text")
 
 @dataclass(frozen=True, slots=True)
 class InputRead:
-    """A body's input: its messages in order, each one's place in the body, and the most recent picture.
-
-    `second_param` names a second picture of the message that has it.
-    """
+    """A body's input: its messages in order, and each one's place in the body."""
 
     messages: tuple[Message, ...]
     places: tuple[str, ...]
-    image_url: str | None = None
-    image_param: str = "input"
-    second_param: str = ""
 
     @property
     def question(self) -> str:
@@ -52,7 +46,7 @@ class InputRead:
 
 
 def read_input(body: CreateBody, max_chars: int) -> InputRead:
-    """The messages and the picture of `input`. Raises `RequestError` for what Degas does not take."""
+    """The messages of `input`. Raises `RequestError` for what Degas does not take."""
     if isinstance(body.input, str):
         asked = InputRead((Message(role="user", content=body.input),), ("input",))
     else:
@@ -82,14 +76,13 @@ def read_items(items: Sequence[Item]) -> InputRead:
     reader = _Reader()
     for index, item in enumerate(items):
         reader.read(item, f"input[{index}]")
-    return InputRead(tuple(reader.messages), tuple(reader.places), *reader.picture)
+    return InputRead(tuple(reader.messages), tuple(reader.places))
 
 
 class _Reader:
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.places: list[str] = []
-        self.picture: tuple[str | None, str, str] = (None, "input", "")
 
     def read(self, item: Item, where: str) -> None:
         """One more item."""
@@ -129,7 +122,6 @@ class _Reader:
         text, found = _read_parts(item.content, f"{where}.content")
         if not found:
             return text
-        self.picture = (*found[0], found[1][1] if len(found) > 1 else "")
         return [
             TextPart(text=part.text or "")
             if part.image_url is None

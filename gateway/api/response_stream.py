@@ -236,8 +236,10 @@ class ResponseStream:
         self.open()
         if self._first_s == 0.0:
             self._first_s = time.monotonic()
-        shape = found.box() if self.opening.task == "detect" else {"x": found.x, "y": found.y}
-        shape = {name: round(value, 4) for name, value in shape.items()}
+        shape: Json = found.box() if self.opening.task == "detect" else {"x": found.x, "y": found.y}
+        shape = _rounded(shape)
+        if found.logprobs:
+            shape["logprobs"] = _rounded(found.scores())
         self._send(
             ObjectFound(
                 self._next(),
@@ -345,3 +347,7 @@ class ResponseStream:
 
     def _json_lead(self) -> str:
         return '{"objects":[' if self.opening.task == "detect" else '{"points":['
+
+
+def _rounded(values: Json) -> Json:
+    return {name: round(value, 4) for name, value in values.items()}

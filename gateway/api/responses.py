@@ -10,14 +10,13 @@ from typing import Final
 import msgspec
 
 from gateway.api.conversations import Conversations, Turn
-from gateway.api.histories import check_no_history
 from gateway.api.parameters import TOKENS_PER_OBJECT, Json, invalid, renamed
-from gateway.api.pictures import takes_several
 from gateway.api.prompts import (
     Message,
     Prompt,
     compose_chat,
     effort_variables,
+    pictures_of,
     takes_questions,
     task_prompt,
 )
@@ -26,7 +25,6 @@ from gateway.api.response_bodies import CreateBody, DegasOptions, Reasoning, Tex
 from gateway.api.response_events import response_id_of
 from gateway.api.response_input import InputRead, read_input
 from gateway.api.response_stream import Opening
-from gateway.api.spoken import reading_of
 from gateway.api.structured import Wanted, schema_grammar
 from gateway.api.tools import ToolsAsked, read_tools, tool_of
 from gateway.generation import ChatOptions, Core, GenerateRequest, RequestError, ServedModel
@@ -85,36 +83,27 @@ async def prepare(
         effort = body.reasoning.effort if body.reasoning is not None else None
         prompt = await _compose(core, model, asked, conversation, effort, tools, is_constrained)
     else:
-        prompt = await _compose_task(model, options)
-    image = previous.image if previous else None
-    kept = asked.messages
-    if not takes_several(model.card):
-        kept = tuple(message.without_pictures() for message in kept)
-        if asked.image_url is not None:
-            image = await core.prepare_image(model, asked.image_url, param=asked.image_param)
-        if image is None and options.task != "query":
-            raise invalid(f"{options.task} needs a picture: an input_image with a data URL", "input")
-        prompt = replace(prompt, images=[] if image is None else [image])
+        prompt = await _compose_task(core, model, options, conversation)
     response_id = "resp_" + secrets.token_hex(16)
     length = Length(body.max_output_tokens, "max_output_tokens")
-    objects = None if task == "text" else Objects(task, options.max_objects)
+    objects = None if task == "text" else Objects(task, options.max_objects, options.logprobs)
     (request,) = make_requests(checked, response_id, [prompt], length, objects)
     opening = Opening(
         response_id, request.model_id, task, _echo(body, request, tools), stream_id, prompt.reading
     )
     messages = previous.messages if previous is not None else ()
-    return Prepared(request, opening, Turn((*messages, *kept), image))
+    return Prepared(request, opening, Turn((*messages, *asked.messages)))
 
 
 def _check_options(options: DegasOptions) -> None:
     """Raises `RequestError` for an argument that the task has no use for."""
     used = {
         "caption": ("length", "object"),
-        "detect": ("object", "max_objects"),
-        "point": ("object", "max_objects"),
+        "detect": ("object", "max_objects", "logprobs"),
+        "point": ("object", "max_objects", "logprobs"),
     }
     defaults = DegasOptions()
-    for name in ("length", "object", "max_objects"):
+    for name in ("length", "object", "max_objects", "logprobs"):
         if name not in used.get(options.task, ()) and getattr(options, name) != getattr(defaults, name):
             raise invalid(f"{options.task} has no use for it; leave it out", f"degas.{name}")
 
@@ -126,7 +115,7 @@ def _num_logprobs(body: CreateBody, task: str) -> int:
         return -1
     if task != "text":
         param = "include" if by_include else "top_logprobs"
-        message = f"{param}: {task} answers in coordinates, which have no log-probabilities; leave it out"
+        message = f"{param}: {task} answers in coordinates, whose log-probabilities degas.logprobs gives; leave it out"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param=param)
     return body.top_logprobs or 0
 
@@ -187,23 +176,12 @@ async def _compose(
     tools: ToolsAsked | None,
     is_constrained: bool,
 ) -> Prompt:
-    """The prompt. Moondream gets the last user turn, its picture comes later; a model with a chat template gets all."""
+    """The prompt of the whole conversation. Raises `RequestError` under the body's own names."""
     card = model.card
-    has_more = asked.has_results or asked.image_url is not None
+    has_more = asked.has_results or any(message.num_pictures for message in asked.messages)
     if not asked.question and (takes_questions(card) or not has_more):
         raise invalid("a user message with text is needed", "input")
-    if asked.second_param and takes_questions(card):
-        param = asked.second_param
-        message = (
-            f"{param}: one picture a message is supported; an earlier message's is replaced by a later one's"
-        )
-        raise RequestError(ErrorCode.UNSUPPORTED, message, param=param)
     try:
-        if takes_questions(card):
-            check_no_history(model, [message.for_template() for message in conversation.messages])
-            ids = task_prompt(card, "query", await model.encode(asked.question))
-            reading = reading_of(model, tools, is_constrained=is_constrained)
-            return Prompt(ids, strip_start=True, reading=reading)
         variables = effort_variables(effort) if model.template_names else {}
         return await compose_chat(
             core,
@@ -217,15 +195,26 @@ async def _compose(
         raise conversation.named(error) from None
 
 
-async def _compose_task(model: ServedModel, options: DegasOptions) -> Prompt:
-    """The prompt of one of Moondream's tasks, without its picture."""
+async def _compose_task(
+    core: Core, model: ServedModel, options: DegasOptions, conversation: _Conversation
+) -> Prompt:
+    """The prompt of one of Moondream's other tasks, about the conversation's last picture."""
     card = model.card
     if options.task == "caption":
-        return Prompt(task_prompt(card, f"caption_{options.length}"), strip_start=True)
-    name = options.object.strip()
-    if not name:
-        raise invalid(f"{options.task} needs the name of an object", "degas.object")
-    return Prompt(task_prompt(card, options.task, await model.encode(" " + name)))
+        prompt = Prompt(task_prompt(card, f"caption_{options.length}"), strip_start=True)
+    else:
+        name = options.object.strip()
+        if not name:
+            raise invalid(f"{options.task} needs the name of an object", "degas.object")
+        prompt = Prompt(task_prompt(card, options.task, await model.encode(" " + name)))
+    pictures = pictures_of(conversation.messages)
+    if not pictures:
+        raise invalid(f"{options.task} needs a picture: an input_image with a data URL", "input")
+    url, param = pictures[-1]
+    try:
+        return replace(prompt, images=[await core.prepare_image(model, url, param=param)])
+    except RequestError as error:
+        raise conversation.named(error) from None
 
 
 def _format(text: TextOptions | None) -> Wanted | None:

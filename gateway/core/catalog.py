@@ -10,6 +10,7 @@ from typing import Any, Final
 from gateway.config import GatewayConfig
 from gateway.core.templates import DEFAULT, WITH_TOOLS, ChatTemplate, choose_template
 from gateway.core.tokens import ModelTokens
+from gateway.decisions.grounded import GroundedThought, ThoughtMarks
 from gateway.decisions.stream import StreamState
 from gateway.generation import ChatFormat, ChatOptions, GenerateRequest, RequestError, ServedModel
 from shared import protocol as wire
@@ -126,11 +127,22 @@ class AnnouncedModel:
             started_s=started_s,
             num_prompt=request.num_prompt,
             stops=request.stop,
-            task=request.task,
+            task="text" if request.task == "reason" else request.task,
+            thought=self._thought() if request.task == "reason" else None,
             want_logprobs=request.sampling.num_logprobs >= 0,
             strip_start=request.strip_start,
             drop_space=request.drop_space,
         )
+
+    def _thought(self) -> GroundedThought:
+        card = self.card
+        marks = ThoughtMarks(
+            coordinate=card.coord_id,
+            closing=card.templates["reasoning_close"][0],
+            num_opening=len(card.templates.get("reasoning_end", ())),
+            cuts=card.templates.get("reasoning_cuts", ()),
+        )
+        return GroundedThought(self.tokens.detokenizer(), marks)
 
     def reads_alike(self, other: ServedModel) -> bool:
         """Whether a request prepared for `other` means the same to this model."""

@@ -166,7 +166,7 @@ class Flights:
         token_ids = wire.unpack_i32(outputs.token_ids)
         if not len(ids) == len(first) == len(token_ids):
             raise ValueError(f"{len(ids)} ids, {len(first)} indexes and {len(token_ids)} tokens in one frame")
-        values = {item.sequence_id: item.values for item in outputs.values} if outputs.values else None
+        values = {item.sequence_id: item for item in outputs.values} if outputs.values else None
         logprobs = {item.sequence_id: item for item in outputs.logprobs} if outputs.logprobs else None
         now_s = self._now()
         by_id, plains = self.by_id, self._plain
@@ -231,7 +231,7 @@ class Flights:
         index: int,
         token_id: int,
         now_s: float,
-        values: list[float] | None,
+        values: wire.TokenValues | None,
         logprobs: wire.TokenLogprobs | None,
     ) -> None:
         state = flight.state

@@ -78,6 +78,7 @@ class Worker:
             grammar=request.grammar,
             ignore_eos=request.ignore_eos,
             thinking=request.thinking,
+            values=list(request.values),
         )
         payloads = [frame for image in request.images for frame in image.frames]
         self.link.submit(submit, payloads)

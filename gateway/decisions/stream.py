@@ -10,9 +10,10 @@ from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
+from gateway.decisions.grounded import GroundedThought
 from gateway.generation import Delta, End, PromptScore, RequestError, SpatialObject, TokenInfo, Usage
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import Finish, PromptLogprobs, TokenLogprobs
+from shared.protocol import Finish, PromptLogprobs, TokenLogprobs, TokenValues
 
 
 class Detokenizer(Protocol):
@@ -96,6 +97,7 @@ class StreamState:
         "_started_s",
         "_strip_start",
         "_task",
+        "_thought",
         "_values",
         "_want_logprobs",
         "detokenizer",
@@ -115,6 +117,7 @@ class StreamState:
         want_logprobs: bool = False,
         strip_start: bool = False,
         drop_space: bool = False,
+        thought: GroundedThought | None = None,
     ) -> None:
         self.detokenizer = detokenizer
         self._matcher = StopMatcher(stops) if stops else None
@@ -122,6 +125,7 @@ class StreamState:
         self._want_logprobs = want_logprobs
         self._strip_start = strip_start
         self._drop_space = drop_space
+        self._thought = thought
         self._num_prompt = num_prompt
         self._started_s = started_s
         self._first_s = 0.0
@@ -129,7 +133,7 @@ class StreamState:
         self._pending_index = 0
         self._infos: list[TokenInfo] = []
         self._prompt: list[PromptScore] = []
-        self._values: list[list[float]] = []
+        self._values: list[TokenValues] = []
         self.next_index = 0
         self.last_s = 0.0
         self.end: End | None = None
@@ -143,6 +147,7 @@ class StreamState:
         return (
             self._task == "text"
             and self._matcher is None
+            and self._thought is None
             and not (self._want_logprobs or self._strip_start or self._drop_space or self._pending_ids)
             and self.end is None
         )
@@ -167,7 +172,7 @@ class StreamState:
         index: int,
         token_id: int,
         now_s: float,
-        values: list[float] | None = None,
+        values: TokenValues | None = None,
         logprobs: TokenLogprobs | None = None,
     ) -> Delta | SpatialObject | None:
         """Accept the next token. May set `end` (a stop string). Raises `Discontinuity` and changes nothing."""
@@ -179,6 +184,8 @@ class StreamState:
         self.last_s = now_s
         if self.end is not None:
             return None
+        if self._thought is not None:
+            return self._on_thought(self._thought, token_id, values)
         if self._task != "text":
             return self._on_spatial(values)
         if not self._pending_ids:
@@ -238,6 +245,8 @@ class StreamState:
     # ------------------------------------------------------------ inside
 
     def _drain(self) -> tuple[Delta | None, str | None]:
+        if self._thought is not None:
+            return Delta("", (), self.next_index - 1, thought=self._thought.close()), None
         if self._task != "text":
             return None, None
         text, stop = self._visible(self.detokenizer.flush()), None
@@ -267,19 +276,34 @@ class StreamState:
             return Delta(text, ids, self._pending_index, infos, prompt)
         return Delta(text, ids, self._pending_index, infos)
 
-    def _on_spatial(self, values: list[float] | None) -> SpatialObject | None:
+    def _on_thought(
+        self, thought: GroundedThought, token_id: int, values: TokenValues | None
+    ) -> Delta | None:
+        value = _clamp(values.values[0]) if values is not None and values.values else None
+        part = thought.take(token_id, value)
+        if thought.is_over:
+            self._thought = None
+        return None if part is None else Delta("", (token_id,), self.next_index - 1, thought=part)
+
+    def _on_spatial(self, values: TokenValues | None) -> SpatialObject | None:
         """x, then y, then for a box its (width, height); an end token carries no values."""
-        if not values:
+        if values is None or not values.values:
             return None
         self._values.append(values)
         needed = 3 if self._task == "detect" else 2
         if len(self._values) < needed:
             return None
-        (x, *_), (y, *_), *rest = self._values
+        (x, *_), (y, *_), *rest = (one.values for one in self._values)
+        logprobs: tuple[float, ...] = ()
+        if all(one.logprobs for one in self._values):
+            # Of a coordinate the first is meant; a size has two.
+            logprobs = tuple(
+                score for i, one in enumerate(self._values) for score in one.logprobs[: 1 if i < 2 else 2]
+            )
         self._values = []
         size = rest[0] if rest else [0.0, 0.0]
         width, height = (size[0], size[1]) if len(size) > 1 else (size[0], size[0])
-        return SpatialObject(_clamp(x), _clamp(y), _clamp(width), _clamp(height))
+        return SpatialObject(_clamp(x), _clamp(y), _clamp(width), _clamp(height), logprobs)
 
     def _usage(
         self,

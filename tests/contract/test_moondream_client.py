@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from shared import protocol as wire
-from tests.fake_worker import FakeWorker, text_ids
+from shared.errors import FinishReason
+from tests.fake_worker import CARD, Action, End, FakeWorker, Token, text_ids
 from tests.gateway_thread import GatewayThread
+from tests.http_client import Opened
 from tests.keys import KEY, OTHER_KEY
 
 
@@ -81,11 +83,73 @@ def test_chat(worker: FakeWorker) -> None:
 def test_what_is_not_offered_is_refused_by_name(gateway: GatewayThread, picture: Image.Image) -> None:
     model = moondream.vl(endpoint=f"{gateway.url}/v1")
     with pytest.raises(urllib.error.HTTPError) as caught:
-        model.query(picture, "why?", reasoning=True)
-    assert caught.value.code == 400 and b'"param":"reasoning"' in caught.value.read()
+        model.query(picture, "why?", settings={"variant": "mine"})
+    assert caught.value.code == 400 and b'"param":"settings.variant"' in caught.value.read()
+
+
+THOUGHT: list[Action] = [
+    *map(Token, [*text_ids("A "), 7, *text_ids("dot")]),
+    *(Token(CARD.coord_id, [value, 0.0]) for value in (0.25, 0.5, 0.75, 0.125)),
+    *map(Token, [9, *text_ids(" is red."), 3, 3, *text_ids(" red")]),
+    End(),
+]
+REASONING = {
+    "text": "A dot is red.",
+    "grounding": [{"start_idx": 2, "end_idx": 5, "points": [[0.25, 0.5], [0.75, 0.125]]}],
+}
+
+
+def test_an_answer_is_thought_out_and_points(
+    gateway: GatewayThread, worker: FakeWorker, picture: Image.Image
+) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
+    worker.script = lambda _: THOUGHT
+    found = model.query(picture, "which?", reasoning=True)
+    assert (found["answer"], found["reasoning"]) == ("red", REASONING)
+    submit = worker.submits[0]
+    assert submit.task == "reason"
+    assert wire.unpack_i32(submit.prompt).tolist() == [0, 1, 8, 2, *text_ids("which?"), 3, 4]
+    assert "".join(model.query(picture, "which?", reasoning=True, stream=True)["answer"]) == "red"
+
+
+def test_a_thoughts_words_and_points_stream(gateway: GatewayThread, worker: FakeWorker) -> None:
+    worker.script = lambda _: THOUGHT
+    body = {"question": "which?", "reasoning": True, "stream": True}
+    with Opened(gateway.url, "/v1/query", body) as opened:
+        events = list(opened.events())
+    thought = [event["reasoning"] for event in events[:-1] if "reasoning" in event]
+    assert "".join(part["text"] for part in thought) == REASONING["text"]
+    assert [part["points"] for part in thought if part["points"]] == [[[0.25, 0.5]], [[0.75, 0.125]]]
+    assert "".join(event["chunk"] for event in events) == "red"
+    assert (events[-1]["answer"], events[-1]["reasoning"]) == ("red", REASONING)
+
+
+def test_a_thought_that_is_cut_off_is_shown_as_far_as_it_came(
+    gateway: GatewayThread, worker: FakeWorker, picture: Image.Image
+) -> None:
+    worker.script = lambda _: [*THOUGHT[:9], End(FinishReason.LENGTH)]
+    found = moondream.vl(endpoint=f"{gateway.url}/v1").query(picture, "which?", reasoning=True)
+    assert (
+        found["answer"] == ""
+        and found["reasoning"]["text"] == "A dot"
+        and found["reasoning"]["grounding"][0]["points"] == [[0.25, 0.5]]
+    )
+
+
+def test_places_and_others_are_refused_where_they_do_not_go(
+    gateway: GatewayThread, picture: Image.Image
+) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
     with pytest.raises(urllib.error.HTTPError) as caught:
-        model.point(picture, "x", spatial_refs=[(0.5, 0.5)])
-    assert caught.value.code == 400
+        model.point(picture, "x", spatial_refs=[(0.5, 1.5)])
+    assert caught.value.code == 400 and b"spatial_refs[0][1]" in caught.value.read()
+
+
+def test_places_are_asked_about(gateway: GatewayThread, worker: FakeWorker, picture: Image.Image) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
+    worker.reply("a circle")
+    assert model.query(picture, "what?", spatial_refs=[(0.5, 0.25)])["answer"] == "a circle"
+    assert [value.values for value in worker.submits[0].values] == [[0.5], [0.25]]
 
 
 def test_keys(worker: FakeWorker, picture: Image.Image) -> None:

@@ -127,7 +127,7 @@ def test_picture_and_question(client: openai.OpenAI, worker: FakeWorker, picture
         ],
     )
     submit, (crop, canvas) = worker.submits[0], worker.payloads[0]
-    assert ids_text(wire.unpack_i32(submit.prompt).tolist()) == "which colour?"
+    assert ids_text(wire.unpack_i32(submit.prompt).tolist()) == "be briefI seewhich colour?"
     image = submit.images[0]
     assert image.runs == [(1, 64)]
     assert len(crop) == 56 * 56 * 3

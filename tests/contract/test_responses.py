@@ -141,15 +141,17 @@ def test_the_token_limit_makes_it_incomplete(client: openai.OpenAI) -> None:
     assert response.incomplete_details.reason == "max_output_tokens"
 
 
-def test_previous_response_continues_with_its_picture(client: openai.OpenAI, worker: FakeWorker) -> None:
+def test_previous_response_continues_with_its_turn_and_picture(
+    client: openai.OpenAI, worker: FakeWorker
+) -> None:
     content: Any = [
         {"type": "input_text", "text": "one"},
         {"type": "input_image", "image_url": picture_url()},
     ]
     first = client.responses.create(model="fake-vl", input=[{"role": "user", "content": content}])
     client.responses.create(model="fake-vl", input="two", previous_response_id=first.id)
-    assert prompt_text(worker) == "two"
-    assert worker.submits[-1].images[0].digest == worker.submits[-2].images[0].digest
+    assert prompt_text(worker) == f"one{first.output_text}two"
+    assert worker.submits[-1].images == worker.submits[-2].images
 
 
 def test_a_forgotten_response_cannot_be_continued(client: openai.OpenAI) -> None:
@@ -174,7 +176,8 @@ def test_an_earlier_answer_may_be_named_by_its_item(client: openai.OpenAI, worke
     first = client.responses.create(model="fake-vl", input="How many shapes are there?")
     again: Any = conversation(str(first.output[0].id))
     assert client.responses.create(model="fake-vl", input=again).status == "completed"
-    assert prompt_text(worker) == "What color is the circle?" and len(worker.submits[-1].images) == 1
+    said = f"How many shapes are there?{first.output_text}What color is the circle?"
+    assert prompt_text(worker) == said and len(worker.submits[-1].images) == 1
 
 
 def test_an_item_that_is_not_held_is_named(client: openai.OpenAI) -> None:
@@ -186,18 +189,17 @@ def test_an_item_that_is_not_held_is_named(client: openai.OpenAI) -> None:
         assert caught.value.param == "input[1].id"
 
 
-def test_a_later_messages_picture_replaces_an_earlier_ones(client: openai.OpenAI, worker: FakeWorker) -> None:
+def test_all_pictures_count_up_to_the_models_bound(client: openai.OpenAI, worker: FakeWorker) -> None:
     def asking(*colours: tuple[int, int, int]) -> Any:
         pictures = [{"type": "input_image", "image_url": picture_url(colour)} for colour in colours]
         return {"role": "user", "content": [{"type": "input_text", "text": "which?"}, *pictures]}
 
     red, blue = (200, 30, 30), (30, 30, 200)
     client.responses.create(model="fake-vl", input=[asking(red), asking(blue)])
-    client.responses.create(model="fake-vl", input=[asking(blue)])
-    assert worker.submits[0].images[0].digest == worker.submits[1].images[0].digest
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.responses.create(model="fake-vl", input=[asking(red, blue)])
-    assert caught.value.param == "input[0].content[2].image_url"
+    assert len({image.digest for image in worker.submits[0].images}) == 2
+    with pytest.raises(openai.BadRequestError, match="at most 16") as caught:
+        client.responses.create(model="fake-vl", input=[asking(*[red] * 16), asking(blue)])
+    assert caught.value.param == "input[1].content[1].image_url"
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,16 @@ def _tables_of_moves(
     return _assemble(rows, np.isin(np.arange(len(moves)), accepting), end_ids, vocab_size)
 
 
+def tables_of_states(
+    states: Sequence[tuple[npt.NDArray[np.int64], I32]],
+    accepting: Sequence[int],
+    end_ids: Sequence[int],
+    vocab_size: int,
+) -> TokenTables:
+    """Tables from each state's (allowed ids, next states), ends left out. Raises `Unsupported` when they grow too large."""
+    return _assemble(states, np.isin(np.arange(len(states)), accepting), end_ids, vocab_size)
+
+
 # ---------------------------------------------------------------------- constraints over text
 
 

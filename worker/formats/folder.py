@@ -9,7 +9,7 @@ from worker.formats.folder_refusals import refuse_folder, refuse_settings
 from worker.formats.folder_tokenizer import end_token, find_tokenizer, marks_of, refuse_larger, special_tokens
 from worker.formats.json_files import read_object
 from worker.formats.model_names import name_of
-from worker.formats.moondream_tokenizer import is_moondream, refuse_stale
+from worker.formats.moondream_tokenizer import is_moondream, right_tokenizer
 from worker.formats.safetensors import Checkpoint
 from worker.formats.source import ProgressReport, Rename, Target
 
@@ -40,9 +40,8 @@ class Folder:
         """See `Source.tokenizer`."""
         text = find_tokenizer(self.path, self.config)
         if is_moondream(self.config):
-            refuse_stale(text, self.config, self.path)
-        else:
-            refuse_larger(text, self.config.get("vocab_size"), self.path)
+            return right_tokenizer(text, self.config, self.path)
+        refuse_larger(text, self.config.get("vocab_size"), self.path)
         return text
 
     def special_tokens(self) -> dict[str, str]:

@@ -164,8 +164,12 @@ def _values(done: Committed, result: StepResult, mine: Iterable[int]) -> list[To
     for i in mine:
         seq = done.rows[i]
         if seq.is_spatial:
-            values = result.values[done.source[i]]
-            out.append(TokenValues(seq.sequence_id, done.indexes[i], list(values)))
+            source = done.source[i]
+            scores = result.value_logprobs
+            own = [] if scores is None or seq.sampling.num_logprobs < 0 else scores[source]
+            out.append(
+                TokenValues(seq.sequence_id, done.indexes[i], list(result.values[source]), logprobs=own)
+            )
     return out
 
 
@@ -175,7 +179,7 @@ def _logprobs(done: Committed, result: StepResult, mine: Iterable[int]) -> list[
     for i in mine:
         seq = done.rows[i]
         num = seq.sampling.num_logprobs
-        if num < 0:
+        if num < 0 or seq.is_spatial:  # whose values have them
             continue
         source = done.source[i]
         ids = pack_i32(result.top_ids[source][:num]) if result.top_ids and num else b""

@@ -96,6 +96,10 @@ class Model(Protocol):
         (width, height), else 0. By argmax over bins, as the reference does. Only for spatial rows."""
         ...
 
+    def score_values(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`decode_values`, and (R, 2) fp32 natural log-probabilities of the values' bins, 0 where there is no value."""
+        ...
+
 
 class Load(Protocol):
     """A family's loader: builds the model from what lies on disk. Raises CheckpointError."""

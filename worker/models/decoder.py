@@ -181,6 +181,10 @@ class Decoder:
         """(R, D) hidden states of the sampling positions → (R, V) logits: fp32 sums, unrounded."""
         return self._head(self._norm(hidden))
 
+    def score_values(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Refused, as `decode_values`."""
+        raise RuntimeError(f"{self.card.model_id} reads text only; its tokens stand for no coordinates")
+
     def decode_values(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Refused: intake lets no spatial task through to a model without one among its capabilities."""
         raise RuntimeError(f"{self.card.model_id} reads text only; its tokens stand for no coordinates")

@@ -50,9 +50,9 @@ _OLDER_NAMES = (
     (r"text_model\.transformer\.h\.", "text.blocks."),
     (r"text_model\.lm_head\.ln\.", "text.post_ln."),
     (r"text_model\.lm_head\.linear\.", "text.lm_head."),
-    (r"region_model\.coordinate_features\.weight$", "region.coord_features"),
-    (r"region_model\.size_features\.weight$", "region.size_features"),
-    (r"region_model\.coordinate_(encoder|decoder)\.", r"region.coord_\1."),
+    (r"region(?:_model)?\.coord(?:inate)?_features\.weight$", "region.coord_features"),
+    (r"region(?:_model)?\.size_features\.weight$", "region.size_features"),
+    (r"region(?:_model)?\.coordinate_(encoder|decoder)\.", r"region.coord_\1."),
     (r"region_model\.", "region."),
 )
 _COMPUTED = re.compile(r"(^|\.)(freqs_cis|attn_mask|kv_cache\.\w+|rotary_emb\.inv_freq)$")
@@ -143,6 +143,14 @@ class Moondream(Decoder):
         if not self.looks or bool(is_size.any()):
             values = torch.where(is_size, self.region.decode_size(hidden), values)
         return values
+
+    def score_values(self, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """See `contract.Model`. The decoders run twice, which a request that asks for this pays alone."""
+        is_coordinate = (token_ids == self.card.coord_id).unsqueeze(1)
+        is_size = (token_ids == self.card.size_id).unsqueeze(1)
+        coordinates = F.pad(self.region.score_coordinate(hidden), (0, 1))
+        scores = torch.where(is_size, self.region.score_size(hidden), coordinates)
+        return self.decode_values(hidden, token_ids), torch.where(is_size | is_coordinate, scores, 0.0)
 
 
 class _TextBlock:

@@ -11,8 +11,11 @@ from typing import Any, TypeVar
 
 from shared.protocol import ImageSpec, ModelCard, OverlappingTiles
 from worker.formats.source import CheckpointError, Source
+from worker.models.picture_plan import MAX_IMAGES
 
 _Section = TypeVar("_Section")
+
+LEAST_QUESTION = 32  # tokens of a question and its answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +227,7 @@ def make_card(config: MoondreamConfig, source: Source) -> ModelCard:
             crop_tokens=vision.num_tokens,
             rule=OverlappingTiles(vision.enc_patch_size, vision.overlap_margin, vision.max_crops),
             attends="prefix",
+            max_images=max_images(config),
         ),
         capabilities=(["chat"] if "query" in capabilities else []) + capabilities,
         templates=templates,
@@ -232,6 +236,12 @@ def make_card(config: MoondreamConfig, source: Source) -> ModelCard:
         coord_id=ids.coord_id,
         size_id=ids.size_id,
     )
+
+
+def max_images(config: MoondreamConfig) -> int:
+    """How many pictures a conversation may have: as many as leave room for a question, at least one."""
+    room = config.text.max_context - 1 - LEAST_QUESTION
+    return max(1, min(MAX_IMAGES, room // config.vision.num_tokens))
 
 
 def _flatten_templates(ids: TokenizerConfig, file: Path) -> dict[str, list[int]]:
@@ -253,4 +263,6 @@ def _flatten_templates(ids: TokenizerConfig, file: Path) -> dict[str, list[int]]
         flat["reasoning_suffix"] = [*suffix, ids.thinking_id]
         flat["reasoning_end"] = suffix
         flat["reasoning_suppress"] = [ids.eos_id, ids.size_id]
+        flat["reasoning_close"] = [ids.answer_id]
+        flat["reasoning_cuts"] = [ids.start_ground_points_id, ids.end_ground_id]
     return flat

@@ -59,6 +59,19 @@ class RegionModel:
         bins = logits.max(-1).indices.float()
         return torch.exp2(bins / (logits.shape[-1] - 1) * 10.0 - 10.0)
 
+    def score_coordinate(self, hidden: Tensor) -> Tensor:
+        """(R, D) hidden states → (R, 1) fp32: the log-probability of the bin that `decode_coordinate` takes."""
+        return _most_likely(self.coordinate_logits(hidden)).unsqueeze(-1)
+
+    def score_size(self, hidden: Tensor) -> Tensor:
+        """(R, D) hidden states → (R, 2) fp32: those of the bins that `decode_size` takes."""
+        return _most_likely(self.size_logits(hidden))
+
+
+def _most_likely(logits: Tensor) -> Tensor:
+    """(…, bins) → (…): the largest log-probability."""
+    return logits.max(-1).values - logits.logsumexp(-1)
+
 
 def _fourier(values: Tensor, frequencies: Tensor) -> Tensor:
     """(R, n) values, (n, F) angular frequencies → (R, 2F). Sums written out: a matrix product of this shape gives a

@@ -21,10 +21,11 @@ from shared.pictures import (
 from shared.protocol import FreeSize, ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
 from worker.constraints.automaton import TokenAutomaton, spatial_tables
 from worker.constraints.constraint import Constraint
+from worker.constraints.reasoning import reasoning_tables
 from worker.constraints.thought_budget import ThoughtBudget
 from worker.schedule.refusal import Refusal
 from worker.schedule.rotary_places import prompt_places
-from worker.schedule.sequence import IMAGE_TOKEN, Block, Picture, Run, Sequence
+from worker.schedule.sequence import IMAGE_TOKEN, Block, Picture, Run, Sequence, Value
 
 MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
@@ -56,6 +57,7 @@ def build_sequence(
         )
     _check_sampling(message, card)
     tokens, pictures = _expand(prompt, message.images, frames, card.image)
+    values = _values(message, prompt, len(tokens), card)
     if pictures and message.sampling.num_prompt_logprobs >= 0:
         text = "log-probabilities of a prompt with pictures are not computed"
         raise Refusal(ErrorCode.UNSUPPORTED, text, "num_prompt_logprobs")
@@ -78,6 +80,7 @@ def build_sequence(
         rotary=rotary,
         rotary_shift=rotary_shift,
         task=message.task,
+        values=values,
         constraint=_constraint(message, card, compiled) or _thought_budget(message, card),
         tenant=message.tenant,
         priority=message.priority,
@@ -159,6 +162,26 @@ def _expand(
     return tokens + prompt[at:], pictures
 
 
+def _values(message: Submit, prompt: list[int], num_tokens: int, card: ModelCard) -> dict[int, Value]:
+    """The values that stand in the prompt, as `Sequence.values` has them: by position, counted from the prompt's end."""
+    found: dict[int, Value] = {}
+    for given in message.values:
+        fault = ""
+        if not {"detect", "point"} & set(card.capabilities):
+            fault = f"model {card.model_id} reads no coordinates"
+        elif not 0 <= given.index < len(prompt):
+            fault = f"values stand at indexes 0 … {len(prompt) - 1}"
+        elif len(given.values) != {card.coord_id: 1, card.size_id: 2}.get(prompt[given.index], 0):
+            fault = "a coordinate's id has one value, a size's two, and no other id has any"
+        elif not all(math.isfinite(value) and 0.0 <= value <= 1.0 for value in given.values):
+            fault = "values lie in 0 … 1"
+        if fault:
+            raise Refusal(ErrorCode.INVALID_REQUEST, fault, "values")
+        pictured = sum(num for image in message.images for at, num in image.runs if at <= given.index)
+        found[given.index + pictured - num_tokens] = (given.values[0], given.values[-1])
+    return found
+
+
 def _check_picture(spec: ImageSpec, image: ImageInput, frames: list[bytes]) -> None:
     fault = fault_of(spec, image.sheets)
     if not fault and [len(frame) for frame in frames] != [num_bytes([sheet]) for sheet in image.sheets]:
@@ -215,6 +238,8 @@ def _constraint(message: Submit, card: ModelCard, compiled: Constraint | None) -
         return compiled
     if message.task == "text":
         return None
+    if message.task == "reason":
+        return _reasoning(card)
     if message.task not in ("detect", "point") or message.task not in card.capabilities:
         raise Refusal(
             ErrorCode.UNSUPPORTED, f"task {message.task!r} is not one of {card.capabilities}", "task"
@@ -225,6 +250,20 @@ def _constraint(message: Submit, card: ModelCard, compiled: Constraint | None) -
         end_id=card.eos_ids[0],
         with_size=message.task == "detect",
         max_objects=message.max_objects or DEFAULT_OBJECTS,
+        vocab_size=card.vocab_size,
+    )
+    return TokenAutomaton(tables)
+
+
+def _reasoning(card: ModelCard) -> TokenAutomaton:
+    closing = card.templates.get("reasoning_close")
+    if not closing:
+        raise Refusal(ErrorCode.UNSUPPORTED, f"model {card.model_id} does not reason first", "task")
+    tables = reasoning_tables(
+        end_id=card.eos_ids[0],
+        banned_ids=tuple(card.templates.get("reasoning_suppress", ())),
+        closing_id=closing[0],
+        opener=tuple(card.templates.get("reasoning_end", ())),
         vocab_size=card.vocab_size,
     )
     return TokenAutomaton(tables)

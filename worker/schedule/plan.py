@@ -97,6 +97,9 @@ class StepResult:
     token_ids: list[int]
     bad: list[bool]  # the row's logits held a NaN
     values: list[tuple[float, float]] | None = None  # decoded coordinates or sizes, where any row is spatial
+    value_logprobs: list[list[float]] | None = (
+        None  # two a row: of the values' bins, where any row asks for them
+    )
     logprobs: list[float] | None = None
     top_ids: list[list[int]] | None = None
     top_logprobs: list[list[float]] | None = None

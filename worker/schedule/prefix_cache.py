@@ -1,7 +1,7 @@
 """Owns which full KV pages are remembered by content, and which of them to forget first. Pure; decode thread.
 
 A page's key is a hash chain over everything its contents depend on: tenant, every earlier token, the digests of
-pictures, and as a whole each block that attends both ways. Pages enter only after the step that wrote them was
+pictures, coordinates given with it, and as a whole each block that attends both ways. Pages enter only after the step that wrote them was
 committed without fault, so a cancelled or failed row never leaves bad pages behind.
 """
 
@@ -102,6 +102,10 @@ class PrefixCache:
             for picture in seq.pictures:
                 if picture.position < end and start < picture.end:
                     digest.update(picture.digest)
+            for index, values in seq.values.items():
+                place = seq.num_prompt + index
+                if index < 0 and start <= place < end:  # given with the prompt
+                    digest.update(array("d", (place, *values)).tobytes())
             for first, stop in seq.blocks:
                 if first < end and start < stop:
                     digest.update(_block(seq, first, stop))

@@ -94,6 +94,10 @@ Block = tuple[int, int]
 """Positions [first, end) that attend to each other both ways: computed in one chunk, or not at all."""
 
 
+Value = tuple[float, float]
+"""A coordinate, twice or with anything behind it, or (width, height)."""
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One request's state in the worker."""
@@ -132,7 +136,8 @@ class Sequence:
     is_mask_slow: bool = False  # whether the mask behind the ready one is built ahead too
     preemptions: int = 0
     cached_tokens: int = 0
-    values: dict[int, tuple[float, float]] = field(default_factory=dict)  # generated index → decoded value
+    # Index from the prompt's end on → value: below 0 given with the prompt, else decoded when it was generated.
+    values: dict[int, Value] = field(default_factory=dict)
     page_keys: list[bytes] = field(default_factory=list)  # prefix-cache keys of its full pages
     num_scored: int = 0  # prompt positions whose next token's log-probability is committed
     budget: ThoughtBudget | None = None  # its constraint, while that may still force tokens

@@ -42,7 +42,7 @@ def fake_card(*, vocab_size: int = 97, context_tokens: int = 4096, num_image_tok
         vocab_size=vocab_size,
         bos_id=0,
         eos_ids=[0],
-        image=ImageSpec(8, num_image_tokens, OverlappingTiles(2, 1, 4), attends="prefix"),
+        image=ImageSpec(8, num_image_tokens, OverlappingTiles(2, 1, 4), attends="prefix", max_images=16),
         capabilities=["chat", "detect", "point"],
     )
 

@@ -1,4 +1,4 @@
-"""Owns the input embeddings of prefill chunks: words, image features, and coordinates that were generated before.
+"""Owns the input embeddings of prefill chunks: words, image features, and coordinates, given or generated before.
 Decode thread.
 """
 
@@ -47,7 +47,7 @@ class ChunkEmbedding:
                         for unit, offset, num in _pieces(picture, first, end - start):
                             wanted.append((chunk.seq.tenant, picture, unit, to, offset, num))
                             to += num
-            if chunk.seq.values and chunk.start + chunk.num_tokens > chunk.seq.num_prompt:
+            if chunk.seq.values:
                 self._embed_known_values(chunk, hidden, ids, at)
             at += chunk.num_tokens
         if wanted:
@@ -61,14 +61,14 @@ class ChunkEmbedding:
         return hidden
 
     def _embed_known_values(self, chunk: Chunk, hidden: Tensor, ids: Tensor, at: int) -> None:
-        """Embed a resumed spatial sequence's generated coordinates by value again."""
+        """Embed by value the coordinates that the prompt holds, and of a resumed spatial sequence those it had generated."""
         seq = chunk.seq
         where: list[int] = []
         pairs: list[tuple[float, float]] = []
-        for position in range(max(chunk.start, seq.num_prompt), chunk.start + chunk.num_tokens):
-            values = seq.values.get(position - seq.num_prompt)
-            if values is not None:
-                where.append(at + position - chunk.start)
+        for behind, values in seq.values.items():
+            place = seq.num_prompt + behind - chunk.start
+            if 0 <= place < chunk.num_tokens:
+                where.append(at + place)
                 pairs.append(values)
         if not where:
             return

@@ -19,8 +19,16 @@ from worker.step.token_tables import DeviceTables
 class RowTables:
     """Device tensors indexed by row."""
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device, limits: TableLimits) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        vocab_size: int,
+        device: torch.device,
+        limits: TableLimits,
+        suppress_ids: list[int],
+    ) -> None:
         self._limits = limits
+        self._suppress_ids = suppress_ids
         self.automata: DeviceTables | None = None
         self._shape = (max_rows + 1, vocab_size)
         self._device = device
@@ -40,7 +48,7 @@ class RowTables:
     def _allocate_automata(self) -> DeviceTables:
         if self.automata is None:
             max_rows, vocab_size = self._shape[0] - 1, self._shape[1]
-            self.automata = DeviceTables(self._limits, max_rows, vocab_size, self._device)
+            self.automata = DeviceTables(self._limits, max_rows, vocab_size, self._device, self._suppress_ids)
         return self.automata
 
     def _allocate_adjustments(self) -> None:

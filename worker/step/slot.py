@@ -11,8 +11,8 @@ from worker.forward import SPAN_FIELDS
 from worker.schedule.plan import StepPlan, StepResult
 from worker.step.staging import FIELDS, FLOAT_FIELDS, I32, StepShape, Views
 
-OUTPUT_FIELDS = 5
-"""Words of one row's outputs: id, bad, then two values and the token's logprob bit for bit as float32."""
+OUTPUT_FIELDS = 7
+"""Words of one row's outputs: id, bad, then bit for bit as float32 two values, the token's logprob, the values' logprobs."""
 
 
 SCORE_FIELDS = 2 + 2 * 20
@@ -108,6 +108,8 @@ class Slot:
         result = StepResult(out[:, 0].tolist(), out[:, 1].astype(bool).tolist())
         if any([seq.is_spatial for seq in samples]):
             result.values = [(x, y) for x, y in floats[:, 2:4].tolist()]
+            if any([seq.is_spatial and seq.sampling.num_logprobs >= 0 for seq in samples]):
+                result.value_logprobs = floats[:, 5:7].tolist()
         wanted = max([seq.sampling.num_logprobs for seq in samples], default=-1)
         if wanted >= 0:
             result.logprobs = floats[:, 4].tolist()

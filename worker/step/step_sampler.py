@@ -60,6 +60,7 @@ class StepSampler:
         self._suppress = torch.tensor(suppress, dtype=torch.int64, device=device)
         self._native = operations(device)
         self._kernels: SamplingKernels | None = None
+        self._masked_kernels: SamplingKernels | None = None
         if device.type == "cuda":
             self.use_kernels()
 
@@ -69,6 +70,7 @@ class StepSampler:
 
         card = self._model.card
         self._kernels = SamplingKernels(card.suppress_ids, card.vocab_size, self._suppress.device)
+        self._masked_kernels = SamplingKernels([], card.vocab_size, self._suppress.device)
 
     def sample(
         self,
@@ -86,7 +88,10 @@ class StepSampler:
         state the tokens go to."""
         fields = slot.fields
         places = fields[rows][which]
-        kernels = self._kernels
+        tables = self._rows.automata if wants.automata else None
+        # A mask says itself which ids a row never says: a thought ends with one that answers do not have.
+        is_masked = words is not None or tables is not None
+        kernels = self._masked_kernels if is_masked else self._kernels
         owns = kernels is not None and isinstance(which, slice) and choices().own_outputs
         # Only torch's own operations need the rows as 64-bit indexes.
         is_bare = owns and not (wants.adjusted or wants.automata or wants.spatial)
@@ -94,7 +99,6 @@ class StepSampler:
         raw = logits
         if wants.adjusted:
             logits = self._adjust(slot, which, logits, index)
-        tables = self._rows.automata if wants.automata else None
         if tables is not None:
             own = tables.words(index)
             words = own if words is None else words & own
@@ -120,7 +124,11 @@ class StepSampler:
         if wants.adjusted:
             self._rows.count(index, ids)
         if wants.spatial:
-            values = self._model.decode_values(hidden, ids)
+            if wants.num_top >= 0:
+                values, scores = self._model.score_values(hidden, ids)
+                out[:, 5:7] = scores.view(torch.int32)
+            else:
+                values = self._model.decode_values(hidden, ids)
             self._rows.last_values.index_copy_(0, index, values)
             out[:, 2:4] = values.view(torch.int32)
         if wants.num_top >= 0:
@@ -134,7 +142,7 @@ class StepSampler:
         """(ids, bad) with torch's own operations; `draw` None: every row is greedy."""
         most, best = self._largest(raw)
         bad = ~torch.isfinite(most)
-        if len(self._suppress):
+        if len(self._suppress) and words is None:
             logits = logits.index_fill(1, self._suppress, -torch.inf)
         if words is not None:
             logits = apply_mask(logits, words)

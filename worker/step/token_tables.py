@@ -6,6 +6,8 @@ after it are two gathers on the compute stream, before the host has seen the tok
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,12 +17,20 @@ from worker.schedule.automaton_places import TableLimits
 
 
 class DeviceTables:
-    """Packed tables; a global state is `place · max_states + state`. State 0 allows every id and stays.
+    """Packed tables; a global state is `place · max_states + state`. State 0 stays, and allows every id
+    that the model may ever say.
 
     Allocated when the first constraint comes, in one go: about 2.3 MB + 2.2 KB · vocabulary / 8 · places.
     """
 
-    def __init__(self, limits: TableLimits, max_rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        limits: TableLimits,
+        max_rows: int,
+        vocab_size: int,
+        device: torch.device,
+        suppress_ids: Sequence[int] = (),
+    ) -> None:
         self._limits = limits
         self._device = device
         states, places = limits.max_states, limits.num_places
@@ -35,6 +45,9 @@ class DeviceTables:
         self._class_of = zeros(places, vocab_size)
         self._states = zeros(max_rows + 1)
         self._masks[0] = -1
+        for token_id in suppress_ids:
+            bit = 1 << token_id % 32
+            self._masks[0, token_id // 32] &= ~(bit - (1 << 32) if bit >> 31 else bit)
         self._constrained: set[int] = set()  # rows whose state is not 0
 
     def upload(self, place: int, tables: TokenTables) -> None:

@@ -78,7 +78,11 @@ class TorchRunner:
         self.slots = [Slot(number, shape, device) for number in range(shape.num_slots)]
         self.cache = kv_memory(model, shape, device)
         self.rows = RowTables(
-            shape.max_rows, shape.vocab_size, device.torch_device, table_limits or TableLimits()
+            shape.max_rows,
+            shape.vocab_size,
+            device.torch_device,
+            table_limits or TableLimits(),
+            model.card.suppress_ids,
         )
         self.sampler = StepSampler(model, self.rows, device.torch_device)
         self._progress: Progress = nothing

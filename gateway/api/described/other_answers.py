@@ -255,6 +255,15 @@ class _MoondreamAnswer(Told, kw_only=True):
     metrics: MoondreamMetrics
 
 
+class BinScores(Told, kw_only=True):
+    """Natural log-probabilities of the bins that the coordinates, and of a box the sizes, were read from."""
+
+    x: float
+    y: float
+    width: float | UnsetType = UNSET
+    height: float | UnsetType = UNSET
+
+
 class Box(Told, kw_only=True):
     """Corners in fractions of the picture."""
 
@@ -262,6 +271,7 @@ class Box(Told, kw_only=True):
     y_min: float
     x_max: float
     y_max: float
+    logprobs: BinScores | UnsetType = UNSET
 
 
 class Point(Told, kw_only=True):
@@ -269,12 +279,37 @@ class Point(Told, kw_only=True):
 
     x: float
     y: float
+    logprobs: BinScores | UnsetType = UNSET
+
+
+class Grounding(Told, kw_only=True):
+    """The points (x, y) that the characters [start_idx, end_idx) of a thought speak of, in fractions of the picture."""
+
+    start_idx: int
+    end_idx: int
+    points: list[list[float]]
+
+
+class GroundedReasoning(Told, kw_only=True):
+    """What the model thought before it answered."""
+
+    text: str
+    grounding: list[Grounding]
+
+
+class ReasoningChunk(Told, kw_only=True):
+    """More of a thought: its text, or a point of the piece that is being said. The last event has all, with `grounding`."""
+
+    text: str
+    points: list[list[float]] | UnsetType = UNSET
+    grounding: list[Grounding] | UnsetType = UNSET
 
 
 class QueryAnswer(_MoondreamAnswer, kw_only=True):
     """The answer of `/v1/query`."""
 
     answer: str
+    reasoning: GroundedReasoning | UnsetType = UNSET
 
 
 class CaptionAnswer(_MoondreamAnswer, kw_only=True):
@@ -305,6 +340,7 @@ class MoondreamChunk(Told, kw_only=True):
     finish_reason: Literal["stop", "length", "deadline"] | UnsetType = UNSET
     metrics: MoondreamMetrics | UnsetType = UNSET
     answer: str | UnsetType = UNSET
+    reasoning: ReasoningChunk | UnsetType = UNSET
     caption: str | UnsetType = UNSET
     objects: list[Box] | UnsetType = UNSET
     points: list[Point] | UnsetType = UNSET

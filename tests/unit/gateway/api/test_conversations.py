@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from gateway.api.conversations import Conversations, Turn
-from gateway.api.prompts import Message
-from gateway.generation import End, PreparedImage, Usage
+from gateway.api.prompts import ImagePart, ImageUrl, Message, TextPart
+from gateway.generation import End, Usage
 from shared.errors import FinishReason
-from shared.protocol import ImageInput
 
 
 def turn(text: str = "hi", image_bytes: int = 0) -> Turn:
     """A turn of a known size."""
-    image = PreparedImage(ImageInput([], [], b""), [b"x" * image_bytes]) if image_bytes else None
-    return Turn((Message(role="user", content=text),), image)
+    picture = ImagePart(image_url=ImageUrl(url="x" * image_bytes))
+    return Turn((Message(role="user", content=[TextPart(text=text), picture]),))
 
 
 def test_turns_belong_to_their_tenant() -> None:
@@ -58,7 +57,12 @@ def test_calls_results_and_thinking_count() -> None:
     held.remember_answer("", "resp_1", turn(), End(FinishReason.STOP, Usage()), output)
     assert held.size_bytes >= 1500
     said = Message(role="tool", content="r" * 300, tool_call_id="c")
-    assert Turn((said,), None).size_bytes >= 300
+    assert (
+        Turn(
+            (said,),
+        ).size_bytes
+        >= 300
+    )
 
 
 def test_a_call_that_was_cut_off_is_not_gone_on_with() -> None:

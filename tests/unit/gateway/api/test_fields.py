@@ -197,12 +197,18 @@ VALID: dict[str, tuple[Decode, dict[str, Any]]] = {
     "chat/detokenize": (decoder(tokenize._decode_detokenize), {"tokens": [1]}),
     "query": (
         decoder(moondream._decode_query),
-        {"question": "q", "image_url": "data:,", "settings": SETTINGS},
+        {
+            "question": "q",
+            "image_url": "data:,",
+            "spatial_refs": [[0.5, 0.5]],
+            "reasoning": True,
+            "settings": SETTINGS,
+        },
     ),
     "caption": (decoder(moondream._decode_caption), {"image_url": "data:,", "settings": SETTINGS}),
     "detect": (
         decoder(moondream._decode_object),
-        {"image_url": "data:,", "object": "o", "settings": SETTINGS},
+        {"image_url": "data:,", "object": "o", "logprobs": True, "settings": SETTINGS},
     ),
 }
 

@@ -104,7 +104,7 @@ def test_without_a_template_chat_is_refused_in_words() -> None:
         assert ask(gateway.url, "/v1/completions", {"prompt": "u"}).status == 200
 
 
-def test_two_pictures_in_one_message_are_refused_and_a_later_one_replaces_an_earlier(
+def test_more_pictures_than_the_model_takes_are_refused_with_its_bound(
     gateway: GatewayThread, worker: FakeWorker, data_url: Callable[..., str]
 ) -> None:
     def turn(text: str, *colours: str) -> dict[str, Any]:
@@ -112,10 +112,10 @@ def test_two_pictures_in_one_message_are_refused_and_a_later_one_replaces_an_ear
         return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
     chat = "/v1/chat/completions"
-    answer = ask(gateway.url, chat, {"messages": [turn("compare", "red", "blue")]})
+    answer = ask(gateway.url, chat, {"messages": [turn("a", "red"), turn("compare", *["blue"] * 16)]})
     assert (answer.status, answer.error["code"]) == (400, "unsupported")
-    assert answer.error["param"] == "messages[0].content[1].image_url.url"
-    assert ask(gateway.url, chat, {"messages": [turn("a", "red"), turn("b", "blue")]}).status == 200
-    assert ask(gateway.url, chat, {"messages": [turn("b", "blue")]}).status == 200
-    first, second = worker.submits
-    assert first.images[0].digest == second.images[0].digest and first.prompt == second.prompt
+    assert answer.error["param"] == "messages[1].content[15].image_url.url"
+    assert "at most 16" in answer.error["message"]
+    assert ask(gateway.url, chat, {"messages": [turn("a", "red"), turn("b", "blue", "red")]}).status == 200
+    digests = [image.digest for image in worker.submits[0].images]
+    assert digests[0] == digests[2] != digests[1]

@@ -56,12 +56,12 @@ async def test_a_model_whose_template_shows_no_tools_is_told_in_words() -> None:
 async def test_results_alone_go_on_with_what_is_held_and_are_kept() -> None:
     call = ToolCall(id="c", type="function", function=FunctionCall(name="now", arguments="{}"))
     held = (Message(role="user", content="when?"), Message(role="assistant", tool_calls=[call]))
-    one, model = await prepared(NONE, Turn(held, None), input=[GAVE], tools=[TOOL])
+    one, model = await prepared(NONE, Turn(held), input=[GAVE], tools=[TOOL])
     ((messages, _),) = model.rendered
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
     assert one.turn.messages == (*held, Message(role="tool", content="noon", tool_call_id="c"))
     with pytest.raises(RequestError) as caught:
-        await prepared(NONE, Turn(held, None), input=[])
+        await prepared(NONE, Turn(held), input=[])
     assert caught.value.param == "input"
 
 
@@ -73,7 +73,7 @@ async def test_what_the_template_does_not_show_is_named_by_its_place(fields: dic
     assert caught.value.message.startswith("input[1]: ")
     call = ToolCall(id="c", type="function", function=FunctionCall(name="now", arguments="{}"))
     with pytest.raises(RequestError) as caught:
-        await prepared(previous=Turn((Message(role="assistant", tool_calls=[call]),), None), **fields)
+        await prepared(previous=Turn((Message(role="assistant", tool_calls=[call]),)), **fields)
     assert caught.value.param == "previous_response_id"
 
 

@@ -203,7 +203,7 @@ def test_boxes_are_made_of_three_tokens_and_clamped(boxes: list[tuple[float, ...
     index = 0
     for x, y, width, height in boxes:
         for values in ([x], [y], [width, height]):
-            found.append(stream.on_token(index, 5, 101.0, values))
+            found.append(stream.on_token(index, 5, 101.0, wire.TokenValues(1, index, values)))
             index += 1
     found.append(stream.on_token(index, 0, 101.0))
     objects = [item for item in found if isinstance(item, SpatialObject)]
@@ -215,8 +215,20 @@ def test_boxes_are_made_of_three_tokens_and_clamped(boxes: list[tuple[float, ...
 
 def test_points_are_made_of_two_tokens() -> None:
     stream = state(task="point")
-    assert stream.on_token(0, 5, 101.0, [0.25]) is None
-    assert stream.on_token(1, 5, 101.0, [float("nan")]) == SpatialObject(0.25, 0.0)
+    assert stream.on_token(0, 5, 101.0, wire.TokenValues(1, 0, [0.25])) is None
+    assert stream.on_token(1, 5, 101.0, wire.TokenValues(1, 1, [float("nan")])) == SpatialObject(0.25, 0.0)
+
+
+def test_log_probabilities_of_bins_come_with_their_object() -> None:
+    stream = state(task="detect")
+    for index, one in enumerate(([0.25, 0.0], [0.5, 0.0])):
+        assert (
+            stream.on_token(index, 5, 101.0, wire.TokenValues(1, index, one, logprobs=[-1.0 - index, 0.0]))
+            is None
+        )
+    box = stream.on_token(2, 6, 101.0, wire.TokenValues(1, 2, [0.1, 0.2], logprobs=[-3.0, -4.0]))
+    assert isinstance(box, SpatialObject)
+    assert box.scores() == {"x": -1.0, "y": -2.0, "width": -3.0, "height": -4.0}
 
 
 def test_leading_space_of_an_answer_is_dropped_even_across_tokens() -> None:

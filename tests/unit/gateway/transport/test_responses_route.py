@@ -32,7 +32,7 @@ def about(picture: str, task: str, **fields: Any) -> dict[str, Any]:
     ("fields", "param"),
     [({"top_logprobs": 2}, "top_logprobs"), ({"include": ["message.output_text.logprobs"]}, "include")],
 )
-def test_coordinates_have_no_logprobs_and_asking_for_them_says_so(
+def test_coordinates_have_no_tokens_logprobs_and_asking_for_them_says_so(
     gateway: GatewayThread,
     worker: FakeWorker,
     data_url: Callable[..., str],
@@ -45,12 +45,28 @@ def test_coordinates_have_no_logprobs_and_asking_for_them_says_so(
     assert task in answer.error["message"] and not worker.submits
 
 
-@pytest.mark.parametrize("path", ["/v1/detect", "/v1/point"])
-def test_moondreams_own_routes_name_the_field_too(
-    gateway: GatewayThread, worker: FakeWorker, data_url: Callable[..., str], path: str
+@pytest.mark.parametrize("task", ["detect", "point"])
+def test_objects_bring_the_log_probabilities_of_their_bins_when_asked(
+    gateway: GatewayThread, worker: FakeWorker, data_url: Callable[..., str], task: str
 ) -> None:
-    answer = ask(gateway.url, path, {"image_url": data_url(), "object": "dot", "logprobs": True})
-    assert answer.status == 400 and answer.error["param"] == "logprobs" and not worker.submits
+    worker.reply_objects([(0.5, 0.5, 0.2, 0.4)] if task == "detect" else [(0.5, 0.5)])
+    scores = {"x": -0.25, "y": -0.25}
+    if task == "detect":
+        scores |= {"width": -0.25, "height": -0.5}
+    name = "objects" if task == "detect" else "points"
+    body = {"image_url": data_url(), "object": "dot"}
+    plain = ask(gateway.url, f"/v1/{task}", body).json[name][0]
+    assert ask(gateway.url, f"/v1/{task}", {**body, "logprobs": False}).json[name][0] == plain
+    asked = ask(gateway.url, f"/v1/{task}", {**body, "logprobs": True}).json[name][0]
+    assert asked == {**plain, "logprobs": scores}
+    wanted = [submit.sampling.num_logprobs for submit in worker.submits]
+    assert wanted == [-1, -1, 0]
+    response = about(data_url(), task)
+    response["degas"]["logprobs"] = True
+    text = ask(gateway.url, RESPONSES, response).json["output"][0]["content"][0]["text"]
+    assert json.loads(text)[name][0]["logprobs"] == scores
+    answer = ask(gateway.url, RESPONSES, {"input": "hi", "degas": {"logprobs": True}})
+    assert (answer.status, answer.error["param"]) == (400, "degas.logprobs")
 
 
 @pytest.mark.parametrize(("given", "sent"), [(None, 151), (7, 7), (1000, 151)])
@@ -97,7 +113,7 @@ def test_fields_that_all_bodies_share_reach_the_worker(gateway: GatewayThread, w
 def test_an_answer_named_by_its_item_stands_in_its_place(answer: str) -> None:
     held = Conversations()
     said = (("user", "how many?"), ("assistant", "how many what?"), ("user", "dots"))
-    asked = Turn(tuple(Message(role=role, content=text) for role, text in said), None)  # type: ignore[arg-type]
+    asked = Turn(tuple(Message(role=role, content=text) for role, text in said))  # type: ignore[arg-type]
     output = [{"id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": answer}]}]
     held.remember_answer("mine", "resp_1", asked, End(FinishReason.STOP, Usage()), output)
     items = [{"content": "dots"}, {"type": "item_reference", "id": "msg_1"}, {"content": "sure?"}]

@@ -347,4 +347,25 @@ def starmie(folder: Path, *, stale: bool) -> Path:
 def test_the_stale_tokenizer_of_moondream_2(tmp_path: Path) -> None:
     error = refusal(starmie(tmp_path / "stale", stale=True))
     assert "moondream/starmie-v1" in str(error) and error.file == tmp_path / "stale" / "tokenizer.json"
-    Folder(starmie(tmp_path / "right", stale=False)).tokenizer()
+    right = Folder(starmie(tmp_path / "right", stale=False)).tokenizer()
+    wrong = json.loads(right)
+    wrong["model"]["vocab"]["<|md_reserved_1|>"] = 99
+    (tmp_path / "right" / "tokenizer.json").write_text(json.dumps(wrong))
+    assert "expected '<|md_reserved_1|>'" in str(refusal(tmp_path / "right"))
+
+
+@pytest.mark.parametrize("place", ["stale/starmie-v1", "starmie-v1", "hub"])
+def test_the_right_tokenizer_is_taken_from_a_second_folder(tmp_path: Path, place: str) -> None:
+    home = tmp_path / "stale"
+    if place == "hub":
+        home = tmp_path / "models--vikhyatk--moondream2" / "snapshots" / "0a1b"
+        place = "models--moondream--starmie-v1/snapshots/2c3d"
+    right = starmie(tmp_path / "made", stale=False) / "tokenizer.json"
+    second = tmp_path / place / "tokenizer.json"
+    source = Folder(starmie(home, stale=True))
+    second.parent.mkdir(parents=True)
+    second.write_bytes(right.read_bytes())
+    assert source.tokenizer() == right.read_bytes()
+    second.write_bytes((home / "tokenizer.json").read_bytes())
+    error = refusal(home)
+    assert "not the tokenizer of moondream/starmie-v1" in str(error) and error.file == second

@@ -68,6 +68,16 @@ def test_older_layout_equals_released_layout(tmp_path: Path) -> None:
     assert torch.equal(
         found.region.encode_size(value, torch.float32), want.region.encode_size(value, torch.float32)
     )
+    mixed = {name: tensor for name, tensor in tensors.items() if ".region." not in name}
+    mixed |= {
+        name.replace("region_model.", "model.region."): tensor
+        for name, tensor in old.items()
+        if name.startswith("region_model.")
+    }
+    mixed_model = load(write_checkpoint(tmp_path / "mixed", mixed))
+    assert torch.equal(
+        mixed_model.region.encode_size(value, torch.float32), want.region.encode_size(value, torch.float32)
+    )
     bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     assert torch.equal(outputs(load(write_checkpoint(tmp_path / "bare", bare))), outputs(want))
 

@@ -78,6 +78,8 @@ class Stream:
     cancelled: bool = False
     gateway: bytes = GATEWAY
     scores: list[tuple[float, int, list[int], list[float]]] = field(default_factory=list)  # of the prompt
+    logprobs: list[float] = field(default_factory=list)  # of its tokens
+    value_logprobs: list[list[float]] = field(default_factory=list)
 
 
 class RecordingOutbox:
@@ -99,6 +101,8 @@ class RecordingOutbox:
             return
         assert isinstance(message, StepOutputs), message
         assert message.epoch == EPOCH
+        for own in message.logprobs:
+            self.streams[gateway, own.sequence_id].logprobs.append(own.logprob)
         for item in message.prompt_logprobs:
             stream = self.streams[gateway, item.sequence_id]
             assert stream.finish is None and not stream.tokens, "a prompt's scores after its answer"
@@ -119,6 +123,7 @@ class RecordingOutbox:
             stream = self.streams[gateway, value.sequence_id]
             assert value.token_index == len(stream.values)
             stream.values.append((value.values[0], value.values[1]))
+            stream.value_logprobs.append(value.logprobs)
         for finish in message.finishes:
             stream = self.streams[gateway, finish.sequence_id]
             assert stream.finish is None, "two terminal events"
