@@ -111,6 +111,8 @@ def on_core(
             work.send(None)
         except StopIteration as done:
             return done.value
+        except RuntimeError:
+            pass  # it wants a loop, and is asked again on one; a fault of its own shows there as well
         work.close()
         return _ON_LOOP.run(prepare_body(core, data, **more))
 

@@ -277,6 +277,8 @@ def test_card(tmp_path: Path) -> None:
         "reasoning_suffix": [3, 4],
         "reasoning_end": [3],
         "reasoning_suppress": [0, 6],
+        "reasoning_close": [3],
+        "reasoning_cuts": [7, 9],
         "detect_prefix": [1, 7235, 476, 2],
         "detect_suffix": [3],
         "point_prefix": [1, 2581, 2],
