@@ -312,6 +312,7 @@ def test_a_lost_worker_is_told_and_the_conversation_goes_on(
     page = visit(chat_site.url).page
     page.wait_for_selector("#chat-view:not([hidden])")
     exchange = say(page, "endless", ends="streaming")
+    expect(exchange.locator(".prose")).to_contain_text("bead")
     worker.die()
     expect(exchange).to_have_attribute("data-state", "failed")
     expect(exchange.locator(".problem-words")).to_contain_text("worker")
