@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from keyword import kwlist
 from typing import Any, Final, Protocol
 
 _ARGUMENTS: Final = ("arguments", "parameters", "input")
@@ -317,10 +319,23 @@ def _between_calls(outcome: Outcome, text: str, closes: Sequence[str], is_last: 
     return outcome
 
 
+_MARK: Final = "_keyword_argument_"
+_NAMED_LIKE_KEYWORD: Final = re.compile(
+    r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|(?<=[(,])(\s*)({})(?=\s*=)""".format("|".join(kwlist)), re.DOTALL
+)
+
+
+def _marked(text: str) -> str:
+    """The text with a mark before arguments that Python would take for its keywords. What stands in quotes is passed over."""
+    return _NAMED_LIKE_KEYWORD.sub(
+        lambda found: found[0] if found[2] is None else f"{found[1]}{_MARK}{found[2]}", text
+    )
+
+
 def _python_calls(text: str) -> list[CallEvent] | None:
-    """Every call of a list of calls, or None for anything else."""
+    """Every call of a list of calls, or None for anything else. A schema may name an argument as Python names a keyword."""
     try:
-        listed = ast.parse(text.strip(), mode="eval").body
+        listed = ast.parse(_marked(text.strip()), mode="eval").body
         if not isinstance(listed, ast.List) or not listed.elts:
             return None
         events = []
@@ -328,7 +343,8 @@ def _python_calls(text: str) -> list[CallEvent] | None:
             if not isinstance(call, ast.Call) or call.args:
                 return None
             arguments: dict[str | None, Any] = {
-                keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords
+                keyword.arg and keyword.arg.removeprefix(_MARK): ast.literal_eval(keyword.value)
+                for keyword in call.keywords
             }
             if None in arguments:
                 return None

@@ -154,6 +154,11 @@ def test_arguments_before_the_name_wait_for_it() -> None:
         ("llama", '<|python_tag|>{"type": "function", "name": "f", "parameters": {"a": 1}}', [("f", {"a": 1})]),
         ("granite", '<|tool_call|>[{"name": "f", "arguments": {}}]<|/tool_call|>', [("f", {})]),
         ("lfm", '<|tool_call_start|>{"name": "f", "arguments": {}}<|tool_call_end|>', [("f", {})]),
+        (
+            "lfm",
+            """<|tool_call_start|>[f(or=1, a="x, or=2", if='(in=3)')]<|tool_call_end|>""",
+            [("f", {"or": 1, "a": "x, or=2", "if": "(in=3)"})],
+        ),
     ],
 )  # fmt: skip
 def test_other_layouts_that_models_write(dialect: str, text: str, calls: Calls) -> None:
