@@ -1,17 +1,15 @@
 """Owns full attention within crops by a CPU's compiled operations, in place of torch's. Decode thread.
 
-They are those of a prompt's chunk: each crop is a sequence of one page, whose tokens see all of it. All threads of the team
-share the work, and matrix registers do it where there are some.
+Each crop is a segment of `segment_memory`. All threads of the team share the work, and matrix registers do it where there are some.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from worker.models.segment_memory import SegmentMemory
 from worker.native.operations import HEAD_DIMS, Operations, operations
-from worker.native.token_rows import TokenRows
 
 
 class CropAttention:
@@ -28,32 +26,13 @@ class CropAttention:
         shape = crops, qkv.shape[0] // crops
         if shape != self._shape:
             self._prepare(*shape)
-        out = qkv.new_empty(qkv.shape[0], self._num_heads * self._head_dim)
-        self._native.attend(
-            qkv,
-            self._keys,
-            self._values,
-            self._write_index,
-            self._rows,
-            self._rotation,
-            self._num_heads,
-            out,
-        )
-        return out
+        return self._memory.attend(qkv, self._rotation)
 
     def _prepare(self, crops: int, tokens: int) -> None:
         self._shape = crops, tokens
-        self._keys = torch.empty(crops, tokens, self._num_heads, self._head_dim, dtype=self._dtype)
-        self._values = torch.empty_like(self._keys)
-        self._write_index = torch.arange(crops * tokens)
+        lengths = [tokens] * crops
+        self._memory = SegmentMemory(self._native, lengths, self._num_heads, self._head_dim, self._dtype)
         self._rotation = torch.empty(crops * tokens, 1, 0, dtype=torch.complex64)  # nothing is rotated
-        self._tables = torch.arange(crops, dtype=torch.int32)
-        runs = np.zeros((crops, 4), np.int64)
-        runs[:, 0] = tokens
-        runs[:, 1] = self._tables.data_ptr() + self._tables.element_size() * np.arange(crops)
-        runs[:, 3] = 1
-        lengths = torch.full((crops * tokens,), tokens, dtype=torch.int32)
-        self._rows = TokenRows(crops * tokens, lengths, None, torch.from_numpy(runs))
 
 
 MOST_PADDING = 1.25

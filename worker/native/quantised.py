@@ -120,37 +120,27 @@ Quantised = QuantisedWeight | Levels
 
 def stacked(parts: Sequence[Quantised]) -> Quantised:
     """One weight of all parts' rows, such as q, k and v: as blocks if they are of one kind, else as levels."""
-    first = parts[0]
-    if isinstance(first, QuantisedWeight):
-        blocks = [
-            part.blocks for part in parts if isinstance(part, QuantisedWeight) and part.kind == first.kind
-        ]
-        if len(blocks) == len(parts):
-            together = torch.cat(blocks)
-            return QuantisedWeight(first.kind, len(together), first.columns, together)
-    return _joined([part.levels().in_sixteens() for part in parts], dim=0)
-
-
-def _joined(parts: Sequence[Levels], dim: int) -> Levels:
-    least: Tensor | None = None
-    if any(part.least is not None for part in parts):
-        known = [torch.zeros_like(part.scale) if part.least is None else part.least for part in parts]
-        least = torch.cat(known, dim)
-    q, scale = torch.cat([part.q for part in parts], dim), torch.cat([part.scale for part in parts], dim)
-    return Levels(q, scale, least)
+    return _joined(parts, dim=0)
 
 
 def beside(parts: Sequence[Quantised]) -> Quantised:
     """One weight of all parts' columns, for a product over several inputs: blocks if they are of one kind, else levels."""
-    first = parts[0]
-    if isinstance(first, QuantisedWeight):
-        blocks = [
-            part.blocks for part in parts if isinstance(part, QuantisedWeight) and part.kind == first.kind
-        ]
-        if len(blocks) == len(parts):
-            columns = sum(part.shape[1] for part in parts)
-            return QuantisedWeight(first.kind, first.rows, columns, torch.cat(blocks, 1))
-    return _joined([part.levels().in_sixteens() for part in parts], dim=1)
+    return _joined(parts, dim=1)
+
+
+def _joined(parts: Sequence[Quantised], dim: int) -> Quantised:
+    blocks = [part for part in parts if isinstance(part, QuantisedWeight)]
+    if len(blocks) == len(parts) and len({part.kind for part in blocks}) == 1:
+        together = torch.cat([part.blocks for part in blocks], dim)
+        columns = sum(part.columns for part in blocks) if dim else blocks[0].columns
+        return QuantisedWeight(blocks[0].kind, len(together), columns, together)
+    levels = [part.levels().in_sixteens() for part in parts]
+    least: Tensor | None = None
+    if any(part.least is not None for part in levels):
+        known = [torch.zeros_like(part.scale) if part.least is None else part.least for part in levels]
+        least = torch.cat(known, dim)
+    q, scale = torch.cat([part.q for part in levels], dim), torch.cat([part.scale for part in levels], dim)
+    return Levels(q, scale, least)
 
 
 _Parts = tuple[Tensor, Tensor, Tensor | None]
