@@ -354,13 +354,14 @@ class World:
 
     def live(self, seconds: float) -> None:
         """Undisturbed service for so long; heartbeats and leases go on."""
-        until_s = self.clock.now() + seconds
-        while self.clock.now() < until_s:
+        began_s = self.clock.now()
+        while self.clock.now() < began_s + seconds:
             self.flow()
             self.clock.advance(0.24)
         self.flow()
         for link, node in zip(self.links, self.nodes, strict=True):
-            if not node.serves and seconds > PROGRESS_S:
+            was_down = not node.serves and node.down_s <= began_s  # all that time: it may also die on the way
+            if was_down and seconds > PROGRESS_S:
                 assert link.ready is None, "a worker that does nothing is taken for ready"
 
     def restart(self, number: int) -> None:
