@@ -42,7 +42,7 @@ if [ "${parts[*]}" = wheels ]; then
 fi
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-if compgen -G '.whl/*.whl' >/dev/null; then
+if [ -z "$smoke" ] && compgen -G '.whl/*.whl' >/dev/null; then
   # Behind what the machine has, whose torch and numpy fit its driver: PYTHONPATH comes first on the path, a .pth file's
   # lines last.
   site="$(mktemp -d)"
@@ -103,7 +103,7 @@ serve() {
   port="$("$python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')" || return 1
   export DEGAS_WORKER_PREFIX_CACHE=false DEGAS_WORKER_FEATURE_BYTES=0
   if [ -z "$smoke" ]; then
-    seconds=12 side=700 height=500 model="$(mktemp -d)/moondream2"
+    seconds=${SERVE_S:-12} side=700 height=500 model="$(mktemp -d)/moondream2"
     "$python" -m loadtest.gpu.random_models moondream2 "$model" || return 1
   fi
   one() { # one NAME TOKENS: a start with cold Triton, all graphs and 3.8 GB of weights may take a minute
@@ -136,7 +136,10 @@ for part in "${parts[@]}"; do
     tests)
       folders=(tests/gpu)
       [ -n "$smoke" ] && folders=(-k "gpu or one_launch or smallest_bucket" tests/gpu tests/unit/worker/kernels/test_choices.py)
-      run tests 200 6 "$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers "${folders[@]}" ;;
+      # Nothing is timed here, and most of it is compiling: side by side, where the machine has the means.
+      side=()
+      if [ -z "$smoke" ] && "$python" -c 'import xdist' 2>/dev/null; then side=(-n "${GPU_TESTS_PROCESSES:-8}" --dist worksteal); fi
+      run tests 160 30 "$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers --tb=short --durations=6 "${side[@]}" "${folders[@]}" ;;
     decode) run decode 150 30 "$python" -m loadtest.gpu.decode --out "$out" $smoke ;;
     switches) run switches 90 60 "$python" -m loadtest.gpu.switches --out "$out" $smoke ;;
     products) run products 70 62 "$python" -m loadtest.gpu.products --out "$out" $smoke ;;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
 import time
@@ -291,6 +292,28 @@ def test_a_late_capture_equals_one_at_start() -> None:
     assert same >= 19, f"{same} of 20 sequences agree"  # timing decides which rows meet: rounding, as below
     counts = late.graph_counts
     assert counts.captures_total.get("late") and "failed" not in counts.captures_total
+
+
+def test_graphs_are_captured_anew_after_all_others_are_gone(runner: TorchRunner) -> None:
+    """A runner's graphs may all go while their device stays: its pools must still take new ones."""
+    assert isinstance(runner.device, CudaDevice)
+    for aside in (False, True, False, True):
+        memory = torch.zeros(4, device=runner.device.torch_device)
+        graph = runner.device.capture(lambda memory=memory: memory.add_(1), aside=aside)
+        before = float(memory[0])
+        with runner.device.compute.use():
+            graph.replay()
+        runner.device.synchronize()
+        assert float(memory[0]) == before + 1
+        del graph
+    device = CudaDevice()
+    for _ in range(2):
+        with torch.inference_mode():
+            made = make_runner(runner.model, device)
+            made.capture_graphs()
+        assert "failed" not in made.graph_counts.captures_total
+        del made
+        gc.collect()
 
 
 def test_each_switch_turned_gives_the_same_tokens(runner: TorchRunner) -> None:

@@ -30,9 +30,9 @@ class GpuChoices:
     )
     vision_stream: bool = True  # pictures are encoded on a stream of their own, beside decode rows
     vision_gelu: bool = True  # the vision encoder's first product of an MLP takes its GELU itself
-    last_joins: bool = False  # decode attention: the last program of a head to end joins its parts
-    own_products: bool = False  # products of at most 32 rows by `kernels.few_rows_product`, not by cuBLAS
-    dependent_launch: bool = False  # a kernel of a decode step is launched before the one it waits for ends
+    last_joins: bool = True  # decode attention: the last program of a head to end joins its parts
+    own_products: bool = True  # products of at most 32 rows by `kernels.few_rows_product`, not by cuBLAS
+    dependent_launch: bool = True  # a kernel of a decode step is launched before the one it waits for ends
 
 
 _current = GpuChoices()

@@ -121,6 +121,7 @@ class CudaDevice:
         self._pool: Any = torch.cuda.graph_pool_handle()  # torch's own name for the type is private
         # Graphs of the other stream run beside those, so they must not share memory with them.
         self._aside_pool: Any = torch.cuda.graph_pool_handle()
+        self._keepers: dict[bool, torch.cuda.CUDAGraph] = {}  # by `aside`
 
     def event(self) -> Event:
         return CudaEvent()
@@ -136,9 +137,7 @@ class CudaDevice:
         allocator's cache each time: a graph may be captured while steps are in flight."""
         if self.capture_broke:
             raise CaptureBroken("an earlier recording broke off; nothing is captured any more")
-        graph = torch.cuda.CUDAGraph()
-        collecting = gc.isenabled()
-        stream, pool = (self._aside, self._aside_pool) if aside else (self._compute, self._pool)
+        stream = self._aside if aside else self._compute
         if aside:
             stream.raw.wait_stream(self._compute.raw)  # the body reads what was made there
         with stream.use():
@@ -150,23 +149,38 @@ class CudaDevice:
                     torch.cuda.empty_cache()
                     raise CaptureFailed(f"no memory to run it: {str(error)[:300]}") from error
                 stream.raw.synchronize()  # errors of the body are raised here, not during the capture
-            gc.disable()  # a collected event or graph would call CUDA in the middle of the recording
+            if aside not in self._keepers:
+                # A pool whose last graph is gone is gone as well, and torch (2.11) refuses to record into its id again:
+                # this graph holds it as long as the device lives, whatever becomes of a runner's graphs.
+                self._keepers[aside] = self._record(self._fill_a_byte, aside)
+            return CudaGraph(self._record(body, aside))
+
+    def _record(self, body: Callable[[], None], aside: bool) -> torch.cuda.CUDAGraph:
+        """Record into one of the pools, on the current stream. Raises CaptureBroken."""
+        graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # a collected event or graph would call CUDA in the middle of the recording
+        try:
+            # Other threads may use CUDA meanwhile; this one is checked.
+            graph.capture_begin(
+                pool=self._aside_pool if aside else self._pool, capture_error_mode="thread_local"
+            )
             try:
-                # Other threads may use CUDA meanwhile; this one is checked.
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    body()
-                finally:
-                    graph.capture_end()
-            except Exception as error:
-                # `capture_end` of a broken recording raises before it tells the allocator that recording is over: what is
-                # allocated from now on may land in the pool of graphs, and another recording would be mixed with this.
-                self.capture_broke = True
-                raise CaptureBroken(f"{type(error).__name__}: {str(error)[:300]}") from error
+                body()
             finally:
-                if collecting:
-                    gc.enable()
-        return CudaGraph(graph)
+                graph.capture_end()
+        except Exception as error:
+            # `capture_end` of a broken recording raises before it tells the allocator that recording is over: what is
+            # allocated from now on may land in the pool of graphs, and another recording would be mixed with this.
+            self.capture_broke = True
+            raise CaptureBroken(f"{type(error).__name__}: {str(error)[:300]}") from error
+        finally:
+            if collecting:
+                gc.enable()
+        return graph
+
+    def _fill_a_byte(self) -> None:
+        torch.zeros(1, dtype=torch.uint8, device=self.torch_device)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)

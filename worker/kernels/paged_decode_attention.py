@@ -46,6 +46,8 @@ TUNED = Variant(most_registers=64, heads_first=True)
 VARIANTS = {
     "plain": PLAIN,
     "tuned": TUNED,
+    "heads first": Variant(heads_first=True),
+    "64 registers": Variant(most_registers=64),
     "staged": replace(TUNED, staged=True),
     "dots": replace(TUNED, dots=True, most_registers=None),
     "32 tokens": replace(TUNED, block_tokens=32),
