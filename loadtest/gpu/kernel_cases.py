@@ -93,17 +93,17 @@ class Bench:
     # ------------------------------------------------------------------ cases
 
     def decode(
-        self, rows: int, heads: int, kv_heads: int, head_dim: int, context: int, variant: str = "tuned"
+        self, rows: int, heads: int, kv_heads: int, head_dim: int, context: int, variant: str = "served"
     ) -> Case:
-        """One layer's decode attention in a variant, or "joined": as served, joined by the last program; the reference is the
-        torch path of the models."""
+        """One layer's decode attention in a variant, or "served", or that "joined" by the last program, or any variant so
+        ("joined" behind its name); the reference is the torch path of the models."""
         arrivals: Tensor | None = None
-        if variant == "joined":
+        if variant.endswith("joined"):
             arrivals = torch.zeros(rows * kv_heads, dtype=torch.int32, device=self.device)
         num_pages = -(-context // PAGE_TOKENS)
-        # With dots or grouped heads a bound on registers would make it spill.
-        of = VARIANTS["tuned" if variant == "joined" else variant]
-        laid = of if heads == kv_heads else replace(of, most_registers=None)
+        laid = VARIANTS.get(variant.removesuffix(", joined"))
+        if laid is not None and heads != kv_heads:
+            laid = replace(laid, most_registers=None)  # with grouped heads a bound would make it spill
         kv_bytes = 2 * rows * context * kv_heads * head_dim * self.dtype.itemsize
         kernels: list[Work] = []
         references: list[Work] = []
@@ -328,8 +328,8 @@ class Bench:
             made += [
                 lambda r=rows, h=heads, k=kv_heads, d=head_dim, v=name: self.decode(r, h, k, d, 850, v)  # type: ignore[misc]
                 for rows in (1, 8, 32)
-                for name in (*VARIANTS, "joined")
-                if name != "tuned" and (heads == kv_heads or name in ("plain", "staged", "joined"))
+                for name in (*VARIANTS, "joined", "few, joined", "many, joined")
+                if heads == kv_heads or name in ("staged", "many", "joined")
             ]
             made.append(lambda h=heads, k=kv_heads, d=head_dim: self.prefill(h, k, d, 1024, 0, 0))  # type: ignore[misc]
         made += [

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worker.formats.folder import Folder
+from worker.formats.moondream_tokenizer import QUERY_ID, RESERVED
 from worker.models.card import make_card as make_dense_card
 from worker.models.dense import Dense
 from worker.models.families import llama, qwen
@@ -234,7 +235,11 @@ def random_model(
 
 
 def _words(vocab_size: int) -> dict[str, Any]:
-    """A tokenizer.json whose id n is the word "wn"; any other word is id 1."""
+    """A tokenizer.json whose id n is the word "wn"; any other word is id 8. It passes for Moondream's own where it is large
+    enough: a worker refuses a folder whose tokenizer is another."""
+    names = {n: f"w{n}" for n in range(vocab_size)}
+    if vocab_size > QUERY_ID:
+        names |= RESERVED | {QUERY_ID: "query"}
     return {
         "version": "1.0",
         "truncation": None,
@@ -244,7 +249,7 @@ def _words(vocab_size: int) -> dict[str, Any]:
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "post_processor": None,
         "decoder": None,
-        "model": {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(vocab_size)}, "unk_token": "w1"},
+        "model": {"type": "WordLevel", "vocab": {name: n for n, name in names.items()}, "unk_token": "w8"},
     }
 
 

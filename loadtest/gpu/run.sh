@@ -106,23 +106,30 @@ serve() {
     seconds=${SERVE_S:-12} side=700 height=500 model="$(mktemp -d)/moondream2"
     "$python" -m loadtest.gpu.random_models moondream2 "$model" || return 1
   fi
-  one() { # one NAME TOKENS: a start with cold Triton, all graphs and 3.8 GB of weights may take a minute
-    "$python" -m degas loadtest short --url "http://127.0.0.1:$port" --warmup --ready-s 120 --in-flight 64 \
+  one() { # one NAME TOKENS
+    "$python" -m degas loadtest short --url "http://127.0.0.1:$port" --warmup --ready-s 5 --in-flight 64 \
       --seconds "$seconds" --min-tokens "$2" --max-tokens "$2" --pictures 64 \
       --picture-px "$side" --picture-height-px "$height" --json "$out/serve-$1.json"
   }
-  begin() { "$python" -m degas serve --model "$model" --port "$port" --grpc-port -1 --max-rows 64 & server=$!; }
+  begin() { # fails as soon as the server has gone
+    "$python" -m degas serve --model "$model" --port "$port" --grpc-port -1 --max-rows 64 & server=$!
+    local i
+    for i in $(seq 240); do
+      kill -0 "$server" 2>/dev/null || { echo "the server has ended before it was ready"; return 1; }
+      "$python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1])' "http://127.0.0.1:$port/readyz" \
+        2>/dev/null && return 0
+      sleep 0.5
+    done
+  }
   end() { # a server that has gone was not the one that answered
     kill "$server" || status=1
     wait "$server"
   }
-  begin
-  one 3 3 && one 30 30 || status=1
+  begin && one 3 3 && one 30 30 || status=1
   end
   if [ -z "$smoke" ] && [ "$status" -eq 0 ]; then # without the switches that no replay shows
     export DEGAS_WORKER_GPU_WITHOUT=upload_aside,early_copy,vision_stream
-    begin
-    one 30-plain 30 || status=1
+    begin && one 30-plain 30 || status=1
     end
   fi
   [ -n "$smoke" ] || rm -rf "$(dirname "$model")"

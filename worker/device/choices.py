@@ -19,7 +19,9 @@ class GpuChoices:
     narrow_indexes: bool = True  # int32 indexes as they were uploaded; no int64 copies of them in a step
     tail_norm: bool = True  # the last residual sum and the final norm are one launch
     own_outputs: bool = True  # the sampling kernel writes next inputs and outputs itself
-    tuned_attention: bool = True  # decode attention as `paged_decode_attention.TUNED` has it, else as `PLAIN`
+    tuned_attention: bool = (
+        True  # decode attention laid out by how many programs there are, else always as `PLAIN`
+    )
     one_product: bool = True  # Moondream: qkv and the MLP's first layer are one product
     one_launch: bool = True  # Moondream: rotation, KV write and GELU are one launch
     histogram: bool = True  # sampling over a histogram of distances to the best, by several programs a row

@@ -10,8 +10,8 @@ from worker.formats.tokenizer_json import check_tokenizer
 
 _ARCHITECTURES = ("HfMoondream", "moondream1")
 _RELEASED_VOCABULARY = 51200
-_RESERVED = {1: "<|md_reserved_0|>", 2: "<|md_reserved_1|>", 3: "<|md_reserved_2|>"}
-_QUERY_ID = 15381
+RESERVED = {1: "<|md_reserved_0|>", 2: "<|md_reserved_1|>", 3: "<|md_reserved_2|>"}
+QUERY_ID = 15381
 _FOLDER = "starmie-v1"
 
 
@@ -55,9 +55,9 @@ def _fault_of(tokenizer: bytes) -> str:
 
     reader = Tokenizer.from_str(tokenizer.decode())
     found = reader.encode("query", add_special_tokens=False).ids
-    if found != [_QUERY_ID]:
-        return f"'query' is {found}, expected [{_QUERY_ID}]"
-    named = ((index, reader.id_to_token(index), mark) for index, mark in _RESERVED.items())
+    if found != [QUERY_ID]:
+        return f"'query' is {found}, expected [{QUERY_ID}]"
+    named = ((index, reader.id_to_token(index), mark) for index, mark in RESERVED.items())
     return next(
         (f"id {index} is {found!r}, expected {mark!r}" for index, found, mark in named if found != mark), ""
     )

@@ -9,13 +9,14 @@ depend on the weight alone: a row has the same bits in any batch of up to 32, an
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from worker.kernels.compiled import is_interpreted, num_multiprocessors
+from worker.kernels.compiled import is_interpreted, next_power_of_two, num_multiprocessors
 from worker.kernels.dependent import await_inputs, launch_options, prefetch
 
 MOST_ROWS = 32
@@ -46,6 +47,15 @@ LAYOUTS = {
     "4 programs": replace(SERVED, block_in=64, stages=4, programs=4),
 }
 """What `loadtest.gpu.products` measures beside cuBLAS."""
+
+
+@lru_cache(maxsize=8)
+def suits(device: torch.device) -> bool:
+    """Whether a multiprocessor has room for the programs that this is laid out for: 228 KB on Hopper, where it was measured.
+    Cards with 100 or 164 KB multiply by cuBLAS."""
+    properties = torch.cuda.get_device_properties(device)
+    room = SERVED.programs * SERVED.stages * SERVED.block_in * (SERVED.block_out + MOST_ROWS) * 2
+    return int(properties.shared_memory_per_multiprocessor) >= room
 
 
 @triton.jit
@@ -92,6 +102,7 @@ def _few_rows(
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     WIDEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -105,7 +116,7 @@ def _few_rows(
     stop = tl.minimum(first + SHARE, INPUTS)
     lines = weight_ptr + outs[:, None].to(tl.int64) * INPUTS
     if DEPENDENT:  # the weights of the first stages, while the kernel before ends: no step writes to them
-        ahead = tl.minimum(first + tl.arange(0, BLOCK_IN * STAGES // 64) * 64, stop - 1)
+        ahead = tl.minimum(first + tl.arange(0, AHEAD) * 64, stop - 1)
         known = tl.minimum(outs, OUTPUTS - 1)[:, None].to(tl.int64) * INPUTS
         prefetch(weight_ptr + known + ahead[None, :])
         if GATE > 0:
@@ -182,6 +193,11 @@ def choose_share(outputs: int, inputs: int, num_processors: int, layout: Layout 
     return triton.cdiv(blocks, share), share * layout.block_in
 
 
+def lines_ahead(layout: Layout, stages: int) -> int:
+    """Lines of 128 bytes of each output that are asked for ahead: a power of two, which may reach past the stages."""
+    return next_power_of_two(layout.block_in * stages // 64)
+
+
 def few_rows_product(
     x: Tensor,
     weight: Tensor,
@@ -249,6 +265,7 @@ def few_rows_product(
         BLOCK_OUT=layout.block_out,
         BLOCK_IN=layout.block_in,
         STAGES=stages,
+        AHEAD=lines_ahead(layout, stages),
         WIDEN=is_interpreted() or x.dtype == torch.float32,
         num_warps=layout.num_warps,
         num_stages=stages,

@@ -11,6 +11,10 @@ import triton.language as tl
 from worker.kernels.sample import REACH, load_logits
 
 BINS = tl.constexpr(4096)
+ONE = tl.constexpr(1099511627776.0)
+"""2⁴⁰, the integer that stands for a mass of 1."""
+TRIES = tl.constexpr(16)
+CHUNK = tl.constexpr(256)
 FIRST_KEY = tl.constexpr((127 - 24) << 7)
 """The upper half of a float32 whose value is 2⁻²⁴: distances below it share the first bin, and the last, 87, is bin 3886."""
 
@@ -27,7 +31,9 @@ def take_bin(
     logits_ptr,
     words_ptr,
     allowed_ptr,
-    taken_ptr,
+    ids_ptr,
+    taken_x_ptr,
+    counter_ptr,
     scale,
     best,
     wanted_bin,
@@ -38,87 +44,126 @@ def take_bin(
     SUPPRESSED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the ids of a bin whose values lie above `floor` (or at it, if `with_floor`) to `taken_ptr`, in order.
-    Returns how many, and their least and largest value."""
+    """Write the ids of a bin whose values lie above `floor` (or at it, if `with_floor`) to `ids_ptr`, their values to
+    `taken_x_ptr`, in no order. `counter_ptr` is 0. Returns how many, and their least and largest value.
+
+    A place in the list is an addition to the counter: few lanes have one, and the others wait for nobody. What is made of the
+    list must not depend on its order.
+    """
     tl.debug_barrier()  # what was taken before has been read by every thread
-    num = 0
-    least = best
-    most = best - REACH
+    least = tl.zeros([BLOCK], tl.float32) + best
+    most = tl.zeros([BLOCK], tl.float32) + (best - REACH)
     for start in range(0, VOCAB, BLOCK):
         ids = start + tl.arange(0, BLOCK)
         x = load_logits(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
         near = x > best - REACH
         mine = near & (bin_of(tl.where(near, best - x, 0.0)) == wanted_bin)
         mine = mine & ((x > floor) | ((x == floor) & with_floor))
-        place = num + tl.cumsum(mine.to(tl.int32), 0) - 1
-        tl.store(taken_ptr + place, ids, mask=mine)
-        num += tl.sum(mine.to(tl.int32), 0)
-        least = tl.minimum(least, tl.min(tl.where(mine, x, best), 0))
-        most = tl.maximum(most, tl.max(tl.where(mine, x, best - REACH), 0))
+        place = tl.atomic_add(counter_ptr + tl.zeros([BLOCK], tl.int32), 1, mask=mine, sem="relaxed")
+        tl.store(ids_ptr + place, ids, mask=mine)
+        tl.store(taken_x_ptr + place, x, mask=mine)
+        least = tl.where(mine, tl.minimum(least, x), least)
+        most = tl.where(mine, tl.maximum(most, x), most)
     tl.debug_barrier()  # every thread sees what the others wrote
-    return num, least, most
+    num = tl.load(counter_ptr, cache_modifier=".cg")  # additions are made in the L2
+    return num, tl.min(least, 0), tl.max(most, 0)
 
 
 @triton.jit
-def measure(logits_ptr, taken_ptr, num, scale, best, low, middle, BLOCK: tl.constexpr):
-    """Over the taken ids, of values above `middle`: count, mass and the smallest; of those up to it: the largest."""
-    count = tl.zeros([BLOCK], tl.float32)
-    mass = tl.zeros([BLOCK], tl.float32)
-    over = tl.zeros([BLOCK], tl.float32) + best
-    under = tl.zeros([BLOCK], tl.float32) + low
+def mass_of(x, best):
+    """exp(x − best) as an integer of 2⁻⁴⁰: sums of these are the same in any order."""
+    return (tl.exp(x - best) * ONE).to(tl.int64)
+
+
+@triton.jit
+def mass_above(taken_x_ptr, num, best, floor, BLOCK: tl.constexpr):
+    """The mass of the taken values above `floor`."""
+    mass = tl.zeros([BLOCK], tl.int64)
     for start in range(0, num, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        there = at < num
-        ids = tl.load(taken_ptr + at, mask=there, other=0)
-        x = tl.load(logits_ptr + ids, mask=there, other=-float("inf")).to(tl.float32) * scale
-        higher = x > middle
-        count += tl.where(higher, 1.0, 0.0)
-        mass += tl.where(higher, tl.exp(x - best), 0.0)
-        over = tl.minimum(over, tl.where(higher, x, best))
-        under = tl.maximum(under, tl.where(higher, low, x))
-    return tl.sum(count, 0), tl.sum(mass, 0).to(tl.float64), tl.min(over, 0), tl.max(under, 0)
+        x = tl.load(taken_x_ptr + at, mask=at < num, other=-float("inf"))
+        mass += tl.where(x > floor, mass_of(x, best), 0)
+    return tl.sum(mass, 0).to(tl.float64) / ONE
 
 
 @triton.jit
 def search_taken(
-    logits_ptr,
-    taken_ptr,
-    num,
-    scale,
-    best,
-    low,
-    high,
-    bound,
-    BY_COUNT: tl.constexpr,
-    INCLUSIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The smallest taken value v with measure(taken x > v) < bound (≤ if INCLUSIVE), with count and mass above it."""
+    taken_x_ptr, num, best, low, high, bound, BY_COUNT: tl.constexpr, INCLUSIVE: tl.constexpr
+):  # fmt: skip
+    """The smallest taken value v with measure(taken x > v) < bound (≤ if INCLUSIVE), with count and mass above it.
+
+    Each round tries 16 values between `low` and `high` at once, and goes on between the two taken values next to the first
+    that fits: a round costs a few meetings of all threads, whatever the number of values it tries.
+    """
     count = 0.0
     mass = tl.full([], 0.0, tl.float64)
+    steps = tl.arange(0, TRIES)
     while low < high:
-        middle = low + (high - low) * 0.5
-        middle = tl.where(middle < high, middle, low)
-        found_count, found_mass, over, under = measure(
-            logits_ptr, taken_ptr, num, scale, best, low, middle, BLOCK
-        )
-        measured = found_count.to(tl.float64) if BY_COUNT else found_mass
+        middles = low + (high - low) * ((steps + 1).to(tl.float32) / (TRIES + 1))
+        middles = tl.where(middles < high, middles, low)
+        counts = tl.zeros([TRIES], tl.int32)
+        masses = tl.zeros([TRIES], tl.int64)
+        over = tl.zeros([TRIES], tl.float32) + best  # the nearest taken values on both sides of each
+        under = tl.zeros([TRIES], tl.float32) + low
+        for start in range(0, num, CHUNK):
+            at = start + tl.arange(0, CHUNK)
+            there = at < num
+            x = tl.load(taken_x_ptr + at, mask=there, other=-float("inf"))
+            each = tl.where(there, mass_of(x, best), 0)
+            higher = x[None, :] > middles[:, None]
+            lower = there[None, :] & (x[None, :] <= middles[:, None])
+            counts += tl.sum(higher.to(tl.int32), 1)
+            masses += tl.sum(tl.where(higher, each[None, :], 0), 1)
+            over = tl.minimum(over, tl.min(tl.where(higher, x[None, :], best), 1))
+            under = tl.maximum(under, tl.max(tl.where(lower, x[None, :], low), 1))
+        measured = counts.to(tl.float64) if BY_COUNT else masses.to(tl.float64) / ONE
         fits = (measured <= bound) if INCLUSIVE else (measured < bound)
-        count = tl.where(fits, found_count, count)
-        mass = tl.where(fits, found_mass, mass)
-        high = tl.where(fits, under, high)
-        low = tl.where(fits, low, over)
+        first = tl.min(
+            tl.where(fits, steps, TRIES), 0
+        )  # a larger value has less above it: all behind it fit as well
+        is_first = steps == first
+        if first < TRIES:
+            count = tl.sum(tl.where(is_first, counts, 0), 0).to(tl.float32)
+            mass = tl.sum(tl.where(is_first, masses, 0), 0).to(tl.float64) / ONE
+            high = tl.sum(tl.where(is_first, under, 0.0), 0)
+        if first > 0:
+            low = tl.sum(tl.where(steps == first - 1, over, 0.0), 0)
     return high, count, mass
 
 
 @triton.jit
-def count_taken(logits_ptr, taken_ptr, num, scale, value, BLOCK: tl.constexpr):
-    """How many of the taken ids have this value."""
-    ties = tl.zeros([BLOCK], tl.float32)
+def count_taken(taken_x_ptr, num, value, BLOCK: tl.constexpr):
+    """How many of the taken have this value."""
+    ties = tl.zeros([BLOCK], tl.int32)
     for start in range(0, num, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        there = at < num
-        ids = tl.load(taken_ptr + at, mask=there, other=0)
-        x = tl.load(logits_ptr + ids, mask=there, other=-float("inf")).to(tl.float32) * scale
-        ties += tl.where(x == value, 1.0, 0.0)
-    return tl.sum(ties, 0)
+        x = tl.load(taken_x_ptr + at, mask=at < num, other=-float("inf"))
+        ties += (x == value).to(tl.int32)
+    return tl.sum(ties, 0).to(tl.float32)
+
+
+@triton.jit
+def tied_id(ids_ptr, taken_x_ptr, num, value, place, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the taken ids with this value the one that is at `place`, from 1, in order of ids: the smallest that has so many up to
+    it."""
+    low = 0
+    high = VOCAB - 1
+    while low < high:
+        middle = (low + high) // 2
+        found = tl.zeros([BLOCK], tl.int32)
+        least = tl.zeros([BLOCK], tl.int32) + (VOCAB - 1)  # beyond the middle
+        most = tl.zeros([BLOCK], tl.int32)  # up to it
+        for start in range(0, num, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(taken_x_ptr + at, mask=at < num, other=-float("inf"))
+            ids = tl.load(ids_ptr + at, mask=at < num, other=0)
+            is_tie = x == value
+            found += (is_tie & (ids <= middle)).to(tl.int32)
+            least = tl.where(is_tie & (ids > middle), tl.minimum(least, ids), least)
+            most = tl.where(is_tie & (ids <= middle), tl.maximum(most, ids), most)
+        if tl.sum(found, 0) >= place:
+            high = tl.max(most, 0)
+            low = tl.where(tl.sum(found, 0) == place, high, low)  # the last of those up to it is the one
+        else:
+            low = tl.min(least, 0)
+    return low

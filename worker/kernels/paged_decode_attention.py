@@ -42,29 +42,38 @@ class Variant:
 
 PLAIN = Variant()
 # 70 registers a thread make 7 programs a multiprocessor, and the eighth a second, nearly empty wave; 64 spill nothing.
-TUNED = Variant(most_registers=64, heads_first=True)
+BOUND = Variant(most_registers=64, heads_first=True)
+MANY = Variant(num_warps=2, heads_first=True)
+FEW = Variant(heads_first=True, dots=True)
 VARIANTS = {
     "plain": PLAIN,
-    "tuned": TUNED,
-    "heads first": Variant(heads_first=True),
-    "64 registers": Variant(most_registers=64),
-    "staged": replace(TUNED, staged=True),
-    "dots": replace(TUNED, dots=True, most_registers=None),
-    "32 tokens": replace(TUNED, block_tokens=32),
-    "128 tokens": replace(TUNED, block_tokens=128, num_warps=8),
-    "2 warps": replace(TUNED, num_warps=2, most_registers=None),
-    "8 programs": replace(TUNED, programs=8),
-    "2 programs": replace(TUNED, programs=2),
+    "many": MANY,
+    "few": FEW,
+    "bound": BOUND,
+    "staged": replace(BOUND, staged=True),
+    "32 tokens": replace(BOUND, block_tokens=32),
+    "128 tokens": replace(BOUND, block_tokens=128, num_warps=8),
+    "few, 2 warps": replace(FEW, num_warps=2),
+    "few, 128 tokens": replace(FEW, block_tokens=128),
+    "few, 8 programs": replace(FEW, programs=8),
+    "few, 2 programs": replace(FEW, programs=2),
+    "many, 64 registers": replace(MANY, most_registers=64),
+    "many, 32 tokens": replace(MANY, block_tokens=32),
+    "many, 8 programs": replace(MANY, programs=8),
+    "1 warp": replace(MANY, num_warps=1, block_tokens=32),
 }
-"""What `loadtest.gpu.kernels` measures beside each other; `TUNED` is what serves."""
+"""What `loadtest.gpu.kernels` measures beside each other."""
+MOST_OF_FEW = 512
+"""Rows times key heads up to which `FEW` was the quickest on an H100 (8 rows of 32: 26 µs against 30; 1 row: 7.4 against 9.9), and
+beyond which `MANY` was (32 rows of 32: 84 µs against 98)."""
 
 
-def served(group: int, *, is_wide: bool) -> Variant:
-    """The variant for so many query heads a key. A bound on registers is for the vector code over 16-bit pages: with
-    dots, and with fp32 pages (`is_wide`), it would spill."""
-    if not choices().tuned_attention:
+def served(group: int, num: int, *, is_wide: bool) -> Variant:
+    """The variant for so many query heads a key, and rows times key heads; `is_wide`: fp32 pages. Groups of heads go
+    through the matrix units in any variant, and the plainest was the quickest of those."""
+    if not choices().tuned_attention or group > 1 or is_wide:
         return PLAIN
-    return TUNED if group == 1 and not is_wide else replace(TUNED, most_registers=None)
+    return FEW if num <= MOST_OF_FEW else MANY
 
 
 @triton.jit
@@ -266,9 +275,11 @@ def paged_decode_attention(
     assert head_dim & (head_dim - 1) == 0 and num_heads % kv_heads == 0
     if out is None:
         out = torch.empty((num_rows, num_heads * head_dim), dtype=query.dtype, device=query.device)
-    assert out.stride(1) == 1 and (arrivals is None or arrivals.numel() >= num_rows * kv_heads)
     group = num_heads // kv_heads
-    laid = variant or served(group, is_wide=keys.dtype == torch.float32)
+    if group > 1:
+        arrivals = None  # one program would join the heads of a group one after another: measured, 1.2 to 1.7 times as long
+    assert out.stride(1) == 1 and (arrivals is None or arrivals.numel() >= num_rows * kv_heads)
+    laid = variant or served(group, num_rows * kv_heads, is_wide=keys.dtype == torch.float32)
     if num_splits is None:
         most = min(max_tokens, window) if window else max_tokens
         num_splits = choose_splits(num_rows, kv_heads, most, num_multiprocessors(query.device), laid)

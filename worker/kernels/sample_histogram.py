@@ -13,14 +13,28 @@ import triton.language as tl
 from torch import Tensor
 
 from worker.kernels.compiled import next_power_of_two, num_multiprocessors
-from worker.kernels.histogram_bin import BINS, bin_of, count_taken, measure, search_taken, take_bin
+from worker.kernels.histogram_bin import (
+    BINS,
+    ONE,
+    bin_of,
+    count_taken,
+    mass_above,
+    mass_of,
+    search_taken,
+    take_bin,
+    tied_id,
+)
 from worker.kernels.outputs import Sinks, store_token
 from worker.kernels.sample import REACH, load_logits
 
 BLOCK = 2048
 MAX_SLICES = 16
-ONE = tl.constexpr(1099511627776.0)
-"""2⁴⁰, the integer that stands for a mass of 1."""
+TAKE_BLOCK = (
+    4096  # so many loads of a pass are on their way at once; with twice as many 784 bytes are spilled
+)
+TAKES = tl.constexpr(
+    4
+)  # bins that a row may need: of top-k, top-p, min-p and the draw; each has a counter of its own
 _SETTINGS = ["words_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "uniform_ptr", "rows_ptr", "outputs_ptr"]  # fmt: skip
 
 
@@ -36,6 +50,7 @@ def _scan_slice(
     nans_ptr,
     counts_ptr,
     masses_ptr,
+    counters_ptr,
     logits_stride,
     words_stride,
     VOCAB: tl.constexpr,
@@ -76,6 +91,8 @@ def _scan_slice(
         bins = row * BINS + part * own + tl.arange(0, own)
         tl.store(counts_ptr + bins, tl.zeros([own], tl.int32))
         tl.store(masses_ptr + bins, tl.zeros([own], tl.int64))
+        if part == 0:
+            tl.store(counters_ptr + row * TAKES + tl.arange(0, TAKES), tl.zeros([TAKES], tl.int32))
 
 
 @triton.jit(do_not_specialize_on_alignment=_SETTINGS)
@@ -111,7 +128,7 @@ def _count_slice(
             x = load_logits(logits_ptr, words_ptr, allowed_ptr, ids, scale, VOCAB, MASKED, SUPPRESSED)
             near = x > best - REACH
             bins = row * BINS + bin_of(tl.where(near, best - x, 0.0))
-            mass = (tl.where(near, tl.exp(x - best), 0.0) * ONE).to(tl.int64)
+            mass = mass_of(tl.where(near, x, best - 2.0 * REACH), best)
             tl.atomic_add(masses_ptr + bins, mass, mask=near & (mass > 0), sem="relaxed")
             tl.atomic_add(counts_ptr + bins, 1, mask=near & by_count, sem="relaxed")
 
@@ -132,7 +149,9 @@ def _draw_row(
     nans_ptr,
     counts_ptr,
     masses_ptr,
+    counters_ptr,
     taken_ptr,
+    taken_x_ptr,
     ids_ptr,
     bad_ptr,
     rows_ptr,
@@ -147,6 +166,7 @@ def _draw_row(
     SUPPRESSED: tl.constexpr,
     OWN: tl.constexpr,
     BLOCK: tl.constexpr,
+    TAKE_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
     parts = row * SLICES + tl.arange(0, SLICES)
@@ -162,6 +182,8 @@ def _draw_row(
         logits_ptr += row.to(tl.int64) * logits_stride
         words_ptr += row.to(tl.int64) * words_stride
         taken_ptr += row.to(tl.int64) * VOCAB
+        taken_x_ptr += row.to(tl.int64) * VOCAB
+        counters_ptr += row * TAKES
         scale = 1.0 / temperature
         top_k = tl.load(top_k_ptr + row)
         top_p = tl.load(top_p_ptr + row).to(tl.float64)
@@ -183,12 +205,10 @@ def _draw_row(
                 cut = tl.sum((ranks < top_k).to(tl.int32), 0)
                 wanted = (top_k - tl.sum(tl.where(bins < cut, counts, 0), 0)).to(tl.float64)
                 num, least, most = take_bin(
-                    logits_ptr, words_ptr, allowed_ptr, taken_ptr, scale, best, cut, floor, False,
-                    VOCAB, MASKED, SUPPRESSED, BLOCK,
+                    logits_ptr, words_ptr, allowed_ptr, taken_ptr, taken_x_ptr, counters_ptr, scale, best, cut, floor, False,
+                    VOCAB, MASKED, SUPPRESSED, TAKE_BLOCK,
                 )  # fmt: skip
-                floor, count, mass = search_taken(
-                    logits_ptr, taken_ptr, num, scale, best, least, most, wanted, True, False, BLOCK
-                )
+                floor, count, mass = search_taken(taken_x_ptr, num, best, least, most, wanted, True, False)
                 ties = (wanted - count).to(tl.float32)
                 before = tl.sum(tl.where(bins < cut, binned, 0), 0).to(tl.float64) / ONE
                 inside = mass + ties * tl.exp(floor - best).to(tl.float64)
@@ -200,17 +220,16 @@ def _draw_row(
                 nearer = tl.sum(tl.where(bins < found, binned, 0), 0).to(tl.float64) / ONE
                 is_same = found == cut
                 num, least, most = take_bin(
-                    logits_ptr, words_ptr, allowed_ptr, taken_ptr, scale, best, found,
+                    logits_ptr, words_ptr, allowed_ptr, taken_ptr, taken_x_ptr, counters_ptr + 1, scale, best, found,
                     tl.where(is_same, floor, best - REACH), is_same & (ties > 0.0),
-                    VOCAB, MASKED, SUPPRESSED, BLOCK,
+                    VOCAB, MASKED, SUPPRESSED, TAKE_BLOCK,
                 )  # fmt: skip
                 if num > 0:
                     last, _, mass = search_taken(
-                        logits_ptr, taken_ptr, num, scale, best, least, most, bound - nearer,
-                        False, False, BLOCK,
-                    )  # fmt: skip
+                        taken_x_ptr, num, best, least, most, bound - nearer, False, False
+                    )
                     each = tl.exp(last - best).to(tl.float64)
-                    kept = count_taken(logits_ptr, taken_ptr, num, scale, last, BLOCK)
+                    kept = count_taken(taken_x_ptr, num, last, BLOCK)
                     kept = tl.where(is_same & (last == floor), ties, kept)
                     # A tie stays while the mass before it is below the bound; the first always does.
                     room = tl.ceil((bound - nearer - mass) / each).to(tl.float32)
@@ -229,10 +248,10 @@ def _draw_row(
                 floor = threshold  # min-p cuts by value alone, so equal values stay or go together
                 ties = 0.0
                 num, least, most = take_bin(
-                    logits_ptr, words_ptr, allowed_ptr, taken_ptr, scale, best, cut, floor, False,
-                    VOCAB, MASKED, SUPPRESSED, BLOCK,
+                    logits_ptr, words_ptr, allowed_ptr, taken_ptr, taken_x_ptr, counters_ptr + 2, scale, best, cut, floor,
+                    False, VOCAB, MASKED, SUPPRESSED, TAKE_BLOCK,
                 )  # fmt: skip
-                _, inside, _, _ = measure(logits_ptr, taken_ptr, num, scale, best, floor, floor, BLOCK)
+                inside = mass_above(taken_x_ptr, num, best, floor, BLOCK)
                 before = tl.sum(tl.where(bins < cut, binned, 0), 0).to(tl.float64) / ONE
         target = tl.load(uniform_ptr + row).to(tl.float64) * (before + inside)
         passed = (reached.to(tl.float64) / ONE <= target) & (bins < cut)
@@ -241,29 +260,18 @@ def _draw_row(
             found = tl.max(tl.where((binned > 0) & (bins < cut), bins, 0), 0)
         is_same = found == cut
         num, least, most = take_bin(
-            logits_ptr, words_ptr, allowed_ptr, taken_ptr, scale, best, found,
+            logits_ptr, words_ptr, allowed_ptr, taken_ptr, taken_x_ptr, counters_ptr + 3, scale, best, found,
             tl.where(is_same, floor, best - REACH), is_same & (ties > 0.0),
-            VOCAB, MASKED, SUPPRESSED, BLOCK,
+            VOCAB, MASKED, SUPPRESSED, TAKE_BLOCK,
         )  # fmt: skip
         if num > 0:
             nearer = tl.sum(tl.where(bins < found, binned, 0), 0).to(tl.float64) / ONE
-            drawn, _, mass = search_taken(
-                logits_ptr, taken_ptr, num, scale, best, least, most, target - nearer, False, True, BLOCK
-            )
-            kept = count_taken(logits_ptr, taken_ptr, num, scale, drawn, BLOCK)
+            drawn, _, mass = search_taken(taken_x_ptr, num, best, least, most, target - nearer, False, True)
+            kept = count_taken(taken_x_ptr, num, drawn, BLOCK)
             kept = tl.where(is_same & (drawn == floor), ties, kept)
             wanted = tl.floor((target - nearer - mass) / tl.exp(drawn - best).to(tl.float64)).to(tl.float32)
             place = tl.maximum(tl.minimum(wanted, kept - 1.0), 0.0).to(tl.int32) + 1
-            seen = 0
-            for start in range(0, num, BLOCK):
-                at = start + tl.arange(0, BLOCK)
-                ids = tl.load(taken_ptr + at, mask=at < num, other=0)
-                x = tl.load(logits_ptr + ids, mask=at < num, other=-float("inf")).to(tl.float32) * scale
-                is_tie = x == drawn
-                ordinal = seen + tl.cumsum(is_tie.to(tl.int32), 0)
-                hit = tl.max(tl.where(is_tie & (ordinal == place), ids, -1), 0)
-                chosen = tl.where(hit >= 0, hit, chosen)
-                seen += tl.sum(is_tie.to(tl.int32), 0)
+            chosen = tied_id(taken_ptr, taken_x_ptr, num, drawn, place, VOCAB, BLOCK)
     store_token(
         row, chosen, is_bad, ids_ptr, bad_ptr, rows_ptr, last_ids_ptr, outputs_ptr, outputs_stride, OWN
     )
@@ -305,25 +313,31 @@ def sample_by_histogram(
         empty(num, BINS.value, dtype=torch.int32),
         empty(num, BINS.value, dtype=torch.int64),
     )
-    taken = empty(num, vocab, dtype=torch.int32)
+    counters = empty(num, TAKES.value, dtype=torch.int32)
+    taken, values = empty(num, vocab, dtype=torch.int32), empty(num, vocab, dtype=torch.float32)
     ids, bad = empty(num, dtype=torch.int64), empty(num, dtype=torch.int32)
     masks = (logits if words is None else words, logits if allowed is None else allowed)
     strides = (logits.stride(0), 0 if words is None else words.stride(0))
     shape = {"VOCAB": vocab, "SLICES": slices, "MASKED": words is not None, "SUPPRESSED": allowed is not None}
     scanned = (bests, best_ids, raw_bests, nans)
     _scan_slice[(slices, num)](
-        logits, *masks, temperature, *scanned, counts, masses, *strides,
+        logits, *masks, temperature, *scanned, counts, masses, counters, *strides,
         **shape, SLICE=span, BLOCK=block, num_warps=8,
     )  # fmt: skip
     _count_slice[(slices, num)](
         logits, *masks, temperature, top_k, bests, counts, masses, *strides,
         **shape, SLICE=span, BLOCK=block, num_warps=8,
     )  # fmt: skip
+    is_plain = words is None and allowed is None
+    take = (
+        min(TAKE_BLOCK, next_power_of_two(vocab)) if is_plain else block
+    )  # with masks it would spill four times as much
     # Without sinks the placeholders are not written.
     to = sinks or Sinks(bad, ids, bad.unsqueeze(1))
     _draw_row[(num,)](
-        logits, *masks, temperature, top_k, top_p, min_p, uniforms, *scanned, counts, masses, taken, ids, bad,
+        logits, *masks, temperature, top_k, top_p, min_p, uniforms, *scanned, counts, masses, counters,
+        taken, values, ids, bad,
         to.rows, to.last_ids, to.outputs, *strides, to.outputs.stride(0),
-        **shape, OWN=sinks is not None, BLOCK=block, num_warps=16,
+        **shape, OWN=sinks is not None, BLOCK=block, TAKE_BLOCK=take, num_warps=16,
     )  # fmt: skip
     return ids, bad

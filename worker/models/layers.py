@@ -293,7 +293,16 @@ def arrivals_for(weight: Tensor) -> Tensor:
 
 def is_few(x: Tensor) -> bool:
     """Whether products by a GPU's own kernel are chosen, and take so many rows, x (N, in)."""
-    return choices().own_products and x.shape[0] <= 32
+    return x.shape[0] <= 32 and has_own_products(x.device)
+
+
+def has_own_products(device: torch.device) -> bool:
+    """Whether products of few rows are by a GPU's own kernel: they are chosen, and the card has room for them."""
+    if not choices().own_products or device.type != "cuda":
+        return choices().own_products  # interpreted kernels take any
+    from worker.kernels.few_rows_product import suits  # here: no CPU worker imports Triton
+
+    return suits(device)
 
 
 def product_gelu(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from enum import IntEnum
 from worker.device.choices import choices
 from worker.device.contract import Device
 from worker.models.contract import Model
+from worker.models.layers import has_own_products
 from worker.schedule.sequence import Sequence
 from worker.step.contract import GraphCounts
 from worker.step.graph_table import GraphTable
@@ -47,7 +48,7 @@ def bucket_sizes(max_rows: int, least: int = 1) -> list[int]:
 def least_bucket(model: Model) -> int:
     """The fewest rows a captured step should have. A product with a bias becomes two launches at a single row (a copy of the
     bias, then a product that adds to it) and one at two, unless a kernel of our own takes the bias along."""
-    return 2 if model.biased and choices().pair_rows and not choices().own_products else 1
+    return 2 if model.biased and choices().pair_rows and not has_own_products(model.device) else 1
 
 
 class DecodeGraphs(GraphTable[Flavour]):

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.gpu.random_models import _words
 from loadtest.gpu.results import gather, short_table
 from shared.protocol import OverlappingTiles
 from shared.tiling import canvas_for
+from worker.formats.moondream_tokenizer import right_tokenizer
 
 ROOT = Path(__file__).parents[4]
 RUN = ROOT / "loadtest" / "gpu" / "run.sh"
@@ -62,6 +64,11 @@ def test_the_wheels_are_the_tested_versions() -> None:
 def test_the_picture_of_the_serve_part_is_nine_crops() -> None:
     canvas = canvas_for(500, 700, crop_size=378, rule=OverlappingTiles(14, 4, 12))
     assert (canvas.tiles_h, canvas.tiles_w) == (2, 4)
+
+
+def test_a_worker_takes_the_folder_that_the_serve_part_makes(tmp_path: Path) -> None:
+    words = json.dumps(_words(51200)).encode()
+    assert right_tokenizer(words, {"config": {"text": {"vocab_size": 51200}}}, tmp_path) == words
 
 
 def call(*arguments: str, python: str) -> subprocess.CompletedProcess[str]:

@@ -65,6 +65,8 @@ POINTERS = {
     "counts_ptr": "*i32",
     "masses_ptr": "*i64",
     "taken_ptr": "*i32",
+    "taken_x_ptr": "*fp32",
+    "counters_ptr": "*i32",
     "arrivals_ptr": "*i32",
 }
 ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -182,6 +184,7 @@ def product(
             "INPUTS": inputs, "OUTPUTS": outputs, "SPLITS": splits, "SHARE": share, "GATE": gate,
             "GELU_FROM": outputs - turned, "HAS_BIAS": biased, "HAS_RESIDUAL": not biased and not gate, "ROWS": 32,
             "BLOCK_OUT": layout.block_out, "BLOCK_IN": layout.block_in, "STAGES": stages, "WIDEN": dtype == "fp32",
+            "AHEAD": few_rows_product.lines_ahead(layout, stages),
         },
         dtype=dtype,
         stages=stages,
@@ -206,7 +209,7 @@ def attention(
     dependent: bool = False,
 ) -> tuple[int, int]:
     """Decode attention as its launcher lays it out, in `variant` or as served; returns what `registers` tells."""
-    variant = variant or paged_decode_attention.served(group, is_wide=dtype == "fp32")
+    variant = variant or paged_decode_attention.served(group, 8 * kv_heads, is_wide=dtype == "fp32")
     single = group == 1 and not variant.dots
     return compile_for(
         paged_decode_attention._attend_split,
@@ -243,8 +246,8 @@ def products(dtypes: tuple[str, ...]) -> None:
         assert not spilled
     for dtype in dtypes[1:]:
         for layout in few_rows_product.LAYOUTS.values():
-            product(14336, 2048, 0, 8192, layout, biased=True)
-            product(3072, 1024, 1, 0, layout)
+            product(14336, 2048, 0, 8192, layout, biased=True, dependent=True)
+            product(3072, 1024, 1, 0, layout, dependent=True)
         for outputs, inputs, gate in [(14336, 2048, 0), (2048, 10240, 0), (3072, 1024, 1), (65, 300, 2)]:
             product(outputs, inputs, gate, biased=True, dtype=dtype)
 
@@ -256,11 +259,12 @@ def main() -> None:
         replace(variant, programs=0) for variant in VARIANTS.values()
     }:  # that is no part of the code
         attention(32, 1, 64, 8, variant)
-    used, spilled = attention(32, 1, 64, 8)
-    assert used <= 64 and not spilled, "what serves leaves room for eight programs a multiprocessor"
-    for kv_heads, group, dim in [(32, 1, 64), (8, 2, 128), (8, 4, 64)]:
-        used, spilled = attention(kv_heads, group, dim, 8, joins=True, dependent=True)
-        assert not spilled and (group > 1 or used <= 64), "nor does the join in it take more"
+    for variant, splits in ((paged_decode_attention.FEW, 8), (paged_decode_attention.MANY, 1)):
+        _, spilled = attention(32, 1, 64, splits, variant, joins=splits > 1, dependent=True)
+        assert not spilled
+    for kv_heads, group, dim in [(8, 2, 128), (8, 4, 64)]:
+        _, spilled = attention(kv_heads, group, dim, 8, dependent=True)
+        assert not spilled
     products(dtypes)
     for dtype in dtypes:
         attention(32, 1, 64, 1, dtype=dtype)
@@ -312,7 +316,9 @@ def main() -> None:
         row = {"VOCAB": 51200, "SLICES": 8, "MASKED": flag, "SUPPRESSED": flag, "BLOCK": 2048}
         for scan in (sample_histogram._scan_slice, sample_histogram._count_slice):
             compile_for(scan, 8, row | {"SLICE": 8192})
-        compile_for(sample_histogram._draw_row, 16, row | {"OWN": flag})
+        drawn = row | {"OWN": flag, "TAKE_BLOCK": 2048 if flag else sample_histogram.TAKE_BLOCK}
+        _, spilled = compile_for(sample_histogram._draw_row, 16, drawn, assemble=True)
+        assert spilled < 256
     joined = {"NUM_HEADS": 32, "KV_HEADS": 32, "HEAD_DIM": 64, "ROTARY_DIM": 32, "BLOCK": 8, "PAIRS": True}
     joined |= {"QK_NORM": False, "HEAD_BLOCKS": 12, "DIM": 8192, "DIM_BLOCK": 1024}
     for dtype in dtypes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from worker.device.choices import GpuChoices, choices, flipped, is_on, names, sw
 from worker.device.contract import Device
 from worker.kernels import dependent
 from worker.kernels.activation import gelu_tanh
+from worker.kernels.few_rows_product import suits
 from worker.kernels.rotary_kv_write import rotary_kv_write
+from worker.models.layers import has_own_products
 from worker.models.moondream import Moondream
 from worker.step.decode_graphs import Flavour, bucket_sizes, least_bucket
 from worker.step.staging import StepShape, stage_padding
@@ -101,13 +104,12 @@ def test_each_switch_turned_gives_the_tokens_of_the_defaults(model: Moondream) -
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of poisoned memory
-def test_a_recorded_step_with_every_switch_on_equals_the_eager_one(model: Moondream) -> None:
+def test_a_recorded_step_equals_the_eager_one_with_every_switch_on(model: Moondream) -> None:
     """Replayed twice over poisoned graph memory: what programs count as they arrive is 0 again after each."""
     runner = make_runner(model, tokens=130)  # two programs share a row's keys
-    plain = step(runner)
-    off = [name for name in names() if not is_on(name)]
-    assert {"own_products", "last_joins", "dependent_launch"} <= set(off)
-    with flipped(*off):
+    with without("own_products", "last_joins", "dependent_launch"):
+        plain = step(runner)
+    with flipped(*(name for name in names() if not is_on(name))):
         eager = step(runner)
         torch.testing.assert_close(eager[2], plain[2], rtol=1e-5, atol=1e-6)
         assert torch.equal(eager[1], plain[1])
@@ -145,21 +147,36 @@ def test_rotation_and_gelu_in_one_launch_change_no_bit() -> None:
 
 
 def test_the_smallest_bucket_holds_two_rows_where_products_have_biases(model: Moondream) -> None:
-    assert least_bucket(model) == 2 and bucket_sizes(8, 2) == [2, 4, 8]
-    assert bucket_sizes(1, 2) == [1], "one row is all there may be"
-    with without("pair_rows"):
+    assert least_bucket(model) == 1, "our own product takes a bias along"
+    with without("own_products"):
+        assert least_bucket(model) == 2 and bucket_sizes(8, 2) == [2, 4, 8]
+        assert bucket_sizes(1, 2) == [1], "one row is all there may be"
+    with without("own_products", "pair_rows"):
         assert least_bucket(model) == 1 and bucket_sizes(8, 1) == [1, 2, 4, 8]
-    with flipped("own_products"):
-        assert least_bucket(model) == 1
+
+
+def test_a_card_with_little_shared_memory_multiplies_by_cublas(
+    model: Moondream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 KB a multiprocessor on consumer cards, 164 KB on an A100, 228 KB on an H100."""
+    card = SimpleNamespace(shared_memory_per_multiprocessor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    for kilobytes, expected in ((100, False), (164, False), (228, True)):
+        card.shared_memory_per_multiprocessor = kilobytes << 10
+        suits.cache_clear()
+        assert has_own_products(torch.device("cuda")) is expected
+    with without("own_products"):
+        assert not has_own_products(torch.device("cuda"))
+    suits.cache_clear()
 
 
 def test_switches_by_name() -> None:
-    switch(["histogram", " one_launch", ""], ["own_products "])
+    switch(["histogram", " one_launch", ""], ["early_copy "])
     try:
         turned = [name for name in names() if getattr(choices(), name) is not is_on(name)]
-        assert turned == ["one_launch", "histogram", "own_products"]
+        assert turned == ["one_launch", "histogram"]
         with flipped("own_products", "last_joins"):
-            assert choices().own_products and choices().last_joins
+            assert not choices().own_products and not choices().last_joins
         with pytest.raises(ValueError, match=r"histogran: no such switch; there are pair_rows, .*histogram"):
             switch(["histogran"])
         with pytest.raises(ValueError, match="megakernel: no such switch"):
@@ -172,13 +189,13 @@ def test_switches_by_name() -> None:
 def test_dependent_launches_are_asked_for_only_where_they_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hopper and later, compiled, and chosen; else the kernels have nothing of it."""
     cuda, plain = torch.device("cuda"), {"DEPENDENT": False}
-    with flipped("dependent_launch"):
-        assert dependent.launch_options(cuda) == plain, "interpreted"
-        monkeypatch.setattr(dependent, "is_interpreted", lambda: False)
-        assert dependent.launch_options(torch.device("cpu")) == plain
-        for capability, expected in (((8, 9), plain), ((9, 0), {"DEPENDENT": True, "launch_pdl": True})):
-            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-            dependent._knows.cache_clear()
-            assert dependent.launch_options(cuda) == expected
-    assert dependent.launch_options(cuda) == plain, "not chosen"
+    assert dependent.launch_options(cuda) == plain, "interpreted"
+    monkeypatch.setattr(dependent, "is_interpreted", lambda: False)
+    assert dependent.launch_options(torch.device("cpu")) == plain
+    for capability, expected in (((8, 9), plain), ((9, 0), {"DEPENDENT": True, "launch_pdl": True})):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        dependent._knows.cache_clear()
+        assert dependent.launch_options(cuda) == expected
+    with without("dependent_launch"):
+        assert dependent.launch_options(cuda) == plain, "not chosen"
     dependent._knows.cache_clear()

@@ -16,7 +16,7 @@ from tests.unit.worker.loop.simulation import EPOCH
 from tests.unit.worker.models.dense_oracle import load, write
 from tests.unit.worker.models.paged_driver import Driver, Row
 from tests.unit.worker.step.test_torch_runner import Harness
-from worker.device.choices import flipped, without
+from worker.device.choices import without
 from worker.forward import KVCache, PrefillSegment, StepTokens, chunk_spans
 from worker.models.dense import Dense
 from worker.models.layers import GatedMlp, PackedLinear
@@ -109,10 +109,11 @@ def test_families_by_products_of_few_rows_equal_plain(
 
     plain = steps()
     model.fuses = True
-    with flipped("own_products"):
-        found = steps()
-        logits = model._head.fused(plain[-1])
-    for one, other in zip(found, plain, strict=True):
+    found = steps()
+    logits = model._head.fused(plain[-1])
+    with without("own_products"):
+        by_torch = steps()
+    for one, other in zip([*found, *by_torch], [*plain, *plain], strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-5
     torch.testing.assert_close(logits, model._head(plain[-1]), rtol=1e-4, atol=1e-5)
 
@@ -126,8 +127,9 @@ def test_an_mlp_takes_its_gate_in_the_product(rows: int, gelu: bool) -> None:
     x, residual = torch.randn(rows, 40), torch.randn(rows, 40)
     expected = mlp.add(x, residual)
     torch.testing.assert_close(mlp.fused(x, residual), expected)
-    with flipped("own_products"):
-        assert gate_up.takes_few(x) is (rows == 3)
+    assert gate_up.takes_few(x) is (rows == 3)
+    with without("own_products"):
+        assert not gate_up.takes_few(x)
         torch.testing.assert_close(mlp.fused(x, residual), expected)
 
 
