@@ -83,7 +83,9 @@ class Door(RequestHandler):
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """As aiohttp's, where reading was paused. aiohttp calls it for each body that was read, and parses nothing once more."""
-        if self._reading_paused or self._buffer_paused:
+        if self._reading_paused or getattr(
+            self, "_buffer_paused", False
+        ):  # before aiohttp 3.14.4 there is none
             super().resume_reading(resume_parser)
 
     def _refuse_header(self) -> None:

@@ -124,11 +124,11 @@ class ServedModel:
 
 
 def measure_accuracy(
-    num_scenes: int, seed: int | None, *, small: bool, flags: Sequence[str] = ()
+    num_scenes: int, seed: int | None, *, small: bool, flags: Sequence[str] = (), device: str = "cpu"
 ) -> dict[str, Any]:
     """Accuracy on held-out scenes through a real gateway and worker; `small` adds small things in big pictures,
     with many crops and (with the trainer's own forward) with the single global one. `flags`: more settings of the worker."""
-    with serving(["--device", "cpu", *flags]) as (url, _):
+    with serving(["--device", device, *flags]) as (url, _):
         served = cast(Answerer, ServedModel(url))  # only `answer_all` is called
         result = evaluate(served, num_scenes, UNSEEN_SEED if seed is None else seed)
         if small:

@@ -15,11 +15,12 @@ from torch import Tensor
 from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens
 from worker.kernels.activation import gelu_tanh, silu_gate
 from worker.kernels.few_rows_product import few_rows_product
+from worker.kernels.integer_weight import dequantise, quantise
 from worker.kernels.mask import mask_logits
 from worker.kernels.norm import layer_norm, rms_norm
 from worker.kernels.paged_decode_attention import VARIANTS, paged_decode_attention
 from worker.kernels.prefill_attention import make_segments, prefill_attention
-from worker.kernels.quantised_linear import dequantise, quantise, quantised_linear
+from worker.kernels.quantised_linear import quantised_linear
 from worker.kernels.rotary_kv_write import rotary_kv_write
 from worker.kernels.sample import sample
 from worker.kernels.sample_histogram import sample_by_histogram
@@ -328,8 +329,8 @@ class Bench:
             made += [
                 lambda r=rows, h=heads, k=kv_heads, d=head_dim, v=name: self.decode(r, h, k, d, 850, v)  # type: ignore[misc]
                 for rows in (1, 8, 32)
-                for name in (*VARIANTS, "joined", "few, joined", "many, joined")
-                if heads == kv_heads or name in ("staged", "many", "joined")
+                for name in (*VARIANTS, "joined", "2 warps, joined")
+                if heads == kv_heads or name in ("bound, staged", "2 warps", "joined")
             ]
             made.append(lambda h=heads, k=kv_heads, d=head_dim: self.prefill(h, k, d, 1024, 0, 0))  # type: ignore[misc]
         made += [

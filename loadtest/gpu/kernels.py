@@ -63,7 +63,9 @@ def measure(bench: Bench, case: Case, bytes_per_s: float, flops_per_s: float) ->
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("gpu-results"),
-    only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Cases whose name contains one of these, separated by commas.")
+    ] = "",
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Tiny sizes on the CPU, interpreted kernels.")
     ] = False,
@@ -79,7 +81,7 @@ def main(
     with torch.inference_mode():
         for make in bench.cases():
             case = make()
-            if only not in case.name:
+            if not any(part in case.name for part in only.split(",")):
                 continue
             try:
                 lines.append(measure(bench, case, bytes_per_s, flops_per_s))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything a GPU machine is asked, in two calls that end inside ten minutes each. Run from the repository root:
 #
-#   bash loadtest/gpu/run.sh [--smoke] first     tests decode switches products vision
+#   bash loadtest/gpu/run.sh [--smoke] first     tests pocket decode switches products vision
 #   bash loadtest/gpu/run.sh [--smoke] second    serve prefill kernels peer profile
 #   bash loadtest/gpu/run.sh [--smoke] decode quantised    int8 and int4 weights beside bf16
 #   bash loadtest/gpu/run.sh --wheels            where there is a network: fetch into .whl/ what such a machine lacks
@@ -20,11 +20,11 @@ for argument in "$@"; do
   case "$argument" in
     --smoke) smoke="--smoke" ;;
     --wheels) parts+=(wheels) ;;
-    first) parts+=(tests decode switches products vision) ;;
+    first) parts+=(tests pocket decode switches products vision) ;;
     second) parts+=(serve prefill kernels peer profile) ;;
-    tests | decode | switches | products | vision | serve | prefill | kernels | quantised | peer | profile) parts+=("$argument") ;;
+    tests | pocket | decode | switches | products | vision | serve | prefill | kernels | quantised | peer | profile) parts+=("$argument") ;;
     *)
-      echo "unknown part '$argument': first, second, --wheels, --smoke, or some of tests decode switches products vision" \
+      echo "unknown part '$argument': first, second, --wheels, --smoke, or some of tests pocket decode switches products vision" \
         "serve prefill kernels quantised peer profile" >&2
       exit 2
       ;;
@@ -59,7 +59,7 @@ fi
 wanted="torch triton numpy msgspec structlog llguidance tokenizers safetensors typer"
 case " ${parts[*]} " in *" tests "*) wanted="$wanted pytest" ;; esac
 case " ${parts[*]} " in
-  *" serve "*)
+  *" serve "* | *" pocket "*)
     wanted="$wanted zmq pydantic pydantic_core annotated_types typing_inspection hdrh pbr aiohttp uvloop jinja2"
     wanted="$wanted prometheus_client PIL rich"
     ;;
@@ -127,7 +127,7 @@ serve() {
   }
   begin && one 3 3 && one 30 30 || status=1
   end
-  if [ -z "$smoke" ] && [ "$status" -eq 0 ]; then # without the switches that no replay shows
+  if [ -z "$smoke" ] && [ "$status" -eq 0 ] && [ -z "${SERVE_ONCE:-}" ]; then # without the switches that no replay shows
     export DEGAS_WORKER_GPU_WITHOUT=upload_aside,early_copy,vision_stream
     begin && one 30-plain 30 || status=1
     end
@@ -147,13 +147,17 @@ for part in "${parts[@]}"; do
       side=()
       if [ -z "$smoke" ] && "$python" -c 'import xdist' 2>/dev/null; then side=(-n "${GPU_TESTS_PROCESSES:-8}" --dist worksteal); fi
       run tests 160 30 "$python" -m pytest -q -p no:cacheprovider -o addopts= --strict-markers --tb=short --durations=6 "${side[@]}" "${folders[@]}" ;;
+    pocket) # a trained model: what it answers is right or wrong
+      where=cuda
+      [ -n "$smoke" ] && where=cpu
+      run pocket 90 12 "$python" -m degas bench pocket --device "$where" --scenes "${POCKET_SCENES:-100}" ;;
     decode) run decode 150 30 "$python" -m loadtest.gpu.decode --out "$out" $smoke ;;
-    switches) run switches 90 60 "$python" -m loadtest.gpu.switches --out "$out" $smoke ;;
+    switches) run switches 90 60 "$python" -m loadtest.gpu.switches ${SWITCHES:+--shapes "$SWITCHES"} --out "$out" $smoke ;;
     products) run products 70 62 "$python" -m loadtest.gpu.products --out "$out" $smoke ;;
     vision) run vision 60 24 "$python" -m loadtest.gpu.vision --out "$out" $smoke ;;
     serve) run serve 230 60 bash -c serve ;;
     prefill) run prefill 70 20 "$python" -m loadtest.gpu.prefill --out "$out" $smoke ;;
-    kernels) run kernels 130 120 "$python" -m loadtest.gpu.kernels --out "$out" $smoke ;;
+    kernels) run kernels 130 120 "$python" -m loadtest.gpu.kernels --only "${KERNELS:-}" --out "$out" $smoke ;;
     quantised)
       run quantised 120 14 "$python" -m loadtest.gpu.decode --shapes "${QUANTISED:-qwen3-0.6b:int4,qwen3-0.6b:int8,moondream2:int4}" \
         --depths 2 --sampled-rows "" --steps 60 --name quantised --out "$out" $smoke ;;

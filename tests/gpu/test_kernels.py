@@ -198,7 +198,8 @@ def test_sampling_equals_the_sorting_sampler(vocab: int, coarse: bool, by: str, 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_product(bits: int, device: torch.device) -> None:
-    from worker.kernels.quantised_linear import dequantise, quantise, quantised_linear
+    from worker.kernels.integer_weight import dequantise, quantise
+    from worker.kernels.quantised_linear import quantised_linear
 
     weight = quantise(torch.randn(8192, 2048, device=device), bits, 32)
     if bits == 4:  # with an offset, as Q4_1 has it

@@ -20,7 +20,7 @@ class GpuChoices:
     tail_norm: bool = True  # the last residual sum and the final norm are one launch
     own_outputs: bool = True  # the sampling kernel writes next inputs and outputs itself
     tuned_attention: bool = (
-        True  # decode attention laid out by how many programs there are, else always as `PLAIN`
+        True  # decode attention of single heads as `paged_decode_attention.DOTS`, else as `PLAIN`
     )
     one_product: bool = True  # Moondream: qkv and the MLP's first layer are one product
     one_launch: bool = True  # Moondream: rotation, KV write and GELU are one launch
@@ -32,7 +32,7 @@ class GpuChoices:
     )
     vision_stream: bool = True  # pictures are encoded on a stream of their own, beside decode rows
     vision_gelu: bool = True  # the vision encoder's first product of an MLP takes its GELU itself
-    last_joins: bool = True  # decode attention: the last program of a head to end joins its parts
+    last_joins: bool = False  # decode attention: the last program of a head to end joins its parts
     own_products: bool = True  # products of at most 32 rows by `kernels.few_rows_product`, not by cuBLAS
     dependent_launch: bool = True  # a kernel of a decode step is launched before the one it waits for ends
 

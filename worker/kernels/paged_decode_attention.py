@@ -41,39 +41,31 @@ class Variant:
 
 
 PLAIN = Variant()
+# The quickest of all measured, on an H200 at 1, 8 and 32 rows of 32 heads: 6.4, 18.5 and 57 µs, where `PLAIN` took 9.9, 25.9 and 102.
+DOTS = Variant(heads_first=True, dots=True, num_warps=2)
 # 70 registers a thread make 7 programs a multiprocessor, and the eighth a second, nearly empty wave; 64 spill nothing.
 BOUND = Variant(most_registers=64, heads_first=True)
-MANY = Variant(num_warps=2, heads_first=True)
-FEW = Variant(heads_first=True, dots=True)
 VARIANTS = {
     "plain": PLAIN,
-    "many": MANY,
-    "few": FEW,
+    "dots": DOTS,
+    "dots, 1 warp": replace(DOTS, num_warps=1),
+    "dots, 4 warps": replace(DOTS, num_warps=4),
+    "dots, 128 tokens": replace(DOTS, block_tokens=128),
+    "dots, 8 programs": replace(DOTS, programs=8),
+    "dots, 2 programs": replace(DOTS, programs=2),
+    "2 warps": Variant(num_warps=2, heads_first=True),
+    "2 warps, 32 tokens": Variant(num_warps=2, heads_first=True, block_tokens=32),
     "bound": BOUND,
-    "staged": replace(BOUND, staged=True),
-    "32 tokens": replace(BOUND, block_tokens=32),
-    "128 tokens": replace(BOUND, block_tokens=128, num_warps=8),
-    "few, 2 warps": replace(FEW, num_warps=2),
-    "few, 128 tokens": replace(FEW, block_tokens=128),
-    "few, 8 programs": replace(FEW, programs=8),
-    "few, 2 programs": replace(FEW, programs=2),
-    "many, 64 registers": replace(MANY, most_registers=64),
-    "many, 32 tokens": replace(MANY, block_tokens=32),
-    "many, 8 programs": replace(MANY, programs=8),
-    "1 warp": replace(MANY, num_warps=1, block_tokens=32),
+    "bound, staged": replace(BOUND, staged=True),
+    "bound, 128 tokens": replace(BOUND, block_tokens=128, num_warps=8),
 }
 """What `loadtest.gpu.kernels` measures beside each other."""
-MOST_OF_FEW = 512
-"""Rows times key heads up to which `FEW` was the quickest on an H100 (8 rows of 32: 26 µs against 30; 1 row: 7.4 against 9.9), and
-beyond which `MANY` was (32 rows of 32: 84 µs against 98)."""
 
 
-def served(group: int, num: int, *, is_wide: bool) -> Variant:
-    """The variant for so many query heads a key, and rows times key heads; `is_wide`: fp32 pages. Groups of heads go
+def served(group: int, *, is_wide: bool) -> Variant:
+    """The variant for so many query heads a key; `is_wide`: fp32 pages, which no matrix unit takes. Groups of heads go
     through the matrix units in any variant, and the plainest was the quickest of those."""
-    if not choices().tuned_attention or group > 1 or is_wide:
-        return PLAIN
-    return FEW if num <= MOST_OF_FEW else MANY
+    return DOTS if choices().tuned_attention and group == 1 and not is_wide else PLAIN
 
 
 @triton.jit
@@ -279,7 +271,7 @@ def paged_decode_attention(
     if group > 1:
         arrivals = None  # one program would join the heads of a group one after another: measured, 1.2 to 1.7 times as long
     assert out.stride(1) == 1 and (arrivals is None or arrivals.numel() >= num_rows * kv_heads)
-    laid = variant or served(group, num_rows * kv_heads, is_wide=keys.dtype == torch.float32)
+    laid = variant or served(group, is_wide=keys.dtype == torch.float32)
     if num_splits is None:
         most = min(max_tokens, window) if window else max_tokens
         num_splits = choose_splits(num_rows, kv_heads, most, num_multiprocessors(query.device), laid)

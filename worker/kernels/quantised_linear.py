@@ -1,13 +1,13 @@
-"""Owns products with integer weights on a GPU: 8 or 4 bits, a scale (and an offset) for each group of inputs. Decode thread.
+"""Owns products with integer weights on a GPU: 8 or 4 bits, a scale (and an offset) for each unit of inputs. Decode thread.
 
 At a handful of rows a product is as quick as its weights can be read, so halving or quartering their bytes is the whole
-gain; they are widened in registers (as in LLM.int8, Dettmers et al. 2022, and AWQ, Lin et al. 2023). Where many rows share
-a weight, arithmetic bounds the product: it is expanded first, and multiplied by cuBLAS.
+gain (LLM.int8, Dettmers et al. 2022; AWQ, Lin et al. 2023). Integers of so few bits are exact in bf16: they go through the
+matrix units as the larger operand, unscaled, a unit at a time, and its sums are scaled in fp32. Programs share the inputs of
+a tile as in `few_rows_product`. Where many rows share a weight, arithmetic bounds the product: it is expanded first, and
+multiplied by cuBLAS.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,184 +15,121 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from worker.kernels.compiled import is_interpreted
+from worker.kernels.compiled import is_interpreted, num_multiprocessors
+from worker.kernels.dependent import await_inputs, launch_options
+from worker.kernels.few_rows_product import _add_parts
+from worker.kernels.integer_weight import TILE, IntegerWeight
 
+ROWS = 32
+"""Rows of one launch."""
 MAX_ROWS = 64
-"""Rows of one launch; more go by an expanded weight. Not measured: reading narrow weights should gain up to about there."""
-BLOCK_IN = 128
-_NARROW = 4096  # outputs; up to so many, narrower blocks give more programs
-
-
-@dataclass(frozen=True, slots=True)
-class IntegerWeight:
-    """A weight (out, in) as `(q - zero) · scale + least`, q int8 (out, in), or for 4 bits uint8 (out, in / 2), even inputs in
-    the low half; zero is 8 for 4 bits without an offset, else 0."""
-
-    packed: Tensor
-    scales: Tensor  # (out, in / group) fp16 or fp32
-    least: Tensor | None  # the same; None for 0
-    bits: int
-    group: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.packed.shape[0], self.packed.shape[1] * (2 if self.bits == 4 else 1)
-
-    @property
-    def num_bytes(self) -> int:
-        """What a product reads."""
-        parts = (self.packed, self.scales, *([] if self.least is None else [self.least]))
-        return sum(part.nbytes for part in parts)
-
-    def rows(self, first: int, last: int) -> IntegerWeight:
-        """Some of the outputs, in the same memory."""
-        least = None if self.least is None else self.least[first:last]
-        return IntegerWeight(self.packed[first:last], self.scales[first:last], least, self.bits, self.group)
-
-
-def repack(q: Tensor, scale: Tensor, least: Tensor | None) -> IntegerWeight:
-    """Levels q (out, in) int8 with scales and offsets (out, in / group) fp32 → the weight. It keeps 4 bits where they suffice.
-
-    Scales are kept in fp16 where that changes none by more than its rounding: products round weights to bf16 anyway.
-    """
-    assert q.shape[1] % scale.shape[1] == 0 and q.shape[1] % 2 == 0
-    group = q.shape[1] // scale.shape[1]
-    lowest, highest = int(q.min()), int(q.max())
-    bits = (
-        4
-        if (lowest >= 0 if least is not None else lowest >= -8) and highest < (8 if least is None else 16)
-        else 8
-    )
-    if bits == 4:
-        u = (q + 8 if least is None else q).to(torch.uint8)
-        q = u[:, 0::2] | (u[:, 1::2] << 4)
-    shrunk = [part for part in (scale, least) if part is not None]
-    if all(map(_fits_half, shrunk)):
-        scale, least = scale.half(), None if least is None else least.half()
-    return IntegerWeight(
-        q.contiguous(), scale.contiguous(), None if least is None else least.contiguous(), bits, group
-    )
-
-
-def _fits_half(part: Tensor) -> bool:
-    return bool(((part.half().float() - part).abs() <= part.abs() * 2**-11).all())
-
-
-def quantise(weight: Tensor, bits: int = 8, group: int | None = None) -> IntegerWeight:
-    """Round a (out, in) weight to `bits` (8 or 4), symmetric and to nearest. `group` None: one scale a row."""
-    outputs, inputs = weight.shape
-    group = group or inputs
-    assert bits in (4, 8) and inputs % group == 0 and inputs % 2 == 0
-    most = 2 ** (bits - 1) - 1
-    grouped = weight.float().view(outputs, inputs // group, group)
-    scales = grouped.abs().amax(dim=2).clamp_min(1e-12) / most
-    rounded = (grouped / scales.unsqueeze(2)).round().clamp(-most, most).to(torch.int8).view(outputs, inputs)
-    return repack(rounded, scales, None)
-
-
-def dequantise(weight: IntegerWeight) -> Tensor:
-    """The (out, in) fp32 weight that the integers stand for: the reference's."""
-    packed = weight.packed
-    if weight.bits == 4:
-        packed = torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1).to(torch.int8)
-        packed = packed - 8 if weight.least is None else packed
-    outputs = packed.shape[0]
-    grouped = packed.float().view(outputs, -1, weight.group) * weight.scales.float().unsqueeze(2)
-    if weight.least is not None:
-        grouped += weight.least.float().unsqueeze(2)
-    return grouped.view(outputs, -1)
+"""Up to so many by launches; more go by an expanded weight."""
+PROGRAMS = 4
+"""A multiprocessor, wanted: inputs are split until there are so many."""
+STAGES = 3
 
 
 @triton.jit
-def _values(
-    q, scales_ptr, least_ptr, outs, inside, start,
-    GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, HAS_LEAST: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """(BLOCK_OUT, WIDTH) fp32 of levels that stand in GROUPS groups from input `start` on."""
-    groups = start // GROUP + tl.arange(0, GROUPS)
-    at = outs[:, None].to(tl.int64) * NUM_GROUPS + groups[None, :]
-    there = inside[:, None] & (groups < NUM_GROUPS)[None, :]
-    scale = tl.load(scales_ptr + at, mask=there, other=0.0).to(tl.float32)
-    w = tl.reshape(q.to(tl.float32), [BLOCK_OUT, GROUPS, WIDTH // GROUPS]) * scale[:, :, None]
-    if HAS_LEAST:
-        least = tl.load(least_ptr + at, mask=there, other=0.0).to(tl.float32)
-        w += least[:, :, None]
-    return tl.reshape(w, [BLOCK_OUT, WIDTH])
+def _scaled(sums, factors, columns, j: tl.constexpr):
+    """Each output's sums by its factor in column `j` of (64, ahead)."""
+    return sums * tl.sum(tl.where(columns == j, factors, 0.0), 1)[:, None]
 
 
 @triton.jit
-def _product(
+def _few_integers(
     x_ptr,
     weight_ptr,
     scales_ptr,
     least_ptr,
     bias_ptr,
     out_ptr,
+    part_ptr,
+    arrivals_ptr,
     x_stride,
     num_rows,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
+    UNITS: tl.constexpr,
+    UNIT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHARE: tl.constexpr,
     BITS: tl.constexpr,
     HAS_LEAST: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
     WIDEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    lanes = tl.arange(0, TILE)
     rows = tl.arange(0, ROWS)
+    exists = rows < num_rows
+    first = split * SHARE
+    stop = tl.minimum(first + SHARE, UNITS)
+    width: tl.constexpr = 16 if BITS == 4 else UNIT
+    zero: tl.constexpr = 8 if BITS == 4 and not HAS_LEAST else 0
+    k = tl.arange(0, width)
+    columns = tl.arange(0, AHEAD)[None, :]
+    weights = weight_ptr + tile.to(tl.int64) * (UNITS * TILE * width) + lanes[:, None] * width + k[None, :]
+    beside = lanes[:, None] * AHEAD + columns
+    scales = scales_ptr + tile.to(tl.int64) * (UNITS * TILE) + beside
+    leasts = least_ptr + tile.to(tl.int64) * (UNITS * TILE) + beside
+    from_x = x_ptr + rows[:, None] * x_stride
+    await_inputs(DEPENDENT)
+
+    total = tl.zeros([TILE, ROWS], tl.float32)
+    for start in tl.range(first, stop, AHEAD, num_stages=STAGES):
+        # These feed no matrix unit, so that the compiler has them wait here; the weights of later rounds are on their way
+        # meanwhile. (Carried from round to round instead, they would keep it from asking for any weight ahead.)
+        wide_scale = tl.load(scales + start * TILE).to(tl.float32)
+        wide_least = wide_scale
+        if HAS_LEAST:
+            wide_least = tl.load(leasts + start * TILE).to(tl.float32)
+        for j in tl.static_range(AHEAD):
+            ins = (start + j) * UNIT + k
+            q = tl.load(weights + (start + j) * (TILE * width), eviction_policy="evict_first")
+            x = tl.load(from_x + ins[None, :], mask=exists[:, None] & (ins < INPUTS)[None, :], other=0.0)
+            if WIDEN:
+                x = x.to(tl.float32)
+            if BITS == 8:
+                sums = tl.dot(q.to(x.dtype), tl.trans(x), input_precision="ieee")
+                if HAS_LEAST:
+                    inputs = tl.sum(x.to(tl.float32), 1)
+            else:
+                ins += 16
+                y = tl.load(from_x + ins[None, :], mask=exists[:, None] & (ins < INPUTS)[None, :], other=0.0)
+                if WIDEN:
+                    y = y.to(tl.float32)
+                low = ((q & 15).to(tl.int8) - zero).to(x.dtype)
+                high = ((q >> 4).to(tl.int8) - zero).to(x.dtype)
+                sums = tl.dot(low, tl.trans(x), input_precision="ieee")
+                sums = tl.dot(high, tl.trans(y), sums, input_precision="ieee")
+                if HAS_LEAST:
+                    inputs = tl.sum(x.to(tl.float32) + y.to(tl.float32), 1)
+            total += _scaled(sums, wide_scale, columns, j)
+            if HAS_LEAST:
+                total += _scaled(tl.zeros_like(sums) + inputs[None, :], wide_least, columns, j)
+
+    outs = tile * TILE + lanes
     inside = outs < OUTPUTS
-    exists = (rows < num_rows)[:, None]
-    zero: tl.constexpr = 0 if HAS_LEAST else 8
-    total = tl.zeros([ROWS, BLOCK_OUT], tl.float32)
-    for start in range(0, INPUTS, BLOCK_IN):
-        if BITS == 8:
-            ins = start + tl.arange(0, BLOCK_IN)
-            valid = ins < INPUTS
-            x = tl.load(
-                x_ptr + rows[:, None] * x_stride + ins[None, :], mask=exists & valid[None, :], other=0.0
-            )
-            at = outs[:, None].to(tl.int64) * INPUTS + ins[None, :]
-            q = tl.load(weight_ptr + at, mask=inside[:, None] & valid[None, :], other=0)
-            w = _values(
-                q, scales_ptr, least_ptr, outs, inside, start,
-                GROUP, INPUTS // GROUP, GROUPS, HAS_LEAST, BLOCK_OUT, BLOCK_IN,
-            )  # fmt: skip
-            if WIDEN:
-                total += tl.dot(x.to(tl.float32), tl.trans(w), input_precision="ieee")
-            else:
-                total += tl.dot(x, tl.trans(w.to(x.dtype)))
-        else:
-            pairs = start // 2 + tl.arange(0, BLOCK_IN // 2)
-            valid = pairs < INPUTS // 2
-            from_x = x_ptr + rows[:, None] * x_stride + 2 * pairs[None, :]
-            even = tl.load(from_x, mask=exists & valid[None, :], other=0.0)
-            odd = tl.load(from_x + 1, mask=exists & valid[None, :], other=0.0)
-            at = outs[:, None].to(tl.int64) * (INPUTS // 2) + pairs[None, :]
-            both = tl.load(weight_ptr + at, mask=inside[:, None] & valid[None, :], other=0).to(tl.int32)
-            low = _values(
-                (both & 15) - zero, scales_ptr, least_ptr, outs, inside, start,
-                GROUP, INPUTS // GROUP, GROUPS, HAS_LEAST, BLOCK_OUT, BLOCK_IN // 2,
-            )  # fmt: skip
-            high = _values(
-                (both >> 4) - zero, scales_ptr, least_ptr, outs, inside, start,
-                GROUP, INPUTS // GROUP, GROUPS, HAS_LEAST, BLOCK_OUT, BLOCK_IN // 2,
-            )  # fmt: skip
-            if WIDEN:
-                total += tl.dot(even.to(tl.float32), tl.trans(low), input_precision="ieee")
-                total += tl.dot(odd.to(tl.float32), tl.trans(high), input_precision="ieee")
-            else:
-                total += tl.dot(even, tl.trans(low.to(even.dtype)))
-                total += tl.dot(odd, tl.trans(high.to(odd.dtype)))
+    if SPLITS > 1:
+        part: tl.constexpr = ROWS * TILE
+        at = tile * (SPLITS * part) + rows[None, :] * TILE + lanes[:, None]
+        tl.store(part_ptr + at + split * part, total, mask=exists[None, :])
+        tl.debug_barrier()  # every thread has written before one of them tells that this program has arrived
+        arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu")
+        if arrived != SPLITS - 1:
+            return
+        tl.store(arrivals_ptr + tile, 0)  # for the next product by this weight
+        total = _add_parts(part_ptr, at, exists[None, :], SPLITS, part)
     if HAS_BIAS:
-        total += tl.load(bias_ptr + outs, mask=inside, other=0.0).to(tl.float32)[None, :]
-    out_at = rows[:, None] * OUTPUTS + outs[None, :]
-    tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=exists & inside[None, :])
+        total += tl.load(bias_ptr + outs, mask=inside, other=0.0).to(tl.float32)[:, None]
+    out_at = rows[None, :] * OUTPUTS + outs[:, None]
+    tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & exists[None, :])
 
 
 @triton.jit
@@ -203,74 +140,72 @@ def _expand(
     out_ptr,
     INPUTS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
+    UNITS: tl.constexpr,
+    UNIT: tl.constexpr,
+    AHEAD: tl.constexpr,
     BITS: tl.constexpr,
     HAS_LEAST: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    start = tl.program_id(1) * BLOCK_IN
-    inside = outs < OUTPUTS
-    zero: tl.constexpr = 0 if HAS_LEAST else 8
+    tile = tl.program_id(0)
+    unit = tl.program_id(1)
+    lanes = tl.arange(0, TILE)
+    width: tl.constexpr = 16 if BITS == 4 else UNIT
+    zero: tl.constexpr = 8 if BITS == 4 and not HAS_LEAST else 0
+    k = tl.arange(0, width)
+    piece = tile.to(tl.int64) * UNITS + unit
+    q = tl.load(weight_ptr + piece * (TILE * width) + lanes[:, None] * width + k[None, :])
+    beside = tile.to(tl.int64) * (UNITS * TILE) + (unit // AHEAD * TILE + lanes) * AHEAD + unit % AHEAD
+    scale = tl.load(scales_ptr + beside).to(tl.float32)[:, None]
+    least = tl.zeros_like(scale)
+    if HAS_LEAST:
+        least = tl.load(least_ptr + beside).to(tl.float32)[:, None]
+    outs = tile * TILE + lanes
+    ins = unit * UNIT + k
+    out_at = out_ptr + outs[:, None].to(tl.int64) * INPUTS + ins[None, :]
+    there = (outs < OUTPUTS)[:, None] & (ins < INPUTS)[None, :]
     kept = out_ptr.dtype.element_ty
     if BITS == 8:
-        ins = start + tl.arange(0, BLOCK_IN)
-        valid = inside[:, None] & (ins < INPUTS)[None, :]
-        at = outs[:, None].to(tl.int64) * INPUTS + ins[None, :]
-        q = tl.load(weight_ptr + at, mask=valid, other=0)
-        w = _values(
-            q, scales_ptr, least_ptr, outs, inside, start,
-            GROUP, INPUTS // GROUP, GROUPS, HAS_LEAST, BLOCK_OUT, BLOCK_IN,
-        )  # fmt: skip
-        tl.store(out_ptr + at, w.to(kept), mask=valid)
+        tl.store(out_at, (q.to(tl.float32) * scale + least).to(kept), mask=there)
     else:
-        pairs = start // 2 + tl.arange(0, BLOCK_IN // 2)
-        valid = inside[:, None] & (pairs < INPUTS // 2)[None, :]
-        at = outs[:, None].to(tl.int64) * (INPUTS // 2) + pairs[None, :]
-        both = tl.load(weight_ptr + at, mask=valid, other=0).to(tl.int32)
-        low = _values(
-            (both & 15) - zero, scales_ptr, least_ptr, outs, inside, start,
-            GROUP, INPUTS // GROUP, GROUPS, HAS_LEAST, BLOCK_OUT, BLOCK_IN // 2,
-        )  # fmt: skip
-        high = _values(
-            (both >> 4) - zero, scales_ptr, least_ptr, outs, inside, start,
-            GROUP, INPUTS // GROUP, GROUPS, HAS_LEAST, BLOCK_OUT, BLOCK_IN // 2,
-        )  # fmt: skip
-        tl.store(out_ptr + 2 * at, low.to(kept), mask=valid)
-        tl.store(out_ptr + 2 * at + 1, high.to(kept), mask=valid)
-
-
-def _groups(weight: IntegerWeight) -> int:
-    """Groups of a block of inputs. One, where groups hold whole blocks, or there is but one."""
-    inputs = weight.shape[1]
-    if weight.group == inputs or weight.group % BLOCK_IN == 0:
-        return 1
-    assert BLOCK_IN % weight.group == 0, f"groups of {weight.group} inputs"
-    return BLOCK_IN // weight.group
+        low = ((q & 15).to(tl.int32) - zero).to(tl.float32) * scale + least
+        high = ((q >> 4).to(tl.int32) - zero).to(tl.float32) * scale + least
+        tl.store(out_at, low.to(kept), mask=there)
+        there = (outs < OUTPUTS)[:, None] & (ins + 16 < INPUTS)[None, :]
+        tl.store(out_at + 16, high.to(kept), mask=there)
 
 
 def expand(weight: IntegerWeight, dtype: torch.dtype) -> Tensor:
     """The (out, in) weight in `dtype`, on its device."""
     outputs, inputs = weight.shape
     out = torch.empty((outputs, inputs), dtype=dtype, device=weight.packed.device)
-    _expand[(triton.cdiv(outputs, 32), triton.cdiv(inputs, BLOCK_IN))](
+    _expand[(weight.packed.shape[0], weight.units)](
         weight.packed,
         weight.scales,
         weight.scales if weight.least is None else weight.least,
         out,
         INPUTS=inputs,
         OUTPUTS=outputs,
-        GROUP=weight.group,
-        GROUPS=_groups(weight),
+        UNITS=weight.units,
+        UNIT=weight.unit,
+        AHEAD=weight.ahead,
         BITS=weight.bits,
         HAS_LEAST=weight.least is not None,
-        BLOCK_OUT=32,
-        BLOCK_IN=BLOCK_IN,
+        TILE=TILE,
         num_warps=4,
     )
     return out
+
+
+def choose_share(tiles: int, units: int, ahead: int, num_processors: int) -> tuple[int, int]:
+    """(programs that share a tile, units of each but perhaps the last): from the weight's shape and the device alone, so that a
+    row has the same bits in any batch of up to 32."""
+    rounds = units // ahead
+    wanted = max(
+        1, min(PROGRAMS * num_processors // tiles, rounds // 4)
+    )  # four rounds at least are worth a start
+    share = triton.cdiv(rounds, wanted)
+    return triton.cdiv(rounds, share), share * ahead
 
 
 def quantised_linear(
@@ -278,39 +213,50 @@ def quantised_linear(
 ) -> Tensor:
     """x Wᵀ + b. x (N, in) fp32, bf16 or fp16, rows may be strided; returns (N, out) in `out_dtype`, None: x's dtype.
 
-    Sums are fp32, of weights rounded to x's dtype. The reference is `x @ dequantise(weight).T + bias`.
+    Sums and scales are fp32; of more than 64 rows, of weights rounded to x's dtype. The weight's `arrivals` belong to launches
+    that follow each other on one stream. The reference is `x @ dequantise(weight).T + bias`.
     """
     num_rows, inputs = x.shape
     outputs = weight.shape[0]
     dtype = out_dtype or x.dtype
-    if num_rows > MAX_ROWS:
-        if dtype == x.dtype:
-            return F.linear(x, expand(weight, x.dtype), bias)
-        return torch.cat([quantised_linear(part, weight, bias, dtype) for part in x.split(MAX_ROWS)])
+    if num_rows > MAX_ROWS and dtype == x.dtype:
+        return F.linear(x, expand(weight, x.dtype), bias)
     x = x if x.stride(1) == 1 else x.contiguous()
-    block_out = 16 if outputs <= _NARROW else 32
     out = torch.empty((num_rows, outputs), dtype=dtype, device=x.device)
-    _product[(triton.cdiv(outputs, block_out),)](
-        x,
-        weight.packed,
-        weight.scales,
-        weight.scales if weight.least is None else weight.least,
-        weight.scales if bias is None else bias,
-        out,
-        x.stride(0),
-        num_rows,
-        INPUTS=inputs,
-        OUTPUTS=outputs,
-        GROUP=weight.group,
-        GROUPS=_groups(weight),
-        BITS=weight.bits,
-        HAS_LEAST=weight.least is not None,
-        HAS_BIAS=bias is not None,
-        ROWS=16 if num_rows <= 16 else 32 if num_rows <= 32 else 64,
-        BLOCK_OUT=block_out,
-        BLOCK_IN=BLOCK_IN,
-        WIDEN=is_interpreted() or x.dtype == torch.float32,
-        num_warps=4,
-        num_stages=4,
-    )
+    tiles = weight.packed.shape[0]
+    splits, share = choose_share(tiles, weight.units, weight.ahead, num_multiprocessors(x.device))
+    parts = out  # a placeholder: with one program a tile it is neither written nor read
+    if splits > 1:
+        parts = torch.empty((tiles, splits, ROWS * TILE), dtype=torch.float32, device=x.device)
+    for at in range(0, num_rows, ROWS):
+        some = x[at : at + ROWS]
+        _few_integers[(tiles, splits)](
+            some,
+            weight.packed,
+            weight.scales,
+            weight.scales if weight.least is None else weight.least,
+            weight.scales if bias is None else bias,
+            out[at : at + ROWS],
+            parts,
+            weight.arrivals,
+            x.stride(0),
+            some.shape[0],
+            INPUTS=inputs,
+            OUTPUTS=outputs,
+            UNITS=weight.units,
+            UNIT=weight.unit,
+            AHEAD=weight.ahead,
+            SPLITS=splits,
+            SHARE=share,
+            BITS=weight.bits,
+            HAS_LEAST=weight.least is not None,
+            HAS_BIAS=bias is not None,
+            ROWS=ROWS,
+            TILE=TILE,
+            STAGES=STAGES,
+            WIDEN=is_interpreted() or x.dtype == torch.float32,
+            num_warps=4,
+            num_stages=STAGES,
+            **launch_options(x.device),
+        )
     return out

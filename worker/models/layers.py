@@ -19,7 +19,7 @@ from worker.native.products import ADD, GATE, GELU, PLAIN, Linear, PackedWeight,
 from worker.native.quantised import Levels, Quantised, QuantisedWeight, beside, stacked
 
 if TYPE_CHECKING:
-    from worker.kernels.quantised_linear import IntegerWeight
+    from worker.kernels.integer_weight import IntegerWeight
 
 Take = Callable[..., Tensor]
 """`take(name, *shape, dtype=…)`: a checkpoint's tensor by canonical name, of that shape, on the model's device.
@@ -126,7 +126,7 @@ class PackedLinear:
         if not isinstance(weight, Tensor | QuantisedWeight | Levels):
             self._integers = weight
         elif not isinstance(weight, Tensor) and by_kernels(weight.device):
-            from worker.kernels.quantised_linear import repack  # here, so that no CPU worker imports Triton
+            from worker.kernels.integer_weight import repack  # here, so that no CPU worker imports Triton
 
             levels = weight.levels()
             self._integers = repack(levels.q, levels.scale, levels.least)

@@ -209,7 +209,7 @@ def attention(
     dependent: bool = False,
 ) -> tuple[int, int]:
     """Decode attention as its launcher lays it out, in `variant` or as served; returns what `registers` tells."""
-    variant = variant or paged_decode_attention.served(group, 8 * kv_heads, is_wide=dtype == "fp32")
+    variant = variant or paged_decode_attention.served(group, is_wide=dtype == "fp32")
     single = group == 1 and not variant.dots
     return compile_for(
         paged_decode_attention._attend_split,
@@ -259,8 +259,8 @@ def main() -> None:
         replace(variant, programs=0) for variant in VARIANTS.values()
     }:  # that is no part of the code
         attention(32, 1, 64, 8, variant)
-    for variant, splits in ((paged_decode_attention.FEW, 8), (paged_decode_attention.MANY, 1)):
-        _, spilled = attention(32, 1, 64, splits, variant, joins=splits > 1, dependent=True)
+    for joins in (False, True):
+        _, spilled = attention(32, 1, 64, 8, joins=joins, dependent=True)
         assert not spilled
     for kv_heads, group, dim in [(8, 2, 128), (8, 4, 64)]:
         _, spilled = attention(kv_heads, group, dim, 8, dependent=True)
@@ -339,15 +339,17 @@ def main() -> None:
         compile_for(activation._activate, 4, small, dtype=dtype)
     compile_for(mask._mask_row, 4, {"VOCAB": 51200, "BLOCK": 2048})
     compile_for(activation._activate, 4, {"DIM": 6912, "SILU": False, "GATED": True, "BLOCK": 1024})
-    product = {"INPUTS": 2048, "OUTPUTS": 8192, "GROUP": 32, "GROUPS": 4, "HAS_LEAST": False}
-    blocks = {"BLOCK_OUT": 32, "BLOCK_IN": 128}
+    made = {"INPUTS": 2048, "OUTPUTS": 8192, "UNITS": 64, "UNIT": 32, "AHEAD": 4, "TILE": 64}
     for bits, kind in ((8, "*i8"), (4, "*u8")):
-        made = product | blocks | {"BITS": bits}
         compile_it = partial(compile_for, weight_ptr=kind, scales_ptr="*fp16", least_ptr="*fp16")
-        for rows in (16, 64):
-            by = made | {"HAS_BIAS": True, "ROWS": rows, "WIDEN": False, "HAS_LEAST": bits == 4}
-            compile_it(quantised_linear._product, 4, by)
-        compile_it(quantised_linear._expand, 4, made)
+        for offset in (False, True):
+            of = made | {"BITS": bits, "HAS_LEAST": offset}
+            shared = {"HAS_BIAS": True, "ROWS": 32, "WIDEN": False, "SPLITS": 4, "SHARE": 16, "STAGES": 3}
+            _, spilled = compile_it(
+                quantised_linear._few_integers, 4, of | shared, assemble=True, dependent=True
+            )
+            assert not spilled
+        compile_it(quantised_linear._expand, 4, made | {"BITS": bits, "HAS_LEAST": True})
 
 
 if __name__ == "__main__":

@@ -13,15 +13,8 @@ from tests.unit.worker.models.paged_driver import Driver, Row, quiet, relative_e
 from tests.unit.worker.models.small_checkpoint import write_checkpoint
 from tests.unit.worker.native.integer_case import random_blocks
 from worker.formats.open_source import open_source
-from worker.kernels.quantised_linear import (
-    MAX_ROWS,
-    IntegerWeight,
-    dequantise,
-    expand,
-    quantise,
-    quantised_linear,
-    repack,
-)
+from worker.kernels.integer_weight import IntegerWeight, dequantise, quantise, repack
+from worker.kernels.quantised_linear import MAX_ROWS, expand, quantised_linear
 from worker.models.decoder import Decoder
 from worker.models.layers import PackedLinear
 from worker.models.registry import load_model
@@ -65,7 +58,7 @@ def test_a_files_blocks(kind: str) -> None:
     """As they are, whatever the kind: bits, offsets, groups of 16 and 32, and rows that are parts of a wider input."""
     weight = random_blocks(kind, 40, 256)
     made = integers(weight)
-    assert made.bits == (4 if kind.startswith("Q4") else 8) and made.group == (16 if kind == "Q6_K" else 32)
+    assert made.bits == (4 if kind.startswith("Q4") else 8) and made.unit == (16 if kind == "Q6_K" else 32)
     most = 2**-10 if made.scales.dtype == torch.float16 else 1e-7
     assert relative_error(dequantise(made), weight.dequantised()) < most
     wide = torch.randn(5, 300)
