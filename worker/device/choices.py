@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True, slots=True)
 class GpuChoices:
-    """The switches, each as it likely serves best; those that are off wait for a GPU to show that they are right and quicker."""
+    """The switches, each as it serves best on the GPUs that it was measured on (docs/gpu.md)."""
 
-    pair_rows: bool = True  # products with a bias never see a single row: the smallest decode graph has two
+    pair_rows: bool = False  # products with a bias never see a single row: the smallest decode graph has two
     narrow_indexes: bool = True  # int32 indexes as they were uploaded; no int64 copies of them in a step
     tail_norm: bool = True  # the last residual sum and the final norm are one launch
     own_outputs: bool = True  # the sampling kernel writes next inputs and outputs itself
