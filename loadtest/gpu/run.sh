@@ -150,8 +150,8 @@ for part in "${parts[@]}"; do
     pocket) # a trained model: what it answers is right or wrong
       where=cuda
       [ -n "$smoke" ] && where=cpu
-      run pocket 90 12 "$python" -m degas bench pocket --device "$where" --scenes "${POCKET_SCENES:-100}" ;;
-    decode) run decode 150 30 "$python" -m loadtest.gpu.decode --out "$out" $smoke ;;
+      run pocket 70 12 "$python" -m degas bench pocket --device "$where" --scenes "${POCKET_SCENES:-100}" ;;
+    decode) run decode 120 30 "$python" -m loadtest.gpu.decode --out "$out" $smoke ;;
     switches) run switches 90 60 "$python" -m loadtest.gpu.switches ${SWITCHES:+--shapes "$SWITCHES"} --out "$out" $smoke ;;
     products) run products 70 62 "$python" -m loadtest.gpu.products --out "$out" $smoke ;;
     vision) run vision 60 24 "$python" -m loadtest.gpu.vision --out "$out" $smoke ;;
