@@ -1,0 +1,145 @@
+"""A node dies in mid-stream, and what becomes of its streams, of those that wait, and of its worker."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.ray.cluster import NODES, Nodes, Up, nodes, ours_left, up
+
+# Ray itself is imported by the fixture: it reads its variables while it is.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed; make test-ray"),
+]
+
+SIM = ("--model", "sim", "--device", "sim", "--sim-profile", "b200", "--max-rows", "2")
+LONG = 1600  # tokens: some four seconds of the simulated device
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Nodes]:
+    with nodes() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def running(cluster: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    keys = tmp_path_factory.mktemp("ray") / "keys"
+    flags = ("--min-workers", "2", "--keys-dir", str(keys), "--registry", "127.0.0.1:0")
+    with up(cluster.address, *SIM, *flags) as found:
+        found.wait_ready()
+        found.wait_for(lambda: sum(" serves" in line for line in found.lines) == 2)
+        yield found
+
+
+async def stream(
+    session: aiohttp.ClientSession, url: str, max_tokens: int
+) -> tuple[list[dict[str, Any]], float]:
+    """One answer's events, and when the last of them came."""
+    body = {"model": "sim", "prompt": "x", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    async with session.post(f"{url}/v1/completions", json=body) as response:
+        assert response.status == 200, await response.text()
+        seen = [json.loads(line[6:]) async for line in response.content if line.startswith(b"data: {")]
+    return seen, time.monotonic()
+
+
+def places(running: Up) -> dict[str, str]:
+    """Nodes by the endpoint of the worker that serves there."""
+    workers = running.status()["workers"]
+    return {one["endpoint"]: one["node"] for one in workers if one["state"] == "serving"}
+
+
+async def test_a_node_that_dies_ends_its_streams_only(running: Up, cluster: Nodes) -> None:
+    before = places(running)
+    assert sorted(before.values()) == sorted(NODES)
+    url = running.url
+    async with aiohttp.ClientSession() as session:
+        begun = [asyncio.create_task(stream(session, url, LONG)) for _ in range(4)]
+        await asyncio.sleep(1.0)  # all four have rows: two on each node
+        waiting = [asyncio.create_task(stream(session, url, 5)) for _ in range(6)]
+        await asyncio.sleep(0.3)
+        assert not any(task.done() for task in (*begun, *waiting))
+        killed_s = time.monotonic()
+        await asyncio.to_thread(cluster.kill, NODES[0])
+        ended = await asyncio.gather(*begun)
+        lost = [(seen, at_s - killed_s) for seen, at_s in ended if "error" in seen[-1]]
+        assert len(lost) == 2, "the two streams of the node that died"
+        for seen, after_s in lost:
+            assert seen[-1]["error"]["code"] == "worker_lost"
+            assert not any("error" in event for event in seen[:-1])
+            assert after_s < 2.0, "about a second"
+        for seen, _ in await asyncio.gather(*waiting):
+            assert "error" not in seen[-1], "an unstarted request is tried again"
+        print("told after", [round(after_s, 2) for _, after_s in lost])
+
+        returned_s = await asyncio.to_thread(
+            running.wait_for,
+            lambda: sum(NODES[1] in line and line.endswith(" serves") for line in running.lines) == 2,
+        )
+        print("the actor serves elsewhere after", round(time.monotonic() - killed_s, 2), round(returned_s, 2))
+        after = await asyncio.to_thread(places, running)
+        assert list(after.values()) == [NODES[1], NODES[1]]
+        assert len(after.keys() - before.keys()) == 1
+        seen, _ = await stream(session, url, 5)
+        assert "error" not in seen[-1]
+
+
+async def test_gateways_elsewhere_are_told_where_workers_are(running: Up) -> None:
+    page = next(line for line in running.lines if "gateways elsewhere" in line).rpartition(" ")[2]
+    async with aiohttp.ClientSession() as session, session.get(page) as response:
+        listed = (await response.text()).split()
+    assert set(listed) == places(running).keys()
+
+
+def test_a_second_fleet_of_the_name_is_refused(running: Up, cluster: Nodes) -> None:
+    with up(cluster.address, *SIM) as second:
+        assert second.process.wait(60) == 2
+    assert "is up on this cluster already" in second.text
+
+
+def test_down_ends_everything_in_order(running: Up) -> None:
+    shown = running.command("status")
+    assert "2 workers, 2 wanted" in shown.stdout
+    done = running.command("down")
+    assert done.returncode == 0 and "has ended" in done.stdout, done.stderr
+    assert running.process.wait(30) == 0
+    assert "draining" in running.text
+    folders = [
+        Path(line.split('"file://')[1].split("/workers")[0]) for line in running.lines if '"file://' in line
+    ]
+    assert folders and not any(folder.exists() for folder in folders)
+    assert not ours_left()
+    assert running.command("status").returncode == 1
+
+
+def test_wrong_settings_of_a_worker_are_said_and_not_tried_again(cluster: Nodes) -> None:
+    with up(cluster.address, "--model", "/nowhere/model", "--device", "cpu") as wrong:
+        assert wrong.process.wait(90) == 2
+    assert "/nowhere/model" in wrong.text
+    assert "refuses its settings" in wrong.text
+
+
+async def test_workers_are_added_under_load_and_taken_away_again(cluster: Nodes) -> None:
+    scaling = ("--max-workers", "2", "--scale-up-s", "1", "--scale-down-s", "2")
+    with up(cluster.address, *SIM, *scaling) as running:
+        await asyncio.to_thread(running.wait_ready)
+        async with aiohttp.ClientSession() as session:
+            load = [asyncio.create_task(stream(session, running.url, LONG)) for _ in range(6)]
+            await asyncio.to_thread(running.wait_for, lambda: "1 → 2 workers" in running.text)
+            await asyncio.to_thread(
+                running.wait_for, lambda: sum(" serves" in line for line in running.lines) == 2
+            )
+            assert not any("error" in seen[-1] for seen, _ in await asyncio.gather(*load))
+            await asyncio.to_thread(running.wait_for, lambda: "has ended" in running.text)
+            assert "2 → 1 workers" in running.text
+            seen, _ = await stream(session, running.url, 5)
+            assert "error" not in seen[-1]
