@@ -69,7 +69,7 @@ class RayConfig(BaseModel):
         120.0, ge=0, le=86400, description="scaling: fewer once fewer would have sufficed for all of so long"
     )
     worker_drain_s: float = Field(
-        25.0, ge=0, le=86400, description="how long a worker that is taken away may finish what it has begun"
+        300.0, ge=0, le=86400, description="how long a worker that is taken away may finish what it has begun"
     )
 
     run_gateway: bool = Field(

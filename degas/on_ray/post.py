@@ -51,7 +51,8 @@ class WorkerPost:
         self._guard.say(f"folder {self._folder}")
         self._lines: deque[str] = deque(maxlen=LINES)
         self._status = self._folder / "status.json"
-        port = free_port(node_ip, task.ports)
+        self._port = hold_port(node_ip, task.ports)
+        port = self._port.getsockname()[1]
         host = f"[{node_ip}]" if ":" in node_ip else node_ip
         self._known = {
             "endpoint": f"tcp://{host}:{port}",
@@ -123,6 +124,7 @@ class WorkerPost:
         except (ProcessLookupError, PermissionError):
             pass
         self._guard.say(f"forget {self._process.pid}")
+        self._port.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -134,18 +136,24 @@ def write_keys(folder: Path, keys: Mapping[str, bytes]) -> None:
             out.write(data)
 
 
-def free_port(host: str, ports: tuple[int, int] | None) -> int:
-    """A TCP port of `host` that nobody listens on now. Raises OSError when all that are allowed are taken."""
+def hold_port(host: str, ports: tuple[int, int] | None) -> socket.socket:
+    """A socket that keeps a free TCP port of `host` for the worker, as long as it is open. Raises OSError when all are taken.
+
+    A worker binds its port seconds after it is started, and again after a crash: without this, another one would take it. On
+    Linux a port may be bound twice where both sides allow it and only one listens: ZeroMQ does, and another `hold_port` does not.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in (0,) if ports is None else range(ports[0], ports[1] + 1):
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            try:
-                probe.bind((host, port))
-            except OSError:
-                if ports is None:
-                    raise
-                continue
-            return int(probe.getsockname()[1])
+        held = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            held.bind((host, port))
+        except OSError:
+            held.close()
+            if ports is None:
+                raise
+            continue
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return held
     assert ports is not None
     raise OSError(
         f"every port from {ports[0]} to {ports[1]} of {host} is taken; give worker_ports a wider range"

@@ -14,8 +14,8 @@ from shared.settings import ConfigError, Given, read_file
 from worker.config import WORKER_SETTINGS, WorkerConfig
 
 SECTIONS: Final = (RAY_SETTINGS, WORKER_SETTINGS, GATEWAY_SETTINGS)
-OWN: Final = {"worker": ("endpoint", "curve_key_dir"), "gateway": ("workers", "curve_key_dir")}
-"""Settings by which workers and gateways meet: `degas ray up` sets them itself."""
+OWN: Final = {"worker": ("endpoint", "curve_key_dir", "drain_s"), "gateway": ("workers", "curve_key_dir")}
+"""Settings that `degas ray up` sets itself: how workers and gateways meet, and how long a worker may take to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ def resolve(
         for setting in settings:
             if (given := found[name].get(setting)) is not None:
                 raise ConfigError(
-                    f"{given.origin} sets {setting} of the {name}, but degas ray up tells workers and gateways itself where "
-                    f"they meet; take it out (keys: --keys-dir)"
+                    f"{given.origin} sets {setting} of the {name}, which degas ray up sets itself; take it out (keys: "
+                    f"--keys-dir, draining: --worker-drain-s)"
                 )
     worker = found["worker"]
     if (model := worker.get("model")) is not None:
@@ -65,3 +65,9 @@ def _absolute(model: str) -> str:
     """A path as every node understands it, if it is one that exists here: actors run in folders of their own."""
     path = Path(model).expanduser()
     return str(path.resolve()) if "/" in model and path.exists() else model
+
+
+def gpus_and_device(asked: float | None, device: str, in_cluster: float) -> tuple[float, str]:
+    """GPUs for each worker, and its device. One that was given no GPU computes on the CPU, whatever its node has."""
+    gpus = asked if asked is not None else float(device == "cuda" or (device == "auto" and in_cluster > 0))
+    return gpus, "cpu" if device == "auto" and not gpus else device

@@ -18,10 +18,11 @@ from typing import Any, Final
 from degas.child import Child, Guard
 from degas.keys import WORKER_FILES, KeysError, make_keys
 from degas.on_ray import cluster
+from degas.on_ray.actors import Away, Gone
 from degas.on_ray.fleet import Fleet
 from degas.on_ray.post import Task
 from degas.on_ray.registry import Registry
-from degas.on_ray.settings import UpSettings
+from degas.on_ray.settings import UpSettings, gpus_and_device
 from degas.on_ray.watch import Watch
 from degas.options import OptionsError
 from degas.probe import fetch_status
@@ -74,8 +75,7 @@ class Up:
                 "started a Ray cluster of this machine alone" if is_ours else "joined the Ray cluster"
             )
             self._board = cluster.Board(ray.fleet)
-            if (address := ray.registry_address()) is not None:
-                self._view.note(f"gateways elsewhere find the workers at {await registry.listen(*address)}")
+            await self._open(registry)
             watch = Watch(str(keys_dir / "gateway"))
             fleet = self._make_fleet(keys_dir / "worker", watch)
             if ray.run_gateway:
@@ -98,12 +98,21 @@ class Up:
 
     # ------------------------------------------------------------------ what runs
 
+    async def _open(self, registry: Registry) -> None:
+        if (address := self._settings.ray.registry_address()) is None:
+            return
+        try:
+            page = await registry.listen(*address)
+        except OSError as error:
+            raise OptionsError(
+                f"registry cannot listen on {self._settings.ray.registry}: {error.strerror}; choose another address of this "
+                f"machine (port 0 picks a free one)"
+            ) from None
+        self._view.note(f"gateways elsewhere find the workers at {page}")
+
     def _make_fleet(self, keys_dir: Path, watch: Watch) -> Fleet:
         settings, ray = self._settings, self._settings.ray
-        gpus = ray.num_gpus
-        if gpus is None:
-            device = settings.worker.device
-            gpus = 1.0 if device == "cuda" or (device == "auto" and cluster.num_gpus() > 0) else 0.0
+        gpus, device = gpus_and_device(ray.num_gpus, settings.worker.device, cluster.num_gpus())
         if missing := cluster.missing(ray.num_cpus, gpus):
             self._view.note(
                 f"{missing}; waiting for one (num_cpus and num_gpus say what a worker is given)",
@@ -112,7 +121,8 @@ class Up:
         task = Task(
             settings={
                 **settings.worker_variables,
-                "DEGAS_WORKER_DEVICE": settings.worker.device,
+                "DEGAS_WORKER_DEVICE": device,
+                "DEGAS_WORKER_DRAIN_S": str(ray.worker_drain_s),
                 "DEGAS_SERVE_WORKER_GRACE_S": str(ray.worker_drain_s),
             },
             keys=None
@@ -149,9 +159,11 @@ class Up:
         while not self._stopping.is_set():
             self._turn(fleet, watch, registry)
             if told.is_answered():
-                if told.answer():
-                    self._view.note("degas ray down asks for the end")
-                    return None
+                try:
+                    if told.answer():
+                        return self._view.note("degas ray down asks for the end")
+                except (Away, Gone) as error:
+                    return self._give_up(f"Ray lost this node of its cluster: {error}", 1)
                 told = self._board.tell(self._state(fleet))
             if fleet.failure:
                 return self._give_up(fleet.failure, fleet.failure_code)
@@ -243,6 +255,8 @@ def up(settings: UpSettings) -> int:
     except (cluster.ClusterError, KeysError, ConfigError, OptionsError, OSError) as error:
         print(f"degas ray up: {error}", file=sys.stderr, flush=True)
         return WRONG_SETTINGS
+    except KeyboardInterrupt:  # while the cluster was being joined
+        return FORCED
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -39,10 +39,10 @@ class Nodes:
         self._nodes: dict[str, Any] = {}
         self.address = str(self._cluster.address)
 
-    def add(self, ip: str, num_cpus: int = 2) -> None:
-        """Start a node."""
+    def add(self, ip: str, num_cpus: int = 2, num_gpus: int = 0) -> None:
+        """Start a node; Ray believes any number of GPUs."""
         self._nodes[ip] = self._cluster.add_node(
-            node_ip_address=ip, num_cpus=num_cpus, object_store_memory=STORE_BYTES
+            node_ip_address=ip, num_cpus=num_cpus, num_gpus=num_gpus, object_store_memory=STORE_BYTES
         )
 
     def kill(self, ip: str) -> None:
@@ -161,16 +161,17 @@ def up(address: str, *flags: str) -> Iterator[Up]:
         running.stop()
 
 
-def ours_left() -> list[str]:
-    """Command lines of processes of ours that still run and know this test's token (Linux)."""
-    token = os.environ["RAY_AUTH_TOKEN"].encode()
-    found = []
+def ours() -> dict[tuple[str, ...], dict[str, str]]:
+    """Command lines of processes of ours that run and know this test's token, with their environments (Linux)."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = (path / "cmdline").read_bytes().split(b"\0")
-            is_of_test = token in (path / "environ").read_bytes()
-        except OSError:
+            words = (path / "cmdline").read_text().split("\0")
+            pairs = [pair.partition("=") for pair in (path / "environ").read_text().split("\0")]
+        except (OSError, UnicodeDecodeError):
             continue
-        if is_of_test and {b"degas", b"degas.rooms"} & set(words):
-            found.append(b" ".join(words).decode(errors="replace"))
+        environment = {name: value for name, _, value in pairs}
+        is_of_test = environment.get("RAY_AUTH_TOKEN") == os.environ["RAY_AUTH_TOKEN"]
+        if is_of_test and {"degas", "degas.rooms"} & set(words):
+            found[(path.name, *words)] = environment
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.ray.cluster import NODES, Nodes, Up, nodes, ours_left, up
+from tests.ray.cluster import NODES, Nodes, Up, nodes, ours, up
 
 # Ray itself is imported by the fixture: it reads its variables while it is.
 pytestmark = [
@@ -117,7 +117,7 @@ def test_down_ends_everything_in_order(running: Up) -> None:
         Path(line.split('"file://')[1].split("/workers")[0]) for line in running.lines if '"file://' in line
     ]
     assert folders and not any(folder.exists() for folder in folders)
-    assert not ours_left()
+    assert not ours()
     assert running.command("status").returncode == 1
 
 
@@ -143,3 +143,22 @@ async def test_workers_are_added_under_load_and_taken_away_again(cluster: Nodes)
             assert "2 → 1 workers" in running.text
             seen, _ = await stream(session, running.url, 5)
             assert "error" not in seen[-1]
+
+
+def test_workers_see_the_gpus_that_they_were_given_and_end_with_a_killed_up(cluster: Nodes) -> None:
+    cluster.add("127.0.0.5", num_gpus=2)
+    with up(
+        cluster.address, *SIM, "--min-workers", "2", "--num-gpus", "1", "--worker-ports", "5600-5699"
+    ) as running:
+        running.wait_ready()
+        running.wait_for(lambda: sum(" serves" in line for line in running.lines) == 2)
+        supervisors = [seen for words, seen in ours().items() if words[-3:-1] == ("--only", "worker")]
+        assert sorted(seen["CUDA_VISIBLE_DEVICES"] for seen in supervisors) == ["0", "1"]
+        ports = [int(seen["DEGAS_WORKER_ENDPOINT"].rpartition(":")[2]) for seen in supervisors]
+        assert all(5600 <= port <= 5699 for port in ports)
+        running.process.kill()
+        running.process.wait()
+    deadline_s = time.monotonic() + 30
+    while ours():
+        assert time.monotonic() < deadline_s, ours().keys()
+        time.sleep(0.1)
