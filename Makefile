@@ -89,12 +89,11 @@ $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(VENV)/.serve
 	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium; }
 	@touch $@
 
-# Ray beside what .venv has, not in it: its packages are found behind those of .venv-ray.
+# Ray beside what .venv has, not in it: what .venv holds, and this folder, are found behind what .venv-ray does.
 $(VENV)-ray/.ray: pyproject.toml constraints.txt | $(VENV)/.dev
 	@$(BIN)/python -m venv $(VENV)-ray
-	@$(VENV)-ray/bin/python -c "import sys, sysconfig, pathlib; \
-	  pathlib.Path(sysconfig.get_path('purelib'), 'degas-dev.pth').write_text(sys.argv[1] + chr(10))" \
-	  "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'), '$(CURDIR)', sep='\n')" \
+	  > $$($(VENV)-ray/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/degas-dev.pth
 	@$(VENV)-ray/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
 	  "$$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['ray'])")"
 	@touch $@
