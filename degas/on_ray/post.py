@@ -46,7 +46,9 @@ class WorkerPost:
 
     def __init__(self, task: Task, node_ip: str, node_id: str) -> None:
         """Start the worker. Raises OSError where that cannot be done."""
-        self._guard = Guard()  # kills the worker and removes the keys, should this process be killed
+        self._guard = Guard(
+            apart=True
+        )  # kills the worker and removes the keys, should this process be killed
         self._folder = Path(tempfile.mkdtemp(prefix="degas-ray-"))  # mkdtemp makes it 0700
         self._guard.say(f"folder {self._folder}")
         self._lines: deque[str] = deque(maxlen=LINES)

@@ -175,3 +175,21 @@ def ours() -> dict[tuple[str, ...], dict[str, str]]:
         if is_of_test and {"degas", "degas.rooms"} & set(words):
             found[(path.name, *words)] = environment
     return found
+
+
+def folders() -> list[Path]:
+    """Where running workers have their keys."""
+    told = [
+        seen.get("DEGAS_SERVE_STATUS_FILE")
+        for words, seen in ours().items()
+        if words[-3:-1] == ("--only", "worker")
+    ]
+    return [Path(path).parent for path in told if path]
+
+
+def wait_gone(paths: list[Path], timeout_s: float = 20.0) -> None:
+    """Until none of them exists. Raises AssertionError that names those left."""
+    deadline_s = time.monotonic() + timeout_s
+    while left := [path for path in paths if path.exists()]:
+        assert time.monotonic() < deadline_s, f"left: {left}"
+        time.sleep(0.05)
