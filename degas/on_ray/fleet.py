@@ -6,7 +6,7 @@ It knows actors by `actors.Placed`, what they have to do by a function, and the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from degas.on_ray.actors import Asked, Away, Gone, Placed
@@ -16,8 +16,6 @@ from degas.restarts import RestartLimits, Restarts
 AWAY_S: Final = 3.0  # without an answer for so long, an actor's node may be dead
 PATIENCE_S: Final = 15.0  # without a place for so long, somebody should know
 WRONG_SETTINGS: Final = 2
-
-_NUM_NAMED: Final = 20  # lines of a worker that failed, shown again
 
 
 @dataclass(slots=True)
@@ -34,7 +32,6 @@ class Member:
     serves_since_s: float | None = None
     leaves_by_s: float = 0.0
     told: bool = False  # that it is without a place, or an answer
-    last_lines: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -192,12 +189,12 @@ class Fleet:
     def _on_answer(self, member: Member, answer: dict[str, Any], now_s: float) -> None:
         if member.endpoint != answer["endpoint"]:
             member.endpoint, member.node_ip = answer["endpoint"], answer["node_ip"]
+            member.serves_since_s = None
             self._note(f"{member.name} starts at {member.endpoint}")
             if member.state == "leaving":  # placed anew in the meantime: nothing of what it began is there
                 self._remove(member)
                 return
             member.state = "starting"
-        member.last_lines = [*member.last_lines, *answer["lines"]][-_NUM_NAMED:]
         for line in answer["lines"]:
             if not line.startswith("DEGAS-") and line.strip():
                 self._note(f"{member.name}: {line}")

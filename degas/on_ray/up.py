@@ -53,6 +53,7 @@ class Up:
         self._started_s = time.monotonic()
         self._url = ""  # of the gateways here
         self._told_ready = False
+        self._refusals: set[str] = set()  # told of already
         self._gateways: Child | None = None
         self._code = 0
 
@@ -178,6 +179,10 @@ class Up:
         fleet.on_tick(time.monotonic())
         watch.follow(fleet.endpoints)
         registry.tell(fleet.endpoints)
+        for endpoint in fleet.endpoints:
+            if (why := watch.refusal(endpoint)) and why not in self._refusals:
+                self._refusals.add(why)
+                self._view.note(f"the worker at {endpoint} cannot be used: {why}", style="red")
 
     async def _end(self, fleet: Fleet, watch: Watch, registry: Registry) -> None:
         """Gateways drain while their workers serve, then the workers end."""

@@ -133,9 +133,12 @@ def test_an_actor_whose_node_died_is_waited_for_where_it_comes_back() -> None:
     made.actors[0].says = None
     made.run(60)
     assert len(made.actors) == 2 and sum("is away" in note for note in made.notes) == 1
+    made.actors[0].at(3, ready=False)
+    made.run()
+    assert made.states == ["starting", "serving"]
     made.actors[0].at(3)
     made.run()
-    assert made.states == ["serving", "serving"]
+    assert made.states == ["serving", "serving"] and made.notes[-1] == "worker 1 on 10.0.0.3 serves"
     assert made.fleet.endpoints == {"tcp://10.0.0.3:5601", "tcp://10.0.0.2:5602"}
 
 
