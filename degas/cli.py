@@ -1,4 +1,4 @@
-"""Owns the `degas` command: serve, worker, gateway, models, config, doctor, keys, top, bench, loadtest. Main thread; heavy imports are lazy."""
+"""Owns the `degas` command: serve, worker, gateway, models, config, doctor, keys, ray, top, bench, loadtest. Main thread; heavy imports are lazy."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from degas.key_commands import app as keys_app
+from degas.on_ray.commands import app as ray_app
 from degas.settings import ALL, OWN_SOCKET, resolve, serve_options
 from gateway.config import GATEWAY_SETTINGS
 from shared.settings import ConfigError, give_flags
@@ -172,6 +173,7 @@ def serve_parameters() -> Iterator[Parameter]:
 
 
 app.add_typer(keys_app, name="keys")
+app.add_typer(ray_app, name="ray")
 give_flags(serve, serve_parameters())
 give_flags(show_config, serve_parameters())
 give_flags(worker, WORKER_SETTINGS.parameters(typer.Option))

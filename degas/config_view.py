@@ -15,6 +15,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from degas.on_ray.config import RAY_SETTINGS
 from degas.settings import ALL, BUILT_IN, Effective
 from shared.settings import NONE, Given, Section, Setting, as_text
 
@@ -128,8 +129,8 @@ def _shown(value: Any) -> str:
 
 
 def with_tables(text: str) -> str:
-    """The text of docs/operating.md with each section's table made anew from the code."""
-    for section in ALL:
+    """The text of docs/operating.md or docs/ray.md with each section's table made anew from the code."""
+    for section in (*ALL, RAY_SETTINGS):
         heading = f"`[{section.name}]`, `{section.prefix}…`\n\n"
         before, found, after = text.partition(heading)
         if found:
@@ -137,6 +138,8 @@ def with_tables(text: str) -> str:
     return text
 
 
-if __name__ == "__main__":  # after a change of settings: python -m degas.config_view docs/operating.md
+if (
+    __name__ == "__main__"
+):  # after a change of settings: python -m degas.config_view docs/operating.md (and docs/ray.md)
     path = Path(sys.argv[1])
     path.write_text(with_tables(path.read_text()))

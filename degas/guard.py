@@ -1,7 +1,8 @@
 """Owns cleaning up after a supervisor that was killed. A process of its own, which reads the supervisor's pipe.
 
 The kernel kills a killed supervisor's children, not their descendants: this process kills the children's process
-groups and removes the runtime folder. Lines: `watch PGID`, `forget PGID`, `folder PATH`, `done`.
+groups and removes the runtime folder. Lines: `watch PGID`, `forget PGID`, `folder PATH`, `done`. With the argument `apart` it
+is nobody's child: Ray, for one, kills the children of a process that it ends.
 """
 
 import os
@@ -13,6 +14,8 @@ import sys
 
 def main() -> None:
     """Follow the supervisor's lines to their end, then clean up what is left."""
+    if sys.argv[1:] == ["apart"] and os.fork():
+        os._exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     groups: set[int] = set()

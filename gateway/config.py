@@ -16,6 +16,7 @@ from shared.settings import ConfigError as ConfigError
 from shared.settings import Section
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9_.-]+):\d{1,5}", re.ASCII)
+_WORKERS = re.compile(r"ipc://.+|file:///.+|(tcp|dns)://[^/]+:\d{1,5}|https?://[^/\s]+/\S*")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -57,11 +58,11 @@ class GatewayConfig(BaseModel):
 
     workers: tuple[str, ...] = Field(
         (),
-        description="their endpoints, ipc://<path>, tcp://<host>:<port>, or dns://<name>:<port> for every address of a "
-        "name; `degas serve` has its own",
+        description="their endpoints, ipc://<path>, tcp://<host>:<port>, dns://<name>:<port> for every address of a name, or "
+        "a list of tcp:// endpoints, a line each, at file:///<path> or http://<host>:<port>/<path>; `degas serve` has its own",
     )
     worker_lookup_s: float = Field(
-        2.0, ge=0.1, le=300, description="how often the names of dns:// endpoints are looked up"
+        2.0, ge=0.1, le=300, description="how often dns://, file:// and http:// are looked up again"
     )
     default_model: str | None = Field(
         None, description="the model of requests that name none; none: the first that was announced"
@@ -71,7 +72,7 @@ class GatewayConfig(BaseModel):
     )
     curve_key_dir: str | None = Field(
         None,
-        description="folder with worker.key and gateway.key_secret; used for every tcp:// and dns:// worker",
+        description="folder with worker.key and gateway.key_secret; used for every worker but those of ipc://",
     )
     retry_wait_s: float = Field(30.0, ge=0, description="how long unstarted requests wait for a new worker")
 
@@ -187,9 +188,10 @@ class GatewayConfig(BaseModel):
     @classmethod
     def _check_workers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for endpoint in value:
-            if not re.fullmatch(r"(ipc://.+|(tcp|dns)://[^/]+:\d{1,5})", endpoint):
+            if not _WORKERS.fullmatch(endpoint):
                 raise ValueError(
-                    f"{endpoint!r} is not ipc://<path>, tcp://<host>:<port> or dns://<name>:<port>"
+                    f"{endpoint!r} is not ipc://<path>, tcp://<host>:<port>, dns://<name>:<port>, file:///<path> or "
+                    f"http://<host>:<port>/<path>"
                 )
         if len(set(value)) != len(value):
             raise ValueError("the same endpoint is given twice")

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, Generic, Literal, TypeVar, cast, get_a
 
 Config = TypeVar("Config")
 
-SECTIONS: Final = ("worker", "gateway", "serve")
+SECTIONS: Final = ("worker", "gateway", "serve", "ray")
 FILE_VARIABLE: Final = "DEGAS_CONFIG"
 NONE: Final = "none"
 """The text that leaves an optional setting unset."""
@@ -187,7 +187,8 @@ class Section(Generic[Config]):
     def _is_no_setting(self, name: str, spell: Callable[[str], str] = str) -> str:
         close = difflib.get_close_matches(name, self.settings, n=1)
         hint = f"; did you mean {spell(close[0])}?" if close else ""
-        return f"is not a setting of {'degas serve' if self.name == 'serve' else f'the {self.name}'}{hint}"
+        owner = {"serve": "degas serve", "ray": "degas ray up"}.get(self.name, f"the {self.name}")
+        return f"is not a setting of {owner}{hint}"
 
     def _complaint(self, item: Mapping[str, Any], found: Mapping[str, Given]) -> str:
         message = str(item["msg"]).removeprefix("Value error, ")
@@ -220,7 +221,9 @@ def read_file(path: Path | None, environment: Mapping[str, str]) -> File:
         if name not in SECTIONS or not isinstance(table, dict):
             close = difflib.get_close_matches(name, SECTIONS, n=1)
             hint = f"; did you mean [{close[0]}]?" if close else ""
-            raise ConfigError(f"{path}: {name} is not one of the tables [worker], [gateway], [serve]{hint}")
+            raise ConfigError(
+                f"{path}: {name} is not one of the tables [worker], [gateway], [serve], [ray]{hint}"
+            )
     return File(str(path), tables)
 
 

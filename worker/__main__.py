@@ -35,7 +35,6 @@ from worker.wire.transport import Transport
 
 log = structlog.get_logger()
 
-DRAIN_S = 20.0
 BEAT = Struct("<Qd")  # read by `degas.child`: the heartbeats so far, and seconds that the next one may take
 
 
@@ -144,7 +143,7 @@ def serve(config: WorkerConfig) -> int:
         nonlocal signals
         signals += 1
         # A second signal ends running sequences at once.
-        inbox.put(Received(b"", Drain(DRAIN_S if signals == 1 else 0.0)))
+        inbox.put(Received(b"", Drain(config.drain_s if signals == 1 else 0.0)))
         if signals > 2:
             os._exit(130)
 

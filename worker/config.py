@@ -148,6 +148,12 @@ class WorkerConfig(BaseModel):
         gt=0,
         description="silence of the decode thread, beyond what its steps should take, that means it hangs",
     )
+    drain_s: float = Field(
+        20.0,
+        ge=0,
+        le=86400,
+        description="how long what it has begun may go on after SIGTERM; a supervisor has to allow as much (worker_grace_s)",
+    )
     beat_fd: int = Field(-1, description="file descriptor the supervisor reads progress from")
     report_startup: bool = Field(False, description="print DEGAS-PHASE, DEGAS-PROGRESS and DEGAS-READY lines")
 

@@ -1,6 +1,7 @@
 """Owns looking up the names that workers are found under, again and again. Gateway's loop; the lookups run on threads.
 
 `dns://worker:5555` stands for every address of the name: a Compose service's containers, the pods of a headless service.
+`file:///run/degas/workers` and `http://registry:5550/workers` are lists that somebody else keeps (`member_lists`).
 """
 
 from __future__ import annotations
@@ -8,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Final
 
 import structlog
 
+from gateway.core import member_lists
 from gateway.decisions.membership import Membership
 from gateway.faults import fault_fields
 
-SCHEME: Final = "dns://"
+DNS: Final = "dns://"
+SCHEMES: Final = (DNS, member_lists.FILE, *member_lists.HTTP)
 _LOOKUP_TIMEOUT_S: Final = 10.0
 
 log = structlog.get_logger(__name__)
 
-Lookup = Callable[[str, int], Awaitable[frozenset[str]]]
+Lookup = Callable[[], Awaitable[frozenset[str]]]
 
 
 async def look_up(host: str, port: int) -> frozenset[str]:
@@ -31,6 +35,17 @@ async def look_up(host: str, port: int) -> frozenset[str]:
         f"tcp://[{address[0]}]:{port}" if family == socket.AF_INET6 else f"tcp://{address[0]}:{port}"
         for family, _, _, _, address in found
     )
+
+
+def lookup_of(name: str) -> Lookup:
+    """What finds the endpoints that a name of one of `SCHEMES` stands for. It raises OSError or ValueError when it cannot."""
+    if name.startswith(member_lists.HTTP):
+        return lambda: member_lists.read_page(name)
+    if name.startswith(member_lists.FILE):
+        path = Path(name.removeprefix(member_lists.FILE))
+        return lambda: member_lists.read_file(path)
+    host, _, port = name.removeprefix(DNS).rpartition(":")
+    return lambda: look_up(host.strip("[]"), int(port))
 
 
 class Discovery:
@@ -48,16 +63,13 @@ class Discovery:
         join: Callable[[str], None],
         leave: Callable[[str], None],
         is_idle: Callable[[str], bool],
-        lookup: Lookup | None = None,
     ) -> None:
-        """`name` is `dns://<host>:<port>`."""
-        host, _, port = name.removeprefix(SCHEME).rpartition(":")
+        """`name` begins with one of `SCHEMES`."""
         self.name = name
         self.problem = ""  # of the last lookup; empty if it had an answer
-        self._host, self._port = host.strip("[]"), int(port)
         self._interval_s = interval_s
         self._join, self._leave, self._is_idle = join, leave, is_idle
-        self._lookup = lookup or look_up
+        self._lookup = lookup_of(name)
         self._members = Membership()
         self._task: asyncio.Task[None] | None = None
 
@@ -73,8 +85,8 @@ class Discovery:
     async def once(self) -> None:
         """Look up once, and tell what changed."""
         try:
-            found = await self._lookup(self._host, self._port)
-        except (OSError, UnicodeError) as error:  # TimeoutError is an OSError
+            found = await self._lookup()
+        except (OSError, ValueError) as error:  # TimeoutError is an OSError, UnicodeError a ValueError
             problem = f"{self.name} was not found: {error or 'nobody answered'}"
             if problem != self.problem:
                 log.warning("discovery_failed", name=self.name, reason=str(error) or "nobody answered")

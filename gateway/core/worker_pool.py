@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Final
 
-from gateway.core.discovery import SCHEME, Discovery
+from gateway.core.discovery import SCHEMES, Discovery
 from gateway.core.placement import Placement, Worker
 from gateway.core.worker_link import WorkerLink
 
@@ -27,7 +27,7 @@ class WorkerPool:
     def start(self, entries: tuple[str, ...]) -> None:
         """Reach for every worker. Raises `shared.settings.ConfigError` for bad keys."""
         for entry in entries:
-            if not entry.startswith(SCHEME):
+            if not entry.startswith(SCHEMES):
                 self._join(entry)
                 continue
             discovery = Discovery(
