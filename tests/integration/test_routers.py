@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import zmq
 
-from tests.http_client import ask
-from tests.integration.stack import SIM, Stack, stack
+from tests.deploy.manifests import DEPLOY, FILES, expressions, metrics_in, selected_labels
+from tests.http_client import Opened, ask
+from tests.integration.scraped import Scraped, scrape
+from tests.integration.stack import SIM, Stack, stack, until
 from tests.unit.worker.wire.plain_msgpack import read
 from tests.unit.worker.wire.router_view import RouterView
 
@@ -111,3 +113,93 @@ def test_a_subscriber_hears_it_as_it_happens(served: Stack, router: Router) -> N
     router.catch_up()
     batch: Any = read(payload)
     assert batch[0] == router.view.times[heard], "what is repeated is what was said"
+
+
+# ---------------------------------------------------------------------- metrics
+
+SCRAPER_LABELS = {"instance", "job", "namespace", "le"}  # what Prometheus adds, or histograms have
+PICKER = {  # what the inference gateway's endpoint picker asks model servers for, by its defaults
+    "vllm:num_requests_waiting": "gauge",
+    "vllm:num_requests_running": "gauge",
+    "vllm:kv_cache_usage_perc": "gauge",
+    "vllm:cache_config_info": "gauge",
+}
+
+
+@pytest.fixture(scope="module")
+def figures(served: Stack) -> Scraped:
+    """After answers, an error and a refused request; the worker's heartbeat has told of them."""
+    chat(served, "count me")
+    assert ask(served.url, "/v1/chat/completions", {"messages": "none"}).status == 400
+    until(lambda: _has_ended(scrape(served.url)))
+    return scrape(served.url)
+
+
+def _has_ended(seen: Scraped) -> bool:
+    return "degas_worker_finished_total" in seen.names and seen.value("degas_worker_num_running") == 0
+
+
+@pytest.mark.parametrize(("where", "expression"), list(expressions()))
+def test_what_dashboards_alerts_and_autoscalers_ask_for_is_there(
+    figures: Scraped, where: str, expression: str
+) -> None:
+    """Every metric that deploy/ names is scraped from a real server, or is recorded by its rules of such."""
+    recorded = {
+        record for place, _ in expressions() if (record := place.removeprefix("rules.yml ")) in expression
+    }
+    missing = metrics_in(expression) - figures.names - recorded
+    assert not missing
+    for name, label in selected_labels(expression):
+        if name in figures.samples and label not in SCRAPER_LABELS:
+            assert label in figures.labels(name), f"{name} has no label {label}"
+
+
+def test_the_documents_name_metrics_that_are_there(figures: Scraped) -> None:
+    """docs/operating.md and the manifests' comments; a name that ends in … or _ stands for several."""
+    lines = (DEPLOY.parent / "docs" / "operating.md").read_text().splitlines()
+    texts = ["\n".join(line for line in lines if "GPU:" not in line), *(path.read_text() for path in FILES)]
+    recorded = {place.removeprefix("rules.yml ") for place, _ in expressions()}
+    external = {"degas_requests_at_workers", "degas_pages_in_use"}  # the adapter's names for two queries
+    named = set().union(*map(metrics_in, texts)) - recorded - external
+    missing = {
+        name
+        for name in named
+        if not any(known == name or known.startswith(name.rstrip("_") + "_") for known in figures.names)
+    }
+    # These need a file of keys, and a machine that measures energy.
+    assert not {name for name in missing if not name.startswith(("degas_key_", "degas_worker_energy_"))}
+
+
+def test_the_endpoint_picker_finds_what_it_asks_for(figures: Scraped, served: Stack) -> None:
+    for name, kind in PICKER.items():
+        assert figures.types[name] == kind
+    ((labels, value),) = figures.samples["vllm:cache_config_info"]
+    assert value == 1 and labels["block_size"] == str(PAGE_TOKENS)
+    assert int(labels["num_gpu_blocks"]) == figures.value("degas_worker_total_pages")
+    assert not [name for name in figures.names if "lora" in name], "there are no adapters to tell of"
+
+
+def test_the_endpoint_pickers_figures_follow_what_runs(served: Stack) -> None:
+    """More requests than rows: as many run as there are rows, the others wait, and KV memory fills."""
+    rows = 32
+    body = {"messages": [{"role": "user", "content": "go on " * 30}], "max_tokens": 4000, "ignore_eos": True}
+    streams: list[Opened] = []
+    try:
+        asked = {**body, "stream": True}
+        streams += [Opened(served.url, "/v1/chat/completions", asked) for _ in range(rows + 3)]
+
+        def is_full() -> bool:
+            now = scrape(served.url)
+            return (
+                now.value("vllm:num_requests_running") == rows
+                and now.value("vllm:num_requests_waiting") == 3
+                and 0 < now.value("vllm:kv_cache_usage_perc") <= 1
+            )
+
+        until(is_full)
+    finally:
+        for stream in streams:
+            stream.close()
+    until(lambda: scrape(served.url).value("vllm:kv_cache_usage_perc") == 0)
+    now = scrape(served.url)
+    assert now.value("vllm:num_requests_running") == now.value("vllm:num_requests_waiting") == 0
