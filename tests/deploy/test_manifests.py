@@ -18,7 +18,7 @@ from worker.config import WORKER_SETTINGS, WorkerConfig
 
 SECTIONS: dict[str, Section[Any]] = {"gateway": GATEWAY_SETTINGS, "worker": WORKER_SETTINGS}
 POOL = "inference-pool.yaml"
-KEYS = re.findall(
+KEYS: list[str] = re.findall(
     r"create secret generic api-keys --from-literal=keys=(\S+)", "".join(p.read_text() for p in FILES)
 )
 
