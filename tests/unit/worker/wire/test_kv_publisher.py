@@ -324,6 +324,44 @@ def test_events_alone_tell_what_is_cached(steps: list[tuple[str, list[int], str]
         assert set(view.tokens) == {hash_of(key) for key in cached.cache.keys}
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    requests=st.lists(st.lists(st.binary(max_size=12), max_size=4), max_size=20),
+    numbers=st.lists(st.integers(0, (1 << 64) - 1), max_size=5),
+)
+def test_no_request_harms_the_thread(requests: list[list[bytes]], numbers: list[int]) -> None:
+    """Whatever frames come: those of the right form are answered in full, all others are passed over."""
+    publisher = KvPublisher("ipc://unused", "ipc://unused", max_held=3)
+    publisher._publish_socket = _Sink([])  # type: ignore[assignment]
+    asked = [[b"r%d" % place, b"", number.to_bytes(8, "big")] for place, number in enumerate(numbers)]
+    router = _Requests([*([b"x", *frames] for frames in requests), *asked])
+    publisher.replay = router  # type: ignore[assignment]
+    for number in range(5):
+        publisher.publish([BlockRemoved([number])])
+    while router.received or publisher.is_replaying:
+        publisher.turn(list, has_requests=True)
+    for place, number in enumerate(numbers):
+        answers = [frames[2] for frames in router.sent if frames[0] == b"r%d" % place]
+        assert answers == [*(one.to_bytes(8, "big") for one in range(2, 5) if one >= number), END]
+
+
+class _Requests:
+    """A ROUTER that has got these requests, and whose peers take everything."""
+
+    def __init__(self, received: list[list[bytes]]) -> None:
+        self.received = received
+        self.sent: list[list[bytes]] = []
+
+    def recv_multipart(self, flags: int) -> list[bytes]:
+        if not self.received:
+            raise zmq.Again
+        return self.received.pop(0)
+
+    def send_multipart(self, frames: list[bytes], flags: int) -> None:
+        assert flags == zmq.NOBLOCK
+        self.sent.append(frames)
+
+
 class _Sink:
     def __init__(self, payloads: list[bytes]) -> None:
         self._payloads = payloads
