@@ -134,6 +134,14 @@ class WorkerConfig(BaseModel):
         ByteSize(256 << 20), ge=0, description="image features kept for repeated pictures"
     )
 
+    price_per_hour: float | None = Field(
+        None,
+        gt=0,
+        le=1e9,
+        description="price of an hour of this worker's device, in any currency: tokens per unit of it are then on /metrics; "
+        "none: no such figures",
+    )
+
     kv_events: str | None = Field(
         None,
         description="ZeroMQ address to publish at which prefixes are cached, as vLLM does for prefix-aware routers: tcp://*:5557; "
@@ -152,14 +160,6 @@ class WorkerConfig(BaseModel):
         "arrays",
         description="an event as an array, which routers have read from the beginning, or as a map with names, which vLLM writes "
         "since June 2026",
-    )
-
-    price_per_hour: float | None = Field(
-        None,
-        gt=0,
-        le=1e9,
-        description="price of an hour of this worker's device, in any currency: tokens per unit of it are then on /metrics; "
-        "none: no such figures",
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")

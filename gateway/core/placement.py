@@ -43,14 +43,16 @@ class Worker:
 
     @property
     def num_active(self) -> int:
-        """Requests there: this gateway's, and other gateways' as its last heartbeat told of them. That heartbeat's own
-        count would not do: short answers empty a worker before the next one says so."""
+        """Requests there: this gateway's as of now, and the others' as the last heartbeat said.
+
+        The heartbeat's own sum would count those that have left since: a worker that drained would look full until the next one.
+        """
         return self.occupancy.num_active + self.occupancy.num_others
 
     @property
     def load(self) -> float:
         """The share of its places that are taken; 1 is full."""
-        return self.occupancy.load
+        return self.num_active / max(1, self.occupancy.capacity)
 
     @property
     def candidate(self) -> Candidate:

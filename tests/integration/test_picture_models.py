@@ -23,20 +23,6 @@ pytestmark = pytest.mark.slow
 NUM = 16
 
 
-def as_openai(turns: Sequence[Turn]) -> list[Any]:
-    """A conversation as the official client sends it."""
-    sent = []
-    for role, parts in turns:
-        content: Any = [
-            {"type": "text", "text": part}
-            if isinstance(part, str)
-            else {"type": "image_url", "image_url": {"url": data_url(part)}}
-            for part in parts
-        ]
-        sent.append({"role": role, "content": content if role == "user" else parts[0]})
-    return sent
-
-
 def by_grpc(port: int, oracle: Oracle, turns: Sequence[Turn], *, as_ids: bool) -> list[int]:
     """The first turn's answer to the prompt that its template writes, pictures beside it."""
     text = oracle.rendered(turns)
@@ -52,6 +38,20 @@ def by_grpc(port: int, oracle: Oracle, turns: Sequence[Turn], *, as_ids: bool) -
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         (only,) = vllm_engine_pb2_grpc.VllmEngineStub(channel).Generate(request, timeout=60)
     return list(only.complete.output_ids)
+
+
+def as_openai(turns: Sequence[Turn]) -> list[Any]:
+    """A conversation as the official client sends it."""
+    sent = []
+    for role, parts in turns:
+        content: Any = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image_url", "image_url": {"url": data_url(part)}}
+            for part in parts
+        ]
+        sent.append({"role": role, "content": content if role == "user" else parts[0]})
+    return sent
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "gemma3", "qwen3_vl"])

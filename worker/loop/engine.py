@@ -56,12 +56,12 @@ class Engine:
         epoch: int,
         depth: int = 2,
         on_beat: Callable[[int, float], None] | None = None,
+        on_kv_events: Callable[[list[KvEvent]], None] | None = None,
         late_launch: bool = True,
         wait_for_command: Callable[[float], Command | None] | None = None,
         masks: MaskFiller | None = None,
         governor: DepthGovernor | None = None,
         costs: Costs | None = None,
-        on_kv_events: Callable[[list[KvEvent]], None] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner

@@ -228,11 +228,11 @@ class SimWorker:
             epoch=epoch,
             depth=depth,
             late_launch=late_launch,
+            on_kv_events=self._on_kv_events,
             wait_for_command=self._wait_for_command,
             governor=governor,
             masks=masks or punctual_masks(),
             on_beat=on_beat,
-            on_kv_events=self._on_kv_events,
         )
 
     def _on_kv_events(self, events: list[KvEvent]) -> None:
