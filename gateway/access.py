@@ -41,6 +41,7 @@ class Access:
         ]
         self.keys_file = None if config.keys_file is None else Path(config.keys_file)
         self.entries: list[KeyEntry] = []
+        self.num_tenants = max(1, len(self._owners))  # who may call, whether they do or not
         self._by_digest: dict[bytes, KeyEntry] = {}
         if self.keys_file is not None:
             try:
@@ -60,6 +61,7 @@ class Access:
         """These are the file's keys from now on."""
         self.entries = list(entries)
         self._by_digest = {entry.digest: entry for entry in self.entries}
+        self.num_tenants = max(1, len(self.tenant_names))
 
     def owner(self, key: str | None) -> Owner | None:
         """Whose a key is; None for one that is wrong or has expired. Nobody's where no keys are set.

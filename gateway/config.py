@@ -101,7 +101,9 @@ class GatewayConfig(BaseModel):
     max_connections: int = Field(10_000, ge=1, description="WebSockets open at once")
     max_prompt_chars: int = Field(1 << 20, ge=1, description="longest text of a request")
     max_n: int = Field(8, ge=1, le=128, description="most answers to one request (n)")
-    request_deadline_s: float = Field(300.0, gt=0, description="wall clock of one request, queueing included")
+    request_deadline_s: float = Field(
+        300.0, gt=0, le=86400, description="wall clock of one request, queueing included; a day at most"
+    )
     body_timeout_s: float = Field(30.0, gt=0, description="how long a body may take to arrive")
     idle_timeout_s: float = Field(30.0, gt=0, description="a connection without a complete request header")
     drain_notice_s: float = Field(
@@ -122,7 +124,9 @@ class GatewayConfig(BaseModel):
         ByteSize(1 << 20), ge=4 << 10, description="last events held of one resumable stream"
     )
     resume_total_bytes: ByteSize = Field(
-        ByteSize(64 << 20), ge=4 << 10, description="the same of all together"
+        ByteSize(64 << 20),
+        ge=4 << 10,
+        description="the same of all together; who holds most of them makes room for other tenants",
     )
 
     image_processes: int = Field(

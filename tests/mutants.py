@@ -88,6 +88,7 @@ MUTANTS = [
     Mutant("forget a row on release", "worker/schedule/scheduler.py", "self.free_rows.append(seq.row)", "pass"),
     Mutant("draw by row, not by sequence", "worker/step/staging.py", "uniforms([s.seed for s in settings]", "uniforms([s.seed + 1 for s in settings]"),
     Mutant("evict a page that is held", "worker/schedule/prefix_cache.py", "            self._idle.pop(page, None)\n", ""),
+    Mutant("keep from routers that a page was evicted", "worker/schedule/prefix_cache.py", "            self._events.on_removed(keys)", "            pass"),
     Mutant("copy outputs before sampling", "worker/sim/runner.py", "self.copy.wait(self.compute.record())", "pass"),
     Mutant("two terminal events on cancel", "worker/loop/commands.py", "                if seq is not None:\n                    self._reports.send_finish(seq)", "                if seq is not None:\n                    self._reports.send_finish(seq)\n                    self._reports.send_finish(seq)"),
 ]  # fmt: skip

@@ -30,6 +30,7 @@ from shared.settings import give_flags
 from worker.config import WORKER_SETTINGS, ConfigError, WorkerConfig, load
 from worker.loop.inbox import Inbox, Received
 from worker.wire.compiler import GrammarCompiler
+from worker.wire.kv_publisher import CannotPublish, KvPublisher
 from worker.wire.outbox import WireOutbox
 from worker.wire.transport import Transport
 
@@ -92,6 +93,7 @@ class DecodeThread(threading.Thread):
             outbox=self._outbox,
             epoch=self._epoch,
             on_beat=self._on_beat if self._config.beat_fd >= 0 else None,
+            on_kv_events=self._outbox.publish if self._config.kv_events is not None else None,
         )
         card = worker.ready.model
         self._compiler.open(worker.payloads[0], card.vocab_size, card.eos_ids)
@@ -130,9 +132,19 @@ def serve(config: WorkerConfig) -> int:
 
         secure = secure_with(config.curve_key_dir)
     compiler = GrammarCompiler(inbox, outbox, epoch)
-    transport = Transport(config.endpoint, inbox, outbox, compiler=compiler, secure=secure)
+    publisher = None
+    if config.kv_events is not None:
+        publisher = KvPublisher(
+            config.kv_events, config.kv_events_replay, config.kv_events_topic, config.kv_events_form
+        )
+    transport = Transport(
+        config.endpoint, inbox, outbox, compiler=compiler, publisher=publisher, secure=secure
+    )
     try:
         transport.start()
+    except CannotPublish as error:
+        sys.stderr.write(f"degas worker: {error}\n")
+        return 2
     except Exception as error:
         sys.stderr.write(f"degas worker: cannot bind endpoint {config.endpoint}: {error}\n")
         return 2

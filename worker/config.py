@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
@@ -141,6 +142,26 @@ class WorkerConfig(BaseModel):
         "none: no such figures",
     )
 
+    kv_events: str | None = Field(
+        None,
+        description="ZeroMQ address to publish at which prefixes are cached, as vLLM does for prefix-aware routers: tcp://*:5557; "
+        "none: off. Prompts' token ids go out unencrypted: only into a network that you trust",
+    )
+    kv_events_replay: str | None = Field(
+        None,
+        description="ZeroMQ address where a router that missed some of these events asks for them again; none: it cannot",
+    )
+    kv_events_topic: str = Field(
+        "",
+        max_length=512,
+        description="what these messages begin with; llm-d wants kv@<pod's address>@<model>",
+    )
+    kv_events_form: Literal["arrays", "maps"] = Field(
+        "arrays",
+        description="an event as an array, which routers have read from the beginning, or as a map with names, which vLLM writes "
+        "since June 2026",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
     log_json: bool | None = Field(None, description="JSON lines; none: where stderr is no terminal")
     progress_timeout_s: float = Field(
@@ -161,6 +182,27 @@ class WorkerConfig(BaseModel):
     @classmethod
     def _count_cores(cls, value: int) -> int:
         return value or default_threads()
+
+    @field_validator("kv_events", "kv_events_replay")
+    @classmethod
+    def _check_address(cls, value: str | None) -> str | None:
+        if value is not None and re.fullmatch(r"ipc://.+|tcp://.+:\d{1,5}", value) is None:
+            raise ValueError(
+                f"{value!r} is no address to bind; a safe value is tcp://127.0.0.1:5557, or none"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_kv_events(self) -> WorkerConfig:
+        if self.kv_events is not None and not self.prefix_cache:
+            raise ValueError(
+                "kv_events tells of the prefix cache, and prefix_cache is off; a safe value is none"
+            )
+        if self.kv_events is not None and self.kv_events_replay == self.kv_events:
+            raise ValueError(
+                f"kv_events_replay is {self.kv_events}, as kv_events is; a safe value has another port"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_budgets(self) -> WorkerConfig:
@@ -185,6 +227,7 @@ WORKER_SETTINGS: Final = Section(
         "device": "device",
         "depth": "steps",
         "page_tokens": "memory",
+        "kv_events": "routers",
         "log_level": "logs",
     },
     hidden=("beat_fd", "report_startup"),

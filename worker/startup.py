@@ -37,6 +37,7 @@ from worker.native.products import products, use_activations
 from worker.native.quantised_source import QuantisedSource
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
+from worker.schedule.kv_events import KvEvent, KvEvents
 from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pace import Pace, guessed_costs
 from worker.schedule.pages import PagePool
@@ -115,6 +116,7 @@ def build_worker(
     outbox: Outbox,
     epoch: int,
     on_beat: Callable[[int, float], None] | None = None,
+    on_kv_events: Callable[[list[KvEvent]], None] | None = None,
 ) -> Worker:
     """Build everything on the calling thread, which becomes the decode thread. Raises `ConfigError` or
     `worker.formats.errors.CheckpointError` with what to do about it."""
@@ -187,7 +189,8 @@ def build_worker(
         max_sequence_tokens=shape.max_sequence_tokens,
     )
     automata = AutomatonPlaces(TableLimits()) if config.device_automata else None
-    cache = PrefixCache(pool) if config.prefix_cache else None
+    kv_events = KvEvents() if on_kv_events is not None else None
+    cache = PrefixCache(pool, kv_events) if config.prefix_cache else None
     scheduler = Scheduler(limits, pool, cache, automata, pace)
     engine = Engine(
         scheduler,
@@ -201,6 +204,7 @@ def build_worker(
         governor=DepthGovernor(config.depth) if config.depth > 2 else None,
         late_launch=config.late_launch,
         on_beat=on_beat,
+        on_kv_events=on_kv_events,
         costs=Costs(config.price_per_hour, meter),
     )
     ready = Ready(

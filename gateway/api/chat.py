@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -25,9 +24,9 @@ from gateway.api.parameters import (
     invalid,
 )
 from gateway.api.prompts import Message, compose_chat, effort_variables
-from gateway.api.requests import Length, check_fields, make_requests
+from gateway.api.requests import Length, check_fields, make_requests, unscored
 from gateway.api.scored import NumScores, check_scores, prompt_logprobs
-from gateway.api.spoken import Reading, SpokenReader, thought_budget
+from gateway.api.spoken import Reading, SpokenReader, budget_asked, thought_budget
 from gateway.api.tools import MAX_TOOLS, Tool, read_tools
 from gateway.decisions.answer_parts import CallArguments, CallOpened, Part, Said, Thought
 from gateway.generation import (
@@ -279,8 +278,7 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> C
         raise invalid("give either max_tokens or max_completion_tokens", "max_tokens")
     if body.prompt_logprobs is not None and body.stream:
         raise invalid("come with whole answers; leave stream out", "prompt_logprobs")
-    if body.thinking_budget is not None and body.thinking_token_budget not in (None, body.thinking_budget):
-        raise invalid("give either thinking_budget or thinking_token_budget", "thinking_budget")
+    budget, param = budget_asked(body.thinking_budget, body.thinking_token_budget)
     model = core.model(body.model)
     options = _chat_options(body, thinks=bool(model.template_names))
     count = choice_count(body, core.config.max_n)
@@ -304,17 +302,9 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> C
         length = Length(body.max_tokens, "max_tokens")
     if body.prompt_logprobs is not None:
         check_scores([prompt], body.prompt_logprobs, 1, "prompt_logprobs")
-    param = "thinking_budget" if body.thinking_token_budget is None else "thinking_token_budget"
-    asked = body.thinking_budget if body.thinking_token_budget is None else body.thinking_token_budget
-    thinking = thought_budget(model, prompt.reading, asked, param)
+    thinking = thought_budget(model, prompt.reading, budget, param)
     requests = make_requests(checked, request_id, [prompt], length, thinking=thinking)
-    return Chat(request_id, body, [requests[0], *map(_unscored, requests[1:])], prompt.reading)
-
-
-def _unscored(request: GenerateRequest) -> GenerateRequest:
-    """The prompt that all choices share is scored once."""
-    sampling = msgspec.structs.replace(request.sampling, num_prompt_logprobs=-1)
-    return replace(request, sampling=sampling)
+    return Chat(request_id, body, [requests[0], *map(unscored, requests[1:])], prompt.reading)
 
 
 def _chat_options(body: ChatBody, *, thinks: bool) -> ChatOptions | None:

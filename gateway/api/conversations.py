@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -39,28 +39,54 @@ class Turn:
         return text + ids
 
 
+@dataclass(slots=True)
+class _Held:
+    """One tenant's turns by response id, the longest unused first."""
+
+    turns: OrderedDict[str, Turn] = field(default_factory=OrderedDict)
+    size_bytes: int = 0
+
+
 class Conversations:
-    """Finished turns by (tenant, response id), oldest forgotten first once `max_turns` or `max_bytes` is passed."""
+    """Finished turns by (tenant, response id). Once `max_turns` or `max_bytes` is passed, the tenant who holds most of it
+    forgets its oldest first."""
 
     def __init__(self, max_turns: int = 512, max_bytes: int = 64 << 20) -> None:
         self._max_turns = max_turns
         self._max_bytes = max_bytes
-        self._turns: OrderedDict[tuple[str, str], Turn] = OrderedDict()
+        self._tenants: dict[str, _Held] = {}
+        self._num_turns = 0
         self.size_bytes = 0
 
     def __len__(self) -> int:
-        return len(self._turns)
+        return self._num_turns
 
     def remember(self, tenant: str, response_id: str, turn: Turn) -> None:
-        """Keep a finished turn, forgetting the oldest as needed. A turn larger than the whole bound is not kept."""
+        """Keep a finished turn, forgetting others as needed. A turn larger than the whole bound is not kept."""
         if turn.size_bytes > self._max_bytes:
             return
-        replaced = self._turns.pop((tenant, response_id), None)
-        self._turns[tenant, response_id] = turn
-        self.size_bytes += turn.size_bytes - (replaced.size_bytes if replaced else 0)
-        while len(self._turns) > self._max_turns or self.size_bytes > self._max_bytes:
-            _, forgotten = self._turns.popitem(last=False)
-            self.size_bytes -= forgotten.size_bytes
+        held = self._tenants.setdefault(tenant, _Held())
+        replaced = held.turns.pop(response_id, None)
+        held.turns[response_id] = turn
+        self._count(held, turn.size_bytes, 1)
+        if replaced is not None:
+            self._count(held, -replaced.size_bytes, -1)
+        while self._num_turns > self._max_turns:
+            self._forget_oldest(max(self._tenants, key=lambda name: len(self._tenants[name].turns)))
+        while self.size_bytes > self._max_bytes:
+            self._forget_oldest(max(self._tenants, key=lambda name: self._tenants[name].size_bytes))
+
+    def _forget_oldest(self, tenant: str) -> None:
+        held = self._tenants[tenant]
+        _, forgotten = held.turns.popitem(last=False)
+        self._count(held, -forgotten.size_bytes, -1)
+        if not held.turns:
+            del self._tenants[tenant]
+
+    def _count(self, held: _Held, by_bytes: int, by_turns: int) -> None:
+        held.size_bytes += by_bytes
+        self.size_bytes += by_bytes
+        self._num_turns += by_turns
 
     def remember_answer(
         self, tenant: str, response_id: str, turn: Turn, end: End, output: Sequence[Json]
@@ -81,7 +107,8 @@ class Conversations:
 
     def recall(self, tenant: str, response_id: str) -> Turn | None:
         """The tenant's turn of this id, if it is still held."""
-        turn = self._turns.get((tenant, response_id))
-        if turn is not None:
-            self._turns.move_to_end((tenant, response_id))
-        return turn
+        held = self._tenants.get(tenant)
+        if held is None or response_id not in held.turns:
+            return None
+        held.turns.move_to_end(response_id)
+        return held.turns[response_id]

@@ -14,6 +14,7 @@ from msgspec import Meta
 from gateway.api.fields import Known, check_refused
 from gateway.api.ollama_answer import OllamaAnswer
 from gateway.api.parameters import (
+    Budget,
     Json,
     JsonSchema,
     ResponseFormat,
@@ -35,9 +36,11 @@ from gateway.api.prompts import (
     takes_questions,
 )
 from gateway.api.requests import Length, check_fields, make_requests
+from gateway.api.spoken import thought_budget
 from gateway.api.tools import Tool, ToolsAsked, read_tools
 from gateway.generation import ChatOptions, Core, RequestError, ServedModel
 from shared.errors import ErrorCode
+from shared.protocol import ThinkingBudget
 
 _encode = msgspec.json.encode
 _INT64: Final = 1 << 63
@@ -78,6 +81,9 @@ class Options(Known, kw_only=True):
     repeat_penalty: Annotated[float, Meta(ge=0.01, le=10.0)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] | None = None
+    thinking_budget: Budget | None = (
+        None  # not one of Ollama's: a client passes on what it does not know here
+    )
     mirostat: Any = None
     mirostat_eta: Any = None
     mirostat_tau: Any = None
@@ -225,11 +231,22 @@ async def _prepare(
                 is_constrained=checked.grammar is not None,
             )
         length = Length(fields.max_tokens, "max_tokens", default=_until_it_ends(body, model, prompt))
-        (request,) = make_requests(checked, request_id, [prompt], length)
+        budget = body.options.thinking_budget if body.options is not None else None
+        thinking = _thinking(model, prompt, body, budget)
+        (request,) = make_requests(checked, request_id, [prompt], length, thinking=thinking)
     except RequestError as error:
         raise _named(error, is_chat=is_chat) from None
     wants_stream = body.stream is not False
     return OllamaAnswer(request, prompt.reading, stream=wants_stream, is_chat=is_chat)
+
+
+def _thinking(
+    model: ServedModel, prompt: Prompt, body: ChatBody | GenerateBody, budget: int | None
+) -> ThinkingBudget | None:
+    param = "options.thinking_budget"
+    if budget is not None and isinstance(body, GenerateBody) and body.raw:
+        raise invalid("a raw prompt's answer is text to the letter, thinking and all; leave it out", param)
+    return thought_budget(model, prompt.reading, budget, param)
 
 
 def _until_it_ends(body: _Asked, model: ServedModel, prompt: Prompt) -> int | None:

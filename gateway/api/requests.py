@@ -6,6 +6,7 @@ refused and what reaches a worker.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -169,6 +170,11 @@ def make_requests(
                 )
             )
     return made
+
+
+def unscored(request: GenerateRequest) -> GenerateRequest:
+    """The same without its prompt's log-probabilities: a prompt that several choices share is scored once."""
+    return dataclasses.replace(request, sampling=replace(request.sampling, num_prompt_logprobs=-1))
 
 
 def _budget(

@@ -17,6 +17,7 @@ from gateway.api.fields import Known
 from gateway.api.parameters import (
     MAX_OBJECTS,
     MAX_TOP_LOGPROBS,
+    Budget,
     Count,
     Effort,
     Json,
@@ -186,6 +187,8 @@ class CreateBody(SamplingFields, kw_only=True):
     tool_choice: Any = None
     max_tool_calls: int | None = None
     reasoning: Reasoning | None = None
+    thinking_budget: Budget | None = None
+    thinking_token_budget: Budget | None = None  # vLLM's name for it
     tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] | None = None
     background: bool | None = None
     background_options: Any = None

@@ -25,6 +25,7 @@ from gateway.api.response_bodies import CreateBody, DegasOptions, Reasoning, Tex
 from gateway.api.response_events import response_id_of
 from gateway.api.response_input import InputRead, read_input
 from gateway.api.response_stream import Opening
+from gateway.api.spoken import budget_asked, thought_budget
 from gateway.api.structured import Wanted, schema_grammar
 from gateway.api.tools import ToolsAsked, read_tools, tool_of
 from gateway.generation import ChatOptions, Core, GenerateRequest, RequestError, ServedModel
@@ -66,6 +67,9 @@ async def prepare(
     if tools is not None and options.task != "query":
         message = f"{options.task} answers in a form of its own and calls no tools; leave them out"
         raise invalid(message, "tools")
+    budget, param = budget_asked(body.thinking_budget, body.thinking_token_budget)
+    if budget is not None and options.task != "query":
+        raise invalid(f"{options.task} answers without thinking; leave it out", param)
     asked = read_input(body, core.config.max_prompt_chars)
     task = options.task if options.task in TOKENS_PER_OBJECT else "text"
     checked = await check_fields(
@@ -87,7 +91,8 @@ async def prepare(
     response_id = "resp_" + secrets.token_hex(16)
     length = Length(body.max_output_tokens, "max_output_tokens")
     objects = None if task == "text" else Objects(task, options.max_objects, options.logprobs)
-    (request,) = make_requests(checked, response_id, [prompt], length, objects)
+    thinking = thought_budget(model, prompt.reading, budget, param)
+    (request,) = make_requests(checked, response_id, [prompt], length, objects, thinking=thinking)
     opening = Opening(
         response_id, request.model_id, task, _echo(body, request, tools), stream_id, prompt.reading
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from gateway.api.parameters import Json
+from gateway.api.parameters import Json, invalid
 from gateway.api.tools import ToolsAsked, call_id, shown_marks
 from gateway.decisions.answer_parts import (
     DIALECTS,
@@ -151,6 +151,18 @@ def thought_budget(
         )
         raise RequestError(ErrorCode.UNSUPPORTED, message, param=param)
     return ThinkingBudget(asked, [] if reading.thinks_first else [opens], [closes])
+
+
+def budget_asked(budget: int | None, token_budget: int | None) -> tuple[int | None, str]:
+    """What a body's `thinking_budget` or `thinking_token_budget` (vLLM's name for it) says, and which of them says it.
+
+    Raises `RequestError` where both do, and differ.
+    """
+    if token_budget is None:
+        return budget, "thinking_budget"
+    if budget not in (None, token_budget):
+        raise invalid("give either thinking_budget or thinking_token_budget", "thinking_budget")
+    return token_budget, "thinking_token_budget"
 
 
 def opens_thinking(model: ServedModel, reading: Reading, prompt_ids: Sequence[int]) -> bool:

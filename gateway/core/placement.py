@@ -43,9 +43,11 @@ class Worker:
 
     @property
     def num_active(self) -> int:
-        """Requests there: this gateway's, or all gateways' as its last heartbeat said, whichever is more."""
-        beat = self.link.beat
-        return max(self.occupancy.num_active, beat.num_running + beat.num_waiting if beat is not None else 0)
+        """Requests there: this gateway's as of now, and the others' as the last heartbeat said.
+
+        The heartbeat's own sum would count those that have left since: a worker that drained would look full until the next one.
+        """
+        return self.occupancy.num_active + self.occupancy.num_others
 
     @property
     def load(self) -> float:
@@ -128,14 +130,14 @@ class Placement:
             raise self.nobody("no worker serves this model at the moment")
         shared = ready if self.reserved is None else [w for w in ready if w is not self.reserved]
         best = self._home(shared or ready, key)
-        refusal = self._refusal(best, tenant, num_new)
-        if refusal is not None and key is not None and len(ready) > 1:
-            best = self._home(shared or ready, None)
-            refusal = self._refusal(best, tenant, num_new)
-        if refusal is not None:
-            self._on_refused(refusal.code)
-            raise refusal
-        return best
+        first = self._refusal(best, tenant, num_new)
+        if first is None:
+            return best
+        for other in sorted(ready, key=lambda worker: worker.load):
+            if other is not best and self._refusal(other, tenant, num_new) is None:
+                return other
+        self._on_refused(first.code)
+        raise first
 
     def place_again(self, model: AnnouncedModel, *, is_suspect: bool, waited_s: float) -> Worker | None:
         """A worker for a request that was accepted before and lost its own; None while there is none with room.

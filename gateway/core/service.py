@@ -65,7 +65,9 @@ class Service:
         self.gateway_id = f"gw-{secrets.token_hex(6)}"
         self._now = now
         self._is_ending = False
-        self._admission = Admission(config.max_queue, config.max_wait_s, num_gateways=config.gateways)
+        self._admission = Admission(
+            config.max_queue, config.max_wait_s, config.gateways, lambda: self.access.num_tenants
+        )
         self._placement = Placement(self._admission, self.metrics.on_refused)
         self._catalog = Catalog(config)
         self._workers = self._placement.workers

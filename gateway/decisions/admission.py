@@ -6,6 +6,7 @@ free, from the worker's measured drain rate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gateway.generation import RequestError
@@ -13,7 +14,9 @@ from shared.errors import ErrorCode
 
 _RATE_WINDOW_S = 2.0
 _MAX_RETRY_S = 60.0
-_KEPT_FREE = 8  # the part of an equal share that a gateway with more leaves free for each of the others
+_KEPT_FREE = (
+    8  # the part of an equal share that a gateway, or a tenant, with more leaves free for each of the others
+)
 
 
 @dataclass(slots=True)
@@ -27,6 +30,7 @@ class Occupancy:
     num_others: int = 0  # requests that other gateways hold at the worker, as it last said
     bound: int = -1  # how many places this gateway may hold just now; negative: all
     num_gateways: int = 1  # at least so many share the places, whatever the worker knows of them
+    num_sharing: int = 1  # so many share them just now
     tenants: dict[str, int] = field(default_factory=dict)
     _window_started_s: float = 0.0
     _num_finished: int = 0
@@ -41,6 +45,16 @@ class Occupancy:
     def limit(self) -> int:
         """Places that this gateway may take of the worker's: all, unless it shares them."""
         return self.capacity if self.bound < 0 else self.bound
+
+    @property
+    def part(self) -> int:
+        """Places that are this gateway's when all ask for more than there are."""
+        return -(-self.capacity // self.num_sharing)
+
+    @property
+    def few(self) -> int:
+        """Places that are left to tenants who hold none."""
+        return max(1, self.part // (4 * _KEPT_FREE))
 
     @property
     def num_free(self) -> int:
@@ -91,22 +105,26 @@ class Occupancy:
         """Take this gateway's part of what is free, of `num_held` places that all gateways hold together.
 
         Told at every heartbeat. Each gateway takes at most its part of the free places until the next one, so that all
-        together keep the bound. Whoever holds more than an equal share borrows, and leaves a few places free for those
-        who hold less: they begin there, and gain whatever drains until shares are equal.
+        together keep the bound. Whoever holds more than an equal share borrows, and keeps a few places free for those
+        who hold less: they begin there, and while they take those it gives back what drains, until shares are equal.
         """
         num_gateways = max(num_gateways, self.num_gateways)
-        if num_gateways <= 1:
-            self.num_others, self.bound = 0, -1
+        if num_gateways < 2 and (self.num_active or not num_held):
+            self.num_sharing, self.num_others, self.bound = 1, 0, -1
             return
+        # Whoever holds none where some are held is not alone, though the worker has never heard it ask.
+        self.num_sharing = num_gateways = max(2, num_gateways)
         self.num_others = max(0, num_held - self.num_active)
-        num_free = max(0, self.capacity - self.num_active - self.num_others)
-        equal = -(-self.capacity // num_gateways)
-        if self.num_active < equal:
-            part = -(-num_free // num_gateways)
+        num_free = self.capacity - self.num_active - self.num_others  # below 0: all hold too many
+        num_kept = (num_gateways - 1) * max(1, self.part // _KEPT_FREE)
+        if self.num_active < self.part:
+            num_more = -(-max(0, num_free) // num_gateways)
+            # Even where none is free: only by asking does it become known to the others.
+            self.bound = self.num_active + (num_more or int(not self.num_active))
+        elif num_free >= num_kept:
+            self.bound = self.num_active + (num_free - num_kept) // num_gateways
         else:
-            kept = (num_gateways - 1) * max(1, equal // _KEPT_FREE)
-            part = max(0, num_free - kept) // num_gateways
-        self.bound = self.num_active + part
+            self.bound = max(self.part, self.num_active - (num_kept - num_free))
 
     def wait_s(self, num_ahead: int) -> float:
         """Seconds until `num_ahead` sequences have drained; 0 when the rate is not known yet."""
@@ -117,13 +135,17 @@ class Admission:
     """The rule for taking a place."""
 
     def __init__(
-        self, max_queue: int, max_wait_s: float, tenant_share: float = 1.0, num_gateways: int = 1
+        self,
+        max_queue: int,
+        max_wait_s: float,
+        num_gateways: int = 1,
+        num_tenants: Callable[[], int] = lambda: 1,
     ) -> None:
-        """`tenant_share` is the part of a *full* worker one tenant may hold once others wait as well."""
+        """`num_tenants` says how many there are, whether they ask or not."""
         self.num_gateways = num_gateways
         self.max_queue = max_queue
         self.max_wait_s = max_wait_s
-        self.tenant_share = tenant_share
+        self._num_tenants = num_tenants
 
     def occupancy(self, max_rows: int, max_waiting: int) -> Occupancy:
         """The places of a worker with these bounds, cut to this gateway's own queue bound."""
@@ -149,13 +171,25 @@ class Admission:
                 f"the queue would take about {wait_s:.0f} s, more than the {self.max_wait_s:g} s allowed"
             )
             raise _full(message, wait_s - self.max_wait_s)
-        others = len(held.tenants) - (tenant in held.tenants)
-        if (
-            others
-            and num_waiting
-            and held.tenants.get(tenant, 0) + num_new > self.tenant_share * held.capacity
-        ):
-            raise _full("your share of the queue is full while others wait", held.wait_s(num_new))
+        if num_waiting:
+            self._check_share(held, tenant, num_new, total)
+
+    def _check_share(self, held: Occupancy, tenant: str, num_new: int, total: int) -> None:
+        """Whoever holds more than an equal share borrows, and leaves some places free for tenants who hold less: they begin
+        there, and gain whatever drains until shares are equal, as gateways do among themselves (`Occupancy.share`). A few
+        places are left for tenants who hold none, by all who hold more than a few."""
+        num_asking = len(held.tenants.keys() | {tenant})
+        num_known = max(self._num_tenants(), num_asking)
+        num_own = held.tenants.get(tenant, 0) + num_new
+        few = held.few
+        num_kept = 0
+        if num_known > 1 and num_own > held.part // max(2, num_asking):
+            num_kept = max(few, held.part // (2 * _KEPT_FREE))
+        elif num_known > num_asking and num_own > few:
+            num_kept = few
+        if held.limit - total - num_new < num_kept:
+            message = "you hold more of the places than others, and the last ones are kept for them"
+            raise _full(message, held.wait_s(num_new))
 
 
 def _full(message: str, retry_after_s: float) -> RequestError:

@@ -7,6 +7,7 @@ is most often a connection that is dead and has not been noticed. A stream witho
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from gateway.generation import RequestError
@@ -100,35 +101,52 @@ class Journal:
         return found
 
 
+@dataclass(slots=True)
+class _Holdings:
+    """What is held for one tenant."""
+
+    size_bytes: int = 0
+    journals: dict[str, Journal] = field(default_factory=dict)
+    done: dict[Journal, None] = field(default_factory=dict)  # ended and followed by nobody, the oldest first
+
+
 class Journals:
-    """Every journal, by tenant and stream id: at most `stream_bytes` each and `total_bytes` in all."""
+    """Every journal, by tenant and stream id: at most `stream_bytes` each and `total_bytes` in all.
+
+    Where that is too little, room is made by whoever holds most: a tenant below an equal share loses nothing to the others.
+    """
 
     def __init__(self, window_s: float, stream_bytes: int, total_bytes: int) -> None:
         self.window_s = window_s
         self.size_bytes = 0
         self._stream_bytes = stream_bytes
         self._total_bytes = total_bytes
-        self._held: dict[tuple[str, str], Journal] = {}
-        self._done: dict[Journal, None] = {}  # ended and followed by nobody, the oldest first
+        self._tenants: dict[str, _Holdings] = {}
 
     def __len__(self) -> int:
-        return len(self._held)
+        return sum(len(tenant.journals) for tenant in self._tenants.values())
+
+    def size_of(self, tenant: str) -> int:
+        """Bytes held for a tenant."""
+        held = self._tenants.get(tenant)
+        return held.size_bytes if held is not None else 0
 
     @property
     def num_detached(self) -> int:
         """Streams under way that nobody follows."""
-        return sum(journal.follower is None and not journal.ended for journal in self._held.values())
+        return sum(journal.follower is None and not journal.ended for journal in self._all())
 
     def open(self, stream_id: str, tenant: str, stream: Writing, now_s: float) -> Journal:
         """A journal for a new stream."""
         journal = Journal(stream_id, tenant, stream)
         journal.idle_s = now_s
-        self._held[tenant, stream_id] = journal
+        self._tenants.setdefault(tenant, _Holdings()).journals[stream_id] = journal
         return journal
 
     def find(self, tenant: str, stream_id: str) -> Journal:
         """Raises `RequestError` NOT_FOUND, alike for what never was, what is gone and what is another's."""
-        journal = self._held.get((tenant, stream_id))
+        held = self._tenants.get(tenant)
+        journal = held.journals.get(stream_id) if held is not None else None
         if journal is None:
             message = (
                 "no stream of this id is held here; a stream is held only if it was asked for as resumable"
@@ -161,7 +179,8 @@ class Journals:
     def attach(self, journal: Journal, follower: Follower, *, is_live: bool) -> None:
         """From now on `follower` follows; whoever did before is told."""
         before, journal.follower, journal.is_live = journal.follower, follower, is_live
-        self._done.pop(journal, None)
+        if not journal.is_forgotten:
+            self._tenants[journal.tenant].done.pop(journal, None)
         if before is not None:
             before.replaced()
 
@@ -180,35 +199,50 @@ class Journals:
 
     def forget(self, journal: Journal) -> None:
         """Hold nothing of it any more. Idempotent."""
-        if self._held.get((journal.tenant, journal.stream_id)) is journal:
-            del self._held[journal.tenant, journal.stream_id]
+        if journal.is_forgotten:
+            return
         journal.is_forgotten = True
-        self._done.pop(journal, None)
-        self.size_bytes -= journal.size_bytes
-        journal.first, journal.size_bytes = journal.next, 0
+        self._count(journal, -journal.size_bytes)
+        journal.first = journal.next
         journal.events.clear()
+        held = self._tenants[journal.tenant]
+        held.done.pop(journal, None)
+        if held.journals.get(journal.stream_id) is journal:
+            del held.journals[journal.stream_id]
+        if not held.journals:
+            del self._tenants[journal.tenant]
 
     def on_time(self, now_s: float) -> list[Journal]:
         """Forget what nobody followed for the window; returns those still under way, which are to be cancelled."""
         over = [
             journal
-            for journal in self._held.values()
+            for journal in self._all()
             if journal.follower is None and now_s - journal.idle_s >= self.window_s
         ]
         for journal in over:
             self.forget(journal)
         return [journal for journal in over if not journal.ended]
 
-    def _make_room(self, journal: Journal) -> None:
-        """Ended streams go first, the oldest before others; then this one's own oldest events."""
-        while self.size_bytes > self._total_bytes and self._done:
-            self.forget(next(iter(self._done)))
-        while self.size_bytes > self._total_bytes and journal.events:
-            self._drop_oldest(journal)
+    def _all(self) -> list[Journal]:
+        return [journal for tenant in self._tenants.values() for journal in tenant.journals.values()]
+
+    def _make_room(self, writing: Journal) -> None:
+        """Of the tenant who holds most, ended streams go first, the oldest before others; then events: the writing
+        stream's own oldest, or, where another tenant makes room for it, those of that one's largest stream."""
+        while self.size_bytes > self._total_bytes:
+            own = held = self._tenants[writing.tenant]
+            if own.size_bytes * len(self._tenants) <= self._total_bytes:
+                held = max(self._tenants.values(), key=lambda tenant: tenant.size_bytes)
+            if held.done:
+                self.forget(next(iter(held.done)))
+            elif held is own:
+                self._drop_oldest(writing)
+            else:
+                self._drop_oldest(max(held.journals.values(), key=lambda journal: journal.size_bytes))
 
     def _note_if_done(self, journal: Journal) -> None:
         if journal.ended and journal.follower is None and not journal.is_forgotten:
-            self._done[journal] = None
+            self._tenants[journal.tenant].done[journal] = None
 
     def _drop_oldest(self, journal: Journal) -> None:
         event = journal.events.popleft()
@@ -217,4 +251,5 @@ class Journals:
 
     def _count(self, journal: Journal, by_bytes: int) -> None:
         journal.size_bytes += by_bytes
+        self._tenants[journal.tenant].size_bytes += by_bytes
         self.size_bytes += by_bytes

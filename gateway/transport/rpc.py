@@ -21,7 +21,17 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc as pb_grpc
 from gateway.access import Access, Owner
 from gateway.caller import CALLER, caller
 from gateway.config import GatewayConfig
-from gateway.generation import Delta, End, RequestError, RunningStream, ServingCore, SpatialObject, TokenInfo
+from gateway.generation import (
+    Delta,
+    End,
+    GenerateRequest,
+    PromptScore,
+    RequestError,
+    RunningStream,
+    ServingCore,
+    SpatialObject,
+    TokenInfo,
+)
 from gateway.transport.rpc_door import MAX_METADATA_BYTES, Context, RpcDoor, abort, owner_of
 from gateway.transport.rpc_requests import read_request
 from shared.errors import ErrorCode, FinishReason
@@ -41,10 +51,24 @@ log = structlog.get_logger(__name__)
 class Output:
     """One sequence of a call: collects the core's events until the call's coroutine takes them."""
 
-    __slots__ = ("_wake", "end", "ids", "index", "infos", "running", "taken")
+    __slots__ = (
+        "_prompt_ids",
+        "_wake",
+        "end",
+        "ids",
+        "index",
+        "infos",
+        "running",
+        "scores",
+        "taken",
+        "wants_scores",
+    )
 
-    def __init__(self, index: int, wake: asyncio.Event) -> None:
+    def __init__(self, index: int, wake: asyncio.Event, request: GenerateRequest) -> None:
         self.index = index
+        self.wants_scores = request.sampling.num_prompt_logprobs >= 0
+        self.scores: list[PromptScore] = []
+        self._prompt_ids = request.prompt_ids
         self.ids: list[int] = []
         self.infos: list[TokenInfo] = []
         self.taken = 0
@@ -57,6 +81,8 @@ class Output:
         self.ids.extend(delta.token_ids)
         if delta.logprobs:
             self.infos.extend(delta.logprobs)
+        if delta.prompt is not None:
+            self.scores = delta.prompt
         self._wake.set()
 
     def on_object(self, found: SpatialObject) -> None:
@@ -78,6 +104,7 @@ class Output:
             completion_tokens=self.taken,
             index=self.index,
             output_logprobs=logprobs_message(self.infos[start : self.taken]),
+            input_logprobs=None if start else self._scored(),
         )
         return pb.GenerateResponse(chunk=chunk)
 
@@ -93,10 +120,30 @@ class Output:
             cached_tokens=usage.cached_tokens,
             index=self.index,
             output_logprobs=logprobs_message(self.infos),
+            input_logprobs=self._scored(),
         )
         if self.end.stop_string is not None:
             complete.matched_stop_str = self.end.stop_string
         return pb.GenerateResponse(complete=complete)
+
+    def _scored(self) -> pb.InputLogProbs | None:
+        """The prompt's log-probabilities, where they were asked for: of all its tokens but the first."""
+        if not self.wants_scores:
+            return None
+        tops = [
+            pb.TopLogProbs(
+                values=[value for _, value in one.top], token_ids=[token_id for token_id, _ in one.top]
+            )
+            for one in self.scores
+        ]
+        return pb.InputLogProbs(
+            token_logprobs=[
+                pb.InputTokenLogProb(),
+                *(pb.InputTokenLogProb(value=one.logprob) for one in self.scores),
+            ],
+            token_ids=self._prompt_ids,
+            top_logprobs=[pb.TopLogProbs(), *tops],
+        )
 
 
 def logprobs_message(infos: list[TokenInfo]) -> pb.OutputLogProbs | None:
@@ -156,7 +203,7 @@ class Engine(pb_grpc.VllmEngineServicer):  # type: ignore[misc]  # generated wit
         tenant, request_id = key
         prepared = await read_request(self._core, request, request_id, tenant)
         for index, generate in enumerate(prepared):
-            output = Output(index, wake)
+            output = Output(index, wake, generate)
             outputs.append(output)
             output.running = self._core.submit(generate, output)
         num_prompt = len(prepared[0].prompt_ids)

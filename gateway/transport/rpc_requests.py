@@ -1,8 +1,7 @@
 """Owns reading a gRPC `GenerateRequest` into what the core needs. Runs on the gateway's loop; no sockets.
 
 Proto3 scalars have no "unset": as vLLM's own servicer does, a zero `top_p` or `repetition_penalty` means "not
-given". `text` is a question and goes through the model's own template where it has one; token ids are taken
-as they are. A picture is a `data:` URL in `media_refs`; preprocessed tensors are not taken.
+given". `rpc_prompts` reads the prompt and its pictures; preprocessed tensors are not taken.
 """
 
 from __future__ import annotations
@@ -12,15 +11,14 @@ import math
 import msgspec
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
-from smg_grpc_proto.generated import common_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from gateway.api.parameters import MAX_TOP_LOGPROBS, SamplingFields, choice_count, decode_body, invalid
-from gateway.api.pictures import takes_several
-from gateway.api.prompts import Prompt, takes_questions, task_prompt
-from gateway.api.requests import Length, check_fields, make_requests
+from gateway.api.requests import Length, check_fields, make_requests, unscored
+from gateway.api.scored import check_scores
 from gateway.api.structured import Wanted, constraint
-from gateway.generation import Core, GenerateRequest, PreparedImage, RequestError, ServedModel
+from gateway.generation import Core, GenerateRequest, RequestError
+from gateway.transport.rpc_prompts import read_prompt
 from shared.errors import ErrorCode
 from shared.protocol import Grammar
 
@@ -34,24 +32,33 @@ async def read_request(
     _refuse_unknown(request)
     _refuse_unsupported(request)
     fields = _fields(params)
-    num_logprobs = params.logprobs if params.HasField("logprobs") else -1
-    if params.HasField("logprobs") and not 0 <= num_logprobs <= MAX_TOP_LOGPROBS:
-        raise invalid(f"between 0 and {MAX_TOP_LOGPROBS}", "logprobs")
+    num_logprobs, num_scores = (_number(params, name) for name in ("logprobs", "prompt_logprobs"))
     checked = await check_fields(
         core,
         model,
         fields,
         tenant=tenant,
         num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_scores,
         count=choice_count(fields, core.config.max_n),
         wanted=_wanted(params),
         more_stop_ids=params.stop_token_ids,
     )
-    prompt_ids = await _read_prompt(core, model, request)
-    images = await _read_images(core, model, prompt_ids, request)
-    return make_requests(
-        checked, request_id, [Prompt(prompt_ids, images)], Length(fields.max_tokens, "max_tokens")
-    )
+    prompt = await read_prompt(core, model, request)
+    if num_scores >= 0:
+        check_scores([prompt], num_scores, 1, "prompt_logprobs")
+    first, *others = make_requests(checked, request_id, [prompt], Length(fields.max_tokens, "max_tokens"))
+    return [first, *map(unscored, others)]
+
+
+def _number(params: pb.SamplingParams, name: str) -> int:
+    """How many log-probabilities a token has; -1: none at all. The schema's own -1, all of the vocabulary, is refused."""
+    if not params.HasField(name):
+        return -1
+    number = int(getattr(params, name))
+    if not 0 <= number <= MAX_TOP_LOGPROBS:
+        raise invalid(f"between 0 and {MAX_TOP_LOGPROBS}", name)
+    return number
 
 
 def _fields(params: pb.SamplingParams) -> SamplingFields:
@@ -98,7 +105,6 @@ def _refuse_unsupported(request: pb.GenerateRequest) -> None:
             request.HasField("kv_transfer_params") or request.HasField("kv_transfer_params_json"),
             "there is no disaggregated prefill",
         ),
-        "sampling_params.prompt_logprobs": (params.HasField("prompt_logprobs"), "only output logprobs"),
         "sampling_params.structural_tag": (
             params.WhichOneof("constraint") == "structural_tag",
             "use json_schema",
@@ -115,52 +121,6 @@ def _refuse_unsupported(request: pb.GenerateRequest) -> None:
     for name, (is_used, hint) in refusals.items():
         if is_used:
             raise RequestError(ErrorCode.UNSUPPORTED, f"{name} is not supported: {hint}", param=name)
-
-
-async def _read_prompt(core: Core, model: ServedModel, request: pb.GenerateRequest) -> list[int]:
-    card = model.card
-    if request.WhichOneof("input") == "tokenized":
-        prompt_ids = list(request.tokenized.input_ids)
-        if not prompt_ids:
-            raise RequestError(
-                ErrorCode.INVALID_REQUEST, "no token ids were given", param="tokenized.input_ids"
-            )
-        if max(prompt_ids) >= card.vocab_size:
-            message = f"token ids are between 0 and {card.vocab_size - 1}"
-            raise RequestError(ErrorCode.INVALID_REQUEST, message, param="tokenized.input_ids")
-        return prompt_ids
-    text = request.text
-    if not text.strip():
-        raise RequestError(ErrorCode.INVALID_REQUEST, "neither tokenized nor text was given", param="text")
-    if len(text) > core.config.max_prompt_chars:
-        message = f"text is longer than {core.config.max_prompt_chars} characters"
-        raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, message, param="text")
-    if takes_questions(card):
-        return task_prompt(card, "query", await model.encode(text.strip()))
-    # As in `/v1/completions`: the text to the letter, with special tokens' names in it as those tokens.
-    return [*model.start_ids, *await model.encode(text, parse_special=True)]
-
-
-async def _read_images(
-    core: Core, model: ServedModel, prompt_ids: list[int], request: pb.GenerateRequest
-) -> list[PreparedImage]:
-    items = request.media_refs.items
-    if not items:
-        return []
-    if len(items) > 1:
-        message = "one picture a request is supported"
-        raise RequestError(ErrorCode.UNSUPPORTED, message, param="media_refs.items[1]")
-    if items[0].modality not in (common_pb2.IMAGE, common_pb2.MODALITY_UNSPECIFIED):
-        message = "only pictures are supported"
-        raise RequestError(ErrorCode.UNSUPPORTED, message, param="media_refs.items[0].modality")
-    card = model.card
-    if takes_several(card):
-        message = f"model {card.model_id} has its pictures' places in its chat template; send them to /v1/chat/completions"
-        raise RequestError(ErrorCode.UNSUPPORTED, message, param="media_refs.items")
-    if card.bos_id is not None and prompt_ids[0] != card.bos_id:
-        message = f"the prompt of a picture starts with {card.bos_id}, the picture follows it"
-        raise RequestError(ErrorCode.INVALID_REQUEST, message, param="tokenized.input_ids")
-    return [await core.prepare_image(model, items[0].url, param="media_refs.items[0].url")]
 
 
 def _wanted(params: pb.SamplingParams) -> Wanted | None:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from tokenizers import AddedToken
 
+from shared.image_spec import ImageSpec
 from tests.fake_worker import CARD, VOCAB_SIZE, FakeWorker, byte_tokenizer
 from tests.gateway_thread import GatewayThread
 
@@ -23,10 +24,13 @@ MARKS = {"<think>": VOCAB_SIZE, "</think>": VOCAB_SIZE + 1}
 
 
 @contextlib.contextmanager
-def chat_model(*, has_marks: bool = False, **settings: Any) -> Iterator[tuple[GatewayThread, FakeWorker]]:
-    """The gateway and its worker, ready. `has_marks`: thinking's marks are tokens, as Qwen's: added ones, not special."""
+def chat_model(
+    *, has_marks: bool = False, image: ImageSpec | None = None, **settings: Any
+) -> Iterator[tuple[GatewayThread, FakeWorker]]:
+    """The gateway and its worker, ready. `has_marks`: thinking's marks are tokens, as Qwen's: added ones, not special.
+    `image`: how it takes pictures, if it does."""
     card = msgspec.structs.replace(
-        CARD, family="llama", image=None, templates={}, suppress_ids=[], default_max_tokens=400
+        CARD, family="llama", image=image, templates={}, suppress_ids=[], default_max_tokens=400
     )
     tokenizer_json: bytes | None = None
     if has_marks:

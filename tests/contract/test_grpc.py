@@ -16,6 +16,7 @@ from smg_grpc_proto.generated import common_pb2, vllm_engine_pb2_grpc
 from smg_grpc_proto.generated import vllm_engine_pb2 as pb
 
 from shared.errors import ErrorCode, FinishReason
+from shared.image_spec import ImageLayout, ImageSpec, OneCrop
 from shared.protocol import TokenLogprobs, pack_i32, unpack_i32
 from tests.contract.chat_model import chat_model
 from tests.contract.test_responses import picture_url
@@ -123,6 +124,30 @@ def test_logprobs_come_with_their_tokens(stub: Any, worker: FakeWorker) -> None:
         assert list(said.top_logprobs[0].token_ids) == [token, 11]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_prompts_log_probabilities_come_once(stub: Any, worker: FakeWorker, stream: bool) -> None:
+    """With the first chunk and the last message of the first sample; the first token of a prompt has none."""
+    prompt = [0, *text_ids("ab")]
+    request = pb.GenerateRequest(
+        tokenized=pb.TokenizedInput(input_ids=prompt),
+        sampling_params=pb.SamplingParams(prompt_logprobs=2, n=2),
+        stream=stream,
+    )
+    messages = list(stub.Generate(request, timeout=10))
+    told = [getattr(message, message.WhichOneof("response")) for message in messages]
+    scored = [one for one in told if one.HasField("input_logprobs")]
+    assert len(scored) == 1 + stream and all(one.index == 0 for one in scored)
+    assert scored[0] is told[[one.index for one in told].index(0)], "it comes first"
+    for one in scored:
+        said = one.input_logprobs
+        assert list(said.token_ids) == prompt
+        assert [score.HasField("value") for score in said.token_logprobs] == [False, True, True]
+        assert [score.value for score in said.token_logprobs[1:]] == [-0.25, -0.5]
+        assert [len(top.token_ids) for top in said.top_logprobs] == [0, 2, 2]
+        assert list(said.top_logprobs[1].values) == [0.0, -0.5]
+    assert sorted(submit.sampling.num_prompt_logprobs for submit in worker.submits) == [-1, 2]
+
+
 def test_a_cancelled_call_is_cancelled_in_the_worker(stub: Any, worker: FakeWorker) -> None:
     worker.script = endless
     call = stub.Generate(pb.GenerateRequest(text="hi", stream=True), timeout=30)
@@ -166,7 +191,7 @@ def test_a_running_request_id_cannot_be_used_twice(stub: Any, worker: FakeWorker
         pb.GenerateRequest(text="x", sampling_params=pb.SamplingParams(max_tokens=0)),
         pb.GenerateRequest(text="x", sampling_params=pb.SamplingParams(max_tokens=2**32 - 1)),
         pb.GenerateRequest(text="x", sampling_params=pb.SamplingParams(logprobs=-1)),
-        pb.GenerateRequest(text="x", sampling_params=pb.SamplingParams(prompt_logprobs=1)),
+        pb.GenerateRequest(text="x", sampling_params=pb.SamplingParams(prompt_logprobs=-1)),
         pb.GenerateRequest(text="x", sampling_params=pb.SamplingParams(structural_tag="x")),
         pb.GenerateRequest(text="x", sampling_params=pb.SamplingParams(top_k=2**32 - 1)),
         pb.GenerateRequest(text="x", sampling_params=pb.SamplingParams(logit_bias={-1: 1.0})),
@@ -176,6 +201,15 @@ def test_a_running_request_id_cannot_be_used_twice(stub: Any, worker: FakeWorker
         pb.GenerateRequest(text="x", media_refs=pb.MediaRefs(items=[pb.MediaRef(url="http://x/y.png")])),
         pb.GenerateRequest(text="x", media_refs=pb.MediaRefs(items=[pb.MediaRef(url="file:///etc/passwd")])),
         pb.GenerateRequest(text="x" * 5000),
+        pb.GenerateRequest(
+            tokenized=pb.TokenizedInput(input_ids=[0, 20]),
+            media_refs=pb.MediaRefs(items=[pb.MediaRef(url="data:,"), pb.MediaRef(url="data:,")]),
+        ),
+        pb.GenerateRequest(
+            text="x",
+            media_refs=pb.MediaRefs(items=[pb.MediaRef(url=picture_url())]),
+            sampling_params=pb.SamplingParams(prompt_logprobs=0),
+        ),
     ],
 )
 def test_wrong_requests_are_invalid_arguments(stub: Any, request_message: pb.GenerateRequest) -> None:
@@ -355,3 +389,94 @@ def test_a_text_is_read_to_the_letter_with_its_special_tokens() -> None:
             list(stub.Generate(pb.GenerateRequest(text=" <|5|>hi\n"), timeout=10))
         prompt = unpack_i32(worker.submits[0].prompt).tolist()
         assert prompt[-5:] == [*text_ids(" "), 5, *text_ids("hi\n")]
+
+
+# ---------------------------------------------------------------- several pictures
+
+PLACE, RUN = "<|5|>", "<|6|>"
+PICTURES = ImageSpec(
+    8, 3, OneCrop(), layout=ImageLayout(placeholder=PLACE, run=RUN, whole=f"[{RUN}]"), max_images=2
+)
+
+
+@pytest.fixture(scope="module")
+def pictured() -> Iterator[tuple[Any, FakeWorker]]:
+    with (
+        chat_model(grpc_port=0, image=PICTURES) as (gateway, worker),
+        grpc.insecure_channel(f"127.0.0.1:{gateway.gateway.grpc_port}") as channel,
+    ):
+        yield vllm_engine_pb2_grpc.VllmEngineStub(channel), worker
+
+
+def media(*urls: str) -> pb.MediaRefs:
+    return pb.MediaRefs(items=[pb.MediaRef(modality=common_pb2.IMAGE, url=url) for url in urls])
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_each_picture_stands_where_the_prompt_has_its_place(
+    pictured: tuple[Any, FakeWorker], is_text: bool
+) -> None:
+    """The place becomes what the model was trained on, here brackets around the picture's positions."""
+    stub, worker = pictured
+    worker.reply("ok")
+    urls = (picture_url(), picture_url((0, 0, 255)))
+    if is_text:
+        request = pb.GenerateRequest(text=f"a{PLACE}b{PLACE}", media_refs=media(*urls))
+    else:
+        ids = [0, *text_ids("a"), 5, *text_ids("b"), 5]
+        request = pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=ids), media_refs=media(*urls))
+    list(stub.Generate(request, timeout=10))
+    submit = worker.submits[-1]
+    first = [] if is_text else [0]
+    assert unpack_i32(submit.prompt).tolist() == [*first, *text_ids("a[]b[]")]
+    assert [image.runs for image in submit.images] == [[(len(first) + 2, 3)], [(len(first) + 5, 3)]]
+    assert submit.images[0].digest != submit.images[1].digest
+
+
+@pytest.mark.parametrize(
+    ("request_message", "param"),
+    [
+        (pb.GenerateRequest(text="a", media_refs=media(picture_url())), "text"),
+        (pb.GenerateRequest(text=f"a{PLACE}{RUN}", media_refs=media(picture_url())), "text"),
+        (
+            pb.GenerateRequest(
+                tokenized=pb.TokenizedInput(input_ids=[0, 5, 5]), media_refs=media(picture_url())
+            ),
+            "tokenized.input_ids",
+        ),
+        (
+            pb.GenerateRequest(text=PLACE * 3, media_refs=media(*[picture_url()] * 3)),
+            "media_refs.items[2].url",
+        ),
+        (
+            pb.GenerateRequest(text=PLACE * 2, media_refs=media(picture_url(), "data:image/png;base64,AA")),
+            "media_refs.items[1].url",
+        ),
+        (
+            pb.GenerateRequest(
+                text=PLACE,
+                media_refs=pb.MediaRefs(items=[pb.MediaRef(modality=common_pb2.VIDEO, url="data:,")]),
+            ),
+            "media_refs.items[0].modality",
+        ),
+    ],
+)
+def test_pictures_without_a_place_are_refused_by_field(
+    pictured: tuple[Any, FakeWorker], request_message: pb.GenerateRequest, param: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(pictured[0].Generate(request_message, timeout=10))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, caught.value.details()
+    assert dict(caught.value.trailing_metadata())["degas-param"] == param
+
+
+def test_a_question_may_have_several_pictures(stub: Any, worker: FakeWorker) -> None:
+    """Before the question, as chat has them. Among token ids there is no mark for their places."""
+    urls = media(picture_url(), picture_url((0, 0, 255)))
+    list(stub.Generate(pb.GenerateRequest(text="hi", media_refs=urls), timeout=10))
+    submit = worker.submits[-1]
+    assert [image.runs for image in submit.images] == [[(1, 64)], [(1, 64)]]
+    assert submit.images[0].digest != submit.images[1].digest
+    too_many = media(*[picture_url()] * (CARD.image.max_images + 1 if CARD.image else 1))
+    with pytest.raises(grpc.RpcError, match="a request"):
+        list(stub.Generate(pb.GenerateRequest(text="hi", media_refs=too_many), timeout=10))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
+import ollama
 import openai
 import pytest
 
@@ -153,6 +154,79 @@ def test_anthropics_budget_is_kept(chatty: Chatty) -> None:
     assert [block.type for block in answer.content] == ["thinking", "text"]
     asked = worker.submits[-1].thinking
     assert asked is not None and asked.budget == 1024
+
+
+@pytest.mark.parametrize("field", ["thinking_budget", "thinking_token_budget"])
+def test_responses_have_the_same_budget(chatty: Chatty, field: str) -> None:
+    gateway, worker = chatty
+    worker.reply_tokens([MARKS["<think>"], *text_ids("so"), MARKS["</think>"], *text_ids("ok")])
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=ANY_KEY, max_retries=0) as client:
+        answer = client.responses.create(model="fake-vl", input="hi", extra_body={field: 12})
+    assert answer.output_text == "ok" and [item.type for item in answer.output] == ["reasoning", "message"]
+    marks = [MARKS["<think>"]], [MARKS["</think>"]]
+    assert worker.submits[-1].thinking == ThinkingBudget(12, *marks)
+
+
+def test_ollamas_options_have_a_budget(chatty: Chatty) -> None:
+    """By its official client, which passes options on as they are."""
+    gateway, worker = chatty
+    worker.reply_tokens([MARKS["<think>"], *text_ids("so"), MARKS["</think>"], *text_ids("ok")])
+    client = ollama.Client(host=gateway.url)
+    answer = client.chat(
+        "fake-vl", [{"role": "user", "content": "hi"}], think=True, options={"thinking_budget": 7}
+    )
+    assert (answer.message.thinking, answer.message.content) == ("so", "ok")
+    assert worker.submits[-1].thinking == ThinkingBudget(7, [MARKS["<think>"]], [MARKS["</think>"]])
+    worker.reply_tokens([MARKS["<think>"], MARKS["</think>"], *text_ids("ok")])
+    assert client.generate("fake-vl", "hi", options={"thinking_budget": 0}).response == "ok"
+    asked = worker.submits[-1].thinking
+    assert asked is not None and asked.budget == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/responses", {"input": "hi", "thinking_budget": -1}, "thinking_budget"),
+        (
+            "/v1/responses",
+            {"input": "hi", "thinking_budget": 1, "thinking_token_budget": 2},
+            "thinking_budget",
+        ),
+        ("/v1/responses", {"input": "hi", "thinking_budget": 5}, "thinking_budget"),
+        (
+            "/v1/responses",
+            {"input": "hi", "thinking_budget": 5, "degas": {"task": "caption"}},
+            "thinking_budget",
+        ),
+        (
+            "/api/chat",
+            {
+                "model": "fake-vl",
+                "messages": [{"role": "user", "content": "hi"}],
+                "options": {"thinking_budget": 5},
+            },
+            "options.thinking_budget",
+        ),
+        (
+            "/api/chat",
+            {"model": "fake-vl", "messages": [], "options": {"thinking_budget": "5"}},
+            "options.thinking_budget",
+        ),
+        (
+            "/api/generate",
+            {"model": "fake-vl", "prompt": "hi", "raw": True, "options": {"thinking_budget": 5}},
+            "options.thinking_budget",
+        ),
+    ],
+)
+def test_budgets_are_refused_by_name_where_they_cannot_be(
+    gateway: GatewayThread, path: str, body: Any, param: str
+) -> None:
+    """The model of this gateway does not think."""
+    refused = ask(gateway.url, path, body)
+    assert refused.status == 400
+    error = refused.json["error"]
+    assert param in (error if isinstance(error, str) else error["message"])
 
 
 def test_a_constrained_answer_has_no_budget(chatty: Chatty) -> None:

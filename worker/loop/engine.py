@@ -23,6 +23,7 @@ from worker.loop.metrics import WorkerMetrics
 from worker.loop.recording import Recording
 from worker.loop.reports import Reports
 from worker.schedule.depth import DepthGovernor
+from worker.schedule.kv_events import KvEvent
 from worker.schedule.launch_timer import LaunchTimer
 from worker.schedule.life import MaskLife
 from worker.schedule.pipeline import InFlight, Pipeline
@@ -38,7 +39,8 @@ MIN_WAIT_S = 20e-6  # a shorter wait means that the outputs had arrived already
 class Engine:
     """The loop's state: a scheduler, a pipeline of slots, and whatever runs the steps.
 
-    `on_beat(steps, expected_s)` is called with every heartbeat. `wait_for_command` waits for a command for so many
+    `on_beat(steps, expected_s)` is called with every heartbeat, `on_kv_events` with what the prefix cache, if it collects
+    events, has remembered and forgotten. `wait_for_command` waits for a command for so many
     seconds at most; by default on the inbox.
     """
 
@@ -54,6 +56,7 @@ class Engine:
         epoch: int,
         depth: int = 2,
         on_beat: Callable[[int, float], None] | None = None,
+        on_kv_events: Callable[[list[KvEvent]], None] | None = None,
         late_launch: bool = True,
         wait_for_command: Callable[[float], Command | None] | None = None,
         masks: MaskFiller | None = None,
@@ -77,6 +80,7 @@ class Engine:
         self._heartbeat = Heartbeat(scheduler, self.pipeline, self._reports, self._commands, clock, on_beat)
         self._timer = LaunchTimer() if late_launch else None
         self._governor = governor
+        self._on_kv_events = on_kv_events
         self._wait_for_command = wait_for_command or self._wait_on_inbox
         self._waited_s = 0.0  # total time spent waiting for the device and the inbox
         self._had_work = False  # the loop has found work each time it looked since the last launch
@@ -132,6 +136,8 @@ class Engine:
             host_s = self._clock() - started_s - (self._waited_s - waited_before_s)
             self.metrics.host_seconds_total += host_s
             self.metrics.step_host.observe(host_s)
+        if self._on_kv_events is not None:
+            self._tell_kv_events(self._on_kv_events)
         return launched or committed
 
     def take_commands(self) -> None:
@@ -143,6 +149,11 @@ class Engine:
     def stop(self) -> None:
         """End the loop after the current tick. Called from another thread."""
         self.stopping = True
+
+    def _tell_kv_events(self, tell: Callable[[list[KvEvent]], None]) -> None:
+        cache = self.scheduler.cache
+        if cache is not None and (events := cache.take_events()):
+            tell(events)
 
     # ------------------------------------------------------------------ when to launch
 

@@ -10,17 +10,22 @@ from __future__ import annotations
 from array import array
 from hashlib import blake2b
 
+from worker.schedule.kv_events import KvEvent, KvEvents
 from worker.schedule.pages import PagePool
 from worker.schedule.sequence import Sequence
 
 
 class PrefixCache:
-    """Content-addressed pages over a `PagePool`, forgotten by least recent use, deepest page first."""
+    """Content-addressed pages over a `PagePool`, forgotten by least recent use, deepest page first.
 
-    __slots__ = ("_by_key", "_idle", "_key_of", "_pool", "num_hit_tokens", "num_query_tokens")
+    `events` is told of every page that is remembered or forgotten.
+    """
 
-    def __init__(self, pool: PagePool) -> None:
+    __slots__ = ("_by_key", "_events", "_idle", "_key_of", "_pool", "num_hit_tokens", "num_query_tokens")
+
+    def __init__(self, pool: PagePool, events: KvEvents | None = None) -> None:
         self._pool = pool
+        self._events = events
         self._by_key: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self._idle: dict[int, None] = {}  # cached pages nobody holds, least recently used first
@@ -50,6 +55,7 @@ class PrefixCache:
         """Remember the full pages among `seq`'s first `num_tokens` positions, all committed."""
         if seq.is_spatial:  # generated coordinates are embedded by value, which token ids do not determine
             num_tokens = min(num_tokens, seq.num_prompt)
+        stored: list[int] = []
         for number in range(num_tokens // self._pool.page_tokens):
             page = seq.pages[number]
             if page in self._key_of:
@@ -58,6 +64,9 @@ class PrefixCache:
             if key not in self._by_key:
                 self._by_key[key] = page
                 self._key_of[page] = key
+                stored.append(number)
+        if stored and self._events is not None:
+            self._events.on_stored(seq, stored, self._pool.page_tokens, _root(seq))
 
     def release(self, seq: Sequence) -> None:
         """Drop all of `seq`'s pages; remembered ones stay cached."""
@@ -70,19 +79,26 @@ class PrefixCache:
 
     def forget(self, seq: Sequence) -> None:
         """Take `seq`'s own pages out of the cache: their contents are not to be trusted."""
-        for page in seq.pages:
-            key = self._key_of.pop(page, None)
-            if key is not None:
-                del self._by_key[key]
+        keys = [key for page in seq.pages if (key := self._key_of.pop(page, None)) is not None]
+        self._drop_keys(keys)
 
     def evict(self, num_pages: int) -> int:
         """Free up to `num_pages` idle pages, least recently used first. Returns how many it freed."""
         victims = list(self._idle)[:num_pages]
         for page in victims:
             del self._idle[page]
-            del self._by_key[self._key_of.pop(page)]
             self._pool.evict(page)
+        self._drop_keys([self._key_of.pop(page) for page in victims])
         return len(victims)
+
+    def take_events(self) -> list[KvEvent]:
+        """What was remembered and forgotten since the last call, where that is collected."""
+        return self._events.take() if self._events else []
+
+    @property
+    def keys(self) -> frozenset[bytes]:
+        """The keys of all pages that are remembered."""
+        return frozenset(self._by_key)
 
     def check(self) -> None:
         """Raise AssertionError unless the maps agree with each other and with the pool."""
@@ -90,6 +106,12 @@ class PrefixCache:
         assert all(self._key_of[page] == key for key, page in self._by_key.items())
         assert len(self._idle) == self._pool.num_cached
         assert all(page in self._key_of and self._pool.count(page) == 0 for page in self._idle)
+
+    def _drop_keys(self, keys: list[bytes]) -> None:
+        for key in keys:
+            del self._by_key[key]
+        if self._events is not None:
+            self._events.on_removed(keys)
 
     def _key(self, seq: Sequence, number: int) -> bytes:
         keys = seq.page_keys

@@ -7,6 +7,7 @@ import os
 from collections import deque
 
 from shared.protocol import FromWorker
+from worker.schedule.kv_events import KvEvent
 
 # eventfd_write that keeps Python's lock. os.eventfd_write releases it: the I/O thread would take the lock at once and
 # the decode thread wait for it in the middle of a step. So the I/O thread runs while the decode thread waits for the device.
@@ -20,6 +21,7 @@ class WireOutbox:
     def __init__(self) -> None:
         self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._messages: deque[tuple[bytes | None, FromWorker, list[bytes]]] = deque()
+        self._kv_events: deque[list[KvEvent]] = deque()
 
     def send(self, gateway: bytes, message: FromWorker, payloads: list[bytes] | None = None) -> None:
         """Leave a message for one gateway."""
@@ -29,6 +31,11 @@ class WireOutbox:
     def broadcast(self, message: FromWorker) -> None:
         """Leave a message for every gateway with a lease."""
         self._messages.append((None, message, []))
+        _ring(self.bell, 1)
+
+    def publish(self, events: list[KvEvent]) -> None:
+        """Leave what the prefix cache remembered and forgot, for whoever listens (worker.wire.kv_publisher)."""
+        self._kv_events.append(events)
         _ring(self.bell, 1)
 
     def wake(self) -> None:
@@ -43,6 +50,10 @@ class WireOutbox:
     def take(self) -> tuple[bytes | None, FromWorker, list[bytes]]:
         """The oldest message: its gateway (None: every one), itself, its payloads. Raises IndexError when none waits."""
         return self._messages.popleft()
+
+    def take_kv_events(self) -> list[KvEvent]:
+        """The oldest events left; empty when there are none."""
+        return self._kv_events.popleft() if self._kv_events else []
 
     def hush(self) -> None:
         """Reset the bell after the I/O thread has woken."""

@@ -34,6 +34,7 @@ from shared.protocol import (
 )
 from worker.loop.inbox import Inbox, LeaseEnded, Received
 from worker.wire.compiler import GrammarCompiler
+from worker.wire.kv_publisher import KvPublisher
 from worker.wire.outbox import WireOutbox
 
 log = structlog.get_logger()
@@ -42,6 +43,7 @@ BURST = 64  # messages taken from the socket before the outbox gets its turn
 SEND_HWM = 10_000  # messages one slow gateway may have queued before its streams see a gap
 MIN_LEASE_S, MAX_LEASE_S = 0.5, 60.0
 POLL_MS = 250
+REPLAY_POLL_MS = 2  # while past events are still to be sent
 REMARK_INTERVAL_S = 10.0  # one log line about bad frames in so long
 
 
@@ -58,7 +60,8 @@ class Lease:
 class Transport:
     """Socket on one side, inbox and outbox on the other. `start` binds; `close` ends the thread.
 
-    Without a compiler, submissions with a grammar go on as they are, and are refused.
+    Without a compiler, submissions with a grammar go on as they are, and are refused. A publisher's sockets belong to the
+    same thread.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Transport:
         outbox: WireOutbox,
         *,
         compiler: GrammarCompiler | None = None,
+        publisher: KvPublisher | None = None,
         secure: Callable[[zmq.Socket[bytes], zmq.Context[zmq.Socket[bytes]]], Callable[[], None]]
         | None = None,
         now: Callable[[], float] = time.monotonic,
@@ -79,6 +83,7 @@ class Transport:
         self._ready: tuple[Ready, list[bytes]] | None = None
         self._outbox = outbox
         self._compiler = compiler
+        self._publisher = publisher
         self._leases: dict[bytes, Lease] = {}
         self._closing = False
         self._bound = threading.Event()
@@ -130,25 +135,39 @@ class Transport:
             if self._secure is not None:
                 unsecure = self._secure(socket, context)
             socket.bind(self._endpoint)
+            if self._publisher is not None:
+                self._publisher.open()
         except Exception as error:
             self._error = error
             self._bound.set()
             socket.close(0)
+            if unsecure is not None:
+                unsecure()
             context.term()
+            if self._publisher is not None:
+                self._publisher.close()
             return
         self._bound.set()
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN)
         poller.register(self._outbox.bell, zmq.POLLIN)
+        publisher = self._publisher
+        if publisher is not None and publisher.replay is not None:
+            poller.register(publisher.replay, zmq.POLLIN)
         try:
             while not self._closing or len(self._outbox):
                 # This thread's work takes the global lock from the decode thread, so it handles only what poll reports.
-                ready = [source for source, _ in poller.poll(POLL_MS)]
+                is_replaying = publisher is not None and publisher.is_replaying
+                ready = [source for source, _ in poller.poll(REPLAY_POLL_MS if is_replaying else POLL_MS)]
                 if self._outbox.bell in ready:
                     self._outbox.hush()
                 self._turn(socket, has_messages=socket in ready)
+                if publisher is not None:
+                    publisher.turn(self._outbox.take_kv_events, has_requests=publisher.replay in ready)
         finally:
             socket.close()
+            if publisher is not None:
+                publisher.close()
             if unsecure is not None:
                 unsecure()
             context.term()

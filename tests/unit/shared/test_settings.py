@@ -18,6 +18,8 @@ SPECIAL = {
     "threads": "77",
     "endpoint": "ipc:///tmp/other",
     "workers": "ipc:///tmp/a,tcp://10.0.0.1:5000",
+    "kv_events": "tcp://*:5557",
+    "kv_events_replay": "tcp://*:5558",
     "model_aliases": '{"other name": "m"}',
     "public": "page,metrics",
     "cors_origins": "https://a.example,https://b.example",

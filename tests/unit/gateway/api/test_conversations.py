@@ -33,6 +33,20 @@ def test_the_oldest_goes_first_by_count_and_use() -> None:
     assert held.recall("", "1") is not None and held.recall("", "3") is not None
 
 
+def test_a_tenant_with_much_makes_room_for_the_others() -> None:
+    """By number and by bytes: whoever holds most forgets its own oldest, not another's."""
+    held = Conversations(max_turns=10, max_bytes=2000)
+    held.remember("few", "mine", turn(image_bytes=100))
+    for number in range(40):
+        held.remember("many", str(number), turn(image_bytes=20))
+    for number in range(40):
+        held.remember("large", str(number), turn(image_bytes=600))
+    assert held.recall("few", "mine") is not None
+    assert held.recall("many", "39") is not None and held.recall("many", "20") is None
+    assert held.recall("large", "39") is not None and held.recall("large", "20") is None
+    assert len(held) <= 10 and held.size_bytes <= 2000
+
+
 def test_bytes_are_bounded_and_counted_back() -> None:
     held = Conversations(max_bytes=1000)
     for number in range(50):

@@ -56,41 +56,67 @@ def test_more_choices_than_the_lane_can_ever_hold_are_the_clients_fault() -> Non
     assert refusal(admission, admission.occupancy(2, 5), num_new=4).code is ErrorCode.INVALID_REQUEST
 
 
-def test_a_tenant_over_its_share_is_refused_only_while_others_wait() -> None:
-    admission = Admission(max_queue=8, max_wait_s=100, tenant_share=0.5)
-    held = admission.occupancy(2, 8)
-    for _ in range(5):
-        admission.check(held, "a")
-        held.enter("a")
-    admission.check(held, "a")
-    held.enter("b")
-    assert "share" in refusal(admission, held, "a").message
-    admission.check(held, "b")
+def fill(admission: Admission, held: Occupancy, tenant: str, most: int = 1000) -> int:
+    """Let a tenant take all it can get; returns how many places that is."""
+    for number in range(most):
+        try:
+            admission.check(held, tenant)
+        except RequestError:
+            return number
+        held.enter(tenant)
+    return most
 
 
-@given(st.lists(st.sampled_from(["enter a", "enter b", "leave"]), max_size=80), st.integers(0, 5))
-def test_the_bound_holds_and_counts_return_to_zero(events: list[str], max_queue: int) -> None:
-    admission = Admission(max_queue, max_wait_s=10)
-    held = admission.occupancy(3, 100)
-    inside: list[str] = []
-    now_s = 0.0
-    for event in events:
-        now_s += 0.5
-        if event == "leave" and inside:
-            held.leave(inside.pop(), now_s)
-        elif event != "leave":
-            tenant = event[-1]
-            try:
-                admission.check(held, tenant)
-            except RequestError as error:
-                assert error.retry_after_s > 0
-            else:
-                held.enter(tenant)
-                inside.append(tenant)
-        assert held.num_active == len(inside) <= 3 + max_queue
-    for tenant in inside:
-        held.leave(tenant, now_s)
-    assert held.num_active == 0 and not held.tenants
+def test_whoever_is_alone_takes_all_places() -> None:
+    admission = Admission(max_queue=128, max_wait_s=100)
+    assert fill(admission, admission.occupancy(32, 200), "") == 160
+
+
+@pytest.mark.parametrize(("rows", "queue"), [(32, 128), (2, 8), (1, 2)])
+def test_a_tenant_who_has_most_leaves_places_for_others_to_begin_with(rows: int, queue: int) -> None:
+    """Known tenants count, whether they ask or not. Then whatever drains goes to those who hold less, until all hold alike."""
+    admission = Admission(queue, max_wait_s=1e9, num_tenants=lambda: 2)
+    held = admission.occupancy(rows, queue)
+    first = fill(admission, held, "a")
+    kept = max(1, (rows + queue) // 16)
+    assert first == rows + queue - kept
+    assert "kept for them" in refusal(admission, held, "a").message
+    assert fill(admission, held, "b") == kept
+    for _ in range(4 * (rows + queue)):
+        held.leave(max(held.tenants, key=lambda name: held.tenants[name]), 0.0)
+        fill(admission, held, "a")  # who asks first, and most
+        fill(admission, held, "b")
+    assert abs(held.tenants["a"] - held.tenants["b"]) <= 2 * kept
+    while held.tenants.get("b"):  # the other one is gone
+        held.leave("b", 0.0)
+    fill(admission, held, "a")
+    assert held.tenants["a"] == first
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 60),
+    st.integers(2, 6),
+    st.lists(st.tuples(st.sampled_from("eel"), st.integers(0, 5), st.integers(1, 40)), max_size=80),
+)
+def test_a_tenant_who_holds_nothing_finds_a_place(
+    rows: int, queue: int, num: int, events: list[tuple[str, int, int]]
+) -> None:
+    """Unless another one, who holds only a few, was there before."""
+    admission = Admission(queue, max_wait_s=1e9, num_tenants=lambda: num)
+    held = admission.occupancy(rows, queue)
+    for kind, number, times in events:
+        tenant = str(number % num)
+        for _ in range(times):
+            if kind == "l" and held.tenants.get(tenant):
+                held.leave(tenant, 0.0)
+            elif kind == "e":
+                with suppress(RequestError):
+                    admission.check(held, tenant)
+                    held.enter(tenant)
+        assert held.num_active == sum(held.tenants.values()) <= held.capacity
+        if len(held.tenants) < num and held.num_active == held.capacity:
+            assert min(held.tenants.values()) <= held.few
 
 
 class Sharers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -12,6 +12,7 @@ from gateway.generation import RequestError
 from shared.errors import ErrorCode
 
 STREAM_BYTES, TOTAL_BYTES, WINDOW_S = 600, 1000, 10.0
+TENANTS = ("t", "t", "u")  # of the machine's streams
 
 
 class Stream:
@@ -52,7 +53,7 @@ class JournalMachine(RuleBasedStateMachine):
         self.journals = Journals(WINDOW_S, STREAM_BYTES, TOTAL_BYTES)
         self.streams = [Stream() for _ in range(3)]
         self.held: list[Journal] = [
-            self.journals.open(f"s{i}", "t", stream, 0.0) for i, stream in enumerate(self.streams)
+            self.journals.open(f"s{i}", TENANTS[i], stream, 0.0) for i, stream in enumerate(self.streams)
         ]
         self.written: list[list[bytes]] = [[], [], []]
         self.readers: list[Reader | None] = [None, None, None]
@@ -75,7 +76,7 @@ class JournalMachine(RuleBasedStateMachine):
         journal = self.held[index]
         if journal.is_forgotten:
             with pytest.raises(RequestError):
-                self.journals.find("t", journal.stream_id)
+                self.journals.find(TENANTS[index], journal.stream_id)
             return
         start = journal.first + place % (journal.next - journal.first + 1)
         journal.check(start - 1, "p")
@@ -97,7 +98,7 @@ class JournalMachine(RuleBasedStateMachine):
             self.num_opened += 1
             self.streams[index], self.written[index], self.readers[index] = Stream(), [], None
             name = f"s{self.num_opened}"
-            self.held[index] = self.journals.open(name, "t", self.streams[index], self.now_s)
+            self.held[index] = self.journals.open(name, TENANTS[index], self.streams[index], self.now_s)
 
     @rule(index=st.integers(0, 2), most=st.integers(1, 500))
     def catch_up(self, index: int, most: int) -> None:
@@ -135,6 +136,9 @@ class JournalMachine(RuleBasedStateMachine):
         held = [journal for journal in self.held if not journal.is_forgotten]
         size = sum(len(event) + EVENT_OVERHEAD_BYTES for journal in held for event in journal.events)
         assert self.journals.size_bytes == size <= TOTAL_BYTES and len(self.journals) == len(held)
+        for name in set(TENANTS):
+            own = sum(journal.size_bytes for journal in held if journal.tenant == name)
+            assert self.journals.size_of(name) == own
         for index, journal in enumerate(self.held):
             assert journal.size_bytes <= STREAM_BYTES
             assert self.streams[index].num_cancels <= 1
@@ -191,3 +195,59 @@ def test_a_reader_that_is_outrun_is_told() -> None:
         journal.slice(3, 100)
     assert caught.value.code is ErrorCode.SLOW_CLIENT
     assert journal.slice(journal.first, 1) == [b"x" * 200] and journal.slice(journal.next, 1) == []
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("wwwwend"), st.integers(0, 5), st.integers(1, 250)),
+        min_size=10,
+        max_size=120,
+    )
+)
+def test_a_tenant_below_an_equal_share_loses_nothing_to_the_others(
+    events: list[tuple[str, int, int]],
+) -> None:
+    """Six streams of three tenants: who writes beyond its share makes the room itself, whoever else does not."""
+    journals = Journals(WINDOW_S, STREAM_BYTES, TOTAL_BYTES)
+    held = [journals.open(f"s{number}", str(number % 3), Stream(), 0.0) for number in range(6)]
+    for kind, number, size in events:
+        journal = held[number]
+        if journal.ended:
+            held[number] = journals.open(f"{journal.stream_id}+", journal.tenant, Stream(), 0.0)
+        elif kind == "w":
+            before = {name: journals.size_of(name) for name in "012"}
+            num_tenants = sum(
+                any(one.tenant == name and not one.is_forgotten for one in held) for name in "012"
+            )
+            journals.write(journal, b"x" * size)
+            for name, had in before.items():
+                if name != journal.tenant and had <= TOTAL_BYTES / num_tenants:
+                    assert journals.size_of(name) == had
+            assert journals.size_bytes <= TOTAL_BYTES
+        else:
+            journals.end(journal, 0.0)
+
+
+def test_a_tenant_that_fills_everything_makes_room_for_one_that_comes() -> None:
+    """Its ended streams go first, then the events of its largest; beyond its share the newcomer makes its own room."""
+    journals = Journals(WINDOW_S, STREAM_BYTES, TOTAL_BYTES)
+    done, first, second = (journals.open(name, "full", Stream(), 0.0) for name in ("done", "first", "second"))
+    journals.write(done, b"x" * 236)
+    journals.end(done, 0.0)
+    for journal in (first, second, first):
+        journals.write(journal, b"x" * 136)
+    assert journals.size_of("full") == 900
+    came = journals.open("came", "new", Stream(), 0.0)
+    journals.write(came, b"x" * 136)
+    assert done.is_forgotten and len(first.events) == 2
+    journals.write(came, b"x" * 136)
+    assert (journals.size_of("new"), journals.size_of("full")) == (400, 600)
+    journals.write(came, b"x" * 36)
+    assert (journals.size_of("new"), journals.size_of("full")) == (500, 400), (
+        "it is the other that holds most"
+    )
+    journals.write(came, b"x" * 136)
+    assert (journals.size_of("new"), journals.size_of("full")) == (500, 400), (
+        "beyond a half it makes its own room"
+    )
+    assert came.first == 1 and second.first + first.first == 1

@@ -40,6 +40,7 @@ from worker.loop.inbox import Command, CompiledSubmit, Inbox, MaskReady, Outbox,
 from worker.loop.masks import MaskFiller
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
+from worker.schedule.kv_events import AllBlocksCleared, BlockRemoved, KvEvent, KvEvents, hash_of
 from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pace import Pace
 from worker.schedule.pages import PagePool
@@ -187,7 +188,8 @@ class SimWorker:
         self.epoch = epoch
         self.inbox: Inbox = inbox or SimpleQueue()
         self.pool = PagePool(num_pages, page_tokens)
-        self.cache = PrefixCache(self.pool) if prefix_cache else None
+        self.cache = PrefixCache(self.pool, KvEvents()) if prefix_cache else None
+        self.published: set[int] = set()  # what those know who are told of the prefix cache
         limits = SchedulerLimits(
             max_rows=max_rows,
             max_waiting=max_waiting,
@@ -226,11 +228,25 @@ class SimWorker:
             epoch=epoch,
             depth=depth,
             late_launch=late_launch,
+            on_kv_events=self._on_kv_events,
             wait_for_command=self._wait_for_command,
             governor=governor,
             masks=masks or punctual_masks(),
             on_beat=on_beat,
         )
+
+    def _on_kv_events(self, events: list[KvEvent]) -> None:
+        for event in events:
+            if isinstance(event, AllBlocksCleared):
+                self.published.clear()
+            elif isinstance(event, BlockRemoved):
+                assert self.published.issuperset(event.hashes), "gone before it was there"
+                self.published.difference_update(event.hashes)
+            else:
+                assert self.published.isdisjoint(event.hashes), "stored twice"
+                assert event.parent is None or event.parent in self.published
+                assert len(event.token_ids) == len(event.hashes) * event.block_tokens
+                self.published.update(event.hashes)
 
     def _wait_for_command(self, timeout_s: float) -> Command | None:
         """Waiting on a virtual clock: what is there comes now, else the time passes."""
@@ -260,6 +276,8 @@ class SimWorker:
         self.pool.check()
         if self.cache is not None:
             self.cache.check()
+            self._on_kv_events(self.cache.take_events())
+            assert self.published == {hash_of(key) for key in self.cache.keys}
         in_flight: dict[int, int] = {}
         for step in pipeline._in_flight:
             held = [*step.plan.decode, *(chunk.seq for chunk in step.plan.chunks)]

@@ -83,7 +83,8 @@ class Oracle:
     process: Callable[[str, list[Image.Image]], tuple[str, dict[str, Any]]]
     """A rendered text and its pictures → the text with all that stands for them, and the model's inputs."""
 
-    def expected(self, turns: Sequence[Turn]) -> Expected:
+    def rendered(self, turns: Sequence[Turn]) -> str:
+        """The conversation as the chat template writes it, with one placeholder a picture."""
         messages = [
             {
                 "role": role,
@@ -94,10 +95,14 @@ class Oracle:
             }
             for role, parts in turns
         ]
-        images = [part for _, parts in turns for part in parts if not isinstance(part, str)]
-        text = self.tokenizer.apply_chat_template(
+        text: str = self.tokenizer.apply_chat_template(
             messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
         )
+        return text
+
+    def expected(self, turns: Sequence[Turn]) -> Expected:
+        images = [part for _, parts in turns for part in parts if not isinstance(part, str)]
+        text = self.rendered(turns)
         inputs: dict[str, Any] = {}
         if images:
             text, inputs = self.process(text, images)
