@@ -22,7 +22,8 @@ from worker.models.card import make_card as make_dense_card
 from worker.models.dense import Dense
 from worker.models.families import llama, qwen
 from worker.models.moondream import Moondream
-from worker.models.moondream_config import make_card, parse_config
+from worker.models.moondream_card import make_card
+from worker.models.moondream_config import parse_config
 from worker.models.settings import Settings
 from worker.native.quantised import Quantised, QuantisedWeight
 from worker.native.quantised_source import HEADS

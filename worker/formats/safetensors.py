@@ -24,7 +24,11 @@ from worker.formats.source import CheckpointError, Packed, ProgressReport, Renam
 _MAX_HEADER_BYTES = 100 << 20
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _NOT_MODELS = ("consolidated.safetensors", "adapter_model.safetensors", "adapters.safetensors")
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_FP8 = "F8_E4M3"
+
+ROW_SCALE = ".row_scale"
+"""What takes the place of `.weight` in the canonical name of the scales of an FP8 weight's rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +84,54 @@ class Checkpoint:
         Raises CheckpointError when it is missing, of another shape, or not floating point.
         """
         stored = self._find(name, shape)
+        if stored.dtype == _FP8:
+            return self._take_scaled(name, stored, device, dtype)
         if stored.dtype not in _FLOATS:
             problem = f"{stored.dtype} weights are not supported, only {', '.join(_FLOATS)}"
             raise CheckpointError(problem, file=stored.path, tensor=stored.name)
-        try:
-            tensor: Tensor = self._files[stored.path].get_tensor(stored.name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(str(error), file=stored.path, tensor=stored.name) from error
+        tensor = self._read(stored)
         self._told(name, stored)
         # Copied, because the file may be replaced while it is mapped, and a truncated mapping kills the process.
         tensor = tensor.t() if stored.transposed else tensor
         return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+
+    def _read(self, stored: _Stored) -> Tensor:
+        try:
+            tensor: Tensor = self._files[stored.path].get_tensor(stored.name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(str(error), file=stored.path, tensor=stored.name) from error
+        return tensor
+
+    def _take_scaled(self, name: str, stored: _Stored, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A weight (…, rows, columns) of FP8 (e4m3), each row times its scale. One matrix at a time is widened."""
+        scales = self._tensors.get(name.removesuffix(".weight") + ROW_SCALE)
+        if scales is None or stored.transposed:
+            problem = (
+                f"{_FP8} without scales of its rows is not supported; take the model's own folder in bf16"
+            )
+            raise CheckpointError(problem, file=stored.path, tensor=stored.name)
+        if scales.shape != stored.shape[:-1]:
+            raise CheckpointError(
+                "not a scale a row",
+                file=scales.path,
+                tensor=scales.name,
+                expected=stored.shape[:-1],
+                found=scales.shape,
+            )
+        rows = self.take(
+            name.removesuffix(".weight") + ROW_SCALE,
+            *scales.shape,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+        narrow = self._read(stored)
+        whole = torch.empty(stored.shape, dtype=dtype, device=device)
+        matrices = whole.view(-1, *stored.shape[-2:])
+        given = zip(narrow.view(matrices.shape), rows.view(matrices.shape[:-1]), strict=True)
+        for index, (matrix, scale) in enumerate(given):
+            matrices[index] = (matrix.float() * scale.unsqueeze(-1)).to(dtype)
+        self._told(name, stored)
+        return whole
 
     def take_packed(self, name: str, *shape: int) -> Packed | None:
         """See `Tensors.take_packed`: no tensor here is stored in blocks."""
@@ -138,6 +179,11 @@ class Checkpoint:
                 f"tensors this model does not know: {listed}{more}; take the config.json that belongs to these weights",
                 file=path,
             )
+
+
+def stored_names(file: Path) -> set[str]:
+    """The tensors' names in a safetensors file. Raises CheckpointError on a header that cannot be true."""
+    return set(_read_header(file))
 
 
 def _find_files(folder: Path) -> list[Path]:
