@@ -263,3 +263,38 @@ def test_a_thought_points_closes_and_is_answered(model: Moondream, plain: Plain,
             inputs = torch.cat([inputs, plain.words([token])])
     opened = {("opener", False)} if card.templates["reasoning_end"] else set()
     assert {("thought", True), ("answer", False)} | opened <= seen
+
+
+def test_an_outline_is_a_box_and_free_text(model: Moondream, plain: Plain) -> None:
+    """Only of the third generation; coordinates are fed back by value, beside rows of text, and no form is forced."""
+    submit, frames = conversation(1, [0, *words(6, 5)], [picture(1, 1)], max_tokens=24)
+    card = model.card
+    bias = {card.coord_id: 2.5, card.size_id: 1.5}
+    asked = msgspec.structs.replace(submit, task="segment", sampling=Sampling(logit_bias=bias))
+    if "segment" not in card.capabilities:
+        with pytest.raises(Refusal, match="'segment' is not one of"):
+            build_sequence(b"", asked, frames, card, 0.0)
+        return
+    text = conversation(2, [0, *words(6, 6)], [picture(2, 1)])
+    found, beside = Harness(model, depth=2).answer([(asked, frames), text])
+    check(beside, model, plain, text[1])
+    inputs, blocks = whole(asked, frames, model, plain)
+    for token, values in zip(found.tokens, found.values, strict=True):
+        hidden = plain.hidden(inputs, blocks)[-1:]
+        logits = plain.logits(hidden)[0]
+        for token_id, value in bias.items():
+            logits[token_id] += value
+        assert token == int(logits.argmax())
+        if token not in (card.coord_id, card.size_id):
+            inputs = torch.cat([inputs, plain.words([token])])
+            continue
+        is_size = token == card.size_id
+        bins = (
+            plain.region("size_decoder" if is_size else "coord_decoder", hidden)
+            .view(1 + is_size, -1)
+            .argmax(-1)
+        )
+        wanted = 2 ** (bins / 63 * 10 - 10) if is_size else bins / 64
+        torch.testing.assert_close(torch.tensor(values[: 1 + is_size]), wanted)
+        inputs = torch.cat([inputs, plain.fourier(wanted[None], "size" if is_size else "coord")])
+    assert {card.coord_id, card.size_id} < set(found.tokens)
