@@ -75,7 +75,8 @@ class Outline:
         if len(self._coordinates) < 2:
             return None
         self._has_box = True
-        return SpatialObject(*self._coordinates[:2], _clamp(values[0]), _clamp(values[-1]))
+        x, y = self._coordinates[:2]
+        return SpatialObject(x, y, _clamp(values[0]), _clamp(values[-1]))
 
     def _read(self, text: str) -> str:
         """The next token: a command with all its numbers, where that completes one."""

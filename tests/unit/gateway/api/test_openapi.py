@@ -15,7 +15,7 @@ from gateway.api.described.operations import OPERATIONS
 from gateway.api.fields import Known
 from gateway.app import create_app
 from shared import protocol as wire
-from tests.fake_worker import End, FakeWorker, Token, text_ids
+from tests.fake_worker import End, FakeWorker, Script, Token, text_ids
 from tests.gateway_thread import GatewayThread
 from tests.http_client import Opened, ask
 from tests.unit.gateway.api.test_fields import ALL
@@ -34,7 +34,7 @@ def served() -> Iterator[GatewayThread]:
         worker.reply("ok")
         words = worker.script
         outline = [*boxes(wire.Submit(1, 1, "", b"", 1))[:3], *map(Token, text_ids("M 0 9L 9 9Z")), End()]
-        by_task = {"detect": boxes, "point": points, "segment": lambda _: outline}
+        by_task: dict[str, Script] = {"detect": boxes, "point": points, "segment": lambda _: outline}
         worker.script = lambda submit: by_task.get(submit.task, words)(submit)
         gateway.wait_ready()
         yield gateway
