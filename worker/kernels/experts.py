@@ -47,9 +47,9 @@ def _group(ids_ptr, table_ptr, counts_ptr, num_pairs, capacity, BLOCK: tl.conste
         mine = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1).to(tl.int32) == expert
         taken = mine.to(tl.int32)
         places = count + tl.cumsum(taken, 0) - 1
-        tl.store(table_ptr + expert * capacity + places, pairs, mask=mine)
+        tl.store(table_ptr + expert * capacity + places, pairs, mask=mine & (places < capacity))
         count += tl.sum(taken, 0)
-    tl.store(counts_ptr + expert, count)
+    tl.store(counts_ptr + expert, tl.minimum(count, capacity))
 
 
 @triton.jit

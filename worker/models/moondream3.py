@@ -87,7 +87,7 @@ class _Block:
     ) -> tuple[Tensor, Tensor]:
         """See `decoder.Block`."""
         hidden, normed = self._ln.fused(hidden, gained)
-        qkv = self._tau(self._qkv.fused(normed), plan.log_positions)
+        qkv = self._tau.fused(self._qkv.fused(normed), plan.log_positions)
         mixed = plan.attend(layer, qkv, self._num_heads)
         return hidden, self.mlp.fused(normed, self._proj.fused(mixed))
 
@@ -119,6 +119,15 @@ class Tau:
             scaled[:, part].mul_(factor.unsqueeze(-1))
         return scaled.view(qkv.shape).to(qkv.dtype)
 
+    def fused(self, qkv: Tensor, log_positions: Tensor) -> Tensor:
+        """The same by a GPU's kernels, in place."""
+        from worker.kernels.activation import gelu_tanh  # here, so that no CPU worker imports Triton
+        from worker.kernels.head_scale import scale_heads
+
+        content = self._content.fused(gelu_tanh(qkv))
+        scale_heads(qkv, content, self._alpha, log_positions, self._num_heads)
+        return qkv
+
 
 class _Dense:
     """The MLP of the first layers."""
@@ -149,13 +158,14 @@ class _Routed:
         second = take(f"{name}.fc2.weight", number, dim, inner)
         self.experts = Experts(first, second, "gelu_plus_1", first.dtype)
 
-    def __call__(self, normed: Tensor) -> Tensor:
-        """(N, D) → (N, D)."""
-        ids, weights = choose(self._router.logits(normed), self._num_chosen)
-        return self.experts(normed, ids, weights)
-
     def add(self, normed: Tensor, residual: Tensor) -> Tensor:
         """residual + mlp(normed)."""
-        return residual + self(normed)
+        ids, weights = choose(self._router.logits(normed), self._num_chosen)
+        return residual + self.experts(normed, ids, weights)
 
-    fused = add
+    def fused(self, normed: Tensor, residual: Tensor) -> Tensor:
+        """The same by a GPU's kernels."""
+        from worker.kernels.routing import choose_experts
+
+        ids, weights = choose_experts(self._router.logits(normed), self._num_chosen)
+        return residual + self.experts(normed, ids, weights)

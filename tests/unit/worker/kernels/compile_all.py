@@ -24,12 +24,14 @@ from worker.kernels import (
     activation,
     experts,
     few_rows_product,
+    head_scale,
     mask,
     norm,
     paged_decode_attention,
     prefill_attention,
     quantised_linear,
     rotary_kv_write,
+    routing,
     sample,
     sample_histogram,
 )
@@ -68,6 +70,8 @@ POINTERS = {
     "taken_ptr": "*i32",
     "table_ptr": "*i32",
     "shares_ptr": "*fp32",
+    "alpha_ptr": "*fp32",
+    "log_ptr": "*fp32",
     "arrivals_ptr": "*i32",
 }
 ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -261,6 +265,12 @@ def routed(dtype: str) -> None:
         first = shape | {"CHOSEN": 8, "INPUTS": 2048, "GATE": experts.GATES["gelu_plus_1"]}
         compile_it(experts._first_product, layout.num_warps, first)
         compile_it(experts._second_product, layout.num_warps, shape | {"DIM": 2048}, dependent=True)
+    scaled = {"HEADS": 32, "HEAD_DIM": 64, "BLOCK_HEADS": 32, "BLOCK_DIM": 64}
+    compile_for(head_scale._scale_heads, 4, scaled, dtype=dtype, dependent=True)
+    chosen = {"EXPERTS": 64, "CHOSEN": 8, "BLOCK": 64, "BLOCK_CHOSEN": 8}
+    for over_chosen in (True, False):
+        by = chosen | {"OVER_CHOSEN": over_chosen}
+        compile_for(routing._choose, 1, by, ids_ptr="*i32", dependent=True)
     compile_for(experts._group, 4, {"BLOCK": 256}, ids_ptr="*i64", dependent=True)
     compile_for(experts._sum_choices, 4, {"DIM": 2048, "CHOSEN": 8, "BLOCK": 1024}, dependent=True)
 
