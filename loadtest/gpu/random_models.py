@@ -191,14 +191,14 @@ def random_model(
             decode_bytes += num_bytes
 
     def take_weight(name: str, *size: int) -> Tensor | Quantised:
-        tensor = draw(*size)
+        tensor = draw(*size).flatten(0, -2)
         kind = KINDS_OF["int8" if name.endswith(HEADS) else quantize]
         if not fits(tensor):
             count(name, tensor.nbytes)
-            return tensor
+            return tensor.view(size)
         blocks = to_blocks(tensor.float(), kind)
         count(name, blocks.nbytes)
-        return QuantisedWeight(kind, size[0], size[1], blocks)
+        return QuantisedWeight(kind, *tensor.shape, blocks)
 
     def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)

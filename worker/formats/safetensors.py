@@ -104,7 +104,7 @@ class Checkpoint:
 
     def _take_scaled(self, name: str, stored: _Stored, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A weight (…, rows, columns) of FP8 (e4m3), each row times its scale. One matrix at a time is widened."""
-        scales = self._tensors.get(name.removesuffix(".weight") + ROW_SCALE)
+        scales = self._tensors.get(_scale_of(name))
         if scales is None or stored.transposed:
             problem = (
                 f"{_FP8} without scales of its rows is not supported; take the model's own folder in bf16"
@@ -119,7 +119,7 @@ class Checkpoint:
                 found=scales.shape,
             )
         rows = self.take(
-            name.removesuffix(".weight") + ROW_SCALE,
+            _scale_of(name),
             *scales.shape,
             device=torch.device("cpu"),
             dtype=torch.float32,
@@ -140,6 +140,9 @@ class Checkpoint:
     def skip(self, name: str, *shape: int) -> None:
         """See `Tensors.skip`."""
         self._told(name, self._find(name, shape))
+        scale = _scale_of(name)
+        if scale in self._tensors:
+            self._told(scale, self._tensors[scale])
 
     def _find(self, name: str, shape: tuple[int, ...]) -> _Stored:
         stored = self._tensors.get(name)
@@ -179,6 +182,11 @@ class Checkpoint:
                 f"tensors this model does not know: {listed}{more}; take the config.json that belongs to these weights",
                 file=path,
             )
+
+
+def _scale_of(name: str) -> str:
+    """The canonical name of the scales of an FP8 weight's rows."""
+    return name.removesuffix(".weight") + ROW_SCALE
 
 
 def stored_names(file: Path) -> set[str]:

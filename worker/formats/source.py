@@ -59,7 +59,8 @@ class Tensors(Protocol):
         ...
 
     def take_packed(self, name: str, *shape: int) -> Packed | None:
-        """The tensor as it is stored, if it is a matrix in quantised blocks; otherwise None, and the tensor stays untaken.
+        """The tensor as it is stored, if it is a matrix in quantised blocks, or several of one size, whose rows then follow each
+        other; otherwise None, and the tensor stays untaken.
 
         Raises CheckpointError when it is missing or of another shape.
         """

@@ -24,6 +24,14 @@ Weight = Sequence["Tensor | Quantised"] | Tensor
 """The experts' weights (outputs, inputs), one after another, or one tensor (E, outputs, inputs)."""
 
 
+def each_of(weight: Tensor | Quantised, number: int) -> Weight:
+    """What a `layers.TakeWeight` handed out for a shape (number, outputs, inputs), as one weight an expert."""
+    if isinstance(weight, Tensor):
+        return weight.view(number, -1, weight.shape[-1])
+    rows = torch.arange(weight.shape[0], device=weight.device).view(number, -1)
+    return [weight.ordered(own) for own in rows]
+
+
 def choose(logits: Tensor, num_chosen: int, *, over_chosen: bool = True) -> tuple[Tensor, Tensor]:
     """(N, E) fp32 logits of the router → ids (N, K) int64 of the largest, largest first, and their weights (N, K) fp32.
 

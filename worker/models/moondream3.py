@@ -17,7 +17,7 @@ from torch import Tensor
 
 from worker.models.attention import AttentionPlan
 from worker.models.decoder import Block
-from worker.models.experts import Experts, choose
+from worker.models.experts import Experts, choose, each_of
 from worker.models.held import held_bytes
 from worker.models.layers import Mlp, PackedLinear, Take, TakeWeight, take_linear, take_mlp, take_norm
 from worker.models.moondream import Moondream, qkv_order, split_heads
@@ -154,9 +154,9 @@ class _Routed:
         self._num_chosen = config.experts_per_token
         self.share = config.experts_per_token / number
         self._router = take_linear(take, f"{name}.router", dim, number)
-        first = take(f"{name}.fc1.weight", number, 2 * inner, dim)
-        second = take(f"{name}.fc2.weight", number, dim, inner)
-        self.experts = Experts(first, second, "gelu_plus_1", first.dtype)
+        first = each_of(take_weight(f"{name}.fc1.weight", number, 2 * inner, dim), number)
+        second = each_of(take_weight(f"{name}.fc2.weight", number, dim, inner), number)
+        self.experts = Experts(first, second, "gelu_plus_1", self._router.dtype)
 
     def add(self, normed: Tensor, residual: Tensor) -> Tensor:
         """residual + mlp(normed)."""
