@@ -198,7 +198,7 @@ def random_model(
             return tensor.view(size)
         blocks = to_blocks(tensor.float(), kind)
         count(name, blocks.nbytes)
-        return QuantisedWeight(kind, *tensor.shape, blocks)
+        return QuantisedWeight(kind, tensor.shape[0], tensor.shape[1], blocks)
 
     def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
