@@ -386,6 +386,6 @@ def _copied_experts(x: Tensor, ids: Tensor, weights: Tensor, first: Tensor, seco
     """What `experts_product` computes, by batched products over copies: (N, D)."""
     rows, chosen = ids.shape
     repeated = x.repeat_interleave(chosen, 0).unsqueeze(2)
-    inner = gated(torch.bmm(first[ids.flatten()], repeated).squeeze(2), "gelu_plus_1")
+    inner = gated(torch.bmm(first[ids.flatten()], repeated).squeeze(2))
     parts = torch.bmm(second[ids.flatten()], inner.unsqueeze(2)).view(rows, chosen, -1).float()
     return (parts * weights.unsqueeze(2)).sum(1).to(x.dtype)
