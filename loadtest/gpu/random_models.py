@@ -191,11 +191,11 @@ def random_model(
             decode_bytes += num_bytes
 
     def take_weight(name: str, *size: int) -> Tensor | Quantised:
-        tensor = draw(*size).flatten(0, -2)
+        tensor = draw(*size)
         kind = KINDS_OF["int8" if name.endswith(HEADS) else quantize]
         if not fits(tensor):
             count(name, tensor.nbytes)
-            return tensor.view(size)
+            return tensor
         blocks = to_blocks(tensor.float(), kind)
         count(name, blocks.nbytes)
         return QuantisedWeight(kind, tensor.shape[0], tensor.shape[1], blocks)

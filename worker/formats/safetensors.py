@@ -7,6 +7,7 @@ silently wrong model.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from worker.formats.source import CheckpointError, Packed, ProgressReport, Renam
 _MAX_HEADER_BYTES = 100 << 20
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _NOT_MODELS = ("consolidated.safetensors", "adapter_model.safetensors", "adapters.safetensors")
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _FP8 = "F8_E4M3"
+
+_ROWS_AT_ONCE = 4096
 
 ROW_SCALE = ".row_scale"
 """What takes the place of `.weight` in the canonical name of the scales of an FP8 weight's rows."""
@@ -63,6 +66,10 @@ class Checkpoint:
                     continue
                 if target.name in self._tensors:
                     raise CheckpointError("stored twice", file=path, tensor=name)
+                if target.joined:  # of the scales of rows there is no column
+                    kept = 0 if target.name.endswith(ROW_SCALE) else 1
+                    rows = shape[: len(shape) - kept]
+                    shape = (math.prod(rows), *shape[len(rows) :])
                 stored = _Stored(path, name, shape, dtype, num_bytes, target.transposed)
                 self._tensors[target.name] = stored
         self._left = set(self._tensors)
@@ -89,47 +96,35 @@ class Checkpoint:
         if stored.dtype not in _FLOATS:
             problem = f"{stored.dtype} weights are not supported, only {', '.join(_FLOATS)}"
             raise CheckpointError(problem, file=stored.path, tensor=stored.name)
-        tensor = self._read(stored)
-        self._told(name, stored)
-        # Copied, because the file may be replaced while it is mapped, and a truncated mapping kills the process.
-        tensor = tensor.t() if stored.transposed else tensor
-        return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
-
-    def _read(self, stored: _Stored) -> Tensor:
         try:
             tensor: Tensor = self._files[stored.path].get_tensor(stored.name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(str(error), file=stored.path, tensor=stored.name) from error
-        return tensor
+        self._told(name, stored)
+        # Copied, because the file may be replaced while it is mapped, and a truncated mapping kills the process.
+        tensor = tensor.t() if stored.transposed else tensor.view(stored.shape)
+        return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
 
     def _take_scaled(self, name: str, stored: _Stored, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """A weight (…, rows, columns) of FP8 (e4m3), each row times its scale. One matrix at a time is widened."""
-        scales = self._tensors.get(_scale_of(name))
-        if scales is None or stored.transposed:
+        """A matrix of FP8 (e4m3), each row times its scale; some rows at a time are widened."""
+        scale_name = _scale_of(name)
+        if scale_name not in self._tensors or stored.transposed:
             problem = (
                 f"{_FP8} without scales of its rows is not supported; take the model's own folder in bf16"
             )
             raise CheckpointError(problem, file=stored.path, tensor=stored.name)
-        if scales.shape != stored.shape[:-1]:
-            raise CheckpointError(
-                "not a scale a row",
-                file=scales.path,
-                tensor=scales.name,
-                expected=stored.shape[:-1],
-                found=scales.shape,
-            )
-        rows = self.take(
-            _scale_of(name),
-            *scales.shape,
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-        )
-        narrow = self._read(stored)
-        whole = torch.empty(stored.shape, dtype=dtype, device=device)
-        matrices = whole.view(-1, *stored.shape[-2:])
-        given = zip(narrow.view(matrices.shape), rows.view(matrices.shape[:-1]), strict=True)
-        for index, (matrix, scale) in enumerate(given):
-            matrices[index] = (matrix.float() * scale.unsqueeze(-1)).to(dtype)
+        rows, columns = stored.shape
+        scales = self.take(scale_name, rows, device=torch.device("cpu"), dtype=torch.float32)
+        try:
+            with safe_open(stored.path, framework="pt", device="cpu") as file:
+                narrow: Tensor = file.get_tensor(stored.name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(str(error), file=stored.path, tensor=stored.name) from error
+        whole = torch.empty(rows, columns, dtype=dtype, device=device)
+        for first in range(0, rows, _ROWS_AT_ONCE):
+            some = slice(first, first + _ROWS_AT_ONCE)
+            values = narrow.view(rows, columns)[some].float()
+            whole[some] = (values * scales[some].unsqueeze(1)).to(dtype)
         self._told(name, stored)
         return whole
 
@@ -140,9 +135,9 @@ class Checkpoint:
     def skip(self, name: str, *shape: int) -> None:
         """See `Tensors.skip`."""
         self._told(name, self._find(name, shape))
-        scale = _scale_of(name)
-        if scale in self._tensors:
-            self._told(scale, self._tensors[scale])
+        scale = self._tensors.get(_scale_of(name))
+        if scale is not None:
+            self._told(_scale_of(name), scale)
 
     def _find(self, name: str, shape: tuple[int, ...]) -> _Stored:
         stored = self._tensors.get(name)

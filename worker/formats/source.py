@@ -25,10 +25,12 @@ class ProgressReport(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a stored tensor is to the model: its canonical name, and whether it was stored transposed."""
+    """What a stored tensor is to the model: its canonical name, and whether it was stored transposed. `joined`: matrices of one
+    size, stored as (number, rows, columns), are one matrix whose rows follow each other."""
 
     name: str
     transposed: bool = False
+    joined: bool = False
 
 
 Rename = Callable[[str], Target | None]
@@ -59,8 +61,7 @@ class Tensors(Protocol):
         ...
 
     def take_packed(self, name: str, *shape: int) -> Packed | None:
-        """The tensor as it is stored, if it is a matrix in quantised blocks, or several of one size, whose rows then follow each
-        other; otherwise None, and the tensor stays untaken.
+        """The tensor as it is stored, if it is a matrix in quantised blocks; otherwise None, and the tensor stays untaken.
 
         Raises CheckpointError when it is missing or of another shape.
         """

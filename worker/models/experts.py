@@ -25,7 +25,7 @@ Weight = Sequence["Tensor | Quantised"] | Tensor
 
 
 def each_of(weight: Tensor | Quantised, number: int) -> Weight:
-    """What a `layers.TakeWeight` handed out for a shape (number, outputs, inputs), as one weight an expert."""
+    """A matrix of all experts' rows, one expert's after another's, as one weight an expert."""
     if isinstance(weight, Tensor):
         return weight.view(number, -1, weight.shape[-1])
     rows = torch.arange(weight.shape[0], device=weight.device).view(number, -1)

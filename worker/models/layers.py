@@ -26,8 +26,7 @@ Take = Callable[..., Tensor]
 Without `dtype` in the model's own."""
 
 TakeWeight = Callable[..., "Tensor | Quantised"]
-"""As `Take`, for the weight (out, in) of a product; it may hand out the file's own blocks. Of several products' weights
-(number, out, in) these are one weight (number · out, in)."""
+"""As `Take`, for the weight (out, in) of a product; it may hand out the file's own blocks."""
 
 # Reordering for oneDNN needs a typical batch size; 32 measured best or equal from 1 to 128 rows.
 _PACK_ROWS = 32

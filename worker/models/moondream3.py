@@ -154,8 +154,8 @@ class _Routed:
         self._num_chosen = config.experts_per_token
         self.share = config.experts_per_token / number
         self._router = take_linear(take, f"{name}.router", dim, number)
-        first = each_of(take_weight(f"{name}.fc1.weight", number, 2 * inner, dim), number)
-        second = each_of(take_weight(f"{name}.fc2.weight", number, dim, inner), number)
+        first = each_of(take_weight(f"{name}.fc1.weight", number * 2 * inner, dim), number)
+        second = each_of(take_weight(f"{name}.fc2.weight", number * dim, inner), number)
         self.experts = Experts(first, second, "gelu_plus_1", self._router.dtype)
 
     def add(self, normed: Tensor, residual: Tensor) -> Tensor:

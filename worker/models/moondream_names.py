@@ -38,6 +38,7 @@ _OLDER_NAMES = (
     (r"region_model\.size_head\.", "region.size_decoder."),
     (r"region_model\.", "region."),
 )
+_STACKED = re.compile(rf"^text\.blocks\.\d+\.mlp\.fc[12](\.weight|{re.escape(ROW_SCALE)})$")
 _COMPUTED = re.compile(r"(^|\.)(freqs_cis|attn_mask|kv_cache\.\w+|rotary_emb\.inv_freq)$")
 
 
@@ -46,9 +47,12 @@ def canonical_name(stored: str) -> Target | None:
     name = stored.replace("._orig_mod", "").removeprefix("model.")
     if _COMPUTED.search(name):
         return None
+    transposed = False
     for pattern, replacement in _OLDER_NAMES:
         renamed, count = re.subn("^" + pattern, replacement, name)
         if count:
             # The older layout kept the Fourier frequencies as a linear layer's weight.
-            return Target(renamed, transposed=renamed in ("region.coord_features", "region.size_features"))
-    return Target(name)
+            name, transposed = renamed, renamed in ("region.coord_features", "region.size_features")
+            break
+    # All experts of a layer are one tensor, and one matrix here; of other layers these are one anyway, or its scales.
+    return Target(name, transposed, joined=_STACKED.search(name) is not None)

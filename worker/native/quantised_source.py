@@ -7,7 +7,6 @@ token's logits pass through its one matrix.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,7 @@ class QuantisedTensors:
         self._inner.skip(name, *shape)
 
     def take_packed(self, name: str, *shape: int) -> Packed | None:
-        """See `Tensors.take_packed`: any matrix that `fits`, in blocks; of several experts (E, outputs, inputs) their rows one
-        after another."""
+        """See `Tensors.take_packed`: any matrix that `fits`, in blocks."""
         found = self._inner.take_packed(name, *shape)
         if found is not None:
             raise CheckpointError(
@@ -86,7 +84,7 @@ class QuantisedTensors:
                 tensor=name,
             )
         kind = KINDS_OF["int8" if name.endswith(HEADS) else self._made]
-        rows, columns = math.prod(shape[:-1]), shape[-1]
+        rows, columns = shape
         values, num_bytes, _ = KINDS[kind]
         blocks = self._cache.read(name, kind, rows, columns // values * num_bytes)
         if blocks is not None:
@@ -95,7 +93,6 @@ class QuantisedTensors:
         if columns % values:
             return None
         weight = self._inner.take(name, *shape, device=CPU, dtype=torch.float32)
-        weight = weight.view(rows, columns)
         if not fits(weight):
             return None
         blocks = to_blocks(weight, kind)
