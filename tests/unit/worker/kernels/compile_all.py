@@ -263,7 +263,7 @@ def routed(dtype: str) -> None:
         shape |= {"BLOCK_IN": layout.block_in, "WIDEN": dtype == "fp32"}
         compile_it = partial(compile_for, dtype=dtype, stages=layout.stages, round_strides=True)
         first = shape | {"CHOSEN": 8, "INPUTS": 2048, "GATE": experts.GATES["gelu_plus_1"]}
-        compile_it(experts._first_product, layout.num_warps, first)
+        compile_it(experts._first_product, layout.num_warps, first, dependent=True)
         compile_it(experts._second_product, layout.num_warps, shape | {"DIM": 2048}, dependent=True)
     scaled = {"HEADS": 32, "HEAD_DIM": 64, "BLOCK_HEADS": 32, "BLOCK_DIM": 64}
     compile_for(head_scale._scale_heads, 4, scaled, dtype=dtype, dependent=True)

@@ -36,10 +36,10 @@ def test_as_on_a_cpu(rows: int, dtype: torch.dtype, gate: Gate) -> None:
 
 def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "FEW_PAIRS_AN_EXPERT", 1)
-    monkeypatch.setattr(kernels, "MANY", Layout(32, 16, 16, 4, 2))
-    x, ids, weights, first, second = given(70, torch.float32)
-    ids[:60, 0] = 3  # two blocks of rows for one expert
-    ids[:60, 1] = 4
+    monkeypatch.setattr(kernels, "MANY", Layout(16, 32, 32, 4, 2))
+    x, ids, weights, first, second = given(30, torch.float32)
+    ids[:24, 0] = 3  # two blocks of rows for one expert
+    ids[:24, 1] = 4
     expected = Experts(first, second, "silu", torch.float32)(x, ids, weights)
     found = experts_product(x, ids.int(), weights, first, second, "silu")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
