@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from tests.unit.worker.models.small_checkpoint3 import (
 from worker.formats.errors import CheckpointError
 from worker.formats.folder import Folder
 from worker.models.moondream import Moondream
-from worker.models.moondream3 import Moondream3
+from worker.models.moondream3 import Moondream3, Tau
 from worker.models.registry import family_of, load_model
 from worker.models.settings import Settings
 
@@ -268,3 +269,39 @@ def test_the_previews_pickle_is_refused_by_name(tmp_path: Path) -> None:
 def test_the_family_of_a_folder(folder: Path) -> None:
     settings = Settings(json.loads((folder / "config.json").read_text()), folder / "config.json")
     assert family_of(settings).title.startswith("Moondream 3")
+
+
+def test_heads_are_scaled_up_to_the_end_of_the_context(model: Moondream) -> None:
+    """Positions 0 to 32767: α · ln(p + 1) of both signs, saturated and not."""
+    config, heads = model.config.text, model.config.text.n_heads
+    alpha = torch.tensor([-40.0, -0.5, 0.25, 40.0])
+    content = torch.randn(2 * heads, config.qkv_dim) / config.qkv_dim**0.5
+    given = {"tau.wqwv": content, "tau.alpha": alpha}
+    tau = Tau(lambda name, *shape, **_: given[name], "tau", config, torch.arange(config.qkv_dim))
+    positions = torch.tensor([0, 1, 1000, 32767]).unsqueeze(1)
+    qkv = torch.randn(4, config.qkv_dim)
+    q, k, v = qkv.clone().view(4, 3, heads, -1).unbind(1)
+    said = (F.gelu(qkv, approximate="tanh") @ content.t()).tanh() + 0.5
+    by_position = torch.sigmoid(alpha * (positions + 1.0).log())
+    expected = [
+        q * (said[:, :heads] + by_position).unsqueeze(-1),
+        k,
+        v * (said[:, heads:] + by_position).unsqueeze(-1),
+    ]
+    found = tau(qkv, (positions.float() + 1).log())
+    assert relative_error(found.view(4, 3, heads, -1), torch.stack(expected, 1)) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_long_prompt_in_chunks(plain: PlainText3, tmp_path: Path) -> None:
+    """Well beyond the second generation's context, in the third's usual one."""
+    sections = SECTIONS_3 | {"text": {k: v for k, v in SECTIONS_3["text"].items() if k != "max_context"}}
+    wide = load(write_checkpoint_3(tmp_path, random_tensors_3(), sections, model_type="moondream3"))
+    assert wide.card.context_tokens == 32768
+    prompt = ids(2300, 9)
+    driver, row = Driver(wide), Row()
+    parts = [
+        driver.step([], [(row, one, 0)]) for one in wide.embed(torch.tensor(prompt)).split([1000, 1, 1299])
+    ]
+    expected = plain.logits(plain.hidden(plain.words(prompt), [])[-40:])
+    assert relative_error(wide.logits(torch.cat(parts)[-40:]), expected) < TOLERANCE
