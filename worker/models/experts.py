@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from worker.models.layers import PackedLinear
@@ -22,6 +21,10 @@ silu(h) · g (Shazeer 2020), or gelu(h) · (g + 1) with the exact GELU."""
 
 Weight = Sequence["Tensor | Quantised"] | Tensor
 """The experts' weights (outputs, inputs), one after another, or one tensor (E, outputs, inputs)."""
+
+
+_ROOT_HALF = 0.5**0.5
+_ROWS_AT_ONCE = 512  # of a long chunk, so that what lies between the products stays small
 
 
 def each_of(weight: Tensor | Quantised, number: int) -> Weight:
@@ -47,8 +50,9 @@ def choose(logits: Tensor, num_chosen: int, *, over_chosen: bool = True) -> tupl
 def gated(both: Tensor) -> Tensor:
     """gelu(h) · (g + 1) of (N, 2F), h before g → (N, F) of the same dtype, computed in fp32."""
     first, second = both.float().chunk(2, dim=-1)
-    # Contiguous, for torch takes other sums of erf for parts of a row, and a lone row counts as whole.
-    return F.gelu(first.contiguous()).mul_(second + 1.0).to(both.dtype)
+    # By erf, of which torch gives a row the same bits in any batch; its gelu takes other sums for a lone row.
+    share = torch.mul(first, _ROOT_HALF).erf_().add_(1.0).mul_(0.5)
+    return share.mul_(first).mul_(second + 1.0).to(both.dtype)
 
 
 class Experts:
@@ -80,26 +84,29 @@ class Experts:
             from worker.kernels.experts import experts_product  # here, so that no CPU worker imports Triton
 
             return experts_product(x, ids, weights, *self._stacked, self.gate)
-        total = torch.zeros(x.shape, dtype=torch.float32)
-        # A row's experts from the lowest to the highest, in any batch: the same sums, to the last bit.
+        if x.shape[0] > _ROWS_AT_ONCE:
+            pieces = zip(*(one.split(_ROWS_AT_ONCE) for one in (x, ids, weights)), strict=True)
+            return torch.cat([self(*piece) for piece in pieces])
+        # A row's experts from the lowest to the highest, in any batch: the same sums, to the last bit. What stands between the
+        # products is done for all of them at once: behind megabytes of weights each operation begins with cold caches.
         flat = ids.flatten()
         order = flat.argsort(stable=True)
-        counts = flat.bincount(minlength=self.num_experts).tolist()
         rows = order // ids.shape[1]
+        counts = flat.bincount(minlength=self.num_experts).tolist()
+        chosen = [(expert, count) for expert, count in enumerate(counts) if count]
+        between = self._inner(chosen, x.index_select(0, rows))
+        products = zip(chosen, between.split([count for _, count in chosen]), strict=True)
+        parts = torch.cat([self._seconds[expert](own) for (expert, _), own in products])
         shares = weights.flatten()[order].unsqueeze(1)
-        start = 0
-        for expert, count in enumerate(counts):
-            if not count:
-                continue
-            own = rows[start : start + count]
-            inner = self._inner(self._firsts[expert], x[own])
-            part = self._seconds[expert](inner).float().mul_(shares[start : start + count])
-            total.index_add_(0, own, part)
-            start += count
-        return total.to(x.dtype)
+        total = torch.zeros(x.shape, dtype=torch.float32)
+        return total.index_add_(0, rows, parts.float().mul_(shares)).to(x.dtype)
 
-    def _inner(self, first: PackedLinear, x: Tensor) -> Tensor:
-        return first.silu_gate(x) if self.gate == "silu" else gated(first(x))
+    def _inner(self, chosen: Sequence[tuple[int, int]], x: Tensor) -> Tensor:
+        """x (pairs, D) by expert, so many rows of each → (pairs, F)."""
+        products = zip(chosen, x.split([count for _, count in chosen]), strict=True)
+        if self.gate == "silu":
+            return torch.cat([self._firsts[expert].silu_gate(own) for (expert, _), own in products])
+        return gated(torch.cat([self._firsts[expert](own) for (expert, _), own in products]))
 
 
 def _check(first: Weight, second: Weight) -> None:

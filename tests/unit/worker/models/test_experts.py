@@ -43,7 +43,7 @@ def test_sums_over_the_chosen(gate: Gate, dtype: torch.dtype) -> None:
     assert error < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_a_row_is_the_same_in_any_batch() -> None:
+def test_a_row_is_the_same_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     experts = Experts(
         torch.randn(EXPERTS, 2 * INNER, DIM), torch.randn(EXPERTS, DIM, INNER), "gelu_plus_1", torch.float32
     )
@@ -54,6 +54,8 @@ def test_a_row_is_the_same_in_any_batch() -> None:
         for start in range(0, 40 - size, size):
             part = slice(start, start + size)
             assert torch.equal(experts(x[part], ids[part], weights[part]), whole[part])
+    monkeypatch.setattr("worker.models.experts._ROWS_AT_ONCE", 9)
+    assert torch.equal(experts(x, ids, weights), whole)
 
 
 def test_a_nan_stays_in_its_row() -> None:
