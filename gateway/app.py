@@ -18,6 +18,7 @@ from gateway.api import (
     moondream,
     ollama,
     ollama_models,
+    segments,
     stats,
     tokenize,
 )
@@ -104,6 +105,7 @@ def create_app(service: Service) -> web.Application:
         ("/v1/caption", moondream.prepare_caption),
         ("/v1/detect", moondream.prepare_detect),
         ("/v1/point", moondream.prepare_point),
+        ("/v1/segment", segments.prepare_segment),
     ):
         router.add_post(path, _generation(service, prepare, resumption))
     router.add_post("/v1/messages/count_tokens", _told(service, anthropic.count_tokens))

@@ -159,7 +159,7 @@ class GenerateRequest:
     images: list[PreparedImage] = field(default_factory=list)
     stop: list[str] = field(default_factory=list)
     stop_ids: list[int] = field(default_factory=list)
-    task: str = "text"  # text | detect | point | reason
+    task: str = "text"  # text | detect | point | reason | segment
     max_objects: int = 0
     tenant: str = ""
     priority: int = 0
@@ -285,7 +285,7 @@ class Listener(Protocol):
         """New text."""
 
     def on_object(self, found: SpatialObject) -> None:
-        """One more object of a detect or point request."""
+        """One more object of a detect or point request; of a segment request the box, before any of the path."""
 
     def on_end(self, end: End) -> None:
         """The stream is over; nothing follows."""

@@ -106,7 +106,7 @@ class Submit(Message, frozen=True):
     sampling: Sampling = Sampling()
     images: list[ImageInput] = []
     stop_ids: list[int] = []
-    task: str = "text"  # text | detect | point | reason
+    task: str = "text"  # text | detect | point | reason | segment
     max_objects: int = 0
     tenant: str = ""
     priority: int = 0  # lower runs first
@@ -157,7 +157,7 @@ class ModelCard(Part, frozen=True):
     eos_ids: list[int]
     created: int = 0
     image: ImageSpec | None = None
-    capabilities: list[str] = []  # chat, query, caption, detect, point
+    capabilities: list[str] = []  # chat, query, caption, detect, point, segment
     templates: dict[str, list[int]] = {}  # query_prefix, query_suffix, caption_short, … as token ids
     suppress_ids: list[int] = []  # never sampled in an answer
     default_max_tokens: int = 256

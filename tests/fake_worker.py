@@ -86,7 +86,7 @@ CARD = wire.ModelCard(
     eos_ids=[0],
     created=1_700_000_000,
     image=wire.ImageSpec(56, 64, wire.OverlappingTiles(7, 1, 4), attends="prefix", max_images=16),
-    capabilities=["chat", "query", "caption", "detect", "point"],
+    capabilities=["chat", "query", "caption", "detect", "point", "segment"],
     templates={
         "query_prefix": [1, 8, 2],
         "query_suffix": [3],
@@ -101,6 +101,8 @@ CARD = wire.ModelCard(
         "detect_suffix": [3],
         "point_prefix": [1, 25, 2],
         "point_suffix": [3],
+        "segment_prefix": [1, 26, 2],
+        "segment_suffix": [3],
     },
     suppress_ids=[3],
     default_max_tokens=64,

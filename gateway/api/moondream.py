@@ -42,13 +42,15 @@ class Settings(Known, kw_only=True):
     variant: str | None = None
 
 
-class _Body(Known, kw_only=True):
+class TaskBody(Known, kw_only=True):
+    """What the bodies of all routes share."""
+
     model: str | None = None
     settings: Settings | None = None
     stream: bool | None = None
 
 
-class QueryBody(_Body, kw_only=True):
+class QueryBody(TaskBody, kw_only=True):
     """`/v1/query`."""
 
     question: Argument
@@ -57,7 +59,7 @@ class QueryBody(_Body, kw_only=True):
     spatial_refs: SpatialRefs | None = None
 
 
-class CaptionBody(_Body, kw_only=True):
+class CaptionBody(TaskBody, kw_only=True):
     """`/v1/caption`."""
 
     REFUSED = ("spatial_refs",)
@@ -67,7 +69,7 @@ class CaptionBody(_Body, kw_only=True):
     spatial_refs: Any = None
 
 
-class ObjectBody(_Body, kw_only=True):
+class ObjectBody(TaskBody, kw_only=True):
     """`/v1/detect` and `/v1/point`."""
 
     image_url: str
@@ -167,8 +169,8 @@ class Answer(EventShape):
 async def prepare_query(core: Core, data: bytes, *, request_id: str, tenant: str) -> Answer:
     """`/v1/query`. Raises `RequestError`."""
     body = decode_body(_decode_query, data)
-    _refuse_setting(body, "max_objects")
-    checked = await _check(core, body, tenant)
+    refuse_setting(body, "max_objects")
+    checked = await check_task(core, body, tenant)
     model = checked.model
     refs, values = place_refs(model.card, "query", body.spatial_refs or ())
     if refs and body.image_url is None:
@@ -189,8 +191,8 @@ async def prepare_query(core: Core, data: bytes, *, request_id: str, tenant: str
 async def prepare_caption(core: Core, data: bytes, *, request_id: str, tenant: str) -> Answer:
     """`/v1/caption`. Raises `RequestError`."""
     body = decode_body(_decode_caption, data)
-    _refuse_setting(body, "max_objects")
-    checked = await _check(core, body, tenant)
+    refuse_setting(body, "max_objects")
+    checked = await check_task(core, body, tenant)
     card = checked.model.card
     if f"caption_{body.length}" not in card.templates:
         offered = [name.removeprefix("caption_") for name in card.templates if name.startswith("caption_")]
@@ -216,11 +218,13 @@ async def _prepare_spatial(
     core: Core, data: bytes, task: str, name: str, request_id: str, tenant: str
 ) -> Answer:
     body = decode_body(_decode_object, data)
-    _refuse_setting(body, "max_tokens")
-    checked = await _check(core, body, tenant)
+    refuse_setting(body, "max_tokens")
+    checked = await check_task(core, body, tenant)
     model = checked.model
     if task != "point" and body.spatial_refs is not None:
-        message = f"spatial_refs: they go with /v1/query and /v1/point, not with {task}; leave it out"
+        message = (
+            f"spatial_refs: they go with /v1/query, /v1/point and /v1/segment, not with {task}; leave it out"
+        )
         raise RequestError(ErrorCode.UNSUPPORTED, message, param="spatial_refs")
     refs, values = place_refs(model.card, task, body.spatial_refs or ())
     ids = task_prompt(model.card, task, [*refs, *await model.encode(" " + body.object.strip())])
@@ -230,7 +234,7 @@ async def _prepare_spatial(
     return _answer(name, checked, body, Prompt(ids, [image], values=values), request_id, objects)
 
 
-def _refuse_setting(body: _Body, name: str) -> None:
+def refuse_setting(body: TaskBody, name: str) -> None:
     """Raises `RequestError` for a setting that this route has no use for."""
     if body.settings is not None and getattr(body.settings, name) is not None:
         other = (
@@ -242,7 +246,7 @@ def _refuse_setting(body: _Body, name: str) -> None:
         raise RequestError(ErrorCode.UNSUPPORTED, f"{param} is not used here: {other}", param=param)
 
 
-async def _check(core: Core, body: _Body, tenant: str) -> CheckedFields:
+async def check_task(core: Core, body: TaskBody, tenant: str) -> CheckedFields:
     """Check the model and the settings, cheapest checks first. Raises `RequestError`."""
     settings = body.settings or Settings()
     fields = SamplingFields(temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
@@ -252,7 +256,7 @@ async def _check(core: Core, body: _Body, tenant: str) -> CheckedFields:
 def _answer(
     name: str,
     checked: CheckedFields,
-    body: _Body,
+    body: TaskBody,
     prompt: Prompt,
     request_id: str,
     objects: Objects | None = None,

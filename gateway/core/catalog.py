@@ -11,6 +11,7 @@ from gateway.config import GatewayConfig
 from gateway.core.templates import DEFAULT, WITH_TOOLS, ChatTemplate, choose_template
 from gateway.core.tokens import ModelTokens
 from gateway.decisions.grounded import GroundedThought, ThoughtMarks
+from gateway.decisions.outlines import Outline, OutlineMarks
 from gateway.decisions.stream import StreamState
 from gateway.generation import ChatFormat, ChatOptions, GenerateRequest, RequestError, ServedModel
 from shared import protocol as wire
@@ -129,6 +130,7 @@ class AnnouncedModel:
             stops=request.stop,
             task="text" if request.task == "reason" else request.task,
             thought=self._thought() if request.task == "reason" else None,
+            outline=self._outline() if request.task == "segment" else None,
             want_logprobs=request.sampling.num_logprobs >= 0,
             strip_start=request.strip_start,
             drop_space=request.drop_space,
@@ -143,6 +145,14 @@ class AnnouncedModel:
             cuts=card.templates.get("reasoning_cuts", ()),
         )
         return GroundedThought(self.tokens.detokenizer(), marks)
+
+    def _outline(self) -> Outline:
+        tokens, card = self.tokens, self.card
+
+        def text(token_id: int) -> str:
+            return tokens.token_text(token_id) if tokens.is_shown(token_id) else ""
+
+        return Outline(OutlineMarks(card.coord_id, card.size_id, text))
 
     def reads_alike(self, other: ServedModel) -> bool:
         """Whether a request prepared for `other` means the same to this model."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from gateway.decisions.grounded import GroundedThought
+from gateway.decisions.outlines import Outline
 from gateway.generation import Delta, End, PromptScore, RequestError, SpatialObject, TokenInfo, Usage
 from shared.errors import ErrorCode, FinishReason
 from shared.protocol import Finish, PromptLogprobs, TokenLogprobs, TokenValues
@@ -91,6 +92,7 @@ class StreamState:
         "_infos",
         "_matcher",
         "_num_prompt",
+        "_outline",
         "_pending_ids",
         "_pending_index",
         "_prompt",
@@ -118,6 +120,7 @@ class StreamState:
         strip_start: bool = False,
         drop_space: bool = False,
         thought: GroundedThought | None = None,
+        outline: Outline | None = None,
     ) -> None:
         self.detokenizer = detokenizer
         self._matcher = StopMatcher(stops) if stops else None
@@ -126,6 +129,7 @@ class StreamState:
         self._strip_start = strip_start
         self._drop_space = drop_space
         self._thought = thought
+        self._outline = outline
         self._num_prompt = num_prompt
         self._started_s = started_s
         self._first_s = 0.0
@@ -186,6 +190,8 @@ class StreamState:
             return None
         if self._thought is not None:
             return self._on_thought(self._thought, token_id, values)
+        if self._outline is not None:
+            return self._outline.take(token_id, values.values if values is not None else None, index)
         if self._task != "text":
             return self._on_spatial(values)
         if not self._pending_ids:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from worker.forward import DecodeRows, KVCache, PrefillSegment, StepTokens
 from worker.kernels.activation import gelu_tanh, silu_gate
+from worker.kernels.experts import experts_product
 from worker.kernels.few_rows_product import few_rows_product
 from worker.kernels.integer_weight import dequantise, quantise
 from worker.kernels.mask import mask_logits
@@ -25,6 +26,7 @@ from worker.kernels.rotary_kv_write import rotary_kv_write
 from worker.kernels.sample import sample
 from worker.kernels.sample_histogram import sample_by_histogram
 from worker.models.attention import AttentionPlan
+from worker.models.experts import choose, gated
 from worker.models.layers import product_gelu
 from worker.models.torch_attention import TorchRows
 from worker.step.sampler import apply_mask, stochastic
@@ -301,6 +303,23 @@ class Bench:
             references.append(lambda w=plain: F.linear(x, w))  # type: ignore[misc]
         return Case(f"int{bits} product {rows}×{inputs}→{outputs}", kernels, references, num_bytes)
 
+    def routed(self, rows: int, dim: int, inner: int, experts: int, chosen: int) -> Case:
+        """Routed experts against products with each row's own copies of the weights it chose; the floor reads each chosen
+        expert once."""
+        kernels: list[Work] = []
+        references: list[Work] = []
+        num_bytes = 3 * experts * dim * inner * self.dtype.itemsize
+        x = self.randn(rows, dim)
+        ids, weights = choose(torch.randn(rows, experts, device=self.device), chosen)
+        for _ in range(self.sets(num_bytes)):
+            first, second = self.randn(experts, 2 * inner, dim) / dim**0.5, self.randn(experts, dim, inner)
+            kernels.append(
+                lambda f=first, s=second: experts_product(x, ids, weights, f, s, "gelu_plus_1")  # type: ignore[misc]
+            )
+            references.append(lambda f=first, s=second: _copied_experts(x, ids, weights, f, s))  # type: ignore[misc]
+        read = num_bytes * len(ids.unique()) // experts
+        return Case(f"routed experts {rows}×{dim}, {chosen} of {experts}", kernels, references, read)
+
     def cases(self) -> list[Callable[[], Case]]:
         """Every case, made one at a time: together they would not fit."""
         if self.smoke:
@@ -319,6 +338,7 @@ class Bench:
                 lambda: self.sampling(2, 100, 0.7, 20, 0.9, by="search"),
                 lambda: self.masking(2, 100),
                 lambda: self.quantised(2, 128, 32, 4),
+                lambda: self.routed(3, 32, 32, 4, 2),
             ]
         made: list[Callable[[], Case]] = []
         for heads, kv_heads, head_dim in [(32, 32, 64), (16, 8, 128), (32, 8, 64)]:
@@ -356,7 +376,17 @@ class Bench:
         made += [lambda r=rows: self.gated(r, 1024, 3072) for rows in (1, 8, 32)]  # type: ignore[misc]
         made.append(lambda: self.gelu_product(9 * 729, 1152, 4304))
         made.append(lambda: self.masking(32, 151936))
+        made += [lambda r=rows: self.routed(r, 2048, 1024, 64, 8) for rows in (1, 4, 8, 32)]  # type: ignore[misc]
         for rows in (1, 8, 16, 32, 64):
             for bits in (8, 4):
                 made.append(lambda r=rows, b=bits: self.quantised(r, 2048, 8192, b))  # type: ignore[misc]
         return made
+
+
+def _copied_experts(x: Tensor, ids: Tensor, weights: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """What `experts_product` computes, by batched products over copies: (N, D)."""
+    rows, chosen = ids.shape
+    repeated = x.repeat_interleave(chosen, 0).unsqueeze(2)
+    inner = gated(torch.bmm(first[ids.flatten()], repeated).squeeze(2))
+    parts = torch.bmm(second[ids.flatten()], inner.unsqueeze(2)).view(rows, chosen, -1).float()
+    return (parts * weights.unsqueeze(2)).sum(1).to(x.dtype)

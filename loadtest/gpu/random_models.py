@@ -23,7 +23,9 @@ from worker.models.card import make_card as make_dense_card
 from worker.models.dense import Dense
 from worker.models.families import llama, qwen
 from worker.models.moondream import Moondream
-from worker.models.moondream_config import make_card, parse_config
+from worker.models.moondream3 import Moondream3
+from worker.models.moondream_card import make_card
+from worker.models.moondream_config import parse_config
 from worker.models.settings import Settings
 from worker.native.quantised import Quantised, QuantisedWeight
 from worker.native.quantised_source import HEADS
@@ -53,6 +55,35 @@ _SMALL_LLAMA = {
     "tie_word_embeddings": True,
 }
 
+_TINY_MOONDREAM: dict[str, Any] = {
+    "model_type": "moondream1",
+    "config": {
+        "text": {
+            "dim": 64,
+            "ff_dim": 96,
+            "n_layers": 2,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "vocab_size": 300,
+            "max_context": 512,
+        },
+        "vision": _SMALL_VISION | {"proj_out_dim": 64, "proj_inner_dim": 48, "overlap_margin": 1},
+        "region": {
+            "dim": 64,
+            "coord_feat_dim": 16,
+            "coord_out_dim": 64,
+            "size_feat_dim": 24,
+            "size_out_dim": 128,
+        },
+    },
+}
+_TINY_TEXT = _TINY_MOONDREAM["config"]["text"]
+_TINY_EXPERTS = {"num_experts": 8, "start_layer": 1, "experts_per_token": 3, "expert_inner_dim": 32}
+_TINY_MOONDREAM_3 = {
+    "model_type": "moondream3",
+    "config": _TINY_MOONDREAM["config"] | {"text": _TINY_TEXT | {"moe": _TINY_EXPERTS}},
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
     # 29.1M parameters: 12 layers of 2.16M and 3.1M embeddings, 58 MB in bf16.
     "llama-30m": _SMALL_LLAMA
@@ -73,6 +104,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
     },
     "moondream2": {"model_type": "moondream1", "config": {}},
+    # 9.3B parameters, of which a token reads 2B: 18.5 GB in bf16.
+    "moondream3": {"model_type": "moondream3", "config": {}},
     "qwen3-0.6b": _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072},
     "qwen3-1.7b": _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144},
     "llama-3.2-1b": {
@@ -90,28 +123,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     # For smoke runs and tests, never for figures.
-    "tiny-moondream": {
-        "model_type": "moondream1",
-        "config": {
-            "text": {
-                "dim": 64,
-                "ff_dim": 96,
-                "n_layers": 2,
-                "n_heads": 2,
-                "n_kv_heads": 2,
-                "vocab_size": 300,
-                "max_context": 512,
-            },
-            "vision": _SMALL_VISION | {"proj_out_dim": 64, "proj_inner_dim": 48, "overlap_margin": 1},
-            "region": {
-                "dim": 64,
-                "coord_feat_dim": 16,
-                "coord_out_dim": 64,
-                "size_feat_dim": 24,
-                "size_out_dim": 128,
-            },
-        },
-    },
+    "tiny-moondream": _TINY_MOONDREAM,
+    "tiny-moondream3": _TINY_MOONDREAM_3,
     "tiny-qwen3": _QWEN3
     | {
         "hidden_size": 64,
@@ -186,7 +199,7 @@ def random_model(
             return tensor
         blocks = to_blocks(tensor.float(), kind)
         count(name, blocks.nbytes)
-        return QuantisedWeight(kind, size[0], size[1], blocks)
+        return QuantisedWeight(kind, tensor.shape[0], tensor.shape[1], blocks)
 
     def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device).normal_(0, 0.02, generator=generator)
@@ -208,14 +221,15 @@ def random_model(
         home.mkdir(parents=True, exist_ok=True)
         model: Moondream | Dense
         described: dict[str, Any] = {"model_id": shape}
-        if raw["model_type"] == "moondream1":
+        if raw["model_type"] in ("moondream1", "moondream3"):
             raw |= {"architectures": ["HfMoondream"], "degas": described}
             (home / "config.json").write_text(json.dumps(raw))
             source = Folder(home)
             config = parse_config(raw, source.settings_file)
-            model = Moondream(
-                config, make_card(config, source), take, device, take_weight if quantize else None
-            )
+            build = Moondream if config.text.moe is None else Moondream3
+            model = build(config, make_card(config, source), take, device, take_weight if quantize else None)
+            if isinstance(model, Moondream3):
+                decode_bytes = model.step_bytes  # of the experts, those that one token chooses
         else:
             kind = str(raw["model_type"])
             named = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[kind]

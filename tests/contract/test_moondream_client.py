@@ -5,6 +5,7 @@ from __future__ import annotations
 import urllib.error
 
 import moondream
+import msgspec
 import pytest
 from PIL import Image
 
@@ -66,6 +67,66 @@ def test_point(gateway: GatewayThread, worker: FakeWorker, picture: Image.Image)
     assert model.point(picture, "circle")["points"] == [{"x": 0.25, "y": 0.75}]
     worker.reply_objects([])
     assert model.point(picture, "square")["points"] == []
+
+
+OUTLINE: list[Action] = [
+    *(Token(CARD.coord_id, [value, 0.0]) for value in (0.5, 0.25)),
+    Token(CARD.size_id, [0.5, 0.125]),
+    *(Token(token_id, [0.0, 0.0]) for token_id in text_ids("M 0 0L 9-6Z")),
+    End(),
+]
+BOX = {"x_min": 0.25, "y_min": 0.1875, "x_max": 0.75, "y_max": 0.3125}
+PATH = "M 0 0 L 0.009 -0.006 Z"
+
+
+def test_segment(gateway: GatewayThread, worker: FakeWorker, picture: Image.Image) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
+    worker.script = lambda _: OUTLINE
+    assert model.segment(picture, " cat ", settings={"max_tokens": 40}) == {"path": PATH, "bbox": BOX}
+    submit = worker.submits[0]
+    assert (submit.task, submit.max_tokens, submit.sampling.temperature) == ("segment", 40, 0.0)
+    assert wire.unpack_i32(submit.prompt).tolist() == [0, 1, 26, 2, *text_ids("cat"), 3]
+    model.segment(picture, "cat", spatial_refs=[[0.5, 0.25]])
+    submit = worker.submits[1]
+    assert wire.unpack_i32(submit.prompt).tolist() == [0, 1, 26, 2, 5, 5, *text_ids("cat"), 3]
+    assert [value.values for value in submit.values] == [[0.5], [0.25]] and submit.max_tokens > 1000
+
+
+def test_a_path_streams_as_it_is_decoded(
+    gateway: GatewayThread, worker: FakeWorker, picture: Image.Image
+) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
+    worker.script = lambda _: OUTLINE
+    told = list(model.segment(picture, "cat", stream=True))
+    assert told == [
+        {"bbox": BOX},
+        {"chunk": "M 0 0"},
+        {"chunk": " L 0.009 -0.006"},
+        {"chunk": " Z"},
+        {"path": PATH, "bbox": BOX, "completed": True},
+    ]
+
+
+def test_nothing_to_outline(gateway: GatewayThread, worker: FakeWorker, picture: Image.Image) -> None:
+    model = moondream.vl(endpoint=f"{gateway.url}/v1")
+    worker.reply("nothing")
+    assert model.segment(picture, "cat") == {"path": ""}
+    assert list(model.segment(picture, "cat", stream=True)) == [{"path": "", "bbox": None, "completed": True}]
+
+
+def test_segment_is_refused_by_name_where_the_model_cannot(picture: Image.Image) -> None:
+    card = msgspec.structs.replace(
+        CARD,
+        capabilities=["chat", "query"],
+        templates={name: ids for name, ids in CARD.templates.items() if not name.startswith("segment")},
+    )
+    with FakeWorker(card=card) as worker, GatewayThread(workers=[worker.endpoint]) as gateway:
+        gateway.wait_ready()
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            moondream.vl(endpoint=f"{gateway.url}/v1").segment(picture, "cat")
+    assert (
+        caught.value.code == 400 and b"cannot segment; what it can do is chat, query" in caught.value.read()
+    )
 
 
 def test_chat(worker: FakeWorker) -> None:

@@ -291,3 +291,46 @@ def test_dependent_launches_change_no_bit(device: torch.device) -> None:
     for _ in range(20):
         graph.replay()
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 8, 32, 900])
+def test_routed_experts_at_moondreams_size(rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    """From the router's logits to the sum; with more rows than experts have room for in a tile, too."""
+    from worker.kernels.experts import experts_product
+    from worker.kernels.routing import choose_experts
+
+    experts, chosen, dim, inner = 64, 8, 2048, 1024
+    x = torch.randn(rows, dim, device=device).to(dtype)
+    first = (torch.randn(experts, 2 * inner, dim, device=device) / dim**0.5).to(dtype)
+    second = (torch.randn(experts, dim, inner, device=device) / inner**0.5).to(dtype)
+    logits = torch.randn(rows, experts, device=device)
+    ids, weights = choose_experts(logits, chosen)
+    best = logits.topk(chosen)
+    assert torch.equal(ids.long(), best.indices)
+    torch.testing.assert_close(weights, best.values.softmax(-1))
+    expected = torch.zeros(rows, dim, dtype=torch.float64, device=device)
+    for expert in range(experts):
+        at, place = (ids == expert).nonzero(as_tuple=True)
+        h, g = (x[at].double() @ first[expert].double().t()).chunk(2, dim=-1)
+        part = (F.gelu(h) * (g + 1)) @ second[expert].double().t()
+        expected.index_add_(0, at, part * weights[at, place].double().unsqueeze(1))
+    found = experts_product(x, ids, weights, first, second, "gelu_plus_1")
+    assert error(found, expected) < LIMIT[dtype]
+    alone = experts_product(x[:1], ids[:1], weights[:1], first, second, "gelu_plus_1")
+    assert error(alone, expected[:1]) < LIMIT[dtype]
+
+
+def test_heads_are_scaled_by_content_and_position(device: torch.device) -> None:
+    from worker.kernels.head_scale import scale_heads
+
+    rows, heads, dim = 33, 32, 64
+    qkv = torch.randn(rows, 3 * heads * dim, device=device)
+    content, alpha = torch.randn(rows, 2 * heads, device=device) * 3, torch.randn(heads, device=device)
+    logs = torch.arange(1, rows + 1, device=device).float().log().unsqueeze(1)
+    expected = qkv.clone().view(rows, 3, heads, dim)
+    position = 0.5 + torch.sigmoid(alpha * logs)
+    for part, place in ((0, 0), (2, heads)):
+        expected[:, part] *= (content[:, place : place + heads].tanh() + position).unsqueeze(-1)
+    scale_heads(qkv, content, alpha, logs, heads)
+    assert error(qkv, expected.view(rows, -1)) < 1e-6

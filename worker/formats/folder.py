@@ -9,7 +9,7 @@ from worker.formats.folder_refusals import refuse_folder, refuse_settings
 from worker.formats.folder_tokenizer import end_token, find_tokenizer, marks_of, refuse_larger, special_tokens
 from worker.formats.json_files import read_object
 from worker.formats.model_names import name_of
-from worker.formats.moondream_tokenizer import is_moondream, right_tokenizer
+from worker.formats.moondream_tokenizer import is_moondream, moondream_tokenizer
 from worker.formats.safetensors import Checkpoint
 from worker.formats.source import ProgressReport, Rename, Target
 
@@ -38,9 +38,9 @@ class Folder:
 
     def tokenizer(self) -> bytes:
         """See `Source.tokenizer`."""
+        if is_moondream(self.config, self.path):
+            return moondream_tokenizer(self.config, self.path)
         text = find_tokenizer(self.path, self.config)
-        if is_moondream(self.config):
-            return right_tokenizer(text, self.config, self.path)
         refuse_larger(text, self.config.get("vocab_size"), self.path)
         return text
 

@@ -88,9 +88,11 @@ def refuse_folder(folder: Path, problem: str) -> CheckpointError:
             "in Hugging Face's layout (config.json, model*.safetensors)",
             file=folder,
         )
-    if any(name.endswith(PICKLES) for name in names):
+    pickled = next((name for name in names if name.endswith(PICKLES)), None)
+    if pickled is not None:
         return CheckpointError(
-            f"{problem}: only pickled weights here; pickles can run code, so convert them to safetensors",
+            f"{problem}: only pickled weights here ({pickled}); pickles can run code, so convert them to safetensors, or "
+            "take a release that has them",
             file=folder,
         )
     if any((folder / "original").glob("*.pth")):

@@ -7,6 +7,7 @@ silently wrong model.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ _MAX_HEADER_BYTES = 100 << 20
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _NOT_MODELS = ("consolidated.safetensors", "adapter_model.safetensors", "adapters.safetensors")
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_FP8 = "F8_E4M3"
+
+_ROWS_AT_ONCE = 4096
+
+ROW_SCALE = ".row_scale"
+"""What takes the place of `.weight` in the canonical name of the scales of an FP8 weight's rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,10 @@ class Checkpoint:
                     continue
                 if target.name in self._tensors:
                     raise CheckpointError("stored twice", file=path, tensor=name)
+                if target.joined:  # of the scales of rows there is no column
+                    kept = 0 if target.name.endswith(ROW_SCALE) else 1
+                    rows = shape[: len(shape) - kept]
+                    shape = (math.prod(rows), *shape[len(rows) :])
                 stored = _Stored(path, name, shape, dtype, num_bytes, target.transposed)
                 self._tensors[target.name] = stored
         self._left = set(self._tensors)
@@ -80,6 +91,8 @@ class Checkpoint:
         Raises CheckpointError when it is missing, of another shape, or not floating point.
         """
         stored = self._find(name, shape)
+        if stored.dtype == _FP8:
+            return self._take_scaled(name, stored, device, dtype)
         if stored.dtype not in _FLOATS:
             problem = f"{stored.dtype} weights are not supported, only {', '.join(_FLOATS)}"
             raise CheckpointError(problem, file=stored.path, tensor=stored.name)
@@ -89,8 +102,31 @@ class Checkpoint:
             raise CheckpointError(str(error), file=stored.path, tensor=stored.name) from error
         self._told(name, stored)
         # Copied, because the file may be replaced while it is mapped, and a truncated mapping kills the process.
-        tensor = tensor.t() if stored.transposed else tensor
+        tensor = tensor.t() if stored.transposed else tensor.view(stored.shape)
         return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+
+    def _take_scaled(self, name: str, stored: _Stored, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A matrix of FP8 (e4m3), each row times its scale; some rows at a time are widened."""
+        scale_name = _scale_of(name)
+        if scale_name not in self._tensors or stored.transposed:
+            problem = (
+                f"{_FP8} without scales of its rows is not supported; take the model's own folder in bf16"
+            )
+            raise CheckpointError(problem, file=stored.path, tensor=stored.name)
+        rows, columns = stored.shape
+        scales = self.take(scale_name, rows, device=torch.device("cpu"), dtype=torch.float32)
+        try:
+            with safe_open(stored.path, framework="pt", device="cpu") as file:
+                narrow: Tensor = file.get_tensor(stored.name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(str(error), file=stored.path, tensor=stored.name) from error
+        whole = torch.empty(rows, columns, dtype=dtype, device=device)
+        for first in range(0, rows, _ROWS_AT_ONCE):
+            some = slice(first, first + _ROWS_AT_ONCE)
+            values = narrow.view(rows, columns)[some].float()
+            whole[some] = (values * scales[some].unsqueeze(1)).to(dtype)
+        self._told(name, stored)
+        return whole
 
     def take_packed(self, name: str, *shape: int) -> Packed | None:
         """See `Tensors.take_packed`: no tensor here is stored in blocks."""
@@ -99,6 +135,9 @@ class Checkpoint:
     def skip(self, name: str, *shape: int) -> None:
         """See `Tensors.skip`."""
         self._told(name, self._find(name, shape))
+        scale = self._tensors.get(_scale_of(name))
+        if scale is not None:
+            self._told(_scale_of(name), scale)
 
     def _find(self, name: str, shape: tuple[int, ...]) -> _Stored:
         stored = self._tensors.get(name)
@@ -138,6 +177,16 @@ class Checkpoint:
                 f"tensors this model does not know: {listed}{more}; take the config.json that belongs to these weights",
                 file=path,
             )
+
+
+def _scale_of(name: str) -> str:
+    """The canonical name of the scales of an FP8 weight's rows."""
+    return name.removesuffix(".weight") + ROW_SCALE
+
+
+def stored_names(file: Path) -> set[str]:
+    """The tensors' names in a safetensors file. Raises CheckpointError on a header that cannot be true."""
+    return set(_read_header(file))
 
 
 def _find_files(folder: Path) -> list[Path]:

@@ -25,10 +25,12 @@ class ProgressReport(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a stored tensor is to the model: its canonical name, and whether it was stored transposed."""
+    """What a stored tensor is to the model: its canonical name, and whether it was stored transposed. `joined`: matrices of one
+    size, stored as (number, rows, columns), are one matrix whose rows follow each other."""
 
     name: str
     transposed: bool = False
+    joined: bool = False
 
 
 Rename = Callable[[str], Target | None]

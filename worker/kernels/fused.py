@@ -7,6 +7,7 @@ already rotated, this takes the qkv product as it comes, and one kernel does wha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class FusedPlan:
     def __init__(self, tokens: StepTokens, cache: KVCache, rotations: Sequence[Tensor]) -> None:
         self._cache = cache
         self._write_index = tokens.write_index
+        self._positions = tokens.positions
         self._rotations = [torch.view_as_real(rotation.squeeze(1)) for rotation in rotations]
         self._decode = tokens.decode
         self._segments: Segments | None = None
@@ -42,6 +44,11 @@ class FusedPlan:
             self._segments = Segments(tokens.spans, tokens.tables)
         elif spans:
             self._segments = make_segments(spans, [chunk.block_table for chunk in tokens.prefills])
+
+    @cached_property
+    def log_positions(self) -> Tensor:
+        """(N, 1) fp32: ln(p + 1) of each token's position, for layers that scale by it."""
+        return (self._positions.float() + 1.0).log_().unsqueeze(1)
 
     def attend(
         self,

@@ -7,6 +7,7 @@ one product for each kind of row. `torch_attention` holds the part done by torch
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -87,6 +88,11 @@ class AttentionPlan:
             self._native_rows = token_rows(tokens)
         if self._native_rows is None:
             self._torch_rows(0)  # now, because it refuses what cannot be attended to
+
+    @cached_property
+    def log_positions(self) -> Tensor:
+        """(N, 1) fp32: ln(p + 1) of each token's position, for layers that scale by it."""
+        return (self._tokens.positions.float() + 1.0).log_().unsqueeze(1)
 
     def attend_product(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +10,10 @@ from torch import Tensor
 
 from shared.protocol import ModelCard
 from worker.device.choices import choices
-from worker.formats.source import ProgressReport, Source, Target
 from worker.forward import ImageCrops
 from worker.models.attention import AttentionPlan
 from worker.models.contract import EncodeCrops
-from worker.models.decoder import Decoder
+from worker.models.decoder import Block, Decoder
 from worker.models.head import Head
 from worker.models.layers import (
     PackedLinear,
@@ -26,53 +24,18 @@ from worker.models.layers import (
     take_norm,
     together,
 )
-from worker.models.moondream_config import MoondreamConfig, TextConfig, make_card, parse_config
+from worker.models.moondream_config import MoondreamConfig, TextConfig
 from worker.models.moondream_region import RegionModel
 from worker.models.moondream_vision import VisionEncoder
 from worker.models.rope import RopeConfig, pair_order, rotation_table
-from worker.models.taking import Taker
 from worker.native.stack import ParallelLayer
 
 if TYPE_CHECKING:
     from worker.kernels.fused import FusedPlan
 
-# Where the older layout kept what the newer calls by the name on the right.
-_OLDER_NAMES = (
-    (r"vision_encoder\.encoder\.model\.visual\.patch_embed\.linear\.", "vision.patch_emb."),
-    (r"vision_encoder\.encoder\.model\.visual\.pos_embed$", "vision.pos_emb"),
-    (r"vision_encoder\.encoder\.model\.visual\.blocks\.(\d+)\.norm([12])\.", r"vision.blocks.\1.ln\2."),
-    (r"vision_encoder\.encoder\.model\.visual\.blocks\.", "vision.blocks."),
-    (r"vision_encoder\.encoder\.model\.visual\.norm\.", "vision.post_ln."),
-    (r"vision_encoder\.projection\.mlp\.", "vision.proj_mlp."),
-    (r"text_model\.transformer\.embd\.wte\.weight$", "text.wte"),
-    (r"text_model\.transformer\.h\.(\d+)\.mixer\.Wqkv\.", r"text.blocks.\1.attn.qkv."),
-    (r"text_model\.transformer\.h\.(\d+)\.mixer\.out_proj\.", r"text.blocks.\1.attn.proj."),
-    (r"text_model\.transformer\.h\.", "text.blocks."),
-    (r"text_model\.lm_head\.ln\.", "text.post_ln."),
-    (r"text_model\.lm_head\.linear\.", "text.lm_head."),
-    (r"region(?:_model)?\.coord(?:inate)?_features\.weight$", "region.coord_features"),
-    (r"region(?:_model)?\.size_features\.weight$", "region.size_features"),
-    (r"region(?:_model)?\.coordinate_(encoder|decoder)\.", r"region.coord_\1."),
-    (r"region_model\.", "region."),
-)
-_COMPUTED = re.compile(r"(^|\.)(freqs_cis|attn_mask|kv_cache\.\w+|rotary_emb\.inv_freq)$")
-
-
-def canonical_name(stored: str) -> Target | None:
-    """A stored tensor's name in either layout → its name without `model.`; None for tensors that are computed here."""
-    name = stored.replace("._orig_mod", "").removeprefix("model.")
-    if _COMPUTED.search(name):
-        return None
-    for pattern, replacement in _OLDER_NAMES:
-        renamed, count = re.subn("^" + pattern, replacement, name)
-        if count:
-            # The older layout kept the Fourier frequencies as a linear layer's weight.
-            return Target(renamed, transposed=renamed in ("region.coord_features", "region.size_features"))
-    return Target(name)
-
 
 class Moondream(Decoder):
-    """A loaded Moondream 2; implements `contract.Model`."""
+    """A loaded Moondream 2; implements `contract.Model`. Moondream 3 is the same with other blocks."""
 
     def __init__(
         self,
@@ -85,9 +48,7 @@ class Moondream(Decoder):
         """`take_weight` hands out weights of products in blocks, where products read those; None: as `take`."""
         text, take_weight = config.text, take_weight or take
         words = take("text.wte", text.vocab_size, text.dim)
-        blocks = [
-            _TextBlock(take, take_weight, f"text.blocks.{index}", text) for index in range(text.n_layers)
-        ]
+        blocks = [self._block(config, take, take_weight, index) for index in range(text.n_layers)]
         norm = take_norm(take, "text.post_ln", text.dim)
         weight = take_weight("text.lm_head.weight", text.vocab_size, text.dim)
         head = Head(weight, take("text.lm_head.bias", text.vocab_size))
@@ -97,7 +58,7 @@ class Moondream(Decoder):
             blocks,
             norm,
             head,
-            [rotation_table(RopeConfig(), text.head_dim // 2, text.max_context, device)],
+            [rotation_table(RopeConfig(text.rope_theta), text.head_dim // 2, text.max_context, device)],
             num_heads=text.n_heads,
             num_kv_heads=text.n_kv_heads,
             head_dim=text.head_dim,
@@ -111,6 +72,10 @@ class Moondream(Decoder):
         # A crop has hundreds of tokens: a GPU's products of so many rows gain nothing by narrow weights.
         self.vision = VisionEncoder(config.vision, take, take_weight if device.type == "cpu" else take)
         self.region = RegionModel(config.region, take)
+
+    def _block(self, config: MoondreamConfig, take: Take, take_weight: TakeWeight, index: int) -> Block:
+        """Layer number `index` of the text model."""
+        return _TextBlock(take, take_weight, f"text.blocks.{index}", config.text)
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -163,7 +128,7 @@ class _TextBlock:
         self._num_rotated = config.n_heads + config.n_kv_heads
         self._ln = take_norm(take, f"{name}.ln", dim)
         weight = take_weight(f"{name}.attn.qkv.weight", config.qkv_dim, dim)
-        order = _pair_order(config).to(weight.device)
+        order = qkv_order(config).to(weight.device)
         weight = weight[order] if isinstance(weight, Tensor) else weight.ordered(order)
         bias = take(f"{name}.attn.qkv.bias", config.qkv_dim)[order]
         self._qkv_dim = config.qkv_dim
@@ -198,15 +163,7 @@ class _TextBlock:
         return ParallelLayer(norm=norm, norm_bias=bias, qkv=qkv, fc1=fc1, out=out)
 
     def _split(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `attention.Split`. All in fp32."""
-        num_heads, num_rotated, head_dim = self._num_heads, self._num_rotated, self._head_dim
-        # Only finite values reach the cache, since a NaN in a page would spoil the page's next owner even where it is masked.
-        # The faulty row is found by its output, which keeps the NaN through the residual stream.
-        heads = qkv.float().nan_to_num_(0.0, 0.0, 0.0).view(qkv.shape[0], -1, head_dim)
-        # Rotary embedding in fp32 and in place: one complex product over the heads of q and k.
-        pairs = heads[:, :num_rotated, : head_dim // 2].view(-1, num_rotated, head_dim // 4, 2)
-        torch.view_as_complex(pairs).mul_(rotation)
-        return heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
+        return split_heads(qkv, rotation, self._num_heads, self._num_rotated, self._head_dim)
 
     def fused(
         self, hidden: Tensor, gained: Tensor | None, plan: FusedPlan, layer: int
@@ -239,26 +196,28 @@ class _TextBlock:
         return hidden, self._out.fused(both)
 
 
+def split_heads(
+    qkv: Tensor, rotation: Tensor, num_heads: int, num_rotated: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `attention.Split`: the first half of each head of q and k is rotated. All in fp32."""
+    # Only finite values reach the cache, since a NaN in a page would spoil the page's next owner even where it is masked.
+    # The faulty row is found by its output, which keeps the NaN through the residual stream.
+    heads = qkv.float().nan_to_num_(0.0, 0.0, 0.0).view(qkv.shape[0], -1, head_dim)
+    # Rotary embedding in fp32 and in place: one complex product over the heads of q and k.
+    pairs = heads[:, :num_rotated, : head_dim // 2].view(-1, num_rotated, head_dim // 4, 2)
+    torch.view_as_complex(pairs).mul_(rotation)
+    return heads[:, :num_heads], heads[:, num_heads:num_rotated], heads[:, num_rotated:]
+
+
 def joins(device: torch.device) -> bool:
     """Whether qkv and the MLP's first layer, which read the same input, are kept as one weight: a product less a layer.
     A CPU packs each for itself."""
     return device.type == "cuda"
 
 
-def _pair_order(config: TextConfig) -> Tensor:
+def qkv_order(config: TextConfig) -> Tensor:
     """Rows of the fused qkv projection so that the two of a rotated pair lie side by side, see `pair_order`."""
     head = pair_order(config.head_dim, config.head_dim // 2)
     starts = torch.arange(config.n_heads + config.n_kv_heads)[:, None] * config.head_dim
     rotated = (starts + head).reshape(-1)
     return torch.cat([rotated, torch.arange(rotated.shape[0], config.qkv_dim)])
-
-
-def load(source: Source, device: torch.device, dtype: torch.dtype, report: ProgressReport) -> Moondream:
-    """Build the model, from either layout of names. Raises CheckpointError unless exactly this model is there."""
-    config = parse_config(source.config, source.settings_file)
-    checkpoint = source.open(report, canonical_name)
-    taker = Taker(checkpoint, device, dtype)
-    model = Moondream(config, make_card(config, source), taker.take, device, taker.take_weight)
-    checkpoint.finish()
-    model.weight_bytes, model.num_weights = taker.weight_bytes, taker.num_weights
-    return model

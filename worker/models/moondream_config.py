@@ -1,21 +1,28 @@
-"""Owns what config.json says of a Moondream 2 checkpoint, and the model card made of it. Decode thread.
+"""Owns what config.json says of a Moondream checkpoint, of the second or the third generation. Decode thread.
 
 A released config.json names only what differs from the sizes below, often nothing.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shared.protocol import ImageSpec, ModelCard, OverlappingTiles
-from worker.formats.source import CheckpointError, Source
-from worker.models.picture_plan import MAX_IMAGES
+from worker.formats.source import CheckpointError
 
 _Section = TypeVar("_Section")
 
-LEAST_QUESTION = 32  # tokens of a question and its answer
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """The routed experts of the layers from `start_layer` on."""
+
+    num_experts: int = 64
+    start_layer: int = 4
+    experts_per_token: int = 8
+    expert_inner_dim: int = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,9 @@ class TextConfig:
     n_heads: int = 32
     n_kv_heads: int = 32
     prefix_attn: int | None = None  # None: BOS and the image
+    rope_theta: float = 10000.0
+    tau_attn: bool = False  # whether q and v are scaled by content and position
+    moe: ExpertsConfig | None = None
 
     @property
     def head_dim(self) -> int:
@@ -79,6 +89,8 @@ class RegionConfig:
     size_feat_dim: int = 512
     size_out_dim: int = 2048
     inner_dim: int = 8192
+    decoder_arch: str = "mlp"  # or linear, which has no inner_dim
+    use_ln: bool = False  # whether hidden states are normalised before they are decoded
 
 
 def _released_templates() -> dict[str, Any]:
@@ -126,44 +138,90 @@ class MoondreamConfig:
         return 1 + self.vision.num_tokens
 
 
-def parse_config(config: dict[str, Any], file: Path) -> MoondreamConfig:
-    """Read the sizes out of a config.json, which errors name as `file`.
+_SECTIONS = ("text", "vision", "region", "tokenizer")
+_THIRD: dict[str, dict[str, Any]] = {
+    "text": {"max_context": 32768, "rope_theta": 1.5e6, "tau_attn": True, "moe": {}},
+    "region": {"decoder_arch": "linear", "use_ln": True},
+    "tokenizer": {
+        "templates": {**_released_templates(), "segment": {"prefix": [1, 17374, 2], "suffix": [3]}}
+    },
+}
+"""In which the third generation differs from the sizes above."""
+
+
+def parse_config(config: dict[str, Any], file: Path, *, third: bool | None = None) -> MoondreamConfig:
+    """Read the sizes out of a config.json, which errors name as `file`. `third`: whether the weights are of Moondream 3; None:
+    as config.json says, see `says_third`.
 
     Raises CheckpointError on unknown keys (a model this code would run wrongly) and on impossible sizes.
     """
-    sections = config.get("config", {})
+    sections = config.get("config")
+    if sections is None:
+        sections = {name: config[name] for name in _SECTIONS if name in config}
     if not isinstance(sections, dict):
         raise CheckpointError("'config' is not an object", file=file)
-    unknown = sorted(set(sections) - {"text", "vision", "region", "tokenizer"})
+    unknown = sorted(set(sections) - {*_SECTIONS, "skills"})
     if unknown:
         raise CheckpointError(f"unknown section {unknown[0]!r} in 'config'", file=file)
+    usual = _THIRD if (says_third(config) if third is None else third) else {}
+    text, vision, region, tokenizer = (_values(sections, name, usual, file) for name in _SECTIONS)
+    moe = text.pop("moe", None)
+    if moe is not None:
+        text["moe"] = _section(ExpertsConfig, moe, "text.moe", file)
     parsed = MoondreamConfig(
-        text=_section(TextConfig, sections, "text", file),
-        vision=_section(VisionConfig, sections, "vision", file),
-        region=_section(RegionConfig, sections, "region", file),
-        tokenizer=_section(TokenizerConfig, sections, "tokenizer", file),
+        text=_section(TextConfig, text, "text", file),
+        vision=_section(VisionConfig, vision, "vision", file),
+        region=_section(RegionConfig, region, "region", file),
+        tokenizer=_section(TokenizerConfig, tokenizer, "tokenizer", file),
     )
     _check(parsed, file)
     return parsed
 
 
-def _section(kind: type[_Section], sections: dict[str, Any], name: str, file: Path) -> _Section:
+def says_third(config: dict[str, Any]) -> bool:
+    """Whether a config.json says that it is Moondream 3: by its names, or by experts among its sizes."""
+    named = config.get("architectures")
+    names = [*(named if isinstance(named, list) else []), config.get("model_type")]
+    sections = config.get("config") or config
+    text = sections.get("text") if isinstance(sections, dict) else None
+    has_experts = isinstance(text, dict) and text.get("moe") is not None
+    return has_experts or any("moondream3" in str(name).lower() for name in names)
+
+
+def _values(sections: dict[str, Any], name: str, usual: dict[str, Any], file: Path) -> dict[str, Any]:
+    """What a section says, over the generation's usual."""
     values = sections.get(name) or {}
     if not isinstance(values, dict):
         raise CheckpointError(f"'{name}' is not an object", file=file)
     # Written as null by some releases: features this checkpoint does not use.
-    values = {key: value for key, value in values.items() if value is not None}
-    if "group_size" in values:
+    given = {key: value for key, value in values.items() if value is not None}
+    if "group_size" in given:
         raise CheckpointError(f"'{name}.group_size': quantised weights are not supported", file=file)
-    if "moe" in values:
-        raise CheckpointError(f"'{name}.moe': this is Moondream 3, which is not supported yet", file=file)
-    known = {entry.name for entry in fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise CheckpointError(f"unknown setting '{name}.{unknown[0]}'", file=file)
+    merged: dict[str, Any] = usual.get(name, {}) | given
+    return merged
+
+
+def _section(kind: type[_Section], values: object, name: str, file: Path) -> _Section:
+    if not isinstance(values, dict):
+        raise CheckpointError(f"'{name}' is not an object", file=file)
+    known = {entry.name: entry.type for entry in fields(kind)}  # type: ignore[arg-type]
     for key, value in values.items():
-        if key != "templates" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise CheckpointError(f"'{name}.{key}' is not a whole number of at least 0", file=file)
+        if key not in known:
+            raise CheckpointError(f"unknown setting '{name}.{key}'", file=file)
+        if key in ("templates", "moe"):
+            continue
+        if known[key] == "bool":
+            fits, expected = isinstance(value, bool), "true or false"
+        elif known[key] == "str":
+            fits, expected = isinstance(value, str), "text"
+        elif known[key] == "float":
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+            expected = "a number above 0"
+        else:
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            expected = "a whole number of at least 0"
+        if not fits:
+            raise CheckpointError(f"'{name}.{key}' is {value!r}, not {expected}", file=file)
     return kind(**values)
 
 
@@ -190,79 +248,25 @@ def _check(config: MoondreamConfig, file: Path) -> None:
         (region.coord_feat_dim % 2 == 0 == region.size_feat_dim % 2, "feature widths must be even"),
         (region.size_out_dim % 2 == 0, "size_out_dim must be even: width's bins, then height's"),
         (config.prefix_tokens < text.max_context, "max_context has no room for a picture"),
+        (
+            region.decoder_arch in ("mlp", "linear"),
+            f"region.decoder_arch {region.decoder_arch!r} is not known",
+        ),
+        (text.tau_attn == (text.moe is not None), "tau_attn and moe come together, in Moondream 3"),
+        (
+            text.moe is None or text.n_kv_heads == text.n_heads,
+            "Moondream 3 has as many n_kv_heads as n_heads",
+        ),
+        (
+            text.moe is None
+            or (
+                0 < text.moe.experts_per_token <= text.moe.num_experts
+                and text.moe.expert_inner_dim > 0
+                and text.moe.start_layer < text.n_layers
+            ),
+            "text.moe: experts_per_token and start_layer lie below num_experts and n_layers",
+        ),
     ]
     for holds, problem in rules:
         if not holds:
             raise CheckpointError(problem, file=file)
-
-
-def make_card(config: MoondreamConfig, source: Source) -> ModelCard:
-    """What gateways are told. The optional `degas` object of config.json names the model.
-
-    Raises CheckpointError when a template is not a list of ids.
-    """
-    file = source.settings_file
-    described = source.config.get("degas") or {}
-    if not isinstance(described, dict):
-        raise CheckpointError("'degas' is not an object", file=file)
-    vision, ids = config.vision, config.tokenizer
-    templates = _flatten_templates(ids, file)
-    tasks = {
-        "query": "query_prefix",
-        "caption": "caption_normal",
-        "detect": "detect_prefix",
-        "point": "point_prefix",
-    }
-    capabilities = [task for task, key in tasks.items() if key in templates]
-    return ModelCard(
-        model_id=str(described.get("model_id") or source.model_id),
-        family="moondream",
-        context_tokens=config.text.max_context,
-        vocab_size=config.text.vocab_size,
-        bos_id=ids.bos_id,
-        eos_ids=[ids.eos_id],
-        created=source.created,
-        image=ImageSpec(
-            crop_size=vision.crop_size,
-            crop_tokens=vision.num_tokens,
-            rule=OverlappingTiles(vision.enc_patch_size, vision.overlap_margin, vision.max_crops),
-            attends="prefix",
-            max_images=max_images(config),
-        ),
-        capabilities=(["chat"] if "query" in capabilities else []) + capabilities,
-        templates=templates,
-        suppress_ids=[ids.answer_id],
-        description=str(described.get("description") or ""),
-        coord_id=ids.coord_id,
-        size_id=ids.size_id,
-    )
-
-
-def max_images(config: MoondreamConfig) -> int:
-    """How many pictures a conversation may have: as many as leave room for a question, at least one."""
-    room = config.text.max_context - 1 - LEAST_QUESTION
-    return max(1, min(MAX_IMAGES, room // config.vision.num_tokens))
-
-
-def _flatten_templates(ids: TokenizerConfig, file: Path) -> dict[str, list[int]]:
-    """The prompts' fixed parts as they follow BOS and the picture, by the names of `ModelCard.templates`.
-
-    A question is followed by the query suffix, and an answer is opened by it once more; where the model is to
-    reason first, the thinking id opens the reasoning, and the suffix the answer after it.
-    """
-    nested = ids.templates
-    flat: dict[str, list[int]] = {}
-    for task in ("caption", "query", "detect", "point"):
-        for part, tokens in (nested.get(task) or {}).items():
-            if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
-                raise CheckpointError(f"template {task}.{part} is not a list of token ids", file=file)
-            flat[f"{task}_{part}"] = list(tokens)
-    if "query_suffix" in flat:
-        suffix = flat["query_suffix"]
-        flat["query_suffix"] = suffix + suffix
-        flat["reasoning_suffix"] = [*suffix, ids.thinking_id]
-        flat["reasoning_end"] = suffix
-        flat["reasoning_suppress"] = [ids.eos_id, ids.size_id]
-        flat["reasoning_close"] = [ids.answer_id]
-        flat["reasoning_cuts"] = [ids.start_ground_points_id, ids.end_ground_id]
-    return flat

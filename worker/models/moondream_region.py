@@ -8,11 +8,12 @@ coordinate, 2^(bin/1023·10 − 10) for a width or height, neither clamped here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from worker.models.layers import Take, take_linear, take_mlp
+from worker.models.layers import Take, take_linear, take_mlp, take_norm
 from worker.models.moondream_config import RegionConfig
 
 
@@ -29,8 +30,16 @@ class RegionModel:
         self._size_features = size_features * (2 * math.pi)
         self._coord_encoder = take_linear(take, "region.coord_encoder", config.coord_feat_dim, dim)
         self._size_encoder = take_linear(take, "region.size_encoder", config.size_feat_dim, dim)
-        self._coord_decoder = take_mlp(take, "region.coord_decoder", dim, inner, config.coord_out_dim)
-        self._size_decoder = take_mlp(take, "region.size_decoder", dim, inner, config.size_out_dim)
+        # One norm for both decoders, in Moondream 3.
+        self._norm = take_norm(take, "region.ln", dim) if config.use_ln else None
+
+        def decoder(name: str, outputs: int) -> Callable[[Tensor], Tensor]:
+            if config.decoder_arch == "linear":
+                return take_linear(take, name, dim, outputs)
+            return take_mlp(take, name, dim, inner, outputs)
+
+        self._coord_decoder = decoder("region.coord_decoder", config.coord_out_dim)
+        self._size_decoder = decoder("region.size_decoder", config.size_out_dim)
 
     def encode_coordinate(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """(R, 1) fp32 values → (R, D) embeddings of `dtype`."""
@@ -42,11 +51,14 @@ class RegionModel:
 
     def coordinate_logits(self, hidden: Tensor) -> Tensor:
         """(R, D) hidden states → (R, coordinate bins) fp32."""
-        return self._coord_decoder(hidden).float()
+        return self._coord_decoder(self._normed(hidden)).float()
 
     def size_logits(self, hidden: Tensor) -> Tensor:
         """(R, D) hidden states → (R, 2, size bins) fp32: width, height."""
-        return self._size_decoder(hidden).float().view(hidden.shape[0], 2, -1)
+        return self._size_decoder(self._normed(hidden)).float().view(hidden.shape[0], 2, -1)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        return hidden if self._norm is None else self._norm(hidden)
 
     def decode_coordinate(self, hidden: Tensor) -> Tensor:
         """(R, D) hidden states → (R, 1) fp32: the most likely bin over the number of bins."""

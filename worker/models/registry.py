@@ -7,8 +7,9 @@ import re
 
 import torch
 
+from worker.formats.moondream_tokenizer import is_moondream
 from worker.formats.source import CheckpointError, ProgressReport, Source
-from worker.models import moondream
+from worker.models import moondream_load
 from worker.models.contract import Model
 from worker.models.families.gemma import GEMMA2, GEMMA3
 from worker.models.families.gemma3_pictures import GEMMA3_PICTURES
@@ -45,8 +46,14 @@ FAMILIES: tuple[Family, ...] = (
     INTERNVL,
     QWEN3_VL,
     QWEN25_VL,
-    # Both the architecture's class name and the `model_type` that released checkpoints carry.
-    Family("moondream", "Moondream 2 (pictures)", ("HfMoondream", "moondream1"), moondream.load),
+    # Both the architecture's class name and the `model_type` that released checkpoints carry. One loader: it tells the two apart.
+    Family("moondream", "Moondream 2 (pictures)", ("HfMoondream", "moondream1"), moondream_load.load),
+    Family(
+        "moondream3",
+        "Moondream 3 and 3.1 (pictures)",
+        ("moondream3", "Moondream3ForCausalLM"),
+        moondream_load.load,
+    ),
 )
 _BY_ARCHITECTURE = {name: family for family in FAMILIES for name in family.architectures}
 
@@ -63,10 +70,15 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype, report:
 def family_of(settings: Settings) -> Family:
     """The family of a config.json. Raises CheckpointError where none is served that it could be of."""
     names = architectures(settings)
-    for name in names:
+    if not names and is_moondream(settings.values, settings.file.parent):
+        return _BY_ARCHITECTURE["moondream3"]
+    # A known `model_type` says more than the class: two generations of Moondream share theirs.
+    for name in (str(settings.get("model_type")), *names):
         family = _BY_ARCHITECTURE.get(name)
         if family is not None:
-            if family.name != "moondream":  # whose released folders bring a class of the same name, and more
+            if not family.name.startswith(
+                "moondream"
+            ):  # whose folders bring a class of the same name, and more
                 refuse_own_code(settings, family)
             return family
     raise unknown(settings, names)

@@ -240,6 +240,8 @@ def _constraint(message: Submit, card: ModelCard, compiled: Constraint | None) -
         return None
     if message.task == "reason":
         return _reasoning(card)
+    if message.task == "segment" and message.task in card.capabilities:
+        return None  # the box and the path come as the model was trained to say them
     if message.task not in ("detect", "point") or message.task not in card.capabilities:
         raise Refusal(
             ErrorCode.UNSUPPORTED, f"task {message.task!r} is not one of {card.capabilities}", "task"

@@ -15,9 +15,10 @@ from gateway.api import (
     ollama,
     ollama_models,
     response_bodies,
+    segments,
     tokenize,
 )
-from gateway.api.described import answers, other_answers, resumed_operations
+from gateway.api.described import answers, moondream_answers, other_answers, resumed_operations
 from gateway.api.described.operation import SSE, Operation
 
 BODY_ERRORS: Final = (400, 401, 404, 408, 413, 417, 422, 429, 500, 503)
@@ -107,8 +108,8 @@ _GENERATING: Final = (
         "Ask about a picture",
         body=moondream.QueryBody,
         example={"question": "What is in the picture?", "image_url": _IMAGE},
-        answers={200: other_answers.QueryAnswer},
-        stream=(SSE, other_answers.MoondreamChunk),
+        answers={200: moondream_answers.QueryAnswer},
+        stream=(SSE, moondream_answers.MoondreamChunk),
     ),
     Operation(
         "POST",
@@ -117,8 +118,8 @@ _GENERATING: Final = (
         "Describe a picture",
         body=moondream.CaptionBody,
         example={"image_url": _IMAGE, "length": "short"},
-        answers={200: other_answers.CaptionAnswer},
-        stream=(SSE, other_answers.MoondreamChunk),
+        answers={200: moondream_answers.CaptionAnswer},
+        stream=(SSE, moondream_answers.MoondreamChunk),
     ),
     Operation(
         "POST",
@@ -127,8 +128,8 @@ _GENERATING: Final = (
         "Find boxes of what is named",
         body=moondream.ObjectBody,
         example={"image_url": _IMAGE, "object": "circle"},
-        answers={200: other_answers.DetectAnswer},
-        stream=(SSE, other_answers.MoondreamChunk),
+        answers={200: moondream_answers.DetectAnswer},
+        stream=(SSE, moondream_answers.MoondreamChunk),
     ),
     Operation(
         "POST",
@@ -137,8 +138,19 @@ _GENERATING: Final = (
         "Point at what is named",
         body=moondream.ObjectBody,
         example={"image_url": _IMAGE, "object": "circle"},
-        answers={200: other_answers.PointAnswer},
-        stream=(SSE, other_answers.MoondreamChunk),
+        answers={200: moondream_answers.PointAnswer},
+        stream=(SSE, moondream_answers.MoondreamChunk),
+    ),
+    Operation(
+        "POST",
+        "/v1/segment",
+        "Moondream",
+        "Outline what is named",
+        text="The path's numbers are fractions of the box: scale it by the box's sides, then move it to the box's corner.",
+        body=segments.SegmentBody,
+        example={"image_url": _IMAGE, "object": "circle"},
+        answers={200: moondream_answers.SegmentAnswer},
+        stream=(SSE, moondream_answers.SegmentChunk),
     ),
 )
 

@@ -14,7 +14,8 @@ from gateway.api.described import openapi
 from gateway.api.described.operations import OPERATIONS
 from gateway.api.fields import Known
 from gateway.app import create_app
-from tests.fake_worker import FakeWorker
+from shared import protocol as wire
+from tests.fake_worker import End, FakeWorker, Script, Token, text_ids
 from tests.gateway_thread import GatewayThread
 from tests.http_client import Opened, ask
 from tests.unit.gateway.api.test_fields import ALL
@@ -32,7 +33,9 @@ def served() -> Iterator[GatewayThread]:
         boxes = worker.script
         worker.reply("ok")
         words = worker.script
-        worker.script = lambda submit: {"detect": boxes, "point": points}.get(submit.task, words)(submit)
+        outline = [*boxes(wire.Submit(1, 1, "", b"", 1))[:3], *map(Token, text_ids("M 0 9L 9 9Z")), End()]
+        by_task: dict[str, Script] = {"detect": boxes, "point": points, "segment": lambda _: outline}
+        worker.script = lambda submit: by_task.get(submit.task, words)(submit)
         gateway.wait_ready()
         yield gateway
 
@@ -72,8 +75,8 @@ def schema_of(kind: type[Known]) -> dict[str, Any]:
     "kind", [kind for kind in ALL if not kind.__name__.startswith("_")], ids=lambda kind: kind.__name__
 )
 def test_a_schema_has_its_struct_s_fields_and_says_what_becomes_of_them(kind: type[Known]) -> None:
-    if kind.__name__ in ("SamplingFields", "LevelBody"):
-        return  # a parent only; the operator's own port, which is not described
+    if kind.__name__ in ("SamplingFields", "TaskBody", "LevelBody"):
+        return  # parents only; the operator's own port, which is not described
     schema = schema_of(kind)
     assert schema["additionalProperties"] is False
     properties = schema["properties"]

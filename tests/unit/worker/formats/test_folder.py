@@ -354,6 +354,18 @@ def test_the_stale_tokenizer_of_moondream_2(tmp_path: Path) -> None:
     assert "expected '<|md_reserved_1|>'" in str(refusal(tmp_path / "right"))
 
 
+def test_a_moondream_without_a_tokenizer(tmp_path: Path) -> None:
+    """3.1 is two files: its config.json, which may name nothing, and its weights."""
+    home = tmp_path / "third"
+    home.mkdir()
+    (home / "config.json").write_text("{}")
+    save_file({"text_model.transformer.embd.wte.weight": torch.zeros(1, 1)}, home / "model.safetensors")
+    error = refusal(home)
+    assert "not in this folder; Moondream speaks that of moondream/starmie-v1" in str(error)
+    right = starmie(tmp_path / "starmie-v1", stale=False) / "tokenizer.json"
+    assert Folder(home).tokenizer() == right.read_bytes()
+
+
 @pytest.mark.parametrize("place", ["stale/starmie-v1", "starmie-v1", "hub"])
 def test_the_right_tokenizer_is_taken_from_a_second_folder(tmp_path: Path, place: str) -> None:
     home = tmp_path / "stale"

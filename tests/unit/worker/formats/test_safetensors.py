@@ -212,7 +212,7 @@ def test_taken_tensors_outlive_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "change", "said"),
     [
-        ("text", {"moe": {"num_experts": 64}}, "Moondream 3"),
+        ("text", {"moe": {"num_experts": 64}}, "text.moe"),
         ("text", {"group_size": 128}, "quantised"),
         ("text", {"window": 3}, "unknown setting 'text.window'"),
         ("text", {"dim": "128"}, "whole number"),

@@ -22,13 +22,16 @@ from triton.compiler import ASTSource
 
 from worker.kernels import (
     activation,
+    experts,
     few_rows_product,
+    head_scale,
     mask,
     norm,
     paged_decode_attention,
     prefill_attention,
     quantised_linear,
     rotary_kv_write,
+    routing,
     sample,
     sample_histogram,
 )
@@ -67,6 +70,10 @@ POINTERS = {
     "taken_ptr": "*i32",
     "taken_x_ptr": "*fp32",
     "counters_ptr": "*i32",
+    "table_ptr": "*i32",
+    "shares_ptr": "*fp32",
+    "alpha_ptr": "*fp32",
+    "log_ptr": "*fp32",
     "arrivals_ptr": "*i32",
 }
 ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -252,6 +259,25 @@ def products(dtypes: tuple[str, ...]) -> None:
             product(outputs, inputs, gate, biased=True, dtype=dtype)
 
 
+def routed(dtype: str) -> None:
+    """The kernels of Moondream 3.1's experts, as their launcher lays them out for few and for many rows."""
+    for layout in (experts.FEW, experts.MANY):
+        shape = {"INNER": 1024, "ROWS": layout.block_rows, "BLOCK_OUT": layout.block_out}
+        shape |= {"BLOCK_IN": layout.block_in, "WIDEN": dtype == "fp32"}
+        compile_it = partial(compile_for, dtype=dtype, stages=layout.stages, round_strides=True)
+        first = shape | {"CHOSEN": 8, "INPUTS": 2048, "GATE": experts.GATES["gelu_plus_1"]}
+        compile_it(experts._first_product, layout.num_warps, first, dependent=True)
+        compile_it(experts._second_product, layout.num_warps, shape | {"DIM": 2048}, dependent=True)
+    scaled = {"HEADS": 32, "HEAD_DIM": 64, "BLOCK_HEADS": 32, "BLOCK_DIM": 64}
+    compile_for(head_scale._scale_heads, 4, scaled, dtype=dtype, dependent=True)
+    chosen = {"EXPERTS": 64, "CHOSEN": 8, "BLOCK": 64, "BLOCK_CHOSEN": 8}
+    for over_chosen in (True, False):
+        by = chosen | {"OVER_CHOSEN": over_chosen}
+        compile_for(routing._choose, 1, by, ids_ptr="*i32", dependent=True)
+    compile_for(experts._group, 4, {"BLOCK": 256}, ids_ptr="*i64", dependent=True)
+    compile_for(experts._sum_choices, 4, {"DIM": 2048, "CHOSEN": 8, "BLOCK": 1024}, dependent=True)
+
+
 def main() -> None:
     """Every kernel at the sizes of the models served; with `--fp32` also what the tests on a GPU run."""
     dtypes = ("bf16", "fp32") if "--fp32" in sys.argv else ("bf16",)
@@ -267,6 +293,7 @@ def main() -> None:
         assert not spilled
     products(dtypes)
     for dtype in dtypes:
+        routed(dtype)
         attention(32, 1, 64, 1, dtype=dtype)
         attention(8, 2, 128, 8, dtype=dtype)
         attention(8, 4, 64, 16, dtype=dtype)

@@ -49,7 +49,10 @@ def run(model: Moondream | Dense, prefix: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "prefix"), [("tiny-moondream", 30), ("tiny-qwen3", 0), ("tiny-llama", 0)])
+@pytest.mark.parametrize(
+    ("shape", "prefix"),
+    [("tiny-moondream", 30), ("tiny-moondream3", 30), ("tiny-qwen3", 0), ("tiny-llama", 0)],
+)
 def test_fused_equals_plain(shape: str, prefix: int) -> None:
     model = random_model(shape, torch.device("cpu"), torch.float32).model
     assert not model.fuses

@@ -13,7 +13,8 @@ from PIL import Image
 from tests.unit.worker.models.paged_driver import GOLDEN, prepare, quiet
 from worker.formats.folder import Folder
 from worker.forward import ImageCrops
-from worker.models.moondream import Moondream, load
+from worker.models.moondream import Moondream
+from worker.models.moondream_load import load
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from tests.unit.worker.models.paged_driver import Driver, Row, quiet, relative_e
 from tests.unit.worker.models.small_checkpoint import SECTIONS, write_checkpoint
 from worker.formats.folder import Folder
 from worker.forward import ImageCrops
-from worker.models.moondream import Moondream, load
+from worker.models.moondream import Moondream
+from worker.models.moondream_load import load
 
 TOLERANCE = 1e-5
 

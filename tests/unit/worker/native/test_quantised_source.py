@@ -14,6 +14,7 @@ from tests.unit.worker.formats.tiny_gguf import make_oracle, write_gguf
 from tests.unit.worker.models.dense_oracle import write
 from tests.unit.worker.models.paged_driver import Driver, quiet, relative_error
 from tests.unit.worker.models.small_checkpoint import write_checkpoint
+from tests.unit.worker.models.small_checkpoint3 import older_layout_3, random_tensors_3, write_checkpoint_3
 from worker.config import ConfigError, WorkerConfig
 from worker.device.choices import without
 from worker.formats.errors import CheckpointError
@@ -105,13 +106,15 @@ def values(kind: str, rows: int, columns: int, blocks: torch.Tensor) -> torch.Te
 
 
 @needs_products
-@pytest.mark.parametrize("family", ["llama", "granite", "moondream"])
+@pytest.mark.parametrize("family", ["llama", "granite", "moondream", "moondream3"])
 def test_a_model_loads_in_fewer_bytes_and_answers_as_its_blocks_say(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "model"
     if family == "moondream":
         write_checkpoint(folder)
+    elif family == "moondream3":
+        write_checkpoint_3(folder, older_layout_3(random_tensors_3(), fp8=True))
     else:
         folder.mkdir()
         write(folder, family, hidden_size=96, num_hidden_layers=1)

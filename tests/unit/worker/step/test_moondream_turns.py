@@ -8,25 +8,32 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from shared.protocol import ImageInput, PromptValue, Sampling, Submit, pack_i32
 from tests.two_sheets import image_input
 from tests.unit.worker.loop.simulation import EPOCH, Stream
+from tests.unit.worker.models.moondream3_oracle import PlainText3
 from tests.unit.worker.models.moondream_oracle import PlainText, Span
 from tests.unit.worker.models.small_checkpoint import write_checkpoint
+from tests.unit.worker.models.small_checkpoint3 import write_checkpoint_3
 from tests.unit.worker.step.test_torch_runner import Harness, load
 from worker.models.moondream import Moondream
+from worker.models.moondream3 import Moondream3
+from worker.models.picture_plan import MAX_IMAGES
 from worker.schedule.intake import build_sequence
 from worker.schedule.refusal import Refusal
 
 NUM, SIDE, TOKENS = 25, 70, 20  # positions and pixels of a picture, tokens of an answer
 Picture = tuple[ImageInput, list[bytes]]
+Plain = PlainText | PlainText3
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("small"))
+@pytest.fixture(scope="module", params=["second", "third"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write = write_checkpoint if request.param == "second" else write_checkpoint_3
+    return write(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,9 @@ def model(folder: Path) -> Moondream:
 
 
 @pytest.fixture(scope="module")
-def plain(folder: Path, model: Moondream) -> PlainText:
+def plain(folder: Path, model: Moondream) -> Plain:
+    if isinstance(model, Moondream3):
+        return PlainText3(load_file(folder / "model.safetensors"), model.config.text)
     return PlainText(folder, model.config.text)
 
 
@@ -73,9 +82,7 @@ def text_first(number: int = 2) -> tuple[Submit, list[bytes]]:
     return conversation(number, [0, *words(40, 2)], [picture(2, 12), picture(2, 30)])
 
 
-def whole(
-    submit: Submit, frames: list[bytes], model: Moondream, plain: PlainText
-) -> tuple[Tensor, list[Span]]:
+def whole(submit: Submit, frames: list[bytes], model: Moondream, plain: Plain) -> tuple[Tensor, list[Span]]:
     """The prompt's input embeddings, and its blocks as the facts have them: BOS belongs to a picture right behind it."""
     seq = build_sequence(b"", submit, frames, model.card, 0.0)
     inputs, blocks = plain.words([max(token, 0) for token in seq.tokens]), []
@@ -99,7 +106,7 @@ def _crops(frame: bytes):  # type: ignore[no-untyped-def]
     return image_crops(pixels, pixels, 1, 1)
 
 
-def check(stream: Stream, model: Moondream, plain: PlainText, frames: list[bytes]) -> None:
+def check(stream: Stream, model: Moondream, plain: Plain, frames: list[bytes]) -> None:
     """Greedy tokens and their log-probabilities, each from the whole sequence run anew."""
     submit = stream.submit
     inputs, blocks = whole(submit, frames, model, plain)
@@ -117,9 +124,7 @@ def check(stream: Stream, model: Moondream, plain: PlainText, frames: list[bytes
 
 
 @pytest.mark.parametrize("mixed_tokens", [1600, 32])
-def test_tokens_equal_the_plain_implementations(
-    model: Moondream, plain: PlainText, mixed_tokens: int
-) -> None:
+def test_tokens_equal_the_plain_implementations(model: Moondream, plain: Plain, mixed_tokens: int) -> None:
     """Alone and together, in chunks beside decoding rows, and once more from the caches."""
     submits = [two_pictures_first(), text_first()]
     harness = Harness(model, depth=2, mixed_tokens=mixed_tokens)
@@ -135,7 +140,7 @@ def test_tokens_equal_the_plain_implementations(
     assert streams[0].finish is not None
 
 
-def test_a_follow_up_reuses_the_turns_before_it(model: Moondream, plain: PlainText) -> None:
+def test_a_follow_up_reuses_the_turns_before_it(model: Moondream, plain: Plain) -> None:
     harness = Harness(model, depth=1)
     first, frames = two_pictures_first()
     (stream,) = harness.answer([(first, frames)])
@@ -154,7 +159,8 @@ def test_a_follow_up_reuses_the_turns_before_it(model: Moondream, plain: PlainTe
 
 def test_bounds_are_announced_and_kept(model: Moondream) -> None:
     spec = model.card.image
-    assert spec is not None and spec.max_images == (256 - 1 - 32) // NUM
+    context = model.card.context_tokens
+    assert spec is not None and spec.max_images == min(MAX_IMAGES, (context - 1 - 32) // NUM)
     too_many = conversation(1, [0, 20], [picture(1, 1)] * (spec.max_images + 1))
     harness = Harness(model, depth=1)
     (stream,) = harness.begin([too_many])
@@ -163,7 +169,7 @@ def test_bounds_are_announced_and_kept(model: Moondream) -> None:
     assert stream.rejected is not None and f"at most {spec.max_images}" in stream.rejected.message
 
 
-def test_boxes_bring_the_log_probabilities_of_their_bins(model: Moondream, plain: PlainText) -> None:
+def test_boxes_bring_the_log_probabilities_of_their_bins(model: Moondream, plain: Plain) -> None:
     submit, frames = conversation(1, [0, *words(6, 5)], [picture(1, 1)], max_tokens=7)
     found_only = Sampling(num_logprobs=0, logit_bias={0: -50.0})  # no end before two boxes
     asked = msgspec.structs.replace(submit, task="detect", max_objects=2, sampling=found_only)
@@ -184,7 +190,7 @@ def test_boxes_bring_the_log_probabilities_of_their_bins(model: Moondream, plain
     assert len(found.values) == 6
 
 
-def test_places_in_the_prompt_are_embedded_by_value(model: Moondream, plain: PlainText) -> None:
+def test_places_in_the_prompt_are_embedded_by_value(model: Moondream, plain: Plain) -> None:
     """In chunks, and from a cache that tells other places apart though their ids are the same."""
     card = model.card
     ids = [0, *words(4, 7), *[card.coord_id] * 4, card.size_id, *words(40, 8)]
@@ -221,7 +227,7 @@ def test_values_without_a_place_are_refused(model: Moondream, value: PromptValue
 
 
 @pytest.mark.parametrize("automata", [True, False])
-def test_a_thought_points_closes_and_is_answered(model: Moondream, plain: PlainText, automata: bool) -> None:
+def test_a_thought_points_closes_and_is_answered(model: Moondream, plain: Plain, automata: bool) -> None:
     """Coordinates of a thought are fed back by value; what may come when is as Moondream's code has it."""
     card = model.card
     ids = [0, *words(6, 5), *card.templates["reasoning_suffix"]]
@@ -246,7 +252,8 @@ def test_a_thought_points_closes_and_is_answered(model: Moondream, plain: PlainT
         else:
             logits[[0, card.size_id] if state == "thought" else [3]] = -torch.inf
             assert token == int(logits.argmax())
-            state = "opener" if token == 3 else state
+            if token == 3:
+                state = "opener" if card.templates["reasoning_end"] else "answer"
         seen.add((state, token == card.coord_id))
         if token == card.coord_id:
             coordinate = plain.region("coord_decoder", hidden).argmax() / 64
@@ -254,4 +261,40 @@ def test_a_thought_points_closes_and_is_answered(model: Moondream, plain: PlainT
             inputs = torch.cat([inputs, plain.fourier(coordinate.view(1, 1), "coord")])
         else:
             inputs = torch.cat([inputs, plain.words([token])])
-    assert {("thought", True), ("opener", False), ("answer", False)} <= seen
+    opened = {("opener", False)} if card.templates["reasoning_end"] else set()
+    assert {("thought", True), ("answer", False)} | opened <= seen
+
+
+def test_an_outline_is_a_box_and_free_text(model: Moondream, plain: Plain) -> None:
+    """Only of the third generation; coordinates are fed back by value, beside rows of text, and no form is forced."""
+    submit, frames = conversation(1, [0, *words(6, 5)], [picture(1, 1)], max_tokens=24)
+    card = model.card
+    bias = {card.coord_id: 2.5, card.size_id: 1.5}
+    asked = msgspec.structs.replace(submit, task="segment", sampling=Sampling(logit_bias=bias))
+    if "segment" not in card.capabilities:
+        with pytest.raises(Refusal, match="'segment' is not one of"):
+            build_sequence(b"", asked, frames, card, 0.0)
+        return
+    text = conversation(2, [0, *words(6, 6)], [picture(2, 1)])
+    found, beside = Harness(model, depth=2).answer([(asked, frames), text])
+    check(beside, model, plain, text[1])
+    inputs, blocks = whole(asked, frames, model, plain)
+    for token, values in zip(found.tokens, found.values, strict=True):
+        hidden = plain.hidden(inputs, blocks)[-1:]
+        logits = plain.logits(hidden)[0]
+        for token_id, value in bias.items():
+            logits[token_id] += value
+        assert token == int(logits.argmax())
+        if token not in (card.coord_id, card.size_id):
+            inputs = torch.cat([inputs, plain.words([token])])
+            continue
+        is_size = token == card.size_id
+        bins = (
+            plain.region("size_decoder" if is_size else "coord_decoder", hidden)
+            .view(1 + is_size, -1)
+            .argmax(-1)
+        )
+        wanted = 2 ** (bins / 63 * 10 - 10) if is_size else bins / 64
+        torch.testing.assert_close(torch.tensor(values[: 1 + is_size]), wanted)
+        inputs = torch.cat([inputs, plain.fourier(wanted[None], "size" if is_size else "coord")])
+    assert {card.coord_id, card.size_id} < set(found.tokens)
