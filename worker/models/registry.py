@@ -18,7 +18,7 @@ from worker.models.families.llama import LLAMA
 from worker.models.families.mistral import MINISTRAL, MISTRAL
 from worker.models.families.olmo2 import OLMO2
 from worker.models.families.phi import PHI3
-from worker.models.families.qwen import QWEN2, QWEN3
+from worker.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from worker.models.families.qwen_vl import QWEN3_VL, QWEN25_VL
 from worker.models.families.smollm3 import SMOLLM3
 from worker.models.families.smolvlm import IDEFICS3, SMOLVLM
@@ -30,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (
     LLAMA,
     QWEN2,
     QWEN3,
+    QWEN3_MOE,
     MISTRAL,
     MINISTRAL,
     SMOLLM3,

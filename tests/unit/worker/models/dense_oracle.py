@@ -46,6 +46,10 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "qwen2": ("Qwen2", _NARROW),
     "qwen3": ("Qwen3", {}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
     "mistral": ("Mistral", {"sliding_window": None}),
     "ministral": ("Ministral", {"sliding_window": 12}),
     "smollm3": ("SmolLM3", _NARROW | {"no_rope_layers": [1, 0, 1]}),
