@@ -17,8 +17,10 @@ from torch import Tensor
 
 from shared.protocol import ModelCard
 from worker.formats.source import ProgressReport, Rename, Source, Target
+from worker.forward import StateShape
 from worker.models.attention import AttentionPlan
-from worker.models.decoder import Decoder
+from worker.models.conv_block import ConvBlock
+from worker.models.decoder import Block, Decoder
 from worker.models.dense_config import DenseConfig
 from worker.models.dense_weights import take_block_norm, take_gated_mlp, take_qkv, take_scaled
 from worker.models.head import Head
@@ -56,7 +58,7 @@ class Dense(Decoder):
         if words is None:
             words = take(embedding, sizes.vocab_size, sizes.dim)
         layers = range(sizes.num_layers)
-        blocks = [_Block(take, take_weight, f"model.layers.{i}", sizes, i, words.dtype) for i in layers]
+        blocks = [_block(take, take_weight, f"model.layers.{i}", sizes, i, words.dtype) for i in layers]
         norm = take_block_norm(take, "model.norm", sizes)
         # q and k are rotated by numbers of this length, so scores are scaled by its square, exactly and on every path.
         length = sizes.score_scale**0.5
@@ -72,7 +74,18 @@ class Dense(Decoder):
             head_dim=sizes.head_dim,
             embedding_scale=sizes.embedding_scale,
             biased=sizes.qkv_bias or sizes.out_bias or sizes.mlp_bias,
+            convolving=frozenset() if sizes.conv is None else sizes.conv.layers,
         )
+        if sizes.conv is not None:
+            self.states = StateShape(len(sizes.conv.layers), sizes.conv.num_taps - 1, sizes.dim)
+
+
+def _block(
+    take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig, index: int, dtype: torch.dtype
+) -> Block:
+    if sizes.conv is not None and index in sizes.conv.layers:
+        return ConvBlock(take, take_weight, name, sizes, dtype)
+    return _Block(take, take_weight, name, sizes, index, dtype)
 
 
 class _Block:

@@ -55,6 +55,15 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ConvConfig:
+    """Layers that mix tokens by a short convolution in place of attention."""
+
+    num_taps: int
+    bias: bool
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class DenseConfig:
     """A dense decoder: grouped-head attention and a gated MLP in each layer, and what a family has of its own."""
 
@@ -80,6 +89,7 @@ class DenseConfig:
     parallel: bool = False  # attention and MLP read the same norm, and both are added to its input
     fused_projections: bool = False  # stored as qkv_proj and gate_up_proj
     experts: MixtureConfig | None = None
+    conv: ConvConfig | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what each half of a layer adds to the residual stream
     score_scale: float = 1.0  # of attention's scores, beside 1/sqrt(head_dim)

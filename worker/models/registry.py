@@ -14,6 +14,7 @@ from worker.models.families.gemma import GEMMA2, GEMMA3
 from worker.models.families.gemma3_pictures import GEMMA3_PICTURES
 from worker.models.families.granite import GRANITE
 from worker.models.families.internvl import INTERNVL
+from worker.models.families.lfm2 import LFM2
 from worker.models.families.llama import LLAMA
 from worker.models.families.mistral import MINISTRAL, MISTRAL
 from worker.models.families.olmo2 import OLMO2
@@ -40,6 +41,7 @@ FAMILIES: tuple[Family, ...] = (
     OLMO2,
     GRANITE,
     STABLELM,
+    LFM2,
     SMOLVLM,
     IDEFICS3,
     GEMMA3_PICTURES,

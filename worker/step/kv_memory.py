@@ -8,6 +8,7 @@ from torch import Tensor
 from worker.device.contract import Device
 from worker.forward import KVCache
 from worker.models.contract import Model
+from worker.models.paged_convolution import state_lines
 from worker.step.staging import StepShape
 
 
@@ -26,4 +27,23 @@ def kv_memory(model: Model, shape: StepShape, device: Device) -> KVCache:
     if device.captures:
         num = shape.max_rows * model.num_kv_heads
         arrivals = torch.zeros(num, dtype=torch.int32, device=device.torch_device)
-    return KVCache(layers(), layers(), shape.page_tokens, arrivals)
+    states: list[Tensor] = []
+    if model.states is not None:
+        lines = state_lines(model.states.num_inputs, shape.page_tokens)
+        states = [
+            torch.zeros(
+                (shape.num_pages, lines, model.states.width), dtype=model.dtype, device=device.torch_device
+            )
+            for _ in range(model.states.num_layers)
+        ]
+    return KVCache(layers(), layers(), shape.page_tokens, arrivals, states)
+
+
+def page_bytes(model: Model, page_tokens: int) -> int:
+    """Bytes of a page of so many tokens, of all layers."""
+    num_values = 2 * model.num_layers * page_tokens * model.num_kv_heads * model.head_dim
+    num_bytes = num_values * model.kv_dtype.itemsize
+    if model.states is not None:
+        lines = state_lines(model.states.num_inputs, page_tokens)
+        num_bytes += model.states.num_layers * lines * model.states.width * model.dtype.itemsize
+    return num_bytes

@@ -59,6 +59,15 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", _NARROW),
     "granite": ("Granite", _NARROW),
     "stablelm": ("StableLm", _NARROW),
+    "lfm2": (
+        "Lfm2",
+        _NARROW
+        | {
+            "num_hidden_layers": 5,
+            "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+            "block_multiple_of": 16,
+        },
+    ),
 }
 
 

@@ -146,6 +146,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "stablelm",
         {"use_parallel_residual": True, "qk_layernorm": True},
     ),
+    "lfm2": ("lfm2", {}),
+    "lfm2 untied, biased": ("lfm2", {"tie_word_embeddings": False, "conv_bias": True}),
+    "lfm2 long convolutions": (
+        "lfm2",
+        {"conv_L_cache": 6, "block_auto_adjust_ff_dim": False, "layer_types": None, "full_attn_idxs": [0, 3]},
+    ),
+    "lfm2 two taps": ("lfm2", {"conv_L_cache": 2, "block_ffn_dim_multiplier": 1.3}),
+    "lfm2 attention alone": ("lfm2", {"layer_types": ["full_attention"] * 5}),
     "stablelm half": ("stablelm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
 }
 
