@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from worker.kernels import (
     activation,
+    experts,
     few_rows_product,
     mask,
     norm,
@@ -65,6 +66,8 @@ POINTERS = {
     "counts_ptr": "*i32",
     "masses_ptr": "*i64",
     "taken_ptr": "*i32",
+    "table_ptr": "*i32",
+    "shares_ptr": "*fp32",
     "arrivals_ptr": "*i32",
 }
 ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -249,6 +252,19 @@ def products(dtypes: tuple[str, ...]) -> None:
             product(outputs, inputs, gate, biased=True, dtype=dtype)
 
 
+def routed(dtype: str) -> None:
+    """The kernels of Moondream 3.1's experts, as their launcher lays them out for few and for many rows."""
+    for layout in (experts.FEW, experts.MANY):
+        shape = {"INNER": 1024, "ROWS": layout.block_rows, "BLOCK_OUT": layout.block_out}
+        shape |= {"BLOCK_IN": layout.block_in, "WIDEN": dtype == "fp32"}
+        compile_it = partial(compile_for, dtype=dtype, stages=layout.stages, round_strides=True)
+        first = shape | {"CHOSEN": 8, "INPUTS": 2048, "GATE": experts.GATES["gelu_plus_1"]}
+        compile_it(experts._first_product, layout.num_warps, first)
+        compile_it(experts._second_product, layout.num_warps, shape | {"DIM": 2048}, dependent=True)
+    compile_for(experts._group, 4, {"BLOCK": 256}, ids_ptr="*i64", dependent=True)
+    compile_for(experts._sum_choices, 4, {"DIM": 2048, "CHOSEN": 8, "BLOCK": 1024}, dependent=True)
+
+
 def main() -> None:
     """Every kernel at the sizes of the models served; with `--fp32` also what the tests on a GPU run."""
     dtypes = ("bf16", "fp32") if "--fp32" in sys.argv else ("bf16",)
@@ -263,6 +279,7 @@ def main() -> None:
         assert not spilled and (group > 1 or used <= 64), "nor does the join in it take more"
     products(dtypes)
     for dtype in dtypes:
+        routed(dtype)
         attention(32, 1, 64, 1, dtype=dtype)
         attention(8, 2, 128, 8, dtype=dtype)
         attention(8, 4, 64, 16, dtype=dtype)
