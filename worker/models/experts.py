@@ -36,11 +36,9 @@ def choose(logits: Tensor, num_chosen: int, *, over_chosen: bool = True) -> tupl
     return best.indices, (best.values - logits.logsumexp(-1, keepdim=True)).exp_()
 
 
-def gated(both: Tensor, gate: Gate) -> Tensor:
-    """(N, 2F), h before g → (N, F) of the same dtype, computed in fp32."""
+def gated(both: Tensor) -> Tensor:
+    """gelu(h) · (g + 1) of (N, 2F), h before g → (N, F) of the same dtype, computed in fp32."""
     first, second = both.float().chunk(2, dim=-1)
-    if gate == "silu":
-        return F.silu(first).mul_(second).to(both.dtype)
     # Contiguous, for torch takes other sums of erf for parts of a row, and a lone row counts as whole.
     return F.gelu(first.contiguous()).mul_(second + 1.0).to(both.dtype)
 
@@ -64,7 +62,7 @@ class Experts:
             self._stacked = _stack(first, dtype), _stack(second, dtype)
             return
         # One after another, so that at most one expert's weights are there twice.
-        self._firsts = [PackedLinear(weight, dtype=dtype) for weight in first]
+        self._firsts = [PackedLinear(weight, gated=gate == "silu", dtype=dtype) for weight in first]
         self._seconds = [PackedLinear(weight, dtype=dtype) for weight in second]
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -86,11 +84,14 @@ class Experts:
             if not count:
                 continue
             own = rows[start : start + count]
-            inner = gated(self._firsts[expert](x[own]), self.gate)
+            inner = self._inner(self._firsts[expert], x[own])
             part = self._seconds[expert](inner).float().mul_(shares[start : start + count])
             total.index_add_(0, own, part)
             start += count
         return total.to(x.dtype)
+
+    def _inner(self, first: PackedLinear, x: Tensor) -> Tensor:
+        return first.silu_gate(x) if self.gate == "silu" else gated(first(x))
 
 
 def _check(first: Weight, second: Weight) -> None:

@@ -1,74 +1,44 @@
-"""Owns the mixture of experts that stands in a layer's place of one MLP: a router, and gated MLPs for the chosen. Decode thread.
+"""Owns the mixture of experts that stands in the place of a layer's one MLP: a router in front of `Experts`. Decode thread.
 
-Each token goes through the few experts with the largest logits of the router, as in Switch Transformers (Fedus et al. 2021)
-and its followers; only their weights are read. What a token gains is summed in the order of the experts' numbers, so it
-does not depend on the tokens beside it.
+Each token goes through the few experts that the router gives the largest probabilities, as in Switch Transformers (Fedus et
+al. 2021) and what followed them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from worker.models.dense_config import MixtureConfig
-from worker.models.layers import GatedMlp, PackedLinear, Take, TakeWeight, together
+from worker.models.experts import Experts, choose
+from worker.models.layers import PackedLinear, Take, TakeWeight, together
 from worker.native.quantised import Quantised
-
-
-@dataclass(frozen=True, slots=True)
-class Router:
-    """Chooses a token's experts: those of the largest probabilities, a softmax over all logits."""
-
-    product: PackedLinear  # (experts, D)
-    num_chosen: int
-    sums_to_one: bool
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, D) → weights (N, K) fp32 and experts (N, K) int64."""
-        weights, chosen = self.product.logits(x).softmax(-1).topk(self.num_chosen, -1)
-        if self.sums_to_one:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return weights, chosen
 
 
 class Mixture:
     """The sum of the chosen experts' outputs, each times its weight; callable as `layers.GatedMlp` is."""
 
-    __slots__ = ("_experts", "_router")
+    __slots__ = ("_experts", "_num_chosen", "_router", "_sums_to_one")
 
-    def __init__(self, router: Router, experts: Sequence[GatedMlp]) -> None:
+    def __init__(self, router: PackedLinear, experts: Experts, num_chosen: int, *, sums_to_one: bool) -> None:
+        """`router` (experts, D). `sums_to_one`: the weights of the chosen are made to add up to 1."""
         self._router, self._experts = router, experts
+        self._num_chosen, self._sums_to_one = num_chosen, sums_to_one
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, D) → (N, D)."""
-        return self._summed(x).to(x.dtype)
+        logits = self._router.logits(x)
+        return self._experts(x, *choose(logits, self._num_chosen, over_chosen=self._sums_to_one))
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual + mixture(x)."""
-        return self._summed(x).add_(residual).to(x.dtype)
+        return self(x).add_(residual)
 
     def fused(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """mixture(x), plus `residual` if given, on a GPU."""
+        """mixture(x), plus `residual` if given; nothing that a GPU does for it is waited for."""
         return self(x) if residual is None else self.add(x, residual)
-
-    def _summed(self, x: Tensor) -> Tensor:
-        """(N, D) → (N, D) fp32. The host reads which experts were chosen."""
-        weights, chosen = self._router(x)
-        experts, order = chosen.flatten().sort(stable=True)
-        rows = order // chosen.shape[1]
-        weights = weights.flatten()[order].unsqueeze(1)
-        x = x[rows]
-        total = torch.zeros(len(chosen), x.shape[1], dtype=torch.float32, device=x.device)
-        at = 0
-        numbers, counts = experts.unique_consecutive(return_counts=True)
-        for expert, num in zip(numbers.tolist(), counts.tolist(), strict=True):
-            own = slice(at, at + num)
-            total.index_add_(0, rows[own], self._experts[expert](x[own]).float().mul_(weights[own]))
-            at += num
-        return total
 
 
 def take_mixture(
@@ -76,12 +46,14 @@ def take_mixture(
 ) -> Mixture:
     """The router stored as `name.gate`, and the experts as `name.experts`, one by one or all in one tensor."""
     router = PackedLinear(take(f"{name}.gate.weight", config.num_experts, dim))
-    stored = _stacked if config.stacked else _apart
-    experts = [
-        GatedMlp(PackedLinear(together([gate, up]), gated=True, dtype=dtype), PackedLinear(down, dtype=dtype))
-        for gate, up, down in stored(take_weight, f"{name}.experts", config, dim)
-    ]
-    return Mixture(Router(router, config.num_chosen, config.sums_to_one), experts)
+    firsts, seconds = [], []
+    for gate, up, down in (_stacked if config.stacked else _apart)(
+        take_weight, f"{name}.experts", config, dim
+    ):
+        firsts.append(together([gate, up]))
+        seconds.append(down)
+    experts = Experts(firsts, seconds, "silu", dtype)
+    return Mixture(router, experts, config.num_chosen, sums_to_one=config.sums_to_one)
 
 
 Weights = tuple[Tensor | Quantised, Tensor | Quantised, Tensor | Quantised]

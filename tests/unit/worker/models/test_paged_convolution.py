@@ -61,7 +61,9 @@ def plain(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv1d(padded, weight.t().unsqueeze(1), groups=WIDTH)[0].t()
 
 
-@pytest.mark.parametrize(("page_tokens", "taps"), [(16, 3), (16, 2), (16, 6), (4, 4), (4, 9), (1, 3), (12, 6)])
+@pytest.mark.parametrize(
+    ("page_tokens", "taps"), [(16, 3), (16, 2), (16, 6), (4, 4), (4, 9), (1, 3), (12, 6)]
+)
 def test_whole_in_chunks_and_token_by_token(page_tokens: int, taps: int) -> None:
     torch.manual_seed(taps)
     num = 53
