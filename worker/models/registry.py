@@ -15,6 +15,7 @@ from worker.models.families.gemma3_pictures import GEMMA3_PICTURES
 from worker.models.families.granite import GRANITE
 from worker.models.families.internvl import INTERNVL
 from worker.models.families.lfm2 import LFM2
+from worker.models.families.lfm2_vl import LFM2_VL
 from worker.models.families.llama import LLAMA
 from worker.models.families.mistral import MINISTRAL, MISTRAL
 from worker.models.families.olmo2 import OLMO2
@@ -48,6 +49,7 @@ FAMILIES: tuple[Family, ...] = (
     INTERNVL,
     QWEN3_VL,
     QWEN25_VL,
+    LFM2_VL,
     # Both the architecture's class name and the `model_type` that released checkpoints carry.
     Family("moondream", "Moondream 2 (pictures)", ("HfMoondream", "moondream1"), moondream.load),
 )
