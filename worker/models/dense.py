@@ -79,6 +79,16 @@ class Dense(Decoder):
         if sizes.conv is not None:
             self.states = StateShape(len(sizes.conv.layers), sizes.conv.num_taps - 1, sizes.dim)
 
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a step of one row reads: of experts those of the chosen."""
+        idle = [
+            block.mlp.idle_bytes
+            for block in self._blocks
+            if isinstance(block, _Block) and isinstance(block.mlp, Mixture)
+        ]
+        return super().step_bytes - sum(idle)
+
 
 def _block(
     take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig, index: int, dtype: torch.dtype
@@ -123,11 +133,11 @@ class _Block:
         self._out = take_scaled(
             take, take_weight, sizes, dtype, f"{attention}.o_proj", sizes.dim, sizes.q_dim, sizes.out_bias
         )
-        self._mlp: GatedMlp | Mixture
+        self.mlp: GatedMlp | Mixture
         if sizes.experts is not None and index in sizes.experts.layers:
-            self._mlp = take_mixture(take, take_weight, f"{name}.mlp", sizes.experts, sizes.dim, dtype)
+            self.mlp = take_mixture(take, take_weight, f"{name}.mlp", sizes.experts, sizes.dim, dtype)
         else:
-            self._mlp = take_gated_mlp(take, take_weight, f"{name}.mlp", sizes, dtype)
+            self.mlp = take_gated_mlp(take, take_weight, f"{name}.mlp", sizes, dtype)
 
     def __call__(self, hidden: Tensor, plan: AttentionPlan, layer: int) -> Tensor:
         """See `decoder.Block`."""
@@ -148,8 +158,8 @@ class _Block:
         if not self._parallel:
             normed = hidden if self._before_mlp is None else self._before_mlp(hidden)
         if self._after_mlp is None:
-            return self._mlp.add(normed, hidden)
-        return hidden + self._after_mlp(self._mlp(normed))
+            return self.mlp.add(normed, hidden)
+        return hidden + self._after_mlp(self.mlp(normed))
 
     def _product(self, normed: Tensor, *, fused: bool = False) -> Tensor:
         qkv = self._qkv.fused(normed) if fused else self._qkv(normed)
@@ -157,12 +167,10 @@ class _Block:
 
     def native_layer(self) -> GatedLayer | None:
         """See `decoder.Block`: two RMS norms before, none after, the first rotation, a SiLU gate."""
-        if isinstance(self._mlp, Mixture):
+        if isinstance(self.mlp, Mixture):
             return None
         first, second = self._before_attention, self._before_mlp
-        qkv, out, gate_up, down = (
-            x.native for x in (self._qkv, self._out, self._mlp.gate_up, self._mlp.down)
-        )
+        qkv, out, gate_up, down = (x.native for x in (self._qkv, self._out, self.mlp.gate_up, self.mlp.down))
         if qkv is None or out is None or gate_up is None or down is None:
             return None
         if (
@@ -172,7 +180,7 @@ class _Block:
         ):
             return None
         plain = self._after_attention is None and self._after_mlp is None and self._product_norm is None
-        if not plain or self._kind.rotation or not self._mlp.gate_up.gates_native:
+        if not plain or self._kind.rotation or not self.mlp.gate_up.gates_native:
             return None
         return GatedLayer(
             attention_norm=first.weight.data_ptr(),
@@ -221,9 +229,9 @@ class _Block:
         if self._after_attention is not None:
             gained = self._after_attention.fused(gained, None)[1]
         if self._parallel:
-            return hidden, self._mlp.fused(normed, gained)
+            return hidden, self.mlp.fused(normed, gained)
         hidden, normed = _add_norm(self._before_mlp, hidden, gained)
-        gained = self._mlp.fused(normed)
+        gained = self.mlp.fused(normed)
         if self._after_mlp is not None:
             gained = self._after_mlp.fused(gained, None)[1]
         return hidden, gained

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from worker.models.dense_config import MixtureConfig
 from worker.models.experts import Experts, choose
+from worker.models.held import held_bytes
 from worker.models.layers import PackedLinear, Take, TakeWeight, together
 from worker.native.quantised import Quantised
 
@@ -26,6 +27,12 @@ class Mixture:
         """`router` (experts, D). `sums_to_one`: the weights of the chosen are made to add up to 1."""
         self._router, self._experts = router, experts
         self._num_chosen, self._sums_to_one = num_chosen, sums_to_one
+
+    @property
+    def idle_bytes(self) -> int:
+        """Bytes of the experts that one token does not choose."""
+        idle = self._experts.num_experts - self._num_chosen
+        return held_bytes(self._experts) * idle // self._experts.num_experts
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, D) → (N, D)."""
