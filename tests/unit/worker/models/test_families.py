@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.unit.worker.models import dense_oracle as dense
-from tests.unit.worker.models import free_oracle, picture_oracle
+from tests.unit.worker.models import flex_oracle, free_oracle, picture_oracle
 from tests.unit.worker.models.dense_oracle import LLAMA3_ROPE, edit_config, load, respell, write
 from tests.unit.worker.models.paged_driver import Driver, relative_error
 from worker.formats.source import CheckpointError
@@ -226,7 +226,7 @@ def test_the_documents_say_same_tokens_of_the_families_that_are_tested_here() ->
         for architecture in re.findall(r"`(\w+)`", cells[1])
     }
     tested = {family for family, _ in VARIANTS.values()} | {
-        name.split()[0] for name in (*picture_oracle.FAMILIES, *free_oracle.FREE)
+        name.split()[0] for name in (*picture_oracle.FAMILIES, *free_oracle.FREE, *flex_oracle.FLEX)
     }
     served = {
         architecture: family.name.removesuffix("_text") in tested
