@@ -43,10 +43,10 @@ def submit(number: int, ids: list[int], max_tokens: int = NUM) -> tuple[Submit, 
     return Submit(EPOCH, number, str(number), pack_i32(ids), max_tokens, Sampling(), ignore_eos=True), []
 
 
-def answers(pair: Pair, prompts: list[list[int]]) -> list[list[int]]:
+def answers(pair: Pair, prompts: list[list[int]], num: int = NUM) -> list[list[int]]:
     with torch.inference_mode():
-        expected = [oracle_greedy(pair[1], prompt, NUM) for prompt in prompts]
-    assert min(len(set(tokens)) for tokens in expected) > 5, "the random model repeats itself"
+        expected = [oracle_greedy(pair[1], prompt, num) for prompt in prompts]
+    assert min(len(set(tokens)) for tokens in expected) > 4, "the random model repeats itself"
     return expected
 
 
@@ -56,8 +56,8 @@ def test_batches_chunks_and_cached_prefixes(pair: Pair) -> None:
     prompts = [draw(length, length) for length in LENGTHS]
     expected = answers(pair, prompts)
     longer = [prompt + tokens + draw(5, 7) for prompt, tokens in zip(prompts, expected, strict=True)]
-    then = answers(pair, longer)
-    for mixed_tokens, depth in ((1600, 2), (24, 3), (7, 1)):
+    then = answers(pair, longer, 16)
+    for mixed_tokens, depth in ((1600, 2), (24, 3)):
         harness = Harness(pair[0], depth=depth, mixed_tokens=mixed_tokens)
         for again in range(2):
             streams = harness.answer([submit(10 * again + i, ids) for i, ids in enumerate(prompts)])
@@ -65,7 +65,7 @@ def test_batches_chunks_and_cached_prefixes(pair: Pair) -> None:
             for stream, ids in zip(streams, prompts, strict=True):
                 assert stream.finish is not None
                 assert not again or stream.finish.cached_tokens == (len(ids) - 1) // 16 * 16
-        streams = harness.answer([submit(100 + i, ids) for i, ids in enumerate(longer)])
+        streams = harness.answer([submit(100 + i, ids, 16) for i, ids in enumerate(longer)])
         assert [stream.tokens for stream in streams] == then
         for stream, ids in zip(streams, longer, strict=True):
             assert stream.finish is not None and stream.finish.cached_tokens >= (len(ids) - 6) // 16 * 16
@@ -87,7 +87,7 @@ def test_rows_come_and_go(pair: Pair) -> None:
     """Short answers end while their row is in flight once more, and their pages go to the next in line."""
     prompts = [draw(14 + number % 5, number) for number in range(16)]
     lengths = [1 + number % 7 for number in range(16)]
-    expected = answers(pair, prompts)
+    expected = answers(pair, prompts, 7)
     harness = Harness(pair[0], depth=3, max_rows=3, num_pages=12, mixed_tokens=20)
     streams = harness.answer(
         [submit(i, ids, num) for i, (ids, num) in enumerate(zip(prompts, lengths, strict=True))]
@@ -105,8 +105,8 @@ def test_by_torch_alone_and_captured(tmp_path: Path, monkeypatch: pytest.MonkeyP
     harness = Harness(pair[0], depth=2, device=GraphDevice(), automata=False)
     assert warm_up(harness.runner) == 0
     prompts = [draw(length, length) for length in LENGTHS]
-    streams = harness.answer([submit(i, ids) for i, ids in enumerate(prompts)])
-    assert [stream.tokens for stream in streams] == answers(pair, prompts)
+    streams = harness.answer([submit(i, ids, 16) for i, ids in enumerate(prompts)])
+    assert [stream.tokens for stream in streams] == answers(pair, prompts, 16)
 
 
 def test_what_pages_hold(tmp_path: Path) -> None:
