@@ -18,6 +18,7 @@ from worker.models.contract import Model
 from worker.models.held import held_bytes
 from worker.models.registry import load_model
 from worker.startup import choose_dtype, choose_kv_dtype, count_pages, open_device, quantised
+from worker.step.kv_memory import page_bytes
 
 COPY_BYTES = 64 << 20
 MEASURED_S = 0.5
@@ -58,10 +59,9 @@ def _of_model(config: WorkerConfig) -> Iterator[Line]:
         True,
     )
     pages = config.num_pages or count_pages(config, device, model, model.card.context_tokens)
-    tokens = pages * config.page_tokens
+    held = pages * page_bytes(model, config.page_tokens)
     kept = str(model.kv_dtype).removeprefix("torch.")
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.kv_dtype.itemsize
-    yield "pages", f"{pages} of {config.page_tokens} tokens in {kept}, {_megabytes(tokens * per_token)}", True
+    yield "pages", f"{pages} of {config.page_tokens} tokens in {kept}, {_megabytes(held)}", True
     yield "speed", _speed(model, device, config.threads), True
 
 

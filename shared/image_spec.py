@@ -63,6 +63,23 @@ class FreeSize(Rule, frozen=True):
     max_pixels: int
 
 
+class FreeTiles(Rule, frozen=True):
+    """One crop as `FreeSize` has it, in whole squares of `unit`. A picture whose area in such squares is beyond `large_pixels`
+    becomes tiles of `crop_size` in the grid nearest in proportions, then, if it `shows_whole`, such a crop of the whole.
+
+    A square gives one position.
+    """
+
+    unit: int  # pixels of a square's side
+    min_pixels: int  # area of a crop of any size
+    max_pixels: int
+    large_pixels: int
+    least_side: int  # what a shorter side counts as when the area is judged
+    min_tiles: int
+    max_tiles: int  # 1: never any
+    shows_whole: bool = True
+
+
 class ImageLayout(PicturePart, frozen=True):
     """How a picture is written into a prompt's text. `run` in the texts stands for the positions of one crop."""
 
@@ -84,7 +101,7 @@ class ImageSpec(PicturePart, frozen=True):
 
     crop_size: int
     crop_tokens: int  # positions in the prompt that a crop takes
-    rule: OneCrop | OverlappingTiles | EdgeTiles | RatioTiles | PanAndScan | FreeSize
+    rule: OneCrop | OverlappingTiles | EdgeTiles | RatioTiles | PanAndScan | FreeSize | FreeTiles
     resample: str = "lanczos"  # lanczos | bicubic | bilinear | nearest
     layout: ImageLayout = ImageLayout()
     attends: str = (

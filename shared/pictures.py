@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from shared.image_spec import (
     EdgeTiles,
     FreeSize,
+    FreeTiles,
     ImageInput,
     ImageSpec,
     OneCrop,
@@ -28,6 +29,10 @@ from shared.tiling import (
     canvas_length,
     edge_sizes,
     free_size,
+    free_size_of_one,
+    grids_by_area,
+    grids_by_chance,
+    is_large,
     most_free_pixels,
     nearest_ratio,
     pieces_along,
@@ -68,28 +73,47 @@ def drawings(spec: ImageSpec, width: int, height: int) -> list[Drawing]:
             sheet = Sheet(cut[1] // side, cut[0] // side, cut[1], cut[0])
             return [Drawing(sheet, (scaled, cut)), _whole(side, scaled, cut)]
         case RatioTiles():
-            cols, rows = nearest_ratio(width, height, side, rule.min_tiles, rule.max_tiles)
-            size = (cols * side, rows * side)
-            tiles = Drawing(Sheet(rows, cols, size[1], size[0]), (size,))
+            tiles = _tiles(
+                nearest_ratio(width, height, side, grids_by_area(rule.min_tiles, rule.max_tiles)), side
+            )
+            rows, cols = tiles.sheet.rows, tiles.sheet.cols
             return [tiles] if rows * cols == 1 else [tiles, _whole(side)]
         case PanAndScan():
             boxes = pieces_along(width, height, rule.min_crop, rule.max_crops, rule.min_ratio)
             one = Sheet(1, 1, side, side)
             return [_whole(side), *(Drawing(one, ((side, side),), box) for box in boxes)]
         case FreeSize():
-            wide, high = free_size(width, height, side, rule.min_pixels, rule.max_pixels)
-            return [Drawing(Sheet(1, 1, high, wide), ((wide, high),))]
+            return [_free(free_size(width, height, side, rule.min_pixels, rule.max_pixels))]
+        case FreeTiles():
+            whole = _free(free_size_of_one(width, height, rule.unit, rule.min_pixels, rule.max_pixels))
+            large = is_large(width, height, rule.unit, rule.least_side, rule.large_pixels)
+            if rule.max_tiles == 1 or not large:
+                return [whole]
+            grids = grids_by_chance(rule.min_tiles, rule.max_tiles)
+            tiles = _tiles(nearest_ratio(width, height, side, grids), side)
+            return [tiles, whole] if rule.shows_whole else [tiles]
 
 
 def refusal_of(spec: ImageSpec, width: int, height: int) -> str:
     """Why a picture of this size cannot be prepared, in words; empty if it can."""
-    if isinstance(spec.rule, FreeSize) and max(width, height) > MOST_RATIO * min(width, height):
+    is_free = isinstance(spec.rule, FreeSize | FreeTiles)
+    if is_free and max(width, height) > MOST_RATIO * min(width, height):
         return f"a picture of {width}×{height} pixels is more than {MOST_RATIO} times as long as wide"
     return ""
 
 
 def _whole(side: int, *sizes: Size) -> Drawing:
     return Drawing(Sheet(1, 1, side, side), (*sizes, (side, side)))
+
+
+def _free(size: Size) -> Drawing:
+    return Drawing(Sheet(1, 1, size[1], size[0]), (size,))
+
+
+def _tiles(grid: tuple[int, int], side: int) -> Drawing:
+    cols, rows = grid
+    size = (cols * side, rows * side)
+    return Drawing(Sheet(rows, cols, size[1], size[0]), (size,))
 
 
 def shares_tokens(spec: ImageSpec) -> bool:
@@ -104,10 +128,20 @@ def num_crops(sheets: Sequence[Sheet]) -> int:
 
 def num_tokens(spec: ImageSpec, sheets: Sequence[Sheet]) -> int:
     """Positions that a picture takes in a prompt, without the text around them."""
-    if isinstance(spec.rule, FreeSize):
-        rows, cols = grid_of(spec, sheets)
-        return spec.crop_tokens * rows * cols
-    return spec.crop_tokens * (1 if shares_tokens(spec) else num_crops(sheets))
+    return sum(_run_sizes(spec, sheets))
+
+
+def unit_tokens(spec: ImageSpec) -> int:
+    """Positions of what is encoded by itself: a crop, of which the last of a picture may have fewer; 0: a whole picture."""
+    if shares_tokens(spec) or isinstance(spec.rule, FreeSize):
+        return 0
+    if isinstance(spec.rule, FreeTiles) and _most_free_tokens(spec.rule) > spec.crop_tokens:
+        return 0
+    return spec.crop_tokens
+
+
+def _most_free_tokens(rule: FreeTiles) -> int:
+    return most_free_pixels(rule.unit, rule.min_pixels, rule.max_pixels) // rule.unit**2
 
 
 def grid_of(spec: ImageSpec, sheets: Sequence[Sheet]) -> tuple[int, int]:
@@ -141,7 +175,7 @@ def max_crops(spec: ImageSpec) -> int:
             edge = min(rule.longest_edge, MOST_EDGE)
             along = math.ceil((edge + edge % 2) / spec.crop_size)
             return 1 + along * along if rule.is_split and along > 1 else 1
-        case RatioTiles():
+        case RatioTiles() | FreeTiles():
             return 1 if rule.max_tiles == 1 else 1 + rule.max_tiles
         case PanAndScan():
             return 1 + rule.max_crops
@@ -152,6 +186,9 @@ def max_tokens(spec: ImageSpec) -> int:
     if isinstance(spec.rule, FreeSize):
         most = most_free_pixels(spec.crop_size, spec.rule.min_pixels, spec.rule.max_pixels)
         return spec.crop_tokens * (most // spec.crop_size**2)
+    if isinstance(spec.rule, FreeTiles):
+        free = _most_free_tokens(spec.rule)
+        return free if spec.rule.max_tiles == 1 else spec.crop_tokens * spec.rule.max_tiles + free
     return spec.crop_tokens * (1 if shares_tokens(spec) else max_crops(spec))
 
 
@@ -167,6 +204,8 @@ def fault_of(spec: ImageSpec, sheets: Sequence[Sheet]) -> str:
         return "a picture has no sheets"
     if isinstance(spec.rule, FreeSize):
         return _free_fault(spec, sheets)
+    if isinstance(spec.rule, FreeTiles):
+        return _free_tiles_fault(spec, spec.rule, sheets)
     margin = margin_of(spec)
     for sheet in sheets:
         if sheet.rows < 1 or sheet.cols < 1:
@@ -193,6 +232,32 @@ def _free_fault(spec: ImageSpec, sheets: Sequence[Sheet]) -> str:
     return ""
 
 
+def _free_tiles_fault(spec: ImageSpec, rule: FreeTiles, sheets: Sequence[Sheet]) -> str:
+    tiles, free = _split(sheets)
+    if len(tiles) > 1 or len(free) > 1:
+        return "a picture has a sheet of tiles and one that shows the whole, or one of them"
+    for sheet in tiles:
+        wanted = [sheet.rows * spec.crop_size, sheet.cols * spec.crop_size]
+        if min(sheet.rows, sheet.cols) < 1 or [sheet.height, sheet.width] != wanted:
+            return f"a sheet of {sheet.rows}×{sheet.cols} crops has {wanted[0]}×{wanted[1]} pixels"
+        if not rule.min_tiles <= sheet.rows * sheet.cols <= rule.max_tiles:
+            return f"a picture has {rule.min_tiles} to {rule.max_tiles} tiles"
+    if bool(tiles) and bool(free) != rule.shows_whole:
+        return "a picture in tiles has " + ("a sheet of the whole" if rule.shows_whole else "no other sheet")
+    for sheet in free:
+        if min(sheet.height, sheet.width) < rule.unit or sheet.height % rule.unit or sheet.width % rule.unit:
+            return f"a picture's sides are whole multiples of {rule.unit} pixels"
+        if sheet.height * sheet.width > _most_free_tokens(rule) * rule.unit**2:
+            return f"a crop has at most {_most_free_tokens(rule)} positions"
+    return ""
+
+
+def _split(sheets: Sequence[Sheet]) -> tuple[list[Sheet], list[Sheet]]:
+    """The sheets of tiles, and those of one crop of any size."""
+    tiles = [sheet for sheet in sheets if (sheet.rows, sheet.cols) != (1, 1)]
+    return tiles, [sheet for sheet in sheets if (sheet.rows, sheet.cols) == (1, 1)]
+
+
 def check_bounds(spec: ImageSpec, images: Sequence[ImageInput]) -> str:
     """What bound a request's pictures exceed together, in words; empty if none."""
     if len(images) > spec.max_images:
@@ -213,6 +278,8 @@ def expansion(spec: ImageSpec, sheets: Sequence[Sheet]) -> str:
         return layout.whole
     shows_whole_first = isinstance(rule, PanAndScan)
     tiles = sheets[1:] if shows_whole_first else sheets[:-1]
+    if isinstance(rule, FreeTiles):
+        tiles = _split(sheets)[0]
     rows = [
         layout.tile_gap.join(
             layout.tile.replace("{row}", str(row + 1)).replace("{col}", str(col + 1))
@@ -264,6 +331,12 @@ def take_runs(
 
 def _run_sizes(spec: ImageSpec, sheets: Sequence[Sheet]) -> list[int]:
     """Positions of each run token of a picture."""
-    if isinstance(spec.rule, FreeSize) or shares_tokens(spec):
-        return [num_tokens(spec, sheets)]
-    return [spec.crop_tokens] * num_crops(sheets)
+    rule = spec.rule
+    if isinstance(rule, FreeSize):
+        rows, cols = grid_of(spec, sheets)
+        return [spec.crop_tokens * rows * cols]
+    if isinstance(rule, FreeTiles):
+        tiles, free = _split(sheets)
+        sizes = [spec.crop_tokens] * num_crops(tiles)
+        return sizes + [sheet.height // rule.unit * (sheet.width // rule.unit) for sheet in free]
+    return [spec.crop_tokens] * (1 if shares_tokens(spec) else num_crops(sheets))

@@ -17,6 +17,7 @@ import msgspec
 from shared.errors import ErrorCode, FinishReason
 from shared.image_spec import EdgeTiles as EdgeTiles
 from shared.image_spec import FreeSize as FreeSize
+from shared.image_spec import FreeTiles as FreeTiles
 from shared.image_spec import ImageInput as ImageInput
 from shared.image_spec import ImageLayout as ImageLayout
 from shared.image_spec import ImageSpec as ImageSpec

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from shared.image_spec import OverlappingTiles
@@ -99,13 +101,40 @@ def edge_sizes(
     return scaled, (max(crop_size, whole(int(cut_high * ratio))), cut_high)
 
 
-def nearest_ratio(width: int, height: int, crop_size: int, least: int, most: int) -> tuple[int, int]:
-    """(columns, rows) of tiles, `least` to `most` of them, whose proportions are nearest to the picture's.
+Grid = tuple[int, int]
+"""Columns and rows."""
 
-    Of equally near ones the larger, while it has less than twice the picture's area (InternVL's rule).
-    """
+
+@lru_cache
+def grids_by_area(least: int, most: int) -> tuple[Grid, ...]:
+    """All grids of `least` to `most` tiles, smaller ones first, of as many tiles those of fewer columns."""
     grids = [(cols, rows) for cols in range(1, most + 1) for rows in range(1, most + 1)]
-    grids = sorted((g for g in grids if least <= g[0] * g[1] <= most), key=lambda g: g[0] * g[1])
+    return tuple(sorted((g for g in grids if least <= g[0] * g[1] <= most), key=_area))
+
+
+@lru_cache
+def grids_by_chance(least: int, most: int) -> tuple[Grid, ...]:
+    """The same; of as many tiles in the order of a set, as LFM2-VL's processor has it. Between equally near proportions
+    the order decides, and hashes of numbers are the same in every process."""
+    grids = {
+        (cols, rows)
+        for num in range(least, most + 1)
+        for cols in range(1, num + 1)
+        for rows in range(1, num + 1)
+        if least <= cols * rows <= most
+    }
+    return tuple(sorted(grids, key=_area))
+
+
+def _area(grid: Grid) -> int:
+    return grid[0] * grid[1]
+
+
+def nearest_ratio(width: int, height: int, crop_size: int, grids: Sequence[Grid]) -> Grid:
+    """The grid of tiles whose proportions are nearest to the picture's.
+
+    Of equally near ones the later, while it has less than twice the picture's area (InternVL's rule).
+    """
     best, best_off = (1, 1), math.inf
     for cols, rows in grids:
         off = abs(width / height - cols / rows)
@@ -130,6 +159,25 @@ def free_size(width: int, height: int, unit: int, min_pixels: int, max_pixels: i
         high = math.ceil(height * by / unit) * unit
         wide = math.ceil(width * by / unit) * unit
     return max(wide, unit), max(high, unit)
+
+
+def free_size_of_one(width: int, height: int, unit: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """As `free_size`, but a side of less than half a unit counts as one when the area is judged (LFM2-VL)."""
+    high, wide = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
+    if min_pixels <= high * wide <= max_pixels:
+        return wide, high
+    if high * wide > max_pixels:
+        by = math.sqrt((height * width) / max_pixels)
+        high = max(unit, math.floor(height / by / unit) * unit)
+        return max(unit, math.floor(width / by / unit) * unit), high
+    by = math.sqrt(min_pixels / (height * width))
+    return math.ceil(width * by / unit) * unit, math.ceil(height * by / unit) * unit
+
+
+def is_large(width: int, height: int, unit: int, least_side: int, large_pixels: float) -> bool:
+    """Whether a picture's area, in whole units, is beyond that; no side counts as less than `least_side`."""
+    high, wide = (max(least_side, round(side / unit) * unit) for side in (height, width))
+    return high * wide > large_pixels
 
 
 def most_free_pixels(unit: int, min_pixels: int, max_pixels: int) -> int:

@@ -116,9 +116,18 @@ def add_taps(hidden: Tensor, taps: Sequence[tuple[int, Tensor]], layer: int) -> 
             hidden[first : first + len(own)] += own
 
 
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """What layers that convolve keep of a sequence: of each the last `num_inputs` inputs, `width` wide."""
+
+    num_layers: int
+    num_inputs: int
+    width: int
+
+
 @dataclass(slots=True)
 class KVCache:
-    """The paged memory of all layers; `keys[l]`, `values[l]`: (num_pages, page_tokens, kv_heads, head_dim)."""
+    """The paged memory of all layers that attend; `keys[l]`, `values[l]`: (num_pages, page_tokens, kv_heads, head_dim)."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -126,6 +135,8 @@ class KVCache:
     arrivals: Tensor | None = (
         None  # (rows · kv_heads,) int32, all 0 between kernels: of programs that share a head
     )
+    states: list[Tensor] = field(default_factory=list)
+    """Of each layer that convolves: (num_pages, lines, width), see `worker.models.paged_convolution`."""
 
 
 @dataclass(slots=True)

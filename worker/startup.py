@@ -48,6 +48,7 @@ from worker.sim.runner import SimRunner, fake_card
 from worker.sim.timeline import RealClock
 from worker.sim.tokenizer import SIM_TOKENIZER, VOCAB_SIZE
 from worker.step.contract import Runner
+from worker.step.kv_memory import page_bytes
 from worker.step.staging import StepShape
 from worker.step.torch_runner import TorchRunner
 from worker.step.warm_up import warm_up
@@ -311,14 +312,7 @@ def refuse_quantize(config: WorkerConfig, device: torch.device) -> None:
 
 def count_pages(config: WorkerConfig, device: Device, model: Model, context_tokens: int) -> int:
     """KV pages in the memory that is free. Raises ConfigError where that is too little."""
-    page_bytes = (
-        2
-        * model.num_layers
-        * config.page_tokens
-        * model.num_kv_heads
-        * model.head_dim
-        * model.kv_dtype.itemsize
-    )
+    of_page = page_bytes(model, config.page_tokens)
     on_cpu = device.torch_device.type == "cpu"
     encoder = model.encoder
     if on_cpu:
@@ -331,12 +325,12 @@ def count_pages(config: WorkerConfig, device: Device, model: Model, context_toke
             free_bytes -= config.step_crops * crop_bytes
     per_sequence = -(-context_tokens // config.page_tokens)
     most = config.max_rows * per_sequence + 1  # only the prefix cache could use more
-    num_pages = min(free_bytes // page_bytes, 4 * most)
+    num_pages = min(free_bytes // of_page, 4 * most)
     least = -(-max(model.prefix_tokens, MIN_CONTEXT_TOKENS) // config.page_tokens) + 1
     if num_pages <= least:
         raise ConfigError(
-            f"only {free_bytes >> 20} MiB are free for KV memory, and {least} pages of {page_bytes >> 10} KiB are "
-            f"the least to serve with; a safe value for kv_bytes is {2 * least * page_bytes}"
+            f"only {free_bytes >> 20} MiB are free for KV memory, and {least} pages of {of_page >> 10} KiB are "
+            f"the least to serve with; a safe value for kv_bytes is {2 * least * of_page}"
         )
     return int(num_pages)
 

@@ -21,12 +21,13 @@ from worker.device.cpu import CpuDevice
 from worker.formats.locate import POCKET, locate
 from worker.formats.open_source import open_source
 from worker.formats.source import Source
-from worker.forward import KVCache, PrefillSegment, StepTokens
+from worker.forward import PrefillSegment, StepTokens
 from worker.models.contract import Model
 from worker.models.held import held_bytes
 from worker.models.registry import load_model
 from worker.native.library import torch_alone
 from worker.native.quantised_source import QuantisedSource
+from worker.step.kv_memory import pages_of
 
 PASSAGE = Path(__file__).with_name("passage.txt")
 WINDOW = 512  # tokens that see each other; the next window begins anew
@@ -60,12 +61,7 @@ class Reader:
     def __init__(self, model: Model, chunk: int) -> None:
         self._model, self._chunk = model, chunk
         pages = -(-WINDOW // PAGE_TOKENS) + 1
-        shape = (pages, PAGE_TOKENS, model.num_kv_heads, model.head_dim)
-
-        def memory() -> list[Tensor]:
-            return [torch.zeros(shape, dtype=model.kv_dtype) for _ in range(model.num_layers)]
-
-        self._cache = KVCache(memory(), memory(), PAGE_TOKENS)
+        self._cache = pages_of(model, pages, PAGE_TOKENS)
         self._table = torch.arange(1, pages, dtype=torch.int32)
 
     def logits(self, ids: list[int]) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from worker.formats.folder import Folder
 from worker.formats.moondream_tokenizer import QUERY_ID, RESERVED
 from worker.models.card import make_card as make_dense_card
 from worker.models.dense import Dense
-from worker.models.families import llama, qwen
+from worker.models.families import lfm2, llama, qwen
 from worker.models.moondream import Moondream
 from worker.models.moondream3 import Moondream3
 from worker.models.moondream_card import make_card
@@ -42,6 +42,14 @@ _QWEN3 = {
     "rope_theta": 1e6,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
+}
+_LFM2 = {
+    "model_type": "lfm2",
+    "conv_L_cache": 3,
+    "block_auto_adjust_ff_dim": False,
+    "max_position_embeddings": 128000,
+    "rope_theta": 1e6,
+    "norm_eps": 1e-5,
 }
 _SMALL_VISION = {"enc_n_layers": 1, "enc_dim": 32, "enc_ff_dim": 48, "enc_n_heads": 2, "crop_size": 70}
 
@@ -122,6 +130,31 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
     },
+    # 30.5 billion parameters, 61 GB in bf16, of which a token reads 3.3 billion.
+    "qwen3-30b-a3b": _QWEN3
+    | {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 48,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+    "lfm2-1.2b": _LFM2
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 16,
+        "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+        "vocab_size": 65536,
+    },
     # For smoke runs and tests, never for figures.
     "tiny-moondream": _TINY_MOONDREAM,
     "tiny-moondream3": _TINY_MOONDREAM_3,
@@ -133,6 +166,31 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "num_hidden_layers": 2,
+        "vocab_size": 300,
+    },
+    "tiny-qwen3-moe": _QWEN3
+    | {
+        "model_type": "qwen3_moe",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 300,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "tiny-lfm2": _LFM2
+    | {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 5,
+        "full_attn_idxs": [2, 4],
         "vocab_size": 300,
     },
     "tiny-llama": {
@@ -150,13 +208,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+_DENSE = {
+    "qwen3": ("Qwen3ForCausalLM", qwen.read_qwen3),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", qwen.read_qwen3_moe),
+    "lfm2": ("Lfm2ForCausalLM", lfm2.read),
+    "llama": ("LlamaForCausalLM", llama.read),
+}
 _TABLES = ("model.embed_tokens.weight",)
 _READ_BY_STEPS = ("text.blocks", "text.lm_head", "text.post_ln", "model.layers", "model.norm", "lm_head")
 
 
 @dataclass(frozen=True, slots=True)
 class RandomModel:
-    """A model, and how many bytes of its weights one decode step must read whatever the batch."""
+    """A model, and how many bytes of its weights one decode step must read whatever the batch: of experts those of one row."""
 
     model: Moondream | Dense
     decode_bytes: int
@@ -189,7 +253,10 @@ def random_model(
         # A step reads one row of an embedding table for each token, but all of a tied table, which is also the head.
         tied = name == "model.embed_tokens.weight" and raw.get("tie_word_embeddings")
         if not is_table and (tied or name.startswith(_READ_BY_STEPS)):
-            decode_bytes += num_bytes
+            is_expert = ".experts." in name
+            decode_bytes += (
+                num_bytes * raw["num_experts_per_tok"] // raw["num_experts"] if is_expert else num_bytes
+            )
 
     def take_weight(name: str, *size: int) -> Tensor | Quantised:
         tensor = draw(*size)
@@ -232,11 +299,10 @@ def random_model(
                 decode_bytes = model.step_bytes  # of the experts, those that one token chooses
         else:
             kind = str(raw["model_type"])
-            named = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[kind]
+            named, read = _DENSE[kind]
             raw |= {"architectures": [named], "degas": described | {"context_tokens": context_tokens}}
             (home / "config.json").write_text(json.dumps(raw))
             source = Folder(home)
-            read = {"qwen3": qwen.read_qwen3, "llama": llama.read}[kind]
             sizes = read(Settings(raw, source.settings_file))
             model = Dense(
                 sizes, make_dense_card(sizes, source, kind), take, device, take_weight if quantize else None

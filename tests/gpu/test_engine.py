@@ -29,6 +29,7 @@ from shared.protocol import (
 )
 from tests.two_sheets import image_input
 from worker.device.choices import flipped, names
+from worker.device.contract import Device
 from worker.device.cuda import CudaDevice
 from worker.loop.engine import Engine
 from worker.loop.inbox import Inbox, Received
@@ -75,7 +76,7 @@ class Tokens:
         pass
 
 
-def make_runner(model: Model, device: CudaDevice) -> TorchRunner:
+def make_runner(model: Model, device: Device) -> TorchRunner:
     return TorchRunner(
         model,
         device,

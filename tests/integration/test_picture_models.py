@@ -15,6 +15,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 
 from loadtest.peers.process import free_port
 from tests.integration.stack import stack
+from tests.unit.worker.models.flex_oracle import FLEX
 from tests.unit.worker.models.free_oracle import FREE
 from tests.unit.worker.models.picture_oracle import FAMILIES, Oracle, Turn, data_url, scene
 
@@ -54,9 +55,9 @@ def as_openai(turns: Sequence[Turn]) -> list[Any]:
     return sent
 
 
-@pytest.mark.parametrize("family", ["smolvlm", "gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["smolvlm", "gemma3", "qwen3_vl", "lfm2_vl"])
 def test_two_pictures_then_a_second_turn(family: str, tmp_path: Path) -> None:
-    oracle = {**FAMILIES, **FREE}[family](tmp_path)
+    oracle = {**FAMILIES, **FREE, **FLEX}[family](tmp_path)
     turns: list[Turn] = [("user", [scene(70, 50, 1), "and", scene(33, 150, 2), "which one?"])]
     grpc_port = free_port()
     flags = ["--device", "cpu", "--dtype", "float32", "--model", str(tmp_path)]

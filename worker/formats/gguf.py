@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ class GgufTensors:
                 continue
             if target.name in self._tensors:
                 raise CheckpointError(f"stored twice, as {target.name}", file=stored.path, tensor=name)
-            self._tensors[target.name] = (stored, target.transposed)
+            shaped = replace(stored, shape=architecture.shape(name, stored.shape))
+            self._tensors[target.name] = (shaped, target.transposed)
         self._left = set(self._tensors)
         self._done_bytes = 0
         self.num_bytes = sum(stored.num_bytes for stored, _ in self._tensors.values())

@@ -30,6 +30,25 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+_CONVOLUTIONS = {
+    "attn_norm": "operator_norm",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+}
 _NORMS_AROUND = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -37,7 +56,7 @@ _NORMS_AROUND = {
 }
 # Tensors that are not taken: config.json has their values, or the model computes them.
 _DROPPED = re.compile(r"^rope_(freqs|factors_long|factors_short)\.weight$|\.attn_rot_embd\.weight$")
-_IN_LAYER = re.compile(r"^blk\.(\d+)\.([a-z0-9_]+)\.(weight|bias)$")
+_IN_LAYER = re.compile(r"^blk\.(\d+)\.([a-z0-9_.]+)\.(weight|bias)$")
 _ON_TOP = re.compile(r"^([a-z_]+)\.(weight|bias)$")
 
 Extra = Callable[[Settings], dict[str, Any]]
@@ -55,6 +74,9 @@ class Architecture:
     model_type: str
     extra: Extra = _nothing  # settings of this family alone
     layer: dict[str, str] = field(default_factory=dict)  # names that differ from _LAYER
+    top: dict[str, str] = field(default_factory=dict)  # and from _TOP
+    experts: bool = False  # it has a mixture of them
+    some_attend: bool = False  # layers that do not have no key heads
     interleaved: bool = False  # q and k are stored with the two halves of a rotary pair side by side
     norm_offset: bool = False  # norms are stored as w + 1, where the family adds the 1 itself
     eps: str = "attention.layer_norm_rms_epsilon"
@@ -62,7 +84,7 @@ class Architecture:
     def config(self, container: Container) -> dict[str, Any]:
         """What config.json would say. Raises CheckpointError."""
         settings = Settings(container)
-        if settings.maybe_count("expert_count"):
+        if not self.experts and settings.maybe_count("expert_count"):
             raise CheckpointError(
                 f"a mixture of experts of architecture {settings.architecture!r}, which is not served; "
                 "dense models of it are",
@@ -75,7 +97,7 @@ class Architecture:
         head_dim = settings.count("attention.key_length", max(1, width // num_heads))
         if settings.count("attention.value_length", head_dim) != head_dim:
             raise settings.error("attention.value_length", f"is not that of the keys, {head_dim}")
-        num_kv_heads = settings.count("attention.head_count_kv", num_heads)
+        num_kv_heads = settings.count("attention.head_count_kv", num_heads, skip_zeros=self.some_attend)
         if num_heads % num_kv_heads:
             raise settings.error("attention.head_count", f"({num_heads}) is no multiple of {num_kv_heads}")
         return {
@@ -105,9 +127,16 @@ class Architecture:
             found = self.layer.get(leaf) or _LAYER.get(leaf)
             return f"model.layers.{index}.{found}.{kind}" if found else name
         match = _ON_TOP.match(name)
-        if match and match[1] in _TOP:
-            return f"{_TOP[match[1]]}.{match[2]}"
-        return name
+        found = (self.top.get(match[1]) or _TOP.get(match[1])) if match else None
+        return f"{found}.{match[2]}" if match and found else name
+
+    def shape(self, name: str, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that models ask for a tensor (GGUF's name) in, of as many values in the same order."""
+        if name.endswith("_exps.weight") and len(stored) == 3:
+            return stored[0] * stored[1], stored[2]  # the rows of all experts in turn
+        if name.endswith(".shortconv.conv.weight") and len(stored) == 2:
+            return stored[0], 1, stored[1]
+        return stored
 
     def is_interleaved(self, name: str) -> bool:
         """Whether the rows of this tensor (GGUF's name) are to be put back into halves."""
@@ -215,6 +244,27 @@ def _stablelm(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _qwen3_moe(settings: Settings) -> dict[str, Any]:
+    return {
+        "num_experts": settings.count("expert_count"),
+        "num_experts_per_tok": settings.count("expert_used_count"),
+        "moe_intermediate_size": settings.count("expert_feed_forward_length"),
+        "norm_topk_prob": settings.flag("expert_weights_norm", True),  # llama.cpp always does
+        "stacked_experts": True,
+    }
+
+
+def _lfm2(settings: Settings) -> dict[str, Any]:
+    heads = settings.counts("attention.head_count_kv", settings.count("block_count"))
+    return {
+        "layer_types": ["full_attention" if num else "conv" for num in heads],
+        "conv_L_cache": settings.count("shortconv.l_cache"),
+        "conv_bias": any(settings.has(f"blk.{i}.shortconv.in_proj.bias") for i in range(len(heads))),
+        "block_auto_adjust_ff_dim": False,
+        "norm_eps": settings.number("attention.layer_norm_rms_epsilon"),
+    }
+
+
 def _head_dim(settings: Settings) -> int:
     default = settings.count("embedding_length") // settings.count("attention.head_count")
     return settings.count("attention.key_length", default)
@@ -224,6 +274,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("LlamaForCausalLM", "llama", _llama, interleaved=True),
     "qwen2": Architecture("Qwen2ForCausalLM", "qwen2"),
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3"),
+    "qwen3moe": Architecture("Qwen3MoeForCausalLM", "qwen3_moe", _qwen3_moe, layer=_EXPERTS, experts=True),
+    "lfm2": Architecture(
+        "Lfm2ForCausalLM",
+        "lfm2",
+        _lfm2,
+        layer=_CONVOLUTIONS,
+        # The norm behind the last layer, under a name that llama.cpp has given up since.
+        top={"token_embd_norm": "model.embedding_norm", "output_norm": "model.embedding_norm"},
+        some_attend=True,
+    ),
     "phi3": Architecture("Phi3ForCausalLM", "phi3", _phi3, layer={"ffn_up": "mlp.gate_up_proj"}),
     "gemma2": Architecture("Gemma2ForCausalLM", "gemma2", _gemma2, layer=_NORMS_AROUND, norm_offset=True),
     "gemma3": Architecture(

@@ -18,9 +18,11 @@ class Settings:
         self.container = container
         self.architecture = str(container.metadata.get("general.architecture", ""))
 
-    def count(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1; per-layer lists count where all layers agree."""
+    def count(self, name: str, default: int | None = None, *, skip_zeros: bool = False) -> int:
+        """A whole number of at least 1; per-layer lists count where all layers agree, but those with 0 if they are skipped."""
         value = self._get(name)
+        if skip_zeros and isinstance(value, np.ndarray):
+            value = value[value != 0]
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
             if (value != value[0]).any():
                 raise self.error(name, f"differs between layers ({value.min()} … {value.max()})")
@@ -32,6 +34,15 @@ class Settings:
                 name, f"is {value!r}; expected a whole number of at least 1", missing=value is None
             )
         return value
+
+    def counts(self, name: str, length: int) -> list[int]:
+        """A whole number of at least 0 for each of so many layers, from a list or from the one number of all."""
+        value = self._get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return [value] * length
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or value.shape != (length,):
+            raise self.error(name, f"is no list of {length} whole numbers", missing=value is None)
+        return [int(one) for one in value]
 
     def maybe_count(self, name: str) -> int | None:
         """As `count`, but None where the file has no such setting, or 0."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from worker.forward import KVCache, StepTokens
+from worker.models.paged_convolution import PagedConvolution
 from worker.models.torch_attention import FULL, GatherSpace, LayerAttention, TorchRows, multiplies_bf16
 from worker.native.operations import Operations
 from worker.native.token_rows import TokenRows, token_rows
@@ -78,6 +79,7 @@ class AttentionPlan:
         self._rotations = (rotations,) if isinstance(rotations, Tensor) else rotations
         self._native_rows: TokenRows | None = None
         self._by_window: dict[int, TorchRows] = {}
+        self._convolution: PagedConvolution | None = None
         self._native = native
         head_dim = cache.keys[0].shape[3]
         if (
@@ -145,6 +147,12 @@ class AttentionPlan:
         (N, H·D) in the cache's dtype.
         """
         return self._torch_rows(kind.window).attend(layer, query, key, value, kind)
+
+    def convolve(self, place: int, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See `PagedConvolution`; all layers of a model have as many taps."""
+        if self._convolution is None:
+            self._convolution = PagedConvolution(self._tokens, self._cache, len(weight))
+        return self._convolution(place, inputs, weight, bias)
 
     def _torch_rows(self, window: int) -> TorchRows:
         rows = self._by_window.get(window)

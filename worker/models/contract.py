@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shared.protocol import ModelCard
 from worker.formats.source import ProgressReport, Source
-from worker.forward import ImageCrops, KVCache, StepTokens
+from worker.forward import ImageCrops, KVCache, StateShape, StepTokens
 
 EncodeCrops = Callable[[Tensor], Tensor]
 """(C, S, S, 3) uint8 → (C, num_tokens, width), see `CropEncoder`; of crops of any size (1, H, W, 3) → (1, tokens, width)."""
@@ -38,7 +38,8 @@ class Model(Protocol):
     """A loaded model. Every method is called on the decode thread, on the compute stream."""
 
     card: ModelCard
-    num_layers: int
+    num_layers: int  # that attend: with keys and values
+    states: StateShape | None  # of layers that keep something else
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared.protocol import ModelCard
 from worker.device.choices import choices
-from worker.forward import ImageCrops, KVCache, StepTokens, add_taps
+from worker.forward import ImageCrops, KVCache, StateShape, StepTokens, add_taps
 from worker.models.attention import AttentionPlan, fastest_kv_dtype, fuses, readable_kv_dtypes
 from worker.models.contract import CropEncoder, EncodeCrops
 from worker.models.head import Head
@@ -32,7 +32,8 @@ class Block(Protocol):
     """One layer of a decoder."""
 
     def __call__(self, hidden: Tensor, plan: AttentionPlan, layer: int) -> Tensor:
-        """(N, D) residual stream → (N, D) with this layer's sums added; writes K and V of layer number `layer`."""
+        """(N, D) residual stream → (N, D) with this layer's sums added; writes K and V of layer number `layer`, counted
+        among those that keep the same."""
         ...
 
     def fused(
@@ -56,6 +57,7 @@ class Decoder:
 
     prefix_tokens = 0
     num_taps = 0
+    states: StateShape | None = None
     rotary_axes: Tensor | None = None  # (R/2,) int64: by which axis of its position each pair is rotated
 
     def __init__(
@@ -72,17 +74,21 @@ class Decoder:
         head_dim: int,
         embedding_scale: float = 1.0,
         biased: bool = False,
+        convolving: frozenset[int] = frozenset(),
     ) -> None:
+        """`convolving` are the layers that keep states in place of keys and values, see `contract.Model.states`."""
         self.card = card
         self.device, self.dtype = words.device, words.dtype
-        self.num_layers, self.num_kv_heads, self.head_dim = len(blocks), num_kv_heads, head_dim
+        self._places = _places(len(blocks), convolving)
+        self.num_layers = len(blocks) - len(convolving)
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.weight_bytes = self.num_weights = 0
         self.biased = biased
         self._native = operations(self.device)
         self.kv_dtype = fastest_kv_dtype(self.device, self.dtype, self._native)
         rotary_dim = 2 * rotations[0].shape[-1]
         self.kv_dtypes = readable_kv_dtypes(self.kv_dtype, self.dtype, head_dim, rotary_dim, self._native)
-        self.fuses = fuses(self.device, head_dim)
+        self.fuses = not convolving and fuses(self.device, head_dim)
         self._words = words
         # In the words' dtype, as the families that scale them were trained.
         self._embedding_scale = None if embedding_scale == 1.0 else words.new_tensor(embedding_scale)
@@ -133,7 +139,7 @@ class Decoder:
                 return done
         plan = AttentionPlan(tokens, cache, self._space, self._native, rotations, hidden.dtype)
         for layer, block in enumerate(self._blocks):
-            hidden = block(hidden, plan, layer)
+            hidden = block(hidden, plan, self._places[layer])
             add_taps(hidden, tokens.taps, layer)
             tokens.progress()
         return hidden
@@ -188,3 +194,9 @@ class Decoder:
     def decode_values(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """Refused: intake lets no spatial task through to a model without one among its capabilities."""
         raise RuntimeError(f"{self.card.model_id} reads text only; its tokens stand for no coordinates")
+
+
+def _places(num_layers: int, convolving: frozenset[int]) -> list[int]:
+    """The number of each layer among those that keep the same as it does."""
+    before = [sum(one < index for one in convolving) for index in range(num_layers)]
+    return [num if index in convolving else index - num for index, num in enumerate(before)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,24 +17,18 @@ from torch import Tensor
 
 from shared.protocol import ModelCard
 from worker.formats.source import ProgressReport, Rename, Source, Target
+from worker.forward import StateShape
 from worker.models.attention import AttentionPlan
-from worker.models.decoder import Decoder
+from worker.models.conv_block import ConvBlock
+from worker.models.decoder import Block, Decoder
 from worker.models.dense_config import DenseConfig
+from worker.models.dense_weights import take_block_norm, take_gated_mlp, take_qkv, take_scaled
 from worker.models.head import Head
-from worker.models.layers import (
-    GatedMlp,
-    LayerNorm,
-    PackedLinear,
-    RmsNorm,
-    Take,
-    TakeWeight,
-    take_norm,
-    together,
-)
+from worker.models.layers import GatedMlp, LayerNorm, RmsNorm, Take, TakeWeight
+from worker.models.mixture import Mixture, take_mixture
 from worker.models.qk_norm import head_weights, product_norm
-from worker.models.rope import pair_order, rotation_table
+from worker.models.rope import rotation_table
 from worker.models.taking import Taker
-from worker.native.quantised import Quantised
 from worker.native.stack import GatedLayer
 
 if TYPE_CHECKING:
@@ -65,8 +58,8 @@ class Dense(Decoder):
         if words is None:
             words = take(embedding, sizes.vocab_size, sizes.dim)
         layers = range(sizes.num_layers)
-        blocks = [_Block(take, take_weight, f"model.layers.{i}", sizes, i, words.dtype) for i in layers]
-        norm = _take_norm(take, "model.norm", sizes)
+        blocks = [_block(take, take_weight, f"model.layers.{i}", sizes, i, words.dtype) for i in layers]
+        norm = take_block_norm(take, "model.norm", sizes)
         # q and k are rotated by numbers of this length, so scores are scaled by its square, exactly and on every path.
         length = sizes.score_scale**0.5
         super().__init__(
@@ -81,7 +74,28 @@ class Dense(Decoder):
             head_dim=sizes.head_dim,
             embedding_scale=sizes.embedding_scale,
             biased=sizes.qkv_bias or sizes.out_bias or sizes.mlp_bias,
+            convolving=frozenset() if sizes.conv is None else sizes.conv.layers,
         )
+        if sizes.conv is not None:
+            self.states = StateShape(len(sizes.conv.layers), sizes.conv.num_taps - 1, sizes.dim)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that a step of one row reads: of experts those of the chosen."""
+        idle = [
+            block.mlp.idle_bytes
+            for block in self._blocks
+            if isinstance(block, _Block) and isinstance(block.mlp, Mixture)
+        ]
+        return super().step_bytes - sum(idle)
+
+
+def _block(
+    take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig, index: int, dtype: torch.dtype
+) -> Block:
+    if sizes.conv is not None and index in sizes.conv.layers:
+        return ConvBlock(take, take_weight, name, sizes, dtype)
+    return _Block(take, take_weight, name, sizes, index, dtype)
 
 
 class _Block:
@@ -105,22 +119,25 @@ class _Block:
         self._eps = sizes.eps
 
         def norm(part: str | None) -> LayerNorm | RmsNorm | None:
-            return None if part is None else _take_norm(take, f"{name}.{part}", sizes)
+            return None if part is None else take_block_norm(take, f"{name}.{part}", sizes)
 
         self._before_attention, self._after_attention = (
             norm(names.before_attention),
             norm(names.after_attention),
         )
         self._before_mlp, self._after_mlp = norm(names.before_mlp), norm(names.after_mlp)
-        self._qkv = _take_qkv(take, take_weight, attention, sizes, dtype)
+        self._qkv = take_qkv(take, take_weight, attention, sizes, dtype)
         self._qk_weight = head_weights(take, attention, sizes)
         self._head_norm = RmsNorm(torch.ones(sizes.head_dim, device=self._qkv.device), sizes.eps)
         self._product_norm = product_norm(take, attention, sizes)
-        scaled = partial(_take_scaled, take, take_weight, sizes, dtype)
-        self._out = scaled(f"{attention}.o_proj", sizes.dim, sizes.q_dim, sizes.out_bias)
-        gate_up = _take_gate_up(take, take_weight, f"{name}.mlp", sizes, dtype)
-        down = scaled(f"{name}.mlp.down_proj", sizes.dim, sizes.ff_dim, sizes.mlp_bias)
-        self._mlp = GatedMlp(gate_up, down, gelu=sizes.gelu)
+        self._out = take_scaled(
+            take, take_weight, sizes, dtype, f"{attention}.o_proj", sizes.dim, sizes.q_dim, sizes.out_bias
+        )
+        self.mlp: GatedMlp | Mixture
+        if sizes.experts is not None and index in sizes.experts.layers:
+            self.mlp = take_mixture(take, take_weight, f"{name}.mlp", sizes.experts, sizes.dim, dtype)
+        else:
+            self.mlp = take_gated_mlp(take, take_weight, f"{name}.mlp", sizes, dtype)
 
     def __call__(self, hidden: Tensor, plan: AttentionPlan, layer: int) -> Tensor:
         """See `decoder.Block`."""
@@ -141,8 +158,8 @@ class _Block:
         if not self._parallel:
             normed = hidden if self._before_mlp is None else self._before_mlp(hidden)
         if self._after_mlp is None:
-            return self._mlp.add(normed, hidden)
-        return hidden + self._after_mlp(self._mlp(normed))
+            return self.mlp.add(normed, hidden)
+        return hidden + self._after_mlp(self.mlp(normed))
 
     def _product(self, normed: Tensor, *, fused: bool = False) -> Tensor:
         qkv = self._qkv.fused(normed) if fused else self._qkv(normed)
@@ -150,10 +167,10 @@ class _Block:
 
     def native_layer(self) -> GatedLayer | None:
         """See `decoder.Block`: two RMS norms before, none after, the first rotation, a SiLU gate."""
+        if isinstance(self.mlp, Mixture):
+            return None
         first, second = self._before_attention, self._before_mlp
-        qkv, out, gate_up, down = (
-            x.native for x in (self._qkv, self._out, self._mlp.gate_up, self._mlp.down)
-        )
+        qkv, out, gate_up, down = (x.native for x in (self._qkv, self._out, self.mlp.gate_up, self.mlp.down))
         if qkv is None or out is None or gate_up is None or down is None:
             return None
         if (
@@ -163,7 +180,7 @@ class _Block:
         ):
             return None
         plain = self._after_attention is None and self._after_mlp is None and self._product_norm is None
-        if not plain or self._kind.rotation or not self._mlp.gate_up.gates_native:
+        if not plain or self._kind.rotation or not self.mlp.gate_up.gates_native:
             return None
         return GatedLayer(
             attention_norm=first.weight.data_ptr(),
@@ -212,9 +229,9 @@ class _Block:
         if self._after_attention is not None:
             gained = self._after_attention.fused(gained, None)[1]
         if self._parallel:
-            return hidden, self._mlp.fused(normed, gained)
+            return hidden, self.mlp.fused(normed, gained)
         hidden, normed = _add_norm(self._before_mlp, hidden, gained)
-        gained = self._mlp.fused(normed)
+        gained = self.mlp.fused(normed)
         if self._after_mlp is not None:
             gained = self._after_mlp.fused(gained, None)[1]
         return hidden, gained
@@ -228,85 +245,6 @@ def _add_norm(
         return norm.fused(hidden, gained)
     summed = hidden if gained is None else hidden + gained
     return summed, summed
-
-
-def _take_norm(take: Take, name: str, sizes: DenseConfig) -> LayerNorm | RmsNorm:
-    if sizes.layer_norm:
-        return take_norm(take, name, sizes.dim, sizes.eps)
-    if sizes.unit_offset:
-        # Kept in fp32: 1 + w has more digits than bf16 does.
-        return RmsNorm(take(f"{name}.weight", sizes.dim, dtype=torch.float32) + 1.0, sizes.eps)
-    return RmsNorm(take(f"{name}.weight", sizes.dim), sizes.eps)
-
-
-def _take_qkv(
-    take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig, dtype: torch.dtype
-) -> PackedLinear:
-    """q, k and v as one product, the dimensions of each q and k head in rotary pairs (see `pair_order`)."""
-    widths = (sizes.q_dim, sizes.kv_dim, sizes.kv_dim)
-    order = _qkv_order(sizes)
-
-    def parts(take: TakeWeight, kind: str, *inputs: int) -> list[Tensor | Quantised]:
-        if sizes.fused_projections:
-            return [take(f"{name}.qkv_proj.{kind}", sum(widths), *inputs)]
-        names = zip(("q_proj", "k_proj", "v_proj"), widths, strict=True)
-        return [take(f"{name}.{part}.{kind}", width, *inputs) for part, width in names]
-
-    bias: Tensor | None = None
-    if sizes.qkv_bias:
-        stacked = together(parts(take, "bias"))
-        assert isinstance(stacked, Tensor)
-        bias = stacked[order.to(stacked.device)]
-    weight = together(parts(take_weight, "weight", sizes.dim))
-    ordered = weight[order.to(weight.device)] if isinstance(weight, Tensor) else weight.ordered(order)
-    return PackedLinear(ordered, bias, dtype=dtype)
-
-
-def _qkv_order(sizes: DenseConfig) -> Tensor:
-    """Which row of q, k and v (all stacked) stands where: those of each q and k head in pairs, v's as they are."""
-    pairs = pair_order(sizes.head_dim, sizes.rotary_dim)
-    heads = torch.arange(sizes.num_heads + sizes.num_kv_heads).unsqueeze(1) * sizes.head_dim
-    rotated = (heads + pairs).flatten()
-    return torch.cat([rotated, torch.arange(len(rotated), len(rotated) + sizes.kv_dim)])
-
-
-def _take_gate_up(
-    take: Take, take_weight: TakeWeight, name: str, sizes: DenseConfig, dtype: torch.dtype
-) -> PackedLinear:
-    def stacked(take: TakeWeight, kind: str, *inputs: int) -> Tensor | Quantised:
-        if sizes.fused_projections:
-            return take(f"{name}.gate_up_proj.{kind}", 2 * sizes.ff_dim, *inputs)
-        return together(
-            [take(f"{name}.{part}_proj.{kind}", sizes.ff_dim, *inputs) for part in ("gate", "up")]
-        )
-
-    bias = stacked(take, "bias") if sizes.mlp_bias else None
-    assert bias is None or isinstance(bias, Tensor)
-    weight = stacked(take_weight, "weight", sizes.dim)
-    return PackedLinear(weight, bias, gated=not sizes.gelu, dtype=dtype)
-
-
-def _take_scaled(
-    take: Take,
-    take_weight: TakeWeight,
-    sizes: DenseConfig,
-    dtype: torch.dtype,
-    name: str,
-    outputs: int,
-    inputs: int,
-    biased: bool,
-) -> PackedLinear:
-    """A product that adds to the residual stream, its factor multiplied in before the weights are rounded."""
-
-    def scaled(tensor: Tensor) -> Tensor:
-        return (tensor.float() * sizes.residual_scale).to(tensor.dtype)
-
-    bias = take(f"{name}.bias", outputs) if biased else None
-    weight = take_weight(f"{name}.weight", outputs, inputs)
-    if sizes.residual_scale != 1.0:
-        bias = None if bias is None else scaled(bias)
-        weight = scaled(weight) if isinstance(weight, Tensor) else weight.scaled(sizes.residual_scale)
-    return PackedLinear(weight, bias, dtype=dtype)
 
 
 def load_dense(

@@ -43,6 +43,27 @@ class NormNames:
 
 
 @dataclass(frozen=True, slots=True)
+class MixtureConfig:
+    """Layers that have many small gated MLPs, of which a router chooses a few for each token."""
+
+    num_experts: int
+    num_chosen: int  # of a token
+    ff_dim: int  # of an expert
+    sums_to_one: bool  # the weights of the chosen add up to 1
+    layers: frozenset[int]  # all others have one MLP
+    stacked: bool = False  # the file has all experts of a layer in one tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ConvConfig:
+    """Layers that mix tokens by a short convolution in place of attention."""
+
+    num_taps: int
+    bias: bool
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class DenseConfig:
     """A dense decoder: grouped-head attention and a gated MLP in each layer, and what a family has of its own."""
 
@@ -67,6 +88,8 @@ class DenseConfig:
     unit_offset: bool = False  # norms multiply by 1 + weight
     parallel: bool = False  # attention and MLP read the same norm, and both are added to its input
     fused_projections: bool = False  # stored as qkv_proj and gate_up_proj
+    experts: MixtureConfig | None = None
+    conv: ConvConfig | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what each half of a layer adds to the residual stream
     score_scale: float = 1.0  # of attention's scores, beside 1/sqrt(head_dim)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from worker.formats.source import CheckpointError, ProgressReport, Source
+from worker.formats.source import CheckpointError, ProgressReport, Rename, Source, Target
 from worker.models.card import make_card
 from worker.models.contract import Load, Model
 from worker.models.dense import load_dense
@@ -25,8 +25,16 @@ class Family:
     load: Load
 
 
-def dense_family(name: str, title: str, architecture: str, read: Callable[[Settings], DenseConfig]) -> Family:
-    """A family whose models are dense decoders: `read` makes their settings, `name` is their `model_type` too."""
+def dense_family(
+    name: str,
+    title: str,
+    architecture: str,
+    read: Callable[[Settings], DenseConfig],
+    *,
+    rename: Rename = Target,
+) -> Family:
+    """A family whose models are dense decoders: `read` makes their settings, `name` is their `model_type` too, and `rename`
+    gives stored tensors the names that `Dense` has for them."""
 
     def load(source: Source, device: torch.device, dtype: torch.dtype, report: ProgressReport) -> Model:
         settings = Settings(source.config, source.settings_file)
@@ -35,7 +43,8 @@ def dense_family(name: str, title: str, architecture: str, read: Callable[[Setti
             raise settings.fault(f"'model_type' is {model_type!r}, not {name!r} as its architecture")
         sizes = read(settings)
         card_name = name.removesuffix("_text")
-        return load_dense(source, sizes, make_card(sizes, source, card_name), device, dtype, report)
+        card = make_card(sizes, source, card_name)
+        return load_dense(source, sizes, card, device, dtype, report, rename=rename)
 
     return Family(name, title, (architecture,), load)
 

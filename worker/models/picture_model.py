@@ -6,26 +6,28 @@ are built; nothing else of it is known here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from shared.protocol import FreeSize, ImageSpec, ModelCard
+from shared.protocol import FreeSize, FreeTiles, ImageSpec, ModelCard
 from worker.formats.source import ProgressReport, Rename, Source
-from worker.forward import ImageCrops
+from worker.forward import ImageCrops, ImageSheet
 from worker.models.card import make_card
 from worker.models.contract import EncodeCrops, Model
 from worker.models.dense import Dense, load_dense
 from worker.models.dense_config import DenseConfig
 from worker.models.family import Family
+from worker.models.flex_tower import FlexTower
 from worker.models.free_tower import FreeTower
 from worker.models.layers import Take, TakeWeight
 from worker.models.settings import Settings
 from worker.models.tiling import cut_crops
 from worker.models.vision_tower import Tower
 
+AnyTower = Tower | FreeTower | FlexTower
 Project = Callable[[Tensor], Tensor]
 """A tower's features (C, T, D) → input embeddings of the decoder (C, crop_tokens, dim)."""
 
@@ -40,7 +42,7 @@ class PictureParts:
     sizes: DenseConfig
     spec: ImageSpec
     rename: Rename  # stored names → `model.…`, `lm_head.…` for the decoder, any others for the rest
-    build: Callable[[Take], tuple[Tower | FreeTower, Project]]
+    build: Callable[[Take], tuple[AnyTower, Project]]
     rotary_axes: tuple[int, ...] = ()  # of each rotated pair, where the spec's positions have several
     num_taps: int = 0  # see `contract.Model`; features are then (1 + taps) · dim wide
 
@@ -67,21 +69,33 @@ class PictureModel(Dense):
             self.rotary_axes = torch.tensor(parts.rotary_axes, device=device)
 
     @property
-    def encoder(self) -> Tower | FreeTower:
+    def encoder(self) -> AnyTower:
         """The vision tower."""
         return self._tower
 
     def encode_images(self, images: list[ImageCrops], features: EncodeCrops | None = None) -> list[Tensor]:
-        """Pictures → one (crops · crop_tokens, D) tensor each, with `num_taps` times as many columns more. Raises
+        """Pictures → one (positions, D) tensor each, with `num_taps` times as many columns more. Raises
         ValueError on sheets that do not fit."""
         if not images:
             return []
         if isinstance(self._spec.rule, FreeSize):
             encode = features or self._tower.features
             return [self._project(encode(image.sheets[0].pixels.unsqueeze(0)))[0] for image in images]
+        if isinstance(self._spec.rule, FreeTiles):
+            return [
+                torch.cat([part for sheet in image.sheets for part in self._parts(sheet, features)])
+                for image in images
+            ]
         crops = [cut_crops(image, self._spec.crop_size) for image in images]
         encoded = self._project((features or self._tower.features)(torch.cat(crops)))
         return [own.flatten(0, 1) for own in torch.split(encoded, [len(own) for own in crops])]
+
+    def _parts(self, sheet: ImageSheet, features: EncodeCrops | None) -> Iterator[Tensor]:
+        """(positions, D) of each crop of a sheet: tiles of one size, or one crop of any."""
+        encode = features or self._tower.features
+        is_one = sheet.rows == sheet.cols == 1
+        crops = sheet.pixels.unsqueeze(0) if is_one else cut_crops(ImageCrops([sheet]), self._spec.crop_size)
+        yield from self._project(encode(crops))
 
 
 def picture_family(

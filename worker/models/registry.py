@@ -15,11 +15,13 @@ from worker.models.families.gemma import GEMMA2, GEMMA3
 from worker.models.families.gemma3_pictures import GEMMA3_PICTURES
 from worker.models.families.granite import GRANITE
 from worker.models.families.internvl import INTERNVL
+from worker.models.families.lfm2 import LFM2
+from worker.models.families.lfm2_vl import LFM2_VL
 from worker.models.families.llama import LLAMA
 from worker.models.families.mistral import MINISTRAL, MISTRAL
 from worker.models.families.olmo2 import OLMO2
 from worker.models.families.phi import PHI3
-from worker.models.families.qwen import QWEN2, QWEN3
+from worker.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from worker.models.families.qwen_vl import QWEN3_VL, QWEN25_VL
 from worker.models.families.smollm3 import SMOLLM3
 from worker.models.families.smolvlm import IDEFICS3, SMOLVLM
@@ -31,6 +33,7 @@ FAMILIES: tuple[Family, ...] = (
     LLAMA,
     QWEN2,
     QWEN3,
+    QWEN3_MOE,
     MISTRAL,
     MINISTRAL,
     SMOLLM3,
@@ -40,12 +43,14 @@ FAMILIES: tuple[Family, ...] = (
     OLMO2,
     GRANITE,
     STABLELM,
+    LFM2,
     SMOLVLM,
     IDEFICS3,
     GEMMA3_PICTURES,
     INTERNVL,
     QWEN3_VL,
     QWEN25_VL,
+    LFM2_VL,
     # Both the architecture's class name and the `model_type` that released checkpoints carry. One loader: it tells the two apart.
     Family("moondream", "Moondream 2 (pictures)", ("HfMoondream", "moondream1"), moondream_load.load),
     Family(

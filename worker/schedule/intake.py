@@ -16,7 +16,7 @@ from shared.pictures import (
     num_bytes,
     num_loads,
     num_tokens,
-    shares_tokens,
+    unit_tokens,
 )
 from shared.protocol import FreeSize, ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
 from worker.constraints.automaton import TokenAutomaton, spatial_tables
@@ -147,14 +147,13 @@ def _expand(
             runs.append(Run(len(tokens), num, offset))
             tokens += [IMAGE_TOKEN] * num
             at, offset = place, offset + num
-        is_whole = shares_tokens(spec) or isinstance(spec.rule, FreeSize)
         pictures.append(
             Picture(
                 tuple(runs),
                 image.sheets,
                 own,
                 image.digest,
-                unit_tokens=0 if is_whole else spec.crop_tokens,
+                unit_tokens=unit_tokens(spec),
                 grid=grid_of(spec, image.sheets),
                 loads=num_loads(spec, image.sheets),
             )

@@ -12,6 +12,7 @@ from shared import pictures
 from shared.protocol import (
     EdgeTiles,
     FreeSize,
+    FreeTiles,
     ImageInput,
     ImageLayout,
     ImageSpec,
@@ -21,7 +22,7 @@ from shared.protocol import (
     RatioTiles,
     Sheet,
 )
-from shared.tiling import MOST_RATIO, edge_sizes, free_size, nearest_ratio, pieces_along
+from shared.tiling import MOST_RATIO, edge_sizes, free_size, grids_by_area, nearest_ratio, pieces_along
 
 RULES = [
     OneCrop(),
@@ -36,6 +37,9 @@ RULES = [
     PanAndScan(256, 4, 1.2),
     FreeSize(200_000, 4_000_000),
     FreeSize(3000, 3500),
+    FreeTiles(28, 64 * 784, 169 * 784, 2 * 169 * 784, 14, 2, 10),
+    FreeTiles(28, 64 * 784, 169 * 784, 2 * 169 * 784, 14, 3, 6, shows_whole=False),
+    FreeTiles(28, 20 * 784, 400 * 784, 400 * 784, 14, 1, 1),
 ]
 
 
@@ -76,7 +80,7 @@ def test_sizes_are_those_of_the_processors() -> None:
             # Where theirs would have no pixels along an edge, ours has one crop.
             assert cut == (max(crop, asked[-1].width), max(crop, asked[-1].height))
         for least, most in ((1, 12), (2, 6)):
-            found = nearest_ratio(width, height, 448, least, most)
+            found = nearest_ratio(width, height, 448, grids_by_area(least, most))
             assert found == get_optimal_tiled_canvas((height, width), (448, 448), least, most)
         for unit, least, most in ((28, 3136, 12845056), (32, 65536, 1310720), (8, 256, 4096)):
             if max(width, height) <= MOST_RATIO * min(width, height):
@@ -94,7 +98,9 @@ def test_every_picture_fits_its_own_spec(rule: Any) -> None:
     most_seen = 0
     for width, height in some_sizes(200):
         if pictures.refusal_of(spec, width, height):
-            assert isinstance(rule, FreeSize) and max(width, height) > MOST_RATIO * min(width, height)
+            assert isinstance(rule, FreeSize | FreeTiles) and max(width, height) > MOST_RATIO * min(
+                width, height
+            )
             continue
         drawn = pictures.drawings(spec, width, height)
         sheets = [drawing.sheet for drawing in drawn]

@@ -180,7 +180,7 @@ CASES = [
     Case(QUANTISED, "quant_config.json", "4 bits .*GGUF", files({"quant_config.json": {"w_bit": 4}})),
     Case("a diffusers pipeline", "other", "not a language model", files({"model_index.json": {}})),
     Case("an architecture that is not served", CONFIG, "architecture GPT2LMHeadModel, gpt2; served are Llama 2 and 3", config(architectures=["GPT2LMHeadModel"], model_type="gpt2")),
-    Case("an architecture that is not served", CONFIG, "nearest family that is served is Qwen 3", config(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe")),
+    Case("an architecture that is not served", CONFIG, "nearest family that is served is Qwen 2", config(architectures=["Qwen2MoeForCausalLM"], model_type="qwen2_moe")),
     Case("`model_type` of another family than the class", CONFIG, "'qwen2', not 'llama'", config(model_type="qwen2")),
     Case("code of its own (`auto_map`)", CONFIG, "modeling_x.X.* never run", config(auto_map={"AutoModelForCausalLM": "modeling_x.X"})),
     Case(SETTING, CONFIG, "'hidden_size' is -3; a whole number from 1", config(hidden_size=-3)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def write_gguf(
         add_setting(writer, f"{architecture}.{name}", value)
     add_byte_tokens(writer, config.vocab_size)
     with torch.no_grad():
-        for name, weight in oracle.state_dict().items():
+        for name, weight in apart(oracle.state_dict()):
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue
             stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -87,7 +88,9 @@ def write_gguf(
                 values = np.ascontiguousarray(values.reshape(shape))
             if architecture in OFFSET and name.endswith("norm.weight"):
                 values = values + 1
-            if values.ndim == 2:
+            if ".conv.conv." in name:
+                values = values.squeeze(1)
+            if values.ndim >= 2 and ".mlp.gate." not in name and ".conv.conv." not in name:
                 kind = gguf.GGMLQuantizationType[quant]
                 packed = quantize(values, kind)
                 writer.add_tensor(stored, packed, raw_dtype=kind)
@@ -96,6 +99,17 @@ def write_gguf(
             else:
                 writer.add_tensor(stored, values)
     return close(writer, path)
+
+
+def apart(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gate and up as tensors of their own, in the same memory, where transformers has all experts' in one."""
+    for name, weight in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = weight.chunk(2, 1)
+            yield name.replace("gate_up_proj", "gate_proj.weight"), gate
+            yield name.replace("gate_up_proj", "up_proj.weight"), up
+        else:
+            yield name + ".weight" * name.endswith("experts.down_proj"), weight
 
 
 def add_setting(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

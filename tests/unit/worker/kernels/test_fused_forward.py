@@ -69,6 +69,7 @@ def test_fused_equals_plain(shape: str, prefix: int) -> None:
         ("gemma2", {"num_hidden_layers": 2}),
         ("gemma3", {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}),
         ("olmo2", {"num_hidden_layers": 1}),
+        ("qwen3_moe", {"num_hidden_layers": 1}),
         ("stablelm", {"num_hidden_layers": 1, "use_parallel_residual": True, "qk_layernorm": True}),
     ],
     ids=str,

@@ -46,6 +46,10 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "qwen2": ("Qwen2", _NARROW),
     "qwen3": ("Qwen3", {}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
     "mistral": ("Mistral", {"sliding_window": None}),
     "ministral": ("Ministral", {"sliding_window": 12}),
     "smollm3": ("SmolLM3", _NARROW | {"no_rope_layers": [1, 0, 1]}),
@@ -55,6 +59,15 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", _NARROW),
     "granite": ("Granite", _NARROW),
     "stablelm": ("StableLm", _NARROW),
+    "lfm2": (
+        "Lfm2",
+        _NARROW
+        | {
+            "num_hidden_layers": 5,
+            "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+            "block_multiple_of": 16,
+        },
+    ),
 }
 
 

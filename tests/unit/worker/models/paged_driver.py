@@ -16,6 +16,7 @@ from shared.tiling import canvas_for
 from tests.two_sheets import image_crops
 from worker.forward import DecodeRows, ImageCrops, KVCache, PrefillSegment, StepTokens
 from worker.models.contract import Model
+from worker.models.paged_convolution import state_lines
 
 GOLDEN = Path(__file__).resolve().parents[3] / "data" / "golden_moondream"
 
@@ -78,6 +79,13 @@ class Driver:
             values=[torch.randn(shape, generator=generator).to(dtype) * 50 for _ in range(model.num_layers)],
             page_tokens=page_tokens,
         )
+        if model.states is not None:
+            lines = state_lines(model.states.num_inputs, page_tokens)
+            state = (num_pages, lines, model.states.width)
+            self.cache.states = [
+                torch.randn(state, generator=generator).to(model.dtype) * 50
+                for _ in range(model.states.num_layers)
+            ]
         self._free = list(range(1, num_pages))
         random.Random(7).shuffle(self._free)
 

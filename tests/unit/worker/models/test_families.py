@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.unit.worker.models import dense_oracle as dense
-from tests.unit.worker.models import free_oracle, picture_oracle
+from tests.unit.worker.models import flex_oracle, free_oracle, picture_oracle
 from tests.unit.worker.models.dense_oracle import LLAMA3_ROPE, edit_config, load, respell, write
 from tests.unit.worker.models.paged_driver import Driver, relative_error
 from worker.formats.source import CheckpointError
@@ -86,6 +86,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3",
         {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2},
     ),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe some layers dense": (
+        "qwen3_moe",
+        {"decoder_sparse_step": 2, "norm_topk_prob": False, "tie_word_embeddings": True},
+    ),
+    "qwen3_moe one expert a token": (
+        "qwen3_moe",
+        {"mlp_only_layers": [0], "num_experts": 5, "num_experts_per_tok": 1, "num_key_value_heads": 6},
+    ),
     "mistral": ("mistral", {}),
     "mistral slides": ("mistral", {"sliding_window": 12}),
     "mistral three keys": ("mistral", {"sliding_window": 3}),
@@ -137,6 +146,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "stablelm",
         {"use_parallel_residual": True, "qk_layernorm": True},
     ),
+    "lfm2": ("lfm2", {}),
+    "lfm2 untied, biased": ("lfm2", {"tie_word_embeddings": False, "conv_bias": True}),
+    "lfm2 long convolutions": (
+        "lfm2",
+        {"conv_L_cache": 6, "block_auto_adjust_ff_dim": False, "layer_types": None, "full_attn_idxs": [0, 3]},
+    ),
+    "lfm2 two taps": ("lfm2", {"conv_L_cache": 2, "block_ffn_dim_multiplier": 1.3}),
+    "lfm2 attention alone": ("lfm2", {"layer_types": ["full_attention"] * 5}),
     "stablelm half": ("stablelm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
 }
 
@@ -209,7 +226,7 @@ def test_the_documents_say_same_tokens_of_the_families_that_are_tested_here() ->
         for architecture in re.findall(r"`(\w+)`", cells[1])
     }
     tested = {family for family, _ in VARIANTS.values()} | {
-        name.split()[0] for name in (*picture_oracle.FAMILIES, *free_oracle.FREE)
+        name.split()[0] for name in (*picture_oracle.FAMILIES, *free_oracle.FREE, *flex_oracle.FLEX)
     }
     served = {
         architecture: family.name.removesuffix("_text") in tested
@@ -272,7 +289,7 @@ def test_a_base_models_folder_without_the_prefix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("named", "expected"),
     [
-        (["Qwen3MoeForCausalLM", "qwen3_moe"], "Qwen 3 (dense)"),
+        (["Qwen2MoeForCausalLM", "qwen2_moe"], "Qwen 2 and 2.5"),
         (["Qwen2VLForConditionalGeneration"], "Qwen 2 and 2.5"),
         (["Qwen3VLMoeForConditionalGeneration"], "Qwen3-VL (dense"),
         (["Gemma3ForConditionalGeneration", "gemma3"], "Gemma 3"),
@@ -293,12 +310,12 @@ def test_the_nearest_family(named: list[str], expected: str | None) -> None:
 
 def test_a_refusal_says_what_is_served_in_words_people_know(tmp_path: Path) -> None:
     write(tmp_path, "llama")
-    edit_config(tmp_path, architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe")
+    edit_config(tmp_path, architectures=["Qwen2MoeForCausalLM"], model_type="qwen2_moe")
     with pytest.raises(CheckpointError) as caught:
         load(tmp_path)
     text = str(caught.value)
-    assert str(tmp_path / "config.json") in text and "Qwen3MoeForCausalLM" in text
-    assert "the nearest family that is served is Qwen 3 (dense)" in text
+    assert str(tmp_path / "config.json") in text and "Qwen2MoeForCausalLM" in text
+    assert "the nearest family that is served is Qwen 2 and 2.5" in text
     for words in ("Llama 2 and 3", "SmolLM2", "Mistral", "Gemma 3", "Phi-4-mini", "OLMo 2", "Moondream 2"):
         assert words in text
 
@@ -367,6 +384,9 @@ def test_ends_are_those_of_both_files(tmp_path: Path) -> None:
         ),
         ("mistral", {"sliding_window": 0}, "'sliding_window'"),
         ("granite", {"hidden_act": "relu"}, "'hidden_act' is 'relu'"),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, "'num_experts_per_tok' is 7, and there are 6 experts"),
+        ("qwen3_moe", {"mlp_only_layers": ["0"]}, "'mlp_only_layers' is"),
+        ("qwen3_moe", {"hidden_act": "gelu_pytorch_tanh"}, "supported is silu"),
     ],
     ids=str,
 )

@@ -25,8 +25,8 @@ def test_card_and_head_width(tmp_path: Path) -> None:
         ({"layer_types": ["full_attention", "full_attention", "linear_attention"]}, "sliding-window"),
         ({"use_sliding_window": True, "layer_types": ["full_attention", "x", "x"]}, "'layer_types' has 'x'"),
         (
-            {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"},
-            "unknown architecture Qwen3Moe",
+            {"architectures": ["Qwen3OmniForCausalLM"], "model_type": "qwen3_omni"},
+            "unknown architecture Qwen3Omni",
         ),
         ({"architectures": ["LlamaForCausalLM"]}, "'model_type' is 'qwen3'"),
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "does not know: .*k_norm"),
