@@ -13,7 +13,7 @@ import msgspec
 import structlog
 import torch
 
-from shared.protocol import PROTOCOL_VERSION, FeatureFormat, Limits, ModelCard, Ready, schema_hash
+from shared.protocol import FeatureFormat, Limits, ModelCard, Ready
 from worker.config import ConfigError, WorkerConfig
 from worker.device.choices import switch
 from worker.device.contract import Device
@@ -37,6 +37,7 @@ from worker.native.build import forbid
 from worker.native.library import use_threads
 from worker.native.products import products, use_activations
 from worker.native.quantised_source import QuantisedSource
+from worker.roles import announcement, encode_limits, encode_loop
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
 from worker.schedule.limits import SchedulerLimits
@@ -127,23 +128,12 @@ def build_worker(
     _turn_switches(config)
 
     def encodes(encoder: PictureEncoder, device_name: str, meter: Meter | None) -> Worker:
-        loop = EncodeLoop(
-            encoder,
-            card,
-            inbox=inbox,
-            outbox=outbox,
-            clock=time.perf_counter,
-            epoch=epoch,
-            max_jobs=config.max_waiting + 1,
-            on_beat=on_beat,
-            costs=Costs(config.price_per_hour, meter),
+        loop = encode_loop(
+            config, encoder, card, inbox=inbox, outbox=outbox, epoch=epoch, on_beat=on_beat, meter=meter
         )
-        limits = Limits(
-            1, config.max_waiting, 0, 0, 0, 0, config.progress_timeout_s, int(config.feature_bytes)
-        )
-        return Worker(
-            loop, _ready(config, startup, epoch, card, limits, device_name, encoder.format), payloads
-        )
+        phases_s, limits = startup.phases_s, encode_limits(config)
+        ready = announcement(config, epoch, card, limits, device_name, phases_s, encoder.format)
+        return Worker(loop, ready, payloads)
 
     if config.device == "sim" or config.model == "sim":
         if config.quantize is not None:
@@ -250,7 +240,7 @@ def build_worker(
         costs=Costs(config.price_per_hour, meter),
         format=features,
     )
-    known_limits = Limits(
+    announced = Limits(
         config.max_rows,
         config.max_waiting,
         pool.total,
@@ -260,29 +250,8 @@ def build_worker(
         config.progress_timeout_s,
         int(config.feature_bytes),
     )
-    return Worker(engine, _ready(config, startup, epoch, card, known_limits, device_name, features), payloads)
-
-
-def _ready(
-    config: WorkerConfig,
-    startup: Startup,
-    epoch: int,
-    card: ModelCard,
-    limits: Limits,
-    device_name: str,
-    features: FeatureFormat | None,
-) -> Ready:
-    return Ready(
-        PROTOCOL_VERSION,
-        schema_hash(),
-        epoch,
-        card,
-        limits,
-        device_name,
-        dict(startup.phases_s),
-        config.role,
-        features,
-    )
+    ready = announcement(config, epoch, card, announced, device_name, startup.phases_s, features)
+    return Worker(engine, ready, payloads)
 
 
 def open_device(config: WorkerConfig) -> Device:

@@ -24,12 +24,10 @@ def test_a_folder(tmp_path: Path) -> None:
     assert mark != fingerprint(source(tmp_path, dim=3), "int8")
     (tmp_path / "notes.txt").write_text("no weights")
     assert mark == fingerprint(source(tmp_path, dim=3), "none")
-    for change in (
-        lambda: weights.write_bytes(bytes((1 << 20) - 1) + b"x"),
-        lambda: weights.write_bytes(b""),
-    ):
-        change()
-        assert mark != (mark := fingerprint(source(tmp_path, dim=3), "none"))
+    weights.write_bytes(bytes((1 << 20) - 1) + b"x")
+    changed = fingerprint(source(tmp_path, dim=3), "none")
+    weights.write_bytes(b"")
+    assert len({mark, changed, fingerprint(source(tmp_path, dim=3), "none")}) == 3
 
 
 def test_a_file_and_one_in_parts(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def test_what_nobody_waits_for_leaves() -> None:
         queue.put(job(number, str(number % 2)))
     queue.put(job(1, "0", b"other"))
     assert queue.is_full and (b"g", 1) in queue
-    queue.drop((b"g", 1))
-    queue.drop((b"g", 1))
-    assert (b"g", 1) not in queue and not queue.is_full
+    for _ in range(2):
+        queue.drop((b"g", 1))
+    assert len(queue) == 3
     queue.drop_gateway(b"g")
     assert taken(queue) == [1] and queue.take() is None

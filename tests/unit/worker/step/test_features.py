@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from shared.protocol import FeatureFormat, Sheet
 from worker.device.choices import without
 from worker.device.contract import Event
 from worker.device.cpu import CpuDevice, CpuStream
+from worker.models.contract import Model
 from worker.models.moondream import Moondream
 from worker.schedule.sequence import Picture, Run
 from worker.step.features import FeatureCache
@@ -144,8 +145,8 @@ def test_what_another_process_encoded_is_what_would_be_encoded_here(model: Moond
 
 
 def test_a_unit_of_a_picture_that_came_encoded_is_its_own_rows() -> None:
-    own = FeatureCache(None, 1 << 20, CpuDevice(), format=FeatureFormat("float16", 3, "w"))  # type: ignore[arg-type]
-    own._model = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+    no_model = cast(Model, SimpleNamespace(device=torch.device("cpu")))
+    own = FeatureCache(no_model, 1 << 20, CpuDevice(), format=FeatureFormat("float16", 3, "w"))
     rows = torch.arange(24, dtype=torch.float16).reshape(8, 3)
     came = Picture((Run(1, 8, 0),), (), (), b"d", unit_tokens=4, features=rows.numpy().tobytes())
     found = own.get([("a", came, 1), ("a", came, 0)])
