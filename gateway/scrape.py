@@ -149,9 +149,7 @@ class Scrape(Collector):
         """Cost and energy, as far as workers have a price or a meter: what is not known has no sample."""
         per_unit = "Generated tokens for one unit of the workers' currency, since they started"
         models = model_costs(
-            (worker.model.card.model_id, worker.link)
-            for worker in service.workers
-            if worker.model is not None
+            (model_id, worker.link) for worker in service.workers if (model_id := worker.model_id) is not None
         )
         tokens = GaugeMetricFamily("degas_model_tokens_per_currency", per_unit, labels=["model"])
         energy = GaugeMetricFamily(

@@ -46,6 +46,13 @@ class Worker:
         )
 
     @property
+    def model_id(self) -> str | None:
+        """What it serves, or encodes pictures for; None until it was there."""
+        if self.model is not None:
+            return self.model.card.model_id
+        return self.link.ready.model.model_id if self.link.ready is not None else None
+
+    @property
     def serves_requests(self) -> bool:
         """Whether it takes work, and whole requests: an encoder takes pictures only."""
         return self.takes_work and not self.is_encoder

@@ -27,6 +27,7 @@ class TorchEncoder:
     ) -> None:
         encoder, spec = model.encoder, model.card.image
         assert encoder is not None and spec is not None
+        self.card = model.card
         self._device = device
         self._encoder: CropEncoder = encoder
         self._progress: Progress = lambda: None
