@@ -161,7 +161,7 @@ class Dispatch:
 
     def _on_settled(self, flight: Flight) -> None:
         """A flight showed a token, or ended."""
-        if not flight.record.num_attempts > 1 and not len(self.recovery):
+        if not flight.record.has_lost and not len(self.recovery):
             return
         is_over = self.recovery.on_settled(flight)
         self._note_recovery()

@@ -156,6 +156,29 @@ def test_a_worker_lost_meanwhile_is_no_evidence_against_who_was_not_sent() -> No
     assert error_of(client) is None
 
 
+def test_who_is_tried_again_and_waits_for_a_picture_leaves_its_trial_with_a_cancel() -> None:
+    world = World(num_encoders=1)
+    client = ask(world)
+    while not world.submits[client.request.request_id]:
+        world.deliver()
+        world.encoders[0].tick()
+        world.encoders[0].turn()
+    world.nodes[0].die(0)
+    world.loop.settle()
+    world.encoders[0].freeze()
+    world.restart(0)
+    recovery = world.service._dispatch.recovery
+    while not recovery.on_trial:
+        world.flow()
+        world.clock.advance(0.1)
+    (flight,) = world.service.unlanded
+    assert flight.staged is not None and flight.record.has_lost
+    world.within(client.cancel)
+    world.check()
+    assert not recovery.on_trial
+    finish(world)
+
+
 def test_a_cancelled_request_leaves_the_encoder() -> None:
     world = World(num_encoders=1)
     clients = [ask(world, picture(str(number)), 20 + number) for number in range(3)]
