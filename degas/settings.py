@@ -95,11 +95,17 @@ def resolve(
                     f"{given.origin} sets {setting}, but degas serve joins its gateway and worker by a socket of its "
                     f"own; take it out, or run them apart: degas worker, degas gateway"
                 )
-    return {
+    parsed = {
         section.name: Effective(section, section.parse(found[section.name]), found[section.name])
         for section in ALL
         if section.name in found
     }
+    if only is None and parsed["worker"].config.role == "encode":
+        raise ConfigError(
+            "role is encode, but the worker of degas serve serves requests; start encoders apart (degas worker --role encode, "
+            "or degas serve --only worker --role encode); a safe value here is all"
+        )
+    return parsed
 
 
 def serve_options(effective: Mapping[str, Effective]) -> ServeOptions:

@@ -167,6 +167,7 @@ def _worker(worker: Worker) -> Json:
     return {
         "worker": worker.key,
         "endpoint": link.endpoint,
+        "role": ready.role if ready is not None else None,
         "takes_work": worker.takes_work,
         "refusal": link.refusal or None,
         "model": worker.model.card.model_id if worker.model is not None else None,

@@ -226,7 +226,7 @@ def _metrics(service: Service, resumption: Resumption) -> Handler:
 
 def _stats(service: Service) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
-        taking = [worker for worker in service.workers if worker.takes_work]
+        taking = [worker for worker in service.workers if worker.serves_requests]
         beats = [worker.link.beat for worker in taking if worker.link.beat is not None]
         metrics = service.metrics
         load = stats.Load(

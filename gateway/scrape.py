@@ -72,6 +72,7 @@ class Scrape(Collector):
         yield _counter("requests_refused", "Requests refused for lack of a place", metrics.refused, "code")
         yield _counter("requests_ended", "Terminal events by reason", metrics.ended, "reason")
         yield _counter("request_errors", "Terminal events that were errors", metrics.errors, "code")
+        yield _counter("encoder_pictures", "Pictures at encoders by outcome", metrics.pictures, "outcome")
         answers = CounterMetricFamily("degas_http_responses", "HTTP answers", labels=["route", "status"])
         for (route, status), number in metrics.http.items():
             answers.add_metric([route, str(status)], number)
@@ -82,6 +83,7 @@ class Scrape(Collector):
             ("generation_tokens", metrics.generated_tokens),
             ("workers_lost", metrics.num_workers_lost),
             ("slow_clients", metrics.num_slow_clients),
+            ("encoded_picture_bytes", metrics.feature_bytes),
         ):
             yield CounterMetricFamily(f"degas_{name}", name.replace("_", " "), value)
         for name, histogram in metrics.histograms.items():
@@ -147,9 +149,7 @@ class Scrape(Collector):
         """Cost and energy, as far as workers have a price or a meter: what is not known has no sample."""
         per_unit = "Generated tokens for one unit of the workers' currency, since they started"
         models = model_costs(
-            (worker.model.card.model_id, worker.link)
-            for worker in service.workers
-            if worker.model is not None
+            (model_id, worker.link) for worker in service.workers if (model_id := worker.model_id) is not None
         )
         tokens = GaugeMetricFamily("degas_model_tokens_per_currency", per_unit, labels=["model"])
         energy = GaugeMetricFamily(
@@ -192,7 +192,8 @@ class Scrape(Collector):
             ("kv_cache_usage_perc", used / total if total else 0.0),
         ):
             yield _labelled(GaugeMetricFamily(f"vllm:{name}", name, labels=["model_name"]), model, value)
-        limits = [worker.link.ready.limits for worker in service.workers if worker.link.ready is not None]
+        readies = [worker.link.ready for worker in service.workers if worker.link.ready is not None]
+        limits = [ready.limits for ready in readies if ready.limits.num_pages]  # an encoder has none
         if limits:  # an inference gateway's endpoint picker takes the size of KV memory from these labels
             size = {"block_size": str(limits[0].page_tokens)}
             size["num_gpu_blocks"] = str(sum(one.num_pages for one in limits))

@@ -28,7 +28,7 @@ from shared.image_spec import PicturePart, Rule
 from shared.image_spec import RatioTiles as RatioTiles
 from shared.image_spec import Sheet as Sheet
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine runs torch today
     raise ImportError("the wire format is little-endian and packs arrays in native order")
@@ -96,6 +96,18 @@ class PromptValue(Part, frozen=True):
     values: list[float]
 
 
+class FeatureFormat(Part, frozen=True):
+    """How a worker holds pictures' features, and of which weights they are. Only equal formats fit each other."""
+
+    dtype: str  # torch's name of an element: float32, bfloat16, float16; int64 of the simulated device
+    columns: int  # elements of one position
+    weights: str  # digest of the model's files and of how they were read
+
+
+ELEMENT_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
+"""Bytes of an element by `FeatureFormat.dtype`."""
+
+
 class Submit(Message, frozen=True):
     """Ask for one sequence. Answered by `StepOutputs` rows ending in a `Finish`, or by one `Rejected`."""
 
@@ -116,6 +128,18 @@ class Submit(Message, frozen=True):
     ignore_eos: bool = False  # benchmarks: run to max_tokens whatever the model says
     thinking: ThinkingBudget | None = None
     values: list[PromptValue] = []  # of the prompt's coordinate and size ids
+    # Pictures, by their places in `images`, that come encoded: one frame (positions, columns) each in place of its sheets.
+    encoded: list[int] = []
+    encoded_as: FeatureFormat | None = None
+
+
+class Encode(Message, frozen=True):
+    """Ask a worker with the role `encode` for one picture's features; its sheets follow. Answered by one `Features`."""
+
+    epoch: int
+    job_id: int  # unlike every `sequence_id` of the same gateway; `Cancel` takes it
+    image: ImageInput
+    tenant: str = ""  # features are kept by tenant
 
 
 class Cancel(Message, frozen=True):
@@ -188,6 +212,7 @@ class Limits(Part, frozen=True):
     progress_timeout_s: float = (
         3.0  # silence beyond what the last `Beat` expected that means the worker hangs
     )
+    feature_bytes: int = 0  # of pictures' features that it keeps for repeated pictures
 
 
 class Ready(Message, frozen=True):
@@ -200,6 +225,10 @@ class Ready(Message, frozen=True):
     limits: Limits
     device: str
     startup_s: dict[str, float] = {}
+    role: str = "all"  # all | encode | decode
+    features: FeatureFormat | None = (
+        None  # what a worker gives (encode) or takes (decode) of encoded pictures; None: neither
+    )
 
 
 class Timing(Part, frozen=True):
@@ -291,6 +320,16 @@ class Rejected(Message, frozen=True):
     retry_after_s: float = 0.0
 
 
+class Features(Message, frozen=True):
+    """Answer to `Encode`: one payload frame with (positions, columns) of the picture, row-major; none beside a `code`."""
+
+    epoch: int
+    job_id: int
+    format: FeatureFormat | None = None
+    code: ErrorCode | None = None
+    message: str = ""
+
+
 class Fatal(Message, frozen=True):
     """The worker ends, or refuses this gateway. Every sequence in flight is lost."""
 
@@ -329,8 +368,8 @@ class TraceChunk(Message, frozen=True):
     num_steps: int
 
 
-FromGateway = Hello | Submit | Cancel | Ping | Drain | Trace
-FromWorker = Ready | StepOutputs | Rejected | Fatal | Beat | TraceChunk
+FromGateway = Hello | Submit | Encode | Cancel | Ping | Drain | Trace
+FromWorker = Ready | StepOutputs | Rejected | Features | Fatal | Beat | TraceChunk
 
 HISTOGRAM_BUCKETS_S: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,

@@ -20,6 +20,7 @@ LOOP = ("tests/unit/worker/loop/test_loop.py", "tests/unit/worker/loop/test_stat
 HOST = tuple(
     f"tests/unit/worker/{name}.py" for name in ("step/test_staging", "loop/test_masks", "schedule/test_depth")
 )
+ENCODERS = ("tests/unit/wire/test_encoder_scenes.py",)
 WIRE = ("tests/unit/wire/test_scenes.py", "tests/unit/wire/test_state_machine.py")
 
 
@@ -110,7 +111,7 @@ WIRE_MUTANTS = [
     Mutant("newcomers take the places of those who wait", "gateway/core/dispatch.py", "self._placement.num_returning = len(self.recovery)", "pass", WIRE),
     Mutant("retry what had begun", "gateway/core/dispatch.py", "[flight for flight in lost if not flight.has_shown]", "list(lost)", WIRE),
     Mutant("retry all at once", "gateway/decisions/recovery.py", "if self._trial.flights or not self._file:", "if not self._file:", WIRE),
-    Mutant("leak a flight on a crash", "gateway/core/dispatch.py", "        for flight in lost:\n            self._take_off(flight)\n", "        for flight in lost:\n", WIRE),
+    Mutant("leak a flight on a crash", "gateway/core/dispatch.py", "        for flight in held:\n            self._take_off(flight)\n", "", WIRE),
     Mutant("leave orphans running", "gateway/core/service.py", "            link.cancel(orphans)\n", "            pass\n", WIRE),
     Mutant("a place at a worker leaks", "gateway/core/dispatch.py", "            worker.occupancy.leave(flight.request.tenant, self._now())\n", "            pass\n", WIRE),
     Mutant("two terminal events for a client that cancels", "gateway/core/flights.py", "        if self.state.end is None:\n            self._events.stop_sequence(self)\n", "        if True:\n            self._events.stop_sequence(self)\n", WIRE),
@@ -121,7 +122,20 @@ WIRE_MUTANTS = [
     Mutant("take a request for a dead epoch", "worker/loop/commands.py", "if message.epoch != self._epoch:", "if False:", WIRE),
     Mutant("a lease that ran out goes untold", "worker/wire/transport.py", "            self._inbox.put(LeaseEnded(gateway))", "            pass", WIRE),
     Mutant("a gateway's messages do not renew its lease", "worker/wire/transport.py", "        lease.until_s = self._now() + lease.lease_s\n", "        pass\n", WIRE),
-    Mutant("malformed frames go uncounted", "gateway/core/service.py", "            link.note(\"malformed\")\n", "            pass\n", WIRE),
+    Mutant("malformed frames go uncounted", "gateway/core/service.py", "flights.on_outputs(outputs)\n        except ValueError:\n            link.note(\"malformed\")\n", "flights.on_outputs(outputs)\n        except ValueError:\n            pass\n", WIRE),
+]  # fmt: skip
+
+
+ENCODER_MUTANTS = [
+    Mutant("let an encoder's pictures go down with it", "gateway/core/dispatch.py", "        self.encoders.on_lost(worker, crashed=crashed)\n", "        pass\n", ENCODERS),
+    Mutant("wait for a picture after the request is over", "gateway/core/dispatch.py", "        self.encoders.forget(flight)\n", "        pass\n", ENCODERS),
+    Mutant("blame a request for a worker that never had it", "gateway/core/dispatch.py", "        lost = [flight for flight in held if flight.staged is None]", "        lost = held", ENCODERS),
+    Mutant("leave a trial only after a second attempt", "gateway/core/dispatch.py", "        if not flight.record.has_lost and", "        if not flight.record.num_attempts > 1 and", ENCODERS),
+    Mutant("take features of another size", "gateway/core/encoders.py", "        if len(payloads[0]) != _num_bytes(job.image, job.format):", "        if False:", ENCODERS),
+    Mutant("send a worker the pictures it has", "gateway/core/encoders.py", "            if key not in worker.held and", "            if", ENCODERS),
+    Mutant("believe a new worker to have the last one's pictures", "gateway/core/service.py", "        worker.held = Held(link.ready.limits.feature_bytes)", "        pass", ENCODERS),
+    Mutant("let a picture kill one encoder after the other, then workers", "gateway/core/encoders.py", "        if job.num_crashes >= MAX_LOSSES and job.was_alone:", "        if False:", ENCODERS),
+    Mutant("encode a given picture again", "worker/sim/runner.py", "    if picture.features is None or offset < 0:", "    if True:", ENCODERS),
 ]  # fmt: skip
 
 
@@ -141,7 +155,7 @@ NO_FAULT = {
     suite: Mutant(
         "no fault at all", "worker/schedule/scheduler.py", "class Scheduler:", "class Scheduler:", suite
     )
-    for suite in (LOOP, WIRE, HOST)
+    for suite in (LOOP, WIRE, ENCODERS, HOST)
 }
 
 
@@ -168,7 +182,9 @@ def survives(mutant: Mutant, folder: Path) -> tuple[bool, float]:
 def main() -> int:
     """Plant each fault; exit 1 if any survives."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [mutant for mutant in (*MUTANTS, *WIRE_MUTANTS, *HOST_MUTANTS) if word in mutant.name]
+    chosen = [
+        mutant for mutant in (*MUTANTS, *WIRE_MUTANTS, *ENCODER_MUTANTS, *HOST_MUTANTS) if word in mutant.name
+    ]
     for suite in dict.fromkeys(mutant.suite for mutant in chosen):
         with tempfile.TemporaryDirectory() as folder:
             if not survives(NO_FAULT[suite], Path(folder))[0]:

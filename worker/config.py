@@ -32,6 +32,13 @@ class WorkerConfig(BaseModel):
         None, description="folder with worker.key_secret and gateways' public keys"
     )
 
+    role: Literal["all", "encode", "decode"] = Field(
+        "all",
+        description="what it does of a request. all: everything. encode: it encodes pictures for workers with the role decode, "
+        "and nothing else. decode: everything, but pictures come encoded while there is such a worker with the same "
+        "model, dtype and quantize",
+    )
+
     model: str = Field(
         POCKET,
         description="an embedded model (pocket, smollm2), 'sim', a folder, a GGUF file, or a hub's org/name",

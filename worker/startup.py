@@ -13,7 +13,7 @@ import msgspec
 import structlog
 import torch
 
-from shared.protocol import PROTOCOL_VERSION, Limits, ModelCard, Ready, schema_hash
+from shared.protocol import FeatureFormat, Limits, ModelCard, Ready
 from worker.config import ConfigError, WorkerConfig
 from worker.device.choices import switch
 from worker.device.contract import Device
@@ -22,10 +22,12 @@ from worker.device.cuda import CudaDevice
 from worker.device.energy import open_meter
 from worker.device.huge_pages import mapped, use_huge_pages
 from worker.formats.chat_templates import DEFAULT, choose_templates, warn_missing
+from worker.formats.fingerprint import fingerprint
 from worker.formats.locate import EMBEDDED, locate
 from worker.formats.open_source import open_source
 from worker.formats.source import Source
-from worker.loop.costs import Costs
+from worker.loop.costs import Costs, Meter
+from worker.loop.encoding import EncodeLoop, PictureEncoder
 from worker.loop.engine import Engine
 from worker.loop.inbox import Inbox, Outbox
 from worker.models.contract import Model
@@ -35,6 +37,7 @@ from worker.native.build import forbid
 from worker.native.library import use_threads
 from worker.native.products import products, use_activations
 from worker.native.quantised_source import QuantisedSource
+from worker.roles import announcement, encode_limits, encode_loop
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
 from worker.schedule.kv_events import KvEvent, KvEvents
@@ -43,12 +46,14 @@ from worker.schedule.pace import Pace, guessed_costs
 from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
 from worker.schedule.scheduler import Scheduler
+from worker.sim.encoder import SIM_FEATURES, SimEncoder
 from worker.sim.profiles import PROFILES
 from worker.sim.runner import SimRunner, fake_card
 from worker.sim.timeline import RealClock
 from worker.sim.tokenizer import SIM_TOKENIZER, VOCAB_SIZE
 from worker.step.contract import Runner
 from worker.step.kv_memory import page_bytes
+from worker.step.picture_encoder import TorchEncoder, format_of
 from worker.step.staging import StepShape
 from worker.step.torch_runner import TorchRunner
 from worker.step.warm_up import warm_up
@@ -93,9 +98,9 @@ class Startup:
 
 @dataclass(slots=True)
 class Worker:
-    """A built worker: its engine, and the answer to `Hello`."""
+    """A built worker: its loop, and the answer to `Hello`."""
 
-    engine: Engine
+    engine: Engine | EncodeLoop
     ready: Ready
     payloads: list[bytes]
 
@@ -122,7 +127,17 @@ def build_worker(
     """Build everything on the calling thread, which becomes the decode thread. Raises `ConfigError` or
     `worker.formats.errors.CheckpointError` with what to do about it."""
     runner: Runner
+    features: FeatureFormat | None = None
     _turn_switches(config)
+
+    def encodes(encoder: PictureEncoder, device_name: str, meter: Meter | None) -> Worker:
+        loop = encode_loop(
+            config, encoder, card, inbox=inbox, outbox=outbox, epoch=epoch, on_beat=on_beat, meter=meter
+        )
+        phases_s, limits = startup.phases_s, encode_limits(config)
+        ready = announcement(config, epoch, card, limits, device_name, phases_s, encoder.format)
+        return Worker(loop, ready, payloads)
+
     if config.device == "sim" or config.model == "sim":
         if config.quantize is not None:
             raise ConfigError("quantize: the simulated device has no weights; a safe value is none")
@@ -134,9 +149,12 @@ def build_worker(
         shape = _shape(config, card, num_pages)
         if config.sim_profile not in PROFILES:
             raise ConfigError(f"sim_profile {config.sim_profile!r} is none of {sorted(PROFILES)}")
-        runner = SimRunner(card, RealClock(), PROFILES[config.sim_profile], shape, exact=False)
+        profile, device_name = PROFILES[config.sim_profile], f"sim:{config.sim_profile}"
+        if config.role == "encode":
+            return encodes(SimEncoder(RealClock(), profile), device_name, None)
+        runner = SimRunner(card, RealClock(), profile, shape, exact=False)
+        features = SIM_FEATURES if config.role == "decode" else None
         pace = Pace(guessed_costs(1, 1e6), step_s=config.step_s or 0.0, gap_s=_gap_s(config, 0.0))
-        device_name = f"sim:{config.sim_profile}"
         meter = None  # this machine's energy would not be the simulated device's
     else:
         with startup.phase("device"):
@@ -147,6 +165,7 @@ def build_worker(
             if config.model in EMBEDDED:
                 source.model_id = config.model
             tokenizer = source.tokenizer()
+            weights = "" if config.role == "all" else fingerprint(source, str(config.quantize))
             source.templates = choose_templates(source.templates, config.chat_template, source.path)
             source = quantised(source, config, device)
             dtype = choose_dtype(config, device, source)
@@ -161,6 +180,22 @@ def build_worker(
             warn_missing(source.path)
         payloads = [tokenizer, source.templates.get(DEFAULT, "").encode()]
         card = msgspec.structs.replace(_asked_context(model.card, config), weight_bytes=model.weight_bytes)
+        if config.role == "encode":
+            if model.encoder is None:
+                raise ConfigError(
+                    f"role is encode, and {card.model_id} reads no pictures; a safe value is all"
+                )
+            with startup.phase("warm up"):
+                torch_encoder = TorchEncoder(
+                    model,
+                    device,
+                    weights=weights,
+                    feature_bytes=config.feature_bytes,
+                    step_crops=config.step_crops,
+                )
+            return encodes(torch_encoder, device.name, open_meter(device.torch_device.type))
+        if config.role == "decode" and model.encoder is not None:
+            features = format_of(model, device, weights)
         num_pages = config.num_pages or count_pages(config, device, model, card.context_tokens)
         card = _fit_context(card, (num_pages - 1) * config.page_tokens, config.context)
         with startup.phase("allocate"):
@@ -171,6 +206,7 @@ def build_worker(
                 shape,
                 feature_bytes=config.feature_bytes,
                 automata=config.device_automata,
+                format=features,
             )
         pace = _pace(config, model)
         if device.captures:
@@ -207,24 +243,19 @@ def build_worker(
         on_beat=on_beat,
         on_kv_events=on_kv_events,
         costs=Costs(config.price_per_hour, meter),
+        format=features,
     )
-    ready = Ready(
-        PROTOCOL_VERSION,
-        schema_hash(),
-        epoch,
-        card,
-        Limits(
-            config.max_rows,
-            config.max_waiting,
-            pool.total,
-            config.page_tokens,
-            config.step_tokens,
-            min(card.context_tokens, pool.total * config.page_tokens),
-            config.progress_timeout_s,
-        ),
-        device_name,
-        dict(startup.phases_s),
+    announced = Limits(
+        config.max_rows,
+        config.max_waiting,
+        pool.total,
+        config.page_tokens,
+        config.step_tokens,
+        min(card.context_tokens, pool.total * config.page_tokens),
+        config.progress_timeout_s,
+        int(config.feature_bytes),
     )
+    ready = announcement(config, epoch, card, announced, device_name, startup.phases_s, features)
     return Worker(engine, ready, payloads)
 
 

@@ -16,6 +16,7 @@ import structlog
 
 from gateway.config import GatewayConfig
 from gateway.core.catalog import Catalog
+from gateway.core.encoders import Encoders, deadly
 from gateway.core.flights import Flight
 from gateway.core.metrics import Metrics
 from gateway.core.placement import Placement, Worker
@@ -58,6 +59,7 @@ class Dispatch:
         self._tracing = tracing
         self._now = now
         self._sequence_ids = count(secrets.randbits(30) << 20)
+        self.encoders = Encoders(placement, metrics, self, now, self._sequence_ids.__next__)
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -119,7 +121,36 @@ class Dispatch:
 
     def _send(self, flight: Flight, worker: Worker) -> None:
         """Put a flight on a worker. After a `RequestError` the flight is on no worker and does not wait for one."""
-        worker.take(flight, next(self._sequence_ids), max(0.001, flight.deadline_s - self._now()))
+        sequence_id = next(self._sequence_ids)
+        if not self.encoders.begin(flight, worker):
+            self._submit(flight, worker, sequence_id)
+        worker.hold(flight, sequence_id)
+
+    def _submit(self, flight: Flight, worker: Worker, sequence_id: int) -> None:
+        """Send it with its pictures, as they are now. Raises `RequestError`."""
+        encoded, frames = self.encoders.take(flight)
+        worker.send(flight, sequence_id, max(0.001, flight.deadline_s - self._now()), encoded, frames)
+        self.encoders.on_sent(flight, worker)
+
+    # ------------------------------------------------------------ told by encoders
+
+    def on_encoded(self, flight: Flight) -> None:
+        """See `EncoderEvents`: the flight has its place, and is sent now."""
+        assert flight.worker_key is not None
+        try:
+            self._submit(flight, self._workers[flight.worker_key], flight.sequence_id)
+        except RequestError as error:
+            if error.code not in (ErrorCode.QUEUE_FULL, ErrorCode.WORKER_LOST):
+                flight.fail(error)
+                return
+            self._take_off(flight)
+            flight.record.lost_s = flight.record.unserved_s = self._now()
+            self.recovery.put_back(flight)
+            self._note_recovery()
+
+    def on_deadly(self, flight: Flight) -> None:
+        """See `EncoderEvents`."""
+        flight.fail(deadly())
 
     # ------------------------------------------------------------ told by flights
 
@@ -130,7 +161,7 @@ class Dispatch:
 
     def _on_settled(self, flight: Flight) -> None:
         """A flight showed a token, or ended."""
-        if not flight.record.num_attempts > 1 and not len(self.recovery):
+        if not flight.record.has_lost and not len(self.recovery):
             return
         is_over = self.recovery.on_settled(flight)
         self._note_recovery()
@@ -165,6 +196,7 @@ class Dispatch:
             self._workers[flight.worker_key].link.cancel([flight.sequence_id])
 
     def _take_off(self, flight: Flight) -> None:
+        self.encoders.forget(flight)
         if flight.worker_key is None:
             return
         worker = self._workers[flight.worker_key]
@@ -176,13 +208,22 @@ class Dispatch:
 
     def on_lost(self, worker: Worker, error: RequestError) -> None:
         """A worker is lost: streams that began end here, its other requests are tried again (see `Recovery`)."""
-        lost = list(worker.flights.by_id.values())
-        worker.orphans = list(worker.flights.by_id)
         crashed = not worker.link.was_silent
-        for flight in lost:
-            self._take_off(flight)
-        unstarted = [flight for flight in lost if not flight.has_shown]
         draining = self._placement.draining
+        held = list(worker.flights.by_id.values())
+        worker.orphans = list(worker.flights.by_id)
+        unsent = [flight for flight in held if flight.staged is not None]
+        lost = [flight for flight in held if flight.staged is None]
+        for flight in held:
+            self._take_off(flight)
+        self.encoders.on_lost(worker, crashed=crashed)
+        for flight in unsent:  # nothing speaks against them, and nothing of them was there
+            if draining:
+                flight.fail(error)
+            else:
+                flight.record.lost_s = flight.record.unserved_s = self._now()
+                self.recovery.put_back(flight)
+        unstarted = [flight for flight in lost if not flight.has_shown]
         verdicts = (
             []
             if draining

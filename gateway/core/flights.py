@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 import structlog
@@ -44,6 +44,15 @@ class FlightEvents(Protocol):
         """The flight's worker is leaving and will not begin it. False: nobody else may take it, it ends."""
 
 
+@dataclass(slots=True, eq=False)
+class Staged:
+    """What a flight waits for that has its place at a worker and is not sent yet, and what it has of that."""
+
+    began_s: float
+    missing: set[bytes]  # keys of pictures that are being encoded
+    features: dict[bytes, bytes] = field(default_factory=dict)  # by key
+
+
 class Flight:
     """One accepted request on its way. Also the `RunningStream` handle its interface holds."""
 
@@ -57,6 +66,7 @@ class Flight:
         "request",
         "request_id",
         "sequence_id",
+        "staged",
         "started_s",
         "state",
         "worker_key",
@@ -83,6 +93,7 @@ class Flight:
         self.worker_key: int | None = None  # the worker holding it; None while it waits for one
         self.has_shown = False  # its client was given a part of the answer, which cannot be sent again
         self.record = Record()  # of the workers it lost
+        self.staged: Staged | None = None  # set while it is not sent yet
         self.meter = meter  # of the key it was asked with
         self._events = events
 

@@ -22,6 +22,7 @@ HISTOGRAMS: Final = {
     "request_queue_time_seconds": "Waiting in the worker",
     "request_prefill_time_seconds": "Reading the prompt",
     "request_decode_time_seconds": "From first token to last",
+    "encoder_wait_seconds": "Waiting for pictures that encoders encode, where a request had such",
 }
 
 
@@ -39,6 +40,8 @@ class Metrics:
         self.cached_tokens = 0
         self.generated_tokens = 0
         self.num_slow_clients = 0
+        self.pictures: Counter[str] = Counter()  # at encoders, by what became of them
+        self.feature_bytes = 0  # of encoded pictures, sent to workers
         self.ledger = Ledger()
         self.histograms = {name: Histogram() for name in HISTOGRAMS}
         self._ttft = self.histograms["time_to_first_token_seconds"]
@@ -75,6 +78,10 @@ class Metrics:
         self.histograms["request_queue_time_seconds"].observe(usage.queue_s)
         self.histograms["request_prefill_time_seconds"].observe(usage.prefill_s)
         self.histograms["request_decode_time_seconds"].observe(usage.decode_s)
+
+    def on_staged(self, wait_s: float) -> None:
+        """A request waited so long for its pictures before it was sent."""
+        self.histograms["encoder_wait_seconds"].observe(wait_s)
 
     def on_worker_lost(self) -> None:
         """A worker died, fell silent or restarted."""

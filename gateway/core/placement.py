@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -11,9 +11,11 @@ from gateway.core.flights import Flight, Flights
 from gateway.core.worker_link import WorkerLink
 from gateway.decisions.admission import Admission, Occupancy
 from gateway.decisions.affinity import Candidate, home
+from gateway.decisions.held import Held
 from gateway.generation import RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode
+from shared.protocol import FeatureFormat
 
 AHEAD: Final = 2001  # what a request that is tried again gains in priority: clients may ask for −1000 to 1000
 OWN_WAIT_S: Final = 5.0  # how long a suspect waits for a worker of its own
@@ -32,6 +34,8 @@ class Worker:
     orphans: list[int] = field(
         default_factory=list
     )  # sequences that the gateway gave up and the worker may still run
+    held: Held = field(default_factory=lambda: Held(0))  # pictures whose features it has
+    num_pictures: int = 0  # of this gateway, being encoded there
 
     @property
     def takes_work(self) -> bool:
@@ -42,12 +46,37 @@ class Worker:
         )
 
     @property
+    def model_id(self) -> str | None:
+        """What it serves, or encodes pictures for; None until it was there."""
+        if self.model is not None:
+            return self.model.card.model_id
+        return self.link.ready.model.model_id if self.link.ready is not None else None
+
+    @property
+    def serves_requests(self) -> bool:
+        """Whether it takes work, and whole requests: an encoder takes pictures only."""
+        return self.takes_work and not self.is_encoder
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the worker that serves encodes pictures for others."""
+        ready = self.link.ready
+        return ready is not None and ready.role == "encode"
+
+    @property
+    def takes_features(self) -> FeatureFormat | None:
+        """What pictures may be that come to it encoded; None: they must not."""
+        ready = self.link.ready
+        return ready.features if ready is not None and ready.role == "decode" else None
+
+    @property
     def num_active(self) -> int:
-        """Requests there: this gateway's as of now, and the others' as the last heartbeat said.
+        """Requests there: this gateway's as of now, and the others' as the last heartbeat said; or the pictures that this gateway
+        has encoded there, if these are more.
 
         The heartbeat's own sum would count those that have left since: a worker that drained would look full until the next one.
         """
-        return self.occupancy.num_active + self.occupancy.num_others
+        return max(self.occupancy.num_active + self.occupancy.num_others, self.num_pictures)
 
     @property
     def load(self) -> float:
@@ -59,10 +88,18 @@ class Worker:
         """What decides whether it is busy."""
         return Candidate(self.link.endpoint, self.num_active, self.occupancy.max_rows)
 
-    def take(self, flight: Flight, sequence_id: int, deadline_s: float) -> None:
-        """Send the worker a flight, due within `deadline_s`. After a `RequestError` the flight is not on the worker."""
-        request = flight.request
+    def hold(self, flight: Flight, sequence_id: int) -> None:
+        """Give a flight its place; `send` follows."""
         flight.sequence_id = sequence_id
+        flight.worker_key = self.key
+        self.flights.by_id[sequence_id] = flight
+        self.occupancy.enter(flight.request.tenant)
+
+    def send(
+        self, flight: Flight, sequence_id: int, deadline_s: float, encoded: list[int], frames: list[bytes]
+    ) -> None:
+        """Send the worker a flight, due within `deadline_s`, with its pictures' frames. Raises `RequestError`."""
+        request = flight.request
         submit = wire.Submit(
             epoch=self.link.epoch,
             sequence_id=sequence_id,
@@ -81,13 +118,11 @@ class Worker:
             ignore_eos=request.ignore_eos,
             thinking=request.thinking,
             values=list(request.values),
+            encoded=encoded,
+            encoded_as=self.takes_features if encoded else None,
         )
-        payloads = [frame for image in request.images for frame in image.frames]
-        self.link.submit(submit, payloads)
+        self.link.submit(submit, frames)
         flight.record.num_attempts += 1
-        flight.worker_key = self.key
-        self.flights.by_id[sequence_id] = flight
-        self.occupancy.enter(request.tenant)
 
 
 class Placement:
@@ -158,6 +193,23 @@ class Placement:
         best = min(ready, key=lambda worker: worker.load, default=None)
         return best if best is not None and best.occupancy.num_free > 0 else None
 
+    def encoders(self, format: FeatureFormat) -> list[Worker]:
+        """Those that encode pictures into this format."""
+        return [
+            worker
+            for worker in self.workers
+            if worker.is_encoder and worker.takes_work and _features_of(worker) == format
+        ]
+
+    def place_picture(self, format: FeatureFormat, key: bytes, but: Container[int]) -> Worker | None:
+        """The encoder for a picture: the one that has had it before, unless it is busy. `but`: keys of those that failed it."""
+        ready = [
+            worker
+            for worker in self.encoders(format)
+            if worker.key not in but and worker.num_active < worker.occupancy.capacity
+        ]
+        return self._home(ready, key) if ready else None
+
     def serves(self, model_id: str) -> bool:
         """Whether some worker serves a model of this name and takes work."""
         return any(
@@ -176,7 +228,7 @@ class Placement:
         self._check_open()
         refusal: RequestError | None = None
         for worker in self.workers:
-            if worker.takes_work:
+            if worker.serves_requests:
                 refusal = self._refusal(worker, tenant, 1)
                 if refusal is None:
                     return
@@ -194,7 +246,7 @@ class Placement:
         """Whether new work would be served, and why not."""
         if self.draining or self.is_leaving:
             return False, "shutting down"
-        if any(worker.takes_work for worker in self.workers):
+        if any(worker.serves_requests for worker in self.workers):
             return True, "ready"
         refusals = [worker.link.refusal for worker in self.workers if worker.link.refusal]
         if refusals:
@@ -225,3 +277,7 @@ class Placement:
         except RequestError as error:
             return error
         return None
+
+
+def _features_of(worker: Worker) -> FeatureFormat | None:
+    return worker.link.ready.features if worker.link.ready is not None else None

@@ -33,6 +33,7 @@ from gateway.core.tracing import Tracing
 from gateway.core.worker_link import WorkerLink
 from gateway.core.worker_pool import WorkerPool
 from gateway.decisions.admission import Admission
+from gateway.decisions.held import Held
 from gateway.decisions.limits import Meter, Meters
 from gateway.generation import (
     GenerateRequest,
@@ -259,7 +260,14 @@ class Service:
 
     async def record(self, num_steps: int, timeout_s: float = 60.0) -> bytes:
         """Record steps of the first ready worker; Chrome-trace JSON. Raises `RequestError`."""
-        worker = next((worker for worker in self._workers if worker.link.ready is not None), None)
+        worker = next(
+            (
+                worker
+                for worker in self._workers
+                if worker.model is not None and worker.link.ready is not None
+            ),
+            None,
+        )
         if worker is None:
             raise RequestError(ErrorCode.LOADING, "no worker is ready")
         return await self._recordings.record(worker.link, num_steps, timeout_s)
@@ -270,6 +278,11 @@ class Service:
         """See `WorkerEvents`."""
         worker = self._pool.of(link)
         assert link.ready is not None
+        self._warn_mismatched(link)
+        worker.held = Held(link.ready.limits.feature_bytes)
+        if worker.is_encoder:
+            self._on_encoder(worker, link.ready)
+            return
         before = worker.model
         try:
             model = self._catalog.announce(link.ready, tokenizer_json, chat_template)
@@ -288,6 +301,37 @@ class Service:
         worker.occupancy = self._admission.occupancy(model.limits.max_rows, model.limits.max_waiting)
         self._dispatch.resume()
 
+    def _on_encoder(self, worker: Worker, ready: wire.Ready) -> None:
+        """It announces no model: requests are for the workers that it encodes pictures for."""
+        worker.model, worker.is_leaving, worker.orphans = None, False, []
+        worker.occupancy = self._admission.occupancy(ready.limits.max_rows, ready.limits.max_waiting)
+
+    def _warn_mismatched(self, link: WorkerLink) -> None:
+        """Encoders of a model that a worker cannot use are there for nothing: say so."""
+        mine = link.ready
+        if mine is None or mine.role == "all":
+            return
+        for other in self._workers:
+            theirs = other.link.ready
+            if theirs is None or {mine.role, theirs.role} != {"encode", "decode"}:
+                continue
+            if mine.model.model_id == theirs.model.model_id and mine.features != theirs.features:
+                log.warning(
+                    "encoder_mismatched",
+                    endpoint=link.endpoint,
+                    other=other.link.endpoint,
+                    ours=str(mine.features),
+                    theirs=str(theirs.features),
+                    needs="the same model files, dtype and quantize at both",
+                )
+
+    def on_features(self, link: WorkerLink, features: wire.Features, payloads: list[bytes]) -> None:
+        """See `WorkerEvents`."""
+        try:
+            self._dispatch.encoders.on_features(self._pool.of(link), features, payloads)
+        except ValueError:
+            link.note("malformed")
+
     def on_outputs(self, link: WorkerLink, outputs: wire.StepOutputs) -> None:
         """See `WorkerEvents`."""
         try:
@@ -305,6 +349,7 @@ class Service:
         occupancy = self._pool.of(link).occupancy
         occupancy.on_beat(beat.drain_rate, beat.num_waiting)
         occupancy.share(beat.num_gateways, beat.num_running + beat.num_waiting)
+        self._dispatch.encoders.on_beat(self._pool.of(link), beat)
 
     def on_recording(self, link: WorkerLink, recording: bytes) -> None:
         """See `WorkerEvents`."""

@@ -40,6 +40,9 @@ class WorkerEvents(Protocol):
     def on_rejected(self, link: WorkerLink, rejected: wire.Rejected) -> None:
         """A submit that never became a sequence."""
 
+    def on_features(self, link: WorkerLink, features: wire.Features, payloads: list[bytes]) -> None:
+        """A picture's features, or why there are none."""
+
     def on_beat(self, link: WorkerLink, beat: wire.Beat) -> None:
         """The decode thread made progress."""
 
@@ -121,6 +124,12 @@ class WorkerLink:
             raise RequestError(ErrorCode.WORKER_LOST, "the worker went away")
         self._socket.send([wire.encode(submit), *payloads])
 
+    def encode(self, encode: wire.Encode, payloads: list[bytes]) -> None:
+        """Ask for a picture's features. Raises `RequestError` WORKER_LOST or QUEUE_FULL; never blocks."""
+        if self.ready is None:
+            raise RequestError(ErrorCode.WORKER_LOST, "the worker went away")
+        self._socket.send([wire.encode(encode), *payloads])
+
     def cancel(self, sequence_ids: list[int]) -> None:
         """Tell the worker to stop sequences. Best effort: an unreachable worker's lease runs out by itself."""
         if self.ready is None or not sequence_ids:
@@ -164,6 +173,12 @@ class WorkerLink:
                 self.note("stale_epoch")
                 return
             self._events.on_rejected(self, message)
+        elif isinstance(message, wire.Features):
+            if message.epoch != self.epoch:
+                self.note("stale_epoch")
+                return
+            self._life.on_progress(self._now())
+            self._events.on_features(self, message, frames[1:])
         elif isinstance(message, wire.Fatal):
             self._on_fatal(message)
         else:

@@ -299,6 +299,32 @@ def pocket(
 
 
 @app.command()
+def stages(
+    model: Annotated[
+        str, typer.Option(help="What is served: pocket, or a folder of a model with eyes.")
+    ] = "pocket",
+    streams: Annotated[int, typer.Option(help="Streams of text at once.")] = 4,
+    askers: Annotated[int, typer.Option(help="Clients that ask about a new picture each time.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 64,
+    seconds: Seconds = 8.0,
+    rounds: Rounds = 3,
+    threads: Annotated[
+        int, typer.Option(help="Compute threads of each side, shared out where it is two.")
+    ] = 2,
+    as_json: JsonFlag = False,
+) -> None:
+    """One worker beside an encoder and a decoder with the same threads in all, under text and pictures, turn about."""
+    from loadtest.bench.stages import StagesLoad, measure, stages_table
+
+    load = StagesLoad(model, streams, askers, tokens, seconds=seconds, rounds=rounds, threads=threads)
+    try:
+        done = measure(load)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    show(stages_table(done, load), [row.to_json() for row in done], as_json=as_json)
+
+
+@app.command()
 def pictures(
     megapixels: Annotated[str, typer.Option(help="Sizes of JPEGs: some of 0.5, 2, 12.")] = "0.5,2,12",
     models: Annotated[str, typer.Option(help="Whose crops: some of moondream, pocket.")] = "moondream,pocket",

@@ -34,6 +34,7 @@ from tests.fuzz.targets import Make, Target, bytes_of
 from tests.two_sheets import image_input
 from worker.loop.inbox import Inbox, Received
 from worker.schedule.intake import build_sequence
+from worker.schedule.picture_intake import build_picture
 from worker.schedule.refusal import Refusal
 from worker.wire.keys import secure_with
 from worker.wire.outbox import WireOutbox
@@ -41,12 +42,15 @@ from worker.wire.transport import Transport
 
 assert CARD.image is not None
 _IMAGE = image_input(1, CARD.image.crop_tokens, CARD.image.crop_size, b"d" * 32)
+_FORMAT = wire.FeatureFormat("float16", 2, "w")
 _SUBMIT = wire.Submit(1, 7, "r", wire.pack_i32([0, 11, 12, 13]), 8, wire.Sampling(), stop_ids=[1], tenant="t")
 _FROM_GATEWAY = (
     wire.Hello(wire.PROTOCOL_VERSION, wire.schema_hash(), "gw"),
     _SUBMIT,
     msgspec.structs.replace(_SUBMIT, images=[_IMAGE], task="detect", max_objects=3),
     msgspec.structs.replace(_SUBMIT, grammar=wire.Grammar("regex", "a+")),
+    msgspec.structs.replace(_SUBMIT, images=[_IMAGE], encoded=[0], encoded_as=_FORMAT),
+    wire.Encode(1, 9, _IMAGE, "t"),
     wire.Cancel(1, [7]),
     wire.Ping(1, 2.0),
     wire.Drain(1.0),
@@ -60,6 +64,8 @@ _FROM_WORKER = (
         [wire.TokenLogprobs(7, 0, -0.5, wire.pack_i32([11, 12]), [-0.5, -1.0])],
     ),
     wire.Rejected(1, 7, ErrorCode.QUEUE_FULL, "full", "", 1.0),
+    wire.Features(1, 9, _FORMAT),
+    wire.Features(1, 9, None, ErrorCode.QUEUE_FULL, "full"),
     wire.Fatal(1, ErrorCode.DEVICE_ERROR, "lost"),
     wire.Beat(1, 3, 1, 0, 5, 9, metrics={"a_total": 1.0, "b|c": 2.0}, histograms={"h": [1.0] * 19}),
     wire.TraceChunk(1, 5),
@@ -117,11 +123,14 @@ def worker_side() -> Callable[[bytes], object]:
         transport._on_frames(socket, [b"g", data])
         while not inbox.empty():
             taken = inbox.get()
-            if isinstance(taken, Received) and isinstance(taken.message, wire.Submit):
-                try:
-                    build_sequence(taken.gateway, taken.message, list(taken.frames), CARD, 0.0)
-                except Refusal:
-                    continue
+            message = taken.message if isinstance(taken, Received) else None
+            try:
+                if isinstance(taken, Received) and isinstance(message, wire.Submit):
+                    build_sequence(taken.gateway, message, list(taken.frames), CARD, 0.0, None, _FORMAT)
+                elif isinstance(taken, Received) and isinstance(message, wire.Encode):
+                    build_picture(message, taken.frames, CARD)
+            except Refusal:
+                continue
 
     return call
 

@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from queue import SimpleQueue
 
 import msgspec
@@ -295,12 +296,16 @@ def test_a_late_capture_equals_one_at_start() -> None:
     assert counts.captures_total.get("late") and "failed" not in counts.captures_total
 
 
+def _add_one(memory: torch.Tensor) -> None:
+    memory.add_(1)
+
+
 def test_graphs_are_captured_anew_after_all_others_are_gone(runner: TorchRunner) -> None:
     """A runner's graphs may all go while their device stays: its pools must still take new ones."""
     assert isinstance(runner.device, CudaDevice)
     for aside in (False, True, False, True):
         memory = torch.zeros(4, device=runner.device.torch_device)
-        graph = runner.device.capture(lambda memory=memory: memory.add_(1), aside=aside)
+        graph = runner.device.capture(partial(_add_one, memory), aside=aside)
         before = float(memory[0])
         with runner.device.compute.use():
             graph.replay()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import structlog
 
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import Cancel, Drain, ModelCard, Submit, Trace
+from shared.protocol import Cancel, Drain, Encode, FeatureFormat, ModelCard, Submit, Trace
 from worker.constraints.constraint import Constraint
 from worker.loop.inbox import Command, CompiledSubmit, LeaseEnded, MaskReady, Received
 from worker.loop.masks import MaskFiller
@@ -33,7 +33,9 @@ class Commands:
         card: ModelCard,
         clock: Callable[[], float],
         epoch: int,
+        format: FeatureFormat | None = None,
     ) -> None:
+        self._format = format
         self._scheduler = scheduler
         self._reports = reports
         self._masks = masks
@@ -65,6 +67,9 @@ class Commands:
                 seq = self._scheduler.cancel(gateway, sequence_id, FinishReason.CANCELLED)
                 if seq is not None:
                     self._reports.send_finish(seq)
+        elif isinstance(message, Encode):
+            text = "this worker encodes no pictures for others; start it with the role encode"
+            self._reports.send_features_refusal(gateway, message.job_id, ErrorCode.UNSUPPORTED, text)
         elif isinstance(message, Trace):
             self._recording.begin(gateway, message.num_steps)
         elif isinstance(message, Drain):
@@ -86,7 +91,7 @@ class Commands:
                 )
             if self.is_draining:
                 raise Refusal(ErrorCode.SHUTTING_DOWN, "the worker is draining")
-            seq = build_sequence(gateway, message, frames, self._card, now_s, compiled)
+            seq = build_sequence(gateway, message, frames, self._card, now_s, compiled, self._format)
             self._scheduler.submit(seq)
         except Refusal as refusal:
             self._reports.send_refusal(gateway, message.sequence_id, refusal, len(self._scheduler.waiting))

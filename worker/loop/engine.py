@@ -13,7 +13,7 @@ from queue import Empty
 import structlog
 
 from shared.errors import ErrorCode
-from shared.protocol import Fatal, ModelCard
+from shared.protocol import Fatal, FeatureFormat, ModelCard
 from worker.loop.commands import Commands
 from worker.loop.costs import Costs
 from worker.loop.heartbeat import Heartbeat
@@ -62,7 +62,9 @@ class Engine:
         masks: MaskFiller | None = None,
         governor: DepthGovernor | None = None,
         costs: Costs | None = None,
+        format: FeatureFormat | None = None,
     ) -> None:
+        """`format`: of pictures that come encoded by other workers; None: none may."""
         self.scheduler = scheduler
         self.runner = runner
         self.pipeline = Pipeline(runner.num_slots)
@@ -76,7 +78,9 @@ class Engine:
         self._reports = Reports(outbox, clock, epoch, self.metrics, costs)
         self._recording = Recording(outbox, epoch)
         self._masks = masks or MaskFiller(inbox.put)
-        self._commands = Commands(scheduler, self._reports, self._masks, self._recording, card, clock, epoch)
+        self._commands = Commands(
+            scheduler, self._reports, self._masks, self._recording, card, clock, epoch, format
+        )
         self._heartbeat = Heartbeat(scheduler, self.pipeline, self._reports, self._commands, clock, on_beat)
         self._timer = LaunchTimer() if late_launch else None
         self._governor = governor

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from shared.errors import ErrorCode
 from shared.protocol import (
     Beat,
+    Features,
     Finish,
     PromptLogprobs,
     Rejected,
@@ -92,6 +94,10 @@ class Reports:
         again_s = self.retry_after_s(num_waiting)
         rejected = Rejected(self._epoch, sequence_id, refusal.code, refusal.message, refusal.param, again_s)
         self._outbox.send(gateway, rejected)
+
+    def send_features_refusal(self, gateway: bytes, job_id: int, code: ErrorCode, message: str) -> None:
+        """A picture is not encoded here."""
+        self._outbox.send(gateway, Features(self._epoch, job_id, None, code, message))
 
     def _finish_event(self, seq: Sequence) -> Finish:
         self.count_finish(seq)

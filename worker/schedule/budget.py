@@ -75,7 +75,7 @@ class StepBudget:
         first unit always fits."""
         crops, end = 0, start + num
         for picture in seq.pictures:
-            if picture.end <= start or picture.position >= end:
+            if picture.end <= start or picture.position >= end or picture.features is not None:
                 continue
             for unit in picture.units(start, end, seq.cached_tokens):
                 place = picture.place_of(unit)

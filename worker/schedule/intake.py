@@ -9,20 +9,13 @@ import math
 from collections.abc import Sequence as Sequence_
 
 from shared.errors import ErrorCode
-from shared.pictures import (
-    check_bounds,
-    fault_of,
-    grid_of,
-    num_bytes,
-    num_loads,
-    num_tokens,
-    unit_tokens,
-)
-from shared.protocol import FreeSize, ImageInput, ImageSpec, ModelCard, Submit, unpack_i32
+from shared.pictures import check_bounds
+from shared.protocol import FeatureFormat, ImageSpec, ModelCard, Submit, unpack_i32
 from worker.constraints.automaton import TokenAutomaton, spatial_tables
 from worker.constraints.constraint import Constraint
 from worker.constraints.reasoning import reasoning_tables
 from worker.constraints.thought_budget import ThoughtBudget
+from worker.schedule.picture_intake import check_encoded, check_picture, picture_of
 from worker.schedule.refusal import Refusal
 from worker.schedule.rotary_places import prompt_places
 from worker.schedule.sequence import IMAGE_TOKEN, Block, Picture, Run, Sequence, Value
@@ -41,8 +34,12 @@ def build_sequence(
     card: ModelCard,
     now_s: float,
     compiled: Constraint | None = None,
+    format: FeatureFormat | None = None,
 ) -> Sequence:
-    """Expand and check one submission. Raises `Refusal` naming the field and a safe value."""
+    """Expand and check one submission. Raises `Refusal` naming the field and a safe value.
+
+    `format` is that of encoded pictures which this worker takes; None: it takes none.
+    """
     try:
         prompt = unpack_i32(message.prompt).tolist()
     except ValueError:
@@ -56,7 +53,8 @@ def build_sequence(
             ErrorCode.INVALID_REQUEST, f"max_tokens lies in 1 … {card.context_tokens}", "max_tokens"
         )
     _check_sampling(message, card)
-    tokens, pictures = _expand(prompt, message.images, frames, card.image)
+    check_encoded(message, format)
+    tokens, pictures = _expand(prompt, message, frames, card.image)
     values = _values(message, prompt, len(tokens), card)
     if pictures and message.sampling.num_prompt_logprobs >= 0:
         text = "log-probabilities of a prompt with pictures are not computed"
@@ -117,9 +115,10 @@ def _check_sampling(message: Submit, card: ModelCard) -> None:
 
 
 def _expand(
-    prompt: list[int], images: list[ImageInput], frames: list[bytes], spec: ImageSpec | None
+    prompt: list[int], message: Submit, frames: list[bytes], spec: ImageSpec | None
 ) -> tuple[list[int], list[Picture]]:
     """The prompt with the pictures' positions, and the pictures."""
+    images, encoded = message.images, frozenset(message.encoded)
     if not images:
         return prompt, []
     if spec is None:
@@ -127,37 +126,29 @@ def _expand(
     fault = check_bounds(spec, images)
     if fault:
         raise Refusal(ErrorCode.UNSUPPORTED, fault, "image")
-    if len(frames) != sum(len(image.sheets) for image in images):
+    counts = [1 if number in encoded else len(image.sheets) for number, image in enumerate(images)]
+    if len(frames) != sum(counts):
         raise Refusal(
             ErrorCode.INVALID_REQUEST, f"{len(images)} pictures came with {len(frames)} frames", "image"
         )
     tokens: list[int] = []
     pictures: list[Picture] = []
     at = 0
-    for image in images:
-        own, frames = frames[: len(image.sheets)], frames[len(image.sheets) :]
-        _check_picture(spec, image, own)
+    for number, image in enumerate(images):
+        own, frames = frames[: counts[number]], frames[counts[number] :]
+        is_encoded = number in encoded
+        check_picture(spec, image, own, message.encoded_as if is_encoded else None)
         runs: list[Run] = []
         offset = 0
         for place, num in image.runs:
             if num < 1 or not at <= place <= len(prompt):
-                message = f"a picture's runs lie in {at} … {len(prompt)}, in order, with a position each"
-                raise Refusal(ErrorCode.INVALID_REQUEST, message, "image")
+                text = f"a picture's runs lie in {at} … {len(prompt)}, in order, with a position each"
+                raise Refusal(ErrorCode.INVALID_REQUEST, text, "image")
             tokens += prompt[at:place]
             runs.append(Run(len(tokens), num, offset))
             tokens += [IMAGE_TOKEN] * num
             at, offset = place, offset + num
-        pictures.append(
-            Picture(
-                tuple(runs),
-                image.sheets,
-                own,
-                image.digest,
-                unit_tokens=unit_tokens(spec),
-                grid=grid_of(spec, image.sheets),
-                loads=num_loads(spec, image.sheets),
-            )
-        )
+        pictures.append(picture_of(spec, image, tuple(runs), own, is_encoded=is_encoded))
     return tokens + prompt[at:], pictures
 
 
@@ -179,19 +170,6 @@ def _values(message: Submit, prompt: list[int], num_tokens: int, card: ModelCard
         pictured = sum(num for image in message.images for at, num in image.runs if at <= given.index)
         found[given.index + pictured - num_tokens] = (given.values[0], given.values[-1])
     return found
-
-
-def _check_picture(spec: ImageSpec, image: ImageInput, frames: list[bytes]) -> None:
-    fault = fault_of(spec, image.sheets)
-    if not fault and [len(frame) for frame in frames] != [num_bytes([sheet]) for sheet in image.sheets]:
-        fault = "a picture's frame has the wrong size"
-    wanted = num_tokens(spec, image.sheets)
-    if not fault and sum(max(0, num) for _, num in image.runs) != wanted:
-        fault = f"the runs of a picture have {wanted} positions together"
-    if not fault and isinstance(spec.rule, FreeSize) and len(image.runs) != 1:
-        fault = "a picture has one run here"
-    if fault:
-        raise Refusal(ErrorCode.INVALID_REQUEST, fault, "image")
 
 
 def blocks_of(spec: ImageSpec | None, pictures: Sequence_[Picture]) -> list[Block]:

@@ -21,13 +21,13 @@ class Chunk:
 
 
 def crops_of(chunk: Chunk) -> int:
-    """The number of crops that the vision encoder runs for a chunk, unless their features are cached."""
+    """The number of crops that the vision encoder runs for a chunk, unless their features came with it or are cached."""
     seq, end = chunk.seq, chunk.start + chunk.num_tokens
     return sum(
         [
             len(picture.units(chunk.start, end, seq.cached_tokens)) * picture.unit_crops
             for picture in seq.pictures
-            if picture.position < end and chunk.start < picture.end
+            if picture.features is None and picture.position < end and chunk.start < picture.end
         ]
     )
 

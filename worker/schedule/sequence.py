@@ -48,6 +48,7 @@ class Picture:
     unit_tokens: int = 0
     grid: tuple[int, int] = (0, 0)  # rows and columns of its positions, where those have several axes
     loads: int = 0  # what encoding it costs in crops, if that is not their number
+    features: bytes | None = None  # of all its positions, if it came encoded; `frames` is then empty
 
     @property
     def position(self) -> int:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from shared.protocol import ImageSpec, ModelCard, OverlappingTiles
 from worker.constraints.automaton import TokenAutomaton
 from worker.schedule.plan import Chunk, PromptScores, StepPlan, StepResult, crops_of
-from worker.schedule.sequence import Sequence
+from worker.schedule.sequence import Picture, Sequence
 from worker.sim.profiles import Profile
 from worker.sim.timeline import Clock, SimEvent, SimStream, Timeline
 from worker.step.contract import DeviceTimes, GraphCounts, OutOfDeviceMemory, Progress
@@ -360,6 +360,13 @@ def _nan_index(seq: Sequence) -> int | None:
     return prompt[prompt.index(NAN_TOKEN) + 1] - seq.num_generated
 
 
+def _mark_at(picture: Picture, offset: int) -> int:
+    """A picture's own mark, as it came encoded or as it is encoded here; below 0 of what stands before it in its block."""
+    if picture.features is None or offset < 0:
+        return image_mark(picture.digest, offset)
+    return int(np.frombuffer(picture.features, np.uint64)[offset])
+
+
 def _known_marks(plan: StepPlan) -> dict[tuple[int, int], int]:
     """Marks of chunk positions whose embedding is not their token's: pictures, and resumed coordinates."""
     known: dict[tuple[int, int], int] = {}
@@ -370,7 +377,7 @@ def _known_marks(plan: StepPlan) -> dict[tuple[int, int], int]:
                 # All positions of a block depend on the whole picture, also those of a prefix before the picture.
                 first = next((a for a, b in seq.blocks if a <= run.position < b), run.position)
                 for position in range(max(chunk.start, first), min(end, run.position + run.num_tokens)):
-                    known[i, position] = image_mark(picture.digest, run.offset + position - run.position)
+                    known[i, position] = _mark_at(picture, run.offset + position - run.position)
         for index, value in seq.values.items():
             position = seq.num_prompt + index
             if chunk.start <= position < end:

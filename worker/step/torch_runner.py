@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.protocol import FeatureFormat
 from worker.device.choices import choices
 from worker.device.contract import Device
 from worker.formats.source import ProgressReport
@@ -54,7 +55,7 @@ class TorchRunner:
 
     `buckets` are the batch sizes to capture, where steps are captured at all, and `token_buckets` the numbers of
     prefill tokens; by default those of `decode_graphs.bucket_sizes` and `chunk_graphs.chunk_buckets`. `automata`
-    False: no constraint will ever live on the device.
+    False: no constraint will ever live on the device. `format`: of pictures that come encoded.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class TorchRunner:
         buckets: list[int] | None = None,
         token_buckets: list[int] | None = None,
         automata: bool = True,
+        format: FeatureFormat | None = None,
     ) -> None:
         self.model = model
         self.device = device
@@ -95,7 +97,7 @@ class TorchRunner:
         if model.encoder is not None and model.encoder.crop_size and device.captures:
             self.vision_graphs = VisionGraphs(device, model.encoder, shape.step_crops, self.graph_counts)
             encode = self.vision_graphs.features
-        self.embedding = ChunkEmbedding(model, FeatureCache(model, feature_bytes, device, encode))
+        self.embedding = ChunkEmbedding(model, FeatureCache(model, feature_bytes, device, encode, format))
         if device.captures:
             self.rows.allocate()
             with torch.inference_mode():

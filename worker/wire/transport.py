@@ -23,6 +23,7 @@ from shared.protocol import (
     PROTOCOL_VERSION,
     Beat,
     Cancel,
+    Encode,
     Fatal,
     Hello,
     Ping,
@@ -230,7 +231,7 @@ class Transport:
         lease.until_s = self._now() + lease.lease_s
         if isinstance(message, Ping):
             return
-        lease.asks = lease.asks or isinstance(message, Submit)
+        lease.asks = lease.asks or isinstance(message, Submit | Encode)
         if self._compiler is not None:
             if isinstance(message, Submit) and message.grammar is not None:
                 self._compiler.submit(gateway, message, frames[2:])

@@ -93,6 +93,8 @@ def test_two_models_are_one_too_many() -> None:
             {},
             "--max-queue concerns what --only worker leaves",
         ),
+        (["serve", "--role", "encode"], {}, "start encoders apart"),
+        (["worker", "--role", "encoder"], {}, "encode"),
         (["gateway", "--port", "9000", "--nonsense"], {}, "No such option: --nonsense"),
         (["gateway", "--prot", "9000"], {}, "--port"),
         (["worker", "--depht", "1"], {}, "--depth"),
@@ -145,6 +147,11 @@ def test_a_worker_alone_looks_at_no_gateway() -> None:
     )
     assert options.roles == ("worker",) and options.worker_grace_s == 25
     assert options.worker_environment(None)["DEGAS_WORKER_ENDPOINT"] == "tcp://0.0.0.0:5555"
+
+
+def test_an_encoder_may_be_supervised_alone() -> None:
+    options = serve_options(resolve({"only": "worker", "role": "encode"}, {}))
+    assert options.worker_environment(None)["DEGAS_WORKER_ROLE"] == "encode"
 
 
 def test_children_hear_the_file_through_variables_and_no_secret_of_the_other(

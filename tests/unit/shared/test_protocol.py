@@ -23,6 +23,33 @@ GOLDEN = [
 ]
 
 
+def test_golden_bytes_of_pictures_that_are_encoded_elsewhere() -> None:
+    format = wire.FeatureFormat("bfloat16", 2048, "ab")
+    asked = wire.Encode(7, 9, wire.ImageInput([wire.Sheet(1, 1, 8, 8)], [(1, 3)], b"d"), "t")
+    assert wire.encode(asked).hex() == "95a6456e636f6465070993919401010808919201" + "03c40164a174"
+    answer = wire.Features(7, 9, format)
+    assert wire.encode(answer).hex() == "96a8466561747572657307" + "0993a862666c6f61743136cd0800a26162c0a0"
+    assert wire.decode_from_worker(wire.encode(answer)) == answer
+    older = wire.Submit(1, 2, "r", b"", 3)
+    short = msgspec.msgpack.encode(msgspec.msgpack.decode(wire.encode(older))[:-2])
+    assert wire.decode_from_gateway(short) == older, "a request without such pictures says nothing of them"
+    ready = [
+        "Ready",
+        3,
+        "h",
+        1,
+        msgspec.to_builtins(wire.ModelCard("m", "f", 1, 1, 0, [])),
+        [1, 1, 1, 1, 1, 1],
+        "cpu",
+    ]
+    found = wire.decode_from_worker(msgspec.msgpack.encode(ready))
+    assert isinstance(found, wire.Ready) and (found.role, found.features, found.limits.feature_bytes) == (
+        "all",
+        None,
+        0,
+    )
+
+
 def test_a_beat_says_how_long_the_loop_may_be_silent_and_an_older_one_says_nothing() -> None:
     beat = wire.Beat(7, 9, 1, 2, 3, 4, expected_s=1.5)
     data = wire.encode(beat)

@@ -15,9 +15,11 @@ from shared.errors import ErrorCode, FinishReason
 from tests.two_sheets import image_input
 from tests.unit.wire.client import Client, Habits
 from tests.unit.wire.fake_zmq import Frames
-from tests.unit.wire.world import KILL_TOKEN, Node, World
+from tests.unit.wire.node import KILL_DIGEST, KILL_TOKEN, Node
+from tests.unit.wire.world import World
 from tests.unit.worker.loop.simulation import CARD
 from worker.loop.inbox import Received
+from worker.schedule.sequence import Sequence
 from worker.sim.runner import NAN_TOKEN
 from worker.sim.tokenizer import SIM_TOKENIZER
 
@@ -44,6 +46,8 @@ class Service(RuleBasedStateMachine):
 
     @initialize(
         num_workers=st.sampled_from([1, 1, 2]),
+        num_encoders=st.sampled_from([0, 0, 1, 2]),
+        encoder_jobs=st.sampled_from([2, 8]),
         depth=st.integers(1, 3),
         max_rows=st.integers(1, 4),
         num_pages=st.sampled_from([12, 24, 64]),
@@ -61,6 +65,8 @@ class Service(RuleBasedStateMachine):
     def start(
         self,
         num_workers: int,
+        num_encoders: int,
+        encoder_jobs: int,
         depth: int,
         max_rows: int,
         num_pages: int,
@@ -78,6 +84,8 @@ class Service(RuleBasedStateMachine):
         self.ending = ending
         self.world = World(
             num_workers=num_workers,
+            num_encoders=num_encoders,
+            encoder_jobs=encoder_jobs,
             max_queue=max_queue,
             supervised=supervised,
             depth=depth,
@@ -103,7 +111,7 @@ class Service(RuleBasedStateMachine):
         target=clients,
         words=st.lists(st.integers(20, 24), max_size=5),
         max_tokens=st.integers(1, 24),
-        image=st.sampled_from([None, None, b"x"]),
+        image=st.sampled_from([None, None, None, b"x", b"y", b"z"]),
         task=st.sampled_from(["text", "text", "detect", "point"]),
         temperature=st.sampled_from([0.0, 1.0]),
         seed=st.integers(0, 1 << 40),
@@ -167,6 +175,13 @@ class Service(RuleBasedStateMachine):
         """A row that turns NaN, or a poison request."""
         return self.world.submit([30, KILL_TOKEN, at] if kills else [30, NAN_TOKEN, at, 21], 5)
 
+    @rule(target=clients, word=st.integers(20, 24), image=st.integers(0, 9), kills=st.integers(0, 9))
+    def submit_picture(self, word: int, image: int, kills: int) -> Client:
+        """Often a new one, which encoders are asked for where there are any; seldom one that kills them."""
+        digest = hashlib.sha256(bytes([image])).digest() if kills else KILL_DIGEST
+        prepared = PreparedImage(image_input(1, 9, 8, digest), [bytes(192), bytes(192)])
+        return self.world.submit([30, word], 3, images=[prepared])
+
     @rule(client=clients, what=st.sampled_from(["cancel", "hang up", "stop reading", "read on"]))
     def client_acts(self, client: Client, what: str) -> None:
         if what == "cancel":
@@ -184,7 +199,7 @@ class Service(RuleBasedStateMachine):
         if before_launch:
             self.world.deliver()
             for node in self.world.nodes:
-                deadly = any(KILL_TOKEN in seq.tokens for seq in node.sim.scheduler.waiting)
+                deadly = any(_kills(seq) for seq in node.sim.scheduler.waiting)
                 if node.serves and not node.device_lost and not deadly:
                     node.sim.engine._plan_and_launch()
             self.world.within(client.cancel)
@@ -253,6 +268,65 @@ class Service(RuleBasedStateMachine):
         """Restarted if it is dead, thawed if it was frozen."""
         self.node(number).frozen = False
         self.world.restart(number % len(self.world.nodes))
+
+    # ------------------------------------------------------------ encoders
+
+    @rule(
+        number=numbers,
+        what=st.sampled_from(["crash", "freeze", "device error", "drain", "back", "apart"]),
+        num_arriving=st.sampled_from([0, 1, 100]),
+    )
+    def encoder_fails(self, number: int, what: str, num_arriving: int) -> None:
+        if not self.world.encoders:
+            return
+        number %= len(self.world.encoders)
+        node = self.world.encoders[number]
+        if what == "crash":
+            node.die(num_arriving)
+            self.world.loop.settle()
+        elif what == "freeze":
+            node.freeze()
+        elif what == "device error":
+            node.device_lost = True
+            self.world.device_faults += 1
+            self.world.flow(2)
+        elif what == "drain":
+            node.inbox.put(Received(b"", wire.Drain(0.01)))
+            self.world.drained = True
+        elif what == "back":
+            node.frozen = False
+            self.world.restart_encoder(number)
+        else:
+            node.between.disconnect()
+            node.between.connect()
+            self.world.loop.settle()
+
+    @rule(
+        number=numbers, how=st.sampled_from(["drop", "repeat", "cut"]), at=indexes, to_encoder=st.booleans()
+    )
+    def tamper_at_an_encoder(self, number: int, how: str, at: int, to_encoder: bool) -> None:
+        """With one of the frames on their way; of features also with what they hold."""
+        if not self.world.encoders:
+            return
+        connection = self.world.encoders[number % len(self.world.encoders)].between.connection
+        self.world.tick()
+        if connection is None:
+            return
+        queue = connection.to_worker if to_encoder else connection.to_gateway
+        if not queue:
+            return
+        at %= len(queue)
+        frames = queue[at]
+        if how == "drop":
+            del queue[at]
+        elif how == "repeat":
+            queue.insert(at, frames)
+        else:
+            queue[at] = [*frames[:-1], frames[-1][: len(frames[-1]) // 2]]
+        if not to_encoder:
+            self.world.lossy = True
+        self.world.tampered |= to_encoder
+        self.world.flow()
 
     # ------------------------------------------------------------ the wire
 
@@ -420,6 +494,10 @@ class Service(RuleBasedStateMachine):
             assert late.refused is not None
             world.come_to_rest()
         world.close()
+
+
+def _kills(seq: Sequence) -> bool:
+    return KILL_TOKEN in seq.tokens or any(picture.digest == KILL_DIGEST for picture in seq.pictures)
 
 
 def _of_epoch(epoch: int, what: str, indexes: dict[int, int]) -> Frames:

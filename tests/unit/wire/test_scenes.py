@@ -12,7 +12,8 @@ from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
 from tests.unit.wire.client import Client
 from tests.unit.wire.fake_zmq import Frames
-from tests.unit.wire.world import KILL_TOKEN, World
+from tests.unit.wire.node import KILL_TOKEN
+from tests.unit.wire.world import World
 from tests.unit.worker.loop.simulation import oracle
 from worker.loop.inbox import Received
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from itertools import count
-from queue import SimpleQueue
 from typing import Any
 
 from gateway.config import GatewayConfig
 from gateway.core.flights import Flight
+from gateway.core.placement import Worker
 from gateway.core.service import Service
 from gateway.core.worker_link import WorkerLink
 from gateway.decisions.recovery import MAX_ATTEMPTS, Verdict, judge
@@ -17,129 +17,17 @@ from gateway.generation import GenerateRequest, RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
 from tests.unit.wire.client import STALL_S, Client, Habits
-from tests.unit.wire.fake_zmq import Context, Frames, Router, Wire
+from tests.unit.wire.fake_zmq import Context, Frames, Wire
+from tests.unit.wire.node import KILL_DIGEST, KILL_TOKEN, PROGRESS_S, EncoderNode, Node
 from tests.unit.wire.virtual_loop import VirtualLoop
-from tests.unit.worker.loop.simulation import CARD, SimWorker, oracle
-from worker.loop.inbox import Inbox
-from worker.schedule.plan import StepPlan
+from tests.unit.worker.loop.simulation import CARD, oracle
 from worker.sim.timeline import VirtualClock
-from worker.sim.tokenizer import SIM_TOKENIZER
-from worker.step.contract import Progress
-from worker.wire.outbox import WireOutbox
-from worker.wire.transport import Transport
-
-KILL_TOKEN = 12
-"""A prompt that holds this id kills the worker that runs it, without a word."""
 
 DEADLINE_S = 20.0
-PROGRESS_S = 3.0
 RETRY_WAIT_S = 6.0
 GRACE_S = 3.0
 RESTART_S = 0.2
 FREEZE_S = 4.0  # then a supervisor has seen that no progress is made
-
-
-class Killed(Exception):
-    """The process is gone, as by SIGKILL."""
-
-
-class DeviceFault(Exception):
-    """What a lost device raises."""
-
-
-class Node:
-    """One worker process: decode thread and I/O thread, turn by turn."""
-
-    def __init__(self, between: Wire, clock: VirtualClock, epoch: int, options: dict[str, Any]) -> None:
-        self.between = between
-        self.epoch = epoch
-        self.alive = True
-        self.frozen = False  # as by SIGSTOP
-        self.down_s = 0.0  # when it died or was frozen
-        self._clock = clock
-        self.device_lost = False
-        inbox: Inbox = SimpleQueue()
-        self.outbox = WireOutbox()
-        self.transport = Transport(f"worker {epoch}", inbox, self.outbox, now=clock.now)
-        self.sim = SimWorker(self.outbox, epoch=epoch, inbox=inbox, clock=clock, **options)
-        self.router = Router(between)
-        self._launch_forward = self.sim.runner.launch_forward
-        self.sim.runner.launch_forward = self._launch  # type: ignore[method-assign]
-        self.router.bind()
-
-    def _launch(self, slot_number: int, plan: StepPlan, progress: Progress) -> None:
-        if self.device_lost:
-            raise DeviceFault("illegal address")
-        if any(KILL_TOKEN in chunk.seq.tokens[: chunk.seq.num_prompt] for chunk in plan.chunks):
-            raise Killed
-        self._launch_forward(slot_number, plan, progress)
-
-    @property
-    def serves(self) -> bool:
-        """Whether its threads run."""
-        return self.alive and not self.frozen
-
-    def turn(self) -> None:
-        """One turn of the I/O thread."""
-        if self.serves:
-            self.transport._turn(self.router)  # type: ignore[arg-type]
-
-    def tick(self) -> bool:
-        """One turn of the decode thread; it announces the worker first, and ends it when it is drained."""
-        if not self.serves:
-            return False
-        if not self.transport.is_announced:
-            self._announce()
-        engine = self.sim.engine
-        try:
-            progress = engine.tick()
-        except Killed:
-            self.die(10_000)
-            return True
-        except DeviceFault as fault:
-            engine._give_up(fault)
-            self._leave(wire.Fatal(self.epoch, ErrorCode.DEVICE_ERROR, "DeviceFault"))
-            return True
-        self.sim.check()
-        leased = {gateway for gateway, _ in self.sim.scheduler.sequences} <= set(self.transport._leases)
-        assert leased, "a sequence of a gateway that is gone still runs"
-        if not progress and engine.is_draining and not self.sim.scheduler.has_work:
-            self.sim.check_at_rest()
-            self._leave()
-        return progress
-
-    def _announce(self) -> None:
-        scheduler = self.sim.scheduler
-        limits = wire.Limits(
-            scheduler.limits.max_rows,
-            scheduler.limits.max_waiting,
-            self.sim.pool.total,
-            self.sim.pool.page_tokens,
-            scheduler.limits.step_tokens,
-            min(scheduler.limits.max_sequence_tokens, self.sim.pool.total * self.sim.pool.page_tokens),
-            PROGRESS_S,
-        )
-        ready = wire.Ready(wire.PROTOCOL_VERSION, wire.schema_hash(), self.epoch, CARD, limits, "sim")
-        self.transport.announce(ready, [SIM_TOKENIZER, b""])
-
-    def _leave(self, last: wire.Fatal | None = None) -> None:
-        """End in good order: what is queued is sent, and lingers until it is there."""
-        if last is not None:
-            self.outbox.broadcast(last)
-        self.turn()
-        self.die(10_000)
-
-    def freeze(self) -> None:
-        """Stand still, sockets and all."""
-        self.frozen, self.down_s = True, self._clock.now()
-
-    def die(self, num_arriving: int) -> None:
-        """End without a word; so many of the frames it sent still arrive."""
-        if self.alive:
-            self.alive = False
-            self.down_s = self._clock.now()
-            self.router.unbind(num_arriving)
-            self.outbox.close()
 
 
 class NoPictures:
@@ -171,7 +59,7 @@ class WatchedService(Service):
         flights = list(self._pool.of(link).flights.by_id.values())
         before = [(flight, flight.has_shown) for flight in flights]
         if not link.was_silent:
-            self.crashes.append({flight.request_id for flight in flights})
+            self.crashes.append({flight.request_id for flight in flights if flight.staged is None})
         super().on_lost(link, error)
         for flight, started in before:
             end = flight.state.end
@@ -208,15 +96,25 @@ class World:
     """A gateway, its clients, and its workers."""
 
     def __init__(
-        self, *, num_workers: int = 1, max_queue: int = 64, supervised: bool = False, **options: Any
+        self,
+        *,
+        num_workers: int = 1,
+        num_encoders: int = 0,
+        encoder_jobs: int = 8,
+        max_queue: int = 64,
+        supervised: bool = False,
+        **options: Any,
     ) -> None:
+        """With encoders the workers have the role decode."""
         self.clock = VirtualClock()
         self.clock.advance(1.0)
         self.loop = VirtualLoop.on(self.clock)
         endpoints = [f"ipc:///worker-{number}" for number in range(num_workers)]
-        self.wires = {endpoint: Wire() for endpoint in endpoints}
+        encoders = [f"ipc:///encoder-{number}" for number in range(num_encoders)]
+        self._encoder_jobs = encoder_jobs
+        self.wires = {endpoint: Wire() for endpoint in [*endpoints, *encoders]}
         config = GatewayConfig(
-            workers=tuple(endpoints),
+            workers=(*endpoints, *encoders),
             max_queue=max_queue,
             request_deadline_s=DEADLINE_S,
             retry_wait_s=RETRY_WAIT_S,
@@ -234,7 +132,10 @@ class World:
         self._options = options
         self._epochs = count(100)
         self._numbers = count()
-        self.nodes: list[Node] = [self._new_node(between) for between in self.wires.values()]
+        self.encoders: list[EncoderNode] = []
+        self._takes_features = num_encoders > 0
+        self.nodes: list[Node] = [self._new_node(self.wires[endpoint]) for endpoint in endpoints]
+        self.encoders = [self._new_encoder(self.wires[endpoint]) for endpoint in encoders]
         self.loop.run(self.service.start())
         for between in self.wires.values():
             between.tap = self._count_submit
@@ -245,7 +146,16 @@ class World:
         assert self.all_ready()
 
     def _new_node(self, between: Wire) -> Node:
-        return Node(between, self.clock, next(self._epochs), self._options)
+        return Node(
+            between,
+            self.clock,
+            next(self._epochs),
+            self._options,
+            takes_features=self._takes_features,
+        )
+
+    def _new_encoder(self, between: Wire) -> EncoderNode:
+        return EncoderNode(between, self.clock, next(self._epochs), self._encoder_jobs)
 
     def _count_submit(self, frames: Frames) -> None:
         message = wire.decode_from_gateway(frames[0])
@@ -254,14 +164,24 @@ class World:
             self.epochs[message.sequence_id] = message.epoch
 
     @property
+    def workers(self) -> list[Worker]:
+        """The gateway's view of the nodes."""
+        return self.service.workers[: len(self.nodes)]
+
+    @property
     def links(self) -> list[WorkerLink]:
-        """The gateway's side of each wire."""
-        return [worker.link for worker in self.service.workers]
+        """The gateway's side of the wire to each node."""
+        return [worker.link for worker in self.workers]
+
+    @property
+    def everybody(self) -> list[Node | EncoderNode]:
+        """All processes, in the order of the gateway's workers."""
+        return [*self.nodes, *self.encoders]
 
     def all_ready(self) -> bool:
-        """Whether the gateway serves from every worker's present epoch."""
-        pairs = zip(self.links, self.nodes, strict=True)
-        return all(node.alive and link.epoch == node.epoch for link, node in pairs)
+        """Whether the gateway serves from every process's present epoch."""
+        pairs = zip(self.service.workers, self.everybody, strict=True)
+        return all(node.alive and worker.link.epoch == node.epoch for worker, node in pairs)
 
     # ------------------------------------------------------------ clients
 
@@ -317,7 +237,7 @@ class World:
         for _ in range(times):
             if self._supervised:
                 self._supervise()
-            for node in self.nodes:
+            for node in self.everybody:
                 node.turn()
                 node.tick()
                 node.turn()
@@ -330,7 +250,7 @@ class World:
         for between in self.wires.values():
             assert between.dealer is None or not between.dealer.received, "frames wait, and nobody looks"
             between.deliver_to_worker()
-        for node in self.nodes:
+        for node in self.everybody:
             node.turn()
 
     def flow(self, times: int = 1) -> None:
@@ -345,7 +265,7 @@ class World:
         """When no frame was ever lost, a worker runs nothing that the gateway has given up."""
         if self.lossy or self.tampered:
             return
-        for worker, node in zip(self.service.workers, self.nodes, strict=True):
+        for worker, node in zip(self.workers, self.nodes, strict=True):
             if node.serves and worker.link.epoch == node.epoch and node.between.connection is not None:
                 node.sim.engine.take_commands()
                 mine = {n for g, n in node.sim.scheduler.sequences if g == node.between.connection.identity}
@@ -359,7 +279,8 @@ class World:
             self.flow()
             self.clock.advance(0.24)
         self.flow()
-        for link, node in zip(self.links, self.nodes, strict=True):
+        for worker, node in zip(self.service.workers, self.everybody, strict=True):
+            link = worker.link
             was_down = not node.serves and node.down_s <= began_s  # all that time: it may also die on the way
             if was_down and seconds > PROGRESS_S:
                 assert link.ready is None, "a worker that does nothing is taken for ready"
@@ -370,13 +291,20 @@ class World:
         if not node.alive:
             self.nodes[number] = self._new_node(node.between)
 
+    def restart_encoder(self, number: int) -> None:
+        """The same for an encoder."""
+        node = self.encoders[number]
+        if not node.alive:
+            self.encoders[number] = self._new_encoder(node.between)
+
     def _supervise(self) -> None:
-        for number, node in enumerate(self.nodes):
-            down_s = self.clock.now() - node.down_s
-            if node.frozen and down_s > FREEZE_S:
-                node.die(0)
-            if not node.alive and down_s > RESTART_S:
-                self.restart(number)
+        for nodes, restart in ((self.nodes, self.restart), (self.encoders, self.restart_encoder)):
+            for number, node in enumerate(nodes):
+                down_s = self.clock.now() - node.down_s
+                if node.frozen and down_s > FREEZE_S:
+                    node.die(0)
+                if not node.alive and down_s > RESTART_S:
+                    restart(number)
 
     # ------------------------------------------------------------ what must hold
 
@@ -385,15 +313,20 @@ class World:
         assert not self.faults, self.faults
         assert not self.loop.faults, self.loop.faults
         by_request = {flight.request_id: flight for flight in self.service.unlanded}
-        for link, worker in zip(self.links, self.service.workers, strict=True):
+        for worker in self.service.workers:
+            link = worker.link
             assert not link.anomalies["failed_message"] and not link.anomalies["failed_tick"]
             flights = worker.flights.by_id
             assert worker.occupancy.num_active == len(flights) == sum(worker.occupancy.tenants.values())
             assert link.ready is not None or not flights, "a flight on a worker that was lost"
             for number, flight in flights.items():
-                assert self.epochs[number] == link.epoch, "a flight on a worker of another epoch"
+                if flight.staged is None:
+                    assert self.epochs[number] == link.epoch, "a flight on a worker of another epoch"
+                else:
+                    assert flight.staged.missing and number not in self.epochs, "it waits for nothing"
                 assert flight.sequence_id == number and flight.worker_key == worker.key and not flight.landed
                 assert flight.request_id in by_request, "a flight on a worker that nobody waits for"
+        self._check_encoders()
         recovery = self.service._dispatch.recovery
         for flight in recovery.on_trial:
             assert not flight.state.next_index and not flight.landed, "on trial, though it has shown a token"
@@ -409,6 +342,18 @@ class World:
             assert num <= MAX_ATTEMPTS, f"{request_id} was sent {num} times"
         for client in self.clients:
             self._check_client(client, client.request.request_id in by_request)
+
+    def _check_encoders(self) -> None:
+        """Whoever waits for a picture waits for one that an encoder was asked for, and nobody else is asked."""
+        encoders = self.service._dispatch.encoders
+        jobs = list(encoders._by_id.values())
+        assert len(jobs) == len(encoders), "a picture that nobody encodes"
+        assert all(job.flights for job in jobs), "a picture that nobody waits for"
+        for worker in self.service.workers:
+            assert worker.num_pictures == sum(job.encoder is worker for job in jobs)
+            assert not worker.num_pictures or worker.link.ready is not None, "a picture at a lost encoder"
+        waiting = {(flight, key) for f in self.service.unlanded for flight, key in _missing(f)}
+        assert waiting == {(flight, job.key) for job in jobs for flight in job.flights}
 
     def _check_client(self, client: Client, is_live: bool) -> None:
         if client.refused is not None:
@@ -431,6 +376,7 @@ class World:
             assert (
                 KILL_TOKEN not in client.request.prompt_ids and client.answer.reason is not FinishReason.ERROR
             )
+            assert all(image.spec.digest != KILL_DIGEST for image in client.request.images)
             client.check_complete()
 
     def _check_error(self, client: Client, code: ErrorCode) -> None:
@@ -458,13 +404,17 @@ class World:
             between.late_to_worker.clear()
         until_s = self.clock.now() + DEADLINE_S + RETRY_WAIT_S + 2 * GRACE_S
         while True:
-            for number, node in enumerate(self.nodes):
-                node.frozen = node.device_lost = False
+            for process in self.everybody:
+                process.frozen = process.device_lost = False
+            for number in range(len(self.nodes)):
                 self.restart(number)
+            for number in range(len(self.encoders)):
+                self.restart_encoder(number)
             self.flow(2)
             busy = any(node.sim.scheduler.has_work for node in self.nodes)
             if not busy:
                 draining = any(node.sim.engine.is_draining for node in self.nodes)
+                draining |= any(node.loop.is_draining for node in self.encoders)
                 if not self.service.num_in_flight and self.all_ready() and not draining:
                     break
                 self.clock.advance(0.24)
@@ -481,11 +431,15 @@ class World:
         service = self.service
         assert not service.num_in_flight and not service.num_recovering
         assert not service._dispatch.recovery.on_trial and service._placement.reserved is None
-        for worker, node in zip(service.workers, self.nodes, strict=True):
-            assert not worker.flights.by_id and not worker.occupancy.num_active and not worker.orphans
+        assert not len(service._dispatch.encoders)
+        for node in self.nodes:
             node.sim.check_at_rest()
-            assert node.sim.inbox.empty() and not len(node.outbox) and not node.router.received
-            assert len(node.transport._leases) <= 1
+        for encoder in self.encoders:
+            assert not len(encoder.loop.queue)
+        for worker, process in zip(service.workers, self.everybody, strict=True):
+            assert not worker.flights.by_id and not worker.occupancy.num_active and not worker.orphans
+            assert process.inbox.empty() and not len(process.outbox) and not process.router.received
+            assert len(process.transport._leases) <= 1
         assert (self.loop.num_timers, self.loop.num_readers) == self.baseline, "a timer or a reader is left"
         ended = sum(service.metrics.ended.values())
         assert sum(service.metrics.accepted.values()) == ended == sum(c.refused is None for c in self.clients)
@@ -505,8 +459,12 @@ class World:
         self.drained = True
         self.loop.run(self.service.stop())
         self.loop.settle()
-        for node in self.nodes:
+        for node in self.everybody:
             node.die(0)
         self.loop.settle()
         self.check()
         assert not self.loop.num_readers
+
+
+def _missing(flight: Flight) -> list[tuple[Flight, bytes]]:
+    return [] if flight.staged is None else [(flight, key) for key in flight.staged.missing]

@@ -15,7 +15,7 @@ from loadtest.gpu.random_models import _words
 from loadtest.gpu.results import gather, short_table
 from shared.protocol import OverlappingTiles
 from shared.tiling import canvas_for
-from worker.formats.moondream_tokenizer import right_tokenizer
+from worker.formats.moondream_tokenizer import moondream_tokenizer
 
 ROOT = Path(__file__).parents[4]
 RUN = ROOT / "loadtest" / "gpu" / "run.sh"
@@ -68,7 +68,8 @@ def test_the_picture_of_the_serve_part_is_nine_crops() -> None:
 
 def test_a_worker_takes_the_folder_that_the_serve_part_makes(tmp_path: Path) -> None:
     words = json.dumps(_words(51200)).encode()
-    assert right_tokenizer(words, {"config": {"text": {"vocab_size": 51200}}}, tmp_path) == words
+    (tmp_path / "tokenizer.json").write_bytes(words)
+    assert moondream_tokenizer({"config": {"text": {"vocab_size": 51200}}}, tmp_path) == words
 
 
 def call(*arguments: str, python: str) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ from shared.errors import FinishReason
 from shared.protocol import (
     Beat,
     Cancel,
+    FeatureFormat,
     Finish,
     FromWorker,
     Grammar,
@@ -183,6 +184,7 @@ class SimWorker:
         governor: DepthGovernor | None = None,
         pace: Pace | None = None,
         on_beat: Callable[[int, float], None] | None = None,
+        format: FeatureFormat | None = None,
     ) -> None:
         self.clock = clock or VirtualClock()
         self.epoch = epoch
@@ -233,6 +235,7 @@ class SimWorker:
             governor=governor,
             masks=masks or punctual_masks(),
             on_beat=on_beat,
+            format=format,
         )
 
     def _on_kv_events(self, events: list[KvEvent]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from shared.errors import ErrorCode
 from shared.protocol import (
     EdgeTiles,
+    FeatureFormat,
     ImageInput,
     ImageLayout,
     ImageSpec,
@@ -18,6 +19,7 @@ from shared.protocol import (
     pack_i32,
 )
 from worker.schedule.intake import build_sequence
+from worker.schedule.plan import Chunk, crops_of
 from worker.schedule.refusal import Refusal
 from worker.schedule.sequence import IMAGE_TOKEN, Run, Sequence
 
@@ -82,3 +84,47 @@ def test_more_pictures_than_announced_are_refused_with_the_bound() -> None:
     assert caught.value.code is ErrorCode.UNSUPPORTED
     with pytest.raises(Refusal, match="reads text only"):
         built([image], [bytes(192)], [5], ModelCard("m", "fake", 100, 97, 0, [0]))
+
+
+FEATURES = FeatureFormat("bfloat16", 5, "w")
+
+
+def encoded(
+    places: list[int], frames: list[bytes], offered: FeatureFormat | None, taken: FeatureFormat | None
+) -> Sequence:
+    one = ImageInput([Sheet(1, 1, 8, 8)], [(1, 3)], b"one")
+    two = ImageInput(TILES, [(1, 3), (2, 3), (2, 3)], b"two")
+    message = Submit(1, 1, "r", pack_i32([5, 6, 7]), 4, images=[one, two], encoded=places, encoded_as=offered)
+    return build_sequence(b"gateway", message, frames, CARD, 0.0, None, taken)
+
+
+def test_an_encoded_picture_has_one_frame_and_costs_no_crops() -> None:
+    seq = encoded([1], [bytes(192), bytes(90)], FEATURES, FEATURES)
+    first, second = seq.pictures
+    assert first.features is None and first.frames == [bytes(192)]
+    assert second.features == bytes(90) and not second.frames
+    assert crops_of(Chunk(seq, 0, seq.num_prompt, is_last=True)) == 1, "the first one's alone"
+    assert encoded([0, 1], [bytes(30), bytes(90)], FEATURES, FEATURES).pictures[0].features == bytes(30)
+
+
+@pytest.mark.parametrize(
+    ("places", "frames", "offered", "taken", "words"),
+    [
+        ([1], [bytes(192), bytes(90)], FEATURES, None, "takes no encoded pictures"),
+        ([1], [bytes(192), bytes(90)], FeatureFormat("bfloat16", 5, "v"), FEATURES, "by the weights v"),
+        ([1], [bytes(192), bytes(90)], None, FEATURES, "of no format"),
+        ([1], [bytes(192), bytes(89)], FEATURES, FEATURES, "wrong size"),
+        ([1], [bytes(192), bytes(384), bytes(192)], FEATURES, FEATURES, "came with 3 frames"),
+        ([2], [bytes(192), bytes(90)], FEATURES, FEATURES, "among 0 … 1"),
+        ([-1], [bytes(192), bytes(90)], FEATURES, FEATURES, "among 0 … 1"),
+    ],
+)
+def test_encoded_pictures_that_do_not_fit_are_refused(
+    places: list[int],
+    frames: list[bytes],
+    offered: FeatureFormat | None,
+    taken: FeatureFormat | None,
+    words: str,
+) -> None:
+    with pytest.raises(Refusal, match=words):
+        encoded(places, frames, offered, taken)

@@ -21,14 +21,16 @@ from tests.unit.worker.step.graph_device import GraphDevice, RecordedGraph
 from tests.unit.worker.step.test_torch_runner import GOLDEN, Harness, load, mixture
 from worker.device.choices import without
 from worker.device.contract import CaptureBroken, Event
-from worker.device.cpu import CpuEvent, CpuStream
+from worker.device.cpu import CpuDevice, CpuEvent, CpuStream
 from worker.forward import ImageCrops
 from worker.loop.inbox import Received
 from worker.models.moondream import Moondream
 from worker.schedule.plan import StepPlan, StepResult
 from worker.step.contract import DeviceTimes, GraphCounts
 from worker.step.decode_graphs import Flavour, bucket_sizes
+from worker.step.features import FeatureCache
 from worker.step.graph_table import EAGER_RUNS_BEFORE_CAPTURE
+from worker.step.picture_encoder import TorchEncoder, blank
 from worker.step.slot import Slot
 from worker.step.torch_runner import TorchRunner
 from worker.step.vision_graphs import VisionGraphs, cut_pieces, piece_sizes
@@ -451,6 +453,26 @@ def test_vision_graphs_equal_the_encoder(tiny: Moondream) -> None:
     for one, two, three in zip(found, again, expected, strict=True):
         torch.testing.assert_close(one, three)
         torch.testing.assert_close(two, three)
+
+
+def test_an_encoder_by_graphs_gives_what_a_picture_is_encoded_to(tiny: Moondream) -> None:
+    """The role encode where steps are captured: graphs at start, features copied out."""
+    assert tiny.card.image is not None
+    device = GraphDevice()
+    encoder = TorchEncoder(tiny, device, weights="w", feature_bytes=0, step_crops=2)
+    assert encoder.graph_counts.captures_total == {"startup": len(device.graphs)} and device.graphs
+    shown = blank(tiny.card.image)
+    shown.frames = [bytes(range(256)) * (len(frame) // 256 + 1) for frame in shown.frames]
+    shown.frames = [
+        frame[: sheet.height * sheet.width * 3]
+        for frame, sheet in zip(shown.frames, shown.sheets, strict=True)
+    ]
+    data = encoder.encode("t", shown, lambda: None)
+    assert device.replayed
+    with torch.inference_mode():
+        expected = tiny.encode_images([FeatureCache(tiny, 0, CpuDevice())._upload(shown, 0)])[0]
+    found = torch.frombuffer(bytearray(data), dtype=expected.dtype).view(-1, encoder.format.columns)
+    torch.testing.assert_close(found, expected)
 
 
 def test_pieces_cover_every_number_of_crops() -> None:

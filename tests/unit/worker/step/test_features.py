@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest.gpu.random_models import random_model
-from shared.protocol import Sheet
+from shared.protocol import FeatureFormat, Sheet
 from worker.device.choices import without
 from worker.device.contract import Event
 from worker.device.cpu import CpuDevice, CpuStream
+from worker.models.contract import Model
 from worker.models.moondream import Moondream
 from worker.schedule.sequence import Picture, Run
 from worker.step.features import FeatureCache
+from worker.step.picture_encoder import TorchEncoder
 
 SIDE = 70
 
@@ -120,3 +123,31 @@ def test_pictures_are_encoded_beside_the_compute_stream_which_waits_before_it_re
         with without("vision_stream"):
             cache.get([("a", picture(3), 0)])
         assert device.told == [("compute", "begin"), ("encoder", "run"), ("compute", "end")]
+
+
+@pytest.mark.slow
+def test_what_another_process_encoded_is_what_would_be_encoded_here(model: Moondream) -> None:
+    device = CpuDevice()
+    encoder = TorchEncoder(model, device, weights="w", feature_bytes=1 << 20, step_crops=4)
+    own = FeatureCache(model, 1 << 20, device, format=encoder.format)
+    shown = picture(3)
+    data = encoder.encode("a", shown, lambda: None)
+    assert len(data) == 25 * encoder.format.columns * 4
+    came = Picture(shown.runs, shown.sheets, (), shown.digest, features=data)
+    with torch.inference_mode():
+        alone = model.encode_images([own._upload(shown, 0)])[0]
+        found = own.get([("a", came, 0)])["a", shown.digest, 0]
+        assert torch.equal(found, alone) and own.bytes_given_total == len(data)
+        again = own.get([("a", shown, 0)])["a", shown.digest, 0]
+    assert again is found and own.num_hits == 1, "kept like one that was encoded here"
+    encoder.encode("a", shown, lambda: None)
+    assert encoder.num_hits == 1
+
+
+def test_a_unit_of_a_picture_that_came_encoded_is_its_own_rows() -> None:
+    no_model = cast(Model, SimpleNamespace(device=torch.device("cpu")))
+    own = FeatureCache(no_model, 1 << 20, CpuDevice(), format=FeatureFormat("float16", 3, "w"))
+    rows = torch.arange(24, dtype=torch.float16).reshape(8, 3)
+    came = Picture((Run(1, 8, 0),), (), (), b"d", unit_tokens=4, features=rows.numpy().tobytes())
+    found = own.get([("a", came, 1), ("a", came, 0)])
+    assert torch.equal(found["a", b"d", 1], rows[4:]) and torch.equal(found["a", b"d", 0], rows[:4])

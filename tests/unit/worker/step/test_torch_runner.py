@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.protocol import ImageInput, OverlappingTiles, Sampling, Submit, pack_i32
+from shared.protocol import FeatureFormat, ImageInput, OverlappingTiles, Sampling, Submit, pack_i32
 from shared.tiling import canvas_for
 from tests.two_sheets import image_input
 from tests.unit.worker.loop.simulation import EPOCH, GATEWAY, RecordingOutbox, Stream, punctual_masks
@@ -70,6 +70,7 @@ class Harness:
         automata: bool = True,
         device: Device | None = None,
         mixed_tokens: int = 1600,
+        format: FeatureFormat | None = None,
     ) -> None:
         pool = PagePool(num_pages, 16)
         scheduler = Scheduler(
@@ -96,6 +97,7 @@ class Harness:
                     vocab_size=model.card.vocab_size,
                     num_slots=max(2, depth),
                 ),
+                format=format,
             )
         self.inbox: Inbox = SimpleQueue()
         self.outbox = RecordingOutbox()
@@ -109,6 +111,7 @@ class Harness:
             epoch=EPOCH,
             depth=depth,
             masks=punctual_masks(),
+            format=format,
         )
 
     def begin(self, submits: list[tuple[Submit, list[bytes]]]) -> list[Stream]:
