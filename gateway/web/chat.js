@@ -68,13 +68,14 @@ export class Chat {
     this.composer.serve(model, this.converses, canDraw && this.converses);
     this.settings.serve(model, this.converses);
     byId("chat-model").textContent = model.id;
-    byId("chat-opening").textContent = this.converses ? "Say something to" : "Begin a text for";
+    const asksAboutPictures = model.capabilities.includes("query");
+    byId("chat-opening").textContent = !this.converses ? "Begin a text for" : asksAboutPictures ? "Show something to" : "Say something to";
     const about = model.description || "A language model on this server. Small ones are quick and often wrong: check what matters.";
     byId("chat-description").textContent = this.converses
       ? about
       : `${about} This one has no chat template, so it does not answer: it goes on with the text that you begin.`;
     byId("new-chat").textContent = this.converses ? "New chat" : "Clear";
-    const starters = !this.converses ? BEGINNINGS : model.capabilities.includes("query") ? [] : SUGGESTIONS;
+    const starters = !this.converses ? BEGINNINGS : asksAboutPictures ? [] : SUGGESTIONS;
     byId("starters").replaceChildren(...starters.map((text) => this.starter(text)));
     if (!starters.length) byId("starters").append(...this.openers(canDraw));
     this.showContext();

@@ -16,7 +16,7 @@ export function drawable(path) {
   const from = path.search(/[Mm]/);
   if (from < 0) return "";
   const last = path.search(/[A-Za-z][^A-Za-z]*$/);
-  return /[Zz]\s*$/.test(path) || last <= from ? path.slice(from) : path.slice(from, last);
+  return /[Zz]\s*$/.test(path) ? path.slice(from) : path.slice(from, last);
 }
 
 export class Marks {
