@@ -8,17 +8,20 @@ ends that stream and no other.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol, cast
 
 import structlog
 
+from gateway.core.lending import Loans
+from gateway.core.tokens import ByteDetokenizer
 from gateway.decisions.limits import Meter
 from gateway.decisions.recovery import Record
 from gateway.decisions.stream import Discontinuity, StreamState
 from gateway.faults import fault_fields
-from gateway.generation import Delta, GenerateRequest, Listener, RequestError, TextListener
+from gateway.generation import Delta, GenerateRequest, LendingListener, Listener, RequestError, TextListener
+from gateway.native.burst import burst
 from shared import protocol as wire
 from shared.errors import ErrorCode
 
@@ -33,6 +36,9 @@ class FlightEvents(Protocol):
 
     def on_token_gap(self, gap_s: float, count: int = 1) -> None:
         """Time between two tokens of one stream, or of `count` streams with the same."""
+
+    def recall(self, flight: Flight) -> None:
+        """The flight's stream is to come home, if the compiled loop writes it: its outcome is settled next."""
 
     def on_landed(self, flight: Flight) -> None:
         """The flight is over and in no map any more; its listener is told next."""
@@ -106,6 +112,7 @@ class Flight:
     def cancel(self) -> None:
         """See `RunningStream.cancel`."""
         if self.state.end is None:
+            self._events.recall(self)
             self._events.stop_sequence(self)
             self.state.cancel()
             self.land()
@@ -113,6 +120,7 @@ class Flight:
     def fail(self, error: RequestError) -> None:
         """End the flight with an error, unless it has ended."""
         if self.state.end is None:
+            self._events.recall(self)
             self.state.fail(error)
             self.land()
 
@@ -131,12 +139,13 @@ class Flight:
 class _Plain:
     """What a token of a plain stream needs, and nothing else: with many streams each object is one more cache miss."""
 
-    __slots__ = ("detokenizer", "listener", "state")
+    __slots__ = ("can_be_lent", "detokenizer", "listener", "state")
 
     def __init__(self, state: StreamState, listener: TextListener) -> None:
         self.state = state
         self.detokenizer = state.detokenizer
         self.listener = listener
+        self.can_be_lent = hasattr(listener, "form") and isinstance(state.detokenizer, ByteDetokenizer)
 
 
 class Flights:
@@ -147,17 +156,37 @@ class Flights:
         events: FlightEvents,
         note: Callable[[str], None],
         now: Callable[[], float] = time.monotonic,
+        *,
+        is_compiled: bool = False,
     ) -> None:
+        """`is_compiled`: tokens are written by the compiled loop where there is one."""
+        self._is_compiled = is_compiled
         self._events = events
         self._note = note
         self._now = now
         self.by_id: dict[int, Flight] = {}
         self._plain: dict[int, _Plain] = {}  # those of them whose tokens are text and nothing else
+        self._loans: Loans | None = None  # those of them that the compiled loop writes, once there is one
 
     def remove(self, sequence_id: int) -> bool:
         """Take a flight off; False where it is not here."""
+        self.recall(sequence_id)
         self._plain.pop(sequence_id, None)
         return self.by_id.pop(sequence_id, None) is not None
+
+    def recall(self, sequence_id: int) -> None:
+        """Have a stream that the compiled loop writes come home."""
+        if self._loans is not None:
+            self._loans.recall(sequence_id)
+
+    def on_token_gap(self, gap_s: float, count: int = 1) -> None:
+        """See `LoanEvents`."""
+        self._events.on_token_gap(gap_s, count)
+
+    def on_fault(self, sequence_id: int, fault: Exception) -> None:
+        """See `LoanEvents`."""
+        if (flight := self.by_id.get(sequence_id)) is not None:
+            self._on_listener_fault(flight, fault)
 
     def on_outputs(self, outputs: wire.StepOutputs) -> None:
         """Deliver one step. Raises ValueError for a frame whose arrays do not fit together."""
@@ -173,8 +202,15 @@ class Flights:
         for scores in outputs.prompt_logprobs:
             if (flight := by_id.get(scores.sequence_id)) is not None:
                 flight.state.on_prompt(scores)
+        rows: Iterable[tuple[int, int, int]] = zip(ids, first, token_ids, strict=True)
+        loans = self._loans
+        if loans is None:
+            if self._is_compiled and (compiled := burst()) is not None:
+                loans = self._loans = Loans(compiled, self)
+        elif loans:
+            rows = [(ids[i], first[i], token_ids[i]) for i in loans.step(outputs, ids, now_s)]
         usual_s, num_usual = 0.0, 0  # streams of one worker mostly had their last tokens at the same time
-        for sequence_id, index, token_id in zip(ids, first, token_ids, strict=True):
+        for sequence_id, index, token_id in rows:
             plain = plains.get(sequence_id)
             if plain is None or index != (state := plain.state).next_index:
                 flight = by_id.get(sequence_id)
@@ -204,6 +240,11 @@ class Flights:
                     plain.listener.on_text(text)
                 except Exception as fault:
                     self._on_listener_fault(by_id[sequence_id], fault)
+                    continue
+            if index & 3 == 2 and plain.can_be_lent and loans is not None:
+                # Not at once: many answers are shorter than lending them would take.
+                listener = cast(LendingListener, plain.listener)
+                loans.offer(sequence_id, state, listener, cast(ByteDetokenizer, plain.detokenizer))
         if num_usual:
             self._events.on_token_gap(usual_s, num_usual)
         for finish in outputs.finishes:
@@ -267,6 +308,7 @@ class Flights:
             self._settle(flight)
 
     def _on_finish(self, flight: Flight, finish: wire.Finish) -> None:
+        self.recall(flight.sequence_id)
         state = flight.state
         delta = state.on_finish(finish)
         if delta is not None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 from collections.abc import Callable
 from typing import Final
+
+from gateway.generation import Carrier
 
 _send = os.write
 _LOOKS: Final = 4  # how often a stalled client is checked within the stall limit
@@ -33,8 +36,10 @@ class BoundedWriter:
         "_stall_s",
         "_timer",
         "_transport",
+        "_twin",
+        "_written_bytes",
+        "carrier",
         "closed",
-        "written_bytes",
     )
 
     def __init__(
@@ -53,7 +58,9 @@ class BoundedWriter:
         self._loop = asyncio.get_running_loop()
         self._limit_bytes = limit_bytes
         self._stall_s = stall_s
-        self.written_bytes = 0
+        self.carrier: Carrier | None = None  # writes one stream's tokens past this writer
+        self._twin = -1
+        self._written_bytes = 0
         self._drained_bytes = 0
         self._progress_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -67,7 +74,7 @@ class BoundedWriter:
         if self.closed or self._transport.is_closing():
             return
         size = len(data)
-        self.written_bytes += size
+        self._written_bytes += size
         if self._descriptor >= 0 and not self._transport.get_write_buffer_size():
             try:
                 sent = _send(self._descriptor, data)
@@ -76,6 +83,8 @@ class BoundedWriter:
             if sent == size:
                 return
             data = data[sent:]
+        if self.carrier is not None:
+            self.carrier.come_home()  # what the transport holds back must leave first
         self._transport.write(data)
         unread = self._transport.get_write_buffer_size()
         if unread == 0:
@@ -84,11 +93,13 @@ class BoundedWriter:
             self._stall()
         elif self._timer is None:
             self._progress_s = self._loop.time()
-            self._drained_bytes = self.written_bytes - unread
+            self._drained_bytes = self._written_bytes - unread
             self._timer = self._loop.call_later(self._stall_s / _LOOKS, self._look)
 
     def write_soon(self, data: bytes) -> None:
         """Send `data` with what else is said in this turn of the loop. Raises nothing."""
+        if self.carrier is not None:
+            self.carrier.come_home()
         if not self._held:
             self._loop.call_soon(self._write_held)
         self._held.append(data)
@@ -96,6 +107,41 @@ class BoundedWriter:
     def _write_held(self) -> None:
         if self._held:
             self.write(self._held.pop())
+
+    # ------------------------------------------------------------ lending the connection
+
+    def lendable(self) -> int:
+        """A descriptor of the connection for a carrier, which this writer closes; −1 while nobody else may write.
+
+        It is a twin of the transport's: that one may be closed, and its number be another connection's, before this
+        writer hears of it.
+        """
+        transport = self._transport
+        if self.closed or self._held or self._descriptor < 0 or self.carrier is not None:
+            return -1
+        if transport.is_closing() or transport.get_write_buffer_size():
+            return -1
+        if self._twin < 0 and _Twins.num < _Twins.most:
+            try:
+                self._twin = os.dup(self._descriptor)
+            except OSError:
+                return -1
+            _Twins.num += 1
+        return self._twin
+
+    def others_wait(self) -> int:
+        """Bytes that wait in the transport, whoever wrote them."""
+        return self._transport.get_write_buffer_size()
+
+    def take_back(self, written_bytes: int) -> None:
+        """The carrier wrote so much, and writes no more."""
+        self.carrier = None
+        self._written_bytes += written_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        """All bytes so far."""
+        return self._written_bytes + (0 if self.carrier is None else self.carrier.written_bytes())
 
     @property
     def unread_bytes(self) -> int:
@@ -109,8 +155,14 @@ class BoundedWriter:
 
     def close(self) -> None:
         """Write nothing more, after what `write_soon` still holds. Idempotent."""
+        if self.carrier is not None:
+            self.carrier.come_home()
         self._write_held()
         self.closed = True
+        if self._twin >= 0:
+            os.close(self._twin)
+            self._twin = -1
+            _Twins.num -= 1
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -120,7 +172,7 @@ class BoundedWriter:
         unread = 0 if self._transport.is_closing() else self._transport.get_write_buffer_size()
         if self.closed or unread == 0:
             return
-        drained, now_s = self.written_bytes - unread, self._loop.time()
+        drained, now_s = self._written_bytes - unread, self._loop.time()
         if drained > self._drained_bytes:
             self._drained_bytes, self._progress_s = drained, now_s
         elif now_s - self._progress_s >= self._stall_s:
@@ -133,6 +185,13 @@ class BoundedWriter:
         self.close()
         self._transport.abort()
         self._on_stalled()
+
+
+class _Twins:
+    """How many descriptors were doubled in this process: no more than leaves enough for connections."""
+
+    num = 0
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 3
 
 
 def _descriptor(transport: asyncio.WriteTransport) -> int:

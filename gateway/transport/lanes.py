@@ -24,7 +24,7 @@ from gateway.api.response_stream import ResponseStream
 from gateway.decisions.holdings import Holding
 from gateway.errors import error_headers, error_object, http_status
 from gateway.faults import fault_fields
-from gateway.generation import End, RequestError, ServingCore, Usage
+from gateway.generation import Carrier, End, RequestError, ServingCore, Usage
 from gateway.transport.frames import FrameWriter
 from gateway.transport.resumed_lanes import ResumedResponses
 from gateway.transport.resumption import Resumption
@@ -66,6 +66,26 @@ class LaneSink:
     def send(self, kind: str, event: bytes) -> None:
         """See `Sink`."""
         self._writer.write(event)
+
+    def lendable(self) -> int:
+        """See `LendingSink`."""
+        return -1 if self._writer.is_shared else self._writer.bounded.lendable()
+
+    def others_wait(self) -> int:
+        """See `LendingSink`: aiohttp answers pings."""
+        return self._writer.bounded.others_wait()
+
+    def lend(self, carrier: Carrier) -> None:
+        """See `LendingSink`."""
+        self._writer.bounded.carrier = carrier
+
+    def take_back(self, written_bytes: int) -> None:
+        """See `LendingSink`."""
+        self._writer.bounded.take_back(written_bytes)
+
+    def give(self, rest: bytes) -> None:
+        """See `LendingSink`."""
+        self._writer.bounded.write(rest)
 
 
 class Pending:
