@@ -8,7 +8,7 @@ event stream) only frames it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, cast
 
@@ -62,12 +62,13 @@ class Sink(Protocol):
 
 
 class LendingSink(Sink, Protocol):
-    """A sink whose text events may be written past it, as text frames; see `gateway.generation.LendingListener`."""
+    """A sink whose text events may be written past it; see `gateway.generation.LendingListener`."""
 
-    def lendable(self) -> int:
-        """The connection's descriptor; −1 while nobody else may write."""
+    def lendable(self) -> tuple[int, Framing, bytes, bytes] | None:
+        """The connection's descriptor, and what stands around an event there; None while nobody else may write."""
 
-    def others_wait(self) -> int:
+    @property
+    def others_wait(self) -> Callable[[], int] | None:
         """See `TextForm.others_wait`."""
 
     def lend(self, carrier: Carrier) -> None:
@@ -77,7 +78,7 @@ class LendingSink(Sink, Protocol):
         """It wrote so much, and writes no more."""
 
     def give(self, rest: bytes) -> None:
-        """Write the rest of a frame."""
+        """Write the rest of an event as it is."""
 
 
 class Closed(Protocol):
@@ -270,11 +271,12 @@ class ResponseStream:
         if self.opening.task != "text" or not self._delta_middle:
             return None
         sink = cast(LendingSink, self._sink)
-        descriptor = sink.lendable()
-        if descriptor < 0:
+        connection = sink.lendable()
+        if connection is None:
             return None
-        parts = (_DELTA_HEAD, self._delta_middle, _DELTA_TAIL)
-        return TextForm(descriptor, Framing.TEXT_FRAME, parts, self._sequence_number, True, sink.others_wait)
+        descriptor, framing, before, behind = connection
+        parts = (before + _DELTA_HEAD, self._delta_middle, _DELTA_TAIL + behind)
+        return TextForm(descriptor, framing, parts, self._sequence_number, True, sink.others_wait)
 
     def lend(self, carrier: Carrier) -> None:
         """See `LendingListener`."""

@@ -30,7 +30,7 @@ class LoanEvents(Protocol):
 class Loan:
     """One lent stream; see `gateway.generation.Carrier`."""
 
-    __slots__ = ("_loans", "detokenizer", "listener", "others_wait", "sequence_id", "state")
+    __slots__ = ("_loans", "detokenizer", "listener", "sequence_id", "state")
 
     def __init__(
         self,
@@ -39,14 +39,12 @@ class Loan:
         state: StreamState,
         listener: LendingListener,
         detokenizer: ByteDetokenizer,
-        others_wait: Callable[[], int] | None,
     ) -> None:
         self._loans = loans
         self.sequence_id = sequence_id
         self.state = state
         self.listener = listener
         self.detokenizer = detokenizer
-        self.others_wait = others_wait
 
     def come_home(self) -> None:
         """See `Carrier`."""
@@ -64,7 +62,8 @@ class Loans:
         self._burst = burst
         self._events = events
         self._lent: dict[int, Loan] = {}
-        self._watched: dict[int, Loan] = {}  # those on whose connections others write as well
+        # Of those on whose connections others write as well: what of theirs waits.
+        self._watched: dict[int, Callable[[], int]] = {}
 
     def __len__(self) -> int:
         return len(self._lent)
@@ -79,10 +78,9 @@ class Loans:
             return
         if not self._burst.add(sequence_id, form, table, state.next_index, state.last_s):
             return
-        loan = Loan(self, sequence_id, state, listener, detokenizer, form.others_wait)
-        self._lent[sequence_id] = loan
+        self._lent[sequence_id] = loan = Loan(self, sequence_id, state, listener, detokenizer)
         if form.others_wait is not None:
-            self._watched[sequence_id] = loan
+            self._watched[sequence_id] = form.others_wait
         listener.lend(loan)
 
     def recall(self, sequence_id: int) -> None:
@@ -102,9 +100,8 @@ class Loans:
 
     def step(self, outputs: wire.StepOutputs, sequence_ids: Sequence[int], now_s: float) -> list[int]:
         """Write the rows of lent streams; returns the indexes of all others. A lent stream among those has come home."""
-        for loan in list(self._watched.values()):
-            if loan.others_wait is not None and loan.others_wait():
-                loan.come_home()
+        for sequence_id in [found for found, others_wait in self._watched.items() if others_wait()]:
+            self.recall(sequence_id)
         burst, at = self._burst, 0
         left: list[int] = []
         while at < len(sequence_ids):

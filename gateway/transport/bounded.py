@@ -129,9 +129,10 @@ class BoundedWriter:
             _Twins.num += 1
         return self._twin
 
-    def others_wait(self) -> int:
-        """Bytes that wait in the transport, whoever wrote them."""
-        return self._transport.get_write_buffer_size()
+    @property
+    def others_wait(self) -> Callable[[], int]:
+        """Tells how many bytes wait in the transport, whoever wrote them."""
+        return self._transport.get_write_buffer_size
 
     def take_back(self, written_bytes: int) -> None:
         """The carrier wrote so much, and writes no more."""
