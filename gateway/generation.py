@@ -318,6 +318,7 @@ class TextForm:
     parts: tuple[bytes, bytes, bytes]
     number: int | None  # of the last event
     keeps_text: bool  # the listener is to be told what was said
+    is_closing: Callable[[], bool]  # the descriptor is the connection's no more, or soon will not be
     # Bytes of others that wait in the transport, where others write too; they must leave first.
     others_wait: Callable[[], int] | None = None
 

@@ -68,6 +68,10 @@ class LendingSink(Sink, Protocol):
         """The connection's descriptor, and what stands around an event there; None while nobody else may write."""
 
     @property
+    def is_closing(self) -> Callable[[], bool]:
+        """See `TextForm.is_closing`."""
+
+    @property
     def others_wait(self) -> Callable[[], int] | None:
         """See `TextForm.others_wait`."""
 
@@ -276,7 +280,9 @@ class ResponseStream:
             return None
         descriptor, framing, before, behind = connection
         parts = (before + _DELTA_HEAD, self._delta_middle, _DELTA_TAIL + behind)
-        return TextForm(descriptor, framing, parts, self._sequence_number, True, sink.others_wait)
+        return TextForm(
+            descriptor, framing, parts, self._sequence_number, True, sink.is_closing, sink.others_wait
+        )
 
     def lend(self, carrier: Carrier) -> None:
         """See `LendingListener`."""

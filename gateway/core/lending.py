@@ -62,6 +62,7 @@ class Loans:
         self._burst = burst
         self._events = events
         self._lent: dict[int, Loan] = {}
+        self._closing: dict[int, Callable[[], bool]] = {}
         # Of those on whose connections others write as well: what of theirs waits.
         self._watched: dict[int, Callable[[], int]] = {}
 
@@ -79,6 +80,7 @@ class Loans:
         if not self._burst.add(sequence_id, form, table, state.next_index, state.last_s):
             return
         self._lent[sequence_id] = loan = Loan(self, sequence_id, state, listener, detokenizer)
+        self._closing[sequence_id] = form.is_closing
         if form.others_wait is not None:
             self._watched[sequence_id] = form.others_wait
         listener.lend(loan)
@@ -88,6 +90,7 @@ class Loans:
         loan = self._lent.pop(sequence_id, None)
         if loan is None:
             return
+        del self._closing[sequence_id]
         self._watched.pop(sequence_id, None)
         written_bytes = self._burst.written_bytes(sequence_id)
         standing = self._burst.remove(sequence_id)
@@ -100,6 +103,8 @@ class Loans:
 
     def step(self, outputs: wire.StepOutputs, sequence_ids: Sequence[int], now_s: float) -> list[int]:
         """Write the rows of lent streams; returns the indexes of all others. A lent stream among those has come home."""
+        for sequence_id in [found for found, is_closing in self._closing.items() if is_closing()]:
+            self.recall(sequence_id)
         for sequence_id in [found for found, others_wait in self._watched.items() if others_wait()]:
             self.recall(sequence_id)
         burst, at = self._burst, 0

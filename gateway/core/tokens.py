@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
+import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -60,6 +61,7 @@ class ModelTokens:
         self.start_ids: list[int] = self._tokenizer.encode("", add_special_tokens=True).ids
         self._token_bytes: list[bytes] | None = None
         self._table: TokenTextTable | None = None
+        self._is_making_table = False
         self._whole: dict[
             int, str
         ] = {}  # texts of shown tokens that are whole characters, once they were needed
@@ -145,11 +147,19 @@ class ModelTokens:
         return WindowDetokenizer(self, skipped, self._partial_ids)
 
     def text_table(self) -> TokenTextTable | None:
-        """Texts of single tokens for the compiled loop; None for tokens whose text depends on those around them, or while
-        there is no such loop."""
-        if self._table is None and self._token_bytes is not None:
-            self._table = text_table(self._token_bytes, self.special_ids)
+        """Texts of single tokens for the compiled loop; None until they are made. Asked for once there is such a loop, and by
+        detokenizers whose tokens' texts do not depend on those around them."""
+        if self._table is None and not self._is_making_table:
+            self._is_making_table = (
+                True  # for good: a table that cannot be had is not asked for with every token
+            )
+            threading.Thread(target=self._make_table, name="token-texts", daemon=True).start()
         return self._table
+
+    def _make_table(self) -> None:
+        """On a thread of its own: a large vocabulary takes some tens of milliseconds."""
+        assert self._token_bytes is not None
+        self._table = text_table(self._token_bytes, self.special_ids)
 
     def _with_aliases(self) -> tuple[Tokenizer, dict[int, int]]:
         """A tokenizer that reads special tokens' names as text and their aliases as the tokens; and the aliases' ids."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 from collections.abc import Callable
 from typing import Final
 
@@ -36,7 +35,6 @@ class BoundedWriter:
         "_stall_s",
         "_timer",
         "_transport",
-        "_twin",
         "_written_bytes",
         "carrier",
         "closed",
@@ -59,7 +57,6 @@ class BoundedWriter:
         self._limit_bytes = limit_bytes
         self._stall_s = stall_s
         self.carrier: Carrier | None = None  # writes one stream's tokens past this writer
-        self._twin = -1
         self._written_bytes = 0
         self._drained_bytes = 0
         self._progress_s = 0.0
@@ -111,23 +108,18 @@ class BoundedWriter:
     # ------------------------------------------------------------ lending the connection
 
     def lendable(self) -> int:
-        """A descriptor of the connection for a carrier, which this writer closes; −1 while nobody else may write.
+        """The connection's descriptor for a carrier, which asks `is_closing` before every step: a closed descriptor's number
+        may be another connection's before anybody here hears of it. −1 while nobody else may write."""
+        if self.closed or self._held or self.carrier is not None:
+            return -1
+        if self._transport.is_closing() or self._transport.get_write_buffer_size():
+            return -1
+        return self._descriptor
 
-        It is a twin of the transport's: that one may be closed, and its number be another connection's, before this
-        writer hears of it.
-        """
-        transport = self._transport
-        if self.closed or self._held or self._descriptor < 0 or self.carrier is not None:
-            return -1
-        if transport.is_closing() or transport.get_write_buffer_size():
-            return -1
-        if self._twin < 0 and _Twins.num < _Twins.most:
-            try:
-                self._twin = os.dup(self._descriptor)
-            except OSError:
-                return -1
-            _Twins.num += 1
-        return self._twin
+    @property
+    def is_closing(self) -> Callable[[], bool]:
+        """Tells whether the connection is closed, or about to be."""
+        return self._transport.is_closing
 
     @property
     def others_wait(self) -> Callable[[], int]:
@@ -160,10 +152,6 @@ class BoundedWriter:
             self.carrier.come_home()
         self._write_held()
         self.closed = True
-        if self._twin >= 0:
-            os.close(self._twin)
-            self._twin = -1
-            _Twins.num -= 1
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -186,13 +174,6 @@ class BoundedWriter:
         self.close()
         self._transport.abort()
         self._on_stalled()
-
-
-class _Twins:
-    """How many descriptors were doubled in this process: no more than leaves enough for connections."""
-
-    num = 0
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 3
 
 
 def _descriptor(transport: asyncio.WriteTransport) -> int:

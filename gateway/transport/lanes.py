@@ -73,6 +73,11 @@ class LaneSink:
         return None if descriptor < 0 else (descriptor, Framing.TEXT_FRAME, b"", b"")
 
     @property
+    def is_closing(self) -> Callable[[], bool]:
+        """See `LendingSink`."""
+        return self._writer.bounded.is_closing
+
+    @property
     def others_wait(self) -> Callable[[], int]:
         """See `LendingSink`: aiohttp answers pings."""
         return self._writer.bounded.others_wait

@@ -6,7 +6,7 @@ Runs on the gateway's loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from aiohttp import web
 
@@ -32,6 +32,12 @@ class EventStreamSink:
     def send(self, kind: str, event: bytes) -> None:
         """See `Sink`."""
         self._writer.write(b"event: %b\ndata: %b\n\n" % (kind.encode(), event))
+
+    @property
+    def is_closing(self) -> Callable[[], bool]:
+        """See `LendingSink`."""
+        assert self._writer.bounded is not None
+        return self._writer.bounded.is_closing
 
     @property
     def others_wait(self) -> None:

@@ -258,7 +258,8 @@ class _TextChoice(_Choice):
         descriptor = bounded.lendable()
         if descriptor < 0:
             return None
-        return TextForm(descriptor, Framing.CHUNK, (self._before, b"", self._behind[:-2]), None, False)
+        parts = (self._before, b"", self._behind[:-2])
+        return TextForm(descriptor, Framing.CHUNK, parts, None, False, bounded.is_closing)
 
     def lend(self, carrier: Carrier) -> None:
         assert self._bounded is not None

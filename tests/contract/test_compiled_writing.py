@@ -78,7 +78,7 @@ def num_lent(gateway: GatewayThread) -> int:
 
 
 def raw(gateway: GatewayThread, path: str, body: dict[str, Any]) -> bytes:
-    """An answer's bytes, chunks and all, with what differs from request to request blotted out."""
+    """An answer's bytes, with what differs from request to request blotted out."""
     parts = urlsplit(gateway.url)
     data = json.dumps(
         {"max_tokens" if "chat" in path or "comp" in path else "max_output_tokens": 2000, **body}
@@ -89,7 +89,10 @@ def raw(gateway: GatewayThread, path: str, body: dict[str, Any]) -> bytes:
         received = b""
         while piece := connection.recv(1 << 16):
             received += piece
-    body_bytes = received.partition(b"\r\n\r\n")[2]
+    rest, body_bytes = received.partition(b"\r\n\r\n")[2], b""
+    while rest:  # events of one moment may share a chunk
+        size, _, rest = rest.partition(b"\r\n")
+        body_bytes, rest = body_bytes + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
     blotted = re.sub(
         rb'(resp_|msg_|chatcmpl-|cmpl-)[0-9a-f]+|"(created|created_at|completed_at)":\d+', b"?", body_bytes
     )
@@ -117,11 +120,13 @@ def test_the_bytes_are_those_that_python_writes(
     by_python = raw(serve(native=False), path, body)
     assert not lent
     gateway = serve()
-    raw(gateway, path, body)  # the first frame of a gateway finds the loop
     by_loop = raw(gateway, path, body)
+    for _ in range(50):  # the first frames of a gateway find the loop, and make the vocabulary's texts
+        if lent:
+            break
+        by_loop = raw(gateway, path, body)
     assert lent, by_loop
-    sizes = re.compile(rb"(?m)^[0-9a-f]+\r$")
-    assert sizes.sub(b"", by_loop) == sizes.sub(b"", by_python)
+    assert by_loop == by_python
 
 
 def test_official_clients_get_every_character(serve: Serve, lent: list[int]) -> None:
@@ -164,18 +169,14 @@ def wait_until(holds: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
-def test_leaving_cancels_and_gives_the_descriptor_back(serve: Serve) -> None:
-    from gateway.transport.bounded import _Twins
-
+def test_leaving_cancels_and_brings_the_stream_home(serve: Serve) -> None:
     gateway = serve()
     gateway.worker.script = endless  # type: ignore[attr-defined]
-    raw_before = _Twins.num
     opened = Opened(gateway.url, "/v1/chat/completions", CHAT | {"max_tokens": 1900})
     wait_until(lambda: num_lent(gateway) == 1, "the stream was not lent")
-    assert _Twins.num == raw_before + 1
     opened.close()
     gateway.worker.wait_cancelled(1)  # type: ignore[attr-defined]
-    wait_until(lambda: num_lent(gateway) == 0 and _Twins.num == raw_before, "it was not given back")
+    wait_until(lambda: num_lent(gateway) == 0, "it was not given back")
 
 
 def test_a_second_lane_brings_the_first_home(serve: Serve) -> None:

@@ -53,7 +53,7 @@ def form(
     ours: socket.socket, *, framing: Framing = Framing.CHUNK, number: int | None = None, keeps: bool = False
 ) -> TextForm:
     middle = b"" if number is None else b',"delta":'
-    return TextForm(ours.fileno(), framing, (b'data: {"n":', middle, b"}\n\n"), number, keeps)
+    return TextForm(ours.fileno(), framing, (b'data: {"n":', middle, b"}\n\n"), number, keeps, lambda: False)
 
 
 def step(
@@ -193,7 +193,7 @@ def test_times_since_the_tokens_before_are_told_together(pair: tuple[socket.sock
 
 def test_a_form_that_is_too_long_is_not_taken(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, _ = pair
-    long = TextForm(ours.fileno(), Framing.CHUNK, (b"x" * 16000, b"", b""), None, False)
+    long = TextForm(ours.fileno(), Framing.CHUNK, (b"x" * 16000, b"", b""), None, False, lambda: False)
     burst = loop()
     assert not burst.add(1, long, table_of(b"a"), 0, 1.0)
     assert len(burst) == 0
