@@ -20,6 +20,7 @@ GROUND, END_GROUND, ANSWER = 7, 9, 3
 OUTLINE_CARD = msgspec.structs.replace(
     DEMO_CARD, model_id="tracer", capabilities=[*DEMO_CARD.capabilities, "segment"]
 )
+assert CARD.image is not None
 PAIR_CARD = msgspec.structs.replace(
     SEEING_CARD, model_id="pair", image=msgspec.structs.replace(CARD.image, max_images=3)
 )

@@ -13,8 +13,8 @@ from playwright.sync_api import Page, Route, expect
 
 from tests.browser.chat_worker import chat_worker
 from tests.browser.conftest import Visit
+from tests.browser.demo_worker import BOXES
 from tests.browser.picture_worker import (
-    BOXES,
     OUTLINE_CARD,
     PAIR_CARD,
     THOUGHT,

@@ -53,22 +53,20 @@ Serve = Callable[..., GatewayThread]
 
 
 @pytest.fixture
-def serve() -> Iterator[Serve]:
-    """A worker that says `TEXT`, and gateways in front of it."""
+def serve(worker: FakeWorker) -> Iterator[Serve]:
+    """Gateways in front of a worker that says `TEXT`."""
     running: list[GatewayThread] = []
-    with FakeWorker() as worker:
-        worker.reply(TEXT)
+    worker.reply(TEXT)
 
-        def served(**settings: Any) -> GatewayThread:
-            running.append(GatewayThread(workers=[worker.endpoint], **settings))
-            running[-1].__enter__()
-            running[-1].wait_ready()
-            running[-1].worker = worker  # type: ignore[attr-defined]
-            return running[-1]
+    def served(**settings: Any) -> GatewayThread:
+        running.append(GatewayThread(workers=[worker.endpoint], **settings))
+        running[-1].__enter__()
+        running[-1].wait_ready()
+        return running[-1]
 
-        yield served
-        for gateway in running:
-            gateway.__exit__(None, None, None)
+    yield served
+    for gateway in running:
+        gateway.__exit__(None, None, None)
 
 
 def num_lent(gateway: GatewayThread) -> int:
@@ -99,7 +97,7 @@ def raw(gateway: GatewayThread, path: str, body: dict[str, Any]) -> bytes:
     return re.sub(rb'"(degas)":\{[^}]*\}', b"?", blotted)
 
 
-CHAT = {
+CHAT: dict[str, Any] = {
     "messages": [{"role": "user", "content": "x"}],
     "stream": True,
     "stream_options": {"include_usage": True},
@@ -135,7 +133,7 @@ def test_official_clients_get_every_character(serve: Serve, lent: list[int]) -> 
         for _ in range(2):
             chat = client.chat.completions.create(
                 model="fake-vl", max_tokens=2000, stream=True, messages=CHAT["messages"]
-            )  # type: ignore[call-overload]
+            )
             said = "".join(chunk.choices[0].delta.content or "" for chunk in chat if chunk.choices)
             assert said.strip() == TEXT.strip()
             with client.responses.stream(model="fake-vl", input="x", max_output_tokens=2000) as stream:
@@ -145,7 +143,7 @@ def test_official_clients_get_every_character(serve: Serve, lent: list[int]) -> 
             assert response.usage is not None and response.usage.output_tokens == len(text_ids(TEXT))
         with client.responses.connect() as connection:
             connection.response.create(model="fake-vl", input="x", max_output_tokens=2000)
-            events = []
+            events: list[Any] = []
             for event in connection:
                 events.append(event)
                 if event.type == "response.completed":
@@ -169,34 +167,35 @@ def wait_until(holds: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
-def test_leaving_cancels_and_brings_the_stream_home(serve: Serve) -> None:
+def test_leaving_cancels_and_brings_the_stream_home(serve: Serve, worker: FakeWorker) -> None:
     gateway = serve()
-    gateway.worker.script = endless  # type: ignore[attr-defined]
+    worker.script = endless
     opened = Opened(gateway.url, "/v1/chat/completions", CHAT | {"max_tokens": 1900})
     wait_until(lambda: num_lent(gateway) == 1, "the stream was not lent")
     opened.close()
-    gateway.worker.wait_cancelled(1)  # type: ignore[attr-defined]
+    worker.wait_cancelled(1)
     wait_until(lambda: num_lent(gateway) == 0, "it was not given back")
 
 
-def test_a_second_lane_brings_the_first_home(serve: Serve) -> None:
+def test_a_second_lane_brings_the_first_home(serve: Serve, worker: FakeWorker) -> None:
     gateway = serve()
-    gateway.worker.script = endless  # type: ignore[attr-defined]
+    worker.script = endless
     with (
         openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=ANY_KEY) as client,
         client.responses.connect() as connection,
     ):
-        connection.send({"type": "response.create", "stream_id": "a", "model": "fake-vl", "input": "x"})  # type: ignore[arg-type]
+        connection.response.create(stream_id="a", model="fake-vl", input="x")
         wait_until(lambda: num_lent(gateway) == 1, "the stream was not lent")
-        connection.send({"type": "response.create", "stream_id": "b", "model": "fake-vl", "input": "x"})  # type: ignore[arg-type]
+        connection.response.create(stream_id="b", model="fake-vl", input="x")
         wait_until(lambda: num_lent(gateway) == 0, "two streams of one connection leave together")
         connection.send({"type": "response.cancel", "stream_id": "a"})  # type: ignore[arg-type]
         wait_until(lambda: num_lent(gateway) == 1, "the other is alone again")
         connection.send({"type": "response.cancel", "stream_id": "b"})  # type: ignore[arg-type]
         numbers: dict[str, list[int]] = {"a": [], "b": []}
         ended = 0
+        event: Any
         for event in connection:
-            numbers[event.stream_id].append(event.sequence_number)  # type: ignore[union-attr]
+            numbers[event.stream_id].append(event.sequence_number)
             ended += event.type == "response.incomplete"
             if ended == 2:
                 break
@@ -204,9 +203,8 @@ def test_a_second_lane_brings_the_first_home(serve: Serve) -> None:
         assert found == list(range(len(found)))
 
 
-def test_a_client_that_stops_reading_is_cut_off_and_others_go_on(serve: Serve) -> None:
+def test_a_client_that_stops_reading_is_cut_off_and_others_go_on(serve: Serve, worker: FakeWorker) -> None:
     gateway = serve(slow_client_s=1.0, write_buffer_bytes=4096)
-    worker: FakeWorker = gateway.worker  # type: ignore[attr-defined]
     token = Token(text_ids("a")[0])
     worker.script = lambda submit: [*[token] * submit.max_tokens, End(FinishReason.LENGTH)]
     parts = urlsplit(gateway.url)
@@ -223,9 +221,9 @@ def test_a_client_that_stops_reading_is_cut_off_and_others_go_on(serve: Serve) -
         assert said[-1]["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_worker_that_dies_ends_lent_streams(serve: Serve) -> None:
+def test_a_worker_that_dies_ends_lent_streams(serve: Serve, worker: FakeWorker) -> None:
     gateway = serve()
-    gateway.worker.script = endless  # type: ignore[attr-defined]
+    worker.script = endless
     said: list[Any] = []
 
     def read() -> None:
@@ -235,16 +233,15 @@ def test_a_worker_that_dies_ends_lent_streams(serve: Serve) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     wait_until(lambda: num_lent(gateway) == 1, "the stream was not lent")
-    gateway.worker.die()  # type: ignore[attr-defined]
+    worker.die()
     reader.join(10)
     assert said[-1]["error"]["code"] == "worker_lost"
     assert num_lent(gateway) == 0
 
 
-def test_a_duplicate_or_lost_token_is_still_seen(serve: Serve) -> None:
+def test_a_duplicate_or_lost_token_is_still_seen(serve: Serve, worker: FakeWorker) -> None:
     """The loop hands a wrong index back, and the stream ends as any other does."""
     gateway = serve()
-    worker: FakeWorker = gateway.worker  # type: ignore[attr-defined]
     worker.script = lambda _: [*[Token(text_ids("a")[0])] * 40, End(FinishReason.STOP)]
     with Opened(gateway.url, "/v1/chat/completions", CHAT) as opened:
         usage = next(
