@@ -297,25 +297,26 @@ def test_without_the_capability_there_is_no_outline(serve: Callable[..., Page]) 
     expect(page.locator('#answer-kind option[value="segment"]')).to_have_count(0)
 
 
-@pytest.mark.parametrize(
-    ("written", "shown"),
-    [
-        ("M 0 0 L 1 ", "M 0 0 "),
-        ("M 0 0 L 1 1 L 0.", "M 0 0 L 1 1 "),
-        ("M 0 0 L 1 1 Z", "M 0 0 L 1 1 Z"),
-        ("M", ""),
-        ("M 0 0", ""),
-        ("", ""),
-        ("0.5 0.5", ""),
-        ('M 0 0" onload="hack()', ""),
-    ],
-)
-def test_what_of_a_path_may_be_drawn(serve: Callable[..., Page], written: str, shown: str) -> None:
+WRITTEN = {
+    "M 0 0 L 1 ": "M 0 0 ",
+    "M 0 0 L 1 1 L 0.": "M 0 0 L 1 1 ",
+    "M 0 0 L 1 1 Z": "M 0 0 L 1 1 Z",
+    "M": "",
+    "M 0 0": "",
+    "": "",
+    "0.5 0.5": "",
+    'M 0 0" onload="hack()': "",
+}
+"""An outline as it is being written, and what of it may be drawn."""
+
+
+def test_an_outline_is_drawn_up_to_its_last_whole_command(serve: Callable[..., Page]) -> None:
     page = serve(chat_worker())
     drawn = page.evaluate(
-        "async (path) => (await import(new URL('marks.js', document.baseURI))).drawable(path)", written
+        "async (paths) => { const { drawable } = await import(new URL('marks.js', document.baseURI)); return paths.map(drawable); }",
+        list(WRITTEN),
     )
-    assert drawn == shown
+    assert dict(zip(WRITTEN, drawn, strict=True)) == WRITTEN
 
 
 # ---------------------------------------------------------------- how it looks
