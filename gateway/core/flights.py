@@ -148,6 +148,16 @@ class _Plain:
         self.can_be_lent = hasattr(listener, "form") and isinstance(state.detokenizer, ByteDetokenizer)
 
 
+def _rows(outputs: wire.StepOutputs, some: list[int] | None) -> Iterable[tuple[int, int, int]]:
+    """Sequence id, index and token of every row, or of some."""
+    ids = wire.unpack_i64(outputs.sequence_ids)
+    first = wire.unpack_i32(outputs.first_index)
+    token_ids = wire.unpack_i32(outputs.token_ids)
+    if some is None:
+        return zip(ids, first, token_ids, strict=True)
+    return [(ids[i], first[i], token_ids[i]) for i in some]
+
+
 class Flights:
     """The flights on one worker, by sequence id."""
 
@@ -190,11 +200,9 @@ class Flights:
 
     def on_outputs(self, outputs: wire.StepOutputs) -> None:
         """Deliver one step. Raises ValueError for a frame whose arrays do not fit together."""
-        ids = wire.unpack_i64(outputs.sequence_ids)
-        first = wire.unpack_i32(outputs.first_index)
-        token_ids = wire.unpack_i32(outputs.token_ids)
-        if not len(ids) == len(first) == len(token_ids):
-            raise ValueError(f"{len(ids)} ids, {len(first)} indexes and {len(token_ids)} tokens in one frame")
+        sizes = (len(outputs.sequence_ids) / 8, len(outputs.first_index) / 4, len(outputs.token_ids) / 4)
+        if not sizes[0] == sizes[1] == sizes[2] == int(sizes[0]):
+            raise ValueError("{:g} ids, {:g} indexes and {:g} tokens in one frame".format(*sizes))
         values = {item.sequence_id: item for item in outputs.values} if outputs.values else None
         logprobs = {item.sequence_id: item for item in outputs.logprobs} if outputs.logprobs else None
         now_s = self._now()
@@ -202,13 +210,11 @@ class Flights:
         for scores in outputs.prompt_logprobs:
             if (flight := by_id.get(scores.sequence_id)) is not None:
                 flight.state.on_prompt(scores)
-        rows: Iterable[tuple[int, int, int]] = zip(ids, first, token_ids, strict=True)
         loans = self._loans
-        if loans is None:
-            if self._is_compiled and (compiled := burst()) is not None:
-                loans = self._loans = Loans(compiled, self)
-        elif loans:
-            rows = [(ids[i], first[i], token_ids[i]) for i in loans.step(outputs, ids, now_s)]
+        if loans is None and self._is_compiled and (compiled := burst()) is not None:
+            loans = self._loans = Loans(compiled, self)
+        left = loans.step(outputs, now_s) if loans else None
+        rows = () if left is not None and not left else _rows(outputs, left)
         usual_s, num_usual = 0.0, 0  # streams of one worker mostly had their last tokens at the same time
         for sequence_id, index, token_id in rows:
             plain = plains.get(sequence_id)

@@ -7,7 +7,7 @@ time, and after a few tokens it may be lent anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from gateway.core.tokens import ByteDetokenizer
@@ -101,7 +101,7 @@ class Loans:
         """See `Carrier`."""
         return self._burst.written_bytes(sequence_id) if sequence_id in self._lent else 0
 
-    def step(self, outputs: wire.StepOutputs, sequence_ids: Sequence[int], now_s: float) -> list[int]:
+    def step(self, outputs: wire.StepOutputs, now_s: float) -> list[int]:
         """Write the rows of lent streams; returns the indexes of all others. A lent stream among those has come home."""
         for sequence_id in [found for found, is_closing in self._closing.items() if is_closing()]:
             self.recall(sequence_id)
@@ -109,7 +109,8 @@ class Loans:
             self.recall(sequence_id)
         burst, at = self._burst, 0
         left: list[int] = []
-        while at < len(sequence_ids):
+        count = len(outputs.token_ids) // 4
+        while at < count:
             at, others, gaps = burst.step(
                 outputs.sequence_ids, outputs.first_index, outputs.token_ids, at, now_s
             )
@@ -117,8 +118,9 @@ class Loans:
             for gap_s, count in gaps:
                 self._events.on_token_gap(gap_s, count)
             if rest := burst.rest():
-                self._bring_home(sequence_ids[at - 1], rest)
-        if self._lent:
+                self._bring_home(wire.unpack_i64(outputs.sequence_ids)[at - 1], rest)
+        if left and self._lent:
+            sequence_ids = wire.unpack_i64(outputs.sequence_ids)
             for index in left:
                 self.recall(sequence_ids[index])
         return left

@@ -300,7 +300,7 @@ static int remember(Stream *s, int32_t token) {
 
 /* Writes what it can of `count` rows. `left` gets the indexes of the others; the row that ended the call, if its client took
  * only a part, has its event's rest in `rest` (`burst_rest`). `gaps` and `times`: equal times since the tokens before, and how
- * many had them; `nums`: how many of each, `left` first. Returns the index of the row that is to be gone on with. */
+ * many had them; `nums`: how many rows are left, how many gaps there are, and the size of the rest. Returns the index of the row that is to be gone on with. */
 int32_t burst_step(Burst *b, const int64_t *ids, const int32_t *first, const int32_t *tokens, int32_t from, int32_t count,
                    double now_s, int32_t *left, double *gaps, int32_t *times, int32_t *nums) {
     int32_t num_left = 0, num_gaps = 0, i = from;
@@ -336,13 +336,9 @@ int32_t burst_step(Burst *b, const int64_t *ids, const int32_t *first, const int
     }
     nums[0] = num_left;
     nums[1] = num_gaps;
+    nums[2] = (int32_t)b->rest_size;
     return i;
 }
 
 /* What the last row's client did not take. */
-uint32_t burst_rest(const Burst *b, char *out) {
-    memcpy(out, b->frame, b->rest_size);
-    return b->rest_size;
-}
-
-uint32_t burst_rest_size(const Burst *b) { return b->rest_size; }
+void burst_rest(const Burst *b, char *out) { memcpy(out, b->frame, b->rest_size); }

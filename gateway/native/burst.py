@@ -10,7 +10,7 @@ import ctypes
 import weakref
 from array import array
 from collections.abc import Collection, Sequence
-from ctypes import byref, c_char_p, c_double, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import byref, c_char_p, c_double, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
@@ -27,8 +27,7 @@ _ARGUMENTS: Final = {
     "burst_free": ([c_void_p], None),
     "burst_look": ([c_void_p, c_int64, c_void_p], c_int32),
     "burst_remove": ([c_void_p, c_int64, c_void_p], None),
-    "burst_rest": ([c_void_p, c_char_p], c_uint32),
-    "burst_rest_size": ([c_void_p], c_uint32),
+    "burst_rest": ([c_void_p, c_char_p], None),
     "burst_add": (
         [c_void_p, c_void_p, c_int64, c_int32, c_double, c_int32, c_int32, c_char_p]
         + [c_int32] * 4
@@ -116,8 +115,9 @@ class Burst:
             raise MemoryError("no room for streams")
         weakref.finalize(self, library.burst_free, self._pointer)
         self._tables: dict[int, TokenTextTable] = {}  # of the streams here, so that they outlive them
+        self._step = library.burst_step
         self._room = 0
-        self._nums = (c_int32 * 2)()
+        self._nums = (c_int32 * 3)()  # see `burst_step`
 
     def __len__(self) -> int:
         return len(self._tables)
@@ -179,19 +179,16 @@ class Burst:
             self._left = (c_int32 * self._room)()
             self._gaps = (c_double * self._room)()
             self._times = (c_int32 * self._room)()
-        end = self._library.burst_step(
-            self._pointer, ids, first, tokens, begin, count, now_s, self._left, self._gaps, self._times, self._nums
-        )  # fmt: skip
-        num_left, num_gaps = self._nums
-        return (
-            end,
-            self._left[:num_left],
-            list(zip(self._gaps[:num_gaps], self._times[:num_gaps], strict=True)),
-        )
+            arrays = (self._left, self._gaps, self._times, self._nums)
+            self._addresses = [ctypes.addressof(one) for one in arrays]
+        end = self._step(self._pointer, ids, first, tokens, begin, count, now_s, *self._addresses)
+        num_left, num_gaps, _ = self._nums
+        gaps = [(self._gaps[i], self._times[i]) for i in range(num_gaps)]
+        return end, self._left[:num_left] if num_left else (), gaps
 
     def rest(self) -> bytes:
         """See `step`; empty where every client took all."""
-        size = self._library.burst_rest_size(self._pointer)
+        size = self._nums[2]
         if not size:
             return b""
         room = ctypes.create_string_buffer(size)
