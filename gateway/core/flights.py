@@ -111,16 +111,16 @@ class Flight:
 
     def cancel(self) -> None:
         """See `RunningStream.cancel`."""
+        self._events.recall(self)
         if self.state.end is None:
-            self._events.recall(self)
             self._events.stop_sequence(self)
             self.state.cancel()
             self.land()
 
     def fail(self, error: RequestError) -> None:
         """End the flight with an error, unless it has ended."""
+        self._events.recall(self)
         if self.state.end is None:
-            self._events.recall(self)
             self.state.fail(error)
             self.land()
 

@@ -109,8 +109,8 @@ class Loans:
             self.recall(sequence_id)
         burst, at = self._burst, 0
         left: list[int] = []
-        count = len(outputs.token_ids) // 4
-        while at < count:
+        num_rows = len(outputs.token_ids) // 4
+        while at < num_rows:
             at, others, gaps = burst.step(
                 outputs.sequence_ids, outputs.first_index, outputs.token_ids, at, now_s
             )
