@@ -145,7 +145,7 @@ NO_FAULT = {
     suite: Mutant(
         "no fault at all", "worker/schedule/scheduler.py", "class Scheduler:", "class Scheduler:", suite
     )
-    for suite in (LOOP, WIRE, HOST)
+    for suite in (LOOP, WIRE, HOST, LENDING)
 }
 
 
