@@ -103,13 +103,18 @@ class Loans:
 
     def step(self, outputs: wire.StepOutputs, now_s: float) -> list[int]:
         """Write the rows of lent streams; returns the indexes of all others. A lent stream among those has come home."""
-        for sequence_id in [found for found, is_closing in self._closing.items() if is_closing()]:
+        num_rows = len(outputs.token_ids) // 4
+        closing, watched = self._closing, self._watched
+        if len(closing) > 2 * num_rows:  # most of what is lent has no token in this step
+            ids = wire.unpack_i64(outputs.sequence_ids)
+            closing = {found: closing[found] for found in ids if found in closing}
+            watched = {found: watched[found] for found in ids if found in watched} if watched else watched
+        for sequence_id in [found for found, is_closing in closing.items() if is_closing()]:
             self.recall(sequence_id)
-        for sequence_id in [found for found, others_wait in self._watched.items() if others_wait()]:
+        for sequence_id in [found for found, others_wait in watched.items() if others_wait()]:
             self.recall(sequence_id)
         burst, at = self._burst, 0
         left: list[int] = []
-        num_rows = len(outputs.token_ids) // 4
         while at < num_rows:
             at, others, gaps = burst.step(
                 outputs.sequence_ids, outputs.first_index, outputs.token_ids, at, now_s

@@ -122,14 +122,23 @@ def test_a_lent_stream_is_written_and_comes_home_as_it_stands(scene: Scene) -> N
     scene.loans.recall(7)  # a second time is nothing
 
 
-def test_nothing_is_written_once_a_connection_closes(scene: Scene) -> None:
+@pytest.mark.parametrize("num_others", [0, 9])  # the last: most of what is lent has no row in the frame
+def test_nothing_is_written_once_a_connection_closes(scene: Scene, num_others: int) -> None:
     """Its descriptor's number may be another connection's by now."""
+    for sequence_id in range(100, 100 + num_others):
+        other = StreamState(scene.detokenizer, started_s=0.0, num_prompt=3)
+        scene.loans.offer(sequence_id, other, Lender(scene.ours.fileno()), scene.detokenizer)
+    assert len(scene.loans) == 1 + num_others
     scene.lender.is_closing = True
     assert scene.step(0, 3) == [0, 1]
     assert scene.read() == b"" and scene.lender.taken == (4, "", 0)
 
 
-def test_what_others_wrote_leaves_first(scene: Scene) -> None:
+@pytest.mark.parametrize("num_others", [0, 9])
+def test_what_others_wrote_leaves_first(scene: Scene, num_others: int) -> None:
+    for sequence_id in range(100, 100 + num_others):
+        other = StreamState(scene.detokenizer, started_s=0.0, num_prompt=3)
+        scene.loans.offer(sequence_id, other, Lender(scene.ours.fileno()), scene.detokenizer)
     scene.lender.waiting_bytes = 10
     assert scene.step(0, 3) == [0, 1]
     assert scene.read() == b"" and scene.lender.taken == (4, "", 0)
