@@ -19,6 +19,7 @@ RUN printf '%s\n' 'import sys, tomllib' \
 
 FROM source AS gateway-build
 RUN pip install -c constraints.txt -r gateway.txt
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev
 COPY setup.py README.md LICENSE ./
 COPY shared shared
 COPY gateway gateway
@@ -29,6 +30,8 @@ COPY degas degas
 RUN pip install --no-deps .
 # The gateway's image must not hold torch: it would be 200 MB to 5 GB of what it never imports.
 RUN python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('torch') is not None)"
+# The loop that writes tokens: the image that runs has no compiler.
+RUN cd / && python -m degas.rooms gateway.native.library
 
 FROM source AS worker-build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

@@ -11,6 +11,7 @@ from setuptools import find_packages, setup
 ROOMS = ("shared", "gateway", "worker", "loadtest", "pocket")
 DATA = {
     "gateway": ["web/*"],
+    "gateway.native": ["*.c"],
     "worker": ["pocket/weights/*"],
     "worker.native": ["*.cpp", "*.h"],
     "loadtest.bench": ["*.txt"],

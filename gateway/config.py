@@ -117,6 +117,11 @@ class GatewayConfig(BaseModel):
         10.0, ge=0.05, description="a stream that waits says so at least this often: a comment, a ping"
     )
     slow_client_s: float = Field(10.0, gt=0, description="a client that reads nothing for so long is cut off")
+    native: bool = Field(
+        True,
+        description="write tokens from a compiled loop where a C compiler, or a library that was compiled before, is at hand; "
+        "off: from Python",
+    )
     resume_window_s: float = Field(
         30.0, ge=0, description="how long a resumable stream waits for its client; 0: none is resumable"
     )

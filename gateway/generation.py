@@ -7,8 +7,9 @@ the cost of a token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 from gateway.config import GatewayConfig
@@ -296,6 +297,56 @@ class TextListener(Listener, Protocol):
 
     def on_text(self, text: str) -> None:
         """New text: what `on_delta` would be told with more words."""
+
+
+class Framing(Enum):
+    """How an event is framed on its connection."""
+
+    CHUNK = "chunk"  # of an HTTP/1.1 body
+    TEXT_FRAME = "text_frame"  # a WebSocket's message
+
+
+@dataclass(frozen=True, slots=True)
+class TextForm:
+    """All that is needed to write a stream's tokens to its client without its listener.
+
+    An event is the first part, the number of the event if they have any, the second, the text in JSON, the third.
+    """
+
+    descriptor: int  # of the connection's socket
+    framing: Framing
+    parts: tuple[bytes, bytes, bytes]
+    number: int | None  # of the last event
+    keeps_text: bool  # the listener is to be told what was said
+    is_closing: Callable[[], bool]  # the descriptor is the connection's no more, or soon will not be
+    # Bytes of others that wait in the transport, where others write too; they must leave first.
+    others_wait: Callable[[], int] | None = None
+
+
+class Carrier(Protocol):
+    """Who writes a stream's tokens in its listener's place."""
+
+    def come_home(self) -> None:
+        """Give the stream back to its listener. Idempotent."""
+
+    def written_bytes(self) -> int:
+        """What was written since the stream was taken on."""
+
+
+class LendingListener(TextListener, Protocol):
+    """One whose tokens may be written without it, from `lend` on and until `take_back`."""
+
+    def form(self) -> TextForm | None:
+        """How its tokens are written; None while it must do that itself."""
+
+    def lend(self, carrier: Carrier) -> None:
+        """From now on `carrier` writes. Before anybody else writes to the connection the stream is to come home."""
+
+    def take_back(self, number: int, text: str, written_bytes: int) -> None:
+        """It writes itself again: the number of the last event, what was said, if that was to be told, and how many bytes."""
+
+    def give(self, rest: bytes) -> None:
+        """Write the rest of an event, of which the client did not take all."""
 
 
 class RunningStream(Protocol):

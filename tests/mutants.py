@@ -21,6 +21,7 @@ HOST = tuple(
     f"tests/unit/worker/{name}.py" for name in ("step/test_staging", "loop/test_masks", "schedule/test_depth")
 )
 ENCODERS = ("tests/unit/wire/test_encoder_scenes.py",)
+LENDING = ("tests/unit/gateway/core/test_lending.py",)
 WIRE = ("tests/unit/wire/test_scenes.py", "tests/unit/wire/test_state_machine.py")
 
 
@@ -117,6 +118,10 @@ WIRE_MUTANTS = [
     Mutant("two terminal events for a client that cancels", "gateway/core/flights.py", "        if self.state.end is None:\n            self._events.stop_sequence(self)\n", "        if True:\n            self._events.stop_sequence(self)\n", WIRE),
     Mutant("never tell the worker of a cancel", "gateway/core/flights.py", "            self._events.stop_sequence(self)\n            self.state.cancel()", "            self.state.cancel()", WIRE),
     Mutant("a listener's fault escapes", "gateway/core/flights.py", "            except Exception as fault:\n                self._on_listener_fault(flight, fault)\n                return", "            except ConnectionError as fault:\n                self._on_listener_fault(flight, fault)\n                return", WIRE),
+    Mutant("write to a connection that is closing", "gateway/core/lending.py", "in closing.items() if is_closing()]", "in closing.items() if False]", LENDING),
+    Mutant("write past what others have waiting", "gateway/core/lending.py", "in watched.items() if others_wait()]", "in watched.items() if False]", LENDING),
+    Mutant("lend a stream inside a character", "gateway/core/tokens.py", "return None if self._held or self._texts", "return None if self._texts", LENDING),
+    Mutant("the compiled loop passes over a gap", "gateway/native/burst.c", "|| first[i] != s->next_index ||", "||", LENDING),
     Mutant("never cut off a client that stalls", "gateway/transport/bounded.py", "elif now_s - self._progress_s >= self._stall_s:", "elif False:", WIRE),
     Mutant("no bound on what a client leaves unread", "gateway/transport/bounded.py", "if unread > self._limit_bytes:", "if False:", WIRE),
     Mutant("take a request for a dead epoch", "worker/loop/commands.py", "if message.epoch != self._epoch:", "if False:", WIRE),
@@ -155,7 +160,7 @@ NO_FAULT = {
     suite: Mutant(
         "no fault at all", "worker/schedule/scheduler.py", "class Scheduler:", "class Scheduler:", suite
     )
-    for suite in (LOOP, WIRE, ENCODERS, HOST)
+    for suite in (LOOP, WIRE, ENCODERS, HOST, LENDING)
 }
 
 

@@ -24,6 +24,8 @@ def model_object(model: ServedModel) -> Json:
         "context_tokens": card.context_tokens,
         "capabilities": card.capabilities,
         "takes_images": card.image is not None,
+        "max_images": card.image.max_images if card.image is not None else 0,
+        "thinking": _thinking(model),
         "chat_templates": model.template_names,
         "defaults": {
             "temperature": card.default_temperature,
@@ -32,3 +34,13 @@ def model_object(model: ServedModel) -> Json:
             "max_tokens": card.default_max_tokens,
         },
     }
+
+
+def _thinking(model: ServedModel) -> str:
+    """Whether the model thinks before it answers: never, always, or as it is asked to."""
+    if "reasoning_close" in model.card.templates:
+        return "optional"
+    habits = model.chat_format
+    if habits is None or habits.thinking is None:
+        return "none"
+    return "optional" if habits.can_skip_thinking else "always"

@@ -94,6 +94,7 @@ class Answer(EventShape):
         self._texts: list[str] = []
         self._objects: list[SpatialObject] = []
         self._thoughts: list[ThoughtPart] = []
+        self._thought_chars = self._piece_start = 0
         self._token_index = 0
 
     # ------------------------------------------------------------ the stream, see `transport.sse.Shape`
@@ -113,10 +114,15 @@ class Answer(EventShape):
 
     def _thought_chunk(self, part: ThoughtPart, token_index: int) -> bytes:
         self._thoughts.append(part)
+        self._thought_chars += len(part.text)
+        start = self._piece_start
+        if part.closes:
+            self._piece_start = self._thought_chars
         if not part.text and part.point is None:
             return b""
-        points = [] if part.point is None else [list(part.point)]
-        said = {"text": part.text, "points": points}
+        said: Json = {"text": part.text, "points": []}
+        if part.point is not None:  # of what was said since the last mark
+            said |= {"points": [list(part.point)], "start_idx": start, "end_idx": self._thought_chars}
         chunk = {"chunk": "", "completed": False, "token_index": token_index, "reasoning": said}
         return b"data: " + _encode(chunk) + b"\n\n"
 

@@ -8,9 +8,9 @@ event stream) only frames it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -34,7 +34,18 @@ from gateway.api.response_items import CallItem, MessageItem, OutputItem, Though
 from gateway.api.spoken import Reading
 from gateway.decisions.answer_parts import CallArguments, CallOpened, Part, Said, Thought
 from gateway.errors import retry_after_s
-from gateway.generation import Delta, End, RequestError, RunningStream, SpatialObject, TokenInfo, TokenTexts
+from gateway.generation import (
+    Carrier,
+    Delta,
+    End,
+    Framing,
+    RequestError,
+    RunningStream,
+    SpatialObject,
+    TextForm,
+    TokenInfo,
+    TokenTexts,
+)
 from shared.errors import ErrorCode, FinishReason
 
 _encode = msgspec.json.Encoder().encode
@@ -48,6 +59,30 @@ class Sink(Protocol):
 
     def send(self, kind: str, event: bytes) -> None:
         """Take one event: its type, and all of it as JSON."""
+
+
+class LendingSink(Sink, Protocol):
+    """A sink whose text events may be written past it; see `gateway.generation.LendingListener`."""
+
+    def lendable(self) -> tuple[int, Framing, bytes, bytes] | None:
+        """The connection's descriptor, and what stands around an event there; None while nobody else may write."""
+
+    @property
+    def is_closing(self) -> Callable[[], bool]:
+        """See `TextForm.is_closing`."""
+
+    @property
+    def others_wait(self) -> Callable[[], int] | None:
+        """See `TextForm.others_wait`."""
+
+    def lend(self, carrier: Carrier) -> None:
+        """From now on `carrier` writes the stream's text events."""
+
+    def take_back(self, written_bytes: int) -> None:
+        """It wrote so much, and writes no more."""
+
+    def give(self, rest: bytes) -> None:
+        """Write the rest of an event as it is."""
 
 
 class Closed(Protocol):
@@ -82,6 +117,7 @@ class ResponseStream:
         "_infos",
         "_items",
         "_lane",
+        "_lends",
         "_logprobs",
         "_num_objects",
         "_on_closed",
@@ -114,6 +150,7 @@ class ResponseStream:
         self.refusal: RequestError | None = None
         self.response: Json | None = None
         self._sink = sink
+        self._lends = hasattr(sink, "lendable")
         self._tokens = tokens
         self._on_closed = on_closed
         self._stream_id: str | UnsetType = UNSET if opening.stream_id is None else opening.stream_id
@@ -228,6 +265,39 @@ class ResponseStream:
             self._emit_text(text, [])
         else:
             self.on_delta(Delta(text, (), 0))
+
+    # ------------------------------------------------------------ see `LendingListener`
+
+    def form(self) -> TextForm | None:
+        """A text event is its number and its text between bytes that never change."""
+        if not self._lends or self._reader is not None or self.ended or not self._first_s:
+            return None
+        if self.opening.task != "text" or not self._delta_middle:
+            return None
+        sink = cast(LendingSink, self._sink)
+        connection = sink.lendable()
+        if connection is None:
+            return None
+        descriptor, framing, before, behind = connection
+        parts = (before + _DELTA_HEAD, self._delta_middle, _DELTA_TAIL + behind)
+        return TextForm(
+            descriptor, framing, parts, self._sequence_number, True, sink.is_closing, sink.others_wait
+        )
+
+    def lend(self, carrier: Carrier) -> None:
+        """See `LendingListener`."""
+        cast(LendingSink, self._sink).lend(carrier)
+
+    def take_back(self, number: int, text: str, written_bytes: int) -> None:
+        """See `LendingListener`."""
+        self._sequence_number = number
+        if text:
+            self._text.append(text)
+        cast(LendingSink, self._sink).take_back(written_bytes)
+
+    def give(self, rest: bytes) -> None:
+        """See `LendingListener`."""
+        cast(LendingSink, self._sink).give(rest)
 
     def on_object(self, found: SpatialObject) -> None:
         """One more box or point: the extension event, and its JSON as text so that the deltas spell the answer."""

@@ -172,6 +172,11 @@ class Dispatch:
         """See `FlightEvents`."""
         self._metrics.on_token_gap(gap_s, count)
 
+    def recall(self, flight: Flight) -> None:
+        """See `FlightEvents`."""
+        if flight.worker_key is not None:
+            self._workers[flight.worker_key].flights.recall(flight.sequence_id)
+
     def on_landed(self, flight: Flight) -> None:
         """See `FlightEvents`."""
         self._take_off(flight)

@@ -8,17 +8,20 @@ ends that stream and no other.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 import structlog
 
+from gateway.core.lending import Loans
+from gateway.core.tokens import ByteDetokenizer
 from gateway.decisions.limits import Meter
 from gateway.decisions.recovery import Record
 from gateway.decisions.stream import Discontinuity, StreamState
 from gateway.faults import fault_fields
-from gateway.generation import Delta, GenerateRequest, Listener, RequestError, TextListener
+from gateway.generation import Delta, GenerateRequest, LendingListener, Listener, RequestError, TextListener
+from gateway.native.burst import burst
 from shared import protocol as wire
 from shared.errors import ErrorCode
 
@@ -33,6 +36,9 @@ class FlightEvents(Protocol):
 
     def on_token_gap(self, gap_s: float, count: int = 1) -> None:
         """Time between two tokens of one stream, or of `count` streams with the same."""
+
+    def recall(self, flight: Flight) -> None:
+        """The flight's stream is to come home, if the compiled loop writes it: its outcome is settled next."""
 
     def on_landed(self, flight: Flight) -> None:
         """The flight is over and in no map any more; its listener is told next."""
@@ -116,6 +122,7 @@ class Flight:
 
     def cancel(self) -> None:
         """See `RunningStream.cancel`."""
+        self._events.recall(self)
         if self.state.end is None:
             self._events.stop_sequence(self)
             self.state.cancel()
@@ -123,6 +130,7 @@ class Flight:
 
     def fail(self, error: RequestError) -> None:
         """End the flight with an error, unless it has ended."""
+        self._events.recall(self)
         if self.state.end is None:
             self.state.fail(error)
             self.land()
@@ -142,12 +150,23 @@ class Flight:
 class _Plain:
     """What a token of a plain stream needs, and nothing else: with many streams each object is one more cache miss."""
 
-    __slots__ = ("detokenizer", "listener", "state")
+    __slots__ = ("can_be_lent", "detokenizer", "listener", "state")
 
     def __init__(self, state: StreamState, listener: TextListener) -> None:
         self.state = state
         self.detokenizer = state.detokenizer
         self.listener = listener
+        self.can_be_lent = hasattr(listener, "form") and isinstance(state.detokenizer, ByteDetokenizer)
+
+
+def _rows(outputs: wire.StepOutputs, some: list[int] | None) -> Iterable[tuple[int, int, int]]:
+    """Sequence id, index and token of every row, or of some."""
+    ids = wire.unpack_i64(outputs.sequence_ids)
+    first = wire.unpack_i32(outputs.first_index)
+    token_ids = wire.unpack_i32(outputs.token_ids)
+    if some is None:
+        return zip(ids, first, token_ids, strict=True)
+    return [(ids[i], first[i], token_ids[i]) for i in some]
 
 
 class Flights:
@@ -158,25 +177,43 @@ class Flights:
         events: FlightEvents,
         note: Callable[[str], None],
         now: Callable[[], float] = time.monotonic,
+        *,
+        is_compiled: bool = False,
     ) -> None:
+        """`is_compiled`: tokens are written by the compiled loop where there is one."""
+        self._is_compiled = is_compiled
         self._events = events
         self._note = note
         self._now = now
         self.by_id: dict[int, Flight] = {}
         self._plain: dict[int, _Plain] = {}  # those of them whose tokens are text and nothing else
+        self._loans: Loans | None = None  # those of them that the compiled loop writes, once there is one
 
     def remove(self, sequence_id: int) -> bool:
         """Take a flight off; False where it is not here."""
+        self.recall(sequence_id)
         self._plain.pop(sequence_id, None)
         return self.by_id.pop(sequence_id, None) is not None
 
+    def recall(self, sequence_id: int) -> None:
+        """Have a stream that the compiled loop writes come home."""
+        if self._loans is not None:
+            self._loans.recall(sequence_id)
+
+    def on_token_gap(self, gap_s: float, count: int = 1) -> None:
+        """See `LoanEvents`."""
+        self._events.on_token_gap(gap_s, count)
+
+    def on_fault(self, sequence_id: int, fault: Exception) -> None:
+        """See `LoanEvents`."""
+        if (flight := self.by_id.get(sequence_id)) is not None:
+            self._on_listener_fault(flight, fault)
+
     def on_outputs(self, outputs: wire.StepOutputs) -> None:
         """Deliver one step. Raises ValueError for a frame whose arrays do not fit together."""
-        ids = wire.unpack_i64(outputs.sequence_ids)
-        first = wire.unpack_i32(outputs.first_index)
-        token_ids = wire.unpack_i32(outputs.token_ids)
-        if not len(ids) == len(first) == len(token_ids):
-            raise ValueError(f"{len(ids)} ids, {len(first)} indexes and {len(token_ids)} tokens in one frame")
+        sizes = (len(outputs.sequence_ids) / 8, len(outputs.first_index) / 4, len(outputs.token_ids) / 4)
+        if not sizes[0] == sizes[1] == sizes[2] == int(sizes[0]):
+            raise ValueError("{:g} ids, {:g} indexes and {:g} tokens in one frame".format(*sizes))
         values = {item.sequence_id: item for item in outputs.values} if outputs.values else None
         logprobs = {item.sequence_id: item for item in outputs.logprobs} if outputs.logprobs else None
         now_s = self._now()
@@ -184,8 +221,13 @@ class Flights:
         for scores in outputs.prompt_logprobs:
             if (flight := by_id.get(scores.sequence_id)) is not None:
                 flight.state.on_prompt(scores)
+        loans = self._loans
+        if loans is None and self._is_compiled and (compiled := burst()) is not None:
+            loans = self._loans = Loans(compiled, self)
+        left = loans.step(outputs, now_s) if loans else None
+        rows = () if left is not None and not left else _rows(outputs, left)
         usual_s, num_usual = 0.0, 0  # streams of one worker mostly had their last tokens at the same time
-        for sequence_id, index, token_id in zip(ids, first, token_ids, strict=True):
+        for sequence_id, index, token_id in rows:
             plain = plains.get(sequence_id)
             if plain is None or index != (state := plain.state).next_index:
                 flight = by_id.get(sequence_id)
@@ -215,6 +257,11 @@ class Flights:
                     plain.listener.on_text(text)
                 except Exception as fault:
                     self._on_listener_fault(by_id[sequence_id], fault)
+                    continue
+            if index & 3 == 2 and plain.can_be_lent and loans is not None:
+                # Not at once: many answers are shorter than lending them would take.
+                listener = cast(LendingListener, plain.listener)
+                loans.offer(sequence_id, state, listener, cast(ByteDetokenizer, plain.detokenizer))
         if num_usual:
             self._events.on_token_gap(usual_s, num_usual)
         for finish in outputs.finishes:
@@ -278,6 +325,7 @@ class Flights:
             self._settle(flight)
 
     def _on_finish(self, flight: Flight, finish: wire.Finish) -> None:
+        self.recall(flight.sequence_id)
         state = flight.state
         delta = state.on_finish(finish)
         if delta is not None:

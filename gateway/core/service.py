@@ -44,6 +44,7 @@ from gateway.generation import (
     ServedModel,
     no_pictures,
 )
+from gateway.native import library
 from shared import protocol as wire
 from shared.errors import ErrorCode
 
@@ -85,6 +86,8 @@ class Service:
     async def start(self) -> None:
         """Reach for every worker of the configuration. Raises `shared.settings.ConfigError` for bad keys."""
         await self.images.start()
+        if self.config.native:
+            self._compiling = asyncio.create_task(asyncio.to_thread(library.load))
         self._pool.start(self.config.workers)
         self._dispatch.start()
         self._key_file.start()
@@ -98,7 +101,7 @@ class Service:
             curve_key_dir=self.config.curve_key_dir,
             now=self._now,
         )
-        flights = Flights(self._dispatch, link.note, self._now)
+        flights = Flights(self._dispatch, link.note, self._now, is_compiled=self.config.native)
         return Worker(key, link, flights, self._admission.occupancy(0, 0))
 
     @property

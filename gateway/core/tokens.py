@@ -9,13 +9,15 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer
 
 from gateway.core.special_text import SpecialText
+from gateway.native.burst import TokenTextTable, text_table
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -58,6 +60,8 @@ class ModelTokens:
         # What the post-processor puts in front of a text; where there is none, texts begin with their first word.
         self.start_ids: list[int] = self._tokenizer.encode("", add_special_tokens=True).ids
         self._token_bytes: list[bytes] | None = None
+        self._table: TokenTextTable | None = None
+        self._is_making_table = False
         self._whole: dict[
             int, str
         ] = {}  # texts of shown tokens that are whole characters, once they were needed
@@ -138,8 +142,24 @@ class ModelTokens:
         """A fresh one for one stream. `shown`: special tokens that have their text in it."""
         skipped = self.special_ids.difference(shown) if shown else self.special_ids
         if self._token_bytes is not None:
-            return ByteDetokenizer(self._token_bytes, skipped, {} if shown else self._whole)
+            whole = {} if shown else self._whole
+            return ByteDetokenizer(self._token_bytes, skipped, whole, None if shown else self.text_table)
         return WindowDetokenizer(self, skipped, self._partial_ids)
+
+    def text_table(self) -> TokenTextTable | None:
+        """Texts of single tokens for the compiled loop; None until they are made. Asked for once there is such a loop, and by
+        detokenizers whose tokens' texts do not depend on those around them."""
+        if self._table is None and not self._is_making_table:
+            self._is_making_table = (
+                True  # for good: a table that cannot be had is not asked for with every token
+            )
+            threading.Thread(target=self._make_table, name="token-texts", daemon=True).start()
+        return self._table
+
+    def _make_table(self) -> None:
+        """On a thread of its own: a large vocabulary takes some tens of milliseconds."""
+        assert self._token_bytes is not None
+        self._table = text_table(self._token_bytes, self.special_ids)
 
     def _with_aliases(self) -> tuple[Tokenizer, dict[int, int]]:
         """A tokenizer that reads special tokens' names as text and their aliases as the tokens; and the aliases' ids."""
@@ -175,9 +195,17 @@ class ByteDetokenizer:
     `whole` remembers texts between characters, for all streams that skip the same tokens.
     """
 
-    __slots__ = ("_held", "_skipped", "_table", "_whole")
+    __slots__ = ("_held", "_skipped", "_table", "_texts", "_whole")
 
-    def __init__(self, table: list[bytes], skipped: frozenset[int], whole: dict[int, str]) -> None:
+    def __init__(
+        self,
+        table: list[bytes],
+        skipped: frozenset[int],
+        whole: dict[int, str],
+        texts: Callable[[], TokenTextTable | None] | None = None,
+    ) -> None:
+        """`texts`: makes or finds the table of single tokens' texts, with the same tokens skipped."""
+        self._texts = texts
         self._table = table
         self._skipped = skipped
         self._whole = whole
@@ -195,6 +223,14 @@ class ByteDetokenizer:
             self._whole[token_id] = text
         self._held = data[used:]
         return text
+
+    def text_table(self) -> TokenTextTable | None:
+        """The texts that its next tokens will have; None inside a character, and where nobody knows them."""
+        return None if self._held or self._texts is None else self._texts()
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens that are whole characters each."""
+        return b"".join([self._table[token_id] for token_id in token_ids]).decode()
 
     def flush(self) -> str:
         """See `gateway.decisions.stream.Detokenizer`."""

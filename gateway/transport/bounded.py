@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Final
 
+from gateway.generation import Carrier
+
 _send = os.write
 _LOOKS: Final = 4  # how often a stalled client is checked within the stall limit
 
@@ -33,8 +35,9 @@ class BoundedWriter:
         "_stall_s",
         "_timer",
         "_transport",
+        "_written_bytes",
+        "carrier",
         "closed",
-        "written_bytes",
     )
 
     def __init__(
@@ -53,7 +56,8 @@ class BoundedWriter:
         self._loop = asyncio.get_running_loop()
         self._limit_bytes = limit_bytes
         self._stall_s = stall_s
-        self.written_bytes = 0
+        self.carrier: Carrier | None = None  # writes one stream's tokens past this writer
+        self._written_bytes = 0
         self._drained_bytes = 0
         self._progress_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -67,7 +71,7 @@ class BoundedWriter:
         if self.closed or self._transport.is_closing():
             return
         size = len(data)
-        self.written_bytes += size
+        self._written_bytes += size
         if self._descriptor >= 0 and not self._transport.get_write_buffer_size():
             try:
                 sent = _send(self._descriptor, data)
@@ -76,6 +80,8 @@ class BoundedWriter:
             if sent == size:
                 return
             data = data[sent:]
+        if self.carrier is not None:
+            self.carrier.come_home()  # what the transport holds back must leave first
         self._transport.write(data)
         unread = self._transport.get_write_buffer_size()
         if unread == 0:
@@ -84,11 +90,13 @@ class BoundedWriter:
             self._stall()
         elif self._timer is None:
             self._progress_s = self._loop.time()
-            self._drained_bytes = self.written_bytes - unread
+            self._drained_bytes = self._written_bytes - unread
             self._timer = self._loop.call_later(self._stall_s / _LOOKS, self._look)
 
     def write_soon(self, data: bytes) -> None:
         """Send `data` with what else is said in this turn of the loop. Raises nothing."""
+        if self.carrier is not None:
+            self.carrier.come_home()
         if not self._held:
             self._loop.call_soon(self._write_held)
         self._held.append(data)
@@ -96,6 +104,37 @@ class BoundedWriter:
     def _write_held(self) -> None:
         if self._held:
             self.write(self._held.pop())
+
+    # ------------------------------------------------------------ lending the connection
+
+    def lendable(self) -> int:
+        """The connection's descriptor for a carrier, which asks `is_closing` before every step: a closed descriptor's number
+        may be another connection's before anybody here hears of it. −1 while nobody else may write."""
+        if self.closed or self._held or self.carrier is not None:
+            return -1
+        if self._transport.is_closing() or self._transport.get_write_buffer_size():
+            return -1
+        return self._descriptor
+
+    @property
+    def is_closing(self) -> Callable[[], bool]:
+        """Tells whether the connection is closed, or about to be."""
+        return self._transport.is_closing
+
+    @property
+    def others_wait(self) -> Callable[[], int]:
+        """Tells how many bytes wait in the transport, whoever wrote them."""
+        return self._transport.get_write_buffer_size
+
+    def take_back(self, written_bytes: int) -> None:
+        """The carrier wrote so much, and writes no more."""
+        self.carrier = None
+        self._written_bytes += written_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        """All bytes so far."""
+        return self._written_bytes + (0 if self.carrier is None else self.carrier.written_bytes())
 
     @property
     def unread_bytes(self) -> int:
@@ -109,6 +148,8 @@ class BoundedWriter:
 
     def close(self) -> None:
         """Write nothing more, after what `write_soon` still holds. Idempotent."""
+        if self.carrier is not None:
+            self.carrier.come_home()
         self._write_held()
         self.closed = True
         if self._timer is not None:
@@ -120,7 +161,7 @@ class BoundedWriter:
         unread = 0 if self._transport.is_closing() else self._transport.get_write_buffer_size()
         if self.closed or unread == 0:
             return
-        drained, now_s = self.written_bytes - unread, self._loop.time()
+        drained, now_s = self._written_bytes - unread, self._loop.time()
         if drained > self._drained_bytes:
             self._drained_bytes, self._progress_s = drained, now_s
         elif now_s - self._progress_s >= self._stall_s:

@@ -39,7 +39,7 @@ def text_frame(payload: bytes) -> bytes:
 class FrameWriter:
     """Sends text messages without waiting; a client that does not take them is cut off and `on_stalled` called."""
 
-    __slots__ = ("bounded", "is_shared")
+    __slots__ = ("_is_shared", "bounded")
 
     def __init__(
         self,
@@ -49,14 +49,25 @@ class FrameWriter:
         limit_bytes: int,
         stall_s: float,
     ) -> None:
-        self.is_shared = False  # several streams write: what they say in one turn of the loop leaves together
+        self._is_shared = False
         self.bounded = BoundedWriter(transport, on_stalled, limit_bytes=limit_bytes, stall_s=stall_s)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several streams write: what they say in one turn of the loop then leaves together."""
+        return self._is_shared
+
+    @is_shared.setter
+    def is_shared(self, is_shared: bool) -> None:
+        if is_shared and self.bounded.carrier is not None:
+            self.bounded.carrier.come_home()
+        self._is_shared = is_shared
 
     def write(self, payload: bytes) -> None:
         """Send one text message. Once closed it is dropped: the connection's end is already under way."""
         size = len(payload)
         frame = _HEADS[size] + payload if size < len(_HEADS) else text_frame(payload)
-        if self.is_shared:
+        if self._is_shared:
             self.bounded.write_soon(frame)
         else:
             self.bounded.write(frame)

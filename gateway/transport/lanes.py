@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from typing import Final
 
@@ -24,7 +24,7 @@ from gateway.api.response_stream import ResponseStream
 from gateway.decisions.holdings import Holding
 from gateway.errors import error_headers, error_object, http_status
 from gateway.faults import fault_fields
-from gateway.generation import End, RequestError, ServingCore, Usage
+from gateway.generation import Carrier, End, Framing, RequestError, ServingCore, Usage
 from gateway.transport.frames import FrameWriter
 from gateway.transport.resumed_lanes import ResumedResponses
 from gateway.transport.resumption import Resumption
@@ -66,6 +66,33 @@ class LaneSink:
     def send(self, kind: str, event: bytes) -> None:
         """See `Sink`."""
         self._writer.write(event)
+
+    def lendable(self) -> tuple[int, Framing, bytes, bytes] | None:
+        """See `LendingSink`."""
+        descriptor = -1 if self._writer.is_shared else self._writer.bounded.lendable()
+        return None if descriptor < 0 else (descriptor, Framing.TEXT_FRAME, b"", b"")
+
+    @property
+    def is_closing(self) -> Callable[[], bool]:
+        """See `LendingSink`."""
+        return self._writer.bounded.is_closing
+
+    @property
+    def others_wait(self) -> Callable[[], int]:
+        """See `LendingSink`: aiohttp answers pings."""
+        return self._writer.bounded.others_wait
+
+    def lend(self, carrier: Carrier) -> None:
+        """See `LendingSink`."""
+        self._writer.bounded.carrier = carrier
+
+    def take_back(self, written_bytes: int) -> None:
+        """See `LendingSink`."""
+        self._writer.bounded.take_back(written_bytes)
+
+    def give(self, rest: bytes) -> None:
+        """See `LendingSink`."""
+        self._writer.bounded.write(rest)
 
 
 class Pending:

@@ -6,7 +6,7 @@ Runs on the gateway's loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from aiohttp import web
 
@@ -15,7 +15,7 @@ from gateway.api.conversations import Conversations
 from gateway.api.parameters import Json
 from gateway.api.response_stream import ResponseStream, Sink
 from gateway.decisions.journals import Journal, Journals
-from gateway.generation import End, ServingCore
+from gateway.generation import Carrier, End, Framing, ServingCore
 from gateway.transport.http import TENANT, admit_body, json_response
 from gateway.transport.resumption import LAST_EVENT, EventFollower, Resumption
 from gateway.transport.sse import EventWriter
@@ -32,6 +32,39 @@ class EventStreamSink:
     def send(self, kind: str, event: bytes) -> None:
         """See `Sink`."""
         self._writer.write(b"event: %b\ndata: %b\n\n" % (kind.encode(), event))
+
+    @property
+    def is_closing(self) -> Callable[[], bool]:
+        """See `LendingSink`."""
+        assert self._writer.bounded is not None
+        return self._writer.bounded.is_closing
+
+    @property
+    def others_wait(self) -> None:
+        """See `LendingSink`: nobody else writes while a body is sent."""
+        return None
+
+    def lendable(self) -> tuple[int, Framing, bytes, bytes] | None:
+        """See `LendingSink`."""
+        bounded = self._writer.bounded
+        if bounded is None or not self._writer.is_chunked or (descriptor := bounded.lendable()) < 0:
+            return None
+        return descriptor, Framing.CHUNK, b"event: response.output_text.delta\ndata: ", b"\n\n"
+
+    def lend(self, carrier: Carrier) -> None:
+        """See `LendingSink`."""
+        assert self._writer.bounded is not None
+        self._writer.bounded.carrier = carrier
+
+    def take_back(self, written_bytes: int) -> None:
+        """See `LendingSink`."""
+        assert self._writer.bounded is not None
+        self._writer.bounded.take_back(written_bytes)
+
+    def give(self, rest: bytes) -> None:
+        """See `LendingSink`."""
+        assert self._writer.bounded is not None
+        self._writer.bounded.write(rest)
 
 
 class JournalSink:

@@ -17,14 +17,17 @@ from aiohttp import HttpVersion11, web
 from gateway.api.answers import EventShape
 from gateway.config import GatewayConfig
 from gateway.generation import (
+    Carrier,
     Delta,
     End,
+    Framing,
     GenerateRequest,
     HttpCounts,
     Listener,
     RequestError,
     RunningStream,
     SpatialObject,
+    TextForm,
 )
 from gateway.transport.bounded import BoundedWriter
 from gateway.transport.door import Door
@@ -244,6 +247,31 @@ class _TextChoice(_Choice):
             bounded.write(chunk)
         else:
             bounded.write_soon(chunk)
+
+    # ------------------------------------------------------------ see `LendingListener`
+
+    def form(self) -> TextForm | None:
+        """Its events are a text between bytes that never change."""
+        bounded = self._bounded
+        if bounded is None or not self._is_alone:
+            return None
+        descriptor = bounded.lendable()
+        if descriptor < 0:
+            return None
+        parts = (self._before, b"", self._behind[:-2])
+        return TextForm(descriptor, Framing.CHUNK, parts, None, False, bounded.is_closing)
+
+    def lend(self, carrier: Carrier) -> None:
+        assert self._bounded is not None
+        self._bounded.carrier = carrier
+
+    def take_back(self, number: int, text: str, written_bytes: int) -> None:
+        assert self._bounded is not None
+        self._bounded.take_back(written_bytes)
+
+    def give(self, rest: bytes) -> None:
+        assert self._bounded is not None
+        self._bounded.write(rest)
 
 
 def _listeners(num: int, shape: Shape, writer: EventWriter, done: Callable[[End], None]) -> list[_Choice]:

@@ -2,12 +2,13 @@
 
 import { Chat } from "./chat.js";
 import { Lanes } from "./lanes.js";
+import { Moondream } from "./moondream.js";
 import { Server } from "./server.js";
 import { Texts } from "./texts.js";
-import { serveStudio, showStudio, startStudio } from "./studio.js";
+import { currentPicture, serveStudio, showStudio, startStudio } from "./studio.js";
 
 const byId = (id) => document.getElementById(id);
-const PICTURE_TASKS = ["query", "caption", "detect", "point"];
+const PICTURE_TASKS = ["query", "caption", "detect", "point", "segment"];
 const TAGLINES = {
   chat: "Words in, words out, no\u00a0bubbles in between.",
   studio: "Pictures in, words out, no\u00a0bubbles in between.",
@@ -19,19 +20,23 @@ socketUrl.hash = socketUrl.search = "";
 
 const lanes = new Lanes(socketUrl.href);
 const server = new Server(() => lanes.key);
-const links = { lanes, texts: new Texts(() => lanes.key), onUnauthorized: askForKey, onFailure: () => server.pollSoon() };
+const keyNow = () => lanes.key;
+const links = {
+  lanes, texts: new Texts(keyNow), moondream: new Moondream(keyNow), drawing: currentPicture,
+  onUnauthorized: askForKey, onFailure: () => server.pollSoon(),
+};
 const chat = new Chat(byId("chat-view"), links);
-let served = null;
+let served = null, wanted = null; // the view that the reader chose
 
 // ---------------------------------------------------------------- views
 
-/** Where a model can be used on this page. One that answers questions on pictures has no conversation of its own. */
+/** Where a model can be used on this page, the likeliest first: one that answers questions on pictures begins at the easel. */
 function viewsOf(model) {
   const can = (task) => model.capabilities.includes(task);
   const views = [];
-  if ((can("chat") || can("completions")) && !can("query")) views.push("chat");
+  if (can("chat") || can("completions")) views.push("chat");
   if (model.takes_images && PICTURE_TASKS.some(can)) views.push("studio");
-  return views;
+  return can("query") ? views.reverse() : views;
 }
 
 function showView(view) {
@@ -52,9 +57,8 @@ function serve(model) {
   const views = viewsOf(model);
   byId("views").hidden = views.length < 2;
   if (views.includes("studio")) serveStudio(model);
-  if (views.includes("chat")) chat.serve(model);
-  const chosen = document.querySelector('input[name="view"]:checked').value;
-  const view = views.includes(chosen) ? chosen : views[0] ?? null;
+  if (views.includes("chat")) chat.serve(model, views.includes("studio"));
+  const view = views.includes(wanted) ? wanted : views[0] ?? null;
   if (view) document.querySelector(`input[name="view"][value="${view}"]`).checked = true;
   else foyer("Nothing to show here", `${model.id} neither writes nor looks at pictures. Programs can use it through the API.`);
   showView(view);
@@ -87,7 +91,10 @@ server.addEventListener("state", ({ state, words }) => {
   else if (state === "offline") foyer("The server cannot be reached", "This page keeps trying.");
 });
 byId("model-choice").addEventListener("change", ({ target }) => serve(server.models.find((model) => model.id === target.value)));
-byId("views").addEventListener("change", ({ target }) => showView(target.value));
+byId("views").addEventListener("change", ({ target }) => {
+  wanted = target.value;
+  showView(wanted);
+});
 
 // ---------------------------------------------------------------- the key
 

@@ -2,21 +2,23 @@
 
 import { Beads } from "./beads.js";
 import { serversAccount, showFigures } from "./figures.js";
+import { Found, hearThought } from "./found.js";
 import { Problem, wordsFor } from "./problems.js";
+import { Thinking } from "./thinking.js";
 
-const TASK_WORDS = { query: "Ask", caption: "Caption", detect: "Detect", point: "Point" };
+const TASK_WORDS = { query: "Ask", caption: "Caption", detect: "Detect", point: "Point", segment: "Outline" };
 
 const LENGTH_WORDS = { short: "in short", normal: "as a sentence", long: "at length" };
 
 export class Card {
   /**
-   * @param {{task: string, text: string, length: string}} asked
+   * @param {{task: string, text: string, length: string, thinks: boolean}} asked
    * @param {{stop: () => void, again: () => void, pick: () => void}} on
    */
   constructor(asked, source, on) {
     this.asked = asked;
     this.version = source.version;
-    this.objects = [];
+    this.found = new Found(asked.task);
     this.text = "";
     this.state = "waiting";
     const fragment = document.getElementById("card").content.cloneNode(true);
@@ -32,12 +34,15 @@ export class Card {
     this.part("again").setAttribute("aria-label", `Ask again: ${this.title}`);
     this.keepThumb(source.canvas);
     this.beads = new Beads(this.part("beads"));
+    this.thinking = new Thinking(this.part("thinking"));
     this.problem = new Problem(this.part("problem"), this.part("again"));
   }
 
   get title() { return `${TASK_WORDS[this.asked.task]} ${this.part("card-question").textContent}`; }
   get finished() { return !["waiting", "streaming"].includes(this.state); }
-  get isSpatial() { return this.asked.task === "detect" || this.asked.task === "point"; }
+  get isSpatial() { return this.found.isSpatial; }
+  /** Whether something of it may be shown on the picture. */
+  get canMark() { return this.isSpatial || this.asked.thinks; }
 
   keepThumb(canvas) {
     const thumb = this.part("thumb"), side = thumb.width;
@@ -47,17 +52,34 @@ export class Card {
     context.drawImage(canvas, (side - wide) / 2, (side - tall) / 2, wide, tall);
   }
 
-  /** One server event. Returns true when it was the last. */
-  hear(event, at) {
+  /** Draws what was found on the picture, and lets the thought's pieces light their places there. */
+  draw(marks) {
+    this.found.draw(marks);
+    this.thinking.drawn([...marks.overlay.querySelectorAll(".mark")].slice(this.found.objects.length));
+  }
+
+  /** One server event. Returns true when it was the last. `marks`: where to draw, if this card's picture is shown. */
+  hear(event, at, marks) {
     switch (event.type) {
       case "response.output_text.delta":
         if (this.isSpatial) return false; // the same box or point as text; `degas.object` brought it already
         this.beat(at);
+        this.thinking.end(at);
         this.write(event.delta);
         return false;
       case "degas.object":
         this.beat(at);
-        this.find(event.object);
+        this.found.add(event.object, marks);
+        this.list();
+        return false;
+      case "degas.outline":
+        this.beat(at);
+        this.found.trace(event, marks);
+        this.part("answer").textContent = this.found.words();
+        return false;
+      case "degas.thought":
+        this.beat(at);
+        hearThought(event, at, this.thinking, this.found, marks);
         return false;
       case "response.completed":
       case "response.incomplete":
@@ -86,16 +108,12 @@ export class Card {
     this.part("answer").append(text);
   }
 
-  find(object) {
-    this.objects.push(object);
+  list() {
     const list = this.part("finds") ?? this.startFinds();
     const item = document.createElement("li");
-    const f = (value) => value.toFixed(2);
-    item.textContent = "x_min" in object
-      ? `${f(object.x_min)}, ${f(object.y_min)} – ${f(object.x_max)}, ${f(object.y_max)}`
-      : `${f(object.x)}, ${f(object.y)}`;
+    item.textContent = this.found.lastInWords();
     list.append(item);
-    this.showCount();
+    this.part("answer").textContent = this.found.words();
   }
 
   startFinds() {
@@ -105,15 +123,9 @@ export class Card {
     return list;
   }
 
-  showCount() {
-    const noun = this.asked.task === "detect" ? ["box", "boxes"] : ["point", "points"];
-    const count = this.objects.length;
-    this.part("answer").textContent = count ? `${count} ${noun[count === 1 ? 0 : 1]}` : "Nothing found.";
-  }
-
   finish(response) {
     const usage = response.usage ?? {}, timing = response.degas ?? {};
-    if (this.isSpatial) this.showCount();
+    if (this.isSpatial) this.part("answer").textContent = this.found.words();
     else if (!this.text && response.status !== "cancelled") this.part("answer").textContent = "No answer.";
     if (usage.output_tokens) this.tokens = usage.output_tokens;
     if (timing.time_to_first_token_s) this.part("figures").title = serversAccount(timing);
@@ -134,6 +146,7 @@ export class Card {
 
   settle(state) {
     this.become(state);
+    this.thinking.end();
     this.beads.end();
     this.part("stop").hidden = true;
     this.part("again").hidden = false;

@@ -1,9 +1,11 @@
 // Owns the conversation with a model: its exchanges, what of them is sent, and what the tab keeps of them.
 
+import { askAbout } from "./asking.js";
 import { Composer } from "./composer.js";
 import { Exchange } from "./exchange.js";
 import { Following } from "./following.js";
 import { number } from "./figures.js";
+import { questionItem, sentPictures, turnsOf } from "./turns.js";
 import { Settings } from "./settings.js";
 
 const KEPT_UNDER = "degas.conversation";
@@ -17,7 +19,7 @@ const BEGINNINGS = ["The capital of France is", "Once upon a time", "The tides c
 const byId = (id) => document.getElementById(id);
 
 export class Chat {
-  /** @param {HTMLElement} root @param {{lanes, onUnauthorized: (retry) => void, onFailure: () => void}} links */
+  /** @param {HTMLElement} root @param {{lanes, texts, moondream, drawing: () => string, onUnauthorized: (retry) => void, onFailure: () => void}} links */
   constructor(root, links) {
     this.root = root;
     this.links = links;
@@ -32,6 +34,7 @@ export class Chat {
       send: (asked, isEdit) => this.send(asked, isEdit),
       stop: () => this.running?.cancel(),
       editLast: () => this.editLast(),
+      drawing: links.drawing,
       notice: (text) => this.notice(text),
     });
     byId("new-chat").addEventListener("click", () => this.clear());
@@ -58,19 +61,23 @@ export class Chat {
     this.following.showButton();
   }
 
-  serve(model) {
+  /** @param {boolean} canDraw whether the page has an easel for this model */
+  serve(model, canDraw) {
     this.model = model;
     this.converses = model.capabilities.includes("chat");
-    this.composer.serve(model, this.converses);
+    this.composer.serve(model, this.converses, canDraw && this.converses);
     this.settings.serve(model, this.converses);
     byId("chat-model").textContent = model.id;
-    byId("chat-opening").textContent = this.converses ? "Say something to" : "Begin a text for";
+    const asksAboutPictures = model.capabilities.includes("query");
+    byId("chat-opening").textContent = !this.converses ? "Begin a text for" : asksAboutPictures ? "Show something to" : "Say something to";
     const about = model.description || "A language model on this server. Small ones are quick and often wrong: check what matters.";
     byId("chat-description").textContent = this.converses
       ? about
       : `${about} This one has no chat template, so it does not answer: it goes on with the text that you begin.`;
     byId("new-chat").textContent = this.converses ? "New chat" : "Clear";
-    byId("starters").replaceChildren(...(this.converses ? SUGGESTIONS : BEGINNINGS).map((text) => this.starter(text)));
+    const starters = !this.converses ? BEGINNINGS : asksAboutPictures ? [] : SUGGESTIONS;
+    byId("starters").replaceChildren(...starters.map((text) => this.starter(text)));
+    if (!starters.length) byId("starters").append(...this.openers(canDraw));
     this.showContext();
   }
 
@@ -92,12 +99,29 @@ export class Chat {
     return button;
   }
 
+  /** For a model that is asked about pictures: ways to give it one. */
+  openers(canDraw) {
+    return [["attach", "Choose pictures"], ...(canDraw ? [["attach-drawing", "Take the drawing"]] : [])].map(([id, words]) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "chip";
+      button.textContent = words;
+      button.addEventListener("click", () => byId(id).click());
+      return button;
+    });
+  }
+
   // ---------------------------------------------------------------- asking
 
   /** Takes a message on; false where a setting is wrong or an answer is still coming. */
   send(asked, isEdit) {
     const body = this.settings.read();
     if (!body || this.running) return false;
+    const { kind, images } = asked;
+    if (kind && !images && !this.pictured(isEdit ? this.last : null)) {
+      this.notice("There is no picture here to look in.");
+      return false;
+    }
     if (isEdit && this.last) this.drop(this.last);
     this.notice("");
     this.cleared = null;
@@ -112,7 +136,10 @@ export class Chat {
       edit: () => this.editLast(),
       shorten: () => this.shorten(exchange),
       grown: () => this.following.grown(),
+      marks: () => this.marksFor(exchange),
     });
+    exchange.root.addEventListener("pointerenter", () => this.showMarks(exchange));
+    exchange.root.addEventListener("focusin", () => this.showMarks(exchange));
     this.last?.setLast(false);
     exchange.setLast(true);
     this.exchanges.push(exchange);
@@ -129,9 +156,37 @@ export class Chat {
     const hear = (event, at) => {
       if (exchange.hear(event, at)) this.ended(exchange);
     };
-    if (exchange.asked.isText) this.running = this.links.texts.ask(this.textBody(exchange, body), hear);
-    else this.running = this.links.lanes.ask({ model: this.model.id, input: this.inputFor(exchange), store: false, ...body }, hear);
+    this.running = this.ask(exchange, body, hear);
+    this.composer.tellPictures(this.exchanges.some((one) => one.asked.images?.length));
     this.keep();
+  }
+
+  ask(exchange, body, hear) {
+    const { kind, text, isText } = exchange.asked;
+    if (isText) return this.links.texts.ask(this.textBody(exchange, body), hear);
+    if (!kind) return this.links.lanes.ask({ model: this.model.id, input: this.inputFor(exchange), store: false, ...body }, hear);
+    const image = this.pictured(null, exchange).asked.images.at(-1);
+    this.marksFor(exchange)?.clear();
+    return askAbout(this.links, this.model, { task: kind === "think" ? "query" : kind, thinks: kind === "think", text, image }, hear);
+  }
+
+  /** The last exchange with pictures, up to `until`; `but` is about to be replaced. */
+  pictured(but, until = this.last) {
+    const upTo = this.exchanges.slice(0, this.exchanges.indexOf(until) + 1);
+    return upTo.findLast((one) => one !== but && one.asked.images?.length);
+  }
+
+  /** Where what this exchange finds is drawn: over the last picture up to it. */
+  marksFor(exchange) {
+    return this.pictured(null, exchange)?.gallery.marks.at(-1) ?? null;
+  }
+
+  /** Several answers may be about one picture: what one of them found is shown when the reader comes to it. */
+  showMarks(exchange) {
+    if (exchange.found.isEmpty) return;
+    const marks = this.marksFor(exchange);
+    if (marks && this.shown !== exchange) exchange.draw(marks);
+    this.shown = exchange;
   }
 
   /** The request that goes on with a text: that text alone, whatever stands above it. */
@@ -156,11 +211,22 @@ export class Chat {
     this.keep();
   }
 
-  /** The messages of a request: every exchange that has an answer, then this one's question. */
+  /** The messages of a request; pictures that no longer go along are shown so. */
   inputFor(exchange) {
-    const told = this.exchanges.slice(this.forgotten).filter((one) => one !== exchange && one.isTold && !one.asked.isText);
-    const items = told.flatMap((one) => [questionItem(one.asked), { role: "assistant", content: one.text }]);
-    return [...items, questionItem(exchange.asked)];
+    const turns = turnsOf(this.exchanges.slice(this.forgotten), exchange);
+    const counts = sentPictures(turns, this.model.max_images);
+    turns.forEach(({ exchanges }, i) => {
+      let left = counts[i];
+      for (const one of exchanges.toReversed()) {
+        const own = one.asked.images?.length ?? 0;
+        one.gallery.sends(Math.min(own, left));
+        left -= Math.min(own, left);
+      }
+    });
+    return turns.flatMap((turn, i) => {
+      const question = questionItem(turn.text, turn.images.slice(turn.images.length - counts[i]));
+      return turn.answer === null ? [question] : [question, { role: "assistant", content: turn.answer }];
+    });
   }
 
   again(exchange) {
@@ -223,6 +289,7 @@ export class Chat {
     byId("exchanges").replaceChildren(...this.exchanges.map((one) => one.root));
     this.followIfAny();
     byId("welcome").hidden = this.exchanges.length > 0;
+    this.composer.tellPictures(this.exchanges.some((one) => one.asked.images?.length));
     byId("new-chat").disabled = this.exchanges.length === 0;
     this.showContext();
     this.keep();
@@ -274,10 +341,4 @@ export class Chat {
       sessionStorage.removeItem(KEPT_UNDER);
     }
   }
-}
-
-function questionItem({ text, image }) {
-  const content = [{ type: "input_text", text }];
-  if (image) content.push({ type: "input_image", image_url: image });
-  return { role: "user", content };
 }

@@ -1,15 +1,18 @@
-// Owns what is being written: the text, its picture, whether it replaces the last message. Sends nothing itself.
+// Owns what is being written: the text, its pictures, what kind of answer, whether it replaces the last message. Sends nothing itself.
+
+import { KINDS, kindsOf } from "./asking.js";
+import { make } from "./elements.js";
 
 const LONGEST_SIDE = 1024;
 const byId = (id) => document.getElementById(id);
 
 export class Composer {
-  /** @param {{send: (asked: {text: string, image?: string}, isEdit: boolean) => boolean, stop: () => void, editLast: () => void, notice: (text: string) => void}} on */
+  /** @param {{send: (asked: {text: string, images?: string[], kind?: string}, isEdit: boolean) => boolean, stop: () => void, editLast: () => void, drawing: () => string, notice: (text: string) => void}} on */
   constructor(on) {
     this.on = on;
     this.field = byId("message");
-    this.takesImages = false;
-    this.image = "";
+    this.mostImages = 0;
+    this.images = [];
     this.isEditing = false;
     this.isRunning = false;
     // Touch keyboards have no Shift+Enter, so on them Enter breaks the line and only the button sends.
@@ -45,10 +48,12 @@ export class Composer {
   send() {
     const text = this.field.value.trim();
     if (!text || this.isRunning) return;
-    const asked = this.image ? { text, image: this.image } : { text };
+    const asked = { text };
+    if (this.images.length) asked.images = this.images;
+    if (this.kind !== "query") asked.kind = this.kind;
     if (!this.on.send(asked, this.isEditing)) return;
     this.field.value = "";
-    this.attach("");
+    this.attach([]);
     this.markEdit(false);
     this.fit();
     if (this.isTouch) this.field.blur(); // the keyboard would cover the answer
@@ -58,7 +63,8 @@ export class Composer {
   edit(asked) {
     this.draft = this.isEditing ? this.draft : this.field.value;
     this.field.value = asked.text;
-    this.attach(asked.image ?? "");
+    this.attach(asked.images ?? []);
+    if (asked.kind) byId("answer-kind").value = asked.kind;
     this.markEdit(true);
     this.fit();
     this.field.focus();
@@ -67,7 +73,7 @@ export class Composer {
 
   endEdit() {
     this.field.value = this.draft ?? "";
-    this.attach("");
+    this.attach([]);
     this.markEdit(false);
     this.fit();
     this.field.focus();
@@ -95,55 +101,96 @@ export class Composer {
 
   // ---------------------------------------------------------------- pictures
 
-  serve(model, converses) {
-    this.takesImages = converses && Boolean(model.takes_images);
+  serve(model, converses, canDraw) {
+    this.mostImages = converses && model.takes_images ? model.max_images : 0;
     this.field.placeholder = converses ? `Write to ${model.id}` : `Begin a text; ${model.id} goes on with it`;
     byId("chat-send").textContent = converses ? "Send" : "Go on";
-    byId("attach").hidden = !this.takesImages;
-    if (!this.takesImages) this.attach("");
+    byId("attach").hidden = !this.mostImages;
+    byId("attach").textContent = this.mostImages > 1 ? "Pictures" : "Picture";
+    byId("attach-file").multiple = this.mostImages > 1;
+    byId("attach-drawing").hidden = !canDraw;
+    const kinds = converses ? kindsOf(model) : [];
+    byId("answer-kind").replaceChildren(...kinds.map((kind) => new Option(KINDS[kind], kind)));
+    this.attach(this.images.slice(0, this.mostImages));
   }
 
-  attach(url) {
-    this.image = url;
-    byId("attached").hidden = !url;
-    if (url) byId("attached-image").src = url;
-    else byId("attached-image").removeAttribute("src");
+  /** What is to come back: a key of `KINDS`. */
+  get kind() { return byId("answer-kind-line").hidden ? "query" : byId("answer-kind").value; }
+
+  /** Boxes and the like need a picture to be in. */
+  offerKinds() {
+    const isOffered = byId("answer-kind").options.length > 0 && (this.images.length > 0 || this.hasEarlier);
+    byId("answer-kind-line").hidden = !isOffered;
   }
 
-  async take(file) {
-    if (!this.takesImages) {
+  /** @param {boolean} hasEarlier whether the conversation holds a picture */
+  tellPictures(hasEarlier) {
+    this.hasEarlier = hasEarlier;
+    this.offerKinds();
+  }
+
+  attach(images) {
+    this.images = images;
+    byId("attached").hidden = !images.length;
+    byId("attached").replaceChildren(...images.map((url, i) => this.thumb(url, i)));
+    byId("attach").disabled = byId("attach-drawing").disabled = images.length >= this.mostImages;
+    this.offerKinds();
+  }
+
+  thumb(url, i) {
+    const which = this.images.length > 1 ? `picture ${i + 1}` : "the picture";
+    const image = make("img");
+    image.src = url;
+    image.alt = this.images.length > 1 ? `Picture ${i + 1} that goes along` : "The picture that goes along";
+    const remove = make("button", "attached-remove", "×");
+    remove.type = "button";
+    remove.title = "Remove";
+    remove.setAttribute("aria-label", `Remove ${which}`);
+    remove.addEventListener("click", () => {
+      this.attach(this.images.filter((_, other) => other !== i));
+      this.field.focus();
+    });
+    return make("li", "", image, remove);
+  }
+
+  /** Takes pictures on, as many as the model does. @param {Iterable<File>} files */
+  async take(files) {
+    if (!this.mostImages) {
       this.on.notice("This model reads text only; it was not given the picture.");
       return;
     }
-    try {
-      this.attach(await pictureUrl(file));
-      this.field.focus();
-    } catch {
-      this.on.notice("That file is not a picture this browser can read.");
-    }
+    const before = this.images.length;
+    const read = await Promise.allSettled([...files].map(pictureUrl));
+    const urls = read.filter(({ status }) => status === "fulfilled").map(({ value }) => value);
+    const room = this.mostImages - before;
+    this.attach([...this.images, ...urls.slice(0, room)]);
+    if (urls.length > room) this.on.notice(`This model takes at most ${this.mostImages} ${this.mostImages === 1 ? "picture" : "pictures"}.`);
+    else if (urls.length < read.length) this.on.notice(read.length === 1 ? "That file is not a picture this browser can read." : "Not all of those files are pictures this browser can read.");
+    if (this.images.length > before) this.field.focus();
   }
 
   listenToPictures() {
     byId("attach").addEventListener("click", () => byId("attach-file").click());
     byId("attach-file").addEventListener("change", ({ target }) => {
-      if (target.files.length) this.take(target.files[0]);
+      const files = [...target.files]; // emptied with the field
       target.value = "";
+      if (files.length) this.take(files);
     });
-    byId("attached-remove").addEventListener("click", () => {
-      this.attach("");
+    byId("attach-drawing").addEventListener("click", () => {
+      this.attach([...this.images, this.on.drawing()]);
       this.field.focus();
     });
     const isShown = () => !byId("chat-view").hidden;
     this.field.addEventListener("paste", (event) => {
-      const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
-      if (file) this.take(file);
+      const files = [...(event.clipboardData?.files ?? [])].filter((one) => one.type.startsWith("image/"));
+      if (files.length) this.take(files);
     });
     const carriesFile = (event) => isShown() && event.dataTransfer?.types.includes("Files");
     document.addEventListener("dragover", (event) => { if (carriesFile(event)) event.preventDefault(); });
     document.addEventListener("drop", (event) => {
       if (!carriesFile(event)) return;
       event.preventDefault(); // the browser would leave the page for the file
-      this.take(event.dataTransfer.files[0]);
+      this.take(event.dataTransfer.files);
     });
   }
 }

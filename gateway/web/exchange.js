@@ -3,8 +3,11 @@
 import { Beads } from "./beads.js";
 import { copyButton } from "./copying.js";
 import { number, serversAccount, showFigures } from "./figures.js";
+import { Found, hearThought } from "./found.js";
 import { Prose } from "./markdown.js";
+import { Gallery } from "./gallery.js";
 import { Problem, isWorthRetrying, wordsFor } from "./problems.js";
+import { Thinking } from "./thinking.js";
 
 const LIMITS = {
   max_output_tokens: (tokens) => `Stopped at the limit of ${number(tokens, 0)} tokens; Settings can raise it.`,
@@ -13,8 +16,8 @@ const LIMITS = {
 
 export class Exchange {
   /**
-   * @param {{text: string, image?: string}} asked
-   * @param {{again: () => void, edit: () => void, shorten: () => void, grown: () => void}} on
+   * @param {{text: string, images?: string[], kind?: string, isText?: boolean}} asked
+   * @param {{marks: () => import("./marks.js").Marks | null, again: () => void, edit: () => void, shorten: () => void, grown: () => void}} on
    */
   constructor(asked, on) {
     this.asked = asked;
@@ -27,9 +30,9 @@ export class Exchange {
     this.part = (name) => this.root.querySelector(`.${name}`);
     this.part("asked-text").textContent = asked.text;
     this.part("asked-text").hidden = Boolean(asked.isText); // it stands at the head of the answer
-    const image = this.part("asked-image");
-    if (asked.image) image.src = asked.image;
-    image.hidden = !asked.image;
+    this.gallery = new Gallery(this.part("asked-images"), asked.images ?? []);
+    this.found = new Found(asked.kind ?? "query");
+    this.thinking = new Thinking(this.part("thinking"));
     this.prose = asked.isText ? new BegunText(this.part("prose"), asked.text) : new Prose(this.part("prose"));
     this.problem = new Problem(this.part("problem-words"), this.part("retry"));
     this.part("retry").addEventListener("click", on.again);
@@ -42,8 +45,8 @@ export class Exchange {
   }
 
   get isRunning() { return this.state === "waiting" || this.state === "streaming"; }
-  /** Whether later turns contain this exchange: only if it has an answer, or the start of one. */
-  get isTold() { return this.text.trim() !== ""; }
+  /** Whether later turns contain this exchange: only if it has an answer, or the start of one, in words. */
+  get isTold() { return this.text.trim() !== "" && !this.found.isSpatial; }
 
   /** Waits for a first answer, or for another in place of what was there. */
   begin() {
@@ -53,6 +56,8 @@ export class Exchange {
     this.tokens = undefined;
     this.usage = null;
     this.prose.set("");
+    this.thinking.clear();
+    this.found = new Found(this.found.task);
     this.problem.clear();
     for (const name of ["problem", "note"]) this.part(name).hidden = true;
     for (const name of ["first", "rate", "tokens", "gap"]) this.part(`f-${name}`).textContent = "–";
@@ -67,10 +72,28 @@ export class Exchange {
   hear(event, at) {
     switch (event.type) {
       case "response.output_text.delta":
-        if (this.state === "waiting") this.become("streaming");
-        this.beads.add(at);
+        if (this.found.task === "detect" || this.found.task === "point") return false; // the same as text; `degas.object` brought it
+        this.beat(at);
+        this.thinking.end(at);
         this.text += event.delta;
-        this.soon();
+        return false;
+      case "response.reasoning_text.delta":
+        this.beat(at);
+        this.thinking.add(event.delta, at);
+        return false;
+      case "degas.thought":
+        this.beat(at);
+        hearThought(event, at, this.thinking, this.found, this.on.marks());
+        return false;
+      case "degas.object":
+        this.beat(at);
+        this.found.add(event.object, this.on.marks());
+        this.text = this.found.words();
+        return false;
+      case "degas.outline":
+        this.beat(at);
+        this.found.trace(event, this.on.marks());
+        this.text = this.found.words();
         return false;
       case "response.completed":
       case "response.incomplete":
@@ -88,6 +111,18 @@ export class Exchange {
       default:
         return false;
     }
+  }
+
+  beat(at) {
+    if (this.state === "waiting") this.become("streaming");
+    this.beads.add(at);
+    this.soon();
+  }
+
+  /** What it found, over a picture. */
+  draw(marks) {
+    this.found.draw(marks);
+    this.thinking.drawn([...marks.overlay.querySelectorAll(".mark")].slice(this.found.objects.length));
   }
 
   /** Many tokens may come between two frames; the page is written once for all of them. */
@@ -109,6 +144,7 @@ export class Exchange {
     this.usage = response.usage ?? null;
     if (this.usage?.output_tokens) this.tokens = this.usage.output_tokens;
     if (timing.time_to_first_token_s) this.part("figures").title = serversAccount(timing);
+    if (this.found.isSpatial) this.text = this.found.words();
     const reason = timing.finish_reason === "deadline" ? "deadline" : response.incomplete_details?.reason;
     this.settle(response.status === "cancelled" ? "stopped" : "done");
     if (LIMITS[reason]) this.note(LIMITS[reason](this.tokens ?? 0));
@@ -148,6 +184,7 @@ export class Exchange {
     cancelAnimationFrame(this.frame);
     this.frame = 0;
     this.become(state);
+    this.thinking.end();
     this.beads.end();
     if (state === "stopped") this.note("Stopped.");
     this.write();
@@ -164,24 +201,29 @@ export class Exchange {
     this.root.classList.toggle("last", isLast);
   }
 
-  /** The exchange as the tab stores it, without its picture, which is too large. */
+  /** The exchange as the tab stores it, without its pictures, which are too large. */
   kept() {
     const { asked, text, state, code, tokens, usage, beads } = this;
+    const numLost = (asked.images?.length ?? 0) + (asked.numLost ?? 0);
     const times = beads.times.map((at) => Math.round((at - beads.askedAt) * 10) / 10);
     const note = this.part("note").hidden ? "" : this.part("note").textContent;
-    return { asked: { text: asked.text, isText: asked.isText, hadImage: Boolean(asked.image) || asked.hadImage }, text, state, code, tokens, usage, times, note };
+    const thought = this.thinking.kept();
+    return { asked: { text: asked.text, isText: asked.isText, kind: asked.kind, numLost }, text, state, code, tokens, usage, times, note, thought };
   }
 
   restore(kept) {
     const isCut = kept.state === "waiting" || kept.state === "streaming";
     Object.assign(this, { text: kept.text, tokens: kept.tokens, usage: kept.usage });
+    this.thinking.restore(kept.thought);
     this.beads.restore(kept.times);
     this.become(isCut ? "stopped" : kept.state);
     this.write();
     if (kept.state === "failed") this.fail(kept.code, undefined, 0);
     else if (isCut) this.note("Stopped: the page was left.");
     else if (kept.note) this.note(kept.note);
-    if (kept.asked.hadImage) this.part("asked-lost").hidden = false;
+    const { numLost = 0 } = kept.asked;
+    this.part("asked-lost").hidden = !numLost;
+    this.part("asked-lost").textContent = numLost === 1 ? "A picture went along; it was not kept." : `${numLost} pictures went along; they were not kept.`;
   }
 }
 

@@ -14,6 +14,7 @@ export class Settings {
     this.panel = byId("settings");
     this.toggle = byId("settings-toggle");
     this.system = byId("system-prompt");
+    this.thinking = byId("thinking-choice");
     this.inputs = Object.entries(FIELDS).map(([id, field]) => ({ input: byId(id), ...field }));
     this.toggle.addEventListener("click", () => this.open(this.panel.hidden));
     byId("settings-reset").addEventListener("click", () => {
@@ -43,6 +44,11 @@ export class Settings {
   /** Shows what the model does where a field is empty. */
   serve(model, converses) {
     this.system.closest("label").hidden = !converses;
+    // A model that is asked about pictures thinks for one question at a time: the composer offers that.
+    const canChoose = converses && model.thinking === "optional" && !model.capabilities.includes("query");
+    this.thinking.closest("label").hidden = !canChoose;
+    if (!canChoose) this.thinking.value = "";
+    this.count();
     const defaults = model.defaults ?? {};
     for (const { input, usual } of this.inputs) input.placeholder = String(usual(defaults) ?? "");
     byId("max-tokens").max = String(model.context_tokens ?? "");
@@ -58,23 +64,25 @@ export class Settings {
     }
     const body = {};
     for (const { input, key } of this.inputs) if (input.value !== "") body[key] = input.valueAsNumber;
+    if (this.thinking.value) body.reasoning = { effort: this.thinking.value };
     if (this.system.value.trim()) body.instructions = this.system.value.trim();
     return body;
   }
 
   count() {
-    const set = [this.system, ...this.inputs.map(({ input }) => input)].filter((field) => field.value.trim() !== "").length;
+    const set = [this.system, this.thinking, ...this.inputs.map(({ input }) => input)].filter((field) => field.value.trim() !== "").length;
     byId("settings-count").textContent = set ? String(set) : "";
     byId("settings-count").hidden = !set;
     byId("settings-reset").disabled = !set;
   }
 
   kept() {
-    return Object.fromEntries([["system", this.system.value], ...this.inputs.map(({ input, key }) => [key, input.value])]);
+    return Object.fromEntries([["system", this.system.value], ["thinking", this.thinking.value], ...this.inputs.map(({ input, key }) => [key, input.value])]);
   }
 
   restore(kept) {
     this.system.value = kept.system ?? "";
+    this.thinking.value = kept.thinking ?? "";
     for (const { input, key } of this.inputs) input.value = kept[key] ?? "";
     this.count();
   }

@@ -1,7 +1,9 @@
 // Owns the studio: a picture to draw or open, questions about it, and the cards of their answers.
 
+import { askAbout, canThink } from "./asking.js";
 import { Card } from "./cards.js";
 import { Easel } from "./easel.js";
+import { Marks } from "./marks.js";
 import { COLOURS, Picture, SHAPES, SIZES, shapePath } from "./picture.js";
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -10,11 +12,12 @@ const byId = (id) => document.getElementById(id);
 
 const picture = new Picture(byId("picture"), onPictureChange);
 const easel = new Easel(picture, byId("marks"));
+const marks = new Marks(byId("marks"), () => picture);
 const cards = [];
 let active = null;
 let model = null;
 let isShown = false;
-let links = null; // {lanes, onUnauthorized(retry), onFailure()}
+let links = null; // {lanes, moondream, onUnauthorized(retry), onFailure()}
 
 /** Starts the studio, hidden until `show`. */
 export function startStudio(connections) {
@@ -49,6 +52,9 @@ export function serveStudio(served) {
     || `${model.id} looks at pictures. Models of its size are quick and sometimes wrong: check what matters.`;
   showTask();
 }
+
+/** The picture as it would be sent now. */
+export const currentPicture = () => picture.dataUrl();
 
 // ---------------------------------------------------------------- tools
 
@@ -156,49 +162,17 @@ function listenToPicture() {
 
 // ---------------------------------------------------------------- marks on the picture
 
-function mark(kind, attributes) {
-  const group = document.createElementNS(SVG, "g");
-  group.setAttribute("class", `mark mark-${kind}`);
-  for (const layer of ["halo", "line"]) {
-    const shape = document.createElementNS(SVG, kind === "box" ? "rect" : "circle");
-    shape.setAttribute("class", layer);
-    for (const [name, value] of Object.entries(attributes)) shape.setAttribute(name, value);
-    group.append(shape);
-  }
-  return group;
-}
-
+/** What the picked card found, over the picture it was asked about. */
 function showMarks() {
-  const overlay = byId("marks");
-  overlay.querySelectorAll(".mark").forEach((old) => old.remove());
-  if (!active || active.version !== picture.version) return;
-  active.objects.forEach((object) => drawMark(object));
-}
-
-function drawMark(object) {
-  const { width, height } = picture;
-  if ("x_min" in object) {
-    byId("marks").append(mark("box", {
-      x: object.x_min * width, y: object.y_min * height, rx: 3, pathLength: 1,
-      width: (object.x_max - object.x_min) * width, height: (object.y_max - object.y_min) * height,
-    }));
-  } else {
-    const group = mark("point", { cx: object.x * width, cy: object.y * height, r: 9 });
-    const centre = document.createElementNS(SVG, "circle");
-    centre.setAttribute("class", "centre");
-    centre.setAttribute("cx", object.x * width);
-    centre.setAttribute("cy", object.y * height);
-    centre.setAttribute("r", 2.5);
-    group.append(centre);
-    byId("marks").append(group);
-  }
+  marks.clear();
+  if (active && active.version === picture.version) active.draw(marks);
 }
 
 function pick(card) {
   if (active === card) return;
   active?.root.classList.remove("active");
   active = card;
-  card?.root.classList.toggle("active", card.isSpatial);
+  card?.root.classList.toggle("active", card.canMark);
   showMarks();
 }
 
@@ -213,9 +187,11 @@ function showTask() {
     caption: ["", "", "Caption"],
     detect: ["What to box", "red circle", "Detect"],
     point: ["What to point at", "blue star", "Point"],
+    segment: ["What to outline", "red circle", "Outline"],
   }[task];
   byId("question").hidden = task === "caption";
   byId("lengths").hidden = task !== "caption";
+  byId("think-first").hidden = task !== "query" || !canThink(model);
   byId("question-label").textContent = words[0] || "Your question";
   byId("question").placeholder = words[1];
   byId("send").textContent = words[2];
@@ -261,18 +237,10 @@ function showSuggestions() {
   }
 }
 
-function requestBody(asked) {
-  const content = [{ type: "input_image", image_url: asked.image }];
-  if (asked.task === "query") content.unshift({ type: "input_text", text: asked.text });
-  const degas = { task: asked.task };
-  if (asked.task === "caption") degas.length = asked.length;
-  else if (asked.task !== "query") degas.object = asked.text;
-  return { model: model?.id, input: [{ role: "user", content }], degas, store: false };
-}
-
 function ask(asked) {
   const length = document.querySelector('input[name="length"]:checked').value;
-  pose({ length, image: picture.dataUrl(), ...asked }, { canvas: picture.canvas, version: picture.version });
+  const thinks = asked.task === "query" && canThink(model) && byId("think").checked;
+  pose({ length, thinks, image: picture.dataUrl(), ...asked }, { canvas: picture.canvas, version: picture.version });
 }
 
 /** Asks about a picture as it was when `source` was taken. */
@@ -291,9 +259,9 @@ function pose(whole, source) {
 }
 
 function run(card, whole) {
-  return links.lanes.ask(requestBody(whole), (event, at) => {
-    const last = card.hear(event, at);
-    if (event.type === "degas.object" && active === card && card.version === picture.version) drawMark(event.object);
+  return askAbout(links, model, whole, (event, at) => {
+    const isShown = active === card && card.version === picture.version;
+    const last = card.hear(event, at, isShown ? marks : null);
     if (last && card.code === "unauthorized") links.onUnauthorized(() => card.part("again").click());
     if (last && card.state === "failed") links.onFailure();
   });

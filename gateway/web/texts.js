@@ -29,8 +29,7 @@ export class Texts {
     const whole = { ...body, stream: true, stream_options: { include_usage: true } };
     const answer = await fetch("v1/completions", { method: "POST", headers, body: JSON.stringify(whole), signal });
     if (!answer.ok) {
-      const { error } = await answer.json();
-      onEvent({ type: "error", error, headers: Object.fromEntries(answer.headers) }, performance.now());
+      onEvent(await failureOf(answer), performance.now());
       return;
     }
     let reason = null, usage = null, failure = null;
@@ -55,8 +54,14 @@ function ended(reason, usage) {
   return { type: `response.${response.status}`, response };
 }
 
+/** A refusal, as an event. */
+export async function failureOf(answer) {
+  const { error } = await answer.json();
+  return { type: "error", error, headers: Object.fromEntries(answer.headers) };
+}
+
 /** The events of a body of Server-Sent Events, each with the time at which it arrived. */
-async function* events(body) {
+export async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let kept = "";
   for (;;) {

@@ -327,16 +327,34 @@ def stages(
 @app.command()
 def pictures(
     megapixels: Annotated[str, typer.Option(help="Sizes of JPEGs: some of 0.5, 2, 12.")] = "0.5,2,12",
-    models: Annotated[str, typer.Option(help="Whose crops: some of moondream, pocket.")] = "moondream,pocket",
+    models: Annotated[
+        str, typer.Option(help="Whose crops: some of moondream, pocket, smolvlm, qwen2.5-vl.")
+    ] = "moondream,pocket,smolvlm,qwen2.5-vl",
     rounds: Annotated[int, typer.Option(help="Turns each way gets.")] = 7,
+    processor: Annotated[
+        bool, typer.Option(help="Also measure transformers' fast processors, where a model has one.")
+    ] = True,
+    processor_python_: Annotated[
+        str,
+        typer.Option("--processor-python", help="Python of their environment; empty: make one in the cache."),
+    ] = "",
     as_json: JsonFlag = False,
 ) -> None:
-    """Prepared pictures a second and core, from data URL to crops, beside decoding all pixels, turn about."""
+    """Prepared pictures a second and core, from data URL to crops, beside decoding all pixels and transformers, turn about."""
+    from loadtest.bench.picture_peer import PEERS, Processor, processor_python
     from loadtest.bench.pictures import measure, pictures_table
+    from loadtest.gateway.environment import ReferenceError
 
+    names = models.split(",")
+    sizes = [float(size) for size in megapixels.split(",")]
     try:
-        done = measure([float(size) for size in megapixels.split(",")], models.split(","), rounds)
-    except ValueError as error:
+        if processor and set(PEERS) & set(names):
+            python = processor_python_ or str(processor_python(lambda line: typer.echo(line, err=True)))
+            with Processor(python) as peer:
+                done = measure(sizes, names, rounds, peer)
+        else:
+            done = measure(sizes, names, rounds)
+    except (ValueError, ReferenceError) as error:
         raise typer.BadParameter(str(error)) from None
     show(pictures_table(done), [row.to_json() for row in done], as_json=as_json)
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -38,17 +38,32 @@ def cache_folder() -> Path:
 
 def reference_python(say: Callable[[str], None]) -> Path:
     """The Python of the reference's environment, made first where it is missing. Raises `ReferenceError`."""
-    name = hashlib.sha256("\n".join((sys.version, *PINNED)).encode()).hexdigest()[:12]
-    folder = cache_folder() / f"bench-gateway-{name}"
+    return make_environment(
+        "bench-gateway",
+        PINNED,
+        say,
+        instead="give --reference-python PATH of one with fastapi, uvicorn[standard], pydantic, pyzmq, msgspec, jinja2 and "
+        "tokenizers, or --no-reference",
+    )
+
+
+def make_environment(
+    name: str, pinned: Sequence[str], say: Callable[[str], None], *, instead: str, borrows: str = ""
+) -> Path:
+    """The Python of an environment with these packages. `borrows`: a folder whose packages it sees as well; `pinned` are then
+    installed without their dependencies. Raises `ReferenceError`, which ends with `instead`."""
+    key = hashlib.sha256("\n".join((sys.version, borrows, *pinned)).encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{name}-{key}"
     python = folder / "bin" / "python"
     if (folder / "complete").exists():
         return python
-    say(f"making the reference's environment in {folder}: {', '.join(PINNED[:3])}")
+    say(f"making the reference's environment in {folder}: {', '.join(pinned[:3])}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for command in (
         [sys.executable, "-m", "venv", str(folder)],
-        [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINNED],
+        [*install, *(["--no-deps"] if borrows else []), *pinned],
     ):
         try:
             done = subprocess.run(
@@ -58,9 +73,9 @@ def reference_python(say: Callable[[str], None]) -> Path:
             raise ReferenceError(f"{' '.join(command[:3])}: {error}") from None
         if done.returncode:
             last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            raise ReferenceError(
-                f"the reference's environment cannot be made: {''.join(last)}; give --reference-python PATH of one with "
-                "fastapi, uvicorn[standard], pydantic, pyzmq, msgspec, jinja2 and tokenizers, or --no-reference"
-            )
+            raise ReferenceError(f"the reference's environment cannot be made: {''.join(last)}; {instead}")
+    if borrows:
+        for site in folder.glob("lib/python*/site-packages"):
+            (site / "borrowed.pth").write_text(borrows + "\n")
     (folder / "complete").touch()
     return python

@@ -12,6 +12,7 @@ from shared.pictures import (
     num_bytes,
     num_loads,
     num_tokens,
+    unit_tokens,
 )
 from shared.protocol import (
     ELEMENT_BYTES,

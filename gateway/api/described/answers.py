@@ -226,6 +226,8 @@ class Model(Told, kw_only=True):
     context_tokens: int
     capabilities: list[str]
     takes_images: bool
+    max_images: int
+    thinking: Literal["none", "optional", "always"]
     chat_templates: list[str]
     defaults: ModelDefaults
 
