@@ -10,6 +10,7 @@ import torch
 from shared.settings import ConfigError
 from worker.config import WorkerConfig, load
 from worker.device.contract import Device
+from worker.device.cpu import giving_back
 from worker.formats.errors import CheckpointError
 from worker.formats.hub import cache_folder
 from worker.formats.locate import hub_name, locate
@@ -46,7 +47,7 @@ def _of_model(config: WorkerConfig) -> Iterator[Line]:
     source = quantised(open_source(locate(config.model)), config, device)
     dtype = choose_dtype(config, device, source)
     started_s = time.perf_counter()
-    with torch.inference_mode():
+    with giving_back(), torch.inference_mode():
         model = load_model(source, device.torch_device, dtype, lambda *_: None)
     choose_kv_dtype(config, model)
     loading_s = time.perf_counter() - started_s

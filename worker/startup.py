@@ -17,7 +17,7 @@ from shared.protocol import PROTOCOL_VERSION, Limits, ModelCard, Ready, schema_h
 from worker.config import ConfigError, WorkerConfig
 from worker.device.choices import switch
 from worker.device.contract import Device
-from worker.device.cpu import CpuDevice, available_bytes, has_bf16
+from worker.device.cpu import CpuDevice, available_bytes, giving_back, has_bf16
 from worker.device.cuda import CudaDevice
 from worker.device.energy import open_meter
 from worker.device.huge_pages import mapped, use_huge_pages
@@ -149,7 +149,7 @@ def build_worker(
             dtype = choose_dtype(config, device, source)
             if config.context:  # before the weights: some rotations depend on the context that is served
                 source.config.setdefault("degas", {})["context_tokens"] = config.context
-            with torch.inference_mode():
+            with giving_back(), torch.inference_mode():
                 model = load_model(source, device.torch_device, dtype, startup.progress)
             choose_kv_dtype(config, model)
         if device.torch_device.type == "cpu":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Block(Protocol):
 class Decoder:
     """A loaded decoder of text; implements `contract.Model`. Families that read pictures add to it.
 
-    `words` (V, D) is the embedding table, `rotations` the tables that layers choose from: (context, 1, R/2) complex64,
+    `words` (V, D) is the embedding table, `dtype` that of activations, by default its own; `rotations` the tables that layers choose from: (context, 1, R/2) complex64,
     or a single row for all positions. `kv_dtype` is the dtype its cache runs fastest in, see `fastest_kv_dtype`.
     """
 
@@ -72,9 +73,10 @@ class Decoder:
         head_dim: int,
         embedding_scale: float = 1.0,
         biased: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.card = card
-        self.device, self.dtype = words.device, words.dtype
+        self.device, self.dtype = words.device, dtype or words.dtype
         self.num_layers, self.num_kv_heads, self.head_dim = len(blocks), num_kv_heads, head_dim
         self.weight_bytes = self.num_weights = 0
         self.biased = biased
@@ -84,8 +86,9 @@ class Decoder:
         self.kv_dtypes = readable_kv_dtypes(self.kv_dtype, self.dtype, head_dim, rotary_dim, self._native)
         self.fuses = fuses(self.device, head_dim)
         self._words = words
-        # In the words' dtype, as the families that scale them were trained.
-        self._embedding_scale = None if embedding_scale == 1.0 else words.new_tensor(embedding_scale)
+        # In the activations' dtype, as the families that scale them were trained.
+        scale = words.new_tensor(embedding_scale, dtype=self.dtype)
+        self._embedding_scale = None if embedding_scale == 1.0 else scale
         self._blocks = blocks
         self._norm, self._head = norm, head
         self._rotations = rotations
@@ -109,7 +112,7 @@ class Decoder:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(N,) int64 ids → (N, D) input embeddings."""
-        words = F.embedding(token_ids, self._words)
+        words = F.embedding(token_ids, self._words).to(self.dtype)
         return words if self._embedding_scale is None else words.mul_(self._embedding_scale)
 
     def embed_next(self, token_ids: Tensor, values: Tensor, spatial: Tensor) -> Tensor:

@@ -59,13 +59,17 @@ class Dense(Decoder):
         """`take_weight` hands out weights of products as the file holds them, where products read that; None: as `take`."""
         self.sizes = sizes
         take_weight = take_weight or take
-        embedding = "model.embed_tokens.weight"
-        weight = take_weight(embedding if sizes.tied else "lm_head.weight", sizes.vocab_size, sizes.dim)
-        words = weight if sizes.tied and isinstance(weight, Tensor) else None
-        if words is None:
-            words = take(embedding, sizes.vocab_size, sizes.dim)
+        embedding, table = "model.embed_tokens.weight", (sizes.vocab_size, sizes.dim)
+        weight = _as_saved(take_weight, sizes)(embedding if sizes.tied else "lm_head.weight", *table)
+        if sizes.tied and isinstance(weight, Tensor):
+            words = weight
+        else:
+            words = take(embedding, *table, **({"as_saved": True} if sizes.dtype == torch.float32 else {}))
+        dtype = sizes.dtype or words.dtype
+        head = Head(weight, scale=sizes.logit_scale, cap=sizes.logit_cap, dtype=dtype)
+        del weight  # packed: what was read goes before more is
         layers = range(sizes.num_layers)
-        blocks = [_Block(take, take_weight, f"model.layers.{i}", sizes, i, words.dtype) for i in layers]
+        blocks = [_Block(take, take_weight, f"model.layers.{i}", sizes, i, dtype) for i in layers]
         norm = _take_norm(take, "model.norm", sizes)
         # q and k are rotated by numbers of this length, so scores are scaled by its square, exactly and on every path.
         length = sizes.score_scale**0.5
@@ -74,13 +78,14 @@ class Dense(Decoder):
             words,
             blocks,
             norm,
-            Head(weight, scale=sizes.logit_scale, cap=sizes.logit_cap, dtype=words.dtype),
+            head,
             [rotation_table(r, sizes.rotary_dim, sizes.context_tokens, device, length) for r in sizes.ropes],
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
             head_dim=sizes.head_dim,
             embedding_scale=sizes.embedding_scale,
             biased=sizes.qkv_bias or sizes.out_bias or sizes.mlp_bias,
+            dtype=dtype,
         )
 
 
@@ -230,6 +235,12 @@ def _add_norm(
     return summed, summed
 
 
+def _as_saved(take: TakeWeight, sizes: DenseConfig) -> TakeWeight:
+    """`take`, with what was saved in bf16 left so for a model of fp32 activations: for tables, and for products that are told
+    the dtype of their inputs. An fp32 copy on the way is twice the weight."""
+    return partial(take, as_saved=True) if sizes.dtype == torch.float32 else take
+
+
 def _take_norm(take: Take, name: str, sizes: DenseConfig) -> LayerNorm | RmsNorm:
     if sizes.layer_norm:
         return take_norm(take, name, sizes.dim, sizes.eps)
@@ -257,7 +268,7 @@ def _take_qkv(
         stacked = together(parts(take, "bias"))
         assert isinstance(stacked, Tensor)
         bias = stacked[order.to(stacked.device)]
-    weight = together(parts(take_weight, "weight", sizes.dim))
+    weight = together(parts(_as_saved(take_weight, sizes), "weight", sizes.dim))
     ordered = weight[order.to(weight.device)] if isinstance(weight, Tensor) else weight.ordered(order)
     return PackedLinear(ordered, bias, dtype=dtype)
 
@@ -282,7 +293,7 @@ def _take_gate_up(
 
     bias = stacked(take, "bias") if sizes.mlp_bias else None
     assert bias is None or isinstance(bias, Tensor)
-    weight = stacked(take_weight, "weight", sizes.dim)
+    weight = stacked(_as_saved(take_weight, sizes), "weight", sizes.dim)
     return PackedLinear(weight, bias, gated=not sizes.gelu, dtype=dtype)
 
 
@@ -299,10 +310,10 @@ def _take_scaled(
     """A product that adds to the residual stream, its factor multiplied in before the weights are rounded."""
 
     def scaled(tensor: Tensor) -> Tensor:
-        return (tensor.float() * sizes.residual_scale).to(tensor.dtype)
+        return (tensor.float() * sizes.residual_scale).to(dtype)
 
     bias = take(f"{name}.bias", outputs) if biased else None
-    weight = take_weight(f"{name}.weight", outputs, inputs)
+    weight = _as_saved(take_weight, sizes)(f"{name}.weight", outputs, inputs)
     if sizes.residual_scale != 1.0:
         bias = None if bias is None else scaled(bias)
         weight = scaled(weight) if isinstance(weight, Tensor) else weight.scaled(sizes.residual_scale)
@@ -333,6 +344,7 @@ def load_dense(
     checkpoint = source.open(report, canonical)
     if sizes.tied is None:
         sizes = replace(sizes, tied="lm_head.weight" not in checkpoint)
+    sizes = replace(sizes, dtype=dtype)
     taker = Taker(checkpoint, device, dtype)
     model = (build or Dense)(sizes, card, taker.take, device, taker.take_weight)
     checkpoint.finish()
