@@ -41,7 +41,7 @@ with giving_back(), torch.inference_mode():
     model = load_model(source, device.torch_device, dtype, lambda *_: None)
 print(held_bytes(model), status("VmHWM") - before)
 """
-MARGIN = 24 << 20  # what reading, rounding and packing work with, however large the model is
+MARGIN = 40 << 20  # what reading, rounding and packing work with, however large the model is
 
 
 def write_llama(folder: Path, *, dim: int, layers: int, vocab: int) -> Path:
