@@ -133,6 +133,12 @@ class WorkerConfig(BaseModel):
         ByteSize(256 << 20), ge=0, description="image features kept for repeated pictures"
     )
 
+    check_memory: bool = Field(
+        True,
+        description="before a model loads, count from its files' headers what it will take: refuse it if that is more than is free "
+        "here, and keep fewer KV pages and image features where those would not fit. Off: load it whatever is free",
+    )
+
     price_per_hour: float | None = Field(
         None,
         gt=0,

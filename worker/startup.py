@@ -21,6 +21,7 @@ from worker.device.cpu import CpuDevice, available_bytes, giving_back, has_bf16
 from worker.device.cuda import CudaDevice
 from worker.device.energy import open_meter
 from worker.device.huge_pages import mapped, use_huge_pages
+from worker.device.memory import gigabytes
 from worker.formats.chat_templates import DEFAULT, choose_templates, warn_missing
 from worker.formats.locate import EMBEDDED, locate
 from worker.formats.open_source import open_source
@@ -47,6 +48,8 @@ from worker.sim.runner import SimRunner, fake_card
 from worker.sim.timeline import RealClock
 from worker.sim.tokenizer import SIM_TOKENIZER, VOCAB_SIZE
 from worker.step.contract import Runner
+from worker.step.loading_view import LoadingView
+from worker.step.memory_plan import bytes_of_page, crop_bytes, fit, least_pages, most_pages
 from worker.step.staging import StepShape
 from worker.step.torch_runner import TorchRunner
 from worker.step.warm_up import warm_up
@@ -54,9 +57,7 @@ from worker.step.warm_up import warm_up
 log = structlog.get_logger()
 
 SMALL_WEIGHTS_BYTES = 32 << 20
-MIN_CONTEXT_TOKENS = 256
 CPU_STEP_S = 0.25
-ENCODER_WIDTHS = 16  # of the encoder's width, held at once for each image token by its widest layer
 
 
 @dataclass(slots=True)
@@ -65,6 +66,7 @@ class Startup:
 
     speak: bool
     phases_s: dict[str, float] = field(default_factory=dict)
+    view: LoadingView = field(default_factory=LoadingView)  # where no supervisor shows it
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -77,7 +79,10 @@ class Startup:
 
     def progress(self, phase: str, done: float, total: float) -> None:
         """How far a long phase is."""
-        self._say("PROGRESS", {"phase": phase, "done": done, "total": total})
+        if self.speak:
+            self._say("PROGRESS", {"phase": phase, "done": done, "total": total})
+        else:
+            self.view(phase, done, total)
 
     def ready(self, endpoint: str, model_id: str) -> None:
         """The worker serves."""
@@ -140,15 +145,17 @@ def build_worker(
             device = open_device(config)
         known = mapped()
         with startup.phase("load weights"):
-            source: Source = open_source(locate(config.model))
+            stored: Source = open_source(locate(config.model))
             if config.model in EMBEDDED:
-                source.model_id = config.model
-            tokenizer = source.tokenizer()
-            source.templates = choose_templates(source.templates, config.chat_template, source.path)
-            source = quantised(source, config, device)
+                stored.model_id = config.model
+            tokenizer = stored.tokenizer()
+            stored.templates = choose_templates(stored.templates, config.chat_template, stored.path)
+            source = quantised(stored, config, device)
             dtype = choose_dtype(config, device, source)
             if config.context:  # before the weights: some rotations depend on the context that is served
                 source.config.setdefault("degas", {})["context_tokens"] = config.context
+            if config.check_memory:
+                config = _fitted(config, device, stored, dtype)
             with giving_back(), torch.inference_mode():
                 model = load_model(source, device.torch_device, dtype, startup.progress)
             choose_kv_dtype(config, model)
@@ -260,6 +267,29 @@ def choose_dtype(config: WorkerConfig, device: Device, source: Source) -> torch.
     return torch.float32
 
 
+def _fitted(config: WorkerConfig, device: Device, stored: Source, dtype: torch.dtype) -> WorkerConfig:
+    """The settings that fit into the memory that is free, told where they are others. Raises ConfigError."""
+    fitted, plan, free = fit(config, device, stored, dtype)
+    log.info(
+        "memory_planned",
+        weights=gigabytes(plan.weight_bytes),
+        least=gigabytes(plan.least_bytes),
+        most=gigabytes(plan.total_bytes),
+        free=gigabytes(free.num_bytes),
+        bound=free.bound,
+    )
+    if fitted is not config:
+        log.warning(
+            "memory_is_short",
+            wanted=gigabytes(plan.total_bytes),
+            free=gigabytes(free.num_bytes),
+            bound=free.bound,
+            kv_bytes=fitted.kv_bytes,
+            feature_bytes=fitted.feature_bytes,
+        )
+    return fitted
+
+
 def quantised(source: Source, config: WorkerConfig, device: Device) -> Source:
     """The source as `quantize` asks for it. Raises ConfigError."""
     if config.quantize is None:
@@ -307,29 +337,16 @@ def refuse_quantize(config: WorkerConfig, device: torch.device) -> None:
 
 def count_pages(config: WorkerConfig, device: Device, model: Model, context_tokens: int) -> int:
     """KV pages in the memory that is free. Raises ConfigError where that is too little."""
-    page_bytes = (
-        2
-        * model.num_layers
-        * config.page_tokens
-        * model.num_kv_heads
-        * model.head_dim
-        * model.kv_dtype.itemsize
-    )
-    on_cpu = device.torch_device.type == "cpu"
-    encoder = model.encoder
-    if on_cpu:
-        free_bytes = min(device.free_bytes(), config.kv_bytes)
+    page_bytes = bytes_of_page(config, model, model.kv_dtype)
+    free_bytes = device.free_bytes()
+    if device.torch_device.type == "cpu":
+        free_bytes = min(free_bytes, config.kv_bytes)
     else:
-        free_bytes = device.free_bytes()
-        if encoder is not None:
-            # Memory for a batch of crops: residual stream, qkv, MLP and the like, in eager runs as well.
-            crop_bytes = ENCODER_WIDTHS * encoder.num_tokens * encoder.width * encoder.dtype.itemsize
-            free_bytes -= config.step_crops * crop_bytes
-    per_sequence = -(-context_tokens // config.page_tokens)
-    most = config.max_rows * per_sequence + 1  # only the prefix cache could use more
-    num_pages = min(free_bytes // page_bytes, 4 * most)
-    least = -(-max(model.prefix_tokens, MIN_CONTEXT_TOKENS) // config.page_tokens) + 1
-    if num_pages <= least:
+        # Memory for a batch of crops: residual stream, qkv, MLP and the like, in eager runs as well.
+        free_bytes -= config.step_crops * crop_bytes(model)
+    num_pages = min(free_bytes // page_bytes, most_pages(config, context_tokens))
+    least = least_pages(config, model)
+    if num_pages < least:
         raise ConfigError(
             f"only {free_bytes >> 20} MiB are free for KV memory, and {least} pages of {page_bytes >> 10} KiB are "
             f"the least to serve with; a safe value for kv_bytes is {2 * least * page_bytes}"

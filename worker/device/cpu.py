@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from worker.device.contract import Event, Graph, Stream
+from worker.device.memory import free_memory
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEEP_BYTES = 1 << 30
+KEEP_BYTES = UNKNOWN_BYTES = 1 << 30
 GIVE_BACK_BYTES = 3 << 19  # what a quantiser works with stays below it
 
 
@@ -88,11 +89,7 @@ def has_bf16() -> bool:
 
 def available_bytes() -> int:
     """Memory that can be allocated without swapping; 0 where the system does not say."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0
+    return free_memory().num_bytes
 
 
 def _keep_freed_memory() -> None:
@@ -159,4 +156,4 @@ class CpuDevice:
         pass
 
     def free_bytes(self) -> int:
-        return 1 << 30
+        return free_memory().num_bytes or UNKNOWN_BYTES

@@ -81,9 +81,8 @@ class Decoder:
         self.weight_bytes = self.num_weights = 0
         self.biased = biased
         self._native = operations(self.device)
-        self.kv_dtype = fastest_kv_dtype(self.device, self.dtype, self._native)
-        rotary_dim = 2 * rotations[0].shape[-1]
-        self.kv_dtypes = readable_kv_dtypes(self.kv_dtype, self.dtype, head_dim, rotary_dim, self._native)
+        self._rotations = rotations
+        self.kv_dtype, self.kv_dtypes = self.page_dtypes(self.device)
         self.fuses = fuses(self.device, head_dim)
         self._words = words
         # In the activations' dtype, as the families that scale them were trained.
@@ -91,7 +90,6 @@ class Decoder:
         self._embedding_scale = None if embedding_scale == 1.0 else scale
         self._blocks = blocks
         self._norm, self._head = norm, head
-        self._rotations = rotations
         self._space = GatherSpace()
         self._stack = self._one_call(num_heads)
 
@@ -99,6 +97,13 @@ class Decoder:
         layers = [block.native_layer() for block in self._blocks]
         settings: dict[str, Any] = {"num_heads": num_heads, "eps": self._norm.eps, "qk_eps": self._norm.eps}
         return layer_stack(layers, self.device, self.dtype, **settings)
+
+    def page_dtypes(self, device: torch.device) -> tuple[torch.dtype, tuple[torch.dtype, ...]]:
+        """See `contract.Model`."""
+        native = operations(device)
+        fastest = fastest_kv_dtype(device, self.dtype, native)
+        rotary_dim = 2 * self._rotations[0].shape[-1]
+        return fastest, readable_kv_dtypes(fastest, self.dtype, self.head_dim, rotary_dim, native)
 
     @property
     def step_bytes(self) -> int:

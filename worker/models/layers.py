@@ -178,6 +178,12 @@ class PackedLinear:
         self._linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise if self._packed else F.linear
 
     @property
+    def weight(self) -> Tensor | Quantised:
+        """The weight of a model that is only counted, see `blank`."""
+        weight: Tensor | Quantised = self._weight
+        return weight
+
+    @property
     def native(self) -> Linear | None:
         """The addresses of the packed weights, for a call over whole layers; None if they are not packed for it."""
         if self._native is None:
