@@ -81,7 +81,8 @@ class WorkerConfig(BaseModel):
     warm_up_s: float = Field(
         120.0,
         ge=0,
-        description="GPU: time to compile and capture before readiness; the rest is captured later",
+        description="GPU: time to compile and capture before readiness; the rest is captured later. CPU: 0 encodes no picture "
+        "before readiness; else one of a model that reads pictures, and larger ones for up to 2 seconds",
     )
     gpu_without: str = Field(
         "", description="GPU: switches to turn off, comma separated, for comparison (docs/gpu.md lists them)"

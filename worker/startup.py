@@ -177,9 +177,8 @@ def build_worker(
                 automata=config.device_automata,
             )
         pace = _pace(config, model)
-        if device.captures:
-            with startup.phase("warm up"):
-                warm_up(torch_runner, startup.progress, budget_s=config.warm_up_s)
+        with startup.phase("warm up"):
+            warm_up(torch_runner, startup.progress, budget_s=config.warm_up_s)
         runner = torch_runner
         device_name = device.name
         meter = open_meter(device.torch_device.type)
