@@ -182,6 +182,8 @@ class TorchRunner:
         slot, graphs = self.slots[slot_number], self.graphs
         num_rows, num = len(plan.decode), len(plan.samples)
         self._progress = progress
+        if self.model.encoder is not None:
+            self.model.encoder.progress = progress
         padded = graphs.bucket(num_rows) if graphs is not None and num_rows else num_rows
         stage_rows(slot.host, plan)
         token_bucket = 0
