@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +138,51 @@ def test_what_does_not_fit_is_refused_with_what_would(folder: Path) -> None:
         assert narrow.least_bytes < plan.least_bytes
         with pytest.raises(ConfigError, match=f"a safe value for quantize is {made}"):
             fit(config, CPU, source, torch.float32, free(narrow.least_bytes))
+
+
+def write_headers(folder: Path) -> Path:
+    """A folder of Qwen3 4B's shape whose weights are a hole in a file."""
+    dim, ff, layers, vocab = 2560, 9728, 36, 151936
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (vocab, dim), "norm": (dim,)}
+    for index in range(layers):
+        for name, outputs in (("q", 4096), ("k", 1024), ("v", 1024)):
+            shapes[f"layers.{index}.self_attn.{name}_proj"] = outputs, dim
+        shapes[f"layers.{index}.self_attn.o_proj"] = dim, 4096
+        shapes |= {f"layers.{index}.self_attn.{name}_norm": (128,) for name in "qk"}
+        shapes |= {f"layers.{index}.mlp.{name}_proj": (ff, dim) for name in ("gate", "up")}
+        shapes[f"layers.{index}.mlp.down_proj"] = dim, ff
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"layers.{index}.{name}"] = (dim,)
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        end = at + 2 * math.prod(shape)
+        header[f"model.{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    raw = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + at)
+    sizes = {"hidden_size": dim, "intermediate_size": ff, "num_hidden_layers": layers, "vocab_size": vocab}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    kind = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True}
+    config = kind | sizes | heads | {"max_position_embeddings": 4096}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.slow
+def test_four_billion_weights_on_8_gb_by_their_headers(tmp_path: Path) -> None:
+    if load() is None:
+        pytest.skip("no compiled products")
+    source = open_source(write_headers(tmp_path))
+    config = WorkerConfig(context=4096)
+    with pytest.raises(ConfigError, match="a safe value for quantize is int8"):
+        fit(config, CPU, source, torch.float32, free(7 << 30))
+    eight = config.model_copy(update={"quantize": "int8"})
+    fitted, plan, _ = fit(eight, CPU, source, torch.float32, free(7 << 30))
+    assert fitted is eight and 4.5e9 < plan.weight_bytes < 5.5e9
+    with pytest.raises(ConfigError, match="a safe value for quantize is int4"):
+        fit(config, CPU, source, torch.float32, free(5 << 30))
 
 
 def test_a_worker_refuses_before_it_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
