@@ -50,11 +50,17 @@ def _of_model(config: WorkerConfig) -> Iterator[Line]:
     stored = open_source(locate(config.model))
     source = quantised(stored, config, device)
     dtype = choose_dtype(config, device, source)
-    plan = plan_memory(config, device, stored, dtype, config.quantize)
-    for part in plan.parts():
-        yield "memory", f"{part.name:<9} {gigabytes(part.num_bytes):>8}  {part.note}", True
-    config, plan, free = fit(config, device, stored, dtype)  # refuses what is too much
-    yield "memory", _in_all(config, plan, free), True
+    try:
+        plan = plan_memory(config, device, stored, dtype, config.quantize)
+    except (CheckpointError, ConfigError):
+        raise
+    except Exception as error:  # a family that needs its numbers to be built
+        yield "memory", f"not counted before it is loaded: {type(error).__name__}", True
+    else:
+        for part in plan.parts():
+            yield "memory", f"{part.name:<9} {gigabytes(part.num_bytes):>8}  {part.note}", True
+        config, plan, free = fit(config, device, stored, dtype)  # refuses what is too much
+        yield "memory", _in_all(config, plan, free), True
     started_s = time.perf_counter()
     with giving_back(), torch.inference_mode():
         model = load_model(source, device.torch_device, dtype, lambda *_: None)

@@ -23,6 +23,7 @@ from worker.device.energy import open_meter
 from worker.device.huge_pages import mapped, use_huge_pages
 from worker.device.memory import gigabytes
 from worker.formats.chat_templates import DEFAULT, choose_templates, warn_missing
+from worker.formats.errors import CheckpointError
 from worker.formats.locate import EMBEDDED, locate
 from worker.formats.open_source import open_source
 from worker.formats.source import Source
@@ -268,7 +269,13 @@ def choose_dtype(config: WorkerConfig, device: Device, source: Source) -> torch.
 
 def _fitted(config: WorkerConfig, device: Device, stored: Source, dtype: torch.dtype) -> WorkerConfig:
     """The settings that fit into the memory that is free, told where they are others. Raises ConfigError."""
-    fitted, plan, free = fit(config, device, stored, dtype)
+    try:
+        fitted, plan, free = fit(config, device, stored, dtype)
+    except (ConfigError, CheckpointError):
+        raise
+    except Exception as error:  # a family that needs its numbers to be built: it is loaded unplanned
+        log.warning("memory_not_planned", reason=f"{type(error).__name__}: {error}"[:300])
+        return config
     log.info(
         "memory_planned",
         weights=gigabytes(plan.weight_bytes),

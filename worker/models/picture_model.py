@@ -81,7 +81,9 @@ class PictureModel(Dense):
         if not images:
             return []
         if isinstance(self._spec.rule, FreeSize):
-            assert isinstance(self._tower, FreeTower)
+            if not isinstance(self._tower, FreeTower):  # a tower that takes crops of one size a call
+                encode = features or self._tower.features
+                return [self._project(encode(image.sheets[0].pixels.unsqueeze(0)))[0] for image in images]
             crops = [image.sheets[0].pixels for image in images]
             together = PACKED_PATCHES["cpu" if self.device.type == "cpu" else "gpu"]
             return [

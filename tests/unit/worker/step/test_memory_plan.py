@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from tests.unit.worker.models.small_checkpoint import write_checkpoint
 from tests.unit.worker.models.test_load_memory import write_llama
@@ -183,6 +184,16 @@ def test_four_billion_weights_on_8_gb_by_their_headers(tmp_path: Path) -> None:
     assert fitted is eight and 4.5e9 < plan.weight_bytes < 5.5e9
     with pytest.raises(ConfigError, match="a safe value for quantize is int4"):
         fit(config, CPU, source, torch.float32, free(5 << 30))
+
+
+def test_a_family_that_cannot_be_counted_is_loaded_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.models.blank.load_model", lambda *_: torch.empty(1, device="meta").item())
+    config = WorkerConfig(model=str(folder))
+    with capture_logs() as told:
+        assert startup._fitted(config, CPU, open_source(folder), torch.float32) is config
+    assert told[0]["event"] == "memory_not_planned"
 
 
 def test_a_worker_refuses_before_it_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
