@@ -82,11 +82,13 @@ def _operations() -> list[Finding]:
 
 
 def _memory() -> Finding:
-    free_gib = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
-    good = free_gib > 1.0
+    from worker.device.memory import free_memory
+
+    free = free_memory()
+    good = free.num_bytes > 1 << 30 or not free.is_known
     return Finding(
         "memory",
-        f"{free_gib:.1f} GiB free",
+        f"{free.num_bytes / (1 << 30):.1f} GiB free ({free.bound})",
         good,
         "" if good else "worker and gateway together need about 1 GiB",
     )

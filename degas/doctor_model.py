@@ -1,4 +1,5 @@
-"""Owns `degas doctor MODEL`: what a model takes here, and how quick it can be at most. Main thread; loads it as a worker would."""
+"""Owns `degas doctor MODEL`: what a model takes here, and how quick it can be at most. Main thread; loads it as a worker would,
+once its plan of memory says that it fits."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import torch
 from shared.settings import ConfigError
 from worker.config import WorkerConfig, load
 from worker.device.contract import Device
+from worker.device.cpu import giving_back
+from worker.device.memory import FreeMemory, gigabytes
 from worker.formats.errors import CheckpointError
 from worker.formats.hub import cache_folder
 from worker.formats.locate import hub_name, locate
@@ -19,6 +22,7 @@ from worker.models.held import held_bytes
 from worker.models.registry import load_model
 from worker.startup import choose_dtype, choose_kv_dtype, count_pages, open_device, quantised
 from worker.step.kv_memory import page_bytes
+from worker.step.memory_plan import MemoryPlan, fit, plan_memory
 
 COPY_BYTES = 64 << 20
 MEASURED_S = 0.5
@@ -44,10 +48,22 @@ def model_lines(name: str) -> Iterator[Line]:
 
 def _of_model(config: WorkerConfig) -> Iterator[Line]:
     device = open_device(config)
-    source = quantised(open_source(locate(config.model)), config, device)
+    stored = open_source(locate(config.model))
+    source = quantised(stored, config, device)
     dtype = choose_dtype(config, device, source)
+    try:
+        plan = plan_memory(config, device, stored, dtype, config.quantize)
+    except (CheckpointError, ConfigError):
+        raise
+    except Exception as error:  # a family that needs its numbers to be built
+        yield "memory", f"not counted before it is loaded: {type(error).__name__}", True
+    else:
+        for part in plan.parts():
+            yield "memory", f"{part.name:<9} {gigabytes(part.num_bytes):>8}  {part.note}", True
+        config, plan, free = fit(config, device, stored, dtype)  # refuses what is too much
+        yield "memory", _in_all(config, plan, free), True
     started_s = time.perf_counter()
-    with torch.inference_mode():
+    with giving_back(), torch.inference_mode():
         model = load_model(source, device.torch_device, dtype, lambda *_: None)
     choose_kv_dtype(config, model)
     loading_s = time.perf_counter() - started_s
@@ -63,6 +79,17 @@ def _of_model(config: WorkerConfig) -> Iterator[Line]:
     kept = str(model.kv_dtype).removeprefix("torch.")
     yield "pages", f"{pages} of {config.page_tokens} tokens in {kept}, {_megabytes(held)}", True
     yield "speed", _speed(model, device, config.threads), True
+
+
+def _in_all(config: WorkerConfig, plan: MemoryPlan, free: FreeMemory) -> str:
+    """The plan's sum beside what is free, and what was cut to fit."""
+    said = f"{gigabytes(plan.total_bytes)} in all, {gigabytes(free.num_bytes)} free ({free.bound})"
+    if not free.is_known or plan.total_bytes <= free.num_bytes:
+        return f"{said}: fits"
+    return (
+        f"{said}: serves with fewer, kv_bytes {config.kv_bytes} and feature_bytes {config.feature_bytes}; "
+        f"the least is {gigabytes(plan.least_bytes)}"
+    )
 
 
 def _speed(model: Model, device: Device, threads: int) -> str:

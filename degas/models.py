@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from worker.device.memory import free_memory
 from worker.formats.errors import CheckpointError
 from worker.formats.folder_refusals import refuse_folder, refuse_settings
 from worker.formats.gguf_architectures import architecture_of
@@ -109,16 +110,8 @@ def examine(name: str, path: Path, free_bytes: int) -> Found:
 
 def available_bytes() -> int:
     """Memory that a new process can have: what the kernel says, and no more than the container may."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) << 10
-        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return free if most == "max" else min(free, int(most) - used)
-    except (OSError, ValueError):
-        return free
+    free = free_memory()
+    return free.num_bytes if free.is_known else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _candidates(folders: list[Path]) -> Iterator[tuple[str, Path]]:

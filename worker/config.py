@@ -89,7 +89,8 @@ class WorkerConfig(BaseModel):
     warm_up_s: float = Field(
         120.0,
         ge=0,
-        description="GPU: time to compile and capture before readiness; the rest is captured later",
+        description="GPU: time to compile and capture before readiness; the rest is captured later. CPU: 0 encodes no picture "
+        "before readiness; else one of a model that reads pictures, and larger ones for up to 2 seconds",
     )
     gpu_without: str = Field(
         "", description="GPU: switches to turn off, comma separated, for comparison (docs/gpu.md lists them)"
@@ -139,6 +140,12 @@ class WorkerConfig(BaseModel):
     )
     feature_bytes: ByteSize = Field(
         ByteSize(256 << 20), ge=0, description="image features kept for repeated pictures"
+    )
+
+    check_memory: bool = Field(
+        True,
+        description="before a model loads, count from its files' headers what it will take: refuse it if that is more than is free "
+        "here, and keep fewer KV pages and image features where those would not fit. Off: load it whatever is free",
     )
 
     price_per_hour: float | None = Field(

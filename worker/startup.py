@@ -17,11 +17,13 @@ from shared.protocol import FeatureFormat, Limits, ModelCard, Ready
 from worker.config import ConfigError, WorkerConfig
 from worker.device.choices import switch
 from worker.device.contract import Device
-from worker.device.cpu import CpuDevice, available_bytes, has_bf16
+from worker.device.cpu import CpuDevice, available_bytes, giving_back, has_bf16
 from worker.device.cuda import CudaDevice
 from worker.device.energy import open_meter
 from worker.device.huge_pages import mapped, use_huge_pages
+from worker.device.memory import gigabytes
 from worker.formats.chat_templates import DEFAULT, choose_templates, warn_missing
+from worker.formats.errors import CheckpointError
 from worker.formats.fingerprint import fingerprint
 from worker.formats.locate import EMBEDDED, locate
 from worker.formats.open_source import open_source
@@ -53,6 +55,8 @@ from worker.sim.timeline import RealClock
 from worker.sim.tokenizer import SIM_TOKENIZER, VOCAB_SIZE
 from worker.step.contract import Runner
 from worker.step.kv_memory import page_bytes
+from worker.step.loading_view import LoadingView
+from worker.step.memory_plan import crop_bytes, fit, least_pages, most_pages
 from worker.step.picture_encoder import TorchEncoder, format_of
 from worker.step.staging import StepShape
 from worker.step.torch_runner import TorchRunner
@@ -61,9 +65,7 @@ from worker.step.warm_up import warm_up
 log = structlog.get_logger()
 
 SMALL_WEIGHTS_BYTES = 32 << 20
-MIN_CONTEXT_TOKENS = 256
 CPU_STEP_S = 0.25
-ENCODER_WIDTHS = 16  # of the encoder's width, held at once for each image token by its widest layer
 
 
 @dataclass(slots=True)
@@ -72,6 +74,7 @@ class Startup:
 
     speak: bool
     phases_s: dict[str, float] = field(default_factory=dict)
+    view: LoadingView = field(default_factory=LoadingView)  # where no supervisor shows it
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -84,7 +87,10 @@ class Startup:
 
     def progress(self, phase: str, done: float, total: float) -> None:
         """How far a long phase is."""
-        self._say("PROGRESS", {"phase": phase, "done": done, "total": total})
+        if self.speak:
+            self._say("PROGRESS", {"phase": phase, "done": done, "total": total})
+        else:
+            self.view(phase, done, total)
 
     def ready(self, endpoint: str, model_id: str) -> None:
         """The worker serves."""
@@ -161,17 +167,19 @@ def build_worker(
             device = open_device(config)
         known = mapped()
         with startup.phase("load weights"):
-            source: Source = open_source(locate(config.model))
+            stored: Source = open_source(locate(config.model))
             if config.model in EMBEDDED:
-                source.model_id = config.model
-            tokenizer = source.tokenizer()
-            weights = "" if config.role == "all" else fingerprint(source, str(config.quantize))
-            source.templates = choose_templates(source.templates, config.chat_template, source.path)
-            source = quantised(source, config, device)
+                stored.model_id = config.model
+            tokenizer = stored.tokenizer()
+            weights = "" if config.role == "all" else fingerprint(stored, str(config.quantize))
+            stored.templates = choose_templates(stored.templates, config.chat_template, stored.path)
+            source = quantised(stored, config, device)
             dtype = choose_dtype(config, device, source)
             if config.context:  # before the weights: some rotations depend on the context that is served
                 source.config.setdefault("degas", {})["context_tokens"] = config.context
-            with torch.inference_mode():
+            if config.check_memory:
+                config = _fitted(config, device, stored, dtype)
+            with giving_back(), torch.inference_mode():
                 model = load_model(source, device.torch_device, dtype, startup.progress)
             choose_kv_dtype(config, model)
         if device.torch_device.type == "cpu":
@@ -209,9 +217,8 @@ def build_worker(
                 format=features,
             )
         pace = _pace(config, model)
-        if device.captures:
-            with startup.phase("warm up"):
-                warm_up(torch_runner, startup.progress, budget_s=config.warm_up_s)
+        with startup.phase("warm up"):
+            warm_up(torch_runner, startup.progress, budget_s=config.warm_up_s)
         runner = torch_runner
         device_name = device.name
         meter = open_meter(device.torch_device.type)
@@ -296,6 +303,35 @@ def choose_dtype(config: WorkerConfig, device: Device, source: Source) -> torch.
     return torch.float32
 
 
+def _fitted(config: WorkerConfig, device: Device, stored: Source, dtype: torch.dtype) -> WorkerConfig:
+    """The settings that fit into the memory that is free, told where they are others. Raises ConfigError."""
+    try:
+        fitted, plan, free = fit(config, device, stored, dtype)
+    except (ConfigError, CheckpointError):
+        raise
+    except Exception as error:  # a family that needs its numbers to be built: it is loaded unplanned
+        log.warning("memory_not_planned", reason=f"{type(error).__name__}: {error}"[:300])
+        return config
+    log.info(
+        "memory_planned",
+        weights=gigabytes(plan.weight_bytes),
+        least=gigabytes(plan.least_bytes),
+        most=gigabytes(plan.total_bytes),
+        free=gigabytes(free.num_bytes),
+        bound=free.bound,
+    )
+    if fitted is not config:
+        log.warning(
+            "memory_is_short",
+            wanted=gigabytes(plan.total_bytes),
+            free=gigabytes(free.num_bytes),
+            bound=free.bound,
+            kv_bytes=fitted.kv_bytes,
+            feature_bytes=fitted.feature_bytes,
+        )
+    return fitted
+
+
 def quantised(source: Source, config: WorkerConfig, device: Device) -> Source:
     """The source as `quantize` asks for it. Raises ConfigError."""
     if config.quantize is None:
@@ -344,21 +380,15 @@ def refuse_quantize(config: WorkerConfig, device: torch.device) -> None:
 def count_pages(config: WorkerConfig, device: Device, model: Model, context_tokens: int) -> int:
     """KV pages in the memory that is free. Raises ConfigError where that is too little."""
     of_page = page_bytes(model, config.page_tokens)
-    on_cpu = device.torch_device.type == "cpu"
-    encoder = model.encoder
-    if on_cpu:
-        free_bytes = min(device.free_bytes(), config.kv_bytes)
+    free_bytes = device.free_bytes()
+    if device.torch_device.type == "cpu":
+        free_bytes = min(free_bytes, config.kv_bytes)
     else:
-        free_bytes = device.free_bytes()
-        if encoder is not None:
-            # Memory for a batch of crops: residual stream, qkv, MLP and the like, in eager runs as well.
-            crop_bytes = ENCODER_WIDTHS * encoder.num_tokens * encoder.width * encoder.dtype.itemsize
-            free_bytes -= config.step_crops * crop_bytes
-    per_sequence = -(-context_tokens // config.page_tokens)
-    most = config.max_rows * per_sequence + 1  # only the prefix cache could use more
-    num_pages = min(free_bytes // of_page, 4 * most)
-    least = -(-max(model.prefix_tokens, MIN_CONTEXT_TOKENS) // config.page_tokens) + 1
-    if num_pages <= least:
+        # Memory for a batch of crops: residual stream, qkv, MLP and the like, in eager runs as well.
+        free_bytes -= config.step_crops * crop_bytes(model)
+    num_pages = min(free_bytes // of_page, most_pages(config, context_tokens))
+    least = least_pages(config, model)
+    if num_pages < least:
         raise ConfigError(
             f"only {free_bytes >> 20} MiB are free for KV memory, and {least} pages of {of_page >> 10} KiB are "
             f"the least to serve with; a safe value for kv_bytes is {2 * least * of_page}"

@@ -359,6 +359,28 @@ def pictures(
     show(pictures_table(done), [row.to_json() for row in done], as_json=as_json)
 
 
+@app.command(name="first-picture")
+def first_picture(
+    shape: Annotated[
+        str, typer.Option(help="Random weights: smolvlm-256m, or tiny for a smoke run.")
+    ] = "smolvlm-256m",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of both sides.")] = "bfloat16",
+    threads: Annotated[int, typer.Option(help="Compute threads of both sides.")] = 2,
+    rounds: Rounds = 5,
+    as_json: JsonFlag = False,
+) -> None:
+    """Time to first token of a question about a picture, beside transformers on the same weights, turn about."""
+    import torch
+
+    from loadtest.bench.first_picture import first_picture_table, measure
+
+    try:
+        done = measure(shape, getattr(torch, dtype), threads, rounds)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    show(first_picture_table(done), [done.to_json()], as_json=as_json)
+
+
 class _Comparison(Protocol):
     left_out: list[str]
 

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 import torch
 
 from loadtest.peers.side import Run, Spec, Stamp, read_clocks, serve, timed_run
-from shared.protocol import FromWorker, StepOutputs, Submit, pack_i32, unpack_i32, unpack_i64
+from shared.protocol import FromWorker, ImageInput, StepOutputs, Submit, pack_i32, unpack_i32, unpack_i64
 from worker.device.cpu import CpuDevice
 from worker.device.huge_pages import use_huge_pages
 from worker.formats.open_source import open_source
@@ -65,6 +65,7 @@ class DegasSide:
         threads: int = 1,
         step_tokens: int | None = None,
     ) -> None:
+        self._threads = threads
         use_threads(threads)
         device = CpuDevice()
         with torch.inference_mode():
@@ -112,6 +113,25 @@ class DegasSide:
         """Run once, to warm up; Degas has nothing to choose."""
         self.run(prompts, new_tokens)
         return ""
+
+    def use_threads(self) -> None:
+        """Compute on as many threads as at first, whatever another engine of this process has set since."""
+        use_threads(self._threads)
+
+    def first_token(
+        self, prompt: list[int], images: list[ImageInput], frames: list[bytes]
+    ) -> tuple[int, float]:
+        """The first token behind a prompt with pictures, and seconds from its submission. Raises RuntimeError if refused."""
+        self._log.steps.clear()
+        number = self._next_id
+        self._next_id += 1
+        submit = Submit(EPOCH, number, str(number), pack_i32(prompt), 1, images=images, ignore_eos=True)
+        begin_s = time.perf_counter()
+        self._inbox.put(Received(GATEWAY, submit, frames))
+        while self.engine.tick() or not self._inbox.empty():
+            pass
+        (wall_s, _), step = next(one for one in self._log.steps if unpack_i32(one[1].token_ids))
+        return unpack_i32(step.token_ids)[0], wall_s - begin_s
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
         """Decode `new_tokens` for every prompt, greedily."""

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from worker.device.contract import Event, Graph, Stream
+from worker.device.memory import free_memory
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEEP_BYTES = 1 << 30
+KEEP_BYTES = UNKNOWN_BYTES = 1 << 30
+GIVE_BACK_BYTES = 3 << 19  # what a quantiser works with stays below it
 
 
 class CpuEvent:
@@ -87,22 +89,37 @@ def has_bf16() -> bool:
 
 def available_bytes() -> int:
     """Memory that can be allocated without swapping; 0 where the system does not say."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0
+    return free_memory().num_bytes
 
 
 def _keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks: it would hand megabyte temporaries back after each step and fault
     them in again, thousands of pages a step (2.7× on attention alone at 32 rows)."""
+    _set_thresholds(KEEP_BYTES)
+
+
+def _set_thresholds(num_bytes: int, *, trim: bool = False) -> None:
+    """From which size on glibc gives a block pages of its own, which go back when it is freed."""
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
-        libc.mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, num_bytes)
+        libc.mallopt(M_MMAP_THRESHOLD, num_bytes)
+        if trim:
+            libc.malloc_trim(0)
     except (OSError, AttributeError):
         pass  # another libc has no mallopt: the worker only runs slower
+
+
+@contextlib.contextmanager
+def giving_back() -> Iterator[None]:
+    """For a block that makes what will stay, such as weights: memory freed in it goes back at once. Kept, as in serving,
+    temporaries lie between what stays, and the holes that they leave fit nothing that comes after them: 1.7 GB of weights
+    then took 2.1."""
+    _set_thresholds(GIVE_BACK_BYTES)
+    try:
+        yield
+    finally:
+        _set_thresholds(KEEP_BYTES, trim=True)
 
 
 class CpuDevice:
@@ -139,4 +156,4 @@ class CpuDevice:
         pass
 
     def free_bytes(self) -> int:
-        return 1 << 30
+        return free_memory().num_bytes or UNKNOWN_BYTES

@@ -115,7 +115,7 @@ class GgufTensors:
         width = stored.type.num_values
         offset = 1.0 if self._architecture.is_offset(stored.name) else 0.0
         for first, piece in pieces(stored):
-            blocks = torch.frombuffer(piece, dtype=torch.uint8).view(-1, stored.type.num_bytes)
+            blocks = torch.from_numpy(piece).view(-1, stored.type.num_bytes)
             values = unpack(blocks)
             flat[first * width : (first + len(blocks)) * width] = (
                 values.view(-1) - offset if offset else values.view(-1)
@@ -130,16 +130,24 @@ class GgufTensors:
         stored, transposed = self._find(name, shape)
         if stored.type.num_values == 1 or transposed or len(stored.shape) != 2:
             return None
-        data = bytearray().join(piece for _, piece in pieces(stored))
         rows, values = stored.shape
+        packed, done = torch.empty(stored.num_bytes, dtype=torch.uint8), 0
+        for _, piece in pieces(stored):
+            packed[done : done + len(piece)] = torch.from_numpy(piece)
+            done += len(piece)
+        packed = packed.view(rows, -1)
         self._told(name, stored)
-        packed = torch.frombuffer(data, dtype=torch.uint8).view(rows, -1)
         return Packed(stored.type.name, (rows, values), self._in_halves(stored, packed))
 
     def skip(self, name: str, *shape: int) -> None:
         """See `Tensors.skip`."""
         stored, _ = self._find(name, shape)
         self._told(name, stored)
+
+    def kind_of(self, name: str) -> str:
+        """See `Tensors.kind_of`."""
+        found = self._tensors.get(name)
+        return "" if found is None else found[0].type.name
 
     def finish(self) -> None:
         """See `Tensors.finish`."""

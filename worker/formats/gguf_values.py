@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from worker.formats.errors import CheckpointError
+from worker.formats.file_pieces import read_pieces
 from worker.formats.gguf_container import Container, StoredTensor
-
-PIECE_BYTES = 8 << 20
 
 
 def small_values(container: Container, name: str, length: int) -> np.ndarray:
@@ -25,30 +24,16 @@ def small_values(container: Container, name: str, length: int) -> np.ndarray:
             found=stored.shape,
         )
     ((_, piece),) = pieces(stored)
-    values = np.frombuffer(piece, np.float32)
+    values = piece.view(np.float32)
     if not np.isfinite(values).all() or (values <= 0).any():
         raise CheckpointError("holds values that are not finite and above 0", file=stored.path, tensor=name)
     return values
 
 
-def pieces(stored: StoredTensor) -> Iterator[tuple[int, bytearray]]:
-    """(index of the first block, bytes of whole blocks) until all of the tensor was read. Raises CheckpointError."""
-    block_bytes = stored.type.num_bytes
-    step = max(1, PIECE_BYTES // block_bytes) * block_bytes
-    try:
-        with stored.path.open("rb", buffering=0) as file:
-            for start in range(0, stored.num_bytes, step):
-                piece = bytearray(min(step, stored.num_bytes - start))
-                view, done = memoryview(piece), 0
-                while done < len(piece):
-                    got = os.preadv(file.fileno(), [view[done:]], stored.offset + start + done)
-                    if not got:
-                        raise CheckpointError(
-                            "the file was cut short while it was read", file=stored.path, tensor=stored.name
-                        )
-                    done += got
-                yield start // block_bytes, piece
-    except OSError as error:
-        raise CheckpointError(
-            f"not readable: {error.strerror or error}", file=stored.path, tensor=stored.name
-        ) from error
+def pieces(stored: StoredTensor) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """(index of the first block, bytes of whole blocks) until all of the tensor was read, see `read_pieces`. Raises
+    CheckpointError."""
+    first, block_bytes = 0, stored.type.num_bytes
+    for piece in read_pieces(stored.path, stored.name, stored.offset, stored.num_bytes, block_bytes):
+        yield first, piece
+        first += len(piece) // block_bytes

@@ -1,4 +1,4 @@
-"""Owns reading safetensors: memory-mapped files, checked against what the model expects. Decode thread.
+"""Owns reading safetensors: files read a piece at a time, checked against what the model expects. Decode thread.
 
 Pickled weights are refused. A tensor that is missing, misshapen or unknown stops the start with its name, never with a
 silently wrong model.
@@ -10,6 +10,7 @@ import json
 import math
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from worker.formats.file_pieces import read_pieces
 from worker.formats.folder_refusals import refuse_folder
 from worker.formats.lfs import refuse_pointer
 from worker.formats.source import CheckpointError, Packed, ProgressReport, Rename, Target
@@ -25,9 +27,8 @@ from worker.formats.source import CheckpointError, Packed, ProgressReport, Renam
 _MAX_HEADER_BYTES = 100 << 20
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _NOT_MODELS = ("consolidated.safetensors", "adapter_model.safetensors", "adapters.safetensors")
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FP8 = "F8_E4M3"
-
 _ROWS_AT_ONCE = 4096
 
 ROW_SCALE = ".row_scale"
@@ -42,6 +43,7 @@ class _Stored:
     name: str
     shape: tuple[int, ...]
     dtype: str
+    offset: int  # of its first byte, in the file
     num_bytes: int
     transposed: bool
 
@@ -60,7 +62,7 @@ class Checkpoint:
         headers = {path: _read_header(path) for path in _find_files(folder)}
         prefix = _missing_prefix({name for header in headers.values() for name in header})
         for path, header in headers.items():
-            for name, (dtype, shape, num_bytes) in header.items():
+            for name, (dtype, shape, offset, num_bytes) in header.items():
                 target = rename(name if name.startswith("lm_head.") else prefix + name)
                 if target is None:
                     continue
@@ -70,17 +72,13 @@ class Checkpoint:
                     kept = 0 if target.name.endswith(ROW_SCALE) else 1
                     rows = shape[: len(shape) - kept]
                     shape = (math.prod(rows), *shape[len(rows) :])
-                stored = _Stored(path, name, shape, dtype, num_bytes, target.transposed)
+                stored = _Stored(path, name, shape, dtype, offset, num_bytes, target.transposed)
                 self._tensors[target.name] = stored
         self._left = set(self._tensors)
         self._done_bytes = 0
         self.num_bytes = sum(stored.num_bytes for stored in self._tensors.values())
-        self._files: dict[Path, Any] = {}
-        try:
-            for path in {stored.path for stored in self._tensors.values()}:
-                self._files[path] = safe_open(path, framework="pt", device="cpu")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"not a whole safetensors file: {error}", file=path) from error
+        for path in {stored.path for stored in self._tensors.values()}:
+            _check_whole(path)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -93,17 +91,20 @@ class Checkpoint:
         stored = self._find(name, shape)
         if stored.dtype == _FP8:
             return self._take_scaled(name, stored, device, dtype)
-        if stored.dtype not in _FLOATS:
-            problem = f"{stored.dtype} weights are not supported, only {', '.join(_FLOATS)}"
-            raise CheckpointError(problem, file=stored.path, tensor=stored.name)
-        try:
-            tensor: Tensor = self._files[stored.path].get_tensor(stored.name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(str(error), file=stored.path, tensor=stored.name) from error
+        tensor = torch.empty(stored.shape, device=device, dtype=dtype)
+        flat, done = tensor.view(-1), 0
+        for values in _values(stored):
+            flat[done : done + len(values)].copy_(values)
+            done += len(values)
         self._told(name, stored)
-        # Copied, because the file may be replaced while it is mapped, and a truncated mapping kills the process.
-        tensor = tensor.t() if stored.transposed else tensor.view(stored.shape)
-        return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+        return tensor.t().contiguous() if stored.transposed else tensor
+
+    def slabs(self, name: str, *shape: int) -> Iterator[Tensor] | None:
+        """See `source.slabs_of`."""
+        stored = self._find(name, shape)
+        if stored.transposed or len(stored.shape) != 2 or stored.dtype == _FP8:
+            return None
+        return (values.view(-1, stored.shape[1]).float() for values in _values(stored, stored.shape[1]))
 
     def _take_scaled(self, name: str, stored: _Stored, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A matrix of FP8 (e4m3), each row times its scale; some rows at a time are widened."""
@@ -139,6 +140,11 @@ class Checkpoint:
         if scale is not None:
             self._told(_scale_of(name), scale)
 
+    def kind_of(self, name: str) -> str:
+        """See `Tensors.kind_of`."""
+        stored = self._tensors.get(name)
+        return "" if stored is None else stored.dtype
+
     def _find(self, name: str, shape: tuple[int, ...]) -> _Stored:
         stored = self._tensors.get(name)
         if stored is None:
@@ -166,8 +172,7 @@ class Checkpoint:
             self._report("weights", self._done_bytes, self.num_bytes)
 
     def finish(self) -> None:
-        """Let go of the files. Raises CheckpointError naming tensors that were never taken."""
-        self._files.clear()
+        """Raises CheckpointError naming tensors that were never taken."""
         if self._left:
             names = sorted(self._left)
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -245,8 +250,28 @@ def _indexed_files(index_path: Path, weight_map: dict[str, Any]) -> list[Path]:
     return paths
 
 
-def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Stored tensors by name: dtype, shape, bytes. Raises CheckpointError on a header that cannot be true."""
+def _check_whole(path: Path) -> None:
+    """Raises CheckpointError unless the tensors of the header cover the file, one behind the other."""
+    try:
+        with safe_open(path, framework="pt", device="cpu"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"not a whole safetensors file: {error}", file=path) from error
+
+
+def _values(stored: _Stored, together: int = 1) -> Iterator[Tensor]:
+    """(N,) of the file's dtype each, N a multiple of `together`; see `read_pieces`."""
+    dtype = _FLOATS.get(stored.dtype)
+    if dtype is None:
+        problem = f"{stored.dtype} weights are not supported, only {', '.join(_FLOATS)}"
+        raise CheckpointError(problem, file=stored.path, tensor=stored.name)
+    whole = together * dtype.itemsize
+    for piece in read_pieces(stored.path, stored.name, stored.offset, stored.num_bytes, whole):
+        yield torch.from_numpy(piece).view(dtype)
+
+
+def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Stored tensors by name: dtype, shape, first byte in the file, bytes. Raises CheckpointError on a header that cannot be true."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -265,7 +290,7 @@ def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
                 problem = f"bytes {begin} to {end} lie outside the file: the download is incomplete"
                 raise CheckpointError(problem, file=path, tensor=name)
             shape = tuple(int(length) for length in entry["shape"])
-            tensors[name] = (str(entry["dtype"]), shape, end - begin)
+            tensors[name] = (str(entry["dtype"]), shape, 8 + header_bytes + begin, end - begin)
         return tensors
     except FileNotFoundError:
         raise CheckpointError("no such file", file=path) from None

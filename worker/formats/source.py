@@ -6,7 +6,7 @@ too, whatever the format; a format's reader translates. Nothing of a model that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,9 +71,27 @@ class Tensors(Protocol):
         """Count the tensor as taken without reading it. Raises CheckpointError when it is missing or of another shape."""
         ...
 
+    def kind_of(self, name: str) -> str:
+        """How the tensor of that canonical name is stored: BF16, F16, F32, …, or ggml's name of its blocks. Empty where
+        it is missing. Reads nothing."""
+        ...
+
     def finish(self) -> None:
         """Let go of the files. Raises CheckpointError naming tensors that were never taken."""
         ...
+
+
+def slabs_of(tensors: Tensors, name: str, *shape: int) -> Iterator[Tensor]:
+    """A float matrix (rows, columns) as fp32 slabs of some rows each, in order, on the CPU; each valid until the next one is
+    asked for. Where its format reads no slabs, the whole at once. The tensor stays untaken: `skip` it afterwards.
+
+    Raises CheckpointError as `take`.
+    """
+    read = getattr(tensors, "slabs", None)
+    found: Iterator[Tensor] | None = None if read is None else read(name, *shape)
+    if found is None:
+        found = iter([tensors.take(name, *shape, device=torch.device("cpu"), dtype=torch.float32)])
+    return found
 
 
 class Source(Protocol):

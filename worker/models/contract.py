@@ -53,6 +53,10 @@ class Model(Protocol):
     biased: bool  # products of its layers add biases, which cuBLAS does in two launches for a single row
     fuses: bool  # forwards go through a GPU's kernels, which read what a step holds on the device
 
+    def page_dtypes(self, device: torch.device) -> tuple[torch.dtype, tuple[torch.dtype, ...]]:
+        """What paged memory runs fastest in on `device`, and all that it may hold there."""
+        ...
+
     @property
     def step_bytes(self) -> int:
         """Bytes of weights that a step of one row reads."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,7 +52,7 @@ class Block(Protocol):
 class Decoder:
     """A loaded decoder of text; implements `contract.Model`. Families that read pictures add to it.
 
-    `words` (V, D) is the embedding table, `rotations` the tables that layers choose from: (context, 1, R/2) complex64,
+    `words` (V, D) is the embedding table, `dtype` that of activations, by default its own; `rotations` the tables that layers choose from: (context, 1, R/2) complex64,
     or a single row for all positions. `kv_dtype` is the dtype its cache runs fastest in, see `fastest_kv_dtype`.
     """
 
@@ -75,26 +76,26 @@ class Decoder:
         embedding_scale: float = 1.0,
         biased: bool = False,
         convolving: frozenset[int] = frozenset(),
+        dtype: torch.dtype | None = None,
     ) -> None:
         """`convolving` are the layers that keep states in place of keys and values, see `contract.Model.states`."""
         self.card = card
-        self.device, self.dtype = words.device, words.dtype
+        self.device, self.dtype = words.device, dtype or words.dtype
         self._places = _places(len(blocks), convolving)
         self.num_layers = len(blocks) - len(convolving)
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.weight_bytes = self.num_weights = 0
         self.biased = biased
         self._native = operations(self.device)
-        self.kv_dtype = fastest_kv_dtype(self.device, self.dtype, self._native)
-        rotary_dim = 2 * rotations[0].shape[-1]
-        self.kv_dtypes = readable_kv_dtypes(self.kv_dtype, self.dtype, head_dim, rotary_dim, self._native)
+        self._rotations = rotations
+        self.kv_dtype, self.kv_dtypes = self.page_dtypes(self.device)
         self.fuses = not convolving and fuses(self.device, head_dim)
         self._words = words
-        # In the words' dtype, as the families that scale them were trained.
-        self._embedding_scale = None if embedding_scale == 1.0 else words.new_tensor(embedding_scale)
+        # In the activations' dtype, as the families that scale them were trained.
+        scale = words.new_tensor(embedding_scale, dtype=self.dtype)
+        self._embedding_scale = None if embedding_scale == 1.0 else scale
         self._blocks = blocks
         self._norm, self._head = norm, head
-        self._rotations = rotations
         self._space = GatherSpace()
         self._stack = self._one_call(num_heads)
 
@@ -102,6 +103,13 @@ class Decoder:
         layers = [block.native_layer() for block in self._blocks]
         settings: dict[str, Any] = {"num_heads": num_heads, "eps": self._norm.eps, "qk_eps": self._norm.eps}
         return layer_stack(layers, self.device, self.dtype, **settings)
+
+    def page_dtypes(self, device: torch.device) -> tuple[torch.dtype, tuple[torch.dtype, ...]]:
+        """See `contract.Model`."""
+        native = operations(device)
+        fastest = fastest_kv_dtype(device, self.dtype, native)
+        rotary_dim = 2 * self._rotations[0].shape[-1]
+        return fastest, readable_kv_dtypes(fastest, self.dtype, self.head_dim, rotary_dim, native)
 
     @property
     def step_bytes(self) -> int:
@@ -115,7 +123,7 @@ class Decoder:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(N,) int64 ids → (N, D) input embeddings."""
-        words = F.embedding(token_ids, self._words)
+        words = F.embedding(token_ids, self._words).to(self.dtype)
         return words if self._embedding_scale is None else words.mul_(self._embedding_scale)
 
     def embed_next(self, token_ids: Tensor, values: Tensor, spatial: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from worker.models.attention import AttentionPlan
 from worker.models.conv_block import ConvBlock
 from worker.models.decoder import Block, Decoder
 from worker.models.dense_config import DenseConfig
-from worker.models.dense_weights import take_block_norm, take_gated_mlp, take_qkv, take_scaled
+from worker.models.dense_weights import as_saved, take_block_norm, take_gated_mlp, take_qkv, take_scaled
 from worker.models.head import Head
 from worker.models.layers import GatedMlp, LayerNorm, RmsNorm, Take, TakeWeight
 from worker.models.mixture import Mixture, take_mixture
@@ -52,13 +52,17 @@ class Dense(Decoder):
         """`take_weight` hands out weights of products as the file holds them, where products read that; None: as `take`."""
         self.sizes = sizes
         take_weight = take_weight or take
-        embedding = "model.embed_tokens.weight"
-        weight = take_weight(embedding if sizes.tied else "lm_head.weight", sizes.vocab_size, sizes.dim)
-        words = weight if sizes.tied and isinstance(weight, Tensor) else None
-        if words is None:
-            words = take(embedding, sizes.vocab_size, sizes.dim)
+        embedding, table = "model.embed_tokens.weight", (sizes.vocab_size, sizes.dim)
+        weight = as_saved(take_weight, sizes)(embedding if sizes.tied else "lm_head.weight", *table)
+        if sizes.tied and isinstance(weight, Tensor):
+            words = weight
+        else:
+            words = take(embedding, *table, **({"as_saved": True} if sizes.dtype == torch.float32 else {}))
+        dtype = sizes.dtype or words.dtype
+        head = Head(weight, scale=sizes.logit_scale, cap=sizes.logit_cap, dtype=dtype)
+        del weight  # packed: what was read goes before more is
         layers = range(sizes.num_layers)
-        blocks = [_block(take, take_weight, f"model.layers.{i}", sizes, i, words.dtype) for i in layers]
+        blocks = [_block(take, take_weight, f"model.layers.{i}", sizes, i, dtype) for i in layers]
         norm = take_block_norm(take, "model.norm", sizes)
         # q and k are rotated by numbers of this length, so scores are scaled by its square, exactly and on every path.
         length = sizes.score_scale**0.5
@@ -67,7 +71,7 @@ class Dense(Decoder):
             words,
             blocks,
             norm,
-            Head(weight, scale=sizes.logit_scale, cap=sizes.logit_cap, dtype=words.dtype),
+            head,
             [rotation_table(r, sizes.rotary_dim, sizes.context_tokens, device, length) for r in sizes.ropes],
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
@@ -75,6 +79,7 @@ class Dense(Decoder):
             embedding_scale=sizes.embedding_scale,
             biased=sizes.qkv_bias or sizes.out_bias or sizes.mlp_bias,
             convolving=frozenset() if sizes.conv is None else sizes.conv.layers,
+            dtype=dtype,
         )
         if sizes.conv is not None:
             self.states = StateShape(len(sizes.conv.layers), sizes.conv.num_taps - 1, sizes.dim)
@@ -271,6 +276,7 @@ def load_dense(
     checkpoint = source.open(report, canonical)
     if sizes.tied is None:
         sizes = replace(sizes, tied="lm_head.weight" not in checkpoint)
+    sizes = replace(sizes, dtype=dtype)
     taker = Taker(checkpoint, device, dtype)
     model = (build or Dense)(sizes, card, taker.take, device, taker.take_weight)
     checkpoint.finish()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import torch
+
 from worker.models.rope import RopeConfig, most_context, parse_rope, usual_context
 from worker.models.settings import Settings
 from worker.models.torch_attention import LayerAttention
@@ -95,6 +97,7 @@ class DenseConfig:
     score_scale: float = 1.0  # of attention's scores, beside 1/sqrt(head_dim)
     logit_scale: float = 1.0
     logit_cap: float = 0.0  # c of c·tanh(l/c); 0: none
+    dtype: torch.dtype | None = None  # of activations, known once the model loads; None: as the words come
 
     @property
     def num_layers(self) -> int:

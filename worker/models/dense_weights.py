@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,12 @@ from worker.models.layers import (
 )
 from worker.models.rope import pair_order
 from worker.native.quantised import Quantised
+
+
+def as_saved(take: TakeWeight, sizes: DenseConfig) -> TakeWeight:
+    """`take`, with what was saved in bf16 left so for a model of fp32 activations: for tables, and for products that are told
+    the dtype of their inputs. An fp32 copy on the way is twice the weight."""
+    return partial(take, as_saved=True) if sizes.dtype == torch.float32 else take
 
 
 def take_block_norm(take: Take, name: str, sizes: DenseConfig) -> LayerNorm | RmsNorm:
@@ -48,7 +56,7 @@ def take_qkv(
         stacked = together(parts(take, "bias"))
         assert isinstance(stacked, Tensor)
         bias = stacked[order.to(stacked.device)]
-    weight = together(parts(take_weight, "weight", sizes.dim))
+    weight = together(parts(as_saved(take_weight, sizes), "weight", sizes.dim))
     ordered = weight[order.to(weight.device)] if isinstance(weight, Tensor) else weight.ordered(order)
     return PackedLinear(ordered, bias, dtype=dtype)
 
@@ -75,7 +83,7 @@ def take_gated_mlp(
 
     bias = stacked(take, "bias") if sizes.mlp_bias else None
     assert bias is None or isinstance(bias, Tensor)
-    weight = stacked(take_weight, "weight", sizes.dim)
+    weight = stacked(as_saved(take_weight, sizes), "weight", sizes.dim)
     gate_up = PackedLinear(weight, bias, gated=not sizes.gelu, dtype=dtype)
     down = take_scaled(
         take, take_weight, sizes, dtype, f"{name}.down_proj", sizes.dim, sizes.ff_dim, sizes.mlp_bias
@@ -96,10 +104,10 @@ def take_scaled(
     """A product that adds to the residual stream, its factor multiplied in before the weights are rounded."""
 
     def scaled(tensor: Tensor) -> Tensor:
-        return (tensor.float() * sizes.residual_scale).to(tensor.dtype)
+        return (tensor.float() * sizes.residual_scale).to(dtype)
 
     bias = take(f"{name}.bias", outputs) if biased else None
-    weight = take_weight(f"{name}.weight", outputs, inputs)
+    weight = as_saved(take_weight, sizes)(f"{name}.weight", outputs, inputs)
     if sizes.residual_scale != 1.0:
         bias = None if bias is None else scaled(bias)
         weight = scaled(weight) if isinstance(weight, Tensor) else weight.scaled(sizes.residual_scale)

@@ -128,18 +128,34 @@ class FreeTower:
 
     def features(self, crops: Tensor) -> Tensor:
         """(1, H, W, 3) uint8 → (1, squares, (1 + taps) · out): the last merger's features, then the taps'."""
-        (crop,) = crops
-        high, wide = self._grid(crop)
-        hidden = self._patches(self.pixels(crop).to(self.dtype))
-        if self._table is not None:
-            hidden = hidden + self._squares(self._learned(high, wide)).to(self.dtype)
-        order, windows = self._windows(high, wide)
-        rotation = self._rotation(high, wide)
+        return self.features_of(list(crops))[0].unsqueeze(0)
+
+    def features_of(self, crops: Sequence[Tensor]) -> list[Tensor]:
+        """(H, W, 3) uint8 each, of any sizes → (squares, (1 + taps) · out) each, see `features`. All go through the layers as one
+        run of tokens, without padding: products take them together, and each attends within itself.
+        """
+        parts, rotations, orders, windows, lengths = [], [], [], [], []
+        squares = 0
+        for crop in crops:
+            high, wide = self._grid(crop)
+            hidden = self._patches(self.pixels(crop).to(self.dtype))
+            if self._table is not None:
+                hidden = hidden + self._squares(self._learned(high, wide)).to(self.dtype)
+            order, own = self._windows(high, wide)
+            if order is not None:
+                orders.append(order + squares)
+            parts.append(hidden)
+            rotations.append(self._rotation(high, wide))
+            windows += own
+            lengths.append(high * wide)
+            squares += high * wide // self.config.merge**2
+        hidden, rotation = torch.cat(parts), torch.cat(rotations)
+        order = torch.cat(orders) if orders else None
         if order is not None:
             hidden, rotation = self._permuted(hidden, order), self._permuted(rotation, order)
         heads, config = self.config.num_heads, self.config
         shared = (rotation.contiguous(), heads, config.dim // heads, self.dtype)
-        full = SegmentAttention([high * wide], *shared)
+        full = SegmentAttention(lengths, *shared)
         narrow = SegmentAttention(windows, *shared) if windows else full
         tapped = []
         for layer, block in enumerate(self._blocks):
@@ -150,7 +166,12 @@ class FreeTower:
         merged = torch.cat([self._merger(hidden), *tapped], dim=1)
         if order is not None:
             merged = merged[torch.argsort(order)]
-        return merged.unsqueeze(0)
+        return list(merged.split([length // config.merge**2 for length in lengths]))
+
+    def num_patches(self, crop: Tensor) -> int:
+        """Of a crop (H, W, 3), for whoever decides how many go together. Raises ValueError as `pixels`."""
+        high, wide = self._grid(crop)
+        return high * wide
 
     def _grid(self, crop: Tensor) -> tuple[int, int]:
         """Patches down and across."""

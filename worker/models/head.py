@@ -24,8 +24,8 @@ _BLOCK_ROWS = {"cpu": 256, "cuda": 16384}
 class Head:
     """`x Wᵀ + b` in fp32 of a weight (V, D), a tensor or a file's blocks, and bias (V,) or None, on their final device and dtype.
 
-    `scale` multiplies the logits; `cap` c then makes a logit l c·tanh(l/c), 0: leaves it. `dtype` is that of the hidden states
-    where the weight is in blocks.
+    `scale` multiplies the logits; `cap` c then makes a logit l c·tanh(l/c), 0: leaves it. `dtype` is that of the hidden states,
+    by default the weight's.
     """
 
     __slots__ = ("_arrivals", "_bias", "_cap", "_multiply", "_own_bias", "_scale", "_weight")
@@ -47,13 +47,16 @@ class Head:
         if not isinstance(weight, Tensor):
             self._multiply = PackedLinear(weight, bias, dtype=dtype).logits
             return
-        self._weight, self._bias = weight, self._own_bias
         on_cpu = weight.device.type == "cpu"
         native = products(weight.device)
-        if native is not None and native.can_multiply(weight.dtype, weight.shape[1], weight.shape[0]):
-            packed, self._bias = PackedLinear(weight, bias), None
-            self._multiply = packed.logits
+        dtype = dtype or weight.dtype
+        can_pack = native is not None and native.can_multiply(dtype, weight.shape[1], weight.shape[0])
+        if can_pack or weight.device.type == "meta":
+            # The repacked copy alone is kept: the tensor is the table of words, or goes.
+            self._multiply = PackedLinear(weight, bias, dtype=dtype).logits
             return
+        weight = weight.to(dtype)
+        self._weight, self._bias = weight, self._own_bias
         if weight.is_contiguous():
             self._arrivals = arrivals_for(weight)
         if weight.dtype == torch.float32 or (on_cpu and weight.numel() * 4 <= KEPT_BYTES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import FunctionType, MethodType
 
 import torch
 from torch import Tensor
@@ -24,6 +25,10 @@ def held_bytes(*holders: object) -> int:
                 storages[storage.data_ptr()] = storage.nbytes()
             else:  # oneDNN's own, which shows no storage
                 storages[id(one)] = one.numel() * one.element_size()
+        elif isinstance(one, MethodType):
+            left.append(one.__self__)
+        elif isinstance(one, FunctionType):  # what it closes over, not the module that it lies in
+            left += [cell.cell_contents for cell in one.__closure__ or ()]
         elif type(one).__module__.startswith("worker.") or isinstance(one, list | tuple | dict):
             left += gc.get_referents(one)
     return sum(storages.values())

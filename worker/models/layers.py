@@ -75,16 +75,19 @@ def side_by_side(parts: Sequence[Tensor | Quantised]) -> Tensor | Quantised:
 
 
 def _alike(parts: Sequence[Tensor | Quantised]) -> list[Tensor]:
-    """All as tensors of the dtype that some of them are."""
+    """All as tensors of the dtype that some of them are: on a CPU in fp32 if some were in blocks, which bf16 would round."""
     dtype = next(part.dtype for part in parts if isinstance(part, Tensor))
-    return [part if isinstance(part, Tensor) else part.dequantised().to(dtype) for part in parts]
+    if any(not isinstance(part, Tensor) and part.device.type == "cpu" for part in parts):
+        dtype = torch.float32
+    return [(part if isinstance(part, Tensor) else part.dequantised()).to(dtype) for part in parts]
 
 
 class PackedLinear:
     """`y = x Wᵀ + b` with W in the layout this device multiplies fastest.
 
-    Takes `weight` (out, in) and `bias` (out,) or None, on their final device and dtype, or a weight in blocks, which are
-    multiplied as they are: for inputs of `dtype` on a CPU (by default the bias's, or fp32), for any on a GPU. Inputs are (..., in) in the same dtype; outputs (..., out).
+    Takes `weight` (out, in) and `bias` (out,) or None, on their final device, or a weight in blocks, which are multiplied as
+    they are. Inputs are (..., in) of `dtype`, by default a tensor's own, for blocks the bias's or fp32 (on a GPU any); outputs
+    (..., out). A bf16 weight for fp32 inputs is kept in bf16 where compiled products read that, else cast.
     `pack=False` keeps the plain product, for comparison. `gated`: the first half of the outputs gates the second, and only
     `silu_gate` may be called.
     """
@@ -114,6 +117,8 @@ class PackedLinear:
         gated: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if dtype is None and isinstance(weight, Tensor):
+            dtype = weight.dtype
         if dtype is None:
             dtype = torch.float32 if bias is None else bias.dtype
         self.out_features, self.in_features = weight.shape
@@ -134,6 +139,10 @@ class PackedLinear:
             self.dtype, self.device = torch.float32, self._integers.packed.device
             return
         assert isinstance(weight, Tensor | QuantisedWeight | Levels)
+        self._weight: Any
+        if weight.device.type == "meta":  # a model that is only counted, see `blank`
+            self._weight, self.dtype, self.device = weight, dtype, weight.device
+            return
         native = (
             products(weight.device if isinstance(weight, Tensor) else torch.device("cpu")) if pack else None
         )
@@ -141,9 +150,11 @@ class PackedLinear:
             weight = weight.dequantised().to(dtype)
         self.device = torch.device("cpu")
         if isinstance(weight, Tensor):
-            dtype, self.device = weight.dtype, weight.device
+            self.device = weight.device
             if native is not None and not native.can_multiply(dtype, self.in_features, self.out_features):
                 native = None
+            if native is None or not native.packs(weight, dtype):
+                weight = weight.to(dtype)
         self.dtype = dtype
         self._native = native
         can_gate = gated and self.out_features % (2 * LANES) == 0
@@ -155,7 +166,7 @@ class PackedLinear:
             weight = weight[order] if isinstance(weight, Tensor) else weight.ordered(order)
             bias = None if bias is None else bias[order]
         if native is not None:
-            self._weight: Any = native.pack(weight, bias, dtype)
+            self._weight = native.pack(weight, bias, dtype)
         else:
             assert isinstance(weight, Tensor)
             self._packed = pack and can_pack(weight.device, weight.dtype)
@@ -165,6 +176,12 @@ class PackedLinear:
             if reorder is None:
                 self._arrivals = arrivals_for(contiguous)
         self._linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise if self._packed else F.linear
+
+    @property
+    def weight(self) -> Tensor | Quantised:
+        """The weight of a model that is only counted, see `blank`."""
+        weight: Tensor | Quantised = self._weight
+        return weight
 
     @property
     def native(self) -> Linear | None:

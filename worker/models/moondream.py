@@ -70,7 +70,7 @@ class Moondream(Decoder):
         # a GPU it would make the host wait, and a captured graph cannot do it.
         self.looks = device.type == "cpu"
         # A crop has hundreds of tokens: a GPU's products of so many rows gain nothing by narrow weights.
-        self.vision = VisionEncoder(config.vision, take, take_weight if device.type == "cpu" else take)
+        self.vision = VisionEncoder(config.vision, take, take if device.type == "cuda" else take_weight)
         self.region = RegionModel(config.region, take)
 
     def _block(self, config: MoondreamConfig, take: Take, take_weight: TakeWeight, index: int) -> Block:

@@ -18,6 +18,13 @@ namespace {
 template <typename Model>
 void rotate_heads(const Model* from, float* to, int heads, int dim, int rotary, const float* turn, const float* weight,
                   float eps) {
+    if (!weight && !rotary) {  // as values are, and all of a picture's whose positions are learned
+        for (int i = 0; i < heads * dim; i += LANES) {
+            const Floats x = load(from + i);
+            store(to + i, x - x == splat(0.0f) ? x : splat(0.0f));
+        }
+        return;
+    }
     const Floats sign = of_even_lanes(splat(-1.0f), splat(1.0f));
     for (int head = 0; head < heads; head++, from += dim, to += dim) {
         Floats squares{};

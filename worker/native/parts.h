@@ -88,15 +88,22 @@ private:
         const bool by_span = threads > 1 && whole < 4 * threads;
         each_run(rows, [&](int64_t row, const Run& run) {
             if (!run.is_chunk) return;
-            for (int64_t blocks = (run.rows + together - 1) / together, block = blocks; block-- > 0;) {
+            const int64_t blocks = (run.rows + together - 1) / together;
+            const auto add_block = [&](int64_t block, int head) {
                 const int64_t first = run.rows * block / blocks, count = run.rows * (block + 1) / blocks - first;
                 const int32_t* lengths = rows.lengths + row + first;
                 const int64_t begin = first_seen(run.position + first, shape.window) / SPAN_KEYS * SPAN_KEYS;
+                add({run.table, lengths, row + first, count, run.position + first, head, head + 1, begin, lengths[count - 1], run.table[0], -1, true},
+                    shape, by_span, floats);
+            };
+            // Where all see as much, a head's keys stay in the cache for its next block; else the large parts come first.
+            const bool is_even = rows.lengths[row] == rows.lengths[row + run.rows - 1] && !shape.window;
+            if (is_even)
                 for (int head = 0; head < shape.kv_heads; head++)
-                    add({run.table, lengths, row + first, count, run.position + first, head, head + 1, begin, lengths[count - 1], run.table[0], -1,
-                         true},
-                        shape, by_span, floats);
-            }
+                    for (int64_t block = blocks; block-- > 0;) add_block(block, head);
+            else
+                for (int64_t block = blocks; block-- > 0;)
+                    for (int head = 0; head < shape.kv_heads; head++) add_block(block, head);
         });
     }
 

@@ -7,6 +7,7 @@ bf16 products on matrix registers also round a row differently in different batc
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from ctypes import CDLL, POINTER, Structure, byref, c_int, c_int64, c_void_p
 from typing import Literal
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from worker.native.library import NAMES, bind
-from worker.native.quantised import Levels, Quantised
+from worker.native.quantised import Quantised, QuantisedWeight
 
 PLAIN, GELU, ADD, GATE = range(4)
 """What becomes of a sum: stored, its GELU (tanh approximation) stored, stored with the residual added; or a SiLU gate:
@@ -34,6 +35,7 @@ _FORMATS = {
 }
 
 _BF16_INPUTS, _BF16_OUTPUTS = 32, 16  # of weights for bf16 activations, multiples of these
+_SLAB_BYTES = 4 << 20
 _GROUP_INPUTS = 32  # that are rounded to int8 together
 
 Activations = Literal["auto", "int8", "exact"]
@@ -46,6 +48,13 @@ def use_activations(wanted: Activations) -> None:
     long prompts quicker over weights expanded to bf16. Call before any model loads."""
     global _activations
     _activations = wanted
+
+
+def format_of(weight: Quantised) -> int:
+    """What a weight in blocks is kept in."""
+    if isinstance(weight, QuantisedWeight):
+        return _FORMATS[weight.kind]
+    return INT8_REAL if weight.least is not None else INT8_FINE
 
 
 class Linear(Structure):
@@ -90,6 +99,7 @@ class Products:
         self._lanes = library.vector_lanes()
         self._bytes, self._are_bf16 = library.bytes_packed, library.are_bfloat16
         self._bytes.argtypes, self._bytes.restype = (c_int, c_int64, c_int64), c_int64
+        self._panel: int = library.panel_outputs()
         self._are_bf16.argtypes = (c_int64, c_void_p)
         self._pack_bf16, self._pack_blocks = library.pack_bfloat16_for_float32, library.pack_blocks
         self._pack_bf16.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
@@ -139,10 +149,10 @@ class Products:
     def pack(
         self, weight: Tensor | Quantised, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> PackedWeight:
-        """weight (out, in) → its elements in the order `multiply` reads them, for activations of its dtype.
+        """weight (out, in) → its elements in the order `multiply` reads them, for activations of `dtype`.
 
-        One in a file's blocks is for activations of `dtype`, one of those that `multiplies_blocks`, and keeps as many bits an
-        element as the file has if that is Q8_0, Q4_0 or Q4_1.
+        One in a file's blocks is for activations of one of those that `multiplies_blocks`, and keeps as many bits an element
+        as the file has if that is Q8_0, Q4_0 or Q4_1. A tensor is of `dtype`, or one that `packs`.
 
         An fp32 weight that bf16 holds exactly, as one does that was saved in bf16, is kept in bf16: half the memory, the same
         products to the last bit.
@@ -150,32 +160,62 @@ class Products:
         if not isinstance(weight, Tensor):
             return self._pack_quantised(weight, bias, dtype)
         outputs, inputs = weight.shape
+        if not self.packs(weight, dtype):
+            dtype = weight.dtype
         weight = weight.contiguous()
-        kept_in, pack = SAME, self._pack[weight.dtype]
-        num_bytes = -(-outputs // 64) * 64 * inputs * weight.element_size()
-        if weight.dtype == torch.float32:
-            if inputs % 2 == 0 and self._are_bf16(weight.numel(), weight.data_ptr()):
-                kept_in, pack = BF16, self._pack_bf16
-            num_bytes = self._bytes(kept_in, outputs, inputs)
-        dtype = weight.dtype
-        if kept_in == BF16:
-            weight = weight.to(torch.bfloat16)
-        memory = torch.empty(num_bytes, dtype=torch.uint8)
-        pack(outputs, inputs, weight.data_ptr(), memory.data_ptr())
+        kept_in = SAME
+        if dtype == torch.float32 and inputs % 2 == 0:
+            is_bf16 = weight.dtype == torch.bfloat16 or self._are_bf16(weight.numel(), weight.data_ptr())
+            kept_in = BF16 if is_bf16 else SAME
+        pack = self._pack_bf16 if kept_in == BF16 else self._pack[dtype]
+        memory = torch.empty(self.num_bytes(outputs, inputs, kept_in, dtype), dtype=torch.uint8)
+        for first, last in self._slabs(outputs, inputs * weight.element_size()):
+            slab = weight[first:last]
+            slab = slab.to(torch.bfloat16) if kept_in == BF16 else slab
+            address = memory.data_ptr() + self._offset(memory, first, outputs)
+            pack(last - first, inputs, slab.data_ptr(), address)
         return PackedWeight(memory, bias, inputs, outputs, kept_in, dtype)
+
+    def packs(self, weight: Tensor, dtype: torch.dtype) -> bool:
+        """Whether `pack` takes this tensor for activations of `dtype`: one of that dtype, or of bf16 for fp32 activations."""
+        halves = weight.dtype == torch.bfloat16 and dtype == torch.float32 and weight.shape[1] % 2 == 0
+        return weight.dtype == dtype or halves
+
+    def num_bytes(self, outputs: int, inputs: int, kept_in: int, dtype: torch.dtype = torch.float32) -> int:
+        """Memory of a weight (outputs, inputs) packed in that format, for activations of `dtype`."""
+        if kept_in == SAME and dtype != torch.float32:
+            return -(-outputs // self._panel) * self._panel * inputs * dtype.itemsize
+        return int(self._bytes(kept_in, outputs, inputs))
+
+    def _slabs(self, outputs: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+        """Rows from and to, whole panels of some megabytes: what is made of a slab on its way is small."""
+        step = max(1, _SLAB_BYTES // row_bytes // self._panel) * self._panel
+        for first in range(0, outputs, step):
+            yield first, min(first + step, outputs)
+
+    def _offset(self, memory: Tensor, first: int, outputs: int) -> int:
+        """Where the panel of row `first` begins."""
+        return memory.numel() // -(-outputs // self._panel) * (first // self._panel)
 
     def _pack_quantised(self, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> PackedWeight:
         outputs, inputs = weight.shape
-        levels: Levels = weight.levels()
-        kept_in = _FORMATS.get(weight.kind, INT8_REAL if levels.least is not None else INT8_FINE)
+        kept_in = format_of(weight)
         rounds = self._rounds(dtype) and inputs % _GROUP_INPUTS == 0
-        least = None if levels.least is None else levels.least.data_ptr()
-        q, scale = levels.q.contiguous(), levels.scale.contiguous()
-        memory = torch.empty(self._bytes(kept_in, outputs, inputs), dtype=torch.uint8)
-        address = memory.data_ptr()
-        self._pack_blocks(
-            kept_in, outputs, inputs, q.data_ptr(), scale.data_ptr(), least, levels.scale_inputs, address
-        )
+        memory = torch.empty(self.num_bytes(outputs, inputs, kept_in), dtype=torch.uint8)
+        for first, last in self._slabs(outputs, 2 * inputs):
+            levels = weight.part(first, last).levels()
+            least = None if levels.least is None else levels.least.contiguous()
+            q, scale = levels.q.contiguous(), levels.scale.contiguous()
+            self._pack_blocks(
+                kept_in,
+                last - first,
+                inputs,
+                q.data_ptr(),
+                scale.data_ptr(),
+                None if least is None else least.data_ptr(),
+                levels.scale_inputs,
+                memory.data_ptr() + self._offset(memory, first, outputs),
+            )
         return PackedWeight(memory, bias, inputs, outputs, kept_in, dtype, rounds)
 
     def multiply(self, x: Tensor, packed: PackedWeight, residual: Tensor | None, kind: int) -> Tensor:

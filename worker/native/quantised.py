@@ -37,6 +37,11 @@ class Levels:
         """The rows in that order."""
         return Levels(self.q[rows], self.scale[rows], None if self.least is None else self.least[rows])
 
+    def part(self, first: int, last: int) -> Levels:
+        """Some of the rows, in the same memory."""
+        least = None if self.least is None else self.least[first:last]
+        return Levels(self.q[first:last], self.scale[first:last], least)
+
     def levels(self) -> Levels:
         """Itself."""
         return self
@@ -91,6 +96,10 @@ class QuantisedWeight:
     def ordered(self, rows: Tensor) -> QuantisedWeight:
         """The rows in that order, such as `pair_order`'s of a head."""
         return QuantisedWeight(self.kind, len(rows), self.columns, self.blocks[rows])
+
+    def part(self, first: int, last: int) -> QuantisedWeight:
+        """Some of the rows, in the same memory."""
+        return QuantisedWeight(self.kind, last - first, self.columns, self.blocks[first:last])
 
     def scaled(self, factor: float) -> Levels:
         """The weight times `factor`."""

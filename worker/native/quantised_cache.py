@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import structlog
 import torch
 from torch import Tensor
@@ -60,12 +61,12 @@ class QuantisedCache:
         if not self.is_whole or self._index.get(name) != [kind, rows, row_bytes]:
             return None
         try:
-            data = bytearray((self._place / name).read_bytes())
+            data = np.fromfile(self._place / name, np.uint8)
         except OSError:
             return None
         if len(data) != rows * row_bytes:
             return None
-        return torch.frombuffer(data, dtype=torch.uint8).view(rows, row_bytes)
+        return torch.from_numpy(data).view(rows, row_bytes)
 
     def write(self, name: str, kind: str, blocks: Tensor) -> None:
         """Keep blocks (rows, bytes of a row). `name` is one that a model's own code asks for, and a file's name."""

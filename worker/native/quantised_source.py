@@ -16,13 +16,12 @@ from torch import Tensor
 
 from worker.formats.errors import CheckpointError
 from worker.formats.gguf_parts import parts_of
-from worker.formats.source import Packed, ProgressReport, Rename, Source, Target, Tensors
+from worker.formats.source import Packed, ProgressReport, Rename, Source, Target, Tensors, slabs_of
 from worker.native.quantised import KINDS
 from worker.native.quantised_cache import QuantisedCache
 from worker.native.quantiser import KINDS_OF, fits, to_blocks
 
 HEADS = ("lm_head.weight", "embed_tokens.weight")
-CPU = torch.device("cpu")
 log = structlog.get_logger("worker.native")
 
 
@@ -83,26 +82,40 @@ class QuantisedTensors:
                 file=self._path,
                 tensor=name,
             )
-        kind = KINDS_OF["int8" if name.endswith(HEADS) else self._made]
+        kind = block_kind(name, shape, self._made)
+        if kind is None:
+            return None
         rows, columns = shape
         values, num_bytes, _ = KINDS[kind]
         blocks = self._cache.read(name, kind, rows, columns // values * num_bytes)
         if blocks is not None:
             self._inner.skip(name, *shape)
             return Packed(kind, (rows, columns), blocks)
-        if columns % values:
-            return None
-        weight = self._inner.take(name, *shape, device=CPU, dtype=torch.float32)
-        if not fits(weight):
-            return None
-        blocks = to_blocks(weight, kind)
+        blocks = torch.empty(rows, columns // values * num_bytes, dtype=torch.uint8)
+        done = 0
+        for slab in slabs_of(self._inner, name, *shape):
+            if not fits(slab):
+                return None
+            blocks[done : done + len(slab)] = to_blocks(slab, kind)
+            done += len(slab)
+        self._inner.skip(name, *shape)
         self._cache.write(name, kind, blocks)
         return Packed(kind, (rows, columns), blocks)
+
+    def kind_of(self, name: str) -> str:
+        """See `Tensors.kind_of`: as it is stored in the files."""
+        return self._inner.kind_of(name)
 
     def finish(self) -> None:
         """See `Tensors.finish`."""
         self._inner.finish()
         self._cache.finish()
+
+
+def block_kind(name: str, shape: tuple[int, ...], made: str) -> str | None:
+    """The blocks that a product's matrix of that name and shape is rounded to; None where blocks do not divide its rows."""
+    kind = KINDS_OF["int8" if name.endswith(HEADS) else made]
+    return None if shape[1] % KINDS[kind][0] else kind
 
 
 def _files(path: Path) -> list[Path]:

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "product.h"
+#include "softmax.h"
 
 namespace {
 
@@ -38,13 +39,21 @@ inline void configure(int first, int second) {
     _tile_loadconfig(&tiles);
 }
 
-template <bool TWO_ROWS, bool TWO_COLUMNS>
-void multiply_tiles(const bf16* x, int64_t inputs, const bf16* weight, int64_t weight_step, float* sums) {
-    _tile_zero(0);
-    if (TWO_COLUMNS) _tile_zero(1);
-    if (TWO_ROWS) _tile_zero(2);
-    if (TWO_ROWS && TWO_COLUMNS) _tile_zero(3);
-    for (int64_t i = 0; i < inputs; i += 32, weight += TILE) {
+// sums (32, 32) = or, not at the FIRST inputs, += x (32 or fewer rows, depth) · two columns of tiles or one.
+template <bool FIRST, bool TWO_ROWS, bool TWO_COLUMNS>
+void multiply_tiles(const bf16* x, int64_t inputs, const bf16* weight, int64_t weight_step, int64_t depth, float* sums) {
+    if (FIRST) {
+        _tile_zero(0);
+        if (TWO_COLUMNS) _tile_zero(1);
+        if (TWO_ROWS) _tile_zero(2);
+        if (TWO_ROWS && TWO_COLUMNS) _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, 128);
+        if (TWO_COLUMNS) _tile_loadd(1, sums + 16, 128);
+        if (TWO_ROWS) _tile_loadd(2, sums + 16 * 32, 128);
+        if (TWO_ROWS && TWO_COLUMNS) _tile_loadd(3, sums + 16 * 32 + 16, 128);
+    }
+    for (int64_t i = 0; i < depth; i += 32, weight += TILE) {
         _tile_loadd(4, x + i, inputs * 2);
         _tile_loadd(6, weight, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -64,6 +73,15 @@ void multiply_tiles(const bf16* x, int64_t inputs, const bf16* weight, int64_t w
     if (TWO_ROWS && TWO_COLUMNS) _tile_stored(3, sums + 16 * 32 + 16, 128);
 }
 
+template <bool FIRST>
+inline void multiply_tiles_of(int count, bool wide, const bf16* x, int64_t inputs, const bf16* weight, int64_t step, int64_t depth,
+                              float* sums) {
+    if (count > 16)
+        (wide ? multiply_tiles<FIRST, true, true> : multiply_tiles<FIRST, true, false>)(x, inputs, weight, step, depth, sums);
+    else
+        (wide ? multiply_tiles<FIRST, false, true> : multiply_tiles<FIRST, false, false>)(x, inputs, weight, step, depth, sums);
+}
+
 // weight (outputs, inputs) → packed (outputs / 16, inputs / 32, 16 pairs, 16 outputs, 2)
 inline void pack_tiles(int64_t outputs, int64_t inputs, const bf16* weight, bf16* packed) {
     for (int64_t block = 0; block < outputs; block += 16)
@@ -72,29 +90,71 @@ inline void pack_tiles(int64_t outputs, int64_t inputs, const bf16* weight, bf16
                 for (int64_t p = 0; p < 2; p++) *packed++ = weight[o * inputs + i + p];
 }
 
+// The same GELU as `finish`, to 2^-13 of its size: it is rounded to bf16. With z twice the tanh's argument, x · sigmoid(z).
+inline Floats rough_gelu(Floats x) {
+    const Floats z = x * 1.5957691216057308f * (x * x * 0.044715f + 1.0f);
+    const Floats e = power_of_two<true>((Floats)_mm512_abs_ps((__m512)z) * -LOG2_E);
+    const Floats larger = (Floats)_mm512_rcp14_ps((__m512)(e + 1.0f));
+    return x * (z < splat(0.0f) ? e * larger : larger);
+}
+
+// 32 neighbouring sums of each of `count` rows, what is done to them and where they go: a whole cache line at a time. Numbers too
+// small for bf16's exponents become 0.
+template <int KIND>
+inline void finish_line(const Product<bf16>& product, int64_t row, int64_t column, int64_t count, const float* sums) {
+    Floats first{}, second{};
+    if (product.bias) first = load(product.bias + column), second = load(product.bias + column + LANES);
+    for (int64_t r = 0; r < count; r++, sums += 32) {
+        Floats a = load(sums) + first, b = load(sums + LANES) + second;
+        if (KIND == GELU) a = rough_gelu(a), b = rough_gelu(b);
+        if (KIND == ADD) {
+            const bf16* more = product.residual + (row + r) * product.outputs + column;
+            a += load(more), b += load(more + LANES);
+        }
+        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        std::memcpy((void*)(product.out + (row + r) * product.out_stride + column), &both, sizeof both);
+    }
+}
+
+inline void finish_rows(const Product<bf16>& product, int64_t row, int64_t column, int64_t count, bool wide, const float* sums) {
+    if (wide && !product.unrounded && product.kind != GATE) {
+        if (product.kind == PLAIN) return finish_line<PLAIN>(product, row, column, count, sums);
+        if (product.kind == GELU) return finish_line<GELU>(product, row, column, count, sums);
+        return finish_line<ADD>(product, row, column, count, sums);
+    }
+    for (int64_t r = 0; r < count; r++, sums += 32) {
+        Floats pair[2] = {load(sums), load(sums + 16)};
+        finish(product, row + r, column, pair, wide ? 2 : 1);
+    }
+}
+
 // Columns from `begin_column` to `end_column`, multiples of PANEL or the last.
+//
+// Of many rows so few inputs are taken at a time that weights of two columns of tiles stay in the first-level cache while all rows
+// of a lot go by, which then come from the second. Sums wait in memory meanwhile: that they do changes none.
 inline void multiply_all_tiles(int64_t rows, const Product<bf16>& product, const bf16* weight, int64_t begin_column, int64_t end_column) {
-    alignas(64) float sums[32 * 32];
+    constexpr int64_t LOT = 256, DEPTH = 256, MOST_INPUTS = 1024;
+    alignas(64) float sums[LOT * 32];
     const int64_t inputs = product.inputs, step = 16 * inputs;
-    for (int64_t begin = 0; begin < rows; begin += 64) {  // so few rows that sums of all columns stay in the cache
-        const int64_t end = begin + 64 < rows ? begin + 64 : rows;
+    const bool in_parts = rows > 64 && inputs > DEPTH && inputs <= MOST_INPUTS;
+    const int64_t lot = in_parts ? LOT : rows > 64 ? 128 : 64, depth = in_parts ? DEPTH : inputs;  // 64: sums of all columns stay in the cache
+    for (int64_t begin = 0; begin < rows; begin += lot) {
+        const int64_t end = begin + lot < rows ? begin + lot : rows;
         int configured = 0;
         for (int64_t column = begin_column; column < end_column; column += 32) {
             const bool wide = column + 32 <= end_column;
-            for (int64_t row = begin; row < end; row += 32) {
-                const int count = end - row < 32 ? end - row : 32;
-                if (count != configured) {
-                    configure(count < 16 ? count : 16, count > 16 ? count - 16 : 1);
-                    configured = count;
-                }
-                const bf16 *from = product.x + row * inputs, *with = weight + column * inputs;
-                if (count > 16)
-                    (wide ? multiply_tiles<true, true> : multiply_tiles<true, false>)(from, inputs, with, step, sums);
-                else
-                    (wide ? multiply_tiles<false, true> : multiply_tiles<false, false>)(from, inputs, with, step, sums);
-                for (int r = 0; r < count; r++) {
-                    Floats pair[2] = {load(sums + r * 32), load(sums + r * 32 + 16)};
-                    finish(product, row + r, column, pair, wide ? 2 : 1);
+            for (int64_t i = 0; i < inputs; i += depth) {
+                const int64_t left = inputs - i < depth ? inputs - i : depth;
+                for (int64_t row = begin; row < end; row += 32) {
+                    const int count = end - row < 32 ? end - row : 32;
+                    if (count != configured) {
+                        configure(count < 16 ? count : 16, count > 16 ? count - 16 : 1);
+                        configured = count;
+                    }
+                    const bf16 *from = product.x + row * inputs + i, *with = weight + column * inputs + i * 16;
+                    float* own = sums + (row - begin) * 32;
+                    (i ? multiply_tiles_of<false> : multiply_tiles_of<true>)(count, wide, from, inputs, with, step, left, own);
+                    if (i + left == inputs) finish_rows(product, row, column, count, wide, own);
                 }
             }
         }

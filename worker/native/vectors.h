@@ -58,6 +58,12 @@ inline Floats load(const bf16* at) {
 inline void store(float* at, Floats x) { std::memcpy(at, &x, sizeof x); }
 
 inline void store(bf16* at, Floats x) {
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+    // The same in one instruction, but that numbers too small for bf16's exponents become 0.
+    const __m256bh whole = _mm512_cvtneps_pbh((__m512)x);
+    std::memcpy((void*)at, &whole, sizeof whole);
+    return;
+#endif
     const Words bits = (Words)x;
     // To the nearest, ties to even. A NaN keeps its upper half, made quiet: rounding could carry it into infinity.
     const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

@@ -37,10 +37,10 @@ def pages_of(model: Model, num_pages: int, page_tokens: int) -> KVCache:
     return cache
 
 
-def page_bytes(model: Model, page_tokens: int) -> int:
-    """Bytes of a page of so many tokens, of all layers."""
+def page_bytes(model: Model, page_tokens: int, kv_dtype: torch.dtype | None = None) -> int:
+    """Bytes of a page of so many tokens, of all layers; `kv_dtype` None: as the model's is."""
     num_values = 2 * model.num_layers * page_tokens * model.num_kv_heads * model.head_dim
-    num_bytes = num_values * model.kv_dtype.itemsize
+    num_bytes = num_values * (kv_dtype or model.kv_dtype).itemsize
     if model.states is not None:
         lines = state_lines(model.states.num_inputs, page_tokens)
         num_bytes += model.states.num_layers * lines * model.states.width * model.dtype.itemsize

@@ -49,7 +49,7 @@ class TorchEncoder:
 
         Raises `OutOfDeviceMemory`.
         """
-        self._progress = progress
+        self._progress = self._encoder.progress = progress
         try:
             with self._device.compute.use():
                 return _bytes_of(self._cache, tenant, picture)
@@ -63,7 +63,6 @@ class TorchEncoder:
 
     def _encode_one_by_one(self, crops: Tensor) -> Tensor:
         """See `EncodeCrops`: crop by crop, so that signs of life are given in between."""
-        self._encoder.progress = self._progress
         encoded = []
         for crop in crops.split(1):
             encoded.append(self._encoder.features(crop))

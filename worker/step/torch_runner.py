@@ -93,7 +93,7 @@ class TorchRunner:
         self.graphs: DecodeGraphs | None = None
         self.chunk_graphs: ChunkGraphs | None = None
         self.vision_graphs: VisionGraphs | None = None
-        encode = self._encode_one_by_one
+        encode = self.encode_one_by_one
         if model.encoder is not None and model.encoder.crop_size and device.captures:
             self.vision_graphs = VisionGraphs(device, model.encoder, shape.step_crops, self.graph_counts)
             encode = self.vision_graphs.features
@@ -184,6 +184,8 @@ class TorchRunner:
         slot, graphs = self.slots[slot_number], self.graphs
         num_rows, num = len(plan.decode), len(plan.samples)
         self._progress = progress
+        if self.model.encoder is not None:
+            self.model.encoder.progress = progress
         padded = graphs.bucket(num_rows) if graphs is not None and num_rows else num_rows
         stage_rows(slot.host, plan)
         token_bucket = 0
@@ -380,7 +382,7 @@ class TorchRunner:
         slot.logits[ends].copy_(self.model.logits(hidden))
         slot.hidden[ends].copy_(hidden)
 
-    def _encode_one_by_one(self, crops: Tensor) -> Tensor:
+    def encode_one_by_one(self, crops: Tensor) -> Tensor:
         """See `EncodeCrops`: crop by crop, with `progress` called between layers and after each."""
         encoder = self.model.encoder
         assert encoder is not None

@@ -7,14 +7,14 @@ the time is left out, and counted when it is met. docs/gpu.md ("Start-up") has t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import structlog
 import torch
 
-from shared.image_spec import ImageSpec
-from shared.pictures import drawings
+from shared.image_spec import FreeSize, ImageSpec, Sheet
+from shared.pictures import LOAD_PIXELS, drawings, num_crops, num_loads
 from worker.formats.source import ProgressReport
 from worker.forward import ImageCrops, ImageSheet, PrefillSegment, StepTokens, chunk_spans
 from worker.step.decode_graphs import Flavour
@@ -25,6 +25,8 @@ from worker.step.torch_runner import TorchRunner
 log = structlog.get_logger()
 
 PHASE = "warm up"
+PICTURES_S = 2.0  # of a CPU's start that pictures after the first may take
+MOST_SIDES = 6  # crops along a side of the largest of them
 Task = tuple[str, Callable[[], object]]
 
 
@@ -37,10 +39,11 @@ def warm_up(
 ) -> int:
     """Run and capture what serving will need; returns how many tasks the time was too short for.
 
-    A no-op where nothing is captured: on a CPU first runs are not slow. No task is begun after `budget_s`; a task that
+    Where nothing is captured, on a CPU, only pictures are: see `_pictures`. No task is begun after `budget_s`; a task that
     was begun is finished.
     """
     if runner.graphs is None:
+        _pictures(runner, report, min(budget_s, PICTURES_S), clock)
         return 0
     tasks = _tasks(runner)
     started_s = clock()
@@ -63,6 +66,46 @@ def warm_up(
     return left
 
 
+def _pictures(
+    runner: TorchRunner, report: ProgressReport | None, budget_s: float, clock: Callable[[], float]
+) -> None:
+    """Pictures of one crop, then of more, as long as there is time: the first request's would else meet weights and memory
+    that nothing has touched since they were made. A budget of 0 takes none."""
+    spec = runner.model.card.image
+    if spec is None or runner.model.encoder is None or not budget_s:
+        return
+    sizes = _picture_sizes(spec)
+    started_s, of_load_s, done, loads = clock(), 0.0, 0, 0
+    for done, (width, height) in enumerate(sizes, 1):
+        sheets = [drawing.sheet for drawing in drawings(spec, width, height)]
+        _encode(runner, sheets)
+        loads += num_loads(spec, sheets)
+        of_load_s = (clock() - started_s) / loads
+        if report is not None:
+            report(PHASE, done, len(sizes))
+        if done < len(sizes):
+            next_loads = num_loads(spec, [drawing.sheet for drawing in drawings(spec, *sizes[done])])
+            if clock() - started_s + next_loads * of_load_s > budget_s:
+                break
+    if report is not None:
+        report(PHASE, len(sizes), len(sizes))
+    log.info("warmed_up", pictures=done, seconds=round(clock() - started_s, 3), crop_s=round(of_load_s, 4))
+
+
+def _picture_sizes(spec: ImageSpec) -> list[tuple[int, int]]:
+    """(width, height) of pictures with more and more crops, no two with as many; one picture where all have one."""
+    side = spec.crop_size
+    if isinstance(spec.rule, FreeSize):
+        edge = int(LOAD_PIXELS**0.5)
+        return [(edge, edge)]
+    by_crops: dict[int, tuple[int, int]] = {}
+    for long in range(1, MOST_SIDES + 1):
+        for short in range(1, long + 1):
+            size = long * side, short * side
+            by_crops.setdefault(num_crops([drawing.sheet for drawing in drawings(spec, *size)]), size)
+    return [by_crops[count] for count in sorted(by_crops)]
+
+
 def _tasks(runner: TorchRunner) -> list[Task]:
     slot = runner.slots[0]
     context = min(runner.model.card.context_tokens, slot.shape.max_pages * runner.shape.page_tokens)
@@ -74,7 +117,9 @@ def _tasks(runner: TorchRunner) -> list[Task]:
     tasks += [(f"sampling {wants}", partial(_sampling, runner, wants)) for wants in _samplings(runner)]
     spec = runner.model.card.image
     if runner.model.encoder is not None and spec is not None:
-        tasks.append(("vision encoder", partial(_encode, runner, spec)))
+        side = spec.crop_size
+        sheets = [drawing.sheet for drawing in drawings(spec, side, side)]
+        tasks.append(("vision encoder", partial(_encode, runner, sheets)))
     tasks += _graphs(runner)
     if runner.vision_graphs is not None:
         vision = runner.vision_graphs
@@ -153,20 +198,20 @@ def _sampling(runner: TorchRunner, wants: Wants) -> None:
 
 
 @torch.inference_mode()
-def _encode(runner: TorchRunner, spec: ImageSpec) -> None:
-    """A small square picture of black, from its sheets to its embeddings."""
+def _encode(runner: TorchRunner, sheets: Sequence[Sheet]) -> None:
+    """A black picture, from its sheets to its embeddings, its crops as the loop encodes them where nothing is captured."""
     where = runner.device.torch_device
-    side = spec.crop_size
-    sheets = [
+    black = [
         ImageSheet(
             torch.zeros((sheet.height, sheet.width, 3), dtype=torch.uint8, device=where),
             sheet.rows,
             sheet.cols,
         )
-        for sheet in (drawing.sheet for drawing in drawings(spec, side, side))
+        for sheet in sheets
     ]
+    features = runner.encode_one_by_one if runner.graphs is None else None
     with runner.device.compute.use():
-        runner.model.encode_images([ImageCrops(sheets)])
+        runner.model.encode_images([ImageCrops(black)], features)
 
 
 @torch.inference_mode()

@@ -53,7 +53,9 @@ def test_what_a_model_takes_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr("degas.doctor_model.MEASURED_S", 0.02)
     monkeypatch.setattr("degas.doctor_model.COPY_BYTES", 1 << 20)
     monkeypatch.setenv("DEGAS_WORKER_KV_BYTES", "16MiB")
-    weights, pages, speed = model_lines("pocket")
+    *planned, weights, pages, speed = model_lines("pocket")
+    parts = [text.split()[0] for _, text, good in planned if good]
+    assert parts[:2] == ["weights", "pages"] and "features" in parts and "fits" in planned[-1][1]
     assert weights[:2] == ("weights", weights[1]) and "4.0 million" in weights[1]
     assert (
         "of 16 tokens" in pages[1]
