@@ -37,8 +37,8 @@ def test_what_a_real_server_does_is_shown_and_so_is_its_cost() -> None:
             url=running.url,
             api_key="key-of-the-second",
             kind="short",
-            rate=200.0,
-            seconds=1.0,
+            rate=40.0,  # so that a heartbeat with the price comes meanwhile
+            seconds=2.0,
             max_requests=60,
         )
         result = run_metered(asyncio.run(fit(asked)))
