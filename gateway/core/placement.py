@@ -43,9 +43,11 @@ class Worker:
 
     @property
     def num_active(self) -> int:
-        """Requests there: this gateway's, or all gateways' as its last heartbeat said, whichever is more."""
-        beat = self.link.beat
-        return max(self.occupancy.num_active, beat.num_running + beat.num_waiting if beat is not None else 0)
+        """Requests there: this gateway's as of now, and the others' as the last heartbeat said.
+
+        The heartbeat's own sum would count those that have left since: a worker that drained would look full until the next one.
+        """
+        return self.occupancy.num_active + self.occupancy.num_others
 
     @property
     def load(self) -> float:
@@ -127,10 +129,10 @@ class Placement:
         if not ready:
             raise self.nobody("no worker serves this model at the moment")
         shared = ready if self.reserved is None else [w for w in ready if w is not self.reserved]
-        best = self._home(shared or ready, key)
+        best = self._home(shared or ready, key, num_new)
         refusal = self._refusal(best, tenant, num_new)
         if refusal is not None and key is not None and len(ready) > 1:
-            best = self._home(shared or ready, None)
+            best = self._home(shared or ready, None, num_new)
             refusal = self._refusal(best, tenant, num_new)
         if refusal is not None:
             self._on_refused(refusal.code)
@@ -201,14 +203,15 @@ class Placement:
             return False, "no worker is configured (workers)"
         return False, "no worker is ready"
 
-    def _home(self, ready: list[Worker], key: bytes | None) -> Worker:
+    def _home(self, ready: list[Worker], key: bytes | None, num_new: int) -> Worker:
         if len(ready) == 1:
             return ready[0]
         if key is not None:
             place = home(key, [worker.candidate for worker in ready])
             if place is not None:
                 return ready[place]
-        return min(ready, key=lambda worker: worker.load)
+        # The least loaded may have no place left for this gateway, which shares them with others, while a fuller one has.
+        return min(ready, key=lambda worker: (worker.occupancy.num_free < num_new, worker.load))
 
     def _ready(self, model: AnnouncedModel) -> list[Worker]:
         return [worker for worker in self.workers if worker.model is model and worker.takes_work]
