@@ -8,7 +8,8 @@ gateways' processor time allows. Then the larger fleet gets an open loop at mult
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Final
@@ -114,31 +115,20 @@ class ScalingReport:
 def measure(size: Size) -> ScalingReport:
     """Saturate both fleets in turn, then flood the larger one. Raises ValueError for a size that cannot be run."""
     size.check()
-    flags = f"--model sim --device sim --sim-profile {size.profile} --max-rows {size.rows}".split()
-    flags += ["--max-waiting", str(size.rows + size.queue)]
-    settings = {"max_queue": str(size.queue)}
     ones: list[Phase] = []
     manys: list[Phase] = []
     shares: list[float] = []
     floods: list[list[Phase]] = []
-    with (
-        fleet(flags, gateway_settings=settings) as one,
-        fleet(flags, num_workers=size.workers, num_gateways=size.gateways, gateway_settings=settings) as many,
-    ):
-        probes = [WorkerProbe(worker.address, [worker.watched]) for worker in many.workers]
-        try:
-            for turn in range(size.rounds):
-                ones.append(_saturate(one, size, turn))
-                before_s = [cpu_s(gateway.pid) for gateway in many.gateways]
-                manys.append(_saturate(many, size, turn))
-                after_s = [cpu_s(gateway.pid) for gateway in many.gateways]
-                shares.append(max(b - a for a, b in zip(before_s, after_s, strict=True)) / size.seconds)
-                floods.append(
-                    [_flood(many, size, turn, factor, manys[-1].goodput, probes) for factor in size.factors]
-                )
-        finally:
-            for probe in probes:
-                probe.close()
+    with fleet(_flags(size), gateway_settings=_settings(size)) as one, many(size) as (running, probes):
+        for turn in range(size.rounds):
+            ones.append(saturate(one, size, turn))
+            before_s = [cpu_s(gateway.pid) for gateway in running.gateways]
+            manys.append(saturate(running, size, turn))
+            after_s = [cpu_s(gateway.pid) for gateway in running.gateways]
+            shares.append(max(b - a for a, b in zip(before_s, after_s, strict=True)) / size.seconds)
+            floods.append(
+                [flood(running, size, turn, factor, manys[-1].goodput, probes) for factor in size.factors]
+            )
     return ScalingReport(
         size=size,
         one_per_s=median(phase.goodput for phase in ones),
@@ -149,6 +139,30 @@ def measure(size: Size) -> ScalingReport:
         client_cpu_pct=100 * median(phase.client_cpu_s for phase in manys) / size.seconds,
         rows=[row_of([done[i] for done in floods], manys) for i in range(len(size.factors))],
     )
+
+
+def _flags(size: Size) -> list[str]:
+    flags = f"--model sim --device sim --sim-profile {size.profile} --max-rows {size.rows}".split()
+    return [*flags, "--max-waiting", str(size.rows + size.queue)]
+
+
+def _settings(size: Size) -> dict[str, str]:
+    return {"max_queue": str(size.queue)}
+
+
+@contextmanager
+def many(size: Size) -> Iterator[tuple[Fleet, list[WorkerProbe]]]:
+    """The larger fleet, and a probe of each of its workers."""
+    with fleet(
+        _flags(size), num_workers=size.workers, num_gateways=size.gateways, gateway_settings=_settings(size)
+    ) as running:
+        probes: list[WorkerProbe] = []
+        try:
+            probes += [WorkerProbe(worker.address, [worker.watched]) for worker in running.workers]
+            yield running, probes
+        finally:
+            for probe in probes:
+                probe.close()
 
 
 def merge(phases: Sequence[Phase]) -> Phase:
@@ -165,23 +179,23 @@ def merge(phases: Sequence[Phase]) -> Phase:
     return whole
 
 
-def _saturate(running: Fleet, size: Size, turn: int) -> Phase:
+def saturate(running: Fleet, size: Size, turn: int) -> Phase:
     """As many under way as there are places."""
     places = len(running.workers) * (size.rows + size.queue)
     each = max(1, places // len(running.gateways))
-    phase = _together(running, size, turn, lambda flood: flood.saturate(each, size.seconds))
+    phase = _together(running, size, turn, lambda client: client.saturate(each, size.seconds))
     if not phase.finished:
         raise RuntimeError("the closed loop finished nothing: there is no rate to compare")
     return phase
 
 
-def _flood(
+def flood(
     running: Fleet, size: Size, turn: int, factor: float, saturated: float, probes: Sequence[WorkerProbe]
 ) -> Phase:
     """Arrivals at a multiple of the saturated rate, spread evenly over the gateways."""
     rate = saturated * factor / len(running.gateways)
     before_s = sum(cpu_s(gateway.pid) for gateway in running.gateways)
-    phase = _together(running, size, turn, lambda flood: flood.arrive(factor, rate, size.seconds))
+    phase = _together(running, size, turn, lambda client: client.arrive(factor, rate, size.seconds))
     phase.gateway_cpu_s = sum(cpu_s(gateway.pid) for gateway in running.gateways) - before_s
     phase.drain_rate = min(probe.beat().drain_rate for probe in probes)
     return phase

@@ -6,22 +6,27 @@ import dataclasses
 
 import pytest
 
+from loadtest.bench.flood import row_of
 from loadtest.bench.flood_client import Phase
-from loadtest.bench.scaling import Size, measure, merge
+from loadtest.bench.scaling import ScalingReport, Size, flood, many, measure, merge, saturate
 
-SMALL = Size(workers=2, gateways=2, rows=4, queue=4, tokens=8, seconds=0.8, rounds=1, factors=(5.0,))
+SMALL = Size(workers=2, gateways=2, rows=4, queue=4, tokens=8, profile="b200", seconds=0.8, rounds=1)
 
 
 @pytest.mark.slow
 def test_a_flood_before_two_workers_and_two_gateways_is_answers_and_proper_refusals() -> None:
-    report = measure(SMALL)
-    assert report.failed == 0 and report.many_per_s > 0
-    (flooded,) = report.rows
-    assert flooded.failed == 0 and flooded.goodput_per_s > 0
+    with many(SMALL) as (running, probes):
+        saturated = saturate(running, SMALL, 0)
+        flooded = flood(running, SMALL, 0, 5.0, saturated.goodput, probes)
+    assert saturated.failed == flooded.failed == 0
+    assert saturated.finished > 0 and flooded.finished > 0
     # Beyond what is served everybody is told so, and when to come again.
-    assert 0 < flooded.refused <= flooded.sent_per_s * SMALL.seconds
-    assert flooded.all_say_retry_after
-    assert 100 <= flooded.retry_after_ms[0] <= flooded.retry_after_ms[1] <= 60_000
+    assert 0 < flooded.refused < flooded.sent
+    assert not flooded.without_retry_after
+    assert all(0.1 <= wait_s <= 60 for wait_s in flooded.retry_after_s)
+    (row,) = [row_of([flooded], [saturated])]
+    report = ScalingReport(SMALL, 10.0, 19.5, 1.95, 0, 10.0, 5.0, [row])
+    assert report.to_json()["promised"] == pytest.approx(1.933, abs=0.001)
 
 
 def test_counts_of_several_clients_add_up() -> None:
