@@ -191,15 +191,18 @@ def _add_measuring() -> None:
     try:
         from loadtest.bench.cli import app as bench
         from loadtest.bench.simulate import command as simulate
+        from loadtest.chaos.commands import soak
         from loadtest.cli import app as loadtest
 
         app.add_typer(loadtest, name="loadtest")
         app.add_typer(bench, name="bench")
         app.command(name="simulate")(simulate)
+        app.command(name="soak")(soak)
     except ImportError as error:
         missing = str(error.name)
 
         @app.command(name="simulate", context_settings=ANYTHING)
+        @app.command(name="soak", context_settings=ANYTHING)
         @app.command(name="loadtest", context_settings=ANYTHING)
         @app.command(name="bench", context_settings=ANYTHING)
         def absent() -> None:
