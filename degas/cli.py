@@ -190,13 +190,15 @@ def _add_measuring() -> None:
     """bench, loadtest and simulate, which load a client and the loop: a server's process has no use for them."""
     try:
         from loadtest.bench.cli import app as bench
-        from loadtest.bench.simulate import command as simulate
+        from loadtest.bench.simulate import app as simulate
+        from loadtest.capacity.command import cluster
         from loadtest.chaos.commands import soak
         from loadtest.cli import app as loadtest
 
         app.add_typer(loadtest, name="loadtest")
         app.add_typer(bench, name="bench")
-        app.command(name="simulate")(simulate)
+        simulate.command(name="cluster")(cluster)
+        app.add_typer(simulate, name="simulate")
         app.command(name="soak")(soak)
     except ImportError as error:
         missing = str(error.name)

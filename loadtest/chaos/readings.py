@@ -93,5 +93,7 @@ def _holding(pid: int) -> Holding | None:
         descriptors = len(os.listdir(f"/proc/{pid}/fd"))
     except OSError:
         return None
-    kib = next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+    kib = next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), None)
+    if kib is None:  # dead, and not yet collected
+        return None
     return Holding((pid,), kib * 1024, descriptors)
