@@ -14,6 +14,7 @@ DATA = {
     "worker": ["pocket/weights/*"],
     "worker.native": ["*.cpp", "*.h"],
     "loadtest.bench": ["*.txt"],
+    "loadtest.capacity": ["*.toml"],
     "loadtest.gpu": ["*.sh", "*.txt"],
 }
 

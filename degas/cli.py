@@ -1,4 +1,4 @@
-"""Owns the `degas` command: serve, worker, gateway, models, config, doctor, keys, top, bench, loadtest. Main thread; heavy imports are lazy."""
+"""Owns the `degas` command: serve, worker, gateway, models, config, doctor, keys, top, bench, loadtest, soak, faults. Main thread; heavy imports are lazy."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def _add_measuring() -> None:
         from loadtest.bench.cli import app as bench
         from loadtest.bench.simulate import app as simulate
         from loadtest.capacity.command import cluster
-        from loadtest.chaos.commands import soak
+        from loadtest.chaos.commands import faults, soak
         from loadtest.cli import app as loadtest
 
         app.add_typer(loadtest, name="loadtest")
@@ -200,11 +200,13 @@ def _add_measuring() -> None:
         simulate.command(name="cluster")(cluster)
         app.add_typer(simulate, name="simulate")
         app.command(name="soak")(soak)
+        app.command(name="faults")(faults)
     except ImportError as error:
         missing = str(error.name)
 
         @app.command(name="simulate", context_settings=ANYTHING)
         @app.command(name="soak", context_settings=ANYTHING)
+        @app.command(name="faults", context_settings=ANYTHING)
         @app.command(name="loadtest", context_settings=ANYTHING)
         @app.command(name="bench", context_settings=ANYTHING)
         def absent() -> None:

@@ -59,6 +59,51 @@ def soak(
     raise typer.Exit(0 if all(verdict.is_clean for verdict in verdicts) else 1)
 
 
+def faults(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[FAULT]...", help="Only these; --list names all.")
+    ] = None,
+    streams: Annotated[
+        int, typer.Option(help="Open while gateways are told to end and workers are killed.")
+    ] = 200,
+    seconds: Annotated[float, typer.Option(help="Of each stretch of the flood.")] = 3.0,
+    list_names: Annotated[bool, typer.Option("--list", help="List the faults.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Do every promised fault for real, against services started here: what clients saw, how long it took, and the bound.
+
+    Exit code 1 if a promise was broken or a fault could not be done. A busy machine breaks promises of times: run it on an idle one.
+    """
+    from loadtest.chaos.fault_list import catalogue, choose
+    from loadtest.chaos.faults import Size, do, fault_table
+    from loadtest.peers.process import end_on_sigterm
+
+    if list_names:
+        for fault in catalogue():
+            print(f"{fault.name}: {fault.what}" + (f" (needs {fault.needs})" if fault.needs != "sim" else ""))
+        return
+    size = Size(streams, seconds)
+    try:
+        size.check()
+        chosen = choose(names or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    end_on_sigterm()
+    outcomes = []
+    for number, fault in enumerate(chosen, 1):
+        outcomes.append(do(fault, size))
+        kept = "kept" if outcomes[-1].kept else "NOT KEPT"
+        _say(f"{number}/{len(chosen)} {fault.name}: {kept} ({outcomes[-1].seconds:.0f} s)")
+    if as_json:
+        print(json.dumps([outcome.to_json() for outcome in outcomes], default=_plain))
+    else:
+        Console().print(fault_table(outcomes))
+        for outcome in outcomes:
+            if outcome.broken:
+                Console().print(f"{outcome.fault.name}: {outcome.broken}", markup=False, highlight=False)
+    raise typer.Exit(0 if all(outcome.kept for outcome in outcomes) else 1)
+
+
 def _say(line: str) -> None:
     """Print progress to stderr: stdout holds only tables or the JSON."""
     print(line, file=sys.stderr, flush=True)
