@@ -171,7 +171,9 @@ async def _poison(size: Size) -> list[Found]:
         finally:
             done.set()
             await keeping
-    served = sum(one.is_whole for one in heard)
+    told = [
+        one for one in heard if one.code == "worker_lost" and one.first_s
+    ]  # begun: what was said cannot be unsaid
     return [
         Found(
             "at most one retry, then quarantined",
@@ -179,9 +181,9 @@ async def _poison(size: Size) -> list[Found]:
             culprit.code == "quarantined" and deaths <= 3,
         ),
         Found(
-            "others are served",
-            f"8 beside it: {counted(one.outcome for one in heard)}; one after it: {after.outcome}",
-            served >= 7 and after.is_whole,  # one that has begun beside it is told, not tried again
+            "others are served, but for those that had begun beside it, who are told",
+            f"8 beside it: {counted(one.outcome for one in heard)}, {len(told)} of them begun; one after it: {after.outcome}",
+            sum(one.is_whole for one in heard) + len(told) == len(heard) and after.is_whole,
         ),
     ]
 
