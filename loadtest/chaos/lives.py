@@ -33,7 +33,8 @@ class Slope:
     """What a post's memory did after each life's warm-up."""
 
     mb_per_hour: float
-    measured_s: float  # of all lives together
+    measured_s: float  # of all lives that count, together
+    is_long: bool  # whether lives were long enough to judge by
     first_mb: float
     last_mb: float
     num_lives: int
@@ -52,20 +53,35 @@ class Lives:
             lives.append(Life(key))
         lives[-1].samples.append((at_s, num_bytes))
 
-    def slope(self, post: str, warm_up_s: float) -> Slope | None:
-        """Of one post; None where no life outlasted its warm-up."""
+    def slope(self, post: str, warm_up_s: float, long_s: float) -> Slope | None:
+        """Of one post; None where no life outlasted its warm-up.
+
+        Lives of at least `long_s` after their warm-up count alone if there are any: in minutes an allocator's steps of a quarter
+        megabyte are steep.
+        """
         lives = self.posts.get(post, [])
         settled = [samples for life in lives if len(samples := life.settled(warm_up_s)) >= MIN_SAMPLES]
-        bytes_per_s = pooled_slope(settled)
+        long = [samples for samples in settled if samples[-1][0] - samples[0][0] >= long_s]
+        counted = long or settled
+        bytes_per_s = pooled_slope(counted)
         if bytes_per_s is None:
             return None
         return Slope(
             mb_per_hour=bytes_per_s * 3600 / MB,
-            measured_s=sum(samples[-1][0] - samples[0][0] for samples in settled),
-            first_mb=settled[0][0][1] / MB,
-            last_mb=settled[-1][-1][1] / MB,
+            measured_s=sum(samples[-1][0] - samples[0][0] for samples in counted),
+            is_long=bool(long),
+            first_mb=counted[0][0][1] / MB,
+            last_mb=counted[-1][-1][1] / MB,
             num_lives=len(lives),
         )
+
+    def curve(self, post: str, most: int = 60) -> list[list[tuple[float, float]]]:
+        """Each life's samples as (seconds, MB), thinned to about so many."""
+        found = []
+        for life in self.posts.get(post, []):
+            every = max(1, len(life.samples) // most)
+            found.append([(round(at_s, 1), round(size / MB, 2)) for at_s, size in life.samples[::every]])
+        return found
 
 
 def pooled_slope(groups: Iterable[Sequence[tuple[float, float]]]) -> float | None:

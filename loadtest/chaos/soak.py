@@ -32,6 +32,8 @@ MIN_LEG_S: Final = 8.0
 SAMPLE_S: Final = 2.0
 REST_S: Final = 20.0  # how long a server may take to put everything away
 BACK_S: Final = 60.0  # how long a process may take to be back
+LONG_RUN_S: Final = 1800.0
+HURT_SHARE: Final = 0.4
 LEAD_S: Final = 0.5  # between the plan of a leg and its first request
 BLOWS: Final = (("worker", "SIGKILL"), ("gateway", "SIGKILL"), ("worker", "SIGSTOP"))
 """Who is hurt, and how, in turn. The last of several gateways is meant: the first lives from beginning to end."""
@@ -81,7 +83,12 @@ class Plan:
     @property
     def warm_up_s(self) -> float:
         """Of every life, before its memory counts."""
-        return min(600.0, self.seconds / 5)
+        return min(600.0, self.seconds / 6)
+
+    @property
+    def hurt_until_s(self) -> float:
+        """Of a long run nobody is hurt in the last part, so that everybody's memory is seen over one long life."""
+        return self.seconds * HURT_SHARE if self.seconds >= LONG_RUN_S else self.seconds
 
 
 @dataclass(slots=True)
@@ -187,10 +194,10 @@ async def _soak(server: Server, plan: Plan, say: Say) -> Soaked:
     watching = asyncio.create_task(_watch(server, soaked))
     begun_s = time.perf_counter()
     try:
-        for leg in range(plan.legs):
+        for _ in range(plan.legs):
             if stop.is_set():
                 break
-            soaked.legs.append(await _leg(server, soaked, scenario, leg, begun_s, stop))
+            soaked.legs.append(await _leg(server, soaked, scenario, begun_s, stop))
             say(_progress(soaked))
     finally:
         watching.cancel()
@@ -203,11 +210,11 @@ async def _soak(server: Server, plan: Plan, say: Say) -> Soaked:
 
 
 async def _leg(
-    server: Server, soaked: Soaked, scenario: Scenario, number: int, begun_s: float, stop: asyncio.Event
+    server: Server, soaked: Soaked, scenario: Scenario, begun_s: float, stop: asyncio.Event
 ) -> Leg:
     start_s = time.perf_counter() + LEAD_S
-    leg_scenario = replace(scenario, seed=scenario.seed + number)
-    running = asyncio.create_task(run(leg_scenario, stop=stop, start_at_s=time.time() + LEAD_S))
+    # Every leg asks the same: what grows is then no cache that is being filled.
+    running = asyncio.create_task(run(scenario, stop=stop, start_at_s=time.time() + LEAD_S))
     num_before = len(soaked.blows)
     hurting = asyncio.create_task(_hurt(server, soaked, begun_s, start_s + scenario.seconds))
     try:
@@ -260,7 +267,7 @@ async def _hurt(server: Server, soaked: Soaked, begun_s: float, until_s: float) 
     plan = soaked.plan
     while plan.blow_every_s:
         due_s = begun_s + (len(soaked.blows) + 1) * plan.blow_every_s
-        if due_s > until_s - 2.0:  # the next leg's
+        if due_s > min(until_s - 2.0, begun_s + plan.hurt_until_s):  # the next leg's, or none
             return
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
         role, name = BLOWS[len(soaked.blows) % len(BLOWS)]

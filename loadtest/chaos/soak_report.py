@@ -15,8 +15,8 @@ from loadtest.chaos.soak import Soaked
 from loadtest.tables import Figures
 
 MB_PER_HOUR: Final = 1.0
-LONG_S: Final = 1800.0
-"""A slope is judged only over this much time after warm-up: an allocator's steps of a quarter megabyte are steep in minutes."""
+LONG_S: Final = 1200.0
+"""A slope is judged only over lives with this much time after their warm-up."""
 
 DRIFT_PCT_PER_HOUR: Final = 20.0
 SPARE_DESCRIPTORS: Final = 12
@@ -31,7 +31,9 @@ class Verdict:
         self.soaked = soaked
         warm_up_s = soaked.plan.warm_up_s
         self.slopes: dict[str, Slope] = {
-            post: slope for post in soaked.lives.posts if (slope := soaked.lives.slope(post, warm_up_s))
+            post: slope
+            for post in soaked.lives.posts
+            if (slope := soaked.lives.slope(post, warm_up_s, LONG_S))
         }
         legs = soaked.legs
         self.errors: Counter[str] = sum((leg.errors for leg in legs), Counter())
@@ -48,7 +50,7 @@ class Verdict:
         soaked = self.soaked
         is_long = soaked.seconds - soaked.plan.warm_up_s >= LONG_S
         rests = [leg.rest for leg in soaked.legs]
-        judged = [slope for slope in self.slopes.values() if slope.measured_s >= LONG_S]
+        judged = [slope for slope in self.slopes.values() if slope.is_long]
         return {
             "every failure is explained by a blow": not self.unexplained
             and any(leg.ok for leg in soaked.legs),
@@ -92,7 +94,10 @@ class Verdict:
             "seconds": round(soaked.seconds, 1),
             "promises": self.promises(),
             "is_clean": self.is_clean,
-            "memory": {post: asdict(slope) for post, slope in self.slopes.items()},
+            "memory": {
+                post: asdict(slope) | {"curve": soaked.lives.curve(post)}
+                for post, slope in self.slopes.items()
+            },
             "descriptors": {
                 post: {"before": held.descriptors, "most": soaked.most_descriptors.get(post)}
                 for post, held in soaked.before.posts.items()
@@ -145,9 +150,7 @@ class Verdict:
                 f"{slope.mb_per_hour:+.1f}",
                 f"{slope.measured_s / 60:.1f}",
                 numbers,
-                ("yes" if slope.mb_per_hour <= MB_PER_HOUR else "NO")
-                if slope.measured_s >= LONG_S
-                else "too short",
+                ("yes" if slope.mb_per_hour <= MB_PER_HOUR else "NO") if slope.is_long else "too short",
             )
         return table
 
@@ -158,9 +161,7 @@ class Verdict:
             f"{blow.post} {blow.signal[3:].lower()} {blow.took_s:.1f} s" for blow in soaked.blows[-6:]
         )
         memory = ", ".join(
-            f"{post} {slope.mb_per_hour:+.2f}"
-            for post, slope in self.slopes.items()
-            if slope.measured_s >= LONG_S
+            f"{post} {slope.mb_per_hour:+.2f}" for post, slope in self.slopes.items() if slope.is_long
         )
         drift = f"{self.drift_pct:+.1f} %/h" if self.drift_pct is not None else "–"
         facts = [

@@ -12,10 +12,22 @@ def test_lives_have_their_slope_in_common_and_heights_of_their_own() -> None:
     for second in range(0, 7200, 60):
         pid, height = (1, 50e6) if second < 3600 else (2, 20e6)  # killed after an hour, and smaller since
         lives.on_sample("worker", pid, second, int(height + 2e6 * (second % 3600) / 3600))
-    slope = lives.slope("worker", 300.0)
+    slope = lives.slope("worker", 300.0, 1200.0)
     assert slope is not None and slope.num_lives == 2
     assert slope.mb_per_hour == pytest.approx(2.0, abs=0.001)
     assert slope.measured_s == pytest.approx(2 * (3600 - 60 - 300), abs=60)
+
+
+def test_long_lives_count_alone() -> None:
+    lives = Lives()
+    for second in range(0, 3000, 10):
+        pid, height = (1, 0.0) if second < 600 else (2, 50e6)
+        lives.on_sample("worker", pid, second, int(height + (2e4 * second if pid == 1 else 0)))
+    judged = lives.slope("worker", 100.0, 1200.0)
+    assert judged is not None and judged.is_long and judged.mb_per_hour == pytest.approx(0.0, abs=1e-6)
+    short = lives.slope("worker", 100.0, 9000.0)
+    assert short is not None and not short.is_long and short.mb_per_hour > 0
+    assert [len(life) for life in lives.curve("worker", 20)] == [20, 20] and lives.curve("nobody") == []
 
 
 def test_a_warm_up_is_each_lifes_own_and_does_not_count() -> None:
@@ -23,9 +35,9 @@ def test_a_warm_up_is_each_lifes_own_and_does_not_count() -> None:
     for second in range(600):
         grown = min(second, 100) * 1e6  # 100 MB in the first 100 s, then nothing
         lives.on_sample("gateway", 7, second, int(grown))
-    settled = lives.slope("gateway", 100.0)
+    settled = lives.slope("gateway", 100.0, 10.0)
     assert settled is not None and settled.mb_per_hour == pytest.approx(0.0, abs=1e-6)
-    cold = lives.slope("gateway", 0.0)
+    cold = lives.slope("gateway", 0.0, 10.0)
     assert cold is not None and cold.mb_per_hour > 10
 
 
@@ -33,8 +45,8 @@ def test_lives_shorter_than_their_warm_up_say_nothing() -> None:
     lives = Lives()
     for second in range(10):
         lives.on_sample("worker", second, second, 5)  # another process each time
-    assert lives.slope("worker", 1.0) is None
-    assert lives.slope("nobody", 0.0) is None
+    assert lives.slope("worker", 1.0, 0.0) is None
+    assert lives.slope("nobody", 0.0, 0.0) is None
 
 
 def test_pooled_slope_needs_a_spread() -> None:
