@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from loadtest.capacity.cluster import Cluster, Load
+from loadtest.capacity.cluster import Cluster, Load, prompt_of
 from loadtest.capacity.costs import BUILT_IN, Costs, CostsError, profiles, read_costs
 from loadtest.capacity.planning import Shape, is_met, plan
 from loadtest.capacity.simulation import Objective, Outcome, simulate
@@ -204,6 +204,15 @@ def _words(outcome: Outcome, costs: Costs, took_s: float) -> list[str]:
         f"Costs of the gateway: {costs.gateway.source}.",
     ]
     if outcome.cluster.encoders or outcome.cluster.is_split:
+        device, load, link = costs.device, outcome.load, costs.link
+        moves = []
+        if outcome.cluster.encoders and load.picture_share:
+            moves.append(f"an encoded picture {link.seconds(device.feature_mb * 1e6) * 1e3:.1f} ms")
+        if outcome.cluster.is_split:
+            tokens = prompt_of(load, costs, has_picture=bool(load.picture_share))
+            pages_ms = link.seconds(tokens * device.kv_bytes_per_token) * 1e3
+            moves.append(f"the pages of {tokens:g} tokens {pages_ms:.1f} ms, a gap behind the first token")
+        lines.append(f"Moving takes: {'; '.join(moves) or 'nothing here'}.")
         lines.append(f"Costs of the link: {costs.link.source}.")
     return lines
 

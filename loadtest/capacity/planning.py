@@ -13,6 +13,8 @@ from loadtest.capacity.simulation import Objective, Outcome, simulate
 
 TARGET_USE: Final = 0.7  # of every stage, before anything is simulated
 MAX_ROUNDS: Final = 16
+PATIENCE: Final = 3  # rounds without a gain
+WORTH_IT: Final = 0.002
 GOOD_SHARE: Final = 0.99  # of the requests must meet the objective
 
 
@@ -36,7 +38,7 @@ def plan(
     queue: int = 128,
     say: Say = lambda line: None,
 ) -> Outcome:
-    """The smallest cluster found that serves the load with 99 % good; the last one tried where none does.
+    """The smallest cluster found that serves the load with 99 % good; the best one tried where none does.
 
     Begins with every stage at 70 % of its closed-form capacity, then gives the stage with the highest use more
     members until the simulation is content. Raises ValueError where no number of members would do: a step or a prompt alone
@@ -46,9 +48,12 @@ def plan(
     _check_possible(load, costs, objective)
     cluster = _begin(load, costs, shape, queue)
     outcome = simulate(load, cluster, costs, objective)
+    best, num_idle = outcome, 0
     for _ in range(MAX_ROUNDS):
         if is_met(outcome):
             return outcome
+        if num_idle == PATIENCE:
+            break  # what is missed does not come from too few members: a move of pages, a single long step
         found = stages(load, cluster, costs)
         # The gap between tokens and the wait for a row are the decoding workers' alone.
         late_gap = outcome.gap_ms and objective.gap_ms and outcome.gap_ms["p99"] > objective.gap_ms
@@ -62,7 +67,18 @@ def plan(
             f"{most.name} → {_members(cluster, most.name)}: {outcome.good_per_s / load.rate:.1%} were good before"
         )
         outcome = simulate(load, cluster, costs, objective)
-    return outcome
+        if _good_share(outcome) > _good_share(best) + WORTH_IT:
+            best, num_idle = outcome, 0
+        else:
+            num_idle += 1
+    return outcome if is_met(outcome) else best
+
+
+def _good_share(outcome: Outcome) -> float:
+    """Of what arrived: arrivals are random, so not of the asked rate."""
+    if not outcome.answered_per_s:
+        return 0.0
+    return outcome.good_per_s / outcome.answered_per_s * (1 - outcome.refused_share)
 
 
 def is_met(outcome: Outcome) -> bool:

@@ -51,6 +51,15 @@ def test_a_tight_gap_takes_more_workers_than_rows_do() -> None:
     assert is_met(tight) and tight.cluster.workers > loose.cluster.workers
 
 
+def test_more_members_are_not_tried_for_ever_where_they_do_not_help() -> None:
+    said: list[str] = []
+    found = plan(Load(50.0, 4000, 20), B200, Shape(prefills=True), Objective(1000, 5), say=said.append)
+    assert not is_met(
+        found
+    )  # the pages of 4000 tokens take 79 ms to move: some answers are too short to make up for that
+    assert 3 <= len(said) <= 12
+
+
 @pytest.mark.parametrize(
     ("load", "objective", "message"),
     [
