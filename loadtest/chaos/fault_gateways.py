@@ -36,14 +36,13 @@ async def _drained(size: Size) -> list[Found]:
         gateway = running.gateways[0]
         short = [Heard(0.0) for _ in range(size.streams // 2)]
         endless = [Heard(0.0) for _ in range(size.streams - len(short))]
-        tasks = [
-            asyncio.create_task(stream(session, running.url, body(f"short {n}", 40), one))
-            for n, one in enumerate(short)
-        ] + [
-            asyncio.create_task(stream(session, running.url, body(f"endless {n}", 12_000), one))
-            for n, one in enumerate(endless)
-        ]
-        await asyncio.gather(*(one.first.wait() for one in endless))
+        tasks = []
+        for name, group, tokens in (("endless", endless, 12_000), ("short", short, 60)):
+            tasks += [
+                asyncio.create_task(stream(session, running.url, body(f"{name} {n}", tokens), one))
+                for n, one in enumerate(group)
+            ]
+            await asyncio.gather(*(one.first.wait() for one in group))
         open_now = sum(not task.done() for task in tasks)
         told_s = time.perf_counter()
         gateway.send(signal.SIGTERM)
