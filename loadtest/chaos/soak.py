@@ -34,6 +34,7 @@ REST_S: Final = 20.0  # how long a server may take to put everything away
 BACK_S: Final = 60.0  # how long a process may take to be back
 LONG_RUN_S: Final = 1800.0
 HURT_SHARE: Final = 0.4
+AFTER_S: Final = 3.0  # a worker that is back has to be found by every gateway
 LEAD_S: Final = 0.5  # between the plan of a leg and its first request
 BLOWS: Final = (("worker", "SIGKILL"), ("gateway", "SIGKILL"), ("worker", "SIGSTOP"))
 """Who is hurt, and how, in turn. The last of several gateways is meant: the first lives from beginning to end."""
@@ -106,8 +107,8 @@ class Blow:
         return self.back_s - self.at_s if self.back_s else float("inf")
 
     def met(self, due_s: float, end_s: float) -> bool:
-        """Whether a request was under way, or came, between the blow and a second after its end."""
-        return due_s <= (self.back_s or float("inf")) + 1.0 and end_s >= self.at_s
+        """Whether a request was under way, or came, between the blow and a moment after its end."""
+        return due_s <= (self.back_s or float("inf")) + AFTER_S and end_s >= self.at_s
 
 
 @dataclass(slots=True)

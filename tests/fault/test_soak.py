@@ -54,9 +54,9 @@ def test_a_failure_is_explained_by_a_blow_that_its_life_met() -> None:
         result(
             point(5.0, 6.0, "worker_lost"),  # begun before, ended by it
             point(11.0, 0.1, "loading"),  # came while nobody was there
-            point(12.5, 0.1, "loading"),  # within a second of its return
+            point(14.5, 0.1, "loading"),  # within a moment of its return
             point(2.0, 1.0, "worker_lost"),  # over before
-            point(14.0, 1.0, "loading"),  # long after
+            point(16.0, 1.0, "loading"),  # long after
             point(9.0, 5.0, "internal_error"),  # met by it, but no kill is an excuse for that
             point(3.0, 9.0, "ok"),
             point(3.0, 9.0, "left"),
