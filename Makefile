@@ -11,7 +11,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 # Processes that `make test` spreads the test files over; WORKERS=0 runs all of them in one.
 WORKERS ?= 2
 
-.PHONY: serve test test-arm test-docker check setup pocket mutants soak soak-5min fuzz-api constraints clean help
+.PHONY: serve test test-arm test-docker check setup pocket mutants soak fuzz-api constraints clean help
 
 help:            ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -48,6 +48,7 @@ soak: $(VENV)/.dev  ## the long runs of the tests that have a short one: state m
 	@DEGAS_TEST_EVERY_KIND=1 $(BIN)/python -m pytest --timeout=3600 tests/soak/soak_loop.py tests/soak/soak_compiles.py \
 	  tests/unit/worker/native/test_attention.py tests/unit/worker/native/test_integers.py $(ARGS)
 
+.PHONY: soak-5min
 soak-5min: $(VENV)/.dev  ## five minutes of mixed traffic with kills against a real service, sim and pocket (`degas soak` alone: two hours)
 	@$(BIN)/degas soak --seconds 300 --blow-every 30 $(ARGS)
 

@@ -1,4 +1,4 @@
-"""Owns the `degas` command: serve, worker, gateway, models, config, doctor, keys, top, bench, loadtest, soak, faults. Main thread; heavy imports are lazy."""
+"""Owns the `degas` command: serve, worker, gateway, models, config, doctor, keys, top, bench, loadtest. Main thread; heavy imports are lazy."""
 
 from __future__ import annotations
 

@@ -129,15 +129,15 @@ class Placement:
         if not ready:
             raise self.nobody("no worker serves this model at the moment")
         shared = ready if self.reserved is None else [w for w in ready if w is not self.reserved]
-        best = self._home(shared or ready, key, num_new)
-        refusal = self._refusal(best, tenant, num_new)
-        if refusal is not None and key is not None and len(ready) > 1:
-            best = self._home(shared or ready, None, num_new)
-            refusal = self._refusal(best, tenant, num_new)
-        if refusal is not None:
-            self._on_refused(refusal.code)
-            raise refusal
-        return best
+        best = self._home(shared or ready, key)
+        first = self._refusal(best, tenant, num_new)
+        if first is None:
+            return best
+        for other in sorted(ready, key=lambda worker: worker.load):
+            if other is not best and self._refusal(other, tenant, num_new) is None:
+                return other
+        self._on_refused(first.code)
+        raise first
 
     def place_again(self, model: AnnouncedModel, *, is_suspect: bool, waited_s: float) -> Worker | None:
         """A worker for a request that was accepted before and lost its own; None while there is none with room.
@@ -203,15 +203,14 @@ class Placement:
             return False, "no worker is configured (workers)"
         return False, "no worker is ready"
 
-    def _home(self, ready: list[Worker], key: bytes | None, num_new: int) -> Worker:
+    def _home(self, ready: list[Worker], key: bytes | None) -> Worker:
         if len(ready) == 1:
             return ready[0]
         if key is not None:
             place = home(key, [worker.candidate for worker in ready])
             if place is not None:
                 return ready[place]
-        # The least loaded may have no place left for this gateway, which shares them with others, while a fuller one has.
-        return min(ready, key=lambda worker: (worker.occupancy.num_free < num_new, worker.load))
+        return min(ready, key=lambda worker: worker.load)
 
     def _ready(self, model: AnnouncedModel) -> list[Worker]:
         return [worker for worker in self.workers if worker.model is model and worker.takes_work]
