@@ -18,7 +18,8 @@ def placement(num_workers: int, *, rows: int = 4, queue: int = 4) -> Placement:
     admission = Admission(max_queue=queue, max_wait_s=30.0)
     made = Placement(admission, on_refused=lambda code: None)
     for key in range(num_workers):
-        link = SimpleNamespace(endpoint=f"ipc:///{key}", ready=object(), beat=None, refusal="")
+        ready = SimpleNamespace(role="all", features=None, model=SimpleNamespace(model_id="sim"))
+        link = SimpleNamespace(endpoint=f"ipc:///{key}", ready=ready, beat=None, refusal="")
         worker = Worker(key, cast(Any, link), cast(Any, None), admission.occupancy(rows, queue), MODEL)
         made.add(worker)
     return made
