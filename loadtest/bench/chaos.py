@@ -159,8 +159,8 @@ class ChaosReport:
             "is_clean": self.is_clean,
         }
 
-    def table(self) -> Figures:
-        """One line for each promise."""
+    def facts(self) -> dict[str, str]:
+        """What was measured of each promise."""
         terminal_s = [seconds for blow in self.blows for seconds in blow.terminal_s]
         lost = sum((Counter(blow.unserved) for blow in self.blows), Counter())
         share = 100 * self.served / self.unstarted if self.unstarted else 100.0
@@ -171,7 +171,7 @@ class ChaosReport:
         }
         if self.other_deaths:
             moved["workers that died by nobody's hand"] = f"{self.other_deaths} ({'; '.join(self.endings)})"
-        facts = {
+        return {
             "one terminal event each": f"{self.exactly_one} of {self.stayed} requests whose client stayed ({self.hung_up} hung "
             f"up, {self.refused} were refused at the door); errors: {_counts(self.errors)}",
             "begun streams are told within a second": f"{len(terminal_s)} streams; {_spread(terminal_s)}",
@@ -184,7 +184,10 @@ class ChaosReport:
             or f"{self.after.processes} processes, {self.after.gateway_descriptors} descriptors, 0 pages, 0 requests",
             "memory does not grow": f"gateway {self.slope_bytes_per_s / 1024:+.0f} KiB/s over the second half",
         }
-        plan = self.plan
+
+    def table(self) -> Figures:
+        """One line for each promise."""
+        plan, facts = self.plan, self.facts()
         table = Figures(
             f"chaos: {plan.clients} clients for {plan.seconds:g} s, half SSE and half WebSocket, {plan.model}; "
             f"{len(self.kills)} kills, {len(self.blows) - len(self.kills)} stops",

@@ -82,7 +82,7 @@ class Server:
         if worker is None or gateway is None:
             raise OSError("no worker serves")
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=5.0) as reply:
-            figures = _figures(reply.read().decode())
+            figures = sums_by_name(reply.read().decode())
         total, free = figures["degas_worker_total_pages"], figures["degas_worker_free_pages"]
         family = self.family()
         return Held(
@@ -213,7 +213,7 @@ def _count(pid: int, what: str) -> int:
     return len(os.listdir(f"/proc/{pid}/{what}"))
 
 
-def _figures(text: str) -> dict[str, float]:
+def sums_by_name(text: str) -> dict[str, float]:
     """Prometheus lines by name, labels left out; those of one name are added."""
     figures: dict[str, float] = {}
     for line in text.splitlines():

@@ -170,6 +170,36 @@ def flood(
 
 
 @app.command()
+def scaling(
+    workers: Annotated[int, typer.Option(help="Workers beside one.")] = 3,
+    gateways: Annotated[int, typer.Option(help="Gateways before them.")] = 2,
+    profile: Profile = "rtx3090",
+    rows: Annotated[int, typer.Option(help="Sequences each worker runs at once.")] = 8,
+    queue: Annotated[int, typer.Option(help="Requests that may wait for each worker.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 16,
+    seconds: Seconds = 4.0,
+    rounds: Rounds = 3,
+    factors: Annotated[str, typer.Option(help="Multiples of the saturated rate; empty: none.")] = "2,5,10",
+    as_json: JsonFlag = False,
+) -> None:
+    """Several workers beside one: requests a second, and what their gateways do with 2, 5 and 10 times as many."""
+    from loadtest.bench.flood import flood_table
+    from loadtest.bench.scaling import Size, measure
+    from loadtest.peers.process import end_on_sigterm
+
+    end_on_sigterm()
+    multiples = tuple(float(number) for number in whole("--factors", factors))
+    try:
+        done = measure(Size(workers, gateways, rows, queue, tokens, profile, seconds, rounds, multiples))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    show(done.table(), [done.to_json()], as_json=as_json)
+    if done.rows and not as_json:
+        Console().print(flood_table(done.rows, f"{workers} workers, {gateways} gateways, {profile}"))
+    raise typer.Exit(0 if done.is_kept else 1)
+
+
+@app.command()
 def engine(
     gguf: Annotated[
         Path | None, typer.Option(help="Instead: this file, as it is, in Degas and llama.cpp.")

@@ -83,18 +83,20 @@ def measure(
             done: list[Phase] = []
             for factor in (0.0, *factors):
                 flood = Flood(url, tokens, seed=turn)
-                before_s = _cpu_s(gateway_pid)
+                before_s = cpu_s(gateway_pid)
                 if factor == 0.0:
-                    phase = _run(flood.saturate(rows + queue, seconds))
+                    phase = on_loop(flood.saturate(rows + queue, seconds))
                 else:
-                    phase = _run(flood.arrive(factor, done[0].goodput * factor, seconds))
-                phase.gateway_cpu_s = _cpu_s(gateway_pid) - before_s
+                    phase = on_loop(flood.arrive(factor, done[0].goodput * factor, seconds))
+                phase.gateway_cpu_s = cpu_s(gateway_pid) - before_s
                 phase.drain_rate = probe.beat().drain_rate
                 done.append(phase)
                 if not done[0].finished:
                     raise RuntimeError("the closed loop finished nothing: there is no rate to multiply")
             phases.append(done)
-    return [_row([done[i] for done in phases], [done[0] for done in phases]) for i in range(len(factors) + 1)]
+    return [
+        row_of([done[i] for done in phases], [done[0] for done in phases]) for i in range(len(factors) + 1)
+    ]
 
 
 def flood_table(done: list[FloodRow], title: str) -> Figures:
@@ -151,7 +153,8 @@ def _verdict(row: FloodRow) -> str:
     return "missed" if row.client_late_p99_ms <= LATE_MS else "missed; client late"
 
 
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+def on_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run it on the quickest event loop there is."""
     try:
         import uvloop
     except ImportError:
@@ -160,7 +163,8 @@ def _run(coroutine: Coroutine[Any, Any, T]) -> T:
         return runner.run(coroutine)
 
 
-def _row(phases: list[Phase], saturated: list[Phase]) -> FloodRow:
+def row_of(phases: list[Phase], saturated: list[Phase]) -> FloodRow:
+    """One multiple's phases, a round each, beside the closed loops of the same rounds."""
     ttft, refusal, lateness = Histogram(), Histogram(), Histogram()
     for phase in phases:
         ttft.add(phase.ttft)
@@ -221,7 +225,7 @@ def _is_measured(wait_s: float, phase: Phase) -> bool:
     return wait_s != RETRY_FALLBACK_S and expected_s / 1.5 <= wait_s <= expected_s * 1.5
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
     """Processor time a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S

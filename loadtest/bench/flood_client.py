@@ -20,6 +20,9 @@ from loadtest.histogram import Histogram
 
 WARM_UP_S: Final = 0.5
 MAX_CONNECTIONS: Final = 1024
+ASK_AGAIN_S: Final = (
+    0.02  # after a refusal, of a client that keeps a number under way: it would else do little but be refused
+)
 
 _RETRY_AFTER_MS = re.compile(rb"\r\nretry-after-ms: (\d+)\r\n", re.IGNORECASE)
 _RETRY_AFTER = re.compile(rb"\r\nretry-after: (\d+)\r\n", re.IGNORECASE)
@@ -70,10 +73,18 @@ class Flood:
     async def saturate(self, in_flight: int, seconds: float) -> Phase:
         """Keep `in_flight` requests under way; returns what ended after the warm-up."""
 
-        def again(request: Request) -> None:
-            self._count(request)
+        loop = asyncio.get_running_loop()
+
+        def fire() -> None:
             if time.perf_counter() < self._end_s:
                 self._fire(time.perf_counter(), again)
+
+        def again(request: Request) -> None:
+            self._count(request)
+            if request.status == 429:
+                loop.call_later(ASK_AGAIN_S, fire)
+            else:
+                fire()
 
         self._begin(0.0, seconds)
         for _ in range(in_flight):

@@ -158,11 +158,12 @@ def serving(
 
 
 def gateway_and_worker() -> tuple[int, int]:
-    """The pids of the gateway and the worker among this process's own children."""
+    """The pids of the gateway and the worker among this process's own children, whichever of its threads started them."""
     found = {}
-    for task in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        command = Path(f"/proc/{task}/cmdline").read_bytes().split(b"\0")
-        for name in (b"gateway", b"worker"):
-            if name in command:
-                found[name] = int(task)
+    for children in Path("/proc/self/task").glob("*/children"):
+        for task in children.read_text().split():
+            command = Path(f"/proc/{task}/cmdline").read_bytes().split(b"\0")
+            for name in (b"gateway", b"worker"):
+                if name in command:
+                    found[name] = int(task)
     return found[b"gateway"], found[b"worker"]

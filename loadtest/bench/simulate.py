@@ -172,7 +172,15 @@ def published_table() -> list[dict[str, float | str]]:
     return rows
 
 
+app = typer.Typer(
+    invoke_without_command=True,
+    help="What pipelining gains, and what a cluster would serve: from measured costs, without a device.",
+)
+
+
+@app.callback()
 def command(
+    called: typer.Context,
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}; empty: the published table.")] = "",
     model: Annotated[str, typer.Option(help=f"A known shape: {', '.join(SHAPES)}.")] = "moondream2",
     weight_gb: Annotated[float, typer.Option(help="Weights in GB, instead of the known shape's.")] = 0.0,
@@ -189,6 +197,8 @@ def command(
     ] = False,
 ) -> None:
     """What pipelining gains: the published table reproduced, or a prediction for a model, GPU and batch."""
+    if called.invoked_subcommand is not None:
+        return
     if not gpu:
         result = published_table()
     else:

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from loadtest.bench.flood import _row, measure
+from loadtest.bench.flood import measure, row_of
 from loadtest.bench.flood_client import Connection, Phase, Request
 
 STREAM = (
@@ -96,7 +96,7 @@ def phase(factor: float, finished: int, ttft_s: float, refusal_s: float, retry_a
 )
 def test_each_promise_can_be_missed(given: Phase, kept: bool | None) -> None:
     saturated = phase(0.0, 100, 0.1, 0.001, 0.2)
-    row = _row([given], [saturated])
+    row = row_of([given], [saturated])
     assert row.keeps_promise is kept
     assert row.goodput_ratio == pytest.approx(given.finished / 100)
 
