@@ -24,6 +24,7 @@ DEMO_CARD = msgspec.structs.replace(
     model_id="pocket",
     description="A vision-language model of three million parameters, trained on drawn scenes of coloured shapes.",
     default_max_tokens=512,
+    capabilities=[one for one in CARD.capabilities if one != "segment"],
 )
 
 
