@@ -74,9 +74,9 @@ class Plan:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value:g}; {low:g} to {high:g} would work, such as {safe}")
-        if self.blow_every_s and self.blow_every_s < 5:
+        if self.blow_every_s and self.blow_every_s < 2:
             raise ValueError(
-                f"blow_every_s is {self.blow_every_s:g}; 0 (nobody is hurt) or 5 and more would work"
+                f"blow_every_s is {self.blow_every_s:g}; 0 (nobody is hurt) or 2 and more would work"
             )
 
     @property

@@ -19,13 +19,13 @@ from loadtest.scenarios import Scenario, Slo
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_some_seconds_of_everything_with_a_killed_worker_and_a_killed_gateway() -> None:
-    verdict = Verdict(soak(Plan("sim", seconds=16.0, rate=6.0, blow_every_s=5.0)))
+    verdict = Verdict(soak(Plan("sim", seconds=8.0, rate=6.0, blow_every_s=2.5)))
     soaked = verdict.soaked
     assert {(blow.post, blow.signal) for blow in soaked.blows} >= {
         ("worker", "SIGKILL"),
         ("gateway-2", "SIGKILL"),
     }
-    assert sum(leg.ok for leg in soaked.legs) > 20
+    assert sum(leg.ok for leg in soaked.legs) > 10
     said = json.loads(json.dumps(verdict.to_json()))
     kept = verdict.promises()
     assert [name for name, is_kept in kept.items() if is_kept is False] == [], said
