@@ -18,9 +18,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Only the order depends on it. `pytest --durations=0` shows what has changed.
 LONGEST = {
     "tests/browser/test_smollm2.py": 20,
+    "tests/browser/test_chat.py": 20,
+    "tests/browser/test_pictures.py": 10,
+    "tests/fault/test_chaos.py": 14,
+    "tests/fault/test_scaling.py": 7,
+    "tests/fault/test_soak.py": 16,
     "tests/fault/test_worker_faults.py": 10,
+    "tests/integration/test_picture_models.py": 9,
+    "tests/integration/test_stages.py": 7,
     "tests/integration/test_peers.py": 12,
-    "tests/integration/test_text_model.py": 10,
+    "tests/integration/test_text_model.py": 22,
     "tests/unit/pocket/test_training.py": 12,
     "tests/unit/wire/test_state_machine.py": 18,
     "tests/unit/worker/kernels/test_attention.py": 15,
