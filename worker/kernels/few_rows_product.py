@@ -66,7 +66,7 @@ def _gelu(x):
 
 
 @triton.jit
-def _add_parts(part_ptr, at, exists, SPLITS: tl.constexpr, PART: tl.constexpr):
+def add_parts(part_ptr, at, exists, SPLITS: tl.constexpr, PART: tl.constexpr):
     """The sum of a tile's parts, from the first to the last whoever wrote when. Read past the L1, which other
     multiprocessors do not write to."""
     total = tl.load(part_ptr + at, mask=exists, other=0.0, cache_modifier=".cg")
@@ -159,9 +159,9 @@ def _few_rows(
         if arrived != SPLITS - 1:
             return
         tl.store(arrivals_ptr + tile, 0)  # for the next product by this weight
-        total = _add_parts(part_ptr, at, exists[None, :], SPLITS, wide)
+        total = add_parts(part_ptr, at, exists[None, :], SPLITS, wide)
         if GATE > 0:
-            upper = _add_parts(part_ptr, at + part, exists[None, :], SPLITS, wide)
+            upper = add_parts(part_ptr, at + part, exists[None, :], SPLITS, wide)
 
     if HAS_BIAS:
         total += tl.load(bias_ptr + outs, mask=inside, other=0.0).to(tl.float32)[:, None]

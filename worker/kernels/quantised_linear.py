@@ -17,7 +17,7 @@ from torch import Tensor
 
 from worker.kernels.compiled import is_interpreted, num_multiprocessors
 from worker.kernels.dependent import await_inputs, launch_options
-from worker.kernels.few_rows_product import _add_parts
+from worker.kernels.few_rows_product import add_parts
 from worker.kernels.integer_weight import TILE, IntegerWeight
 
 ROWS = 32
@@ -125,7 +125,7 @@ def _few_integers(
         if arrived != SPLITS - 1:
             return
         tl.store(arrivals_ptr + tile, 0)  # for the next product by this weight
-        total = _add_parts(part_ptr, at, exists[None, :], SPLITS, part)
+        total = add_parts(part_ptr, at, exists[None, :], SPLITS, part)
     if HAS_BIAS:
         total += tl.load(bias_ptr + outs, mask=inside, other=0.0).to(tl.float32)[:, None]
     out_at = rows[None, :] * OUTPUTS + outs[:, None]

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gateway.api.prompts import Prompt
 from gateway.core.catalog import AnnouncedModel
 from shared.pictures import drawings, fault_of, max_tokens, unit_tokens
 from shared.protocol import FreeTiles, ImageSpec, Sheet
@@ -37,10 +36,11 @@ from tests.unit.worker.models.flex_oracle import (
 )
 from tests.unit.worker.models.paged_driver import Driver, Row, relative_error
 from tests.unit.worker.models.picture_oracle import CONVERSATIONS, conversation, scene
+from tests.unit.worker.models.picture_scenes import check_answers, images_of
 from tests.unit.worker.step.graph_device import GraphDevice
 from tests.unit.worker.step.test_torch_runner import Harness
 from worker.formats.source import CheckpointError
-from worker.forward import ImageCrops, ImageSheet
+from worker.forward import ImageCrops
 from worker.models.flex_tower import FlexTower, resampling
 from worker.models.picture_model import PictureModel
 from worker.models.tiling import cut_crops
@@ -71,25 +71,6 @@ def make_pair(name: str, folder: Path) -> Pair:
         model = load(folder)
     assert isinstance(model, PictureModel)
     return Pair(model, pictures.announced(model.card, folder), oracle)
-
-
-def images_of(prompt: Prompt) -> list[ImageCrops]:
-    """A prompt's pictures as the device has them."""
-    return [
-        ImageCrops(
-            [
-                ImageSheet(
-                    torch.from_numpy(
-                        np.frombuffer(frame, np.uint8).reshape(sheet.height, sheet.width, 3).copy()
-                    ),
-                    sheet.rows,
-                    sheet.cols,
-                )
-                for sheet, frame in zip(image.spec.sheets, image.frames, strict=True)
-            ]
-        )
-        for image in prompt.images
-    ]
 
 
 def patches_of(pair: Pair, image: ImageCrops) -> list[Tensor]:
@@ -141,18 +122,9 @@ def test_greedy_tokens_in_batches_chunks_and_from_caches(pair: Pair, request: py
     expected = [pair.oracle.greedy(pair.oracle.expected(conversation(name)), num) for name in CONVERSATIONS]
     assert len({tuple(tokens) for tokens in expected}) == len(CONVERSATIONS)
     assert min(len(set(tokens)) for tokens in expected) > 5, "the random model repeats itself"
+    unsure = [0] * len(prompts)
     for mixed_tokens in (1600, 24) if is_usual else (40,):
-        harness = Harness(pair.model, depth=2, mixed_tokens=mixed_tokens)
-        for again in range(2):
-            submits = [
-                pictures.submit_of(prompt, 10 * again + number, num) for number, prompt in enumerate(prompts)
-            ]
-            streams = harness.answer(submits)
-            assert [stream.tokens for stream in streams] == expected
-            for stream, prompt in zip(streams, prompts, strict=True):
-                assert stream.finish is not None and stream.finish.prompt_tokens == prompt.num_tokens
-                whole = prompt.num_tokens - 1
-                assert not again or stream.finish.cached_tokens >= whole // 16 * 16
+        check_answers(pair.model, prompts, expected, num, mixed_tokens, unsure)
 
 
 def test_rows_that_lose_their_pages_go_on(tmp_path: Path) -> None:

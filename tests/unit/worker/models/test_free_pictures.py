@@ -26,6 +26,7 @@ from tests.unit.worker.models.dense_oracle import TOLERANCE, load
 from tests.unit.worker.models.free_oracle import FREE, FreeOracle
 from tests.unit.worker.models.paged_driver import Driver, relative_error
 from tests.unit.worker.models.picture_oracle import CONVERSATIONS, conversation
+from tests.unit.worker.models.picture_scenes import check_answers
 from tests.unit.worker.step.graph_device import GraphDevice
 from tests.unit.worker.step.test_torch_runner import Harness
 from worker.formats.source import CheckpointError
@@ -133,18 +134,9 @@ def test_greedy_tokens_in_batches_chunks_and_from_caches(pair: Pair) -> None:
     expected = [pair.oracle.greedy(pair.oracle.expected(conversation(name)), NUM) for name in CONVERSATIONS]
     assert len({tuple(tokens) for tokens in expected}) == len(CONVERSATIONS)
     assert min(len(set(tokens)) for tokens in expected) > 5, "the random model repeats itself"
+    unsure = [16] * len(prompts)
     for mixed_tokens in (1600, 24):
-        harness = Harness(pair.model, depth=2, mixed_tokens=mixed_tokens)
-        for again in range(2):
-            submits = [
-                pictures.submit_of(prompt, 10 * again + number, NUM) for number, prompt in enumerate(prompts)
-            ]
-            streams = harness.answer(submits)
-            assert [stream.tokens for stream in streams] == expected
-            for stream, prompt in zip(streams, prompts, strict=True):
-                assert stream.finish is not None and stream.finish.prompt_tokens == prompt.num_tokens
-                whole = prompt.num_tokens - 1
-                assert not again or stream.finish.cached_tokens >= whole // 16 * 16 - 16
+        check_answers(pair.model, prompts, expected, NUM, mixed_tokens, unsure)
 
 
 def test_pictures_join_running_rows_in_chunks(pair: Pair) -> None:

@@ -13,22 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from gateway.api.prompts import Prompt
 from gateway.core.catalog import AnnouncedModel
 from shared.pictures import num_tokens
 from tests.unit.worker.models import picture_oracle as pictures
 from tests.unit.worker.models.dense_oracle import TOLERANCE, load
 from tests.unit.worker.models.paged_driver import Driver, Row, relative_error
 from tests.unit.worker.models.picture_oracle import CONVERSATIONS, FAMILIES, Oracle, conversation
+from tests.unit.worker.models.picture_scenes import check_answers, images_of
 from tests.unit.worker.step.graph_device import GraphDevice
 from tests.unit.worker.step.test_torch_runner import Harness
 from worker.formats.source import CheckpointError
-from worker.forward import ImageCrops, ImageSheet, segments_of
+from worker.forward import ImageCrops, segments_of
 from worker.models.picture_model import PictureModel
 from worker.models.tiling import cut_crops
 from worker.models.vision_tower import Tower
@@ -59,25 +58,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(model, pictures.announced(model.card, folder), oracle)
 
 
-def crops_of(prompt: Prompt) -> list[ImageCrops]:
-    """A prompt's pictures as the device has them."""
-    return [
-        ImageCrops(
-            [
-                ImageSheet(
-                    torch.from_numpy(
-                        np.frombuffer(frame, np.uint8).reshape(sheet.height, sheet.width, 3).copy()
-                    ),
-                    sheet.rows,
-                    sheet.cols,
-                )
-                for sheet, frame in zip(image.spec.sheets, image.frames, strict=True)
-            ]
-        )
-        for image in prompt.images
-    ]
-
-
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_pixels_ids_features_and_logits(pair: Pair, name: str) -> None:
     model, oracle = pair.model, pair.oracle
@@ -85,7 +65,7 @@ def test_pixels_ids_features_and_logits(pair: Pair, name: str) -> None:
     prompt = pictures.compose(pair.served, conversation(name))
     assert pictures.whole_ids(prompt, oracle.image_id) == expected.ids
     assert prompt.num_tokens == len(expected.ids)
-    images = crops_of(prompt)
+    images = images_of(prompt)
     features = torch.zeros(0, 96)
     if expected.pixels is not None:
         crops = torch.cat([cut_crops(image, model.encoder.crop_size) for image in images])
@@ -125,18 +105,9 @@ def test_greedy_tokens_in_batches_chunks_and_from_caches(pair: Pair) -> None:
     expected = [pair.oracle.greedy(pair.oracle.expected(conversation(name)), NUM) for name in CONVERSATIONS]
     assert len({tuple(tokens) for tokens in expected}) == len(CONVERSATIONS)
     assert min(len(set(tokens)) for tokens in expected) > 5, "the random model repeats itself"
+    unsure = [16 * bool(prompt.images) for prompt in prompts]
     for mixed_tokens in (1600, 24):
-        harness = Harness(pair.model, depth=2, mixed_tokens=mixed_tokens)
-        for again in range(2):
-            submits = [
-                pictures.submit_of(prompt, 10 * again + number, NUM) for number, prompt in enumerate(prompts)
-            ]
-            streams = harness.answer(submits)
-            assert [stream.tokens for stream in streams] == expected
-            for stream, prompt in zip(streams, prompts, strict=True):
-                assert stream.finish is not None and stream.finish.prompt_tokens == prompt.num_tokens
-                whole = prompt.num_tokens - 1
-                assert not again or stream.finish.cached_tokens >= whole // 16 * 16 - 16 * bool(prompt.images)
+        check_answers(pair.model, prompts, expected, NUM, mixed_tokens, unsure)
 
 
 @pytest.fixture(scope="module")
