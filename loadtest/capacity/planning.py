@@ -64,7 +64,7 @@ def plan(
         )
         cluster = _more(cluster, most.name)
         say(
-            f"{most.name} → {_members(cluster, most.name)}: {outcome.good_per_s / load.rate:.1%} were good before"
+            f"{most.name} → {_members(cluster, most.name)}: {_good_share(outcome):.1%} were good before"
         )
         outcome = simulate(load, cluster, costs, objective)
         if _good_share(outcome) > _good_share(best) + WORTH_IT:
