@@ -26,7 +26,7 @@ from worker.native.products import products
 from worker.native.quantised import Levels, QuantisedWeight, beside
 from worker.native.quantised_source import QuantisedSource
 from worker.native.quantiser import fits, to_blocks
-from worker.startup import refuse_quantize
+from worker.resolve import refuse_quantize
 
 pytestmark = pytest.mark.usefixtures("exact_activations")
 CPU = torch.device("cpu")
