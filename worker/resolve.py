@@ -18,7 +18,7 @@ from worker.device.memory import gigabytes
 from worker.formats.errors import CheckpointError
 from worker.formats.source import Source
 from worker.models.contract import Model
-from worker.models.layers import reads_blocks
+from worker.models.linear import reads_blocks
 from worker.native.products import products
 from worker.native.quantised_source import QuantisedSource
 from worker.schedule.pace import Pace, guessed_costs

@@ -24,7 +24,8 @@ from worker.models.decoder import Block, Decoder
 from worker.models.dense_config import DenseConfig
 from worker.models.dense_weights import as_saved, take_block_norm, take_gated_mlp, take_qkv, take_scaled
 from worker.models.head import Head
-from worker.models.layers import GatedMlp, LayerNorm, RmsNorm, Take, TakeWeight
+from worker.models.layers import GatedMlp, LayerNorm, RmsNorm
+from worker.models.linear import Take, TakeWeight
 from worker.models.mixture import Mixture, take_mixture
 from worker.models.qk_norm import head_weights, product_norm
 from worker.models.rope import rotation_table

@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 
 from worker.models.dense_config import DenseConfig
-from worker.models.layers import (
-    GatedMlp,
-    LayerNorm,
-    PackedLinear,
-    RmsNorm,
-    Take,
-    TakeWeight,
-    take_norm,
-    together,
-)
+from worker.models.layers import GatedMlp, LayerNorm, RmsNorm, take_norm
+from worker.models.linear import PackedLinear, Take, TakeWeight, together
 from worker.models.rope import pair_order
 from worker.native.quantised import Quantised
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worker.models.layers import PackedLinear, arrivals_for, is_few
+from worker.models.linear import PackedLinear, arrivals_for, is_few
 from worker.native.products import products
 from worker.native.quantised import Quantised
 

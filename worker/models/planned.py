@@ -13,7 +13,7 @@ from torch import Tensor
 from worker.models.blank import Stored
 from worker.models.contract import Model
 from worker.models.head import KEPT_BYTES, Head
-from worker.models.layers import PackedLinear, by_kernels
+from worker.models.linear import PackedLinear, by_kernels
 from worker.native.products import BF16, SAME, Products, format_of, products
 from worker.native.quantised import Quantised
 
