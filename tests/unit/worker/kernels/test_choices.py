@@ -75,7 +75,7 @@ def step(
     slot.upload()
     slot.outputs.fill_(-1)
     if run is None:
-        runner._decode_body(slot, 3, Flavour.GATED)
+        runner.forward.decode(slot, 3, Flavour.GATED)
     else:
         run()
     assert slot.logits is not None
