@@ -20,6 +20,12 @@ def as_saved(take: TakeWeight, sizes: DenseConfig) -> TakeWeight:
     return partial(take, as_saved=True) if sizes.dtype == torch.float32 else take
 
 
+def take_words(take: Take, sizes: DenseConfig, name: str) -> Tensor:
+    """The table of words (V, D), as it was saved where that is bf16."""
+    as_it_is = {"as_saved": True} if sizes.dtype == torch.float32 else {}
+    return take(name, sizes.vocab_size, sizes.dim, **as_it_is)
+
+
 def take_block_norm(take: Take, name: str, sizes: DenseConfig) -> LayerNorm | RmsNorm:
     """The norm stored as `name`, of the kind that the settings name."""
     if sizes.layer_norm:

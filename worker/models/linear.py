@@ -89,7 +89,7 @@ class PackedLinear:
     they are. Inputs are (..., in) of `dtype`, by default a tensor's own, for blocks the bias's or fp32 (on a GPU any); outputs
     (..., out). A bf16 weight for fp32 inputs is kept in bf16 where compiled products read that, else cast.
     `pack=False` keeps the plain product, for comparison. `gated`: the first half of the outputs gates the second, and only
-    `silu_gate` may be called.
+    `silu_gate` may be called. `consumes`: nobody reads a packed tensor afterwards, so its memory is given back on the way.
     """
 
     __slots__ = (
@@ -116,6 +116,7 @@ class PackedLinear:
         pack: bool = True,
         gated: bool = False,
         dtype: torch.dtype | None = None,
+        consumes: bool = False,
     ) -> None:
         if dtype is None and isinstance(weight, Tensor):
             dtype = weight.dtype
@@ -166,7 +167,7 @@ class PackedLinear:
             weight = weight[order] if isinstance(weight, Tensor) else weight.ordered(order)
             bias = None if bias is None else bias[order]
         if native is not None:
-            self._weight = native.pack(weight, bias, dtype)
+            self._weight = native.pack(weight, bias, dtype, consumes=consumes)
         else:
             assert isinstance(weight, Tensor)
             self._packed = pack and can_pack(weight.device, weight.dtype)
@@ -195,6 +196,15 @@ class PackedLinear:
     def gates_native(self) -> bool:
         """Whether the gate is taken inside the product."""
         return self._gated
+
+    def reads_rows(self) -> bool:
+        """Whether `rows` is there: the weight is packed for compiled products."""
+        return self._native is not None and not self._gated
+
+    def rows(self, index: Tensor) -> Tensor:
+        """index (N,) int64 → those rows of the weight (N, in), in `dtype`: to the last bit as they came."""
+        assert self._native is not None and not self._gated
+        return self._native.rows(self._weight, index)
 
     def part(self, first: int, last: int) -> PackedLinear:
         """The product of some outputs, in the same memory. Only of a weight on a GPU, or one that is not packed."""

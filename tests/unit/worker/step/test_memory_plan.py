@@ -181,9 +181,9 @@ def test_four_billion_weights_on_8_gb_by_their_headers(tmp_path: Path) -> None:
         fit(config, CPU, source, torch.float32, free(7 << 30))
     eight = config.model_copy(update={"quantize": "int8"})
     fitted, plan, _ = fit(eight, CPU, source, torch.float32, free(7 << 30))
-    assert fitted is eight and 4.5e9 < plan.weight_bytes < 5.5e9
+    assert fitted is eight and 4.1e9 < plan.weight_bytes < 4.4e9  # the table of words is the head
     with pytest.raises(ConfigError, match="a safe value for quantize is int4"):
-        fit(config, CPU, source, torch.float32, free(5 << 30))
+        fit(config, CPU, source, torch.float32, free(9 << 29))
 
 
 def test_a_family_that_cannot_be_counted_is_loaded_all_the_same(
