@@ -20,7 +20,8 @@ from worker.formats.open_source import open_source
 from worker.models.contract import Model
 from worker.models.held import held_bytes
 from worker.models.registry import load_model
-from worker.startup import choose_dtype, choose_kv_dtype, count_pages, open_device, quantised
+from worker.resolve import choose_dtype, choose_kv_dtype, count_pages, quantised
+from worker.startup import open_device
 from worker.step.kv_memory import page_bytes
 from worker.step.memory_plan import MemoryPlan, fit, plan_memory
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from worker.formats.hub import cache_folder
 from worker.formats.json_files import read_object
 from worker.formats.locate import POCKET, SMOLLM2, file_or_folder, gguf_files, locate, smollm2_file
 from worker.formats.model_names import name_of
+from worker.formats.safetensors_header import read_header
 
 # Memory that a worker and a gateway take beside the weights: the processes themselves, and room for keys and values.
 BESIDE_BYTES = 1 << 30
@@ -143,15 +145,16 @@ def _of_file(path: Path) -> tuple[str, str, int, int]:
 
 
 def _of_folder(path: Path) -> tuple[str, str, int, int]:
-    """The same for a folder; the bytes of one weight on disk are those of config.json's dtype."""
+    """The same for a folder. Whatever its numbers are stored in, also FP8, they are served in bf16."""
     if not (path / "config.json").is_file():
         raise refuse_folder(path, "no config.json in this folder")
     config = read_object(path / "config.json")
     refuse_settings(path, config)
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    files = list(path.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
     if not size:
         raise refuse_folder(path, "no model.safetensors in this folder")
-    wide = str(config.get("dtype") or config.get("torch_dtype")) == "float32"
+    num_values = sum(math.prod(shape) for file in files for _, shape, _, _ in read_header(file).values())
     if path != locate(POCKET):
         from worker.models.registry import (
             family_of,  # which imports torch: only where there is a folder to tell of
@@ -159,7 +162,7 @@ def _of_folder(path: Path) -> tuple[str, str, int, int]:
         from worker.models.settings import Settings
 
         family_of(Settings(config, path / "config.json"))
-    return "safetensors", _family(config), size, SERVED_BYTES * size // (4 if wide else 2)
+    return "safetensors", _family(config), size, SERVED_BYTES * num_values
 
 
 def _family(config: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, cast
 
 import msgspec
@@ -27,13 +26,10 @@ from gateway.api.response_events import (
     ObjectFound,
     TextDelta,
     error_object,
-    incomplete_details,
-    usage_object,
 )
 from gateway.api.response_items import CallItem, MessageItem, OutputItem, ThoughtItem
-from gateway.api.spoken import Reading
+from gateway.api.response_object import Opening, ResponseObject
 from gateway.decisions.answer_parts import CallArguments, CallOpened, Part, Said, Thought
-from gateway.errors import retry_after_s
 from gateway.generation import (
     Carrier,
     Delta,
@@ -91,18 +87,6 @@ class Closed(Protocol):
     def __call__(self, stream: ResponseStream, end: End, output: Sequence[Json]) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """The facts of a response that are fixed before its first token; every lifecycle event repeats `body`."""
-
-    response_id: str
-    model_id: str
-    task: str  # text | detect | point
-    body: Json
-    stream_id: str | None = None
-    reading: Reading = field(default_factory=Reading)
-
-
 class ResponseStream:
     """Owns one response's event order: sequence numbers, the open item, and exactly one terminal event.
 
@@ -111,7 +95,6 @@ class ResponseStream:
     """
 
     __slots__ = (
-        "_created_at",
         "_delta_middle",
         "_first_s",
         "_infos",
@@ -120,13 +103,13 @@ class ResponseStream:
         "_lends",
         "_logprobs",
         "_num_objects",
+        "_object",
         "_on_closed",
         "_open_item",
         "_opened",
         "_reader",
         "_sequence_number",
         "_sink",
-        "_started_s",
         "_stream_id",
         "_text",
         "_tokens",
@@ -166,9 +149,8 @@ class ResponseStream:
         self._sequence_number = -1
         self._num_objects = 0
         self._opened = False
-        self._created_at = int(time.time())  # the interface's own fields: Unix time, decides nothing
-        self._started_s = time.monotonic()
-        self._first_s = 0.0
+        self._object = ResponseObject(opening)
+        self._first_s = 0.0  # as the object's: every token asks
 
     # ------------------------------------------------------------ events out
 
@@ -187,7 +169,7 @@ class ResponseStream:
         if self._opened:
             return
         self._opened = True
-        snapshot = self.snapshot("in_progress")
+        snapshot = self._object.at("in_progress")
         self._say(Created, response=snapshot)
         self._say(InProgress, response=snapshot)
         if self._reader is None:
@@ -248,7 +230,7 @@ class ResponseStream:
             return
         self.open()
         if self._first_s == 0.0:
-            self._first_s = time.monotonic()
+            self._first_s = self._object.first_s = time.monotonic()
         if self._reader is not None:
             if delta.logprobs:
                 self._infos.extend(delta.logprobs)
@@ -305,7 +287,7 @@ class ResponseStream:
             return
         self.open()
         if self._first_s == 0.0:
-            self._first_s = time.monotonic()
+            self._first_s = self._object.first_s = time.monotonic()
         shape: Json = found.box() if self.opening.task == "detect" else {"x": found.x, "y": found.y}
         shape = _rounded(shape)
         if found.logprobs:
@@ -342,7 +324,7 @@ class ResponseStream:
         self.ended = True
         if end.reason is FinishReason.ERROR:
             error = end.error or RequestError(ErrorCode.INTERNAL, "the stream failed")
-            self.response = self.snapshot("failed", end, error_object(error))
+            self.response = self._object.at("failed", self._items, end, error_object(error))
             self._say(Failed, response=self.response)
         else:
             whole = end.reason is FinishReason.STOP
@@ -350,7 +332,7 @@ class ResponseStream:
             self._close_items(status)
             if end.reason is FinishReason.CANCELLED:
                 status = "cancelled"
-            self.response = self.snapshot(status, end)
+            self.response = self._object.at(status, self._items, end)
             self._say(Completed if whole else Incomplete, response=self.response)
         if self._on_closed is not None:
             self._on_closed(self, end, self.response["output"])
@@ -373,47 +355,9 @@ class ResponseStream:
         assert self._open_item is not None
         self._open_item.close(status)
 
-    def snapshot(self, status: str, end: End | None = None, error: Json | None = None) -> Json:
-        """The response object as it stands: the request's echo, status, output, usage and Degas's timings."""
-        response: Json = {
-            "id": self.opening.response_id,
-            "object": "response",
-            "created_at": self._created_at,
-            "status": status,
-            "error": error,
-            "incomplete_details": incomplete_details(end),
-            "model": self.opening.model_id,
-            "output": [] if end is None else [item.ended() for item in self._items],
-            "usage": None if end is None else usage_object(end.usage),
-            **self.opening.body,
-        }
-        if status == "completed":
-            response["completed_at"] = int(time.time())  # the field is a date, in seconds since 1970
-        if end is not None:
-            response["degas"] = self._timings(end)
-            if end.error is not None:
-                response["degas"]["retry_after_s"] = retry_after_s(end.error)
-        return response
-
-    def _timings(self, end: End) -> Json:
-        usage = end.usage
-        now = time.monotonic()
-        first_s = usage.time_to_first_token_s or (self._first_s - self._started_s if self._first_s else 0.0)
-        streaming_s = now - self._first_s if self._first_s else 0.0
-        decode_s = usage.decode_s or streaming_s
-        rate = (
-            (usage.completion_tokens - 1) / decode_s if decode_s > 0 and usage.completion_tokens > 1 else None
-        )
-        return {
-            "task": self.opening.task,
-            "finish_reason": end.reason.value,
-            "time_to_first_token_s": round(first_s, 6),
-            "total_s": round(now - self._started_s, 6),
-            "queue_s": round(usage.queue_s, 6),
-            "prefill_s": round(usage.prefill_s, 6),
-            "decode_s": round(usage.decode_s, 6),
-            "tokens_per_second": None if rate is None else round(rate, 2),
-        }
+    def snapshot(self) -> Json:
+        """The response object as it stands."""
+        return self.response or self._object.at("in_progress")
 
     def _json_lead(self) -> str:
         return '{"objects":[' if self.opening.task == "detect" else '{"points":['

@@ -24,7 +24,7 @@ from gateway.api.requests import Length, Objects, check_fields, make_requests
 from gateway.api.response_bodies import CreateBody, DegasOptions, Reasoning, TextOptions
 from gateway.api.response_events import response_id_of
 from gateway.api.response_input import InputRead, read_input
-from gateway.api.response_stream import Opening
+from gateway.api.response_object import Opening
 from gateway.api.spoken import budget_asked, thought_budget
 from gateway.api.structured import Wanted, schema_grammar
 from gateway.api.tools import ToolsAsked, read_tools, tool_of

@@ -182,13 +182,13 @@ class ResponsesRoute:
         if request.query.get("stream", "false").lower() == "true" or LAST_EVENT in request.headers:
             return await self._resumption.resume(request, response_id)
         stream = self._held(request)
-        return json_response(stream.response or stream.snapshot("in_progress"))
+        return json_response(stream.snapshot())
 
     async def cancel(self, request: web.Request) -> web.StreamResponse:
         """Stop a resumable response; answers with it. Raises `RequestError`."""
         stream = self._held(request)
         stream.cancel()
-        return json_response(stream.response or stream.snapshot("in_progress"))
+        return json_response(stream.snapshot())
 
     def _held(self, request: web.Request) -> ResponseStream:
         journal = self._resumption.journals.find(request[TENANT], request.match_info["id"])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from loadtest.bench.gateway_cost import gateway
+from loadtest.bench.options import BatchSizes, JsonFlag, Profile, Rounds, Seconds, whole
+from loadtest.bench.peer_commands import engine, serve
 from loadtest.bench.quality_command import command as quality
 from loadtest.bench.shown import (
     accuracy_table,
@@ -18,10 +19,7 @@ from loadtest.bench.shown import (
     loop_table,
     structured_table,
 )
-from loadtest.tables import Figures, of_objects, show
-
-if TYPE_CHECKING:
-    from loadtest.peers.file_bench import FileComparison
+from loadtest.tables import of_objects, show
 
 app = typer.Typer(
     no_args_is_help=True, help="Measure parts of Degas; every figure in the docs has its command here."
@@ -29,23 +27,8 @@ app = typer.Typer(
 
 app.command(name="quality")(quality)
 app.command()(gateway)
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print a JSON list of objects instead of a table.")]
-TransformersPython = Annotated[
-    str, typer.Option(help="Python of transformers' environment; empty leaves it out.")
-]
-VllmPython = Annotated[str, typer.Option(help="Python of an environment with vLLM's CPU build.")]
-Profile = Annotated[str, typer.Option(help="Whose step times: rtx3090, a100, h100, h200, b200, small.")]
-BatchSizes = Annotated[str, typer.Option(help="Batch sizes, comma separated.")]
-Seconds = Annotated[float, typer.Option(help="Measured time of each run.")]
-Rounds = Annotated[int, typer.Option(help="Turns that each of the compared gets.")]
-RandomShape = Annotated[str, typer.Option(help="Random Llama: 30m, 0.5b, or tiny for a smoke run.")]
-PromptTokens = Annotated[int, typer.Option(help="Tokens in.")]
-ComputeThreads = Annotated[int, typer.Option(help="Compute threads of each engine or server.")]
-Cores = Annotated[
-    str, typer.Option(help="Cores the engines or servers may use, comma separated; empty: any.")
-]
-LlamaCppPython = Annotated[str, typer.Option(help="Python with llama-cpp-python[server] and gguf.")]
+app.command()(engine)
+app.command()(serve)
 
 
 @app.command()
@@ -200,101 +183,6 @@ def scaling(
 
 
 @app.command()
-def engine(
-    gguf: Annotated[
-        Path | None, typer.Option(help="Instead: this file, as it is, in Degas and llama.cpp.")
-    ] = None,
-    model: Annotated[Path | None, typer.Option(help="Instead: this folder of Hugging Face's layout.")] = None,
-    shape: RandomShape = "30m",
-    rows: BatchSizes = "1,8,32",
-    prompt_tokens: PromptTokens = 32,
-    new_tokens: Annotated[int, typer.Option(help="Tokens out.")] = 64,
-    rounds: Rounds = 5,
-    threads: Annotated[
-        str, typer.Option(help="Compute threads of each engine; several with --gguf and --model.")
-    ] = "1",
-    cores: Cores = "",
-    activations: Annotated[
-        Literal["auto", "int8", "exact"],
-        typer.Option(help="Degas, with --gguf: what activations are multiplied as (docs/operating.md)."),
-    ] = "auto",
-    transformers_python: TransformersPython = sys.executable,
-    vllm_python: VllmPython = "",
-    llama_cpp_python: LlamaCppPython = "",
-    as_json: JsonFlag = False,
-) -> None:
-    """Degas's engine beside transformers, vLLM and llama.cpp: the same weights, a process each, turn about."""
-    from loadtest.peers.catalog import Pythons, engine_peers
-    from loadtest.peers.engine_bench import Workload, measure
-    from loadtest.peers.file_bench import FileWorkload, measure_file
-    from loadtest.peers.process import end_on_sigterm
-
-    asked = whole("--rows", rows), prompt_tokens, new_tokens, rounds
-    counts, on_cores = whole("--threads", threads), whole("--cores", cores)
-    peers, left_out = engine_peers(Pythons(transformers_python, vllm_python, llama_cpp_python))
-    end_on_sigterm()
-    path = gguf or model
-    try:
-        if path is not None:
-            if gguf is not None and model is not None:
-                raise ValueError("give either --gguf or --model")
-            load = FileWorkload(path, *asked, counts, on_cores, activations)
-            one_file = measure_file(load, peers, left_out, say=_say)
-            _print_file(one_file, as_json=as_json)
-            return
-        if len(counts) != 1:
-            raise ValueError("--threads takes several numbers with --gguf and --model only")
-        done = measure(Workload(shape, *asked, counts[0], on_cores), peers, left_out, say=_say)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    _print_comparison(done, as_json=as_json)
-
-
-@app.command()
-def serve(
-    shape: RandomShape = "30m",
-    in_flight: Annotated[str, typer.Option(help="Requests at once, comma separated.")] = "1,16,64",
-    prompt_tokens: PromptTokens = 32,
-    new_tokens: Annotated[int, typer.Option(help="Tokens out.")] = 16,
-    seconds: Annotated[float, typer.Option(help="New requests are sent for so long in each turn.")] = 8.0,
-    grace: Annotated[float, typer.Option(help="Seconds the last requests of a turn have to end.")] = 20.0,
-    rounds: Rounds = 3,
-    threads: ComputeThreads = 1,
-    cores: Cores = "",
-    transformers_python: TransformersPython = sys.executable,
-    vllm_python: VllmPython = "",
-    llama_cpp_python: LlamaCppPython = "",
-    llama_server: Annotated[str, typer.Option(help="llama.cpp's own llama-server, where built.")] = "",
-    as_json: JsonFlag = False,
-) -> None:
-    """Degas over HTTP beside `transformers serve`, vLLM and llama.cpp: short streamed requests, turn about."""
-    from loadtest.peers.catalog import Pythons
-    from loadtest.peers.process import end_on_sigterm
-    from loadtest.peers.serve_bench import Load, measure
-    from loadtest.peers.servers import known_servers
-
-    load = Load(
-        shape,
-        whole("--in-flight", in_flight),
-        prompt_tokens,
-        new_tokens,
-        seconds,
-        grace,
-        rounds,
-        threads,
-        whole("--cores", cores),
-    )
-    pythons = Pythons(transformers_python, vllm_python, llama_cpp_python)
-    servers, left_out = known_servers(pythons, llama_server)
-    end_on_sigterm()
-    try:
-        done = measure(load, servers, left_out, say=_say)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    _print_comparison(done, as_json=as_json)
-
-
-@app.command()
 def decode(
     rows: BatchSizes = "1,8,32",
     new_tokens: Annotated[int, typer.Option(help="Tokens each row decodes.")] = 64,
@@ -409,38 +297,6 @@ def first_picture(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     show(first_picture_table(done), [done.to_json()], as_json=as_json)
-
-
-class _Comparison(Protocol):
-    left_out: list[str]
-
-    def to_json(self) -> dict[str, Any]: ...
-    def table(self) -> Figures: ...
-
-
-def whole(option: str, given: str) -> tuple[int, ...]:
-    """Whole numbers, comma separated. Raises typer.BadParameter naming the option."""
-    try:
-        return tuple(int(number) for number in given.split(",") if number.strip())
-    except ValueError:
-        raise typer.BadParameter(f"{given!r} is not whole numbers such as 1,8", param_hint=option) from None
-
-
-def _say(line: str) -> None:
-    """Print progress to stderr: stdout holds only the table or the JSON."""
-    print(line, file=sys.stderr, flush=True)
-
-
-def _print_file(done: FileComparison, *, as_json: bool) -> None:
-    show(done.table(), done.figures(), as_json=as_json)
-    for line in done.left_out if not as_json else ():
-        Console().print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_comparison(done: _Comparison, *, as_json: bool) -> None:
-    show(done.table(), [done.to_json()], as_json=as_json)
-    for line in done.left_out if not as_json else ():
-        Console().print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _structured(shares: str, profile: str, rows: int, seconds: float, *, as_json: bool) -> None:

@@ -27,7 +27,7 @@ from worker.kernels.sample import sample
 from worker.kernels.sample_histogram import sample_by_histogram
 from worker.models.attention import AttentionPlan
 from worker.models.experts import choose, gated
-from worker.models.layers import product_gelu
+from worker.models.linear import product_gelu
 from worker.models.torch_attention import TorchRows
 from worker.step.sampler import apply_mask, stochastic
 

@@ -144,7 +144,7 @@ def run_shape(
                 continue
             with flipped(*turned_by(off)):
                 padded = max(rows, least_bucket(model))
-                graphs[off] = device.capture(partial(runner._decode_body, slot, padded, Flavour.TEXT))
+                graphs[off] = device.capture(partial(runner.forward.decode, slot, padded, Flavour.TEXT))
             runner.rows.last_ids.fill_(8)
             graphs[off].replay()
             tokens[off] = slot.outputs[:rows, 0].tolist()

@@ -12,7 +12,7 @@ from worker.formats.errors import CheckpointError
 from worker.formats.gguf_container import read_container
 from worker.formats.gguf_parts import joined, parts_of
 from worker.formats.open_source import open_source
-from worker.startup import choose_dtype
+from worker.resolve import choose_dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Owns moving the process's memory to huge pages once the weights are in it. Called once, by the decode thread.
+"""Owns what the process tells the system of its memory: huge pages under the weights, and what it is done with. Decode thread, at load.
 
 A decode step on a CPU streams every weight, and with 4 KiB pages it waits for address translation as well. From 2 MiB
 pages a whole step over 58 MB of weights ran 17 % quicker at 1 row and 3 % at 8 and 32; moving took under a second.
@@ -7,12 +7,18 @@ pages a whole step over 58 MB of weights ran 17 % quicker at 1 row and 3 % at 8 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
-MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # asm-generic/mman-common.h; the second since Linux 6.1
+MADV_DONTNEED, MADV_HUGEPAGE, MADV_COLLAPSE = (
+    4,
+    14,
+    25,
+)  # asm-generic/mman-common.h; the second since Linux 6.1
 HUGE_BYTES = 2 << 20
 
 Span: TypeAlias = tuple[int, int]
@@ -43,11 +49,9 @@ def use_huge_pages(min_bytes: int = 2 * HUGE_BYTES, *, besides: Sequence[Span] =
     if not sys.platform.startswith("linux"):
         return 0
     moved_bytes = 0
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    except (OSError, AttributeError):
-        return 0  # another libc: the worker only runs slower
+    libc = _libc()
+    if libc is None:
+        return 0  # the worker only runs slower
     for start, end in without(mapped(), besides):
         start, end = -(-start // HUGE_BYTES) * HUGE_BYTES, end // HUGE_BYTES * HUGE_BYTES
         if end - start < min_bytes:
@@ -55,6 +59,28 @@ def use_huge_pages(min_bytes: int = 2 * HUGE_BYTES, *, besides: Sequence[Span] =
         if libc.madvise(start, end - start, MADV_HUGEPAGE) == 0:
             moved_bytes += (end - start) * (libc.madvise(start, end - start, MADV_COLLAPSE) == 0)
     return moved_bytes
+
+
+def give_back(address: int, num_bytes: int) -> None:
+    """Let go of the whole pages in this memory, whose content nobody reads again: it stays allocated, and is 0 from now on."""
+    libc = _libc() if sys.platform.startswith("linux") else None
+    if libc is None:
+        return
+    page = mmap.PAGESIZE
+    start, end = -(-address // page) * page, (address + num_bytes) // page * page
+    if start < end:
+        libc.madvise(start, end - start, MADV_DONTNEED)
+
+
+@lru_cache(maxsize=1)
+def _libc() -> ctypes.CDLL | None:
+    """glibc; None where it is another."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    except (OSError, AttributeError):
+        return None
+    return libc
 
 
 def without(spans: Sequence[Span], gone: Sequence[Span]) -> list[Span]:

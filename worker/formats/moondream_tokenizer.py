@@ -7,7 +7,7 @@ from typing import Any
 
 from worker.formats.errors import CheckpointError
 from worker.formats.folder_tokenizer import find_tokenizer
-from worker.formats.safetensors import stored_names
+from worker.formats.safetensors_header import stored_names
 from worker.formats.tokenizer_json import check_tokenizer
 
 _ARCHITECTURES = ("HfMoondream", "moondream1", "moondream3", "Moondream3ForCausalLM")

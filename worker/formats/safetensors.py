@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,9 @@ from torch import Tensor
 
 from worker.formats.file_pieces import read_pieces
 from worker.formats.folder_refusals import refuse_folder
-from worker.formats.lfs import refuse_pointer
+from worker.formats.safetensors_header import read_header
 from worker.formats.source import CheckpointError, Packed, ProgressReport, Rename, Target
 
-_MAX_HEADER_BYTES = 100 << 20
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _NOT_MODELS = ("consolidated.safetensors", "adapter_model.safetensors", "adapters.safetensors")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -59,7 +57,7 @@ class Checkpoint:
         self.folder = folder
         self._report = report
         self._tensors: dict[str, _Stored] = {}
-        headers = {path: _read_header(path) for path in _find_files(folder)}
+        headers = {path: read_header(path) for path in _find_files(folder)}
         prefix = _missing_prefix({name for header in headers.values() for name in header})
         for path, header in headers.items():
             for name, (dtype, shape, offset, num_bytes) in header.items():
@@ -104,7 +102,8 @@ class Checkpoint:
         stored = self._find(name, shape)
         if stored.transposed or len(stored.shape) != 2 or stored.dtype == _FP8:
             return None
-        return (values.view(-1, stored.shape[1]).float() for values in _values(stored, stored.shape[1]))
+        slabs = (values.view(-1, stored.shape[1]) for values in _values(stored, stored.shape[1]))
+        return slabs if stored.dtype != "F64" else (slab.float() for slab in slabs)
 
     def _take_scaled(self, name: str, stored: _Stored, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A matrix of FP8 (e4m3), each row times its scale; some rows at a time are widened."""
@@ -189,11 +188,6 @@ def _scale_of(name: str) -> str:
     return name.removesuffix(".weight") + ROW_SCALE
 
 
-def stored_names(file: Path) -> set[str]:
-    """The tensors' names in a safetensors file. Raises CheckpointError on a header that cannot be true."""
-    return set(_read_header(file))
-
-
 def _find_files(folder: Path) -> list[Path]:
     """The checkpoint's safetensors files: one, or those that an index names."""
     index_path = folder / "model.safetensors.index.json"
@@ -242,7 +236,7 @@ def _indexed_files(index_path: Path, weight_map: dict[str, Any]) -> list[Path]:
                 f"no such file, though {index_path.name} names it: the download is incomplete, fetch it again",
                 file=path,
             )
-        difference = sorted(tensors.symmetric_difference(_read_header(path)))
+        difference = sorted(tensors.symmetric_difference(read_header(path)))
         if difference:
             where = "named by the index only" if difference[0] in tensors else "not named by the index"
             raise CheckpointError(where, file=path, tensor=difference[0])
@@ -268,34 +262,6 @@ def _values(stored: _Stored, together: int = 1) -> Iterator[Tensor]:
     whole = together * dtype.itemsize
     for piece in read_pieces(stored.path, stored.name, stored.offset, stored.num_bytes, whole):
         yield torch.from_numpy(piece).view(dtype)
-
-
-def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Stored tensors by name: dtype, shape, first byte in the file, bytes. Raises CheckpointError on a header that cannot be true."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
-                refuse_pointer(path)
-                problem = f"header of {header_bytes} bytes in a file of {size}: the download is incomplete, or this is not safetensors"
-                raise CheckpointError(problem, file=path)
-            header = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            if not 0 <= begin <= end <= size - 8 - header_bytes:
-                problem = f"bytes {begin} to {end} lie outside the file: the download is incomplete"
-                raise CheckpointError(problem, file=path, tensor=name)
-            shape = tuple(int(length) for length in entry["shape"])
-            tensors[name] = (str(entry["dtype"]), shape, 8 + header_bytes + begin, end - begin)
-        return tensors
-    except FileNotFoundError:
-        raise CheckpointError("no such file", file=path) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"not a safetensors header: {error!r}", file=path) from error
 
 
 def _read_json(path: Path) -> Any:

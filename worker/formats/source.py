@@ -82,8 +82,8 @@ class Tensors(Protocol):
 
 
 def slabs_of(tensors: Tensors, name: str, *shape: int) -> Iterator[Tensor]:
-    """A float matrix (rows, columns) as fp32 slabs of some rows each, in order, on the CPU; each valid until the next one is
-    asked for. Where its format reads no slabs, the whole at once. The tensor stays untaken: `skip` it afterwards.
+    """A float matrix (rows, columns) as slabs of some rows each, fp32, bf16 or fp16, in order, on the CPU; each valid until the
+    next one is asked for. Where its format reads no slabs, the whole at once. The tensor stays untaken: `skip` it afterwards.
 
     Raises CheckpointError as `take`.
     """

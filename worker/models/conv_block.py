@@ -13,7 +13,7 @@ from torch import Tensor
 from worker.models.attention import AttentionPlan
 from worker.models.dense_config import DenseConfig
 from worker.models.dense_weights import take_block_norm, take_gated_mlp, take_scaled
-from worker.models.layers import PackedLinear, Take, TakeWeight
+from worker.models.linear import PackedLinear, Take, TakeWeight
 from worker.native.stack import Layer
 
 if TYPE_CHECKING:

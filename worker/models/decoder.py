@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shared.protocol import ModelCard
@@ -22,6 +21,7 @@ from worker.models.head import Head
 from worker.models.held import held_bytes
 from worker.models.layers import LayerNorm, RmsNorm
 from worker.models.torch_attention import GatherSpace
+from worker.models.words import Table, TiedWords, Words
 from worker.native.operations import operations
 from worker.native.stack import Layer, LayerStack, layer_stack
 
@@ -52,7 +52,7 @@ class Block(Protocol):
 class Decoder:
     """A loaded decoder of text; implements `contract.Model`. Families that read pictures add to it.
 
-    `words` (V, D) is the embedding table, `dtype` that of activations, by default its own; `rotations` the tables that layers choose from: (context, 1, R/2) complex64,
+    `words` (V, D) is the embedding table, or the head's own weight; `dtype` that of activations, by default its own; `rotations` the tables that layers choose from: (context, 1, R/2) complex64,
     or a single row for all positions. `kv_dtype` is the dtype its cache runs fastest in, see `fastest_kv_dtype`.
     """
 
@@ -64,7 +64,7 @@ class Decoder:
     def __init__(
         self,
         card: ModelCard,
-        words: Tensor,
+        words: Tensor | TiedWords,
         blocks: Sequence[Block],
         norm: LayerNorm | RmsNorm,
         head: Head,
@@ -90,9 +90,9 @@ class Decoder:
         self._rotations = rotations
         self.kv_dtype, self.kv_dtypes = self.page_dtypes(self.device)
         self.fuses = not convolving and fuses(self.device, head_dim)
-        self._words = words
+        self._words: Words = Table(words) if isinstance(words, Tensor) else words
         # In the activations' dtype, as the families that scale them were trained.
-        scale = words.new_tensor(embedding_scale, dtype=self.dtype)
+        scale = torch.tensor(embedding_scale, dtype=self.dtype, device=self.device)
         self._embedding_scale = None if embedding_scale == 1.0 else scale
         self._blocks = blocks
         self._norm, self._head = norm, head
@@ -123,7 +123,7 @@ class Decoder:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """(N,) int64 ids → (N, D) input embeddings."""
-        words = F.embedding(token_ids, self._words).to(self.dtype)
+        words = self._words(token_ids).to(self.dtype)
         return words if self._embedding_scale is None else words.mul_(self._embedding_scale)
 
     def embed_next(self, token_ids: Tensor, values: Tensor, spatial: Tensor) -> Tensor:

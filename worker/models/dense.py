@@ -22,13 +22,22 @@ from worker.models.attention import AttentionPlan
 from worker.models.conv_block import ConvBlock
 from worker.models.decoder import Block, Decoder
 from worker.models.dense_config import DenseConfig
-from worker.models.dense_weights import as_saved, take_block_norm, take_gated_mlp, take_qkv, take_scaled
+from worker.models.dense_weights import (
+    as_saved,
+    take_block_norm,
+    take_gated_mlp,
+    take_qkv,
+    take_scaled,
+    take_words,
+)
 from worker.models.head import Head
-from worker.models.layers import GatedMlp, LayerNorm, RmsNorm, Take, TakeWeight
+from worker.models.layers import GatedMlp, LayerNorm, RmsNorm
+from worker.models.linear import Take, TakeWeight
 from worker.models.mixture import Mixture, take_mixture
 from worker.models.qk_norm import head_weights, product_norm
 from worker.models.rope import rotation_table
 from worker.models.taking import Taker
+from worker.models.words import TiedWords
 from worker.native.stack import GatedLayer
 
 if TYPE_CHECKING:
@@ -54,13 +63,21 @@ class Dense(Decoder):
         take_weight = take_weight or take
         embedding, table = "model.embed_tokens.weight", (sizes.vocab_size, sizes.dim)
         weight = as_saved(take_weight, sizes)(embedding if sizes.tied else "lm_head.weight", *table)
-        if sizes.tied and isinstance(weight, Tensor):
-            words = weight
-        else:
-            words = take(embedding, *table, **({"as_saved": True} if sizes.dtype == torch.float32 else {}))
-        dtype = sizes.dtype or words.dtype
-        head = Head(weight, scale=sizes.logit_scale, cap=sizes.logit_cap, dtype=dtype)
-        del weight  # packed: what was read goes before more is
+        own = weight if sizes.tied and isinstance(weight, Tensor) else None
+        dtype = sizes.dtype
+        is_copy = dtype is not None  # as all that comes from a checkpoint
+        if dtype is None:
+            own = take_words(take, sizes, embedding) if own is None else own
+            dtype = own.dtype
+        head = Head(weight, scale=sizes.logit_scale, cap=sizes.logit_cap, dtype=dtype, consumes=is_copy)
+        tied = head.words() if sizes.tied and is_copy else None
+        if own is None and (tied is None or device.type == "meta"):
+            own = take_words(take, sizes, embedding)
+        if tied is not None and device.type == "meta":
+            tied = TiedWords(tied.packed, own)
+        words = tied or own
+        assert words is not None
+        del weight, own  # packed: what was read goes before more is
         layers = range(sizes.num_layers)
         blocks = [_block(take, take_weight, f"model.layers.{i}", sizes, i, dtype) for i in layers]
         norm = take_block_norm(take, "model.norm", sizes)

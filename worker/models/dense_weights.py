@@ -8,16 +8,8 @@ import torch
 from torch import Tensor
 
 from worker.models.dense_config import DenseConfig
-from worker.models.layers import (
-    GatedMlp,
-    LayerNorm,
-    PackedLinear,
-    RmsNorm,
-    Take,
-    TakeWeight,
-    take_norm,
-    together,
-)
+from worker.models.layers import GatedMlp, LayerNorm, RmsNorm, take_norm
+from worker.models.linear import PackedLinear, Take, TakeWeight, together
 from worker.models.rope import pair_order
 from worker.native.quantised import Quantised
 
@@ -26,6 +18,12 @@ def as_saved(take: TakeWeight, sizes: DenseConfig) -> TakeWeight:
     """`take`, with what was saved in bf16 left so for a model of fp32 activations: for tables, and for products that are told
     the dtype of their inputs. An fp32 copy on the way is twice the weight."""
     return partial(take, as_saved=True) if sizes.dtype == torch.float32 else take
+
+
+def take_words(take: Take, sizes: DenseConfig, name: str) -> Tensor:
+    """The table of words (V, D), as it was saved where that is bf16."""
+    as_it_is = {"as_saved": True} if sizes.dtype == torch.float32 else {}
+    return take(name, sizes.vocab_size, sizes.dim, **as_it_is)
 
 
 def take_block_norm(take: Take, name: str, sizes: DenseConfig) -> LayerNorm | RmsNorm:

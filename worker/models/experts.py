@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from worker.models.layers import PackedLinear
+from worker.models.linear import PackedLinear
 from worker.native.quantised import Quantised
 
 Gate = Literal["silu", "gelu_plus_1"]

@@ -14,7 +14,8 @@ from torch import Tensor
 from shared.pictures import LOAD_PIXELS
 from worker.forward import nothing
 from worker.models.crop_attention import crop_attention, padded_width
-from worker.models.layers import LayerNorm, PackedLinear
+from worker.models.layers import LayerNorm
+from worker.models.linear import PackedLinear
 from worker.models.vision_tower import TowerBlock, TowerConfig
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from shared.pictures import LOAD_PIXELS
 from worker.forward import nothing
-from worker.models.layers import GatedMlp, LayerNorm, Mlp, PackedLinear, RmsNorm, Take
+from worker.models.layers import GatedMlp, LayerNorm, Mlp, RmsNorm
+from worker.models.linear import PackedLinear, Take
 from worker.models.rope import pair_order
 from worker.models.segment_attention import SegmentAttention
 from worker.models.settings import Settings

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worker.models.layers import PackedLinear, arrivals_for, is_few
+from worker.models.linear import PackedLinear, arrivals_for, is_few
+from worker.models.words import TiedWords
 from worker.native.products import products
 from worker.native.quantised import Quantised
 
@@ -25,10 +26,10 @@ class Head:
     """`x Wᵀ + b` in fp32 of a weight (V, D), a tensor or a file's blocks, and bias (V,) or None, on their final device and dtype.
 
     `scale` multiplies the logits; `cap` c then makes a logit l c·tanh(l/c), 0: leaves it. `dtype` is that of the hidden states,
-    by default the weight's.
+    by default the weight's. `consumes`: nobody else reads a tensor that is packed here.
     """
 
-    __slots__ = ("_arrivals", "_bias", "_cap", "_multiply", "_own_bias", "_scale", "_weight")
+    __slots__ = ("_arrivals", "_bias", "_cap", "_multiply", "_own_bias", "_packed", "_scale", "_weight")
 
     def __init__(
         self,
@@ -38,22 +39,26 @@ class Head:
         scale: float = 1.0,
         cap: float = 0.0,
         dtype: torch.dtype | None = None,
+        consumes: bool = False,
     ) -> None:
+        self._packed: PackedLinear | None = None
         self._scale, self._cap = scale, cap
         self._multiply: Callable[[Tensor], Tensor]
         self._bias: Tensor | None = None
         self._own_bias = None if bias is None else bias.float()
         self._arrivals: Tensor | None = None
         if not isinstance(weight, Tensor):
-            self._multiply = PackedLinear(weight, bias, dtype=dtype).logits
+            self._packed = PackedLinear(weight, bias, dtype=dtype)
+            self._multiply = self._packed.logits
             return
         on_cpu = weight.device.type == "cpu"
         native = products(weight.device)
         dtype = dtype or weight.dtype
         can_pack = native is not None and native.can_multiply(dtype, weight.shape[1], weight.shape[0])
         if can_pack or weight.device.type == "meta":
-            # The repacked copy alone is kept: the tensor is the table of words, or goes.
-            self._multiply = PackedLinear(weight, bias, dtype=dtype).logits
+            # The repacked copy alone is kept: words are looked up in it where it is their table too, see `words`.
+            self._packed = PackedLinear(weight, bias, dtype=dtype, consumes=consumes)
+            self._multiply = self._packed.logits
             return
         weight = weight.to(dtype)
         self._weight, self._bias = weight, self._own_bias
@@ -67,6 +72,13 @@ class Head:
             self._multiply = lambda x: torch.mm(x, weight.t(), out_dtype=torch.float32)
         else:
             self._multiply = self._by_blocks
+
+    def words(self) -> TiedWords | None:
+        """Its weight as a table to look rows up in; None where it cannot be read back."""
+        packed = self._packed
+        if packed is None or not (packed.reads_rows() or packed.device.type == "meta"):
+            return None
+        return TiedWords(packed)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(R, D) normed hidden states → (R, V) fp32."""

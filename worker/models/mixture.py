@@ -14,7 +14,7 @@ from torch import Tensor
 from worker.models.dense_config import MixtureConfig
 from worker.models.experts import Experts, choose
 from worker.models.held import held_bytes
-from worker.models.layers import PackedLinear, Take, TakeWeight, together
+from worker.models.linear import PackedLinear, Take, TakeWeight, together
 from worker.native.quantised import Quantised
 
 

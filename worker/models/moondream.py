@@ -15,15 +15,8 @@ from worker.models.attention import AttentionPlan
 from worker.models.contract import EncodeCrops
 from worker.models.decoder import Block, Decoder
 from worker.models.head import Head
-from worker.models.layers import (
-    PackedLinear,
-    Take,
-    TakeWeight,
-    side_by_side,
-    take_linear,
-    take_norm,
-    together,
-)
+from worker.models.layers import take_linear, take_norm
+from worker.models.linear import PackedLinear, Take, TakeWeight, side_by_side, together
 from worker.models.moondream_config import MoondreamConfig, TextConfig
 from worker.models.moondream_region import RegionModel
 from worker.models.moondream_vision import VisionEncoder

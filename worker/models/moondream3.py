@@ -19,7 +19,8 @@ from worker.models.attention import AttentionPlan
 from worker.models.decoder import Block
 from worker.models.experts import Experts, choose, each_of
 from worker.models.held import held_bytes
-from worker.models.layers import Mlp, PackedLinear, Take, TakeWeight, take_linear, take_mlp, take_norm
+from worker.models.layers import Mlp, take_linear, take_mlp, take_norm
+from worker.models.linear import PackedLinear, Take, TakeWeight
 from worker.models.moondream import Moondream, qkv_order, split_heads
 from worker.models.moondream_config import ExpertsConfig, MoondreamConfig, TextConfig
 

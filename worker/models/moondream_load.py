@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from worker.formats.source import ProgressReport, Source, Tensors
-from worker.models.layers import Take
+from worker.models.linear import Take
 from worker.models.moondream import Moondream
 from worker.models.moondream3 import Moondream3
 from worker.models.moondream_card import make_card

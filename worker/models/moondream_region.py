@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from worker.models.layers import Take, take_linear, take_mlp, take_norm
+from worker.models.layers import take_linear, take_mlp, take_norm
+from worker.models.linear import Take
 from worker.models.moondream_config import RegionConfig
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from worker.forward import ImageCrops
 from worker.models.contract import EncodeCrops
-from worker.models.layers import Take, TakeWeight, take_linear, take_mlp, take_norm
+from worker.models.layers import take_linear, take_mlp, take_norm
+from worker.models.linear import Take, TakeWeight
 from worker.models.moondream_config import VisionConfig
 from worker.models.tiling import cut_crops, stitch_rows
 from worker.models.vision_tower import Tower, TowerBlock, TowerConfig

@@ -22,7 +22,7 @@ from worker.models.dense_config import DenseConfig
 from worker.models.family import Family
 from worker.models.flex_tower import FlexTower
 from worker.models.free_tower import FreeTower
-from worker.models.layers import Take, TakeWeight
+from worker.models.linear import Take, TakeWeight
 from worker.models.settings import Settings
 from worker.models.tiling import cut_crops
 from worker.models.vision_tower import Tower

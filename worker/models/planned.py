@@ -13,7 +13,8 @@ from torch import Tensor
 from worker.models.blank import Stored
 from worker.models.contract import Model
 from worker.models.head import KEPT_BYTES, Head
-from worker.models.layers import PackedLinear, by_kernels
+from worker.models.linear import PackedLinear, by_kernels
+from worker.models.words import TiedWords
 from worker.native.products import BF16, SAME, Products, format_of, products
 from worker.native.quantised import Quantised
 
@@ -38,6 +39,10 @@ def planned(model: Model, stored: Stored, device: torch.device, dtype: torch.dty
         if isinstance(one, Tensor):
             storage = one.untyped_storage()
             tensors[storage._cdata] = storage.nbytes()
+        elif isinstance(one, TiedWords):
+            table = one.table
+            if table is not None and not _reads_back(one, device, dtype, native):
+                tensors[table.untyped_storage()._cdata] = table.untyped_storage().nbytes()
         elif isinstance(one, PackedLinear):
             is_head = id(one) in heads
             total += _product_bytes(one, is_head, stored, device, dtype, native, tensors)
@@ -77,6 +82,15 @@ def _product_bytes(
     return count * (4 if is_wide else dtype.itemsize)
 
 
+def _reads_back(words: TiedWords, device: torch.device, dtype: torch.dtype, native: Products | None) -> bool:
+    """Whether a head packed on `device` gives rows back, so that no table is held beside it; see `Head.words`."""
+    if device.type != "cpu" or native is None:
+        return False
+    if not isinstance(words.packed.weight, Tensor):
+        return native.multiplies_blocks(dtype)
+    return native.can_multiply(dtype, words.packed.in_features, words.packed.out_features)
+
+
 def _repacked_bytes(weight: Quantised) -> float:
     levels = weight.levels()
     bits = 4 if weight.kind.startswith("Q4") else 8
@@ -95,6 +109,9 @@ def _parts(holder: object) -> Iterator[object]:
         seen.add(id(one))
         if isinstance(one, Tensor | PackedLinear):
             yield one
+        elif isinstance(one, TiedWords):  # its table is held on some devices only
+            yield one
+            left.append(one.packed)
         elif isinstance(one, MethodType):
             left.append(one.__self__)
         elif isinstance(one, FunctionType):

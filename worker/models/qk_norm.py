@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worker.models.dense_config import DenseConfig, QkNorm
-from worker.models.layers import Take
+from worker.models.linear import Take
 from worker.models.rope import pair_order
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from worker.formats.source import Tensors
-from worker.models.layers import reads_blocks
+from worker.models.linear import reads_blocks
 from worker.native.quantised import KINDS, Quantised, QuantisedWeight
 
 log = structlog.get_logger("worker.models")

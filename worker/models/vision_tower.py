@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from worker.forward import nothing
 from worker.models.crop_attention import CropAttention, crop_attention, padded_width
-from worker.models.layers import LayerNorm, Mlp, PackedLinear, Take, take_linear, take_norm
+from worker.models.layers import LayerNorm, Mlp, take_linear, take_norm
+from worker.models.linear import PackedLinear, Take
 from worker.models.settings import Settings
 
 ATTENTION: SDPBackend | None = None

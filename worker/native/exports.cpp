@@ -35,6 +35,36 @@ const char* instruction_set() {
         ;
 }
 void use_threads(int count) { set_threads(count); }
+int round_to_blocks(int bits, int stored, int64_t count, const void* from, void* to) {
+    std::atomic<int> fits{1};
+    together([&](Team& team) {
+        team.share(count, 256, [&](int64_t first, int64_t last) {
+            if (!round_blocks(bits, stored, from, to, first, last)) fits.store(0);
+        });
+    });
+    return fits.load();
+}
+// 0: some row is not in the table, and nothing was read.
+int table_rows(int format, int are_tiles, int64_t outputs, int64_t inputs, const void* packed, const int64_t* rows, int64_t count,
+               float* to) {
+    for (int64_t r = 0; r < count; r++)
+        if (rows[r] < 0 || rows[r] >= outputs) return 0;
+    const auto read = [&](int64_t first, int64_t last) {
+        read_table_rows(format, are_tiles, inputs, packed, rows + first, last - first, to + first * inputs);
+    };
+    if (count < 16)
+        read(0, count);
+    else
+        together([&](Team& team) { team.share(count, 4, read); });
+    return 1;
+}
+void pack_file_blocks(int format, int64_t outputs, int64_t inputs, const void* blocks, void* packed) {
+    together([&](Team& team) {
+        team.share((outputs + PANEL - 1) / PANEL, 1, [&](int64_t first, int64_t last) {
+            pack_blocks_as_they_are(format, outputs, inputs, blocks, packed, first, last);
+        });
+    });
+}
 #define FOR_DTYPE(NAME, REAL)                                                                                           \
     void multiply_##NAME(const Linear* linear, int64_t rows, const void* x, const void* residual, void* out,            \
                          int64_t out_stride, int kind, int is_unrounded) {                                              \

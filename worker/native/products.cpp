@@ -1,5 +1,6 @@
 // Owns the unit of products: packing weights, and multiplying by panels of them.
 
+#include "file_blocks.h"
 #include "weights.h"
 #include "units.h"
 
@@ -14,6 +15,18 @@ void pack_bfloat16_for_float32(int64_t outputs, int64_t inputs, const void* weig
 void pack_blocks(int format, int64_t outputs, int64_t inputs, const int8_t* q, const float* scale, const float* least,
                  int64_t scale_inputs, void* packed) {
     pack_quantised(format, outputs, inputs, Quantised{q, scale, least, scale_inputs}, (uint8_t*)packed);
+}
+void pack_blocks_as_they_are(int format, int64_t outputs, int64_t inputs, const void* blocks, void* packed, int64_t first,
+                             int64_t last) {
+#if defined(DEGAS_MULTIPLIES)
+    const uint8_t* from = (const uint8_t*)blocks;
+    uint8_t* to = (uint8_t*)packed;
+    switch (format) {
+        case INT8: return pack_file_panels<Int8>(outputs, inputs, from, to, first, last);
+        case INT4: return pack_file_panels<Int4>(outputs, inputs, from, to, first, last);
+        case INT4_MIN: return pack_file_panels<Int4Min>(outputs, inputs, from, to, first, last);
+    }
+#endif
 }
 
 #define FOR_DTYPE(NAME, REAL)                                                                                           \

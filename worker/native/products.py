@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from worker.device.huge_pages import give_back
 from worker.native.library import NAMES, bind
 from worker.native.quantised import Quantised, QuantisedWeight
 
@@ -33,6 +34,12 @@ _FORMATS = {
     "Q5_K": INT8_OFFSET,
     "Q6_K": INT8_FINE,
 }
+
+_SAME_BITS = (
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+)  # kinds whose blocks are packed without being taken apart (file_blocks.h)
 
 _BF16_INPUTS, _BF16_OUTPUTS = 32, 16  # of weights for bf16 activations, multiples of these
 _SLAB_BYTES = 4 << 20
@@ -105,6 +112,10 @@ class Products:
         self._pack_bf16.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
         self._pack_blocks.argtypes = (c_int, c_int64, c_int64, *3 * (c_void_p,), c_int64, c_void_p)
         self._pack_bf16.restype = self._pack_blocks.restype = None
+        self._pack_file_blocks, self._table_rows = library.pack_file_blocks, library.table_rows
+        self._pack_file_blocks.argtypes = (c_int, c_int64, c_int64, c_void_p, c_void_p)
+        self._pack_file_blocks.restype = None
+        self._table_rows.argtypes = (c_int, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p)
         self._has_integers = bool(library.has_integers())
         self._has_tiles = bool(library.multiplies_by_tiles())
         self._pack, self._multiply = {}, {}
@@ -147,7 +158,12 @@ class Products:
         return torch.arange(outputs).view(2, -1, self._lanes).transpose(0, 1).reshape(-1)
 
     def pack(
-        self, weight: Tensor | Quantised, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+        self,
+        weight: Tensor | Quantised,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        consumes: bool = False,
     ) -> PackedWeight:
         """weight (out, in) → its elements in the order `multiply` reads them, for activations of `dtype`.
 
@@ -155,7 +171,7 @@ class Products:
         as the file has if that is Q8_0, Q4_0 or Q4_1. A tensor is of `dtype`, or one that `packs`.
 
         An fp32 weight that bf16 holds exactly, as one does that was saved in bf16, is kept in bf16: half the memory, the same
-        products to the last bit.
+        products to the last bit. `consumes`: nobody reads the tensor afterwards, so its memory is given back on the way.
         """
         if not isinstance(weight, Tensor):
             return self._pack_quantised(weight, bias, dtype)
@@ -174,6 +190,8 @@ class Products:
             slab = slab.to(torch.bfloat16) if kept_in == BF16 else slab
             address = memory.data_ptr() + self._offset(memory, first, outputs)
             pack(last - first, inputs, slab.data_ptr(), address)
+            if consumes:
+                give_back(weight[first:last].data_ptr(), weight[first:last].nbytes)
         return PackedWeight(memory, bias, inputs, outputs, kept_in, dtype)
 
     def packs(self, weight: Tensor, dtype: torch.dtype) -> bool:
@@ -202,6 +220,10 @@ class Products:
         kept_in = format_of(weight)
         rounds = self._rounds(dtype) and inputs % _GROUP_INPUTS == 0
         memory = torch.empty(self.num_bytes(outputs, inputs, kept_in), dtype=torch.uint8)
+        if isinstance(weight, QuantisedWeight) and weight.kind in _SAME_BITS:
+            blocks = weight.blocks.contiguous()
+            self._pack_file_blocks(kept_in, outputs, inputs, blocks.data_ptr(), memory.data_ptr())
+            return PackedWeight(memory, bias, inputs, outputs, kept_in, dtype, rounds)
         for first, last in self._slabs(outputs, 2 * inputs):
             levels = weight.part(first, last).levels()
             least = None if levels.least is None else levels.least.contiguous()
@@ -217,6 +239,20 @@ class Products:
                 memory.data_ptr() + self._offset(memory, first, outputs),
             )
         return PackedWeight(memory, bias, inputs, outputs, kept_in, dtype, rounds)
+
+    def rows(self, packed: PackedWeight, index: Tensor) -> Tensor:
+        """index (N,) int64 → those rows of the weight (N, in) in the dtype of its activations: to the last bit what `pack` was
+        given, or a file's own dequantisation. Raises IndexError for a row that it does not have."""
+        linear = packed.linear
+        kept_in, are_tiles = linear.format, False
+        if kept_in == SAME and packed.dtype == torch.bfloat16:
+            kept_in, are_tiles = BF16, self._has_tiles
+        index = index.to(torch.int64).contiguous()
+        out = torch.empty(len(index), linear.inputs)
+        where = (linear.outputs, linear.inputs, linear.weight, index.data_ptr(), len(index), out.data_ptr())
+        if not self._table_rows(kept_in, are_tiles, *where):
+            raise IndexError(f"a row outside the {linear.outputs} of this weight")
+        return out.to(packed.dtype)
 
     def multiply(self, x: Tensor, packed: PackedWeight, residual: Tensor | None, kind: int) -> Tensor:
         """x (..., in) and residual (..., out) or None of the packed weight's dtype → (..., out).

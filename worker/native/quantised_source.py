@@ -19,7 +19,8 @@ from worker.formats.gguf_parts import parts_of
 from worker.formats.source import Packed, ProgressReport, Rename, Source, Target, Tensors, slabs_of
 from worker.native.quantised import KINDS
 from worker.native.quantised_cache import QuantisedCache
-from worker.native.quantiser import KINDS_OF, fits, to_blocks
+from worker.native.quantiser import KINDS_OF
+from worker.native.rounding import round_into
 
 HEADS = ("lm_head.weight", "embed_tokens.weight")
 log = structlog.get_logger("worker.native")
@@ -94,9 +95,8 @@ class QuantisedTensors:
         blocks = torch.empty(rows, columns // values * num_bytes, dtype=torch.uint8)
         done = 0
         for slab in slabs_of(self._inner, name, *shape):
-            if not fits(slab):
+            if not round_into(slab, kind, blocks[done : done + len(slab)]):
                 return None
-            blocks[done : done + len(slab)] = to_blocks(slab, kind)
             done += len(slab)
         self._inner.skip(name, *shape)
         self._cache.write(name, kind, blocks)

@@ -56,6 +56,13 @@ void quantise_rows_bfloat16(int64_t rows, int64_t inputs, const void* x, void* m
 void multiply_blocks_float32(int format, int64_t rows, void* memory, const void* product, const void* weight, int64_t first, int64_t last);
 void multiply_blocks_bfloat16(int format, int64_t rows, void* memory, const void* product, const void* weight, int64_t first, int64_t last);
 int has_integers();  // whether there are any
+// Rows (count,) of a weight packed in `format`, or of bf16 for matrix registers → (count, inputs) fp32.
+void read_table_rows(int format, int are_tiles, int64_t inputs, const void* packed, const int64_t* rows, int64_t count, float* to);
+// Blocks `first` to `last` of 32 numbers each, `stored` as fp32 (0), bf16 (1) or fp16 (2), to Q8_0 (bits 8) or Q4_1 (4). 0: some
+// number is not finite, or too large for a scale of 16 bits.
+int round_blocks(int bits, int stored, const void* from, void* to, int64_t first, int64_t last);
+// ggml's blocks (outputs, inputs / 32) of a kind that is packed in `format` with the same bits → panels `first` to `last`.
+void pack_blocks_as_they_are(int format, int64_t outputs, int64_t inputs, const void* blocks, void* packed, int64_t first, int64_t last);
 // query and out are (key heads, tokens, group, dim), `out` sums of weighted values; of each query `tops` is the largest score in
 // powers of two, `totals` the sum of weights. `is_exact`: query and weights are not rounded to what the pages hold.
 void attend_row_float32(float* query, const void* keys, const void* values, const void* part, const void* shape, float* out,

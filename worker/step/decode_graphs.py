@@ -12,7 +12,7 @@ from enum import IntEnum
 from worker.device.choices import choices
 from worker.device.contract import Device
 from worker.models.contract import Model
-from worker.models.layers import has_own_products
+from worker.models.linear import has_own_products
 from worker.schedule.sequence import Sequence
 from worker.step.contract import GraphCounts
 from worker.step.graph_table import GraphTable

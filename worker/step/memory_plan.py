@@ -17,7 +17,7 @@ from worker.device.memory import FreeMemory, free_memory, gigabytes
 from worker.formats.source import Source
 from worker.models.blank import blank_model
 from worker.models.contract import Model
-from worker.models.layers import reads_blocks
+from worker.models.linear import reads_blocks
 from worker.models.planned import Planned, planned
 from worker.native.quantised import KINDS
 from worker.step.kv_memory import page_bytes

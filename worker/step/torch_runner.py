@@ -17,17 +17,13 @@ from shared.protocol import FeatureFormat
 from worker.device.choices import choices
 from worker.device.contract import Device
 from worker.formats.source import ProgressReport
-from worker.forward import StepTokens, nothing
-from worker.models.contract import Model
+from worker.models.contract import EncodeCrops, Model
 from worker.schedule.automaton_places import TableLimits
 from worker.schedule.plan import StepPlan, StepResult
-from worker.step.chunk_embedding import ChunkEmbedding
 from worker.step.chunk_graphs import ChunkGraphs, chunk_buckets
 from worker.step.contract import DeviceTimes, GraphCounts, OutOfDeviceMemory, Progress
 from worker.step.decode_graphs import DecodeGraphs, Flavour, bucket_sizes, flavour_of, least_bucket
-from worker.step.features import FeatureCache
-from worker.step.kv_memory import kv_memory
-from worker.step.prompt_scores import read_scores, score_chunks
+from worker.step.prompt_scores import read_scores
 from worker.step.rows import RowTables
 from worker.step.slot import Slot
 from worker.step.staging import (
@@ -39,15 +35,9 @@ from worker.step.staging import (
     stage_rows,
     used_words,
 )
-from worker.step.step_sampler import StepSampler, Wants, Which, wants_of
-from worker.step.step_tokens import chunk_tokens, decode_tokens, index_of
+from worker.step.step_forward import StepForward
+from worker.step.step_sampler import StepSampler, Which, wants_of
 from worker.step.vision_graphs import VisionGraphs
-
-_IN_GRAPH = {
-    Flavour.TEXT: Wants(random=True),  # a captured graph serves greedy and drawn rows alike
-    Flavour.GATED: Wants(random=True),  # its plain rows; the others are sampled eagerly behind it
-    Flavour.FULL: Wants(random=True, automata=True),
-}
 
 
 class TorchRunner:
@@ -76,9 +66,7 @@ class TorchRunner:
         image = model.card.image
         self.shape = shape = replace(shape, position_axes=1 if image is None else image.position_axes)
         self.num_slots = shape.num_slots
-        self._max_tokens = shape.max_pages * shape.page_tokens
         self.slots = [Slot(number, shape, device) for number in range(shape.num_slots)]
-        self.cache = kv_memory(model, shape, device)
         self.rows = RowTables(
             shape.max_rows,
             shape.vocab_size,
@@ -87,17 +75,25 @@ class TorchRunner:
             model.card.suppress_ids,
         )
         self.sampler = StepSampler(model, self.rows, device.torch_device)
-        self._progress: Progress = nothing
-        self._decodes_values = any(task in model.card.capabilities for task in ("detect", "point"))
         self.graph_counts = GraphCounts()
         self.graphs: DecodeGraphs | None = None
         self.chunk_graphs: ChunkGraphs | None = None
         self.vision_graphs: VisionGraphs | None = None
-        encode = self.encode_one_by_one
+        encode: EncodeCrops | None = None
         if model.encoder is not None and model.encoder.crop_size and device.captures:
             self.vision_graphs = VisionGraphs(device, model.encoder, shape.step_crops, self.graph_counts)
             encode = self.vision_graphs.features
-        self.embedding = ChunkEmbedding(model, FeatureCache(model, feature_bytes, device, encode, format))
+        self.forward = StepForward(
+            model,
+            device,
+            shape,
+            self.rows,
+            self.sampler,
+            feature_bytes=feature_bytes,
+            encode=encode,
+            format=format,
+        )
+        self.cache = self.forward.cache
         if device.captures:
             self.rows.allocate()
             with torch.inference_mode():
@@ -108,7 +104,7 @@ class TorchRunner:
                 device,
                 buckets or bucket_sizes(shape.max_rows, least_bucket(model)),
                 flavours,
-                self._decode_body,
+                self.forward.decode,
                 self.graph_counts,
             )
             if token_buckets is None:
@@ -183,7 +179,7 @@ class TorchRunner:
     def launch_forward(self, slot_number: int, plan: StepPlan, progress: Progress) -> None:
         slot, graphs = self.slots[slot_number], self.graphs
         num_rows, num = len(plan.decode), len(plan.samples)
-        self._progress = progress
+        self.forward.progress = progress
         if self.model.encoder is not None:
             self.model.encoder.progress = progress
         padded = graphs.bucket(num_rows) if graphs is not None and num_rows else num_rows
@@ -209,7 +205,7 @@ class TorchRunner:
             # Right before the work: a host that is late with the upload leaves the device idle, not busy.
             self.device.compute.record(slot.started)
             if graphs is None:
-                self._joint_forward(slot, plan)
+                self.forward.joint(slot, plan)
                 return
             if num_rows:
                 flavour = flavour_of(plan.decode)
@@ -227,7 +223,7 @@ class TorchRunner:
                 slot.sections[:, num_rows:num].copy_(slot.ends[:, : num - num_rows])
             if plan.chunks:
                 try:
-                    self._prefill(slot, plan, token_bucket)
+                    self.forward.prefill(slot, plan, self.chunk_graphs, token_bucket)
                 except torch.OutOfMemoryError as error:
                     raise OutOfDeviceMemory(str(error)) from error
 
@@ -328,97 +324,3 @@ class TorchRunner:
             slot.previous_end.elapsed_s(slot.started),
             slot.sampled.elapsed_s(slot.copied),
         )
-
-    # ------------------------------------------------------------------ forward
-
-    def _decode_body(self, slot: Slot, num_rows: int, flavour: Flavour) -> None:
-        """A whole decode step over a slot's first `num_rows` rows, padding included. What graphs record."""
-        full = self._decodes_values and flavour is Flavour.FULL
-        has_values = self._decodes_values and flavour is not Flavour.TEXT  # of the tokens before, in any row
-        hidden, logits = self.model.decode(
-            self._embed_rows(slot, num_rows, has_values),
-            decode_tokens(slot, num_rows, self._max_tokens, narrow=self.model.fuses),
-            self.cache,
-        )
-        if flavour is Flavour.GATED:
-            assert slot.logits is not None and slot.hidden is not None
-            slot.logits[:num_rows].copy_(logits)
-            slot.hidden[:num_rows].copy_(hidden)
-        wants = _IN_GRAPH[flavour]._replace(spatial=full)
-        self.sampler.sample(slot, slice(0, num_rows), logits, hidden, None, wants, rows="graph_rows")
-
-    def _embed_rows(self, slot: Slot, num_rows: int, has_values: bool) -> Tensor:
-        rows = index_of(slot.fields["rows"][:num_rows], narrow=self.model.fuses)
-        last_ids = self.rows.last_ids.index_select(0, rows)
-        if not has_values:
-            return self.model.embed(last_ids)
-        spatial = slot.fields["spatial"][:num_rows] > 0
-        return self.model.embed_next(last_ids, self.rows.last_values.index_select(0, rows), spatial)
-
-    def _chunk_tokens(self, slot: Slot, plan: StepPlan) -> tuple[Tensor, StepTokens]:
-        """Embeddings of the chunks alone, and where they stand."""
-        ids, tokens = chunk_tokens(slot, plan)
-        return self.embedding.embed(plan.chunks, ids, taps=tokens.taps), tokens
-
-    def _prefill(self, slot: Slot, plan: StepPlan, bucket: int) -> None:
-        """The chunks as a forward of their own, by the graph of their bucket or, if that is 0, eagerly as they are;
-        logits of rows whose prefill ends go behind the decode rows'."""
-        if bucket:
-            graphs = self.chunk_graphs
-            assert graphs is not None
-            self.embedding.embed(plan.chunks, slot.chunks[0, :bucket].long(), graphs.inputs[:bucket])
-            graphs.run(slot, bucket)
-            hidden = graphs.outputs
-        else:
-            hidden, tokens = self._chunk_tokens(slot, plan)
-            hidden = self.model.forward(hidden, tokens, self.cache)
-        if plan.num_scored:
-            score_chunks(self.model, slot, plan, hidden, self._progress)
-        ends = slice(len(plan.decode), len(plan.samples))
-        if ends.start == ends.stop:
-            return
-        hidden = hidden[slot.fields["sample_index"][ends].long()]
-        assert slot.logits is not None and slot.hidden is not None
-        slot.logits[ends].copy_(self.model.logits(hidden))
-        slot.hidden[ends].copy_(hidden)
-
-    def encode_one_by_one(self, crops: Tensor) -> Tensor:
-        """See `EncodeCrops`: crop by crop, with `progress` called between layers and after each."""
-        encoder = self.model.encoder
-        assert encoder is not None
-        encoder.progress = self._progress
-        encoded = []
-        for crop in crops.split(1):
-            encoded.append(encoder.features(crop))
-            self._progress()
-        return torch.cat(encoded)
-
-    def _joint_forward(self, slot: Slot, plan: StepPlan) -> None:
-        """Decode rows and chunks in one eager forward, the quickest way where nothing is captured."""
-        num_rows = len(plan.decode)
-        rows: StepTokens | None = None
-        if num_rows:
-            has_values = any([seq.is_spatial for seq in plan.decode])
-            hidden = self._embed_rows(slot, num_rows, has_values)
-            tokens = rows = decode_tokens(slot, num_rows, max(plan.positions) + 1, narrow=self.model.fuses)
-        if plan.chunks:
-            embedded, tokens = self._chunk_tokens(slot, plan)
-            if rows is None:
-                hidden = embedded
-            else:
-                hidden = torch.cat([hidden, embedded])
-                own = rows.positions.expand(*tokens.positions.shape[:-1], -1)
-                tokens.positions = torch.cat([own, tokens.positions], dim=-1)
-                tokens.taps = [(num_rows + first, values) for first, values in tokens.taps]
-                tokens.write_index = torch.cat([rows.write_index, tokens.write_index])
-                tokens.decode = rows.decode
-        tokens.progress = self._progress
-        hidden = self.model.forward(hidden, tokens, self.cache)
-        num = len(plan.samples)
-        if plan.num_scored:
-            score_chunks(self.model, slot, plan, hidden[num_rows:], self._progress)
-        if plan.chunks:
-            if not num:
-                return
-            hidden = hidden[slot.fields["sample_index"][:num].long()]
-        slot.logits, slot.hidden = self.model.logits(hidden), hidden

@@ -209,7 +209,7 @@ def _encode(runner: TorchRunner, sheets: Sequence[Sheet]) -> None:
         )
         for sheet in sheets
     ]
-    features = runner.encode_one_by_one if runner.graphs is None else None
+    features = runner.forward.encode_one_by_one if runner.graphs is None else None
     with runner.device.compute.use():
         runner.model.encode_images([ImageCrops(black)], features)
 

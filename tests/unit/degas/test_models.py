@@ -84,3 +84,13 @@ def test_memory_is_known() -> None:
 def test_no_torch_for_a_list() -> None:
     code = "import sys, degas.models; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_fp8_is_served_in_twice_the_bytes(shelf: Path) -> None:
+    """Memory is counted by numbers: those of FP8 have one byte on disk."""
+    narrow = torch.zeros(4000, dtype=torch.float8_e4m3fn)
+    wide = torch.zeros(1000, dtype=torch.bfloat16)
+    save_file({"w": wide, "v": narrow}, shelf / "plain" / "model.safetensors")
+    found = {model.name: model for model in list_models([shelf])}[str(shelf / "plain")]
+    assert found.size_bytes == pytest.approx(6000, abs=400)
+    assert found.memory_bytes - BESIDE_BYTES == 2 * 5000

@@ -18,7 +18,7 @@ from tests.unit.worker.formats.tiny_gguf import make_oracle, write_gguf
 from worker.formats.locate import locate
 from worker.formats.open_source import open_source
 from worker.models.held import held_bytes
-from worker.models.layers import PackedLinear
+from worker.models.linear import PackedLinear
 from worker.models.registry import load_model
 from worker.native.products import products
 

@@ -15,7 +15,8 @@ from shared.protocol import ImageLayout, ImageSpec, OneCrop, PanAndScan
 from worker.formats.json_files import read_object
 from worker.formats.source import Source, Target
 from worker.models.families.gemma import read_gemma3
-from worker.models.layers import PackedLinear, RmsNorm, Take
+from worker.models.layers import RmsNorm
+from worker.models.linear import PackedLinear, Take
 from worker.models.picture_model import PictureParts, Project, picture_family, section, text_settings
 from worker.models.picture_plan import MAX_IMAGES, Preprocessor, read_preprocessor
 from worker.models.settings import Settings

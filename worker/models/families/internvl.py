@@ -16,7 +16,8 @@ from worker.formats.json_files import read_object
 from worker.formats.source import Source, Target
 from worker.models.families.llama import read as read_llama
 from worker.models.families.qwen import read_qwen2, read_qwen3
-from worker.models.layers import Mlp, PackedLinear, Take, take_linear, take_norm
+from worker.models.layers import Mlp, take_linear, take_norm
+from worker.models.linear import PackedLinear, Take
 from worker.models.picture_model import (
     PictureParts,
     Project,

@@ -15,7 +15,8 @@ from shared.protocol import FreeTiles, ImageLayout, ImageSpec
 from worker.formats.source import Source, Target
 from worker.models.families import lfm2
 from worker.models.flex_tower import FlexTower
-from worker.models.layers import Mlp, PackedLinear, Take, take_linear, take_norm
+from worker.models.layers import Mlp, take_linear, take_norm
+from worker.models.linear import PackedLinear, Take
 from worker.models.picture_model import PictureParts, Project, picture_family, section, text_settings
 from worker.models.picture_plan import MAX_IMAGES, Preprocessor, read_preprocessor
 from worker.models.settings import Settings

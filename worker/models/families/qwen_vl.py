@@ -22,15 +22,8 @@ from worker.models.free_tower import (
     take_frame_patches,
     take_rotated_qkv,
 )
-from worker.models.layers import (
-    GatedMlp,
-    Mlp,
-    PackedLinear,
-    RmsNorm,
-    Take,
-    take_linear,
-    take_norm,
-)
+from worker.models.layers import GatedMlp, Mlp, RmsNorm, take_linear, take_norm
+from worker.models.linear import PackedLinear, Take
 from worker.models.picture_model import PictureParts, Project, picture_family, section, text_settings
 from worker.models.picture_plan import MAX_IMAGES, Preprocessor, read_preprocessor
 from worker.models.rope import parse_rope

@@ -13,7 +13,7 @@ from shared.pictures import max_crops
 from shared.protocol import EdgeTiles, ImageLayout, ImageSpec
 from worker.formats.source import Source, Target
 from worker.models.families.llama import read as read_llama
-from worker.models.layers import PackedLinear, Take
+from worker.models.linear import PackedLinear, Take
 from worker.models.picture_model import PictureParts, Project, picture_family, section, text_settings
 from worker.models.picture_plan import MAX_IMAGES, read_preprocessor
 from worker.models.settings import Settings

@@ -13,7 +13,8 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from gateway.api.response_events import TERMINAL
-from gateway.api.response_stream import Opening, ResponseStream
+from gateway.api.response_object import Opening
+from gateway.api.response_stream import ResponseStream
 from gateway.api.spoken import Reading
 from gateway.decisions.answer_parts import DIALECTS, ThinkingTags
 from gateway.generation import Delta, End, RequestError, SpatialObject, TokenInfo, Usage

@@ -18,7 +18,7 @@ from worker.kernels import dependent
 from worker.kernels.activation import gelu_tanh
 from worker.kernels.few_rows_product import suits
 from worker.kernels.rotary_kv_write import rotary_kv_write
-from worker.models.layers import has_own_products
+from worker.models.linear import has_own_products
 from worker.models.moondream import Moondream
 from worker.step.decode_graphs import Flavour, bucket_sizes, least_bucket
 from worker.step.staging import StepShape, stage_padding
@@ -34,7 +34,7 @@ OUTSIDE = {"upload_aside", "early_copy", "vision_stream", "vision_gelu", "depend
 def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Moondream]:
     """A small Moondream as on a GPU: weights unpacked and joined, forwards by kernels."""
     monkeypatch.setattr("worker.native.library.load", lambda: None)
-    monkeypatch.setattr("worker.models.layers.can_pack", lambda *_: False)
+    monkeypatch.setattr("worker.models.linear.can_pack", lambda *_: False)
     monkeypatch.setattr("worker.models.moondream.joins", lambda device: True)
     made = random_model("tiny-moondream", torch.device("cpu"), torch.float32).model
     assert isinstance(made, Moondream)
@@ -75,7 +75,7 @@ def step(
     slot.upload()
     slot.outputs.fill_(-1)
     if run is None:
-        runner._decode_body(slot, 3, Flavour.GATED)
+        runner.forward.decode(slot, 3, Flavour.GATED)
     else:
         run()
     assert slot.logits is not None

@@ -20,6 +20,7 @@ from tests.unit.worker.step.test_captured_steps import agree
 from tests.unit.worker.step.test_torch_runner import Harness, picture
 from worker.device.cpu import CpuDevice
 from worker.forward import SPAN_TOKENS, chunk_spans
+from worker.models import words
 from worker.models.moondream import Moondream
 from worker.schedule.plan import Chunk, StepPlan
 from worker.schedule.sequence import Sequence
@@ -49,7 +50,8 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Moondream:
     made = random_model("tiny-moondream", torch.device("cpu"), torch.float32).model
     assert isinstance(made, Moondream)
     made.card = msgspec.structs.replace(made.card, context_tokens=64)  # captured attention spans all of it
-    made._words[NAN_WORD] = NAN
+    assert isinstance(made._words, words.Table)
+    made._words.tensor[NAN_WORD] = NAN
     return made
 
 

@@ -19,7 +19,8 @@ from tests.unit.worker.step.test_torch_runner import Harness
 from worker.device.choices import without
 from worker.forward import KVCache, PrefillSegment, StepTokens, chunk_spans
 from worker.models.dense import Dense
-from worker.models.layers import GatedMlp, PackedLinear
+from worker.models.layers import GatedMlp
+from worker.models.linear import PackedLinear
 from worker.models.moondream import Moondream
 from worker.step.chunk_graphs import SMALL_BUCKETS
 

@@ -16,7 +16,7 @@ from worker.formats.open_source import open_source
 from worker.kernels.integer_weight import IntegerWeight, dequantise, quantise, repack
 from worker.kernels.quantised_linear import MAX_ROWS, expand, quantised_linear
 from worker.models.decoder import Decoder
-from worker.models.layers import PackedLinear
+from worker.models.linear import PackedLinear
 from worker.models.registry import load_model
 from worker.native.quantised import KINDS, Quantised, stacked
 from worker.native.quantised_source import QuantisedSource
@@ -97,7 +97,7 @@ def test_rounding_error(bits: int, most: float) -> None:
 
 
 def test_a_layer_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.models.layers.by_kernels", lambda device: True)
+    monkeypatch.setattr("worker.models.linear.by_kernels", lambda device: True)
     first, second = random_blocks("Q4_K", 64, 256), random_blocks("Q8_0", 32, 256)
     for weight in (first, stacked([first, second])):
         bias, x = torch.randn(weight.shape[0]), torch.randn(2, 3, 256)
@@ -140,7 +140,7 @@ def test_a_quantised_model_by_kernels(
     else:
         folder.mkdir()
         write(folder, family, num_hidden_layers=1, hidden_size=96, tie_word_embeddings=True)
-    monkeypatch.setattr("worker.models.layers.by_kernels", lambda device: True)
+    monkeypatch.setattr("worker.models.linear.by_kernels", lambda device: True)
     source = QuantisedSource(open_source(folder), made, tmp_path / "cache")
     model = load_model(source, CPU, torch.float32, quiet)
     assert isinstance(model, Decoder)

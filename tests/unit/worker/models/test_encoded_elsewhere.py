@@ -57,4 +57,4 @@ def test_tokens_are_those_from_pixels(kind: str, tmp_path: Path) -> None:
     for mixed_tokens in (1600, 24):
         harness = Harness(model, depth=2, mixed_tokens=mixed_tokens, format=encoder.format)
         assert [stream.tokens for stream in harness.answer(given)] == wanted
-        assert harness.runner.embedding._features.bytes_given_total > 0
+        assert harness.runner.forward.embedding._features.bytes_given_total > 0

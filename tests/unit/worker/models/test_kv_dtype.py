@@ -13,7 +13,7 @@ from worker.config import ConfigError, WorkerConfig
 from worker.models.contract import Model
 from worker.native.library import torch_alone
 from worker.native.operations import operations
-from worker.startup import choose_kv_dtype
+from worker.resolve import choose_kv_dtype
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 

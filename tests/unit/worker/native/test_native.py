@@ -16,7 +16,7 @@ from tests.unit.worker.native.kinds import library_of
 from worker.forward import DecodeRows, KVCache, StepTokens
 from worker.models.attention import AttentionPlan
 from worker.models.dense import Dense
-from worker.models.layers import PackedLinear
+from worker.models.linear import PackedLinear
 from worker.models.moondream import Moondream
 from worker.native import build
 from worker.native.library import use_threads

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from tests.unit.worker.models.paged_driver import relative_error
 from tests.unit.worker.native.integer_case import random_blocks
-from worker.models.layers import PackedLinear
+from worker.models.linear import PackedLinear
 from worker.native.library import use_threads
 from worker.native.products import BF16, SAME, Products, products
 from worker.native.quantised import KINDS, Levels, QuantisedWeight, stacked
@@ -139,7 +139,7 @@ def test_what_is_no_matrix_of_blocks_is_refused() -> None:
 
 
 def test_without_compiled_products_blocks_are_dequantised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.models.layers.products", lambda device: None)
+    monkeypatch.setattr("worker.models.linear.products", lambda device: None)
     weight, x = random_blocks("Q8_0", 32, 64), torch.randn(3, 64)
     assert relative_error(PackedLinear(weight)(x), F.linear(x, weight.dequantised())) < 1e-5
 

@@ -26,7 +26,7 @@ from worker.native.products import products
 from worker.native.quantised import Levels, QuantisedWeight, beside
 from worker.native.quantised_source import QuantisedSource
 from worker.native.quantiser import fits, to_blocks
-from worker.startup import refuse_quantize
+from worker.resolve import refuse_quantize
 
 pytestmark = pytest.mark.usefixtures("exact_activations")
 CPU = torch.device("cpu")
@@ -137,11 +137,11 @@ def test_the_second_load_rounds_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     kept = list((cache / "quantised").iterdir())
     assert len(kept) == 1 and kept[0].stat().st_mode & 0o077 == 0
 
-    def never(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    def never(weight: torch.Tensor, kind: str, out: torch.Tensor) -> bool:
         raise AssertionError("rounded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("worker.native.quantised_source.to_blocks", never)
+        patch.setattr("worker.native.quantised_source.round_into", never)
         assert torch.equal(logits(load(folder, "int4", cache)), first)
         with pytest.raises(AssertionError, match="again"):
             load(folder, "int8", cache)

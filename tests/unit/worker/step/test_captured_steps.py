@@ -26,12 +26,14 @@ from worker.forward import ImageCrops
 from worker.loop.inbox import Received
 from worker.models.moondream import Moondream
 from worker.schedule.plan import StepPlan, StepResult
+from worker.step.chunk_graphs import ChunkGraphs
 from worker.step.contract import DeviceTimes, GraphCounts
 from worker.step.decode_graphs import Flavour, bucket_sizes
 from worker.step.features import FeatureCache
 from worker.step.graph_table import EAGER_RUNS_BEFORE_CAPTURE
 from worker.step.picture_encoder import TorchEncoder, blank
 from worker.step.slot import Slot
+from worker.step.step_forward import StepForward
 from worker.step.torch_runner import TorchRunner
 from worker.step.vision_graphs import VisionGraphs, cut_pieces, piece_sizes
 from worker.step.warm_up import warm_up
@@ -148,14 +150,14 @@ def test_a_prompt_that_finds_no_memory_ends_alone(tiny: Moondream, monkeypatch: 
     harness = Harness(tiny, depth=2, max_rows=4, device=GraphDevice())
     runner = harness.runner
     runner.capture_graphs()
-    prefill = runner._prefill
+    prefill = runner.forward.prefill
 
-    def refuse_once(slot: Slot, plan: StepPlan, bucket: int) -> None:
+    def refuse_once(slot: Slot, plan: StepPlan, graphs: ChunkGraphs | None, bucket: int) -> None:
         if plan.decode and any(chunk.seq.sequence_id == 99 for chunk in plan.chunks):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        prefill(slot, plan, bucket)
+        prefill(slot, plan, graphs, bucket)
 
-    monkeypatch.setattr(runner, "_prefill", refuse_once)
+    monkeypatch.setattr(runner.forward, "prefill", refuse_once)
     large: tuple[Submit, list[bytes]] = (
         Submit(EPOCH, 99, "99", pack_i32([5] * 40), 9, Sampling(), ignore_eos=True),
         [],
@@ -353,16 +355,18 @@ def test_decode_rows_of_a_mixed_step_leave_before_its_chunks_end(
     submits = text(3, 12, 300)
     expected = alone(tiny, submits)
     harness = Harness(tiny, depth=2, max_rows=4, device=GraphDevice(), mixed_tokens=20)
-    prefill, wait = TorchRunner._prefill, TorchRunner.wait
+    prefill, wait = StepForward.prefill, TorchRunner.wait
     mixed, sent = [], []
 
-    def watched(self: TorchRunner, slot: Slot, plan: StepPlan, bucket: int) -> None:
+    def watched(
+        self: StepForward, slot: Slot, plan: StepPlan, graphs: ChunkGraphs | None, bucket: int
+    ) -> None:
         if plan.decode:
             num = len(plan.decode)
             mixed.append(slot.early_rows)
             if slot.early_rows:
                 assert torch.equal(slot.host_outputs[:num], slot.outputs[:num])
-        prefill(self, slot, plan, bucket)
+        prefill(self, slot, plan, graphs, bucket)
 
     def waiting(self: TorchRunner, slot_number: int, plan: StepPlan) -> StepResult:
         if plan.chunks and plan.decode:
@@ -372,7 +376,7 @@ def test_decode_rows_of_a_mixed_step_leave_before_its_chunks_end(
                     sent.append(self.slots[slot_number].host_outputs_np[row, 0] in stream.tokens)
         return wait(self, slot_number, plan)
 
-    monkeypatch.setattr(TorchRunner, "_prefill", watched)
+    monkeypatch.setattr(StepForward, "prefill", watched)
     monkeypatch.setattr(TorchRunner, "wait", waiting)
 
     def staggered() -> list[Stream]:

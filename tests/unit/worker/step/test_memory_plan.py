@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from tests.unit.worker.models.small_checkpoint import write_checkpoint
 from tests.unit.worker.models.test_load_memory import write_llama
-from worker import startup
+from worker import resolve, startup
 from worker.config import ConfigError, WorkerConfig
 from worker.device.cpu import CpuDevice
 from worker.device.memory import FreeMemory
@@ -25,7 +25,7 @@ from worker.models.held import held_bytes
 from worker.models.registry import load_model
 from worker.native.library import load
 from worker.native.quantised_source import QuantisedSource
-from worker.startup import choose_kv_dtype, count_pages
+from worker.resolve import choose_kv_dtype, count_pages
 from worker.step.kv_memory import kv_memory
 from worker.step.memory_plan import GATEWAY_BYTES, MemoryPlan, fit, plan_memory
 
@@ -82,7 +82,7 @@ def test_pages_are_as_large_as_they_are_made(folder: Path) -> None:
             model = load_model(open_source(folder), torch.device("cpu"), dtype, lambda *_: None)
         choose_kv_dtype(config, model)
         pages = config.num_pages or count_pages(config, CPU, model, model.card.context_tokens)
-        shape = startup._shape(config, model.card, pages)
+        shape = resolve.step_shape(config, model.card, pages)
         memory = kv_memory(model, shape, CPU)
         assert pages == plan.most_pages
         assert sum(part.nbytes for part in (*memory.keys, *memory.values)) == pages * plan.page_bytes
@@ -181,9 +181,9 @@ def test_four_billion_weights_on_8_gb_by_their_headers(tmp_path: Path) -> None:
         fit(config, CPU, source, torch.float32, free(7 << 30))
     eight = config.model_copy(update={"quantize": "int8"})
     fitted, plan, _ = fit(eight, CPU, source, torch.float32, free(7 << 30))
-    assert fitted is eight and 4.5e9 < plan.weight_bytes < 5.5e9
+    assert fitted is eight and 4.1e9 < plan.weight_bytes < 4.4e9  # the table of words is the head
     with pytest.raises(ConfigError, match="a safe value for quantize is int4"):
-        fit(config, CPU, source, torch.float32, free(5 << 30))
+        fit(config, CPU, source, torch.float32, free(9 << 29))
 
 
 def test_a_family_that_cannot_be_counted_is_loaded_all_the_same(
@@ -192,7 +192,7 @@ def test_a_family_that_cannot_be_counted_is_loaded_all_the_same(
     monkeypatch.setattr("worker.models.blank.load_model", lambda *_: torch.empty(1, device="meta").item())
     config = WorkerConfig(model=str(folder))
     with capture_logs() as told:
-        assert startup._fitted(config, CPU, open_source(folder), torch.float32) is config
+        assert resolve.fitted_settings(config, CPU, open_source(folder), torch.float32) is config
     assert told[0]["event"] == "memory_not_planned"
 
 
@@ -201,4 +201,4 @@ def test_a_worker_refuses_before_it_loads(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(startup, "load_model", lambda *_: pytest.fail("loaded"))
     config = WorkerConfig(model=str(folder))
     with pytest.raises(ConfigError, match="this model takes"):
-        startup._fitted(config, CPU, open_source(folder), torch.float32)
+        resolve.fitted_settings(config, CPU, open_source(folder), torch.float32)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from worker import startup
+from worker import resolve
 from worker.config import WorkerConfig
 
 CPU: Any = SimpleNamespace(torch_device=torch.device("cpu"))
@@ -34,14 +34,14 @@ def test_auto(
     num_bytes: int,
     dtype: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(startup, "has_bf16", lambda: has_bf16)
-    monkeypatch.setattr(startup, "available_bytes", lambda: 16 * GB)
-    monkeypatch.setattr(startup, "products", lambda device: SimpleNamespace(multiplies=compiled.__contains__))
+    monkeypatch.setattr(resolve, "has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(resolve, "available_bytes", lambda: 16 * GB)
+    monkeypatch.setattr(resolve, "products", lambda device: SimpleNamespace(multiplies=compiled.__contains__))
     source: Any = SimpleNamespace(num_bytes=num_bytes)
-    assert startup.choose_dtype(WorkerConfig(), CPU, source) is dtype
+    assert resolve.choose_dtype(WorkerConfig(), CPU, source) is dtype
 
 
 def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(startup, "has_bf16", lambda: False)
+    monkeypatch.setattr(resolve, "has_bf16", lambda: False)
     source: Any = SimpleNamespace(num_bytes=GB)
-    assert startup.choose_dtype(WorkerConfig(dtype="bfloat16"), CPU, source) is torch.bfloat16
+    assert resolve.choose_dtype(WorkerConfig(dtype="bfloat16"), CPU, source) is torch.bfloat16
