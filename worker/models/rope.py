@@ -53,7 +53,8 @@ def parse_rope(
         found = found[layer_type]
     settings = Settings(found, config.file)
     kind = settings.get("rope_type", settings.get("type", "default"))
-    kind = (aliases or {}).get(kind, kind)
+    if isinstance(kind, str):
+        kind = (aliases or {}).get(kind, kind)
     if kind not in KINDS:
         raise config.fault(
             f"rotary embedding of type {kind!r} is not supported, only {', '.join(KINDS[:-1])} and {KINDS[-1]}"
