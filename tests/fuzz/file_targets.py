@@ -111,14 +111,14 @@ class _Files:
             (folder / "generation_config.json").unlink()
             self._write("tokenizer_config.json", {})
 
-    def safetensors(self, data: bytes) -> object:
+    def safetensors(self, data: bytes) -> None:
         """A file of weights: its header, and a tensor of it."""
         (self.path / "weights" / "model.safetensors").write_bytes(data)
         found = Checkpoint(self.path / "weights", lambda *_: None)
         for name, shape in (("a", (2, 3)), ("b", (4,)), ("c.weight", (4, 8))):
             if name in found:
                 found.take(name, *shape, device=_CPU, dtype=torch.float32)
-        return found.finish()
+        found.finish()
 
     def gguf(self, data: bytes) -> object:
         """A GGUF file: what it says of itself, its settings, tokenizer and templates."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from functools import cache
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError
@@ -14,7 +14,7 @@ from gateway.decisions.outlines import Outline, OutlineMarks
 from gateway.generation import RequestError
 from gateway.transport.rpc_requests import read_request
 from tests.fuzz.mutations import mutated_bytes
-from tests.fuzz.targets import Make, Target, bytes_of, on_core
+from tests.fuzz.targets import Make, Target, bytes_of
 from tests.unit.gateway.api.fake_core import FakeCore
 
 _DIALECTS: Final = (None, *DIALECTS.values())
@@ -51,14 +51,13 @@ def _answer(data: bytes) -> object:
 def _outline(data: bytes) -> object:
     """Ids, and the values of those that are places, as a worker sends them."""
     outline = Outline(OutlineMarks(0, 1, lambda token_id: _PATH[token_id - _NUM_REGULAR]))
-    values = ([0.5], [0.25, 2.0], [], [float("nan")], [float("-inf"), 0.0])
+    values: tuple[list[float], ...] = ([0.5], [0.25, 2.0], [], [float("nan")], [float("-inf"), 0.0])
     for index, byte in enumerate(data):
         token_id = byte % (_NUM_REGULAR + len(_PATH))
         outline.take(token_id, values[byte % len(values)] if token_id < _NUM_REGULAR else None, index)
     return None
 
 
-@cache
 def _rpc_request() -> pb.GenerateRequest:
     params = pb.SamplingParams(
         temperature=0.5,
@@ -85,13 +84,15 @@ def _rpc_sound() -> tuple[bytes, ...]:
 def said_targets() -> list[Target]:
     """Answers of models, outlines, requests over gRPC."""
 
-    async def generate(core: FakeCore, data: bytes) -> object:
-        return await read_request(core, pb.GenerateRequest.FromString(data), "r", "t")
+    core, loop = FakeCore(), asyncio.Runner()
+
+    def generate(data: bytes) -> object:
+        return loop.run(read_request(core, pb.GenerateRequest.FromString(data), "r", "t"))
 
     outlines = (bytes([0, 0, 1, 2, 8, 8, 3, 7, 8, 9, 5]), bytes([0, 0, 1, 2, 8, 8, 4, *[8] * 6, 5]))
     make: Make = _answers
     return [
         Target("answers", make, _answer, ()),
         Target("outlines", bytes_of(outlines), _outline, ()),
-        Target("grpc", bytes_of(_rpc_sound()), on_core(FakeCore(), generate), (RequestError, DecodeError)),
+        Target("grpc", bytes_of(_rpc_sound()), generate, (RequestError, DecodeError)),
     ]

@@ -14,7 +14,7 @@ from tests.fuzz.targets import Target, bytes_of
 from tests.fuzz.wire_targets import worker_side
 from worker.config import ConfigError
 from worker.formats.errors import CheckpointError
-from worker.models.dense_config import read_dense
+from worker.models.families.qwen import read_qwen2
 from worker.models.settings import Settings
 from worker.wire.keys import secure_with
 
@@ -64,9 +64,14 @@ def test_a_damaged_key_file_is_named(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("hidden_act", {"silu": 1}), ("rope_parameters", {"rope_type": ["yarn"]}), ("rms_norm_eps", 10**400)],
+    [
+        ("hidden_act", {"silu": 1}),
+        ("rope_parameters", {"rope_type": ["yarn"]}),
+        ("rms_norm_eps", 10**400),
+        ("max_window_layers", ""),
+    ],
 )
 def test_settings_of_another_kind_are_refused(field: str, value: object) -> None:
     values = {**CONFIGS[2], field: value}
     with pytest.raises(CheckpointError, match=rf"config\.json: .*({field}|rotary embedding of type)"):
-        read_dense(Settings(values, Path("config.json")))
+        read_qwen2(Settings(values, Path("config.json")))
