@@ -21,6 +21,7 @@ HOST = tuple(
     f"tests/unit/worker/{name}.py" for name in ("step/test_staging", "loop/test_masks", "schedule/test_depth")
 )
 ENCODERS = ("tests/unit/wire/test_encoder_scenes.py",)
+PAGES = ("tests/unit/worker/schedule/test_prefix_cache.py",)
 LENDING = ("tests/unit/gateway/core/test_lending.py",)
 WIRE = ("tests/unit/wire/test_scenes.py", "tests/unit/wire/test_state_machine.py")
 
@@ -80,7 +81,7 @@ MUTANTS = [
     Mutant("skip a page boundary", "worker/schedule/scheduler.py", "or self._grow(seq, seq.num_computed + 1):", "or True:"),
     Mutant("key the prefix cache without its tenant", "worker/schedule/prefix_cache.py", '"little") + seq.tenant.encode())', '"little"))'),
     Mutant("key a block without its picture", "worker/schedule/prefix_cache.py", "            digest.update(picture.digest)\n    return", "            pass\n    return"),
-    Mutant("key a page without its picture", "worker/schedule/prefix_cache.py", "                    digest.update(picture.digest)\n            for", "                    pass\n            for"),
+    Mutant("key a page without its picture", "worker/schedule/prefix_cache.py", "                    digest.update(picture.digest)\n            for", "                    pass\n            for", PAGES),
     Mutant("remember pages of generated coordinates by id", "worker/schedule/prefix_cache.py", "if seq.is_spatial:", "if False:"),
     Mutant("split the bidirectional prefix", "worker/schedule/budget.py", "if first < start + num < end:", "if False:"),
     Mutant("sample constrained rows before their predecessor commits", "worker/loop/engine.py", "while (oldest := self.pipeline.oldest) is not step:", "while False:"),
@@ -160,7 +161,7 @@ NO_FAULT = {
     suite: Mutant(
         "no fault at all", "worker/schedule/scheduler.py", "class Scheduler:", "class Scheduler:", suite
     )
-    for suite in (LOOP, WIRE, ENCODERS, HOST, LENDING)
+    for suite in (LOOP, PAGES, WIRE, ENCODERS, HOST, LENDING)
 }
 
 

@@ -16,6 +16,7 @@ _AROUND: Final = "".join(map(chr, range(0x21)))  # what the URL standard cuts of
 _MAX_HEADER: Final = 2048
 _REMOTE: Final = re.compile(r"[\0- ]*(?:https?|file|ftp|blob|s3|gs):", re.IGNORECASE)
 _SPACE: Final = b"\t\n\f\r "
+_SPACE_ESCAPES: Final = ("%0", "%20")  # of tab, line breaks and space; what else begins so is not base64
 _STRANGE: Final = re.compile(rb"[^A-Za-z0-9+/]")
 _MAX_BARE: Final = 1000
 _BARE_PERCENT: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
@@ -48,13 +49,21 @@ def split(url: str) -> Split:
 
 
 def decoded_bytes(url: str, parts: Split) -> int:
-    """How long the file is that the body holds, to within the padding; a lower bound where escapes are many."""
+    """How long the file is that the body holds: up to two bytes less, and less still where a % escapes nothing.
+
+    Never more, but for white space at the end of a body that is not base64: what is refused by it is too long.
+    """
     end = url.find("#", parts.begin)
     end = len(url) if end < 0 else end
-    num_chars = end - parts.begin - 2 * url.count("%", parts.begin, end)
+    num_escapes = url.count("%", parts.begin, end)
+    dropped = _SPACE.decode() if parts.is_base64 else "\t\n\r"
+    num_chars = (
+        end - parts.begin - 2 * num_escapes - sum(url.count(char, parts.begin, end) for char in dropped)
+    )
     if not parts.is_base64:
         return num_chars
-    num_chars -= sum(url.count(space, parts.begin, end) for space in "\t\n\r ")
+    if num_escapes:
+        num_chars -= sum(url.count(escape, parts.begin, end) for escape in _SPACE_ESCAPES)
     return num_chars * 3 // 4 - 2
 
 

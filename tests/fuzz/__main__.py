@@ -20,6 +20,8 @@ import typer
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.file_targets import file_targets
+from tests.fuzz.said_targets import said_targets
 from tests.fuzz.targets import Target, api_targets, text_targets
 from tests.fuzz.wire_targets import wire_targets
 
@@ -59,7 +61,7 @@ class Report:
 
 def every_target() -> list[Target]:
     """All of them."""
-    return [*wire_targets(), *text_targets(), *api_targets()]
+    return [*wire_targets(), *text_targets(), *said_targets(), *file_targets(), *api_targets()]
 
 
 def fuzz(target: Target, num_inputs: int, number: int = 0) -> Report:

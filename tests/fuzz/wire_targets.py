@@ -19,6 +19,8 @@ from aiohttp.http import WebSocketReader
 from degas.settings import resolve
 from gateway.config import load
 from gateway.core.flights import Flights
+from gateway.core.member_lists import _decode as decoded
+from gateway.core.member_lists import parse
 from gateway.core.placement import Worker
 from gateway.core.service import Service
 from gateway.core.worker_link import WorkerLink
@@ -34,9 +36,11 @@ from tests.fuzz.targets import Make, Target, bytes_of
 from tests.two_sheets import image_input
 from worker.loop.inbox import Inbox, Received
 from worker.schedule.intake import build_sequence
+from worker.schedule.kv_events import BlockRemoved
 from worker.schedule.picture_intake import build_picture
 from worker.schedule.refusal import Refusal
 from worker.wire.keys import secure_with
+from worker.wire.kv_publisher import KvPublisher
 from worker.wire.outbox import WireOutbox
 from worker.wire.transport import Transport
 
@@ -50,6 +54,12 @@ _FROM_GATEWAY = (
     msgspec.structs.replace(_SUBMIT, images=[_IMAGE], task="detect", max_objects=3),
     msgspec.structs.replace(_SUBMIT, grammar=wire.Grammar("regex", "a+")),
     msgspec.structs.replace(_SUBMIT, images=[_IMAGE], encoded=[0], encoded_as=_FORMAT),
+    msgspec.structs.replace(_SUBMIT, thinking=wire.ThinkingBudget(5, [2, 3], [4])),
+    msgspec.structs.replace(
+        _SUBMIT,
+        values=[wire.PromptValue(1, [0.5]), wire.PromptValue(2, [0.25, 0.5])],
+        sampling=wire.Sampling(num_prompt_logprobs=2),
+    ),
     wire.Encode(1, 9, _IMAGE, "t"),
     wire.Cancel(1, [7]),
     wire.Ping(1, 2.0),
@@ -58,10 +68,14 @@ _FROM_GATEWAY = (
 )
 _FROM_WORKER = (
     wire.Ready(wire.PROTOCOL_VERSION, wire.schema_hash(), 1, CARD, LIMITS, "cpu"),
+    wire.Ready(
+        wire.PROTOCOL_VERSION, wire.schema_hash(), 1, CARD, LIMITS, "cpu", {"load": 1.0}, role="encode", features=_FORMAT
+    ),
     wire.StepOutputs(
         1, 3, wire.pack_i64([7]), wire.pack_i32([0]), wire.pack_i32([11]),
         [wire.Finish(7, FinishReason.STOP, 4, 1)], [wire.TokenValues(7, 0, [0.5])],
         [wire.TokenLogprobs(7, 0, -0.5, wire.pack_i32([11, 12]), [-0.5, -1.0])],
+        [wire.PromptLogprobs(7, 1, bytes(8), wire.pack_i32([1, 2]), wire.pack_i32([4, 5, 6, 7]), bytes(16))],
     ),
     wire.Rejected(1, 7, ErrorCode.QUEUE_FULL, "full", "", 1.0),
     wire.Features(1, 9, _FORMAT),
@@ -169,6 +183,38 @@ class _GatewaySide:
                 self._scrape.render()
 
 
+class _Router:
+    """A socket of readers of KV events: what they ask, then nothing more."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[bytes]] = []
+
+    def recv_multipart(self, flags: int) -> list[bytes]:
+        if not self.asked:
+            raise zmq.Again
+        return self.asked.pop()
+
+    def send_multipart(self, frames: list[bytes], flags: int) -> None:
+        """Take it."""
+
+
+class _Replays:
+    """Readers' requests for the events that a worker holds: a frame each, apart by newlines."""
+
+    def __init__(self) -> None:
+        self._router = _Router()
+        self._publisher = KvPublisher("ipc://unused", "ipc://unused", max_held=3)
+        self._publisher._publish_socket = self._publisher.replay = cast("zmq.Socket[bytes]", self._router)
+        for number in range(5):
+            self._publisher.publish([BlockRemoved([number])])
+
+    def __call__(self, data: bytes) -> None:
+        self._router.asked = [[b"r", *data.split(b"\n")]]
+        self._publisher.turn(list, has_requests=True)
+        while self._publisher.is_replaying:
+            self._publisher.turn(list, has_requests=False)
+
+
 class _Transport:
     def pause_reading(self) -> None:
         """Nothing to pause."""
@@ -226,6 +272,7 @@ _TOML = (
     b"[serve]\npreload = false\nport = 0\n",
 )
 _KEY = b'metadata\n    a = "b"\ncurve\n    public-key = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"\n    secret-key = "D:)Q[IlAW!ahhC2ac:9*A}h:p?([4%wOTJ%JR%cs"\n'
+_LIST = b"# workers\ntcp://10.0.0.1:5555\n\n tcp://[::1]:5556\ntcp://worker-0.workers.svc:5557\r\n"
 _WS = (
     b"\x81\x85\0\0\0\0hello",
     b"\x01\x82\0\0\0\0ab\x80\x81\0\0\0\0c",
@@ -242,6 +289,8 @@ def wire_targets() -> list[Target]:
         Target("wire-worker", _messages(_FROM_GATEWAY), worker_side(), ()),
         Target("wire-gateway", _messages(_FROM_WORKER), _GatewaySide(), wire.NO_MESSAGE),
         Target("websocket", bytes_of(_WS), _frames, (WebSocketError,)),
+        Target("kv-replays", bytes_of((b"\n" + bytes(8), b"\n" + b"\xff" * 8)), _Replays(), ()),
+        Target("worker-lists", bytes_of((_LIST,)), lambda data: parse(decoded(data)), (ValueError,)),
         Target("toml", bytes_of(_TOML), files.toml, (ConfigError,)),
         Target("keys", bytes_of((_KEY,)), files.keys, (ConfigError,)),
     ]

@@ -124,10 +124,18 @@ def test_a_hubs_model_is_fetched_and_called_by_its_name(
     flags = ["--device", "cpu", "--model", "org/tiny"]
     with loopback_hub(tmp_path / "tiny", pause_s=0.05) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        for _ in range(2):
-            with stack(flags) as running:
-                client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
-                assert [model.id for model in client.models.list()] == ["org/tiny"]
+        with stack(flags) as running:
+            client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none")
+            assert [model.id for model in client.models.list()] == ["org/tiny"]
+        (tmp_path / "again").mkdir()
+        again = Stack(tmp_path / "again", flags, {})
+        again.start_worker()
+        try:
+            probe = again.probe()
+            assert probe.ready.model.model_id == "org/tiny"
+            probe.close()
+        finally:
+            again.stop()
         assert len(hub.fetched) == 1
 
 

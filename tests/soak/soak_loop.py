@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from loadtest.bench.cancels import run_cancels
+from tests.unit.wire.machine import Service
 from tests.unit.worker.loop.machine import Loop
 
 
-def test_the_loop_through_many_long_histories() -> None:
+@pytest.mark.parametrize("machine", [Loop, Service])
+def test_many_long_histories(machine: type[RuleBasedStateMachine]) -> None:
     run_state_machine_as_test(
-        Loop,
+        machine,
         settings=settings(
             max_examples=int(os.environ.get("DEGAS_SOAK_EXAMPLES", "5000")),
             stateful_step_count=200,

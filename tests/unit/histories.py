@@ -1,14 +1,14 @@
-"""How long the state machines of the ordinary tests run: 200 seeds of 100 steps."""
+"""How long the state machines of the ordinary tests run: so many seeds of 100 steps."""
 
 from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 
 
-def histories() -> settings:
+def histories(num: int) -> settings:
     """On top of the profile in force, which says whether failures are shrunk."""
     return settings(
-        max_examples=200,
+        max_examples=num,
         stateful_step_count=100,
         deadline=None,
         print_blob=True,

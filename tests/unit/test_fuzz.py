@@ -9,9 +9,13 @@ import pytest
 from gateway.schemas.prepare import prepare
 from shared import protocol as wire
 from tests.fuzz.__main__ import every_target, fuzz, lines_of
+from tests.fuzz.file_targets import CONFIGS
 from tests.fuzz.targets import Target, bytes_of
 from tests.fuzz.wire_targets import worker_side
 from worker.config import ConfigError
+from worker.formats.errors import CheckpointError
+from worker.models.families.qwen import read_qwen2
+from worker.models.settings import Settings
 from worker.wire.keys import secure_with
 
 
@@ -56,3 +60,22 @@ def test_a_damaged_key_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "worker.key_secret").write_text(text)
     with pytest.raises(ConfigError, match=r"worker\.key_secret"):
         secure_with(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", {"silu": 1}),
+        ("rope_parameters", {"rope_type": ["yarn"]}),
+        ("rms_norm_eps", 10**400),
+        (
+            "rope_parameters",
+            {"rope_type": "longrope", "long_factor": [10**400] * 8, "short_factor": [1.0] * 8},
+        ),
+        ("max_window_layers", ""),
+    ],
+)
+def test_settings_of_another_kind_are_refused(field: str, value: object) -> None:
+    values = {**CONFIGS[2], field: value}
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*({field}|rotary )"):
+        read_qwen2(Settings(values, Path("config.json")))

@@ -152,7 +152,7 @@ def read_dense(
     if small >= 1:
         raise settings.fault(f"{eps[0]!r} is {small!r}; it lies between 0 and 1")
     named = settings.get(activation, "silu")
-    if named not in _ACTIVATIONS:
+    if not isinstance(named, str) or named not in _ACTIVATIONS:
         raise settings.fault(f"{activation!r} is {named!r}; supported are {', '.join(_ACTIVATIONS)}")
     num_layers = settings.size("num_hidden_layers")
     ropes = ropes or (parse_rope(settings),)

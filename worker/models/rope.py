@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,8 @@ def parse_rope(
         found = found[layer_type]
     settings = Settings(found, config.file)
     kind = settings.get("rope_type", settings.get("type", "default"))
-    kind = (aliases or {}).get(kind, kind)
+    if isinstance(kind, str):
+        kind = (aliases or {}).get(kind, kind)
     if kind not in KINDS:
         raise config.fault(
             f"rotary embedding of type {kind!r} is not supported, only {', '.join(KINDS[:-1])} and {KINDS[-1]}"
@@ -118,7 +120,9 @@ def _yarn_attention(settings: Settings, factor: float) -> float:
 
 def _factors(settings: Settings, name: str) -> tuple[float, ...]:
     value = settings.get(name)
-    if not isinstance(value, list) or not all(isinstance(f, int | float) and f > 0 for f in value):
+    if not isinstance(value, list) or not all(
+        isinstance(f, int | float) and 0 < f <= sys.float_info.max for f in value
+    ):
         raise settings.fault(f"rotary setting {name!r} is missing or not a list of numbers above 0")
     return tuple(float(f) for f in value)
 

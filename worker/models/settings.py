@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,12 @@ class Settings:
     def above_0(self, name: str, default: float | None = None) -> float:
         """A number above 0."""
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            found = "missing" if value is None else repr(value)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value <= sys.float_info.max
+        ):
+            found = "missing" if value is None else repr(value)[:80]
             raise self.fault(f"{name!r} is {found}; a number above 0 is expected")
         return float(value)
 

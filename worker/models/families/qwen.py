@@ -72,6 +72,8 @@ def _layers(settings: Settings) -> tuple[LayerAttention, ...]:
     if not settings.flag("use_sliding_window"):
         return plain_layers(settings)
     first = settings.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        raise settings.fault(f"'max_window_layers' is {first!r}; a whole number is expected")
     windowed = settings.get("sliding_window") is not None
     return sliding_layers(settings, lambda index: windowed and index >= first)
 

@@ -76,12 +76,18 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+SHAPES = [(2, 2, 64, 16), (4, 2, 128, 16), (2, 1, 64, 1), (6, 2, 16, 5), (20, 1, 16, 32)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+# Splits are joined in fp32 whatever the pages hold: each shape by splits in one dtype, in turn.
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "page_tokens"),
-    [(2, 2, 64, 16), (4, 2, 128, 16), (2, 1, 64, 1), (6, 2, 16, 5), (20, 1, 16, 32)],
+    ("heads", "kv_heads", "head_dim", "page_tokens", "num_splits", "dtype"),
+    [
+        *((*shape, 1, dtype) for shape in SHAPES for dtype in DTYPES),
+        *((*shape, 4, DTYPES[number % 2]) for number, shape in enumerate(SHAPES)),
+    ],
 )
-@pytest.mark.parametrize("num_splits", [1, 4])
 def test_decode(
     heads: int, kv_heads: int, head_dim: int, page_tokens: int, num_splits: int, dtype: torch.dtype
 ) -> None:

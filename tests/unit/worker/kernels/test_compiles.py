@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[4]
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_kernel_compiles_for_hopper() -> None:
-    """As the models are served; in fp32 too, as the GPU's tests run them: `tests/soak/soak_compiles.py`."""
+    """As the models are served; in fp32 too, and in variants that do not serve: `tests/soak/soak_compiles.py`."""
     check_compiles()
 
 

@@ -32,7 +32,7 @@ def plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(model: Moondream | Dense, prefix: int) -> list[torch.Tensor]:
-    """Prefills in one piece and in chunks, mixed with decode rows and padding: hidden states of each step."""
+    """Prefills in one piece and in chunks, beside decode rows, then decode rows and padding: hidden states of each step."""
     driver = Driver(model, num_pages=60, kv_dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)
     width = model.embed(torch.tensor([0])).shape[1]
@@ -42,10 +42,9 @@ def run(model: Moondream | Dense, prefix: int) -> list[torch.Tensor]:
 
     first, second, third = Row(), Row(), Row()
     out = [driver.step([], [(first, draw(33), prefix), (second, draw(7), 0)])]
-    out.append(driver.step([(first, draw(1)), (second, draw(1))], [(third, draw(17), 0)]))
-    out.append(driver.step([(first, draw(1))], [(third, draw(9), 0)]))
+    out.append(driver.step([(first, draw(1))], [(second, draw(5), 0), (third, draw(17), 0)]))
     rows = (first, second, third)
-    out += [driver.step([(row, draw(1)) for row in rows], padding=1) for _ in range(2)]
+    out.append(driver.step([(row, draw(1)) for row in rows], padding=1))
     return out
 
 

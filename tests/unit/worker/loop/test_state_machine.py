@@ -1,4 +1,4 @@
-"""I1–I12 under random histories on the virtual clock: 200 seeds of 100 steps. The long run is `make soak`."""
+"""I1–I12 under random histories on the virtual clock: 150 seeds of 100 steps. The long run is `make soak`."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ from tests.unit.worker.loop.machine import Loop
 
 @pytest.mark.slow
 def test_every_history_keeps_the_invariants() -> None:
-    run_state_machine_as_test(Loop, settings=histories())
+    run_state_machine_as_test(Loop, settings=histories(150))

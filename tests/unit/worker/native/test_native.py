@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from loadtest.gpu.random_models import random_model
 from tests.unit.worker.models.paged_driver import Driver, Row, relative_error
-from tests.unit.worker.native.kinds import library_of
+from tests.unit.worker.native.kinds import compiles, library_of
 from worker.forward import DecodeRows, KVCache, StepTokens
 from worker.models.attention import AttentionPlan
 from worker.models.dense import Dense
@@ -308,32 +308,51 @@ def test_a_folder_others_may_write_to_is_refused(tmp_path: Path) -> None:
     assert library is not None and library.one() == 1
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+TILES = """extern "C" int has_tiles() {
+#ifdef __AMX_TILE__
+  return 1;
+#else
+  return 0;
+#endif
+}
+"""
+
+
 def test_an_image_brings_libraries_for_other_processors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if operations(CPU) is None or platform.machine() != "x86_64":
+    if build.find_compiler() is None or platform.machine() != "x86_64":
         pytest.skip("no C++ compiler, or another kind of machine")
     mine = [kind for kind, (_, needed) in build.KINDS.items() if needed <= build.processor_flags()]
     if not mine:
         pytest.skip("a processor without AVX2")
-    assert build.prebuilt(build.SOURCE, tmp_path) is None
-    monkeypatch.setattr(build, "KINDS", {kind: build.KINDS[kind] for kind in (mine[0], "amx")})
-    made = build.build_kinds(tmp_path)
+    source, image = tmp_path / "source" / "exports.cpp", tmp_path / "image"
+    source.parent.mkdir()
+    image.mkdir()
+    source.write_text(TILES)
+    monkeypatch.setattr(build, "SOURCE", source)
+    assert build.prebuilt(source, image) is None
+    monkeypatch.setattr(build, "KINDS", {kind: build.KINDS[kind] for kind in ("amx", mine[0])})
+    made = build.build_kinds(image)
     assert len(made) == len(set(made)) == len(build.KINDS)
     monkeypatch.setattr(build, "COMPILERS", ())
-    found = build.prebuilt(build.SOURCE, tmp_path)
+    found = build.prebuilt(source, image)
     assert found is not None
-    torch.manual_seed(5)
-    x, weight = torch.randn(4, 64), torch.randn(64)
-    own = operations(CPU)
-    assert own is not None
-    assert torch.equal(Operations(found).rms_norm(x, weight, 1e-5), own.rms_norm(x, weight, 1e-5))
+    assert found.has_tiles() == (mine[0] == "amx"), "the best that this processor runs"
     monkeypatch.setattr(build, "processor_flags", frozenset)
-    assert build.prebuilt(build.SOURCE, tmp_path) is None
-    made[0].rename(tmp_path / "exports-of-another-source.so")
-    assert build.prebuilt(build.SOURCE, tmp_path) is None
+    assert build.prebuilt(source, image) is None
+    made[-1].rename(image / "exports-of-another-source.so")
+    monkeypatch.undo()
+    assert build.prebuilt(source, image) is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_only_other_processors_run_compiles() -> None:
+    """Matrix registers, which few machines that run these tests have."""
+    if build.find_compiler() is None or platform.machine() != "x86_64":
+        pytest.skip("no C++ compiler, or another kind of machine")
+    assert compiles("amx")
 
 
 @pytest.mark.slow
