@@ -20,7 +20,8 @@ from loadtest.peers.waiting import Watched, wait_until
 from tests.integration.compose_local import ROOT, LocalService, load_compose
 from worker.config import WorkerConfig
 
-SERVICES = ("keys", "gateway", "worker", "worker-gpu")
+WORKERS = ("worker", "encoder", "worker-gpu", "encoder-gpu")
+SERVICES = ("keys", "gateway", *WORKERS)
 COMPOSE = load_compose()["services"]
 
 
@@ -70,11 +71,28 @@ def test_each_side_sees_its_own_keys_only() -> None:
 
 
 def test_gpu_is_a_profile_with_a_reservation() -> None:
-    assert COMPOSE["worker-gpu"]["profiles"] == ["gpu"]
     assert "profiles" not in COMPOSE["worker"]
-    devices = COMPOSE["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
-    assert devices == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
-    assert COMPOSE["worker-gpu"]["networks"]["wire"]["aliases"] == ["worker"]  # where the gateway looks
+    for name in ("worker-gpu", "encoder-gpu"):
+        assert COMPOSE[name]["profiles"] == ["gpu"] and COMPOSE[name]["image"] == "degas-worker:cuda"
+        devices = COMPOSE[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert devices == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_gateways_find_workers_of_every_role_by_one_name(name: str) -> None:
+    host = COMPOSE["gateway"]["environment"]["DEGAS_GATEWAY_WORKERS"].removeprefix("dns://").partition(":")[0]
+    assert COMPOSE[name]["networks"]["wire"]["aliases"] == [host]
+
+
+@pytest.mark.parametrize(("worker", "encoder"), [("worker", "encoder"), ("worker-gpu", "encoder-gpu")])
+def test_an_encoder_is_its_worker_in_another_role(worker: str, encoder: str) -> None:
+    """With other settings its features would be of no use."""
+    assert COMPOSE["encoder"]["profiles"] == ["encoders"]
+    roles = [COMPOSE[name]["environment"]["DEGAS_WORKER_ROLE"] for name in (worker, encoder)]
+    assert roles == ["decode", "encode"]
+    for key in COMPOSE[worker].keys() - {"environment"}:
+        assert COMPOSE[encoder][key] == COMPOSE[worker][key] or key == "profiles"
+    assert COMPOSE[encoder]["environment"] == COMPOSE[worker]["environment"] | {"DEGAS_WORKER_ROLE": "encode"}
 
 
 @pytest.mark.parametrize("name", SERVICES)
