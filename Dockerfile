@@ -33,13 +33,24 @@ RUN python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('to
 # The loop that writes tokens: the image that runs has no compiler.
 RUN cd / && python -m degas.rooms gateway.native.library
 
+# The CPU's decode operations for every kind of x86-64 or 64-bit Arm processor: the image that runs has no compiler. They are
+# compiled anew only when their own source has changed, beside the installing of torch. KINDS names some of them, such as
+# "avx512bf16 avx2", where it is known what the image will run on.
+FROM source AS operations
+RUN apt-get update && apt-get install -y --no-install-recommends g++
+RUN pip install -c constraints.txt structlog
+WORKDIR /operations
+COPY worker/native/build.py worker/native/*.cpp worker/native/*.h worker/native/
+ARG KINDS=""
+RUN mkdir libraries \
+ && case "$(uname -m)" in x86_64|aarch64) python -m worker.native.build ${KINDS} && mv worker/native/*.so libraries;; esac
+
 FROM source AS worker-build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG TORCH=torch==2.13.0
 # An empty TORCH_INDEX is pip's default index.
 RUN pip install ${TORCH_INDEX:+--index-url ${TORCH_INDEX}} ${TORCH}
 RUN pip install -c constraints.txt -r worker.txt
-RUN apt-get update && apt-get install -y --no-install-recommends g++
 COPY setup.py README.md LICENSE ./
 COPY shared shared
 COPY gateway gateway
@@ -48,8 +59,8 @@ COPY pocket pocket
 COPY loadtest loadtest
 COPY degas degas
 RUN pip install --no-deps .
-# The CPU's decode operations for every kind of x86-64 or 64-bit Arm processor: the image that runs has no compiler.
-RUN case "$(uname -m)" in x86_64|aarch64) cd / && python -m degas.rooms worker.native.build;; esac
+COPY --from=operations /operations/libraries /operations
+RUN cd / && cp -r /operations/. "$(python -c 'import degas, worker.native; print(*worker.native.__path__)')"
 
 FROM python:${PYTHON}-slim-bookworm AS runtime
 RUN groupadd --system --gid 10001 degas \

@@ -127,15 +127,15 @@ def test_dockerfile_targets_and_user() -> None:
     assert users == ["10001:10001", "haproxy"]
     gateway_build = text.split("AS gateway-build")[1].split("FROM")[0]
     assert "-r gateway.txt" in gateway_build and "find_spec('torch')" in gateway_build
-    copied = set(re.findall(r"^COPY (?!--)(.+) \S+$", text, re.MULTILINE))
-    for name in " ".join(copied).split():
-        assert (ROOT / name).exists(), name
+    copied = set(" ".join(re.findall(r"^COPY (?!--)(.+) \S+$", text, re.MULTILINE)).split())
+    for name in copied:
+        assert list(ROOT.glob(name)), name
     rooms = re.search(r"^ROOMS = (\(.*\))", (ROOT / "setup.py").read_text(), re.MULTILINE)
     assert rooms is not None
     for name in (*ast.literal_eval(rooms[1]), "degas"):
         assert f"COPY {name} " in text
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert allowed == set(" ".join(copied).split())
+    assert allowed <= copied and all(name in allowed or name.partition("/")[0] in allowed for name in copied)
 
 
 def _health_commands_of_images() -> list[list[str]]:
