@@ -100,7 +100,9 @@ def build_kinds(folder: Path, wanted: tuple[str, ...] = ()) -> list[Path]:
     if compiler is None or not KINDS:
         raise RuntimeError("libraries for other machines need a C++ compiler on an x86-64 or 64-bit Arm one")
     if unknown := set(wanted) - set(KINDS):
-        raise RuntimeError(f"{', '.join(sorted(unknown))}: not among this machine's kinds, {', '.join(KINDS)}")
+        raise RuntimeError(
+            f"{', '.join(sorted(unknown))}: not among this machine's kinds, {', '.join(KINDS)}"
+        )
     made = []
     for kind in wanted or KINDS:
         library = folder / _name(SOURCE, kind)
