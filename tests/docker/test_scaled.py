@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -95,6 +96,18 @@ def test_workers_are_found_and_forgotten_without_a_restart_of_gateways(scaled: S
         scaled.up("--scale", f"worker={number}", "--scale", "gateway=2", "--no-recreate")
         wait_for(partial(has_workers_up, scaled, number))
     assert scaled.up_since("gateway") == started
+
+
+def test_a_stopped_proxy_lets_streams_end(scaled: Services) -> None:
+    with ThreadPoolExecutor(1) as pool, Opened(scaled.url, "/v1/completions", counting(1500)) as opened:
+        next(opened.events())
+        stopping = pool.submit(scaled.compose, "stop", "proxy")
+        assert last_of(opened)["choices"][0]["finish_reason"] == "length"
+        stopping.result()
+    (proxy,) = scaled.compose("ps", "-aq", "proxy").split()
+    assert docker("inspect", "-f", "{{.State.ExitCode}}", proxy) == "0"
+    scaled.compose("start", "proxy")
+    scaled.wait_ready()
 
 
 def test_grpc_goes_through_the_proxy_as_well(scaled: Services) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -125,6 +126,21 @@ def test_keys_are_made_once_and_outlive_the_containers(pocket: Services) -> None
         "inspect", "-f", "{{.State.ExitCode}} {{.RestartCount}}", pocket.compose("ps", "-aq", "keys")
     )
     assert keys == "0 0"
+
+
+@pytest.mark.parametrize("service", ["gateway", "worker"])
+def test_it_starts_and_stops_without_complaint(pocket: Services, service: str) -> None:
+    """What an operator finds in the log of a calm life: JSON lines, and one warning, that nobody needs a key."""
+    started = pocket.up_since(service)
+    pocket.compose("stop", service)
+    (container,) = pocket.compose("ps", "-aq", service).split()
+    assert docker("inspect", "-f", "{{.State.ExitCode}}", container) == "0"
+    text = pocket.compose("logs", "--no-color", "--no-log-prefix", "--since", started[0], service)
+    lines = [json.loads(line) for line in text.splitlines()]
+    wrong = {line["event"] for line in lines if line["level"] != "info"}
+    assert wrong == ({"no_api_keys"} if service == "gateway" else set()), lines
+    assert lines[-1]["event"] == "gateway_stopped" or lines[-1]["message"] == "stopped"
+    pocket.up()
 
 
 def test_a_killed_worker_ends_its_streams_at_once_and_comes_back(sim: Services) -> None:

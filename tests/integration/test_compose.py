@@ -125,7 +125,7 @@ def test_dockerfile_targets_and_user() -> None:
     assert targets == {"gateway", "worker"} <= names
     users = re.findall(r"^USER (\S+)", text, re.MULTILINE)
     assert users == ["10001:10001", "haproxy"]
-    gateway_build = text.split("AS gateway-build")[1].split("FROM")[0]
+    gateway_build = text.split("AS gateway-needs")[1].split("AS operations")[0]
     assert "-r gateway.txt" in gateway_build and "find_spec('torch')" in gateway_build
     copied = set(" ".join(re.findall(r"^COPY (?!--)(.+) \S+$", text, re.MULTILINE)).split())
     for name in copied:
