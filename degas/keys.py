@@ -86,10 +86,12 @@ def _check_pair(secret_file: Path, public_file: Path) -> None:
 
 
 def run(folder: Path, *, apart: bool = False) -> int:
-    """Make the keys and print their paths; returns the exit code."""
+    """Make the keys, unless they are there, and print their paths; returns the exit code."""
     try:
+        kept = any(folder.rglob("*.key_secret"))
         for path in make_keys(folder, apart=apart):
             print(path)
+        print(f"degas keys: {'kept, as they were there' if kept else 'made'}", file=sys.stderr)
     except (KeysError, OSError) as error:
         print(f"degas keys: {error}", file=sys.stderr)
         return 1

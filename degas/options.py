@@ -52,6 +52,12 @@ class ServeOptions:
     runtime_parent: Path | None = None
     report: bool = False  # print DEGAS-READY with the address when all is up
 
+    @property
+    def log_json(self) -> bool:
+        """Whether a child was told to write JSON lines: the supervisor then does too."""
+        told = (one.get("LOG_JSON", "") for one in (self.worker_settings, self.gateway_settings))
+        return any(text.lower() in ("true", "1", "on", "yes") for text in told)
+
     def worker_environment(self, endpoint: str | None, model: str | None = None) -> dict[str, str]:
         """The worker's: ours without the gateway's settings (its API keys among them), and its own. `model`: where the
         model was found that its settings name."""

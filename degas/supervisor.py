@@ -25,7 +25,7 @@ from degas.forks import Nursery, reap_orphans
 from degas.options import BEAT_VARIABLE, OptionsError, ServeOptions, claim_own_ports, claim_port
 from degas.posts import Post, make_posts, write_status
 from degas.probe import base_url, fetch_status
-from degas.startup_view import StartupView
+from degas.startup_view import StartupView, open_view
 
 TICK_S: Final = 0.1
 LATE_TICK_S: Final = (
@@ -46,7 +46,7 @@ class Supervisor:
 
     def __init__(self, options: ServeOptions, view: StartupView | None = None) -> None:
         self._options = options
-        self._view = view or StartupView()
+        self._view = view or open_view(json=options.log_json)
         self._stopping = asyncio.Event()
         self._forced = asyncio.Event()
         self._changed = asyncio.Event()
@@ -347,8 +347,7 @@ class Supervisor:
         self._stopping.set()
 
     def _give_up(self, message: str, code: int) -> None:
-        self._view.close()
-        print(f"degas serve: {message}", file=sys.stderr, flush=True)
+        self._view.fault(message)
         self._exit_code = code
         self._stopping.set()
 

@@ -217,6 +217,7 @@ async def serve(config: GatewayConfig, on_listening: Callable[[Gateway], None] |
         gateway.service.end_all(RequestError(ErrorCode.SHUTTING_DOWN, "the server is shutting down"))
     await draining
     hurry.cancel()
+    log.info("gateway_stopped")
 
 
 def run(flags: Mapping[str, object], file: Path | None = None) -> int:

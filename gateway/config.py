@@ -12,6 +12,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from gateway.origins import read_origin
+from shared.control_groups import num_cores
 from shared.settings import ConfigError as ConfigError
 from shared.settings import Section
 
@@ -22,7 +23,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 def default_image_processes() -> int:
     """A quarter of the cores, 2 to 8. A picture of 700 by 500 pixels takes some 25 ms of a core to decode and resize."""
-    return min(8, max(2, (os.cpu_count() or 1) // 4))
+    return min(8, max(2, num_cores() // 4))
 
 
 class GatewayConfig(BaseModel):

@@ -40,7 +40,7 @@ _KEY_TOTALS: Final = {
     "generated_tokens": "Tokens made by key",
 }
 
-_INFO: Final = ("model", "device", "epoch")
+_INFO: Final = ("model", "device", "epoch", "role")
 _BOUNDS: Final = [*(str(bound) for bound in HISTOGRAM_BUCKETS_S), "+Inf"]
 
 
@@ -116,13 +116,13 @@ class Scrape(Collector):
         values: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         info = GaugeMetricFamily(
             "degas_worker_info",
-            "What it serves, on what; epoch: the number of its life",
+            "What it serves, on what, in which role; epoch: the number of its life",
             labels=[*labels, *_INFO],
         )
         for worker in service.workers:
             key = str(worker.key)
             if (ready := worker.link.ready) is not None:
-                info.add_metric([key, ready.model.model_id, ready.device, str(ready.epoch)], 1)
+                info.add_metric([key, ready.model.model_id, ready.device, str(ready.epoch), ready.role], 1)
             up.add_metric([key], int(worker.link.ready is not None))
             for anomaly, number in worker.link.anomalies.items():
                 anomalies.add_metric([key, anomaly], number)

@@ -104,6 +104,7 @@ class DecodeThread(threading.Thread):
         log.info(
             "worker_ready",
             model=worker.ready.model.model_id,
+            role=worker.ready.role,
             device=worker.ready.device,
             epoch=self._epoch,
             pages=worker.ready.limits.num_pages,

@@ -10,6 +10,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
+from shared.control_groups import num_cores
 from shared.settings import ConfigError as ConfigError
 from shared.settings import Section
 
@@ -18,8 +19,7 @@ POCKET = "pocket"
 
 def default_threads() -> int:
     """The number of cores that this process may use, less one for the gateway; at least 1."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, num_cores - 1)
+    return max(1, num_cores() - 1)
 
 
 class WorkerConfig(BaseModel):
@@ -72,7 +72,7 @@ class WorkerConfig(BaseModel):
         0,
         ge=0,
         le=256,
-        description="CPU compute threads; 0: the cores but one, which is the gateway's, at least 1",
+        description="CPU compute threads; 0: the cores, or as many as a container's limit allows, but one, which is the gateway's; at least 1",
     )
     native: bool = Field(
         True,

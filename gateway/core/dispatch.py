@@ -252,7 +252,8 @@ class Dispatch:
                 num_retried=len(retried),
                 num_quarantined=len(guilty),
             )
-        self._metrics.on_worker_lost()
+        if not worker.link.was_leaving:
+            self._metrics.on_worker_lost()
         self.resume()
 
     def on_rejected(self, worker: Worker, rejected: wire.Rejected) -> None:

@@ -51,6 +51,7 @@ class _Job:
     num_losses: int = 0
     num_crashes: int = 0
     was_alone: bool = False  # in an encoder that crashed
+    was_idle: bool = False  # its encoder's last heartbeat said that there is nothing to do
     failed: set[int] = field(default_factory=set)  # keys of encoders that failed it
 
 
@@ -171,13 +172,18 @@ class Encoders:
         self._settle(job, payloads[0])
 
     def on_beat(self, worker: Worker, beat: wire.Beat) -> None:
-        """An idle encoder will not answer what it was asked a while ago: a frame was lost."""
-        if not self._by_id or beat.num_running or beat.num_waiting:
+        """An idle encoder will not answer what it was asked a while ago: a frame was lost. Two heartbeats must say so: one that
+        was held still (stopped, starved) sends the first before it has read what came meanwhile."""
+        if not self._by_id:
             return
+        is_idle = not (beat.num_running or beat.num_waiting)
         late_s = self._now() - UNANSWERED_S
         for job in [job for job in self._by_id.values() if job.encoder is worker and job.asked_s < late_s]:
-            self._metrics.pictures["unanswered"] += 1
-            self._fail(job)
+            if is_idle and job.was_idle:
+                self._metrics.pictures["unanswered"] += 1
+                self._fail(job)
+            else:
+                job.was_idle = is_idle
 
     def on_lost(self, worker: Worker, *, crashed: bool) -> None:
         """An encoder is gone: its pictures are encoded elsewhere."""
@@ -200,7 +206,7 @@ class Encoders:
             except RequestError:
                 job.failed.add(encoder.key)
                 continue
-            job.encoder, job.asked_s = encoder, self._now()
+            job.encoder, job.asked_s, job.was_idle = encoder, self._now(), False
             encoder.num_pictures += 1
             self._by_id[job.job_id] = job
             self._metrics.pictures["asked"] += 1

@@ -69,6 +69,7 @@ class WorkerLink:
         self.endpoint = endpoint
         self.anomalies: Counter[str] = Counter()
         self.was_silent = False  # the worker last lost fell silent (it hung or was stopped) and did not crash
+        self.was_leaving = False  # the worker last lost had said that it drains: it was asked to go
         self._events = events
         self._gateway_id = gateway_id
         self._now = now
@@ -194,7 +195,10 @@ class WorkerLink:
         if self.ready is not None:
             self._socket.drain_all()
         if self.ready is not None:
-            log.error("worker_disconnected", endpoint=self.endpoint)
+            if self._is_leaving:
+                log.info("worker_left", endpoint=self.endpoint)
+            else:
+                log.error("worker_disconnected", endpoint=self.endpoint)
             self._lose(RequestError(ErrorCode.WORKER_LOST, "the worker's connection closed"))
 
     def note(self, kind: str, **fields: object) -> None:
@@ -237,7 +241,13 @@ class WorkerLink:
         if self.ready is not None:
             self._lose(RequestError(ErrorCode.WORKER_LOST, "the worker restarted"))
         self._life.on_ready(ready, self._now())
-        log.info("worker_ready", endpoint=self.endpoint, epoch=ready.epoch, model=ready.model.model_id)
+        log.info(
+            "worker_ready",
+            endpoint=self.endpoint,
+            epoch=ready.epoch,
+            model=ready.model.model_id,
+            role=ready.role,
+        )
         self._events.on_ready(self, frames[1], frames[2])
 
     def _on_fatal(self, fatal: wire.Fatal) -> None:
@@ -264,9 +274,14 @@ class WorkerLink:
         if was_ready:
             self._events.on_lost(self, RequestError(ErrorCode.VERSION_SKEW, message))
 
+    @property
+    def _is_leaving(self) -> bool:
+        return self.beat is not None and self.beat.draining
+
     def _lose(self, error: RequestError) -> None:
         """Handle the loss of the serving worker; call only while one serves."""
         self.was_silent = self._life.silent_s(self._now() + _ALMOST_S) > 0
+        self.was_leaving = self._is_leaving
         self._life.on_lost()
         self._events.on_lost(self, error)
 

@@ -63,9 +63,7 @@ def plan(
             else max(found, key=lambda stage: stage.use(load.rate))
         )
         cluster = _more(cluster, most.name)
-        say(
-            f"{most.name} → {_members(cluster, most.name)}: {_good_share(outcome):.1%} were good before"
-        )
+        say(f"{most.name} → {_members(cluster, most.name)}: {_good_share(outcome):.1%} were good before")
         outcome = simulate(load, cluster, costs, objective)
         if _good_share(outcome) > _good_share(best) + WORTH_IT:
             best, num_idle = outcome, 0

@@ -67,6 +67,8 @@ def test_the_files_are_what_the_directory_holds() -> None:
         "autoscale-hpa.yaml",
         "autoscale.yaml",
         "degas.yaml",
+        "encoder-cpu.yaml",
+        "encoder-gpu.yaml",
         "inference-pool.yaml",
         "monitoring.yaml",
         "worker-cpu.yaml",
@@ -201,16 +203,36 @@ def test_a_pools_worker_outlives_its_gateway() -> None:
     assert len(named) == 1, "both see the socket's folder"
 
 
-def test_cpu_and_gpu_workers_differ_only_where_they_must() -> None:
-    cpu, gpu = (next(o for o in deployments() if o.name == f"worker-{kind}") for kind in ("cpu", "gpu"))
+def one_called(name: str) -> Object:
+    return next(one for one in deployments() if one.name == name)
+
+
+def settings_of(one: Object) -> dict[str, str]:
+    return {v["name"]: v["value"] for v in one.containers[0]["env"]}
+
+
+@pytest.mark.parametrize("what", ["worker", "encoder"])
+def test_cpu_and_gpu_workers_differ_only_where_they_must(what: str) -> None:
+    cpu, gpu = (one_called(f"{what}-{kind}") for kind in ("cpu", "gpu"))
     assert cpu.labels["app"] == gpu.labels["app"] == "degas-worker"
     assert gpu.containers[0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    threads = {v["name"]: v.get("value") for v in cpu.containers[0]["env"]}["DEGAS_WORKER_THREADS"]
-    assert threads == cpu.containers[0]["resources"]["limits"]["cpu"], (
-        "a container sees all cores of its node"
-    )
+    assert settings_of(cpu)["DEGAS_WORKER_THREADS"] == cpu.containers[0]["resources"]["limits"]["cpu"]
     for key in ("startupProbe", "readinessProbe", "securityContext", "volumeMounts", "ports", "args"):
         assert cpu.containers[0][key] == gpu.containers[0][key]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_an_encoder_is_its_worker_in_another_role(kind: str) -> None:
+    """The same model, dtype and quantize, or its features are of no use; and nothing that only requests need."""
+    worker, encoder = one_called(f"worker-{kind}"), one_called(f"encoder-{kind}")
+    assert settings_of(worker)["DEGAS_WORKER_ROLE"] == "decode"
+    assert settings_of(encoder) == {
+        name: "encode" if name == "DEGAS_WORKER_ROLE" else value
+        for name, value in settings_of(worker).items()
+        if name != "DEGAS_WORKER_KV_BYTES"
+    }
+    for key in worker.containers[0].keys() - {"env"}:
+        assert encoder.containers[0][key] == worker.containers[0][key]
 
 
 # ---------------------------------------------------------------------- what refers to what
@@ -227,6 +249,7 @@ def matching(selector: dict[str, str], file: str) -> list[Object]:
 def test_deployments_select_their_own_pods() -> None:
     for one in deployments():
         assert one.spec["selector"]["matchLabels"] == one.labels
+        assert not [o for o in deployments() if o is not one and one.labels.items() <= o.labels.items()]
 
 
 @pytest.mark.parametrize("one", [*of_kind("Service"), *of_kind("PodDisruptionBudget")], ids=str)
@@ -257,7 +280,7 @@ def test_gateways_look_for_workers_at_a_headless_service() -> None:
     service = next(one for one in of_kind("Service") if one.name == name)
     assert service.spec["clusterIP"] == "None" and service.spec["publishNotReadyAddresses"]
     assert [one["port"] for one in service.spec["ports"]] == [int(port)]
-    assert len(matching(service.spec["selector"], service.file)) == 2, "CPU workers and GPU workers"
+    assert len(matching(service.spec["selector"], service.file)) == 4, "CPU and GPU, workers and encoders"
 
 
 @pytest.mark.parametrize("one", of_kind("NetworkPolicy"), ids=str)

@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -109,6 +109,11 @@ class Services:
                 time.sleep(0.05)
         raise TimeoutError("not ready again")
 
+    def up_since(self, *names: str) -> list[str]:
+        """When each container of some services was started."""
+        ids = [container for name in names for container in self.containers(name)]
+        return [docker("inspect", "-f", "{{.State.StartedAt}}", container) for container in ids]
+
     def logs(self) -> str:
         """Everything that was logged."""
         return self.compose("logs", "--no-color")
@@ -124,6 +129,31 @@ def services(name: str, *words: str, files: tuple[str, ...] = (), **variables: s
         yield project
     finally:
         project.compose("down", "-v", "--remove-orphans", "-t", "10")
+
+
+def signal_worker(container: str, name: str) -> None:
+    """Send a signal to the worker's own process in a container, below its supervisor: KILL, STOP, CONT."""
+    docker("exec", container, "python", "-c", _SIGNAL.format(name=name))
+
+
+_SIGNAL: Final = """
+import os, pathlib, signal
+def words(process):
+    try: return (process / "cmdline").read_bytes().replace(b"\\0", b" ")
+    except OSError: return b""
+others = [one for one in pathlib.Path("/proc").iterdir() if one.name.isdigit() and one.name != str(os.getpid())]
+workers = [int(one.name) for one in others if b"degas.rooms worker" in words(one)]
+assert workers, [words(one) for one in others]
+for pid in workers: os.kill(pid, signal.SIG{name})
+"""
+
+
+def wait_for(holds: Callable[[], bool], timeout_s: float = 90.0) -> None:
+    """Block until it holds. Raises AssertionError."""
+    until_s = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < until_s
+        time.sleep(0.2)
 
 
 def size_over_base(image: str, base: str) -> int:

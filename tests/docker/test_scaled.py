@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
-from tests.docker.services import Services, docker, healthy, missing, services
+from tests.docker.services import Services, docker, healthy, missing, services, wait_for
 from tests.docker.test_services import counting, last_of
 from tests.http_client import Opened, ask
 
@@ -70,13 +71,6 @@ def restart_one_by_one(project: Services, service: str) -> None:
         time.sleep(3.0)  # until names and health checks have seen it
 
 
-def wait_for(holds: Callable[[], bool], timeout_s: float = 90.0) -> None:
-    until_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < until_s
-        time.sleep(0.2)
-
-
 @pytest.mark.parametrize("service", ["worker", "gateway"])
 def test_restarting_one_after_the_other_fails_no_request(scaled: Services, service: str) -> None:
     with Load(scaled.url) as load:
@@ -97,13 +91,23 @@ def has_workers_up(project: Services, number: int) -> bool:
 
 
 def test_workers_are_found_and_forgotten_without_a_restart_of_gateways(scaled: Services) -> None:
-    started = [docker("inspect", "-f", "{{.State.StartedAt}}", c) for c in scaled.containers("gateway")]
+    started = scaled.up_since("gateway")
     for number in (4, 2, 3):
         scaled.up("--scale", f"worker={number}", "--scale", "gateway=2", "--no-recreate")
         wait_for(partial(has_workers_up, scaled, number))
-    assert started == [
-        docker("inspect", "-f", "{{.State.StartedAt}}", c) for c in scaled.containers("gateway")
-    ]
+    assert scaled.up_since("gateway") == started
+
+
+def test_a_stopped_proxy_lets_streams_end(scaled: Services) -> None:
+    with ThreadPoolExecutor(1) as pool, Opened(scaled.url, "/v1/completions", counting(1500)) as opened:
+        next(opened.events())
+        stopping = pool.submit(scaled.compose, "stop", "proxy")
+        assert last_of(opened)["choices"][0]["finish_reason"] == "length"
+        stopping.result()
+    (proxy,) = scaled.compose("ps", "-aq", "proxy").split()
+    assert docker("inspect", "-f", "{{.State.ExitCode}}", proxy) == "0"
+    scaled.compose("start", "proxy")
+    scaled.wait_ready()
 
 
 def test_grpc_goes_through_the_proxy_as_well(scaled: Services) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import aiohttp
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.docker.services import Services, docker, missing, services, size_over_base
+from tests.docker.services import Services, docker, missing, services, signal_worker, size_over_base
 from tests.http_client import Opened, ask
 
 pytestmark = [pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.timeout(1900)]
@@ -127,6 +128,21 @@ def test_keys_are_made_once_and_outlive_the_containers(pocket: Services) -> None
     assert keys == "0 0"
 
 
+@pytest.mark.parametrize("service", ["gateway", "worker"])
+def test_it_starts_and_stops_without_complaint(pocket: Services, service: str) -> None:
+    """What an operator finds in the log of a calm life: JSON lines, and one warning, that nobody needs a key."""
+    started = pocket.up_since(service)
+    pocket.compose("stop", service)
+    (container,) = pocket.compose("ps", "-aq", service).split()
+    assert docker("inspect", "-f", "{{.State.ExitCode}}", container) == "0"
+    text = pocket.compose("logs", "--no-color", "--no-log-prefix", "--since", started[0], service)
+    lines = [json.loads(line) for line in text.splitlines()]
+    wrong = {line["event"] for line in lines if line["level"] != "info"}
+    assert wrong == ({"no_api_keys"} if service == "gateway" else set()), lines
+    assert lines[-1]["event"] == "gateway_stopped" or lines[-1]["message"] == "stopped"
+    pocket.up()
+
+
 def test_a_killed_worker_ends_its_streams_at_once_and_comes_back(sim: Services) -> None:
     with Opened(sim.url, "/v1/completions", counting(16_000)) as opened:
         events = opened.events()
@@ -142,24 +158,12 @@ def test_a_killed_worker_ends_its_streams_at_once_and_comes_back(sim: Services) 
 
 def test_a_worker_process_that_dies_or_hangs_is_replaced_inside_its_container(sim: Services) -> None:
     for signal in ("KILL", "STOP"):
-        sim.inside("worker", "python", "-c", _SIGNAL_WORKER.format(signal=signal))
+        signal_worker(sim.containers("worker")[0], signal)
         deadline_s = time.monotonic() + 60
         while ask(sim.url, "/v1/completions", counting(3, stream=False)).status != 200:
             assert time.monotonic() < deadline_s, sim.logs()[-3000:]
             time.sleep(0.1)
     assert docker("inspect", "-f", "{{.RestartCount}}", sim.containers("worker")[0]) == "0"
-
-
-_SIGNAL_WORKER = """
-import os, pathlib, signal
-own = [p for p in pathlib.Path("/proc").iterdir() if p.name.isdigit() and p.name != str(os.getpid())]
-def words(p):
-    try: return (p / "cmdline").read_bytes().replace(b"\\0", b" ")
-    except OSError: return b""
-workers = [int(p.name) for p in own if b"degas.rooms worker" in words(p)]
-assert workers, [words(p) for p in own]
-for pid in workers: os.kill(pid, signal.SIG{signal})
-"""
 
 
 def test_a_gateway_that_is_asked_to_stop_lets_200_streams_finish(sim: Services) -> None:

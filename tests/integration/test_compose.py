@@ -20,7 +20,8 @@ from loadtest.peers.waiting import Watched, wait_until
 from tests.integration.compose_local import ROOT, LocalService, load_compose
 from worker.config import WorkerConfig
 
-SERVICES = ("keys", "gateway", "worker", "worker-gpu")
+WORKERS = ("worker", "encoder", "worker-gpu", "encoder-gpu")
+SERVICES = ("keys", "gateway", *WORKERS)
 COMPOSE = load_compose()["services"]
 
 
@@ -70,11 +71,28 @@ def test_each_side_sees_its_own_keys_only() -> None:
 
 
 def test_gpu_is_a_profile_with_a_reservation() -> None:
-    assert COMPOSE["worker-gpu"]["profiles"] == ["gpu"]
     assert "profiles" not in COMPOSE["worker"]
-    devices = COMPOSE["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
-    assert devices == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
-    assert COMPOSE["worker-gpu"]["networks"]["wire"]["aliases"] == ["worker"]  # where the gateway looks
+    for name in ("worker-gpu", "encoder-gpu"):
+        assert COMPOSE[name]["profiles"] == ["gpu"] and COMPOSE[name]["image"] == "degas-worker:cuda"
+        devices = COMPOSE[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert devices == [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_gateways_find_workers_of_every_role_by_one_name(name: str) -> None:
+    host = COMPOSE["gateway"]["environment"]["DEGAS_GATEWAY_WORKERS"].removeprefix("dns://").partition(":")[0]
+    assert COMPOSE[name]["networks"]["wire"]["aliases"] == [host]
+
+
+@pytest.mark.parametrize(("worker", "encoder"), [("worker", "encoder"), ("worker-gpu", "encoder-gpu")])
+def test_an_encoder_is_its_worker_in_another_role(worker: str, encoder: str) -> None:
+    """With other settings its features would be of no use."""
+    assert COMPOSE["encoder"]["profiles"] == ["encoders"]
+    roles = [COMPOSE[name]["environment"]["DEGAS_WORKER_ROLE"] for name in (worker, encoder)]
+    assert roles == ["decode", "encode"]
+    for key in COMPOSE[worker].keys() - {"environment"}:
+        assert COMPOSE[encoder][key] == COMPOSE[worker][key] or key == "profiles"
+    assert COMPOSE[encoder]["environment"] == COMPOSE[worker]["environment"] | {"DEGAS_WORKER_ROLE": "encode"}
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -107,17 +125,17 @@ def test_dockerfile_targets_and_user() -> None:
     assert targets == {"gateway", "worker"} <= names
     users = re.findall(r"^USER (\S+)", text, re.MULTILINE)
     assert users == ["10001:10001", "haproxy"]
-    gateway_build = text.split("AS gateway-build")[1].split("FROM")[0]
+    gateway_build = text.split("AS gateway-needs")[1].split("AS operations")[0]
     assert "-r gateway.txt" in gateway_build and "find_spec('torch')" in gateway_build
-    copied = set(re.findall(r"^COPY (?!--)(.+) \S+$", text, re.MULTILINE))
-    for name in " ".join(copied).split():
-        assert (ROOT / name).exists(), name
+    copied = set(" ".join(re.findall(r"^COPY (?!--)(.+) \S+$", text, re.MULTILINE)).split())
+    for name in copied:
+        assert list(ROOT.glob(name)), name
     rooms = re.search(r"^ROOMS = (\(.*\))", (ROOT / "setup.py").read_text(), re.MULTILINE)
     assert rooms is not None
     for name in (*ast.literal_eval(rooms[1]), "degas"):
         assert f"COPY {name} " in text
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert allowed == set(" ".join(copied).split())
+    assert allowed <= copied and all(name in allowed or name.partition("/")[0] in allowed for name in copied)
 
 
 def _health_commands_of_images() -> list[list[str]]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path("/")
+from shared.control_groups import ROOT, Group, groups_of
+
 _UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2^63
 
 
@@ -50,39 +51,27 @@ def _available(root: Path) -> int:
         return 0
 
 
+_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
+
+
 def _limits(root: Path) -> Iterator[tuple[str, int, int]]:
     """(name, limit, used) of this process's group and of those that it lies in."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers == "":
-            yield from _above(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-            yield from _above(root / "sys/fs/cgroup/memory", path, *names)
-
-
-def _above(home: Path, path: str, most: str, used: str, droppable: str) -> Iterator[tuple[str, int, int]]:
-    """In a container the path may be the host's, whose folders are not seen here: the mount's own top then has the limit."""
-    parts = [part for part in path.split("/") if part not in ("", "..")]
-    for count in range(len(parts), -1, -1):
-        folder = home.joinpath(*parts[:count])
+    for group in groups_of("memory", root):
+        most, used, droppable = _FILES[group.version]
         try:
-            limit = int((folder / most).read_text())  # "max" is no number: no limit
-            taken = int((folder / used).read_text())
+            limit, taken = int(group.read(most)), int(group.read(used))  # "max" is no number: no limit
         except (OSError, ValueError):
             continue
         if limit < _UNLIMITED:
-            yield "/" + "/".join(parts[:count]), limit, max(0, taken - _statistic(folder, droppable))
+            yield group.name, limit, max(0, taken - _statistic(group, droppable))
 
 
-def _statistic(folder: Path, name: str) -> int:
+def _statistic(group: Group, name: str) -> int:
     try:
-        lines = (folder / "memory.stat").read_text().splitlines()
+        lines = group.read("memory.stat").splitlines()
         return next(int(line.split()[1]) for line in lines if line.split()[:1] == [name])
     except (OSError, StopIteration, ValueError, IndexError):
         return 0

@@ -102,6 +102,7 @@ class EncodeLoop:
             while not self.stopping:
                 if not self.tick():
                     if self.is_done:
+                        self._beat()  # the last word: it left, and was not lost
                         break
                     self._wait()
         except Exception as error:

@@ -102,6 +102,7 @@ class Engine:
             while not self.stopping:
                 if not self.tick():
                     if self.is_draining and not self.scheduler.has_work:
+                        self._heartbeat.send()  # the last word: it left, and was not lost
                         break
                     self._wait_and_take(self._heartbeat.next_s - self._clock())
         except Exception as error:

@@ -6,7 +6,6 @@ committed, and the sequence sits out of steps until the mask is there. Its token
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -15,6 +14,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
+from shared.control_groups import num_cores
 from worker.constraints.llg import LlgConstraint, MaskExecutor, fill_in_parallel
 from worker.loop.inbox import MaskReady
 from worker.schedule.life import MaskLife
@@ -40,7 +40,7 @@ class MaskFiller:
         threads: Executor | None = None,
     ) -> None:
         if num_threads is None:
-            num_threads = min(MAX_THREADS, max(1, (os.cpu_count() or 1) // 2))
+            num_threads = min(MAX_THREADS, max(1, num_cores() // 2))
         self._num_threads = num_threads
         self._on_ready = on_ready
         self._clock = clock

@@ -1,8 +1,8 @@
 """Owns compiling C++ for this very machine, once, and finding the result again. Decode thread, while a model loads.
 
 Without a compiler, or with one that fails, the callers' torch path runs. `python -m worker.native.build` compiles for
-every kind of this machine's architecture beside the source, for images, which hold no compiler (docs/architecture.md,
-"Devices").
+every kind of this machine's architecture beside the source, or for those it is given, for images, which hold no compiler
+(docs/architecture.md, "Devices"). It needs nothing of the rooms but this file and what it compiles.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -27,6 +28,7 @@ FLAGS = ("-std=gnu++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-p
 UNIT_FLAGS = {"rounding": ("-ffp-contract=off",), "table_rows": ("-ffp-contract=off",)}
 """Of the units whose numbers equal torch's to the last bit, each operation rounded by itself."""
 COMPILE_S = 300.0
+BUILD_S = 3600.0  # for an image: on whatever machine, emulated perhaps, and nobody waits for a first token
 # The other units beside it are compiled at the same time.
 SOURCE = Path(__file__).with_name("exports.cpp")
 
@@ -94,15 +96,19 @@ def compiled(source: Path, folder: Path | None = None) -> ctypes.CDLL | None:
         return None
 
 
-def build_kinds(folder: Path) -> list[Path]:
-    """Compile for every kind of processor into `folder`. Raises RuntimeError where that cannot be done."""
+def build_kinds(folder: Path, wanted: tuple[str, ...] = ()) -> list[Path]:
+    """Compile for the wanted kinds of processor, by default all, into `folder`. Raises RuntimeError where that cannot be done."""
     compiler = find_compiler()
     if compiler is None or not KINDS:
         raise RuntimeError("libraries for other machines need a C++ compiler on an x86-64 or 64-bit Arm one")
+    if unknown := set(wanted) - set(KINDS):
+        raise RuntimeError(
+            f"{', '.join(sorted(unknown))}: not among this machine's kinds, {', '.join(KINDS)}"
+        )
     made = []
-    for kind, (flags, _) in KINDS.items():
+    for kind in wanted or KINDS:
         library = folder / _name(SOURCE, kind)
-        _compile(compiler, SOURCE, library, flags)
+        _compile(compiler, SOURCE, library, KINDS[kind][0], BUILD_S)
         made.append(library)
     return made
 
@@ -217,7 +223,9 @@ def _compile_here(compiler: str, source: Path, library: Path) -> None:
     _compile(compiler, source, library, last)
 
 
-def _compile(compiler: str, source: Path, library: Path, flags: tuple[str, ...]) -> None:
+def _compile(
+    compiler: str, source: Path, library: Path, flags: tuple[str, ...], timeout_s: float = COMPILE_S
+) -> None:
     """Raises RuntimeError with the compiler's last words."""
     part = library.with_suffix(f".{os.getpid()}")
     with tempfile.TemporaryDirectory() as folder:
@@ -227,17 +235,17 @@ def _compile(compiler: str, source: Path, library: Path, flags: tuple[str, ...])
             for unit, made in zip(_units(source), objects, strict=True)
         ]
         with ThreadPoolExecutor(len(commands)) as side_by_side:
-            list(side_by_side.map(_run, commands))
-        _run([compiler, *FLAGS, *map(str, objects), "-shared", "-o", str(part)])
+            list(side_by_side.map(partial(_run, timeout_s=timeout_s), commands))
+        _run([compiler, *FLAGS, *map(str, objects), "-shared", "-o", str(part)], timeout_s)
     part.replace(library)  # at once: another worker may be looking for it
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
+def _run(command: list[str], timeout_s: float) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
     if done.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()[-400:]}")
 
 
 if __name__ == "__main__":
-    for made in build_kinds(SOURCE.parent):
+    for made in build_kinds(SOURCE.parent, tuple(sys.argv[1:])):
         log.info("native_built", library=str(made))

@@ -157,8 +157,9 @@ class GrammarCompiler:
         if lane is self.quick:
             try:
                 lane.process.start()
-            except Exception as error:  # the next grammar tries again
-                log.error("grammar_process_failed", error=type(error).__name__, detail=str(error)[:300])
+            except Exception as error:  # the next grammar tries again; ended before it began is no failure
+                if not self._closing:
+                    log.error("grammar_process_failed", error=type(error).__name__, detail=str(error)[:300])
         while True:
             with self._lock:
                 while not (self._closing or len(lane.waiting)):

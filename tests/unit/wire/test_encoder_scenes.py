@@ -216,9 +216,25 @@ def test_a_lost_frame_is_noticed_and_costs_seconds_only(to_encoder: bool) -> Non
         answers = [wire.decode_from_worker(frames[0]) for frames in connection.to_gateway]
         at = next(i for i, answer in enumerate(answers) if isinstance(answer, wire.Features))
         del connection.to_gateway[at]
-    world.live(4.0)
+    world.live(6.0)
     assert error_of(client) is None
     assert outcomes(world) == {"asked": 1, "unanswered": 1, "given_up": 1}
+    finish(world)
+
+
+def test_an_encoder_that_was_held_still_is_given_the_time_to_read_what_came() -> None:
+    """Its first heartbeat afterwards says that it is idle: the picture waits in its socket."""
+    world = World(num_encoders=1)
+    encoders, worker = world.service._dispatch.encoders, world.service.workers[1]
+    client = ask(world)
+    assert worker.link.ready is not None
+    beat = wire.Beat(worker.link.epoch, 0, 0, 0, 0, 0, False, {})
+    (job,) = encoders._by_id.values()
+    job.asked_s -= 10
+    encoders.on_beat(worker, beat)
+    assert outcomes(world) == {"asked": 1}
+    until_ended(world, client)
+    assert outcomes(world) == {"asked": 1, "encoded": 1}
     finish(world)
 
 

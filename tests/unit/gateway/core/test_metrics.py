@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shared.protocol import HISTOGRAM_BUCKETS_S
@@ -84,6 +85,19 @@ def test_a_draining_worker_gets_no_new_work(gateway: GatewayThread, worker: Fake
     gateway.wait_for(lambda: not gateway.gateway.service.readiness()[0])
     assert ask(gateway.url, "/readyz").status == 503
     assert ask(gateway.url, "/v1/query", {"question": "a"}).status == 503
+
+
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_worker_that_was_asked_to_stop_is_not_lost(draining: bool) -> None:
+    """An alert counts the lost; restarting workers one by one must page nobody."""
+    with FakeWorker() as worker, GatewayThread(workers=[worker.endpoint]) as gateway:
+        gateway.wait_ready()
+        link = gateway.gateway.service.workers[0].link
+        worker.draining = draining
+        gateway.wait_for(lambda: link.beat is not None and link.beat.draining is draining)
+        worker.die()
+        gateway.wait_for(lambda: link.ready is None)
+        assert gateway.gateway.service.metrics.num_workers_lost == (0 if draining else 1)
 
 
 def test_a_trace_is_passed_through(gateway: GatewayThread) -> None:
