@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
@@ -18,7 +19,6 @@ from msgspec import Meta
 
 from gateway.api.fields import Known
 from gateway.api.parameters import invalid
-from gateway.confined import data_urls
 from gateway.generation import Core, PreparedImage, RequestError, ServedModel, Shown
 from shared.clips import MOST_SECONDS, ClipTimes, clip_text, evenly, moments
 from shared.errors import ErrorCode
@@ -26,6 +26,7 @@ from shared.protocol import ClipSpec, ImageSpec, ModelCard
 
 INSTEAD: Final = "send frames of it, data:video/jpeg;base64,<frame>,<frame>,… with each frame a picture's file, and their fps"
 _FRAME_TYPES: Final = ("video/jpeg", "video/jpg", "video/png", "video/webp")
+_HEAD: Final = re.compile(r"[\0- ]*data:(?P<type>[^;,]{0,200})(?P<parameters>[^,]{0,1000}),", re.IGNORECASE)
 _AT_ONCE: Final = (
     4  # frames of one clip that wait for the picture processes, so that others' pictures get between
 )
@@ -202,16 +203,17 @@ def settle_times(
 
 def _split(url: str, param: str) -> list[tuple[str, str]]:
     """The frames of one data URL, each as a picture's. Raises `RequestError` for a video's file."""
-    try:
-        parts = data_urls.split(url)
-    except data_urls.NotADataUrl:
-        raise invalid(f"videos are not fetched, and their files not decoded: {INSTEAD}", param) from None
-    if parts.media_type not in _FRAME_TYPES and not parts.media_type.startswith("image/"):
-        named = parts.media_type or "a file of no type"
-        raise invalid(f"video files ({named}) are not decoded here: {INSTEAD}", param)
-    if not parts.is_base64:
+    head = _HEAD.match(url)
+    if head is None:
+        raise invalid(f"videos are not fetched, and their files not decoded: {INSTEAD}", param)
+    media_type = head["type"].strip().lower()
+    if media_type not in _FRAME_TYPES and not media_type.startswith("image/"):
+        raise invalid(
+            f"video files ({media_type[:100] or 'of no type'}) are not decoded here: {INSTEAD}", param
+        )
+    if "base64" not in [name.strip().lower() for name in head["parameters"].split(";")]:
         raise invalid(f"the data URL does not say ;base64: {INSTEAD}", param)
-    bodies = url[parts.begin :].split(",")
+    bodies = url[head.end() :].split(",")
     for number, body in enumerate(bodies):
         if not body.strip():
             raise invalid(f"frame {number} of {len(bodies)} is empty", param)
