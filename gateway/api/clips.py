@@ -31,10 +31,11 @@ _AT_ONCE: Final = (
     4  # frames of one clip that wait for the picture processes, so that others' pictures get between
 )
 _MOST_FPS: Final = 1000.0
+_MOST_FRAMES: Final = 4096  # that are looked at at all; each model has a bound of its own
 
 Seconds = Annotated[float, Meta(ge=0.0, le=MOST_SECONDS)]
 Rate = float | str  # clients write numbers as texts here
-Timestamps = Annotated[list[Seconds], Meta(max_length=4096)]
+Timestamps = Annotated[list[Seconds], Meta(max_length=_MOST_FRAMES)]
 
 
 class VideoUrl(Known, kw_only=True):
@@ -71,7 +72,7 @@ class VideoPart(Known, tag_field="type", tag="video", kw_only=True):
 
     IGNORED = ("cache_control", "prompt_cache_breakpoint", "uuid")
 
-    video: str | Annotated[list[str], Meta(max_length=4096)]
+    video: str | Annotated[list[str], Meta(max_length=_MOST_FRAMES)]
     fps: Rate | None = None
     sample_fps: Rate | None = None
     timestamps: Timestamps | None = None
@@ -97,7 +98,7 @@ class FrameFacts(Known, kw_only=True):
     """`media_io_kwargs.video`: where the frames stood in the video that they were taken of."""
 
     fps: Rate | None = None  # of the video
-    frames_indices: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=4096)] | None = None
+    frames_indices: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=_MOST_FRAMES)] | None = None
     total_num_frames: Annotated[float, Meta(gt=0)] | None = None
     duration: Seconds | None = None
     do_sample_frames: bool | None = None
@@ -213,6 +214,8 @@ def _split(url: str, param: str) -> list[tuple[str, str]]:
         )
     if "base64" not in [name.strip().lower() for name in head["parameters"].split(";")]:
         raise invalid(f"the data URL does not say ;base64: {INSTEAD}", param)
+    if url.count(",", head.end()) >= _MOST_FRAMES:
+        raise invalid(f"a video has at most {_MOST_FRAMES} frames here, and a model fewer", param)
     bodies = url[head.end() :].split(",")
     for number, body in enumerate(bodies):
         if not body.strip():
