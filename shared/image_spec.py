@@ -137,7 +137,7 @@ class ImageSpec(PicturePart, frozen=True):
 
     crop_size: int
     crop_tokens: int  # positions in the prompt that a crop takes
-    rule: OneCrop | OverlappingTiles | EdgeTiles | RatioTiles | PanAndScan | FreeSize | FreeTiles
+    rule: OneCrop | OverlappingTiles | EdgeTiles | RatioTiles | PanAndScan | FreeSize | ClipSize | FreeTiles
     resample: str = "lanczos"  # lanczos | bicubic | bilinear | nearest
     layout: ImageLayout = ImageLayout()
     attends: str = (
