@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from msgspec.structs import replace
@@ -32,14 +33,9 @@ LAYOUT = ClipLayout(
     gap=";",
     after="!",
 )
-FREE = ImageSpec(
-    32,
-    1,
-    FreeSize(3136, 32 * 32 * 1280),
-    position_axes=3,
-    clip=ClipSpec(FreeSize(3136, 1 << 24), "bicubic", LAYOUT, 128, 2.0, 2, 8192, 1280, 2.0),
-)
-SHARED = replace(FREE, clip=replace(FREE.clip, rule=ClipSize(128 * 1024, 1 << 24), steps_per_second=0.0))  # type: ignore[type-var]
+OF_EACH = ClipSpec(FreeSize(3136, 1 << 24), "bicubic", LAYOUT, 128, 2.0, 2, 8192, 1280, 2.0)
+FREE = ImageSpec(32, 1, FreeSize(3136, 32 * 32 * 1280), position_axes=3, clip=OF_EACH)
+SHARED = replace(FREE, clip=replace(OF_EACH, rule=ClipSize(128 * 1024, 1 << 24), steps_per_second=0.0))
 CROPS = ImageSpec(
     512, 64, EdgeTiles(2048), clip=ClipSpec(EdgeTiles(2048, is_split=False), "lanczos", LAYOUT, 64, 1.0)
 )
@@ -67,6 +63,9 @@ def test_what_a_gateway_makes_of_frames_a_worker_takes(spec: ImageSpec) -> None:
     assert spec.clip is not None
     for num_frames in (1, 2, 3, 5, 17, 128):
         own = clips.frame_spec(spec, num_frames)
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(own), type=ImageSpec) == own, (
+            "it goes to a picture process"
+        )
         for width, height in some_sizes(60):
             (drawing,) = pictures.drawings(own, width, height)
             group = min(num_frames, spec.clip.group)
@@ -155,7 +154,6 @@ def test_positions_of_a_clip_and_what_follows() -> None:
     sent.append(ImageInput([sheet], [(3, 6)], b""))
     assert clips.num_positions(FREE, 4, sent) == 11 == 22 + shift
     assert clips.num_positions(replace(FREE, position_axes=1), 4, sent) == 22
-    assert isinstance(
-        clips.frame_spec(replace(FREE, clip=replace(FREE.clip, rule=OneCrop())), 3).rule, OneCrop
-    )  # type: ignore[type-var]
+    of_crops = replace(FREE, clip=replace(OF_EACH, rule=OneCrop()))
+    assert isinstance(clips.frame_spec(of_crops, 3).rule, OneCrop)
     assert np.diff(places[0]).max() == 8
