@@ -30,6 +30,7 @@ _HEAD: Final = re.compile(r"[\0- ]*data:(?P<type>[^;,]{0,200})(?P<parameters>[^,
 _AT_ONCE: Final = (
     4  # frames of one clip that wait for the picture processes, so that others' pictures get between
 )
+_INDICES: Final = "media_io_kwargs.video.frames_indices"
 _MOST_FPS: Final = 1000.0
 _MOST_FRAMES: Final = 4096  # that are looked at at all; each model has a bound of its own
 
@@ -192,8 +193,10 @@ def settle_times(
             if facts.frames_indices is not None:
                 if len(facts.frames_indices) != num_frames:
                     text = f"{len(facts.frames_indices)} indices for {num_frames} frames; each frame has one"
-                    raise invalid(text, "media_io_kwargs.video.frames_indices")
+                    raise invalid(text, _INDICES)
                 part.timestamps = [index / rate for index in facts.frames_indices]
+                if sorted(part.timestamps) != part.timestamps or part.timestamps[-1] > MOST_SECONDS:
+                    raise invalid(f"frames are sent in order, within {MOST_SECONDS:g} seconds", _INDICES)
             elif facts.total_num_frames is not None:
                 part.fps = num_frames / facts.total_num_frames * rate
             else:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from shared.protocol import ClipLayout, ClipSize, ClipSpec, FreeSize, ImageLayout, ImageSpec
+from shared.protocol import FreeSize, ImageLayout, ImageSpec
 from worker.formats.source import Source, Target
 from worker.models.dense_config import DenseConfig, described
 from worker.models.families.qwen import read_qwen2, read_qwen3
+from worker.models.families.qwen_vl_clips import check_patches, clip3, clip25
 from worker.models.free_tower import (
     FreeBlock,
     FreeConfig,
@@ -33,15 +34,7 @@ from worker.models.layers import (
     take_norm,
 )
 from worker.models.picture_model import PictureParts, Project, picture_family, section, text_settings
-from worker.models.picture_plan import (
-    MAX_FRAMES,
-    MAX_IMAGES,
-    MOST_CLIP_TOKENS,
-    Preprocessor,
-    clip_or_none,
-    read_clip_preprocessor,
-    read_preprocessor,
-)
+from worker.models.picture_plan import MAX_IMAGES, Preprocessor, clip_or_none, read_preprocessor
 from worker.models.rope import parse_rope
 from worker.models.settings import Settings
 
@@ -102,25 +95,8 @@ _PROCESSOR: dict[str, Any] = {
     "temporal_patch_size": 2,
     "merge_size": 2,
 }
-_CLIP3: dict[str, Any] = {
-    **_PROCESSOR,
-    "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768},
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "patch_size": 16,
-}
-_CLIP25: dict[str, Any] = {
-    **_PROCESSOR,
-    "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
-}
-_FPS = 2.0  # at which the makers' tools take frames
-_PAD, _CLIP_PAD = "<|image_pad|>", "<|video_pad|>"
-_BEGIN, _END = "<|vision_start|>", "<|vision_end|>"
+_PAD = "<|image_pad|>"
 LAYOUT = ImageLayout(placeholder=_PAD, run=_PAD, whole=_PAD)  # its marks are the chat template's
-CLIP25 = ClipLayout(placeholder=_CLIP_PAD, frame=_PAD)
-# The template's marks make way for those of each group, as in the processor that the makers released; that of transformers 5
-# leaves them around all of it.
-CLIP3 = ClipLayout(placeholder=_BEGIN + _CLIP_PAD + _END, frame="<{seconds} seconds>" + _BEGIN + _PAD + _END)
 MOST_TOKENS = 1280
 """Positions of a picture unless the folder asks for more. Released folders allow 16384: 65536 patches that all attend to each
 other, which no step's time holds."""
@@ -150,7 +126,7 @@ def read3(settings: Settings, source: Source) -> PictureParts:
         raise vision.fault("'deepstack_visual_indexes' has more entries than the decoder has layers")
     _check_width(vision, sizes)
     spec = _spec(settings, processor, tower, sizes)
-    spec = replace(spec, clip=clip_or_none(partial(_clip3, source, processor, tower, sizes, spec)))
+    spec = replace(spec, clip=clip_or_none(partial(clip3, source, processor, tower, sizes, spec)))
     axes = _interleaved(_sections(text, [24, 20, 20], sizes), sizes.rotary_dim // 2)
     build = partial(_build3, vision, tower, taps, sizes.dim)
     return PictureParts(text, sizes, spec, rename, build, axes, len(taps))
@@ -174,7 +150,7 @@ def read25(settings: Settings, source: Source) -> PictureParts:
     _check_width(vision, sizes)
     spec = _spec(settings, processor, tower, sizes)
     rate = vision.above_0("tokens_per_second", 4.0)
-    spec = replace(spec, clip=clip_or_none(partial(_clip25, source, processor, tower, sizes, spec, rate)))
+    spec = replace(spec, clip=clip_or_none(partial(clip25, source, processor, tower, sizes, spec, rate)))
     axes = tuple(
         number % 3 for number, size in enumerate(_sections(text, [16, 24, 24], sizes)) for _ in range(size)
     )
@@ -228,7 +204,7 @@ def _interleaved(sections: Sequence[int], num_pairs: int) -> tuple[int, ...]:
 
 def _spec(settings: Settings, processor: Preprocessor, tower: FreeConfig, sizes: DenseConfig) -> ImageSpec:
     said = processor.settings
-    _check_patches(said, tower)
+    check_patches(said, tower)
     size = Settings({**said.objects("size")}, said.file)
     least = said.size("min_pixels", size.size("shortest_edge", 56 * 56))
     most = said.size("max_pixels", size.size("longest_edge", 28 * 28 * 1280))
@@ -245,68 +221,6 @@ def _spec(settings: Settings, processor: Preprocessor, tower: FreeConfig, sizes:
         LAYOUT,
         max_images=MAX_IMAGES,
         position_axes=3,
-    )
-
-
-def _check_patches(said: Settings, tower: FreeConfig) -> None:
-    for name, wanted in (
-        ("patch_size", tower.patch_size),
-        ("merge_size", tower.merge),
-        ("temporal_patch_size", tower.frames),
-    ):
-        if said.size(name) != wanted:
-            raise said.fault(
-                f"{name!r} is {said.size(name)}, and the vision tower of config.json has {wanted}"
-            )
-
-
-def _clip3(
-    source: Source, pictures: Preprocessor, tower: FreeConfig, sizes: DenseConfig, spec: ImageSpec
-) -> ClipSpec:
-    """Times are written in front of each group, which stands at a place of its own; all frames share an area."""
-    processor = read_clip_preprocessor(source, pictures, _CLIP3)
-    size = Settings({**processor.settings.objects("size")}, processor.settings.file)
-    least, most = size.size("shortest_edge"), size.size("longest_edge")
-    return _clip(processor, tower, sizes, spec, ClipSize(min(least, most), most), CLIP3)
-
-
-def _clip25(
-    source: Source,
-    pictures: Preprocessor,
-    tower: FreeConfig,
-    sizes: DenseConfig,
-    spec: ImageSpec,
-    rate: float,
-) -> ClipSpec:
-    """Groups stand side by side, at one place but for their times; each frame has an area of its own."""
-    processor = read_clip_preprocessor(source, pictures, _CLIP25)
-    said = processor.settings
-    size = Settings({**said.objects("size")}, said.file)
-    least = said.size("min_pixels", size.size("shortest_edge", 128 * 28 * 28))
-    most = said.size("max_pixels", size.size("longest_edge", 28 * 28 * 768))
-    clip = _clip(processor, tower, sizes, spec, FreeSize(min(least, most), most), CLIP25)
-    return replace(clip, steps_per_second=rate)
-
-
-def _clip(
-    processor: Preprocessor,
-    tower: FreeConfig,
-    sizes: DenseConfig,
-    spec: ImageSpec,
-    rule: FreeSize,
-    layout: ClipLayout,
-) -> ClipSpec:
-    _check_patches(processor.settings, tower)
-    assert isinstance(spec.rule, FreeSize)
-    return ClipSpec(
-        rule,
-        processor.resample,
-        layout,
-        max_frames=MAX_FRAMES,
-        fps=processor.settings.above_0("fps", _FPS),
-        group=tower.frames,
-        max_tokens=min(MOST_CLIP_TOKENS, max(1, sizes.context_tokens // 2)),
-        max_group_tokens=spec.rule.max_pixels // tower.unit**2,
     )
 
 

@@ -125,6 +125,10 @@ def test_times_in_vllms_fields_of_the_request(more: dict[str, Any], times: ClipT
             {"media_io_kwargs": {"video": {"fps": 30, "frames_indices": [1]}}},
             "media_io_kwargs.video.frames_indices",
         ),
+        (
+            {"media_io_kwargs": {"video": {"fps": 30, "frames_indices": [3, 2, 1]}}},
+            "media_io_kwargs.video.frames_indices",
+        ),
         ({"media_io_kwargs": {"video": {"fps": -1}}}, "media_io_kwargs.video.fps"),
         (
             {"media_io_kwargs": {"video": {"do_sample_frames": True}}},

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from gateway.api.prompts import Prompt
 from gateway.core.catalog import AnnouncedModel
-from shared.protocol import Encode
+from shared.protocol import EdgeTiles, Encode
 from tests.unit.worker.loop.simulation import EPOCH
 from tests.unit.worker.models import clip_oracle as clips
 from tests.unit.worker.models import picture_oracle as pictures
@@ -51,6 +52,7 @@ class Pair:
     model: PictureModel
     served: AnnouncedModel
     oracle: Oracle
+    folder: Path
 
     def expected(self, name: str) -> pictures.Expected:
         return clips.expected(self.family, self.oracle, conversation(name))
@@ -64,7 +66,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         oracle = MAKERS[request.param](folder)
         model = load(folder)
     assert isinstance(model, PictureModel)
-    return Pair(request.param, model, pictures.announced(model.card, folder), oracle)
+    return Pair(request.param, model, pictures.announced(model.card, folder), oracle, folder)
 
 
 def whole_ids(pair: Pair, prompt: Prompt) -> list[int]:
@@ -131,6 +133,71 @@ def test_the_same_frames_at_other_times_are_another_prompt(pair: Pair) -> None:
     has_times = pair.family != "internvl"
     assert not has_times or harness.runner.embedding._features.num_hits >= 2
     assert (answers[0].tokens != answers[1].tokens) == has_times
+
+
+@pytest.mark.parametrize(
+    ("file", "says", "edge", "fps", "most"),
+    [
+        ("", {}, 128, 1.0, 64),
+        (
+            "video_preprocessor_config.json",
+            {"video_sampling": {"fps": 3, "max_frames": 5, "video_size": {"longest_edge": 96}}},
+            96,
+            3.0,
+            5,
+        ),
+        ("processor_config.json", {"size": {"longest_edge": 64}, "num_frames": 9, "fps": 2}, 64, 2.0, 9),
+        ("video_preprocessor_config.json", {"do_normalize": False}, 0, 0, 0),
+        ("video_preprocessor_config.json", {"image_mean": [0.4] * 3}, 0, 0, 0),
+        ("video_preprocessor_config.json", {"max_image_size": {"longest_edge": 64}}, 0, 0, 0),
+    ],
+    ids=str,
+)
+def test_where_a_folder_says_how_frames_are_prepared(
+    tmp_path: Path, file: str, says: dict[str, Any], edge: int, fps: float, most: int
+) -> None:
+    """A folder whose frames are prepared as nobody does here has its pictures nevertheless."""
+    FAMILIES["smolvlm"](tmp_path)
+    said = {"max_image_size": {"longest_edge": 32}, **says}
+    if file.startswith("processor"):
+        stills = json.loads((tmp_path / "preprocessor_config.json").read_text())
+        said = {"image_processor": stills, "video_processor": said}
+    if file:
+        (tmp_path / file).write_text(json.dumps(said))
+    image = load(tmp_path).card.image
+    assert image is not None
+    if not edge:
+        assert image.clip is None
+    else:
+        assert image.clip is not None and isinstance(image.clip.rule, EdgeTiles)
+        assert (image.clip.rule.longest_edge, image.clip.fps, image.clip.max_frames) == (edge, fps, most)
+
+
+RELEASED = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] == 'image' %}"
+    "{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def test_a_template_that_passes_over_videos_and_users_who_write_placeholders(
+    pair: Pair, tmp_path: Path
+) -> None:
+    """In the place of each video stands what the family has there, whatever its template and its users write."""
+    assert pair.served.card.image is not None and pair.served.card.image.clip is not None
+    typed = pair.served.card.image.clip.layout.placeholder or "<video>"
+    turns: list[clips.FilmTurn] = [("user", [f"{typed} is", clips.film(2, 20, 20, 1), f"no {typed}"])]
+    prompt = clips.compose(pair.served, turns)
+    text = pair.served.decode(prompt.ids, keep_special=True)
+    assert f"{typed} is" in text and f"no {typed}" in text
+    if pair.family == "smolvlm":
+        (tmp_path / "chat_template.jinja").write_text(RELEASED)
+        (tmp_path / "tokenizer.json").write_bytes(Path(pair.folder, "tokenizer.json").read_bytes())
+        released = pictures.announced(pair.model.card, tmp_path)
+        for name in CONVERSATIONS:
+            ids = clips.compose(released, conversation(name)).ids
+            assert ids == clips.compose(pair.served, conversation(name)).ids
 
 
 def test_frames_are_encoded_elsewhere_as_here(pair: Pair) -> None:
