@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from gateway.config import GatewayConfig
 from gateway.stream_events import Carrier as Carrier
@@ -60,6 +60,13 @@ class PreparedImage:
         return sum(map(len, self.frames))
 
 
+class Shown(NamedTuple):
+    """What a prompt's text has of a picture or a video, in place of what the chat template writes for it."""
+
+    placeholder: str  # empty: the template writes none, see `gateway.core.templates`
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
     """How a conversation is rendered. `variables` reach the template under their names, after its own."""
@@ -69,8 +76,7 @@ class ChatOptions:
     variables: Mapping[str, Any] = field(default_factory=dict)
     template: str | None = None  # by its name; none: the model's usual one, with tools the one for tools
     tools: Sequence[Mapping[str, Any]] = ()  # as the interfaces describe them, for the template's `tools`
-    # what the prompt's text has in place of each picture's placeholder, in order
-    pictures: Sequence[str] = ()
+    pictures: Sequence[Shown] = ()  # and videos, in order
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +206,10 @@ class Core(Protocol):
     async def check_grammar(self, grammar: Grammar, *, param: str, tenant: str = "") -> Grammar:
         """The grammar as a worker takes it. Raises `RequestError` INVALID_GRAMMAR or QUEUE_FULL."""
 
-    async def prepare_image(self, model: ServedModel, data_url: str, *, param: str) -> PreparedImage:
-        """Decode and resize off the loop, in a limited process. Raises `RequestError`."""
+    async def prepare_image(
+        self, model: ServedModel, data_url: str, *, param: str, num_frames: int = 0
+    ) -> PreparedImage:
+        """Decode and resize off the loop, in a limited process; `num_frames`: as a frame of a video of so many. Raises `RequestError`."""
 
     def submit(self, request: GenerateRequest, listener: Listener) -> RunningStream:
         """Admit and send to a worker. Raises `RequestError` (QUEUE_FULL, LOADING, CONTEXT_LENGTH_EXCEEDED, …)."""

@@ -63,6 +63,12 @@ class FreeSize(Rule, frozen=True):
     max_pixels: int
 
 
+class ClipSize(FreeSize, frozen=True):
+    """As `FreeSize` for a frame, with an area that is within bounds for all frames of its clip together."""
+
+    num_frames: int = 1  # of the clip, see `shared.clips.frame_spec`
+
+
 class FreeTiles(Rule, frozen=True):
     """One crop as `FreeSize` has it, in whole squares of `unit`. A picture whose area in such squares is beyond `large_pixels`
     becomes tiles of `crop_size` in the grid nearest in proportions, then, if it `shows_whole`, such a crop of the whole.
@@ -96,12 +102,42 @@ class ImageLayout(PicturePart, frozen=True):
     after: str = ""
 
 
+class ClipLayout(PicturePart, frozen=True):
+    """How a clip is written into a prompt's text, with `ImageLayout.run` for each group of its frames.
+
+    `before` may have {frames_in_words} and {duration} (H:MM:SS), `frame` {number} from 1, {clock} (MM:SS of its first frame) and
+    {seconds} (the middle of its first and last frame, with one decimal).
+    """
+
+    placeholder: str = ""  # what the chat template writes for a video; empty: it knows none
+    before: str = ""
+    frame: str = ""  # a group
+    gap: str = ""  # between two of them
+    after: str = ""
+
+
+class ClipSpec(PicturePart, frozen=True):
+    """How a model reads a clip: pictures with times, which are frames of one video. What is not said here is as for pictures."""
+
+    rule: OneCrop | EdgeTiles | FreeSize | ClipSize  # of a frame
+    resample: str
+    layout: ClipLayout
+    max_frames: int  # of one request
+    fps: float  # frames a second, where a request says nothing of their times
+    group: int = 1  # frames that are encoded together and give as many positions as one of them
+    max_tokens: int = (
+        0  # positions of a clip, for which frames become smaller where the rule can; 0: no bound of its own
+    )
+    max_group_tokens: int = 0  # likewise of a group
+    steps_per_second: float = 0.0  # of the time axis of positions; 0: each group stands at a place of its own
+
+
 class ImageSpec(PicturePart, frozen=True):
     """How a model's pictures are prepared and placed: all that a gateway needs for it. A crop is square, in pixels, unless the rule says otherwise."""
 
     crop_size: int
     crop_tokens: int  # positions in the prompt that a crop takes
-    rule: OneCrop | OverlappingTiles | EdgeTiles | RatioTiles | PanAndScan | FreeSize | FreeTiles
+    rule: OneCrop | OverlappingTiles | EdgeTiles | RatioTiles | PanAndScan | FreeSize | ClipSize | FreeTiles
     resample: str = "lanczos"  # lanczos | bicubic | bilinear | nearest
     layout: ImageLayout = ImageLayout()
     attends: str = (
@@ -112,10 +148,14 @@ class ImageSpec(PicturePart, frozen=True):
     position_axes: int = (
         1  # 3: a picture's positions are (time, row, column), see `worker.schedule.rotary_places`
     )
+    clip: ClipSpec | None = None  # None: no videos, not as frames either
 
 
 class Sheet(PicturePart, frozen=True):
-    """Pixels of a picture that travel as one frame, and how many crops the device cuts of them: `rows × cols`."""
+    """Pixels of a picture that travel as one payload frame, and how many crops the device cuts of them: `rows × cols`.
+
+    A group of a clip's frames has them one below the other.
+    """
 
     rows: int
     cols: int
@@ -134,3 +174,8 @@ class ImageInput(PicturePart, frozen=True):
         tuple[int, int]
     ]  # (index into the prompt's ids before which positions are inserted, how many of the picture's)
     digest: bytes  # sha256 over sizes and frames: the key of cached features and pages
+    num_frames: int = 0  # of a clip, if it is a group of those; 0: a still picture
+    moment: int = 0  # steps on the time axis behind its clip's first group
+    is_continued: bool = (
+        False  # its run follows the one of the group before it, and they share a place but for the time
+    )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.image_spec import (
+    ClipSize,
     EdgeTiles,
     FreeSize,
     FreeTiles,
@@ -27,6 +28,7 @@ from shared.tiling import (
     MOST_RATIO,
     canvas_for,
     canvas_length,
+    clip_size,
     edge_sizes,
     free_size,
     free_size_of_one,
@@ -82,6 +84,9 @@ def drawings(spec: ImageSpec, width: int, height: int) -> list[Drawing]:
             boxes = pieces_along(width, height, rule.min_crop, rule.max_crops, rule.min_ratio)
             one = Sheet(1, 1, side, side)
             return [_whole(side), *(Drawing(one, ((side, side),), box) for box in boxes)]
+        case ClipSize():
+            bounds = (rule.num_frames, rule.min_pixels, rule.max_pixels)
+            return [_free(clip_size(width, height, side, *bounds))]
         case FreeSize():
             return [_free(free_size(width, height, side, rule.min_pixels, rule.max_pixels))]
         case FreeTiles():
@@ -145,16 +150,16 @@ def _most_free_tokens(rule: FreeTiles) -> int:
 
 
 def grid_of(spec: ImageSpec, sheets: Sequence[Sheet]) -> tuple[int, int]:
-    """Rows and columns of the positions of a picture that keeps its proportions; (0, 0) of others."""
+    """Rows and columns of the positions of a picture that keeps its proportions, or of a group of frames; (0, 0) of others."""
     if not sheets or not isinstance(spec.rule, FreeSize):
         return 0, 0
-    return sheets[0].height // spec.crop_size, sheets[0].width // spec.crop_size
+    return sheets[0].height // sheets[0].rows // spec.crop_size, sheets[0].width // spec.crop_size
 
 
 def num_loads(spec: ImageSpec, sheets: Sequence[Sheet]) -> int:
     """What encoding a picture costs, in crops: a large picture that is one crop counts by its area."""
     if isinstance(spec.rule, FreeSize):
-        return math.ceil(sheets[0].height * sheets[0].width / LOAD_PIXELS)
+        return math.ceil(sheets[0].height // sheets[0].rows * sheets[0].width / LOAD_PIXELS)
     return num_crops(sheets)
 
 
@@ -184,8 +189,10 @@ def max_crops(spec: ImageSpec) -> int:
 def max_tokens(spec: ImageSpec) -> int:
     """The most positions that a picture takes."""
     if isinstance(spec.rule, FreeSize):
-        most = most_free_pixels(spec.crop_size, spec.rule.min_pixels, spec.rule.max_pixels)
-        return spec.crop_tokens * (most // spec.crop_size**2)
+        # A clip's frames are judged as pairs, of an odd number as one fewer or one more.
+        frames = max(2, spec.rule.num_frames - 1) if isinstance(spec.rule, ClipSize) else 1
+        bounds = (math.ceil(area / frames) for area in (spec.rule.min_pixels, spec.rule.max_pixels))
+        return spec.crop_tokens * (most_free_pixels(spec.crop_size, *bounds) // spec.crop_size**2)
     if isinstance(spec.rule, FreeTiles):
         free = _most_free_tokens(spec.rule)
         return free if spec.rule.max_tiles == 1 else spec.crop_tokens * spec.rule.max_tiles + free
@@ -260,8 +267,14 @@ def _split(sheets: Sequence[Sheet]) -> tuple[list[Sheet], list[Sheet]]:
 
 def check_bounds(spec: ImageSpec, images: Sequence[ImageInput]) -> str:
     """What bound a request's pictures exceed together, in words; empty if none."""
-    if len(images) > spec.max_images:
-        return f"{len(images)} pictures; at most {spec.max_images} a request are accepted"
+    num_frames = sum(image.num_frames for image in images)
+    num_stills = sum(not image.num_frames for image in images)
+    if num_stills > spec.max_images:
+        return f"{num_stills} pictures; at most {spec.max_images} a request are accepted"
+    if num_frames and spec.clip is None:
+        return "frames of a video; this model reads single pictures only"
+    if spec.clip is not None and num_frames > spec.clip.max_frames:
+        return f"{num_frames} frames; at most {spec.clip.max_frames} a request are accepted"
     held = sum(num_bytes(image.sheets) for image in images)
     if held > spec.max_bytes:
         return f"the pictures have {held} bytes of pixels as the model sees them; at most {spec.max_bytes} are accepted"

@@ -15,6 +15,9 @@ from typing import Final
 import msgspec
 
 from shared.errors import ErrorCode, FinishReason
+from shared.image_spec import ClipLayout as ClipLayout
+from shared.image_spec import ClipSize as ClipSize
+from shared.image_spec import ClipSpec as ClipSpec
 from shared.image_spec import EdgeTiles as EdgeTiles
 from shared.image_spec import FreeSize as FreeSize
 from shared.image_spec import FreeTiles as FreeTiles

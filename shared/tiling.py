@@ -161,6 +161,29 @@ def free_size(width: int, height: int, unit: int, min_pixels: int, max_pixels: i
     return max(wide, unit), max(high, unit)
 
 
+def clip_size(
+    width: int, height: int, unit: int, num_frames: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """As `free_size` for each of so many frames, whose area together lies within bounds; a lone one counts as two.
+
+    In the steps of `smart_resize` of Qwen3-VL's video processor.
+    """
+    frames = max(2, num_frames)
+    if height < unit or width < unit:
+        by = max(unit / height, unit / width)
+        height, width = int(height * by), int(width * by)
+    high, wide, deep = round(height / unit) * unit, round(width / unit) * unit, round(frames / 2) * 2
+    if deep * high * wide > max_pixels:
+        by = math.sqrt((frames * height * width) / max_pixels)
+        high = max(unit, math.floor(height / by / unit) * unit)
+        wide = max(unit, math.floor(width / by / unit) * unit)
+    elif deep * high * wide < min_pixels:
+        by = math.sqrt(min_pixels / (frames * height * width))
+        high = math.ceil(height * by / unit) * unit
+        wide = math.ceil(width * by / unit) * unit
+    return max(wide, unit), max(high, unit)
+
+
 def free_size_of_one(width: int, height: int, unit: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """As `free_size`, but a side of less than half a unit counts as one when the area is judged (LFM2-VL)."""
     high, wide = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)

@@ -15,6 +15,7 @@ from gateway.api.anthropic_answer import MessageAnswer
 from gateway.api.fields import Known
 from gateway.api.parameters import Count, Json, SamplingFields, Unit, decode_body, invalid, renamed
 from gateway.api.prompts import (
+    ContentPart,
     FunctionCall,
     ImagePart,
     ImageUrl,
@@ -326,7 +327,7 @@ def _assistant(blocks: Sequence[Block], place: str) -> Message:
 
 
 def _user(blocks: Sequence[Block], place: str) -> Iterator[tuple[str, Message]]:
-    parts: list[TextPart | ImagePart] = []
+    parts: list[ContentPart] = []
     for number, block in enumerate(blocks):
         match block:
             case Text(text=text):

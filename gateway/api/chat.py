@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from gateway.api.answers import Collected, EventShape, chat_logprobs, finish_reason, usage_object
 from gateway.api.chunks import ChunkFrame
+from gateway.api.clips import MediaFacts, ProcessorAsked, settle_times
 from gateway.api.parameters import (
     MAX_TOP_LOGPROBS,
     Budget,
@@ -23,7 +24,7 @@ from gateway.api.parameters import (
     decode_body,
     invalid,
 )
-from gateway.api.prompts import Message, compose_chat, effort_variables
+from gateway.api.prompts import Message, clips_of, compose_chat, effort_variables
 from gateway.api.requests import Length, check_fields, make_requests, unscored
 from gateway.api.scored import NumScores, check_scores, prompt_logprobs
 from gateway.api.spoken import Reading, SpokenReader, budget_asked, thought_budget
@@ -82,6 +83,8 @@ class ChatBody(SamplingFields, kw_only=True):
     thinking_budget: Budget | None = None
     thinking_token_budget: Budget | None = None  # vLLM's name for it
     prompt_logprobs: NumScores | None = None
+    media_io_kwargs: MediaFacts | None = None
+    mm_processor_kwargs: ProcessorAsked | None = None
     chat_template: str | None = None  # the name of one of the model's
     functions: Any = None
     function_call: Any = None
@@ -278,6 +281,7 @@ async def prepare(core: Core, data: bytes, *, request_id: str, tenant: str) -> C
         raise invalid("give either max_tokens or max_completion_tokens", "max_tokens")
     if body.prompt_logprobs is not None and body.stream:
         raise invalid("come with whole answers; leave stream out", "prompt_logprobs")
+    settle_times(clips_of(body.messages), body.media_io_kwargs, body.mm_processor_kwargs)
     budget, param = budget_asked(body.thinking_budget, body.thinking_token_budget)
     model = core.model(body.model)
     options = _chat_options(body, thinks=bool(model.template_names))

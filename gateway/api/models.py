@@ -25,6 +25,9 @@ def model_object(model: ServedModel) -> Json:
         "capabilities": card.capabilities,
         "takes_images": card.image is not None,
         "max_images": card.image.max_images if card.image is not None else 0,
+        "max_frames": card.image.clip.max_frames
+        if card.image is not None and card.image.clip is not None
+        else 0,
         "thinking": _thinking(model),
         "chat_templates": model.template_names,
         "defaults": {

@@ -25,6 +25,7 @@ from gateway.api.parameters import (
     renamed,
 )
 from gateway.api.prompts import (
+    ContentPart,
     FunctionCall,
     ImagePart,
     ImageUrl,
@@ -322,11 +323,11 @@ def _messages(given: Sequence[ChatMessage]) -> list[Message]:
     return messages
 
 
-def _content(text: str, images: Sequence[str] | None) -> str | list[TextPart | ImagePart]:
+def _content(text: str, images: Sequence[str] | None) -> str | list[ContentPart]:
     if not images:
         return text
     urls = [image if image[:5].lower() == "data:" else f"data:;base64,{image}" for image in images]
-    pictures: list[TextPart | ImagePart] = [ImagePart(image_url=ImageUrl(url=url)) for url in urls]
+    pictures: list[ContentPart] = [ImagePart(image_url=ImageUrl(url=url)) for url in urls]
     return [*pictures, TextPart(text=text)]
 
 

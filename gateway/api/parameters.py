@@ -145,8 +145,6 @@ def decode_body(decode: Callable[[bytes], T], data: bytes) -> T:
         if unknown is not None:
             param = f"{param}.{unknown['name']}" if param else unknown["name"]
             text = "this parameter is not known here; leave it out"
-        elif param is not None and text.startswith("Invalid value 'video"):
-            text += ": videos are not read; send some of their frames as pictures"
         raise invalid(text[:500], param[:200] if param else None) from None
     except RecursionError:
         raise invalid("the JSON is nested too deeply", None) from None

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import msgspec
 
-from gateway.generation import Core, PreparedImage, RequestError, ServedModel
+from gateway.generation import Core, PreparedImage, RequestError, ServedModel, Shown
 from shared.errors import ErrorCode
 from shared.pictures import check_bounds, expansion, take_runs
 from shared.protocol import ModelCard
@@ -54,6 +54,12 @@ async def prepare_pictures(
 def placed_before(image: PreparedImage, index: int) -> PreparedImage:
     """The picture with all its positions in one run before this index of the prompt's ids."""
     return replace(image, spec=msgspec.structs.replace(image.spec, runs=[(index, image.num_tokens)]))
+
+
+def shown_of(card: ModelCard, image: PreparedImage) -> Shown:
+    """What stands for a picture in the prompt's text, and the placeholder in whose place."""
+    assert card.image is not None
+    return Shown(card.image.layout.placeholder, expansion(card.image, image.spec.sheets))
 
 
 def expansions(card: ModelCard, images: Sequence[PreparedImage]) -> list[str]:

@@ -14,15 +14,26 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from gateway.api.clips import Clip, ClipPart, VideoPart, VideoUrlPart, clip_of, no_clips, prepare_clips
 from gateway.api.fields import Known
 from gateway.api.histories import check_no_history, check_shown
 from gateway.api.parameters import Json
-from gateway.api.pictures import expansions, place_pictures, prepare_pictures, takes_several
+from gateway.api.pictures import place_pictures, prepare_pictures, shown_of, takes_several
 from gateway.api.query_turns import QueryTurn, compose_turns
 from gateway.api.spoken import Reading, opens_thinking, reading_of
 from gateway.api.tools import ToolsAsked, told
-from gateway.generation import ChatOptions, Core, PreparedImage, RequestError, ServedModel, no_pictures
+from gateway.generation import (
+    ChatOptions,
+    Core,
+    PreparedImage,
+    RequestError,
+    ServedModel,
+    Shown,
+    no_pictures,
+)
+from shared.clips import num_positions
 from shared.errors import ErrorCode
+from shared.pictures import check_bounds
 from shared.protocol import ModelCard, PromptValue
 
 _USUAL: Final = ChatOptions()
@@ -59,6 +70,9 @@ class ImagePart(Known, tag_field="type", tag="image_url", kw_only=True):
     cache_control: Any = None
     prompt_cache_breakpoint: Any = None
     uuid: str | None = None
+
+
+ContentPart = TextPart | ImagePart | VideoUrlPart | VideoPart
 
 
 class FunctionCall(Known, kw_only=True):
@@ -100,7 +114,7 @@ class Message(Known, kw_only=True):
     )
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[TextPart | ImagePart], Meta(max_length=256)] | None = None
+    content: str | Annotated[list[ContentPart], Meta(max_length=256)] | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=256)] | None = None
     tool_call_id: str | None = None
@@ -124,7 +138,9 @@ class Message(Known, kw_only=True):
         content: Any = self.content
         if isinstance(content, list):
             content = [
-                {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+                {"type": "text", "text": part.text}
+                if isinstance(part, TextPart)
+                else {"type": "image" if isinstance(part, ImagePart) else "video"}
                 for part in content
             ]
         role = "system" if self.role == "developer" else self.role
@@ -141,9 +157,10 @@ class Message(Known, kw_only=True):
         return sum(isinstance(part, ImagePart) for part in content)
 
     def picture_chars(self) -> int:
-        """Characters of its pictures' URLs."""
+        """Characters of its pictures' and videos' URLs."""
         content = self.content if isinstance(self.content, list) else ()
-        return sum(len(part.image_url.url) for part in content if isinstance(part, ImagePart))
+        stills = sum(len(part.image_url.url) for part in content if isinstance(part, ImagePart))
+        return stills + sum(part.chars() for part in content if isinstance(part, ClipPart))
 
     def text(self) -> str:
         """All its text, in order."""
@@ -167,6 +184,13 @@ class Prompt:
     def num_tokens(self) -> int:
         """Its length with the pictures' positions."""
         return len(self.ids) + sum(image.num_tokens for image in self.images)
+
+    def num_positions(self, card: ModelCard) -> int:
+        """How far it reaches: its tokens, unless a video's time goes further."""
+        if card.image is None or not self.images:
+            return self.num_tokens
+        reached = num_positions(card.image, len(self.ids), [image.spec for image in self.images])
+        return max(self.num_tokens, reached)
 
 
 async def compose_chat(
@@ -193,6 +217,10 @@ async def compose_chat(
         message = f"model {model.card.model_id} has no chat template that could follow this"
         raise RequestError(ErrorCode.UNSUPPORTED, message, param=_asked_for(options))
     reading = reading_of(model, tools, is_constrained=is_constrained)
+    clips = clips_of(messages)
+    if clips and (model.card.image is None or model.card.image.clip is None):
+        part, where = clips[0]
+        raise no_clips(model.card, f"{where}.{part.field}")
     if takes_questions(model.card):
         check_no_history(model, [message.for_template() for message in messages])
         turns = [QueryTurn(message.role, message.text(), message.num_pictures) for message in messages]
@@ -232,7 +260,7 @@ async def _compose_template(
     tools: ToolsAsked | None,
 ) -> Prompt:
     card = model.card
-    pictures = pictures_of(messages)
+    pictures, clips = pictures_of(messages), clips_of(messages)
     if pictures and not takes_several(card):
         raise no_pictures(card, pictures[-1][1])
     if card.family in _WITHOUT_LANGUAGE:
@@ -245,14 +273,55 @@ async def _compose_template(
         turns, places = told(tools, turns)
     elif tools is not None:
         options = replace(options, tools=tools.for_template())
-    images = await prepare_pictures(core, model, pictures) if pictures else []
-    if images:
-        options = replace(options, pictures=expansions(card, images))
+    images: list[PreparedImage] = []
+    if pictures or clips:
+        asked = [clip_of(part, where) for part, where in clips]
+        images, shown = await _prepare(core, model, messages, pictures, asked)
+        options = replace(options, pictures=shown)
     ids = await model.encode_chat(turns, options)
     await check_shown(model, turns, options, ids, places)
     ids, images = place_pictures(model, ids, images)
     # An answer that continues a message keeps its first space; an answer in a turn of its own drops it.
     return Prompt(ids, images, drop_space=model.drops_first_space and not options.continue_final_message)
+
+
+async def _prepare(
+    core: Core,
+    model: ServedModel,
+    messages: Sequence[Message],
+    pictures: Sequence[tuple[str, str]],
+    clips: Sequence[Clip],
+) -> tuple[list[PreparedImage], list[Shown]]:
+    """Pictures and groups of videos' frames in the order of the messages' parts, and what stands for each part."""
+    stills = iter(await prepare_pictures(core, model, pictures) if pictures else [])
+    moving = iter(await prepare_clips(core, model, clips))
+    images: list[PreparedImage] = []
+    shown: list[Shown] = []
+    for message in messages:
+        for part in message.content if isinstance(message.content, list) else ():
+            if isinstance(part, ImagePart):
+                images.append(next(stills))
+                shown.append(shown_of(model.card, images[-1]))
+            elif isinstance(part, ClipPart):
+                clip = next(moving)
+                images += clip.images
+                shown.append(clip.shown)
+    spec = model.card.image
+    assert spec is not None
+    if clips and (fault := check_bounds(spec, [image.spec for image in images])):
+        raise RequestError(ErrorCode.PAYLOAD_TOO_LARGE, fault, param=clips[-1].param)
+    return images, shown
+
+
+def clips_of(messages: Sequence[Message]) -> list[tuple[ClipPart, str]]:
+    """Every part that is a video, and its field's name, in order."""
+    return [
+        (part, f"messages[{index}].content[{place}]")
+        for index, message in enumerate(messages)
+        if isinstance(message.content, list)
+        for place, part in enumerate(message.content)
+        if isinstance(part, ClipPart)
+    ]
 
 
 def pictures_of(messages: Sequence[Message]) -> list[tuple[str, str]]:

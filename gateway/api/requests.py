@@ -182,7 +182,7 @@ def _budget(
 ) -> tuple[int, int]:
     """Tokens and objects, at most."""
     card = checked.model.card
-    room = checked.model.room(prompt.num_tokens)
+    room = checked.model.room(prompt.num_positions(card))
     if objects is None:
         asked = length.default if length.asked is None else length.asked
         max_tokens = token_budget(asked, card, room, length.param, checked.min_tokens)

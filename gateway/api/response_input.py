@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gateway.api.parameters import invalid
-from gateway.api.prompts import FunctionCall, ImagePart, ImageUrl, Message, TextPart, ToolCall
+from gateway.api.prompts import ContentPart, FunctionCall, ImagePart, ImageUrl, Message, TextPart, ToolCall
 from gateway.api.response_bodies import CreateBody, Item, Part
 from gateway.generation import RequestError
 from shared.errors import ErrorCode
@@ -115,7 +115,7 @@ class _Reader:
         else:
             self._add(message, where)
 
-    def _content(self, item: Item, where: str) -> str | list[TextPart | ImagePart]:
+    def _content(self, item: Item, where: str) -> str | list[ContentPart]:
         """The text; where there are pictures, the parts one for one."""
         if item.content is None or isinstance(item.content, str):
             return item.content or ""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from gateway.config import GatewayConfig
-from gateway.core.templates import DEFAULT, WITH_TOOLS, ChatTemplate, choose_template
+from gateway.core.templates import DEFAULT, VIDEO_MARK, WITH_TOOLS, ChatTemplate, choose_template
 from gateway.core.tokens import ModelTokens
 from gateway.decisions.grounded import GroundedThought, ThoughtMarks
 from gateway.decisions.outlines import Outline, OutlineMarks
 from gateway.decisions.stream import StreamState
-from gateway.generation import ChatFormat, ChatOptions, GenerateRequest, RequestError, ServedModel
+from gateway.generation import ChatFormat, ChatOptions, GenerateRequest, RequestError, ServedModel, Shown
 from shared import protocol as wire
 from shared.errors import ErrorCode
 
@@ -71,18 +72,26 @@ class AnnouncedModel:
             text = self._with_pictures(text, options.pictures)
         return await self._off_loop(self.tokens.encode_rendered, text)
 
-    def _with_pictures(self, text: str, pictures: Sequence[str]) -> str:
-        """A rendered text with what stands for each picture in place of its placeholder, as transformers' processors do
-        before they tokenise. Users' words that look like a placeholder are not there yet. Raises `RequestError`."""
-        assert self.card.image is not None
-        pieces = text.split(self.card.image.layout.placeholder)
-        if len(pieces) != len(pictures) + 1:
-            message = (
-                f"the model's chat template shows {len(pieces) - 1} of {len(pictures)} pictures; put them into "
-                "messages of the user"
-            )
+    def _with_pictures(self, text: str, pictures: Sequence[Shown]) -> str:
+        """A rendered text with what stands for each picture and video in place of its placeholder, as transformers' processors
+        do before they tokenise. Users' words that look like a placeholder are not there yet. Raises `RequestError`."""
+        spec = self.card.image
+        assert spec is not None
+        marks = [spec.layout.placeholder]
+        if spec.clip is not None:
+            marks.append(spec.clip.layout.placeholder or VIDEO_MARK)
+        pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+        wanted = [shown.placeholder or VIDEO_MARK for shown in pictures]
+        if pieces[1::2] != wanted:
+            what = "pictures" if spec.layout.placeholder in wanted else "videos"
+            message = f"the model's chat template shows {len(pieces) // 2} of {len(pictures)} {what}"
+            if len(pieces) // 2 == len(pictures):
+                message = "the model's chat template does not show pictures and videos in their order"
+            message += "; put them into messages of the user"
             raise RequestError(ErrorCode.INVALID_REQUEST, message, param="messages")
-        return pieces[0] + "".join(a + b for a, b in zip(pictures, pieces[1:], strict=True))
+        return pieces[0] + "".join(
+            shown.text + rest for shown, rest in zip(pictures, pieces[2::2], strict=True)
+        )
 
     async def _off_loop(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
         return encode(text) if len(text) <= _INLINE_CHARS else await asyncio.to_thread(encode, text)

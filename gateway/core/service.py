@@ -46,6 +46,7 @@ from gateway.generation import (
 )
 from gateway.native import library
 from shared import protocol as wire
+from shared.clips import frame_spec
 from shared.errors import ErrorCode
 
 log = structlog.get_logger(__name__)
@@ -187,13 +188,16 @@ class Service:
         """See `Core.check_grammar`."""
         return await self.grammars.check(grammar, param=param, tenant=tenant)
 
-    async def prepare_image(self, model: ServedModel, data_url: str, *, param: str) -> PreparedImage:
+    async def prepare_image(
+        self, model: ServedModel, data_url: str, *, param: str, num_frames: int = 0
+    ) -> PreparedImage:
         """See `Core.prepare_image`. Refuses before decoding when the answer would be QUEUE_FULL anyway."""
         card = model.card
         if card.image is None:
             raise no_pictures(card, param)
         self.check_capacity(model, num_new=1 + self.images.num_pending)
-        image = await self.images.prepare(data_url, card.image, param=param)
+        spec = frame_spec(card.image, num_frames) if num_frames else card.image
+        image = await self.images.prepare(data_url, spec, param=param)
         if card.bos_id is not None:
             return image
         # There is no first id for the picture to follow.

@@ -45,6 +45,8 @@ _REASONING: Final = (
     "reasoning",
 )  # the names that templates and clients use for the same field
 _END: Final = f"zq{secrets.token_hex(12)}end "  # marks where a message to be continued ends
+VIDEO_MARK: Final = f"zq{secrets.token_hex(12)}video"
+"""Stands for a video in a prompt where the chat template, which knows none, is shown text in its place."""
 
 
 class ChatTemplate:
@@ -77,6 +79,8 @@ class ChatTemplate:
             if token_id is not None
         }
         self._wants_parts: bool | None = None
+        clip = None if card.image is None else card.image.clip
+        self._marks_videos = clip is not None and not clip.layout.placeholder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="template")
 
     def render(self, messages: Messages, options: ChatOptions) -> str:
@@ -160,15 +164,15 @@ class ChatTemplate:
         if self._wants_parts is None:
             self._wants_parts = not self._shows("probe") and self._shows([{"type": "text", "text": "probe"}])
         if self._wants_parts:
-            return [_with_parts(message) for message in messages]
-        if not any(isinstance(message.get("content"), list) for message in messages):
-            return messages
-        return [
-            {**message, "content": _joined(message["content"])}
-            if isinstance(message.get("content"), list) and not _has_picture(message["content"])
-            else message
-            for message in messages
-        ]
+            messages = [_with_parts(message) for message in messages]
+        elif any(isinstance(message.get("content"), list) for message in messages):
+            messages = [
+                {**message, "content": _joined(message["content"])}
+                if isinstance(message.get("content"), list) and not _has_picture(message["content"])
+                else message
+                for message in messages
+            ]
+        return [_with_marks(message) for message in messages] if self._marks_videos else messages
 
     def _shows(self, content: object) -> bool:
         try:
@@ -237,8 +241,18 @@ def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": [{"type": "text", "text": content}]}
 
 
+def _with_marks(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with a mark as text in place of each video."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    mark = {"type": "text", "text": VIDEO_MARK}
+    return {**message, "content": [mark if part.get("type") == "video" else part for part in content]}
+
+
 def _has_picture(parts: list[Any]) -> bool:
-    return any(isinstance(part, Mapping) and part.get("type") == "image" for part in parts)
+    """Or a video."""
+    return any(isinstance(part, Mapping) and part.get("type") in ("image", "video") for part in parts)
 
 
 def _joined(parts: list[Any]) -> str:

@@ -83,10 +83,24 @@ class Merger:
         return self.second(F.gelu(self.first(normed)))
 
 
-class FreeTower:
-    """Implements `contract.CropEncoder` for one crop of any size.
+@dataclass(frozen=True, slots=True)
+class FramePatches:
+    """The product over a patch's pixels, channel first: of a still picture, and of as many frames as stored patches have."""
 
-    `patches` is the product over a patch's pixels, channel first; `table` (G, G, D) learned positions, which are interpolated
+    still: PackedLinear
+    moving: PackedLinear | None = None  # none: a patch has one frame
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(patches, 3·P·P) of one frame, which all show, or (patches, 3·frames·P·P) → (patches, D)."""
+        if self.moving is not None and values.shape[1] != self.still.in_features:
+            return self.moving(values)
+        return self.still(values)
+
+
+class FreeTower:
+    """Implements `contract.CropEncoder` for one crop of any size, of a still picture or of several frames.
+
+    `patches` is the first product; `table` (G, G, D) learned positions, which are interpolated
     to the picture's grid; `taps` mergers behind some layers, whose features stand beside the last merger's.
     """
 
@@ -96,7 +110,7 @@ class FreeTower:
         self,
         config: FreeConfig,
         dtype: torch.dtype,
-        patches: PackedLinear,
+        patches: FramePatches,
         blocks: Sequence[FreeBlock],
         merger: Merger,
         table: Tensor | None = None,
@@ -107,7 +121,7 @@ class FreeTower:
         self.num_tokens = LOAD_PIXELS // config.patch_size**2
         self._patches, self._blocks, self._merger = patches, blocks, merger
         self._table, self._taps = table, taps or {}
-        device = patches.device if table is None else table.device
+        device = patches.still.device if table is None else table.device
         area = config.patch_size**2
         std, mean = (torch.tensor(values, device=device) for values in (config.std, config.mean))
         self._scale = (1 / (255 * std)).repeat_interleave(area)
@@ -117,10 +131,14 @@ class FreeTower:
         self._inverse = 1.0 / ROTARY_BASE**exponents
 
     def pixels(self, crop: Tensor) -> Tensor:
-        """(H, W, 3) uint8 → (patches, 3·P·P) fp32, normalised, square by square; a patch is flattened channel first.
+        """(H, W, 3) uint8 → (patches, 3·P·P) fp32, normalised, square by square; a patch is flattened channel first. Of frames
+        (F, H, W, 3) → (patches, 3·F·P·P), within a channel frame by frame.
 
         Raises ValueError on sides that are not whole squares.
         """
+        if crop.dim() == 4:
+            frames = [self.pixels(frame).unflatten(1, (3, -1)) for frame in crop]
+            return torch.stack(frames, 2).flatten(1)
         high, wide = self._grid(crop)
         merge, patch = self.config.merge, self.config.patch_size
         cut = crop.view(high // merge, merge, patch, wide // merge, merge, patch, 3)
@@ -132,7 +150,7 @@ class FreeTower:
         return self.features_of(list(crops))[0].unsqueeze(0)
 
     def features_of(self, crops: Sequence[Tensor]) -> list[Tensor]:
-        """(H, W, 3) uint8 each, of any sizes → (squares, (1 + taps) · out) each, see `features`. All go through the layers as one
+        """(H, W, 3) uint8 each, or (F, H, W, 3), of any sizes → (squares, (1 + taps) · out) each, see `features`. All go through the layers as one
         run of tokens, without padding: products take them together, and each attends within itself.
         """
         parts, rotations, orders, windows, lengths = [], [], [], [], []
@@ -170,14 +188,14 @@ class FreeTower:
         return list(merged.split([length // config.merge**2 for length in lengths]))
 
     def num_patches(self, crop: Tensor) -> int:
-        """Of a crop (H, W, 3), for whoever decides how many go together. Raises ValueError as `pixels`."""
+        """Of a crop (H, W, 3) or frames (F, H, W, 3), for whoever decides how many go together. Raises ValueError as `pixels`."""
         high, wide = self._grid(crop)
         return high * wide
 
     def _grid(self, crop: Tensor) -> tuple[int, int]:
         """Patches down and across."""
         unit, patch = self.config.unit, self.config.patch_size
-        high, wide = crop.shape[:2]
+        high, wide = crop.shape[-3:-1]
         if not high or not wide or high % unit or wide % unit:
             raise ValueError(f"a picture of {high}×{wide} pixels is not whole squares of {unit}")
         return high // patch, wide // patch
@@ -263,13 +281,15 @@ def read_free_tower(vision: Settings, mean: Triple, std: Triple, **windows: obje
     )
 
 
-def take_frame_patches(take: Take, name: str, config: FreeConfig, *, biased: bool) -> PackedLinear:
-    """A convolution over frames and patches, as a product over the patches of a still picture: every frame is the same, so
-    its weights are summed over frames, before they are rounded."""
+def take_frame_patches(take: Take, name: str, config: FreeConfig, *, biased: bool) -> FramePatches:
+    """A convolution over frames and patches, as a product over a patch's pixels in all frames, and as one over the patches of a
+    still picture: every frame is the same, so its weights are summed over frames, before they are rounded."""
     size = config.patch_size
     weight = take(f"{name}.weight", config.dim, 3, config.frames, size, size)
     still = weight.float().sum(2).flatten(1).to(weight.dtype)
-    return PackedLinear(still, take(f"{name}.bias", config.dim) if biased else None)
+    bias = take(f"{name}.bias", config.dim) if biased else None
+    moving = PackedLinear(weight.flatten(1), bias) if config.frames > 1 else None
+    return FramePatches(PackedLinear(still, bias), moving)
 
 
 def take_rotated_qkv(take: Take, name: str, config: FreeConfig) -> PackedLinear:

@@ -86,7 +86,7 @@ class PictureModel(Dense):
             if not isinstance(self._tower, FreeTower):  # a tower that takes crops of one size a call
                 encode = features or self._tower.features
                 return [self._project(encode(image.sheets[0].pixels.unsqueeze(0)))[0] for image in images]
-            crops = [image.sheets[0].pixels for image in images]
+            crops = [_frames(image.sheets[0]) for image in images]
             together = PACKED_PATCHES["cpu" if self.device.type == "cpu" else "gpu"]
             return [
                 self._project(encoded.unsqueeze(0))[0]
@@ -108,6 +108,11 @@ class PictureModel(Dense):
         is_one = sheet.rows == sheet.cols == 1
         crops = sheet.pixels.unsqueeze(0) if is_one else cut_crops(ImageCrops([sheet]), self._spec.crop_size)
         yield from self._project(encode(crops))
+
+
+def _frames(sheet: ImageSheet) -> Tensor:
+    """(H, W, 3) of a still picture, (F, H, W, 3) of a group of frames that lie one below the other."""
+    return sheet.pixels if sheet.rows == 1 else sheet.pixels.unflatten(0, (sheet.rows, -1))
 
 
 def packs(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:

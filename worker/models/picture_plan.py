@@ -5,9 +5,14 @@ A step that the processor would take and nobody takes here is refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import structlog
+
+from shared.protocol import ClipSpec
 from worker.formats.json_files import read_object
 from worker.formats.source import CheckpointError, Source
 from worker.models.settings import Settings
@@ -15,8 +20,17 @@ from worker.models.settings import Settings
 MAX_IMAGES = 16
 """Pictures of one request: their crops are encoded one after another, and their tokens fill the context."""
 
+MAX_FRAMES = 128
+"""Frames of videos of one request."""
+
+MOST_CLIP_TOKENS = 8192
+"""Positions of a video where its frames can be made smaller: what half of the context holds, if that is less."""
+
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _FILES = ("processor_config.json", "preprocessor_config.json")
+_CLIP_FILE = "video_preprocessor_config.json"
+
+log = structlog.get_logger(__name__)
 Triple = tuple[float, float, float]
 
 
@@ -87,6 +101,40 @@ def read_preprocessor(source: Source, defaults: dict[str, Any]) -> Preprocessor:
             f"no {_FILES[1]}: nothing says how pictures are prepared; take that file from the model's own folder",
             file=source.path,
         )
+    return _preprocessor(found, file, defaults)
+
+
+def clip_or_none(read: Callable[[], ClipSpec]) -> ClipSpec | None:
+    """What `read` finds of frames of videos; None, and the reason logged, where the folder says what is not done here: its
+    pictures are read nevertheless."""
+    try:
+        return read()
+    except CheckpointError as error:
+        log.warning("no_frames_of_videos", reason=str(error))
+        return None
+
+
+def read_clip_preprocessor(source: Source, pictures: Preprocessor, defaults: dict[str, Any]) -> Preprocessor:
+    """How frames of videos are prepared, by the file that transformers takes for it: of folders without one of its own that of
+    pictures. Raises CheckpointError as `read_preprocessor`, and for frames that are normalised otherwise than pictures."""
+    file = source.path / _FILES[0]
+    found = read_object(file).get("video_processor")
+    for name in (_CLIP_FILE, _FILES[1]):
+        if isinstance(found, dict) and found:
+            break
+        file = source.path / name
+        found = read_object(file)
+    if not found:
+        raise CheckpointError(f"no {_CLIP_FILE}: nothing says how frames are prepared", file=source.path)
+    clip = _preprocessor(found, file, defaults)
+    if (clip.mean, clip.std) != (pictures.mean, pictures.std):
+        raise clip.settings.fault(
+            "'image_mean' or 'image_std' is not that of pictures, whose tower it is too"
+        )
+    return clip
+
+
+def _preprocessor(found: dict[str, Any], file: Path, defaults: dict[str, Any]) -> Preprocessor:
     common = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
     settings = Settings(common | defaults | {k: v for k, v in found.items() if v is not None}, file)
     for name in ("do_resize", "do_rescale", "do_normalize"):

@@ -15,7 +15,7 @@ from worker.constraints.automaton import TokenAutomaton, spatial_tables
 from worker.constraints.constraint import Constraint
 from worker.constraints.reasoning import reasoning_tables
 from worker.constraints.thought_budget import ThoughtBudget
-from worker.schedule.picture_intake import check_encoded, check_picture, picture_of
+from worker.schedule.picture_intake import check_continued, check_encoded, check_picture, picture_of
 from worker.schedule.refusal import Refusal
 from worker.schedule.rotary_places import prompt_places
 from worker.schedule.sequence import IMAGE_TOKEN, Block, Picture, Run, Sequence, Value
@@ -61,7 +61,15 @@ def build_sequence(
         raise Refusal(ErrorCode.UNSUPPORTED, text, "num_prompt_logprobs")
     rotary, rotary_shift = None, 0
     if pictures and card.image is not None and card.image.position_axes > 1:
+        check_continued(pictures, card.context_tokens)
         rotary, rotary_shift = prompt_places(len(tokens), pictures)
+        if len(tokens) + rotary_shift + message.max_tokens > card.context_tokens and rotary_shift > 0:
+            room = card.context_tokens - len(tokens) - rotary_shift
+            text = (
+                f"a video's time reaches position {len(tokens) + rotary_shift} of {card.context_tokens}, and the answer goes on there: "
+                + (f"max_tokens may be at most {room}" if room > 0 else "send frames of a shorter time")
+            )
+            raise Refusal(ErrorCode.CONTEXT_LENGTH_EXCEEDED, text, "max_tokens")
     return Sequence(
         gateway=gateway,
         sequence_id=message.sequence_id,

@@ -101,7 +101,7 @@ def hash_of(key: bytes) -> int:
 
 def _extra_keys(seq: Sequence, number: int, page_tokens: int, salt: bytes) -> ExtraKeys | None:
     start, end = number * page_tokens, (number + 1) * page_tokens
-    keys = [one.digest.hex() for one in seq.pictures if one.position < end and start < one.end]
+    keys = [one.page_key.hex() for one in seq.pictures if one.position < end and start < one.end]
     if seq.values:
         given = [(seq.num_prompt + index, value) for index, value in seq.values.items() if index < 0]
         keys += [f"{place - start}={value}" for place, value in given if start <= place < end]

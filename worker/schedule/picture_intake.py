@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Sequence_
 
+from shared.clips import fault_of_input
 from shared.errors import ErrorCode
 from shared.pictures import (
     check_bounds,
-    fault_of,
     grid_of,
     num_bytes,
     num_loads,
@@ -57,6 +57,8 @@ def picture_of(
         grid=grid_of(spec, image.sheets),
         loads=num_loads(spec, image.sheets),
         features=frames[0] if is_encoded else None,
+        moment=image.moment,
+        is_continued=image.is_continued,
     )
 
 
@@ -68,7 +70,7 @@ def check_picture(
 ) -> None:
     """Raise `Refusal` unless sheets and runs are what the spec makes of a picture, with a frame of the right size for each
     sheet; or one frame with the features of all positions, if it comes encoded."""
-    fault = fault_of(spec, image.sheets)
+    fault = fault_of_input(spec, image)
     wanted = num_tokens(spec, image.sheets)
     sizes = [num_bytes([sheet]) for sheet in image.sheets]
     if encoded_as is not None:
@@ -81,6 +83,19 @@ def check_picture(
         fault = "a picture has one run here"
     if fault:
         raise Refusal(ErrorCode.INVALID_REQUEST, fault, "image")
+
+
+def check_continued(pictures: Sequence_[Picture], context_tokens: int) -> None:
+    """Raise `Refusal` unless each group of frames that goes on with a clip stands behind one of the same size, within the context."""
+    for before, picture in zip([None, *pictures], pictures, strict=False):
+        if picture.moment >= context_tokens:
+            text = f"frames of a video lie {picture.moment} positions apart, and the context has {context_tokens}: send frames of a shorter time"
+            raise Refusal(ErrorCode.CONTEXT_LENGTH_EXCEEDED, text, "image")
+        if not picture.is_continued:
+            continue
+        if before is None or before.end != picture.position or before.grid != picture.grid:
+            text = "a group of frames that goes on with a clip follows one of the same size"
+            raise Refusal(ErrorCode.INVALID_REQUEST, text, "image")
 
 
 def check_encoded(message: Submit, format: FeatureFormat | None) -> None:

@@ -1,7 +1,7 @@
 """Owns which full KV pages are remembered by content, and which of them to forget first. Pure; decode thread.
 
 A page's key is a hash chain over everything its contents depend on: tenant, every earlier token, the digests of
-pictures, coordinates given with it, and as a whole each block that attends both ways. Pages enter only after the step that wrote them was
+pictures and the moments of frames, coordinates given with it, and as a whole each block that attends both ways. Pages enter only after the step that wrote them was
 committed without fault, so a cancelled or failed row never leaves bad pages behind.
 """
 
@@ -123,7 +123,7 @@ class PrefixCache:
             digest.update(array("i", seq.tokens[start:end]).tobytes())
             for picture in seq.pictures:
                 if picture.position < end and start < picture.end:
-                    digest.update(picture.digest)
+                    digest.update(picture.page_key)
             for index, values in seq.values.items():
                 place = seq.num_prompt + index
                 if index < 0 and start <= place < end:  # given with the prompt
@@ -148,5 +148,5 @@ def _block(seq: Sequence, first: int, stop: int) -> bytes:
     digest.update(array("i", seq.tokens[first:stop]).tobytes())
     for picture in seq.pictures:
         if picture.position < stop and first < picture.end:
-            digest.update(picture.digest)
+            digest.update(picture.page_key)
     return digest.digest()

@@ -49,6 +49,15 @@ class Picture:
     grid: tuple[int, int] = (0, 0)  # rows and columns of its positions, where those have several axes
     loads: int = 0  # what encoding it costs in crops, if that is not their number
     features: bytes | None = None  # of all its positions, if it came encoded; `frames` is then empty
+    moment: int = 0  # of a group of a clip's frames, on the time axis behind the first one
+    is_continued: bool = False  # such a group, which shares rows and columns with the one before it
+
+    @property
+    def page_key(self) -> bytes:
+        """What pages with its positions depend on: its pixels, and where it stands in time."""
+        if not self.moment and not self.is_continued:
+            return self.digest
+        return self.digest + self.moment.to_bytes(4, "little") + bytes([self.is_continued])
 
     @property
     def position(self) -> int:

@@ -227,6 +227,7 @@ class Model(Told, kw_only=True):
     capabilities: list[str]
     takes_images: bool
     max_images: int
+    max_frames: int
     thinking: Literal["none", "optional", "always"]
     chat_templates: list[str]
     defaults: ModelDefaults

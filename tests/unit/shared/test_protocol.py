@@ -26,7 +26,7 @@ GOLDEN = [
 def test_golden_bytes_of_pictures_that_are_encoded_elsewhere() -> None:
     format = wire.FeatureFormat("bfloat16", 2048, "ab")
     asked = wire.Encode(7, 9, wire.ImageInput([wire.Sheet(1, 1, 8, 8)], [(1, 3)], b"d"), "t")
-    assert wire.encode(asked).hex() == "95a6456e636f6465070993919401010808919201" + "03c40164a174"
+    assert wire.encode(asked).hex() == "95a6456e636f6465070996919401010808919201" + "03c401640000c2a174"
     answer = wire.Features(7, 9, format)
     assert wire.encode(answer).hex() == "96a8466561747572657307" + "0993a862666c6f61743136cd0800a26162c0a0"
     assert wire.decode_from_worker(wire.encode(answer)) == answer

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.pictures import max_crops
-from shared.protocol import ImageLayout, ImageSpec, OneCrop, RatioTiles
+from shared.protocol import ClipLayout, ClipSpec, ImageLayout, ImageSpec, OneCrop, RatioTiles
 from worker.formats.json_files import read_object
 from worker.formats.source import Source, Target
 from worker.models.families.llama import read as read_llama
@@ -26,7 +26,14 @@ from worker.models.picture_model import (
     section,
     text_settings,
 )
-from worker.models.picture_plan import MAX_IMAGES, Preprocessor, read_preprocessor
+from worker.models.picture_plan import (
+    MAX_FRAMES,
+    MAX_IMAGES,
+    Preprocessor,
+    clip_or_none,
+    read_clip_preprocessor,
+    read_preprocessor,
+)
 from worker.models.settings import Settings
 from worker.models.vision_tower import (
     Tower,
@@ -85,6 +92,7 @@ _PROCESSOR: dict[str, Any] = {
     "min_patches": 1,
     "max_patches": 12,
 }
+_CLIP: dict[str, Any] = {name: value for name, value in _PROCESSOR.items() if "patches" not in name}
 _JOIN_EPS = 1e-5  # of the projector's norm, which no setting names
 
 
@@ -116,6 +124,7 @@ def read(settings: Settings, source: Source) -> PictureParts:
         processor.resample,
         _layout(source),
         max_images=MAX_IMAGES,
+        clip=clip_or_none(partial(_clip, source, processor, tower.crop_size)),
     )
     sizes = read_text(text)
     build = partial(_build, settings, vision, tower, factor, sizes.dim, max_crops(spec))
@@ -157,6 +166,19 @@ def _layout(source: Source) -> ImageLayout:
         overview=run,
         after=end,
     )
+
+
+def _clip(source: Source, pictures: Preprocessor, crop_size: int) -> ClipSpec:
+    """Frames are not tiled, and no times are written."""
+    processor = read_clip_preprocessor(source, pictures, _CLIP)
+    processor.check_side("size", crop_size)
+    named = read_object(source.path / "tokenizer_config.json")
+    layout = ClipLayout(
+        placeholder=str(named.get("video_token") or "<video>"),
+        frame="Frame{number}: " + _layout(source).whole,
+        gap="\n",
+    )
+    return ClipSpec(OneCrop(), processor.resample, layout, max_frames=MAX_FRAMES, fps=1.0)
 
 
 def _build(

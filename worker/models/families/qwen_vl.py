@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 
 from shared.protocol import FreeSize, ImageLayout, ImageSpec
 from worker.formats.source import Source, Target
 from worker.models.dense_config import DenseConfig, described
 from worker.models.families.qwen import read_qwen2, read_qwen3
+from worker.models.families.qwen_vl_clips import check_patches, clip3, clip25
 from worker.models.free_tower import (
     FreeBlock,
     FreeConfig,
@@ -25,7 +27,7 @@ from worker.models.free_tower import (
 from worker.models.layers import GatedMlp, Mlp, RmsNorm, take_linear, take_norm
 from worker.models.linear import PackedLinear, Take
 from worker.models.picture_model import PictureParts, Project, picture_family, section, text_settings
-from worker.models.picture_plan import MAX_IMAGES, Preprocessor, read_preprocessor
+from worker.models.picture_plan import MAX_IMAGES, Preprocessor, clip_or_none, read_preprocessor
 from worker.models.rope import parse_rope
 from worker.models.settings import Settings
 
@@ -117,6 +119,7 @@ def read3(settings: Settings, source: Source) -> PictureParts:
         raise vision.fault("'deepstack_visual_indexes' has more entries than the decoder has layers")
     _check_width(vision, sizes)
     spec = _spec(settings, processor, tower, sizes)
+    spec = replace(spec, clip=clip_or_none(partial(clip3, source, processor, tower, sizes, spec)))
     axes = _interleaved(_sections(text, [24, 20, 20], sizes), sizes.rotary_dim // 2)
     build = partial(_build3, vision, tower, taps, sizes.dim)
     return PictureParts(text, sizes, spec, rename, build, axes, len(taps))
@@ -139,6 +142,8 @@ def read25(settings: Settings, source: Source) -> PictureParts:
     tower = read_free_tower(vision, processor.mean, processor.std, window=window, full=full)
     _check_width(vision, sizes)
     spec = _spec(settings, processor, tower, sizes)
+    rate = vision.above_0("tokens_per_second", 4.0)
+    spec = replace(spec, clip=clip_or_none(partial(clip25, source, processor, tower, sizes, spec, rate)))
     axes = tuple(
         number % 3 for number, size in enumerate(_sections(text, [16, 24, 24], sizes)) for _ in range(size)
     )
@@ -192,15 +197,7 @@ def _interleaved(sections: Sequence[int], num_pairs: int) -> tuple[int, ...]:
 
 def _spec(settings: Settings, processor: Preprocessor, tower: FreeConfig, sizes: DenseConfig) -> ImageSpec:
     said = processor.settings
-    for name, wanted in (
-        ("patch_size", tower.patch_size),
-        ("merge_size", tower.merge),
-        ("temporal_patch_size", tower.frames),
-    ):
-        if said.size(name) != wanted:
-            raise said.fault(
-                f"{name!r} is {said.size(name)}, and the vision tower of config.json has {wanted}"
-            )
+    check_patches(said, tower)
     size = Settings({**said.objects("size")}, said.file)
     least = said.size("min_pixels", size.size("shortest_edge", 56 * 56))
     most = said.size("max_pixels", size.size("longest_edge", 28 * 28 * 1280))

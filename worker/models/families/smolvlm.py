@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import partial
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from shared.pictures import max_crops
-from shared.protocol import EdgeTiles, ImageLayout, ImageSpec
+from shared.protocol import ClipLayout, ClipSpec, EdgeTiles, ImageLayout, ImageSpec
 from worker.formats.source import Source, Target
 from worker.models.families.llama import read as read_llama
 from worker.models.linear import PackedLinear, Take
 from worker.models.picture_model import PictureParts, Project, picture_family, section, text_settings
-from worker.models.picture_plan import MAX_IMAGES, read_preprocessor
+from worker.models.picture_plan import (
+    MAX_FRAMES,
+    MAX_IMAGES,
+    Preprocessor,
+    clip_or_none,
+    read_clip_preprocessor,
+    read_preprocessor,
+)
 from worker.models.settings import Settings
 from worker.models.vision_tower import (
     Tower,
@@ -53,6 +62,8 @@ _PROCESSOR: dict[str, Any] = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+_CLIP_EDGE = 4 * 364  # that frames are first scaled to, where a folder says nothing
+_CLIP_FRAMES = 64  # that the models were trained to see at most
 _AROUND, _WHOLE, _RUN = "<fake_token_around_image>", "<global-img>", "<image>"
 LAYOUT = ImageLayout(
     placeholder=_RUN,
@@ -61,6 +72,14 @@ LAYOUT = ImageLayout(
     tile=_AROUND + "<row_{row}_col_{col}>" + _RUN,
     row_end="\n",
     overview="\n" + _AROUND + _WHOLE + _RUN + _AROUND,
+)
+
+
+CLIP_LAYOUT = ClipLayout(
+    # No placeholder: the templates of released folders pass over videos.
+    before="You are provided the following series of {frames_in_words} frames from a {duration} [H:MM:SS] video.\n",
+    frame="\nFrame from {clock}:" + LAYOUT.whole,
+    after="\n\n",
 )
 
 
@@ -94,6 +113,28 @@ def read(settings: Settings, source: Source) -> PictureParts:
     return PictureParts(text, sizes, spec, rename, build)
 
 
+def read_with_clips(settings: Settings, source: Source) -> PictureParts:
+    """As `read`, of a model that was trained on videos as well."""
+    parts = read(settings, source)
+    pictures = read_preprocessor(source, _PROCESSOR)
+
+    def clip() -> ClipSpec:
+        found = read_clip_preprocessor(source, pictures, {**_PROCESSOR, "size": None}).settings
+        sampling = Settings(found.objects("video_sampling"), found.file)
+        sizes = {"size": found.get("size", sampling.get("video_size", {"longest_edge": _CLIP_EDGE}))}
+        processor = Preprocessor(Settings({**found.values, **sizes}, found.file))
+        processor.check_side("max_image_size", parts.spec.crop_size)
+        return ClipSpec(
+            EdgeTiles(processor.side("size"), is_split=False),
+            processor.resample,
+            CLIP_LAYOUT,
+            max_frames=min(MAX_FRAMES, sampling.size("max_frames", found.size("num_frames", _CLIP_FRAMES))),
+            fps=sampling.above_0("fps", found.above_0("fps", 1.0)),
+        )
+
+    return dataclasses.replace(parts, spec=replace(parts.spec, clip=clip_or_none(clip)))
+
+
 def _build(config: TowerConfig, factor: int, dim: int, most: int, take: Take) -> tuple[Tower, Project]:
     name = "model.vision_model"
     table = take(f"{name}.embeddings.position_embedding.weight", config.num_patches, config.dim)
@@ -121,6 +162,6 @@ def _places(grid: int) -> Tensor:
 
 
 SMOLVLM = picture_family(
-    "smolvlm", "SmolVLM and SmolVLM2 (pictures)", "SmolVLMForConditionalGeneration", read
+    "smolvlm", "SmolVLM and SmolVLM2 (pictures)", "SmolVLMForConditionalGeneration", read_with_clips
 )
 IDEFICS3 = picture_family("idefics3", "Idefics3 (pictures)", "Idefics3ForConditionalGeneration", read)

@@ -95,7 +95,9 @@ class FakeCore:
     async def check_grammar(self, grammar: wire.Grammar, *, param: str, tenant: str = "") -> wire.Grammar:
         return grammar
 
-    async def prepare_image(self, model: ServedModel, data_url: str, *, param: str) -> PreparedImage:
+    async def prepare_image(
+        self, model: ServedModel, data_url: str, *, param: str, num_frames: int = 0
+    ) -> PreparedImage:
         return PreparedImage(image_input(1, 64, 56, data_url.encode()), [])
 
     def submit(self, request: GenerateRequest, listener: Listener) -> RunningStream:

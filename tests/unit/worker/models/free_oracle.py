@@ -18,7 +18,8 @@ from tests.unit.worker.models.picture_oracle import TEXT, Expected, Oracle, Turn
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for item in m.content %}{% if item.type == 'image' or 'image_url' in item %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ item.text }}{% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif item.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ item.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MARKS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -28,6 +29,11 @@ PATCH = 4
 @dataclass(frozen=True, slots=True)
 class FreeOracle(Oracle):
     """A folder's model in transformers, whose pixels are patches (N, C·frames·P·P) and whose positions have three axes."""
+
+    @property
+    def video_id(self) -> int:
+        """Stands at each position of a video."""
+        return int(self.tokenizer.convert_tokens_to_ids("<|video_pad|>"))
 
     def expected(self, turns: Sequence[Turn]) -> Expected:
         """See `Oracle`: pixels stay as the processor has them."""
@@ -62,7 +68,7 @@ class FreeOracle(Oracle):
 
     def _types(self, ids: Tensor) -> dict[str, Tensor]:
         self.model.model.rope_deltas = None  # which it keeps from one call to the next
-        return {"mm_token_type_ids": (ids == self.image_id).int()}
+        return {"mm_token_type_ids": (ids == self.image_id).int() + 2 * (ids == self.video_id).int()}
 
 
 def _oracle(

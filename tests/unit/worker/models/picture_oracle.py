@@ -25,6 +25,7 @@ from gateway.confined.image_process import Job, prepare
 from gateway.core.catalog import AnnouncedModel, Catalog
 from gateway.core.chat_format import read_format as read_format
 from gateway.generation import ChatOptions, PreparedImage, ServedModel
+from shared.clips import frame_spec
 from shared.pictures import num_tokens
 from shared.protocol import (
     PROTOCOL_VERSION,
@@ -186,9 +187,12 @@ class Gate:
     def __init__(self) -> None:
         self.config = GatewayConfig()
 
-    async def prepare_image(self, model: ServedModel, data_url: str, *, param: str) -> PreparedImage:
+    async def prepare_image(
+        self, model: ServedModel, data_url: str, *, param: str, num_frames: int = 0
+    ) -> PreparedImage:
         spec = model.card.image
         assert spec is not None
+        spec = frame_spec(spec, num_frames) if num_frames else spec
         data = base64.b64decode(data_url.partition(",")[2])
         answer, frames = prepare(data, Job(spec, self.config.max_image_pixels, 4))
         runs = [(1, num_tokens(spec, answer.sheets))]
@@ -372,7 +376,8 @@ def _gemma3(folder: Path, vision: dict[str, Any] = VISION, **pan: Any) -> Oracle
 
 INTERN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for item in m.content %}{% if item.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ item.text }}{% endif %}"
+    "{% for item in m.content %}{% if item.type == 'image' %}<IMG_CONTEXT>\n"
+    "{% elif item.type == 'video' %}<video>\n{% else %}{{ item.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -380,7 +385,8 @@ INTERN_TEMPLATE = (
 def _internvl(folder: Path, text: str = "qwen2", **vision: Any) -> Oracle:
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-    tokenizer = make_tokenizer(folder, ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"])
+    marks = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
+    tokenizer = make_tokenizer(folder, marks)
     image_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     given = {
         "size": {"height": 32, "width": 32},

@@ -17,20 +17,19 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from gateway.api.prompts import Prompt
 from gateway.core.catalog import AnnouncedModel
 from tests.unit.worker.models import picture_oracle as pictures
 from tests.unit.worker.models.dense_oracle import TOLERANCE, load
 from tests.unit.worker.models.free_oracle import FREE, FreeOracle
-from tests.unit.worker.models.paged_driver import Driver, relative_error
+from tests.unit.worker.models.paged_driver import relative_error
 from tests.unit.worker.models.picture_oracle import CONVERSATIONS, conversation
-from tests.unit.worker.models.picture_scenes import check_answers
+from tests.unit.worker.models.picture_scenes import check_answers, logits_of
 from tests.unit.worker.step.graph_device import GraphDevice
 from tests.unit.worker.step.test_torch_runner import Harness
 from worker.formats.source import CheckpointError
-from worker.forward import ImageCrops, ImageSheet, PrefillSegment, StepTokens
+from worker.forward import ImageCrops, ImageSheet
 from worker.models.free_tower import FreeTower
 from worker.models.picture_model import PictureModel
 from worker.models.segment_attention import SegmentAttention
@@ -84,28 +83,6 @@ def sequence_of(pair: Pair, prompt: Prompt) -> Sequence:
     return build_sequence(b"", submit, frames, pair.model.card, 0.0)
 
 
-def run(pair: Pair, seq: Sequence, features: Tensor, cuts: list[int]) -> Tensor:
-    """(S, V) logits of a prompt in chunks that end at `cuts`, with the features in their places."""
-    model, dim = pair.model, 96
-    driver = Driver(model)
-    ids = torch.tensor(seq.tokens)
-    hidden = model.embed(ids.clamp_min(0)).clone()
-    hidden[ids < 0] = features[:, :dim]
-    taps = torch.zeros(len(ids), features.shape[1] - dim)
-    taps[ids < 0] = features[:, dim:]
-    states, table = [], torch.arange(1, 500, dtype=torch.int32)
-    for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
-        index = torch.arange(start, end)
-        positions = index
-        if seq.rotary is not None:
-            positions = torch.from_numpy(seq.rotary[:, start:end].copy()).long()
-        tokens = StepTokens(positions, index + 16, None, [PrefillSegment(end - start, start, 0, table)])
-        if taps.shape[1]:
-            tokens.taps = [(0, taps[start:end])]
-        states.append(model.forward(hidden[start:end], tokens, driver.cache))
-    return model.logits(torch.cat(states))
-
-
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @torch.inference_mode()
 def test_pixels_ids_features_and_logits(pair: Pair, name: str) -> None:
@@ -125,7 +102,7 @@ def test_pixels_ids_features_and_logits(pair: Pair, name: str) -> None:
     seq = sequence_of(pair, prompt)
     theirs = oracle.logits(expected)
     for cuts in ([], [7, 24, 25]):
-        assert relative_error(run(pair, seq, features, cuts), theirs) < TOLERANCE
+        assert relative_error(logits_of(model, seq, features, cuts), theirs) < TOLERANCE
 
 
 def test_greedy_tokens_in_batches_chunks_and_from_caches(pair: Pair) -> None:
