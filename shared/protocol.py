@@ -28,7 +28,7 @@ from shared.image_spec import PicturePart, Rule
 from shared.image_spec import RatioTiles as RatioTiles
 from shared.image_spec import Sheet as Sheet
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine runs torch today
     raise ImportError("the wire format is little-endian and packs arrays in native order")
@@ -108,6 +108,25 @@ ELEMENT_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
 """Bytes of an element by `FeatureFormat.dtype`."""
 
 
+class PageFormat(Part, frozen=True):
+    """What a page of KV memory holds, and by which weights it was computed. Only equal formats fit each other."""
+
+    dtype: str  # of keys and values, torch's name
+    page_tokens: int
+    layout: (
+        str  # layers, heads and their size, and what layers that convolve keep: for comparing and for people
+    )
+    page_bytes: int
+    weights: str  # digest of the model's files and of how they are read
+
+
+class PrefillAt(Part, frozen=True):
+    """The worker with the role `prefill` that may compute a prompt's pages, and from how many tokens on it pays to ask it."""
+
+    endpoint: str  # as the gateway reaches it
+    min_tokens: int  # of the prompt that are not in the worker's own prefix cache
+
+
 class Submit(Message, frozen=True):
     """Ask for one sequence. Answered by `StepOutputs` rows ending in a `Finish`, or by one `Rejected`."""
 
@@ -131,6 +150,7 @@ class Submit(Message, frozen=True):
     # Pictures, by their places in `images`, that come encoded: one frame (positions, columns) each in place of its sheets.
     encoded: list[int] = []
     encoded_as: FeatureFormat | None = None
+    prefill_at: PrefillAt | None = None  # None: the worker computes the prompt itself
 
 
 class Encode(Message, frozen=True):
@@ -140,6 +160,19 @@ class Encode(Message, frozen=True):
     job_id: int  # unlike every `sequence_id` of the same gateway; `Cancel` takes it
     image: ImageInput
     tenant: str = ""  # features are kept by tenant
+
+
+class Prefill(Message, frozen=True):
+    """One worker asks another, with the role `prefill`, for pages of a prompt of its tenant: `Pages` come, then the `Finish`
+    of this sequence in a `StepOutputs`, or one `Rejected`. `Cancel` takes its `job_id`."""
+
+    epoch: int
+    job_id: int
+    prompt: bytes  # packed int32 token ids: whole pages of them
+    first_page: int = 0  # pages before it are not wanted
+    tenant: str = ""
+    priority: int = 0
+    deadline_s: float = 0.0  # from receipt; 0: none
 
 
 class Cancel(Message, frozen=True):
@@ -225,10 +258,11 @@ class Ready(Message, frozen=True):
     limits: Limits
     device: str
     startup_s: dict[str, float] = {}
-    role: str = "all"  # all | encode | decode
+    role: str = "all"  # all | encode | decode | prefill
     features: FeatureFormat | None = (
         None  # what a worker gives (encode) or takes (decode) of encoded pictures; None: neither
     )
+    pages: PageFormat | None = None  # the pages that it gives (prefill) or takes (decode); None: neither
 
 
 class Timing(Part, frozen=True):
@@ -330,6 +364,16 @@ class Features(Message, frozen=True):
     message: str = ""
 
 
+class Pages(Message, frozen=True):
+    """Consecutive pages of a prompt, for whoever sent a `Prefill`: one payload frame, `page_bytes` a page, in order."""
+
+    epoch: int
+    job_id: int
+    first: int  # number of the first of them among the prompt's pages
+    keys: bytes  # of each page the 16 bytes that stand for its tenant and all tokens up to its end
+    checksum: int  # CRC-32 of the frame
+
+
 class Fatal(Message, frozen=True):
     """The worker ends, or refuses this gateway. Every sequence in flight is lost."""
 
@@ -368,8 +412,8 @@ class TraceChunk(Message, frozen=True):
     num_steps: int
 
 
-FromGateway = Hello | Submit | Encode | Cancel | Ping | Drain | Trace
-FromWorker = Ready | StepOutputs | Rejected | Features | Fatal | Beat | TraceChunk
+FromGateway = Hello | Submit | Encode | Prefill | Cancel | Ping | Drain | Trace
+FromWorker = Ready | StepOutputs | Rejected | Features | Pages | Fatal | Beat | TraceChunk
 
 HISTOGRAM_BUCKETS_S: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
