@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -16,7 +18,7 @@ from worker.sim.runner import NAN_TOKEN
 PROMPT = [30, *range(40, 60)]  # 21 tokens: five whole pages of four, and one
 
 
-def ask(world: World, prompt: list[int] | None = None, max_tokens: int = 6, **fields: object) -> Client:
+def ask(world: World, prompt: list[int] | None = None, max_tokens: int = 6, **fields: Any) -> Client:
     return world.submit(prompt or PROMPT, max_tokens, **fields)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import msgspec
 import pytest
@@ -45,7 +46,7 @@ class Conversation:
         self.now_s += seconds
         self.peer.on_time(self.now_s)
 
-    def ready(self, epoch: int = EPOCH, **changed: object) -> None:
+    def ready(self, epoch: int = EPOCH, **changed: Any) -> None:
         ready = wire.Ready(
             wire.PROTOCOL_VERSION,
             wire.schema_hash(),
@@ -202,7 +203,7 @@ def test_a_full_socket_is_a_loss_of_that_prompt(talk: Conversation) -> None:
         ],
     ],
 )
-def test_pages_of_another_kind_are_refused_with_what_differs(changed: dict[str, object], says: str) -> None:
+def test_pages_of_another_kind_are_refused_with_what_differs(changed: dict[str, Any], says: str) -> None:
     talk = Conversation()
     talk.ask(1)
     talk.ready(**changed)
