@@ -11,8 +11,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from shared.protocol import PROTOCOL_VERSION, FeatureFormat, Limits, ModelCard, PageFormat, Ready, schema_hash
-from worker.config import WorkerConfig
+from shared.protocol import (
+    MAX_PAYLOAD_BYTES,
+    PROTOCOL_VERSION,
+    FeatureFormat,
+    Limits,
+    ModelCard,
+    PageFormat,
+    Ready,
+    schema_hash,
+)
+from worker.config import ConfigError, WorkerConfig
 from worker.loop.costs import Costs, Meter
 from worker.loop.encoding import EncodeLoop, PictureEncoder
 from worker.loop.inbox import Inbox, Outbox, Prefills
@@ -62,10 +71,16 @@ def page_role(
     epoch: int,
     prefills: Prefills | None,
 ) -> PageRole:
-    """`prefills`: where pages are asked for; None: nowhere."""
+    """`prefills`: where pages are asked for; None: nowhere. Raises `ConfigError` for pages that no message holds."""
+    fits = store.format.page_bytes <= MAX_PAYLOAD_BYTES
+    if config.role == "prefill" and not fits:
+        raise ConfigError(
+            f"role is prefill, and a page of {config.page_tokens} tokens has {store.format.page_bytes >> 20} MiB, more than the "
+            f"{MAX_PAYLOAD_BYTES >> 20} that travel at once; a safe value for page_tokens is 16"
+        )
     if config.role == "prefill":
         return PageRole(export=PageExport(outbox, store, epoch), format=store.format)
-    if config.role != "decode" or scheduler.cache is None or prefills is None:
+    if config.role != "decode" or scheduler.cache is None or prefills is None or not fits:
         return PageRole()
     intake = PageIntake(
         prefills,
