@@ -100,10 +100,12 @@ def resolve(
         for section in ALL
         if section.name in found
     }
-    if only is None and parsed["worker"].config.role == "encode":
+    role = parsed["worker"].config.role
+    if only is None and role in ("encode", "prefill"):
+        who = "encoders" if role == "encode" else "prefill workers"
         raise ConfigError(
-            "role is encode, but the worker of degas serve serves requests; start encoders apart (degas worker --role encode, "
-            "or degas serve --only worker --role encode); a safe value here is all"
+            f"role is {role}, but the worker of degas serve serves requests; start {who} apart (degas worker --role {role}, "
+            f"or degas serve --only worker --role {role}); a safe value here is all"
         )
     return parsed
 

@@ -97,6 +97,12 @@ class GatewayConfig(BaseModel):
         ge=1 << 10,
         description="bodies and messages still arriving, all of one key's together",
     )
+    prefill_tokens: int = Field(
+        1024,
+        ge=1,
+        description="prompts of at least so many tokens beyond what its worker has cached are computed by a prefill worker, where "
+        "there is one (a worker with the role prefill)",
+    )
     max_queue: int = Field(128, ge=0, description="requests waiting per worker beyond its rows")
     max_wait_s: float = Field(30.0, gt=0, description="refuse when the queue would take longer than this")
     max_connections: int = Field(10_000, ge=1, description="WebSockets open at once")

@@ -73,6 +73,7 @@ class Scrape(Collector):
         yield _counter("requests_ended", "Terminal events by reason", metrics.ended, "reason")
         yield _counter("request_errors", "Terminal events that were errors", metrics.errors, "code")
         yield _counter("encoder_pictures", "Pictures at encoders by outcome", metrics.pictures, "outcome")
+        yield _counter("prefills", "Prompts long enough for a prefill worker", metrics.prefills, "choice")
         answers = CounterMetricFamily("degas_http_responses", "HTTP answers", labels=["route", "status"])
         for (route, status), number in metrics.http.items():
             answers.add_metric([route, str(status)], number)

@@ -71,6 +71,25 @@ ELEMENT_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8}
 """Bytes of an element by `FeatureFormat.dtype`."""
 
 
+class PageFormat(Part, frozen=True):
+    """What a page of KV memory holds, and by which weights it was computed. Only equal formats fit each other."""
+
+    dtype: str  # of keys and values, torch's name
+    page_tokens: int
+    layout: (
+        str  # layers, heads and their size, and what layers that convolve keep: for comparing and for people
+    )
+    page_bytes: int
+    weights: str  # digest of the model's files and of how they are read
+
+
+class PrefillAt(Part, frozen=True):
+    """The worker with the role `prefill` that may compute a prompt's pages, and from how many tokens on it pays to ask it."""
+
+    endpoint: str  # as the gateway reaches it
+    min_tokens: int  # of the prompt that are not in the worker's own prefix cache
+
+
 class ModelCard(Part, frozen=True):
     """What a gateway needs to know of the model a worker serves."""
 

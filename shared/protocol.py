@@ -36,7 +36,9 @@ from shared.message_parts import Finish as Finish
 from shared.message_parts import Grammar as Grammar
 from shared.message_parts import Limits as Limits
 from shared.message_parts import ModelCard as ModelCard
+from shared.message_parts import PageFormat as PageFormat
 from shared.message_parts import Part as Part
+from shared.message_parts import PrefillAt as PrefillAt
 from shared.message_parts import PromptLogprobs as PromptLogprobs
 from shared.message_parts import PromptValue as PromptValue
 from shared.message_parts import Sampling as Sampling
@@ -45,7 +47,7 @@ from shared.message_parts import Timing as Timing
 from shared.message_parts import TokenLogprobs as TokenLogprobs
 from shared.message_parts import TokenValues as TokenValues
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine runs torch today
     raise ImportError("the wire format is little-endian and packs arrays in native order")
@@ -90,6 +92,7 @@ class Submit(Message, frozen=True):
     # Pictures, by their places in `images`, that come encoded: one frame (positions, columns) each in place of its sheets.
     encoded: list[int] = []
     encoded_as: FeatureFormat | None = None
+    prefill_at: PrefillAt | None = None  # None: the worker computes the prompt itself
 
 
 class Encode(Message, frozen=True):
@@ -99,6 +102,19 @@ class Encode(Message, frozen=True):
     job_id: int  # unlike every `sequence_id` of the same gateway; `Cancel` takes it
     image: ImageInput
     tenant: str = ""  # features are kept by tenant
+
+
+class Prefill(Message, frozen=True):
+    """One worker asks another, with the role `prefill`, for pages of a prompt of its tenant: `Pages` come, then the `Finish`
+    of this sequence in a `StepOutputs`, or one `Rejected`. `Cancel` takes its `job_id`."""
+
+    epoch: int
+    job_id: int
+    prompt: bytes  # packed int32 token ids: whole pages of them
+    first_page: int = 0  # pages before it are not wanted
+    tenant: str = ""
+    priority: int = 0
+    deadline_s: float = 0.0  # from receipt; 0: none
 
 
 class Cancel(Message, frozen=True):
@@ -140,10 +156,11 @@ class Ready(Message, frozen=True):
     limits: Limits
     device: str
     startup_s: dict[str, float] = {}
-    role: str = "all"  # all | encode | decode
+    role: str = "all"  # all | encode | decode | prefill
     features: FeatureFormat | None = (
         None  # what a worker gives (encode) or takes (decode) of encoded pictures; None: neither
     )
+    pages: PageFormat | None = None  # the pages that it gives (prefill) or takes (decode); None: neither
 
 
 class StepOutputs(Message, frozen=True):
@@ -186,6 +203,16 @@ class Features(Message, frozen=True):
     message: str = ""
 
 
+class Pages(Message, frozen=True):
+    """Consecutive pages of a prompt, for whoever sent a `Prefill`: one payload frame, `page_bytes` a page, in order."""
+
+    epoch: int
+    job_id: int
+    first: int  # number of the first of them among the prompt's pages
+    keys: bytes  # of each page the 16 bytes that stand for its tenant and all tokens up to its end
+    checksum: int  # CRC-32 of the frame
+
+
 class Fatal(Message, frozen=True):
     """The worker ends, or refuses this gateway. Every sequence in flight is lost."""
 
@@ -224,8 +251,8 @@ class TraceChunk(Message, frozen=True):
     num_steps: int
 
 
-FromGateway = Hello | Submit | Encode | Cancel | Ping | Drain | Trace
-FromWorker = Ready | StepOutputs | Rejected | Features | Fatal | Beat | TraceChunk
+FromGateway = Hello | Submit | Encode | Prefill | Cancel | Ping | Drain | Trace
+FromWorker = Ready | StepOutputs | Rejected | Features | Pages | Fatal | Beat | TraceChunk
 
 HISTOGRAM_BUCKETS_S: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,

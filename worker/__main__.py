@@ -1,7 +1,8 @@
 """Owns the worker process: its threads, signals and exit code. The main thread only waits.
 
 Threads: `worker-io` has the ROUTER socket; `grammar-compiler-quick` and `-slow` turn grammars into
-constraints, each with a process of its own; `decode` builds the model and runs the engine, and alone touches torch.
+constraints, each with a process of its own; `worker-pages` talks to prefill workers, where the role is decode; `decode` builds
+the model and runs the engine, and alone touches torch.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from worker.loop.inbox import Inbox, Received
 from worker.wire.compiler import GrammarCompiler
 from worker.wire.kv_publisher import CannotPublish, KvPublisher
 from worker.wire.outbox import WireOutbox
+from worker.wire.prefill_client import PrefillClient
 from worker.wire.transport import Transport
 
 log = structlog.get_logger()
@@ -50,8 +52,10 @@ class DecodeThread(threading.Thread):
         inbox: Inbox,
         outbox: WireOutbox,
         epoch: int,
+        prefills: PrefillClient | None = None,
     ) -> None:
         super().__init__(name="decode", daemon=True)
+        self._prefills = prefills
         self._config = config
         self._transport = transport
         self._compiler = compiler
@@ -94,7 +98,10 @@ class DecodeThread(threading.Thread):
             epoch=self._epoch,
             on_beat=self._on_beat if self._config.beat_fd >= 0 else None,
             on_kv_events=self._outbox.publish if self._config.kv_events is not None else None,
+            prefills=self._prefills,
         )
+        if self._prefills is not None and worker.ready.pages is not None:
+            self._prefills.start(worker.ready.pages)
         card = worker.ready.model
         self._compiler.open(worker.payloads[0], card.vocab_size, card.eos_ids)
         # Objects made at start-up stay alive, so no collection in the loop should walk torch's half a million objects.
@@ -127,11 +134,12 @@ def serve(config: WorkerConfig) -> int:
     inbox: Inbox = SimpleQueue()
     outbox = WireOutbox()
     epoch = (time.time_ns() // 1000) & ((1 << 53) - 1)
-    secure = None
+    secure = secure_client = None
     if config.curve_key_dir is not None:
-        from worker.wire.keys import secure_with
+        from worker.wire.keys import secure_client_with, secure_with
 
-        secure = secure_with(config.curve_key_dir)
+        secure = secure_with(config.curve_key_dir, admits_workers=config.role == "prefill")
+        secure_client = secure_client_with(config.curve_key_dir)
     compiler = GrammarCompiler(inbox, outbox, epoch)
     publisher = None
     if config.kv_events is not None:
@@ -149,7 +157,10 @@ def serve(config: WorkerConfig) -> int:
     except Exception as error:
         sys.stderr.write(f"degas worker: cannot bind endpoint {config.endpoint}: {error}\n")
         return 2
-    decode = DecodeThread(config, transport, compiler, inbox, outbox, epoch)
+    prefills = None
+    if config.role == "decode":
+        prefills = PrefillClient(inbox, f"worker-{os.getpid()}", secure_client)
+    decode = DecodeThread(config, transport, compiler, inbox, outbox, epoch, prefills)
     signals = 0
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -170,6 +181,8 @@ def serve(config: WorkerConfig) -> int:
         if signals and not transport.is_announced:
             break  # still loading: nothing to drain
     compiler.close()
+    if prefills is not None:
+        prefills.close()
     transport.close()
     if decode.is_alive():
         os._exit(0)

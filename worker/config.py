@@ -32,11 +32,24 @@ class WorkerConfig(BaseModel):
         None, description="folder with worker.key_secret and gateways' public keys"
     )
 
-    role: Literal["all", "encode", "decode"] = Field(
+    role: Literal["all", "encode", "decode", "prefill"] = Field(
         "all",
         description="what it does of a request. all: everything. encode: it encodes pictures for workers with the role decode, "
-        "and nothing else. decode: everything, but pictures come encoded while there is such a worker with the same "
-        "model, dtype and quantize",
+        "and nothing else. prefill: it computes long prompts for them, and nothing else. decode: everything, but pictures come "
+        "encoded, and the pages of long prompts computed, while there is such a worker with the same model, dtype and quantize",
+    )
+    prefill_wait_s: float = Field(
+        10.0,
+        gt=0,
+        le=3600,
+        description="with the role decode: how long a prompt waits for pages from a prefill worker; what has not come by then is "
+        "computed here",
+    )
+    prefill_bytes: ByteSize = Field(
+        ByteSize(256 << 20),
+        ge=0,
+        description="with the role decode: pages that may be on their way from prefill workers at once, of one prompt any number; "
+        "further prompts are computed here",
     )
 
     model: str = Field(

@@ -29,7 +29,7 @@ from worker.formats.source import Source
 from worker.loop.costs import Costs, Meter
 from worker.loop.encoding import EncodeLoop, PictureEncoder
 from worker.loop.engine import Engine
-from worker.loop.inbox import Inbox, Outbox
+from worker.loop.inbox import Inbox, Outbox, Prefills
 from worker.models.registry import load_model
 from worker.native.build import forbid
 from worker.native.library import use_threads
@@ -46,7 +46,7 @@ from worker.resolve import (
     quantised,
     step_shape,
 )
-from worker.roles import announcement, encode_limits, encode_loop
+from worker.roles import announcement, encode_limits, encode_loop, how_read, page_role
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
 from worker.schedule.kv_events import KvEvent, KvEvents
@@ -56,12 +56,14 @@ from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
 from worker.schedule.scheduler import Scheduler
 from worker.sim.encoder import SIM_FEATURES, SimEncoder
+from worker.sim.page_store import SimPages
 from worker.sim.profiles import PROFILES
 from worker.sim.runner import SimRunner, fake_card
 from worker.sim.timeline import RealClock
 from worker.sim.tokenizer import SIM_TOKENIZER, VOCAB_SIZE
-from worker.step.contract import Runner
+from worker.step.contract import PageStore, Runner
 from worker.step.loading_view import LoadingView
+from worker.step.page_store import TorchPages
 from worker.step.picture_encoder import TorchEncoder, format_of
 from worker.step.torch_runner import TorchRunner
 from worker.step.warm_up import warm_up
@@ -130,10 +132,12 @@ def build_worker(
     epoch: int,
     on_beat: Callable[[int, float], None] | None = None,
     on_kv_events: Callable[[list[KvEvent]], None] | None = None,
+    prefills: Prefills | None = None,
 ) -> Worker:
     """Build everything on the calling thread, which becomes the decode thread. Raises `ConfigError` or
     `worker.formats.errors.CheckpointError` with what to do about it."""
     runner: Runner
+    store: PageStore
     features: FeatureFormat | None = None
     _turn_switches(config)
 
@@ -159,7 +163,8 @@ def build_worker(
         profile, device_name = PROFILES[config.sim_profile], f"sim:{config.sim_profile}"
         if config.role == "encode":
             return encodes(SimEncoder(RealClock(), profile), device_name, None)
-        runner = SimRunner(card, RealClock(), profile, shape, exact=False)
+        runner = sim_runner = SimRunner(card, RealClock(), profile, shape, exact=False)
+        store = SimPages(sim_runner)
         features = SIM_FEATURES if config.role == "decode" else None
         pace = Pace(guessed_costs(1, 1e6), step_s=config.step_s or 0.0, gap_s=gap_s_of(config, 0.0))
         meter = None  # this machine's energy would not be the simulated device's
@@ -221,6 +226,8 @@ def build_worker(
         with startup.phase("warm up"):
             warm_up(torch_runner, startup.progress, budget_s=config.warm_up_s)
         runner = torch_runner
+        how = "" if config.role == "all" else fingerprint(stored, *how_read(config, dtype))
+        store = TorchPages(model, torch_runner.cache, device, weights=how)
         device_name = device.name
         meter = open_meter(device.torch_device.type)
     pool = PagePool(num_pages, config.page_tokens)
@@ -237,6 +244,7 @@ def build_worker(
     kv_events = KvEvents() if on_kv_events is not None else None
     cache = PrefixCache(pool, kv_events) if config.prefix_cache else None
     scheduler = Scheduler(limits, pool, cache, automata, pace)
+    pages = page_role(config, store, scheduler, outbox=outbox, epoch=epoch, prefills=prefills)
     engine = Engine(
         scheduler,
         runner,
@@ -252,6 +260,8 @@ def build_worker(
         on_kv_events=on_kv_events,
         costs=Costs(config.price_per_hour, meter),
         format=features,
+        intake=pages.intake,
+        export=pages.export,
     )
     announced = Limits(
         config.max_rows,
@@ -263,7 +273,9 @@ def build_worker(
         config.progress_timeout_s,
         int(config.feature_bytes),
     )
-    ready = announcement(config, epoch, card, announced, device_name, startup.phases_s, features)
+    ready = announcement(
+        config, epoch, card, announced, device_name, startup.phases_s, features, pages.format
+    )
     return Worker(engine, ready, payloads)
 
 

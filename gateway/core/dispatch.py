@@ -20,6 +20,7 @@ from gateway.core.encoders import Encoders, deadly
 from gateway.core.flights import Flight
 from gateway.core.metrics import Metrics
 from gateway.core.placement import Placement, Worker
+from gateway.core.prefills import Prefills
 from gateway.core.tracing import Tracing
 from gateway.decisions.affinity import content_key
 from gateway.decisions.limits import Meter
@@ -60,6 +61,7 @@ class Dispatch:
         self._now = now
         self._sequence_ids = count(secrets.randbits(30) << 20)
         self.encoders = Encoders(placement, metrics, self, now, self._sequence_ids.__next__)
+        self.prefills = Prefills(placement, metrics.prefills, config.prefill_tokens)
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -129,7 +131,13 @@ class Dispatch:
     def _submit(self, flight: Flight, worker: Worker, sequence_id: int) -> None:
         """Send it with its pictures, as they are now. Raises `RequestError`."""
         encoded, frames = self.encoders.take(flight)
-        worker.send(flight, sequence_id, max(0.001, flight.deadline_s - self._now()), encoded, frames)
+        prefill_at = self.prefills.choose(flight, worker)
+        deadline_s = max(0.001, flight.deadline_s - self._now())
+        try:
+            worker.send(flight, sequence_id, deadline_s, encoded, frames, prefill_at)
+        except RequestError:
+            self.prefills.forget(flight)
+            raise
         self.encoders.on_sent(flight, worker)
 
     # ------------------------------------------------------------ told by encoders
@@ -157,6 +165,7 @@ class Dispatch:
     def on_started(self, flight: Flight) -> None:
         """See `FlightEvents`."""
         self._metrics.on_first_token(self._now() - flight.started_s)
+        self.prefills.forget(flight)
         self._on_settled(flight)
 
     def _on_settled(self, flight: Flight) -> None:
@@ -202,6 +211,7 @@ class Dispatch:
 
     def _take_off(self, flight: Flight) -> None:
         self.encoders.forget(flight)
+        self.prefills.forget(flight)
         if flight.worker_key is None:
             return
         worker = self._workers[flight.worker_key]

@@ -41,6 +41,7 @@ class Metrics:
         self.generated_tokens = 0
         self.num_slow_clients = 0
         self.pictures: Counter[str] = Counter()  # at encoders, by what became of them
+        self.prefills: Counter[str] = Counter()  # prompts for prefill workers, by the choice: sent, full
         self.feature_bytes = 0  # of encoded pictures, sent to workers
         self.ledger = Ledger()
         self.histograms = {name: Histogram() for name in HISTOGRAMS}

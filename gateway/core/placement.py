@@ -15,7 +15,7 @@ from gateway.decisions.held import Held
 from gateway.generation import RequestError
 from shared import protocol as wire
 from shared.errors import ErrorCode
-from shared.protocol import FeatureFormat
+from shared.protocol import FeatureFormat, PageFormat, PrefillAt
 
 AHEAD: Final = 2001  # what a request that is tried again gains in priority: clients may ask for −1000 to 1000
 OWN_WAIT_S: Final = 5.0  # how long a suspect waits for a worker of its own
@@ -36,6 +36,7 @@ class Worker:
     )  # sequences that the gateway gave up and the worker may still run
     held: Held = field(default_factory=lambda: Held(0))  # pictures whose features it has
     num_pictures: int = 0  # of this gateway, being encoded there
+    num_prompts: int = 0  # of this gateway, being computed there for other workers
 
     @property
     def takes_work(self) -> bool:
@@ -54,14 +55,14 @@ class Worker:
 
     @property
     def serves_requests(self) -> bool:
-        """Whether it takes work, and whole requests: an encoder takes pictures only."""
-        return self.takes_work and not self.is_encoder
+        """Whether it takes work, and whole requests."""
+        return self.takes_work and not self.is_helper
 
     @property
-    def is_encoder(self) -> bool:
-        """Whether the worker that serves encodes pictures for others."""
+    def is_helper(self) -> bool:
+        """Whether the worker that serves does so for other workers only: it encodes pictures or computes prompts."""
         ready = self.link.ready
-        return ready is not None and ready.role == "encode"
+        return ready is not None and ready.role in ("encode", "prefill")
 
     @property
     def takes_features(self) -> FeatureFormat | None:
@@ -70,13 +71,20 @@ class Worker:
         return ready.features if ready is not None and ready.role == "decode" else None
 
     @property
+    def takes_pages(self) -> PageFormat | None:
+        """What pages it takes from prefill workers; None: none."""
+        ready = self.link.ready
+        return ready.pages if ready is not None and ready.role == "decode" else None
+
+    @property
     def num_active(self) -> int:
-        """Requests there: this gateway's as of now, and the others' as the last heartbeat said; or the pictures that this gateway
-        has encoded there, if these are more.
+        """Requests there: this gateway's as of now, and the others' as the last heartbeat said; or the pictures and prompts that
+        this gateway has encoded or computed there, if these are more.
 
         The heartbeat's own sum would count those that have left since: a worker that drained would look full until the next one.
         """
-        return max(self.occupancy.num_active + self.occupancy.num_others, self.num_pictures)
+        held = self.occupancy.num_active + self.occupancy.num_others
+        return max(held, self.num_pictures, self.num_prompts)
 
     @property
     def load(self) -> float:
@@ -96,7 +104,13 @@ class Worker:
         self.occupancy.enter(flight.request.tenant)
 
     def send(
-        self, flight: Flight, sequence_id: int, deadline_s: float, encoded: list[int], frames: list[bytes]
+        self,
+        flight: Flight,
+        sequence_id: int,
+        deadline_s: float,
+        encoded: list[int],
+        frames: list[bytes],
+        prefill_at: PrefillAt | None = None,
     ) -> None:
         """Send the worker a flight, due within `deadline_s`, with its pictures' frames. Raises `RequestError`."""
         request = flight.request
@@ -120,6 +134,7 @@ class Worker:
             values=list(request.values),
             encoded=encoded,
             encoded_as=self.takes_features if encoded else None,
+            prefill_at=prefill_at,
         )
         self.link.submit(submit, frames)
         flight.record.num_attempts += 1
@@ -198,7 +213,9 @@ class Placement:
         return [
             worker
             for worker in self.workers
-            if worker.is_encoder and worker.takes_work and _features_of(worker) == format
+            if (ready := worker.link.ready) is not None
+            and (ready.role, ready.features) == ("encode", format)
+            and worker.takes_work
         ]
 
     def place_picture(self, format: FeatureFormat, key: bytes, but: Container[int]) -> Worker | None:
@@ -207,6 +224,26 @@ class Placement:
             worker
             for worker in self.encoders(format)
             if worker.key not in but and worker.num_active < worker.occupancy.capacity
+        ]
+        return self._home(ready, key) if ready else None
+
+    def prefills(self, format: PageFormat) -> list[Worker]:
+        """Those that compute prompts into such pages."""
+        return [
+            worker
+            for worker in self.workers
+            if (ready := worker.link.ready) is not None
+            and (ready.role, ready.pages) == ("prefill", format)
+            and worker.takes_work
+        ]
+
+    def place_prompt(self, format: PageFormat, key: bytes | None) -> Worker | None:
+        """The prefill worker for a prompt: the one that has had its beginning before, unless it is busy. None: their rows are
+        all taken, so that whoever answers computes it sooner."""
+        ready = [
+            worker
+            for worker in self.prefills(format)
+            if worker.num_active < max(1, worker.occupancy.max_rows)
         ]
         return self._home(ready, key) if ready else None
 
@@ -277,7 +314,3 @@ class Placement:
         except RequestError as error:
             return error
         return None
-
-
-def _features_of(worker: Worker) -> FeatureFormat | None:
-    return worker.link.ready.features if worker.link.ready is not None else None

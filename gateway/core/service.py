@@ -287,8 +287,8 @@ class Service:
         assert link.ready is not None
         self._warn_mismatched(link)
         worker.held = Held(link.ready.limits.feature_bytes)
-        if worker.is_encoder:
-            self._on_encoder(worker, link.ready)
+        if worker.is_helper:
+            self._on_helper(worker, link.ready)
             return
         before = worker.model
         try:
@@ -308,28 +308,36 @@ class Service:
         worker.occupancy = self._admission.occupancy(model.limits.max_rows, model.limits.max_waiting)
         self._dispatch.resume()
 
-    def _on_encoder(self, worker: Worker, ready: wire.Ready) -> None:
-        """It announces no model: requests are for the workers that it encodes pictures for."""
+    def _on_helper(self, worker: Worker, ready: wire.Ready) -> None:
+        """It announces no model: requests are for the workers that it encodes pictures, or computes prompts, for."""
         worker.model, worker.is_leaving, worker.orphans = None, False, []
         worker.occupancy = self._admission.occupancy(ready.limits.max_rows, ready.limits.max_waiting)
 
     def _warn_mismatched(self, link: WorkerLink) -> None:
-        """Encoders of a model that a worker cannot use are there for nothing: say so."""
+        """Encoders and prefill workers of a model that a worker cannot use are there for nothing: say so."""
         mine = link.ready
         if mine is None or mine.role == "all":
             return
         for other in self._workers:
             theirs = other.link.ready
-            if theirs is None or {mine.role, theirs.role} != {"encode", "decode"}:
+            if theirs is None or mine.model.model_id != theirs.model.model_id:
                 continue
-            if mine.model.model_id == theirs.model.model_id and mine.features != theirs.features:
+            roles, event, needs = {mine.role, theirs.role}, "", ""
+            if roles == {"encode", "decode"} and mine.features != theirs.features:
+                event, needs = "encoder_mismatched", "the same model files, dtype and quantize at both"
+            elif roles == {"prefill", "decode"} and mine.pages != theirs.pages:
+                event = "prefill_mismatched"
+                needs = "the same model files, dtype, kv_dtype, quantize, context, activations and page_tokens at both"
+                needs += "; and the prefix cache on at the one that decodes"
+            if event:
+                is_encoder = event == "encoder_mismatched"
                 log.warning(
-                    "encoder_mismatched",
+                    event,
                     endpoint=link.endpoint,
                     other=other.link.endpoint,
-                    ours=str(mine.features),
-                    theirs=str(theirs.features),
-                    needs="the same model files, dtype and quantize at both",
+                    ours=str(mine.features if is_encoder else mine.pages),
+                    theirs=str(theirs.features if is_encoder else theirs.pages),
+                    needs=needs,
                 )
 
     def on_features(self, link: WorkerLink, features: wire.Features, payloads: list[bytes]) -> None:

@@ -182,6 +182,8 @@ class WorkerLink:
             self._events.on_features(self, message, frames[1:])
         elif isinstance(message, wire.Fatal):
             self._on_fatal(message)
+        elif isinstance(message, wire.Pages):
+            self.note("pages_for_a_gateway")
         else:
             self._events.on_recording(self, frames[1] if len(frames) > 1 else b"")
 

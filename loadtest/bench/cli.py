@@ -219,10 +219,19 @@ def pocket(
 @app.command()
 def stages(
     model: Annotated[
-        str, typer.Option(help="What is served: pocket, or a folder of a model with eyes.")
-    ] = "pocket",
+        str,
+        typer.Option(
+            help="What is served: pocket, or a folder of a model, with eyes for pictures. Empty: pocket, or a random model "
+            "for long prompts."
+        ),
+    ] = "",
     streams: Annotated[int, typer.Option(help="Streams of text at once.")] = 4,
-    askers: Annotated[int, typer.Option(help="Clients that ask about a new picture each time.")] = 4,
+    askers: Annotated[
+        int, typer.Option(help="Clients that ask about a new picture, or with a new prompt, each time.")
+    ] = 4,
+    prefill: Annotated[
+        int, typer.Option(help="Tokens of long prompts, which are asked in place of pictures.")
+    ] = 0,
     tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 64,
     seconds: Seconds = 8.0,
     rounds: Rounds = 3,
@@ -231,10 +240,12 @@ def stages(
     ] = 2,
     as_json: JsonFlag = False,
 ) -> None:
-    """One worker beside an encoder and a decoder with the same threads in all, under text and pictures, turn about."""
+    """One worker beside an encoder, or a prefill worker, and a decoder with the same threads in all, turn about."""
     from loadtest.bench.stages import StagesLoad, measure, stages_table
 
-    load = StagesLoad(model, streams, askers, tokens, seconds=seconds, rounds=rounds, threads=threads)
+    load = StagesLoad(
+        model, streams, askers, tokens, prefill, seconds=seconds, rounds=rounds, threads=threads
+    )
     try:
         done = measure(load)
     except ValueError as error:

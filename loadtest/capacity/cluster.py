@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loadtest.capacity.costs import Costs
-from loadtest.capacity.members import TURNOVER_STEPS
+from loadtest.capacity.members import PAGE_TOKENS, TURNOVER_STEPS
 
 MOST_MEMBERS = 100_000
 
@@ -128,7 +128,7 @@ def stages(load: Load, cluster: Cluster, costs: Costs) -> list[Stage]:
         own_s = prefill_s + on_decoder_s
         if own_s:
             found.append(Stage("prefills", cluster.prefills, cluster.prefills / own_s, "device time"))
-        on_decoder_s = 0.0
+        on_decoder_s = device.prefill_s(min(PAGE_TOKENS, load.prompt_tokens))
     else:
         on_decoder_s += prefill_s
     rows = device.rows(context_of(load, costs))
@@ -136,8 +136,7 @@ def stages(load: Load, cluster: Cluster, costs: Costs) -> list[Stage]:
     if not rows:
         found.append(Stage(name, cluster.num_decoding, 0.0, "memory: not one sequence fits"))
         return found
-    # Apart, the first token is the prefill worker's.
-    steps = load.output_tokens + TURNOVER_STEPS - cluster.is_split
+    steps = load.output_tokens + TURNOVER_STEPS
     per_request_s = steps * device.step_s(rows) / rows + on_decoder_s
     unit = "rows, by memory" if rows < device.max_rows else "rows"
     found.append(Stage(name, cluster.num_decoding, _per_s(cluster.num_decoding, per_request_s), unit))

@@ -211,7 +211,7 @@ def _words(outcome: Outcome, costs: Costs, took_s: float) -> list[str]:
         if outcome.cluster.is_split:
             tokens = prompt_of(load, costs, has_picture=bool(load.picture_share))
             pages_ms = link.seconds(tokens * device.kv_bytes_per_token) * 1e3
-            moves.append(f"the pages of {tokens:g} tokens {pages_ms:.1f} ms, a gap behind the first token")
+            moves.append(f"the pages of {tokens:g} tokens {pages_ms:.1f} ms, before the first token")
         lines.append(f"Moving takes: {'; '.join(moves) or 'nothing here'}.")
         lines.append(f"Costs of the link: {costs.link.source}.")
     return lines

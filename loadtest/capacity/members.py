@@ -16,6 +16,9 @@ FOREVER: Final = float("inf")
 TURNOVER_STEPS: Final = 1.5
 """From a row's last token until its place is another's: that token must reach the host, which has launched a step already."""
 
+PAGE_TOKENS: Final = 16
+"""Of a prompt that was computed elsewhere so many tokens at most, its last page's, are computed where it is decoded."""
+
 
 class Station:
     """Servers with one queue, first come first served: whoever is free first takes the next (M/G/c where arrivals are Poisson)."""

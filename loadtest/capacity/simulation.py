@@ -15,7 +15,7 @@ from typing import Final
 
 from loadtest.capacity.cluster import Cluster, Load, Stage, breaks_first, context_of, prompt_of, stages
 from loadtest.capacity.costs import Costs
-from loadtest.capacity.members import FOREVER, Emptiest, Row, Station, Worker
+from loadtest.capacity.members import FOREVER, PAGE_TOKENS, Emptiest, Row, Station, Worker
 
 MAX_REQUESTS: Final = 120_000
 MIN_REQUESTS: Final = 4_000
@@ -247,9 +247,13 @@ class _Run:
         else:
             work_s += encode_s
         if self._prefills is not None:
-            at_s = request.begun_s = self._prefills.take(at_s, work_s)  # the first token is the prefill's
-            at_s += costs.link.seconds(prompt * device.kv_bytes_per_token)
-            work_s = 0.0
+            at_s = self._prefills.take(at_s, work_s)
+            # Pages leave as each chunk is computed: what of them is still to come when the last is through.
+            num_bytes = prompt * device.kv_bytes_per_token
+            last_bytes = min(prompt, device.mixed_tokens) * device.kv_bytes_per_token
+            at_s += max(costs.link.seconds(last_bytes), costs.link.seconds(num_bytes) - work_s)
+            prompt = min(prompt, PAGE_TOKENS)  # the worker computes the last page's rest, and the first token
+            work_s = device.prefill_s(prompt)
         self._rows[number] = Row(number, request.output_tokens - 1, work_s, prompt)
         request.worker = which
         self._emptiest.change(which, worker.load, worker.load + 1)

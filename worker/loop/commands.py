@@ -7,10 +7,20 @@ from collections.abc import Callable
 import structlog
 
 from shared.errors import ErrorCode, FinishReason
-from shared.protocol import Cancel, Drain, Encode, FeatureFormat, ModelCard, Submit, Trace
+from shared.protocol import Cancel, Drain, Encode, FeatureFormat, ModelCard, Prefill, Submit, Trace
 from worker.constraints.constraint import Constraint
-from worker.loop.inbox import Command, CompiledSubmit, LeaseEnded, MaskReady, Received
+from worker.loop.inbox import (
+    Command,
+    CompiledSubmit,
+    LeaseEnded,
+    MaskReady,
+    PagesHere,
+    PrefillEnded,
+    Received,
+)
 from worker.loop.masks import MaskFiller
+from worker.loop.page_export import PageExport
+from worker.loop.page_intake import PageIntake
 from worker.loop.recording import Recording
 from worker.loop.reports import Reports
 from worker.schedule.intake import build_sequence
@@ -34,8 +44,14 @@ class Commands:
         clock: Callable[[], float],
         epoch: int,
         format: FeatureFormat | None = None,
+        intake: PageIntake | None = None,
+        export: PageExport | None = None,
     ) -> None:
+        """`format`: of pictures that come encoded. `intake`: of pages that prefill workers compute; `export`: of those that
+        this one computes for others, and then it takes no requests."""
         self._format = format
+        self._intake = intake
+        self._export = export
         self._scheduler = scheduler
         self._reports = reports
         self._masks = masks
@@ -57,6 +73,8 @@ class Commands:
         elif isinstance(command, LeaseEnded):
             for seq in self._scheduler.cancel_gateway(command.gateway):
                 self._reports.count_finish(seq)  # its gateway is gone, so no message is sent
+        elif isinstance(command, PagesHere | PrefillEnded) and self._intake is not None:
+            self._intake.on_command(command)
 
     def _on_message(self, received: Received) -> None:
         gateway, message = received.gateway, received.message
@@ -67,6 +85,8 @@ class Commands:
                 seq = self._scheduler.cancel(gateway, sequence_id, FinishReason.CANCELLED)
                 if seq is not None:
                     self._reports.send_finish(seq)
+        elif isinstance(message, Prefill):
+            self._prefill(gateway, message)
         elif isinstance(message, Encode):
             text = "this worker encodes no pictures for others; start it with the role encode"
             self._reports.send_features_refusal(gateway, message.job_id, ErrorCode.UNSUPPORTED, text)
@@ -76,7 +96,12 @@ class Commands:
             self.drain(message.deadline_s)
 
     def _submit(
-        self, gateway: bytes, message: Submit, frames: list[bytes], compiled: Constraint | None = None
+        self,
+        gateway: bytes,
+        message: Submit,
+        frames: list[bytes],
+        compiled: Constraint | None = None,
+        prefill: Prefill | None = None,
     ) -> None:
         now_s = self._clock()
         if (gateway, message.sequence_id) in self._scheduler.sequences:
@@ -91,10 +116,38 @@ class Commands:
                 )
             if self.is_draining:
                 raise Refusal(ErrorCode.SHUTTING_DOWN, "the worker is draining")
+            if self._export is not None and prefill is None:
+                raise Refusal(
+                    ErrorCode.UNSUPPORTED, "this worker only computes prompts for others (role prefill)"
+                )
             seq = build_sequence(gateway, message, frames, self._card, now_s, compiled, self._format)
             self._scheduler.submit(seq)
         except Refusal as refusal:
             self._reports.send_refusal(gateway, message.sequence_id, refusal, len(self._scheduler.waiting))
+            return
+        if self._export is not None and prefill is not None:
+            self._export.add(seq, prefill.first_page)
+        elif self._intake is not None and message.prefill_at is not None:
+            self._intake.begin(seq, message.prefill_at)
+
+    def _prefill(self, gateway: bytes, message: Prefill) -> None:
+        """A prompt for another worker: computed like any other, and one token behind it, which nobody reads."""
+        asked = Submit(
+            message.epoch,
+            message.job_id,
+            f"prefill-{message.job_id}",
+            message.prompt,
+            1,
+            tenant=message.tenant,
+            priority=message.priority,
+            deadline_s=message.deadline_s,
+        )
+        if self._export is None:
+            text = "this worker computes no prompts for others; start it with the role prefill"
+            refusal = Refusal(ErrorCode.UNSUPPORTED, text)
+            self._reports.send_refusal(gateway, message.job_id, refusal, len(self._scheduler.waiting))
+            return
+        self._submit(gateway, asked, [], prefill=message)
 
     def _on_mask_ready(self, ready: MaskReady) -> None:
         if ready.seq.finish is not None:

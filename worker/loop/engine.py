@@ -20,6 +20,8 @@ from worker.loop.heartbeat import Heartbeat
 from worker.loop.inbox import Command, Inbox, Outbox
 from worker.loop.masks import MaskFiller
 from worker.loop.metrics import WorkerMetrics
+from worker.loop.page_export import PageExport
+from worker.loop.page_intake import PageIntake
 from worker.loop.recording import Recording
 from worker.loop.reports import Reports
 from worker.schedule.depth import DepthGovernor
@@ -63,8 +65,11 @@ class Engine:
         governor: DepthGovernor | None = None,
         costs: Costs | None = None,
         format: FeatureFormat | None = None,
+        intake: PageIntake | None = None,
+        export: PageExport | None = None,
     ) -> None:
-        """`format`: of pictures that come encoded by other workers; None: none may."""
+        """`format`: of pictures that come encoded by other workers; None: none may. `intake` and `export`: of pages that are
+        computed by other workers, and for them."""
         self.scheduler = scheduler
         self.runner = runner
         self.pipeline = Pipeline(runner.num_slots)
@@ -78,8 +83,12 @@ class Engine:
         self._reports = Reports(outbox, clock, epoch, self.metrics, costs)
         self._recording = Recording(outbox, epoch)
         self._masks = masks or MaskFiller(inbox.put)
+        self._intake, self._export = intake, export
+        for pages in (intake, export):
+            if pages is not None:
+                pages.metrics = self.metrics
         self._commands = Commands(
-            scheduler, self._reports, self._masks, self._recording, card, clock, epoch, format
+            scheduler, self._reports, self._masks, self._recording, card, clock, epoch, format, intake, export
         )
         self._heartbeat = Heartbeat(scheduler, self.pipeline, self._reports, self._commands, clock, on_beat)
         self._timer = LaunchTimer() if late_launch else None
@@ -112,7 +121,7 @@ class Engine:
             self._masks.close()
 
     def tick(self) -> bool:
-        """One round; returns whether anything was launched or committed.
+        """One round; returns whether anything was launched or committed, or more is to be done at once.
 
         Take commands; commit the oldest step if its outputs are here already (a copied token is never held back to
         launch something); plan and launch the next step; and when the pipeline is as deep as it may be, or nothing can
@@ -124,6 +133,7 @@ class Engine:
         self._commands.end_late(started_s)
         if started_s >= self._heartbeat.next_s:
             self._heartbeat.send()
+        more_pages = self._intake is not None and self._intake.turn()
         oldest = self.pipeline.oldest
         committed = oldest is not None and self.runner.is_done(oldest.slot)
         if oldest is not None and committed:
@@ -143,7 +153,7 @@ class Engine:
             self.metrics.step_host.observe(host_s)
         if self._on_kv_events is not None:
             self._tell_kv_events(self._on_kv_events)
-        return launched or committed
+        return launched or committed or more_pages
 
     def take_commands(self) -> None:
         """Handle everything in the inbox."""
@@ -170,7 +180,7 @@ class Engine:
         newest, scheduler = self.pipeline.newest, self.scheduler
         if self._timer is None or newest is None or len(self.pipeline) != 1 or self.depth == 1:
             return 0.0
-        if newest.plan.chunks or len(scheduler.waiting) or not scheduler.free_rows:
+        if newest.plan.chunks or scheduler.waiting.peek() is not None or not scheduler.free_rows:
             return 0.0
         return self._timer.launch_at_s(len(newest.plan.decode)) - self._clock()
 
@@ -279,7 +289,11 @@ class Engine:
         self.pipeline.commit(step)
         self._heartbeat.on_commit(now_s)
         first = 0 if early is None else len(plan.decode)
+        due = self._export.due(plan) if self._export is not None else ()
         done = self.scheduler.commit(plan, result, now_s, busy_s=times.busy_s, first=first)
+        if self._export is not None:
+            self._export.send(due)
+            self._export.forget_ended()
         self._reports.send_step(plan, done, result)
         for i in plan.deferred:
             seq = plan.samples[i]

@@ -53,8 +53,51 @@ class MaskReady:
     error: str = ""
 
 
-Command = Received | CompiledSubmit | LeaseEnded | MaskReady
+@dataclass(frozen=True, slots=True, eq=False)
+class PagesHere:
+    """Pages of a prompt from a prefill worker, whole and as they were sent."""
+
+    job_id: int
+    first: int
+    keys: bytes
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillEnded:
+    """No more pages come. `outcome`: done, refused, failed, lost, malformed or mismatched."""
+
+    job_id: int
+    outcome: str
+    detail: str = ""
+
+
+Command = Received | CompiledSubmit | LeaseEnded | MaskReady | PagesHere | PrefillEnded
 Inbox = SimpleQueue[Command]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillJob:
+    """What a prefill worker is asked for: pages [first_page, num_pages) of a prompt of so many whole pages."""
+
+    job_id: int
+    endpoint: str
+    prompt: bytes  # packed int32
+    first_page: int
+    num_pages: int
+    tenant: str
+    priority: int
+    wait_s: float
+
+
+class Prefills(Protocol):
+    """Where the decode thread asks for pages; they come by the inbox, and one `PrefillEnded` a job. Never blocks."""
+
+    def ask(self, job: PrefillJob) -> None:
+        """Have pages computed."""
+
+    def cancel(self, job_id: int) -> None:
+        """Nobody wants them any more; what comes for the job from now on means nothing."""
 
 
 class Outbox(Protocol):

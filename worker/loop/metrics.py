@@ -33,6 +33,12 @@ class WorkerMetrics:
         self.sync_steps_total: dict[str, int] = {}  # by reason: `on_sync`
         self.eager_steps_total = graphs.eager_steps_total  # steps that ran without a graph, by kind
         self.captures_total = graphs.captures_total  # captured graphs by kind: startup, late, failed
+        self.prefills_total: dict[str, int] = {}  # prompts that prefill workers were to compute, by outcome
+        self.given_pages_total = 0  # that came from them
+        self.given_page_bytes_total = 0
+        self.given_seconds_total = 0.0  # that prompts waited for them
+        self.sent_pages_total = 0  # of a prefill worker
+        self.sent_page_bytes_total = 0
         self.depth = 0  # steps in flight after the last launch
         self.step_host = Histogram()
         self.step_wait = Histogram()

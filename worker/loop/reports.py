@@ -119,7 +119,7 @@ class Reports:
             seq.finish,
             seq.num_prompt,
             seq.num_generated,
-            seq.cached_tokens,
+            max(0, seq.cached_tokens - seq.given_tokens),
             code,
             text,
             timing,

@@ -8,11 +8,15 @@ committed without fault, so a cancelled or failed row never leaves bad pages beh
 from __future__ import annotations
 
 from array import array
+from collections.abc import Container
 from hashlib import blake2b
+from typing import Final
 
 from worker.schedule.kv_events import KvEvent, KvEvents
 from worker.schedule.pages import PagePool
 from worker.schedule.sequence import Sequence
+
+KEY_BYTES: Final = 16
 
 
 class PrefixCache:
@@ -50,6 +54,55 @@ class PrefixCache:
         num_tokens = len(seq.pages) * page_tokens
         self.num_hit_tokens += num_tokens
         return num_tokens
+
+    def num_here(self, seq: Sequence) -> int:
+        """How many pages `match` would find now. They become the last to be forgotten."""
+        num = 0
+        while num < (len(seq.tokens) - 1) // self._pool.page_tokens and self._key(seq, num) in self._by_key:
+            num += 1
+        self.touch(seq, num)
+        return num
+
+    def has(self, seq: Sequence, number: int) -> bool:
+        """Whether a page of a sequence is remembered."""
+        return self._key(seq, number) in self._by_key
+
+    def touch(self, seq: Sequence, num_pages: int) -> None:
+        """The first pages of a sequence are needed soon: those that nobody holds become the last to be forgotten, the deepest
+        of them first."""
+        for number in range(num_pages - 1, -1, -1):
+            page = self._by_key.get(self._key(seq, number), 0)
+            if page in self._idle:
+                del self._idle[page]
+                self._idle[page] = None
+
+    def evict_other(self, own: Container[bytes]) -> bool:
+        """Free the page that is to be forgotten next, unless its key is one of these. Returns whether it did."""
+        oldest = next(iter(self._idle), 0)
+        return oldest > 0 and self._key_of[oldest] not in own and self.evict(1) == 1
+
+    def adopt(self, seq: Sequence, number: int, page: int) -> None:
+        """Remember `page`, which was taken from the pool and filled with a page of `seq` that another worker computed; the
+        page before it is remembered. Nobody holds it from here on: it is forgotten like any other."""
+        key = self._key(seq, number)
+        assert key not in self._by_key and (not number or self.has(seq, number - 1))
+        self._by_key[key] = page
+        self._key_of[page] = key
+        self._pool.drop(page, keep=True)
+        self._idle[page] = None
+        if self._events is not None:
+            self._events.on_stored(seq, [number], self._pool.page_tokens, _root(seq))
+
+    def discard(self, seq: Sequence, first: int, end: int) -> None:
+        """Forget those of `seq`'s pages [first, end) that nobody holds: their contents are not to be trusted."""
+        keys = []
+        for number in range(end - 1, first - 1, -1):
+            page = self._by_key.get(self._key(seq, number), 0)
+            if page in self._idle:
+                del self._idle[page]
+                self._pool.evict(page)
+                keys.append(self._key_of.pop(page))
+        self._drop_keys(keys)
 
     def insert(self, seq: Sequence, num_tokens: int) -> None:
         """Remember the full pages among `seq`'s first `num_tokens` positions, all committed."""
@@ -114,25 +167,29 @@ class PrefixCache:
             self._events.on_removed(keys)
 
     def _key(self, seq: Sequence, number: int) -> bytes:
-        keys = seq.page_keys
-        page_tokens = self._pool.page_tokens
-        while len(keys) <= number:
-            start = len(keys) * page_tokens
-            end = start + page_tokens
-            digest = blake2b(keys[-1] if keys else _root(seq), digest_size=16)
-            digest.update(array("i", seq.tokens[start:end]).tobytes())
-            for picture in seq.pictures:
-                if picture.position < end and start < picture.end:
-                    digest.update(picture.page_key)
-            for index, values in seq.values.items():
-                place = seq.num_prompt + index
-                if index < 0 and start <= place < end:  # given with the prompt
-                    digest.update(array("d", (place, *values)).tobytes())
-            for first, stop in seq.blocks:
-                if first < end and start < stop:
-                    digest.update(_block(seq, first, stop))
-            keys.append(digest.digest())
-        return keys[number]
+        return page_keys(seq, self._pool.page_tokens, number + 1)[number]
+
+
+def page_keys(seq: Sequence, page_tokens: int, num_pages: int) -> list[bytes]:
+    """What stands for each of a sequence's first full pages, as many as asked for at least: the same wherever they are computed."""
+    keys = seq.page_keys
+    while len(keys) < num_pages:
+        start = len(keys) * page_tokens
+        end = start + page_tokens
+        digest = blake2b(keys[-1] if keys else _root(seq), digest_size=KEY_BYTES)
+        digest.update(array("i", seq.tokens[start:end]).tobytes())
+        for picture in seq.pictures:
+            if picture.position < end and start < picture.end:
+                digest.update(picture.page_key)
+        for index, values in seq.values.items():
+            place = seq.num_prompt + index
+            if index < 0 and start <= place < end:  # given with the prompt
+                digest.update(array("d", (place, *values)).tobytes())
+        for first, stop in seq.blocks:
+            if first < end and start < stop:
+                digest.update(_block(seq, first, stop))
+        keys.append(digest.digest())
+    return keys
 
 
 def _root(seq: Sequence) -> bytes:

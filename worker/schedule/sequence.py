@@ -146,6 +146,10 @@ class Sequence:
     is_mask_slow: bool = False  # whether the mask behind the ready one is built ahead too
     preemptions: int = 0
     cached_tokens: int = 0
+    awaits_pages: bool = (
+        False  # of its prompt, which another worker computes; set and cleared by `loop.page_intake`
+    )
+    given_tokens: int = 0  # positions whose pages came from there
     # Index from the prompt's end on → value: below 0 given with the prompt, else decoded when it was generated.
     values: dict[int, Value] = field(default_factory=dict)
     page_keys: list[bytes] = field(default_factory=list)  # prefix-cache keys of its full pages

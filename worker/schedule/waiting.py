@@ -38,13 +38,19 @@ class WaitingQueue:
         self._size += 1
 
     def peek(self) -> Sequence | None:
-        """The sequence to admit next, or None."""
+        """The sequence to admit next, or None. Who waits for pages of its prompt holds nobody up."""
         best: tuple[int, float, float] | None = None
         chosen: Sequence | None = None
         for (priority, tenant), lane in self._lanes.items():
-            key = (priority, self._served[tenant], lane[0].arrived_s)
+            first = lane[0]
+            if first.awaits_pages:
+                ready = next((seq for seq in lane if not seq.awaits_pages), None)
+                if ready is None:
+                    continue
+                first = ready
+            key = (priority, self._served[tenant], first.arrived_s)
             if best is None or key < best:
-                best, chosen = key, lane[0]
+                best, chosen = key, first
         return chosen
 
     def take(self, seq: Sequence) -> None:

@@ -6,12 +6,13 @@ rows at once; constrained rows when their masks are ready), `launch_copy`, and l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from shared.protocol import PageFormat
 from worker.schedule.plan import StepPlan, StepResult
 
 
@@ -80,3 +81,15 @@ class Runner(Protocol):
 
     def device_times(self, slot_number: int) -> DeviceTimes:
         """The slot's last step, once it was waited for."""
+
+
+class PageStore(Protocol):
+    """A runner's KV memory as others get it: `worker.step.page_store.TorchPages` or `worker.sim.page_store.SimPages`."""
+
+    format: PageFormat
+
+    def read(self, pages: Sequence[int]) -> bytes:
+        """The contents of pages that no step in flight writes to, in this order, `format.page_bytes` each."""
+
+    def write(self, pages: Sequence[int], data: bytes | memoryview) -> None:
+        """Fill pages that nothing reads or writes; steps that are launched from here on may. `data` may be given up."""

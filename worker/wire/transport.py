@@ -27,6 +27,7 @@ from shared.protocol import (
     Fatal,
     Hello,
     Ping,
+    Prefill,
     Ready,
     Submit,
     decode_from_gateway,
@@ -231,7 +232,7 @@ class Transport:
         lease.until_s = self._now() + lease.lease_s
         if isinstance(message, Ping):
             return
-        lease.asks = lease.asks or isinstance(message, Submit | Encode)
+        lease.asks = lease.asks or isinstance(message, Submit | Encode | Prefill)
         if self._compiler is not None:
             if isinstance(message, Submit) and message.grammar is not None:
                 self._compiler.submit(gateway, message, frames[2:])

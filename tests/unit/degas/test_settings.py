@@ -94,6 +94,7 @@ def test_two_models_are_one_too_many() -> None:
             "--max-queue concerns what --only worker leaves",
         ),
         (["serve", "--role", "encode"], {}, "start encoders apart"),
+        (["serve", "--role", "prefill"], {}, "start prefill workers apart"),
         (["worker", "--role", "encoder"], {}, "encode"),
         (["gateway", "--port", "9000", "--nonsense"], {}, "No such option: --nonsense"),
         (["gateway", "--prot", "9000"], {}, "--port"),

@@ -23,6 +23,9 @@ GOLDEN = [
 ]
 
 
+GOLDEN_PREFILL = "98a750726566696c6c0709c408010000000200000003a17400cb0000000000000000"
+
+
 def test_golden_bytes_of_pictures_that_are_encoded_elsewhere() -> None:
     format = wire.FeatureFormat("bfloat16", 2048, "ab")
     asked = wire.Encode(7, 9, wire.ImageInput([wire.Sheet(1, 1, 8, 8)], [(1, 3)], b"d"), "t")
@@ -31,11 +34,11 @@ def test_golden_bytes_of_pictures_that_are_encoded_elsewhere() -> None:
     assert wire.encode(answer).hex() == "96a8466561747572657307" + "0993a862666c6f61743136cd0800a26162c0a0"
     assert wire.decode_from_worker(wire.encode(answer)) == answer
     older = wire.Submit(1, 2, "r", b"", 3)
-    short = msgspec.msgpack.encode(msgspec.msgpack.decode(wire.encode(older))[:-2])
+    short = msgspec.msgpack.encode(msgspec.msgpack.decode(wire.encode(older))[:-3])
     assert wire.decode_from_gateway(short) == older, "a request without such pictures says nothing of them"
     ready = [
         "Ready",
-        3,
+        4,
         "h",
         1,
         msgspec.to_builtins(wire.ModelCard("m", "f", 1, 1, 0, [])),
@@ -48,6 +51,15 @@ def test_golden_bytes_of_pictures_that_are_encoded_elsewhere() -> None:
         None,
         0,
     )
+
+
+def test_golden_bytes_of_pages_between_workers() -> None:
+    asked = wire.Prefill(7, 9, wire.pack_i32([1, 2]), 3, "t")
+    assert wire.encode(asked).hex() == GOLDEN_PREFILL
+    assert wire.decode_from_gateway(wire.encode(asked)) == asked
+    pages = wire.Pages(7, 9, 3, b"k" * 2, 5)
+    assert wire.encode(pages).hex() == "96a5506167657307090" + "3c4026b6b05"
+    assert wire.decode_from_worker(wire.encode(pages)) == pages
 
 
 def test_a_beat_says_how_long_the_loop_may_be_silent_and_an_older_one_says_nothing() -> None:

@@ -32,9 +32,11 @@ class Connection:
 class Wire:
     """Everything between one DEALER and whichever ROUTER serves its endpoint at the moment."""
 
-    def __init__(self) -> None:
-        self.dealer: Dealer | None = None
+    def __init__(self, side: bytes = b"\0") -> None:
+        """`side`: what identities begin with, where one ROUTER serves several."""
+        self.dealer: Dealer | PageDealer | None = None
         self.router: Router | None = None
+        self._side = side
         self.connection: Connection | None = None
         self.hwm = 10_000  # frames a direction holds
         self.late: list[Frames] = []  # to the gateway, from connections that are no more
@@ -45,7 +47,7 @@ class Wire:
     def connect(self) -> None:
         """Establish a connection if both ends are there and none is."""
         if self.connection is None and self.dealer is not None and self.router is not None:
-            self.connection = Connection(b"\0%04d" % next(self._identities))
+            self.connection = Connection(self._side + b"%04d" % next(self._identities))
             self.dealer.asleep = False
             self.dealer.signalled = True
             self.dealer.monitor.tell(zmq.EVENT_HANDSHAKE_SUCCEEDED)
@@ -192,30 +194,62 @@ class Dealer:
             self._wire.dealer = None
 
 
-class Router:
-    """A worker's end. Poll-driven in the real one, so without a descriptor here."""
+class PageDealer:
+    """A worker's end towards a prefill worker: its thread polls, so there is nothing to wake."""
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+    def __init__(self, between: Wire) -> None:
+        self.monitor = Monitor(-1)
+        self.asleep = self.signalled = False
+        self.received: deque[Frames] = deque()
+        self._wire = between
+        between.dealer = self
+        between.connect()
+
+    def arrive(self, frames: Frames) -> None:
+        self.received.append(frames)
+
+    def send(self, frames: Frames) -> bool:
+        """As `zmq.NOBLOCK` does: False where it would block."""
+        connection = self._wire.connection
+        if connection is None or len(connection.to_worker) >= self._wire.hwm:
+            return False
+        connection.to_worker.append(list(frames))
+        return True
+
+    def close(self) -> None:
+        self._wire.disconnect()
+        self._wire.dealer = None
+
+
+class Router:
+    """A worker's end. Poll-driven in the real one, so without a descriptor here. It serves any number of wires."""
+
+    def __init__(self, *wires: Wire) -> None:
+        self._wires = wires
         self.received: deque[Frames] = deque()
 
     def bind(self) -> None:
         """Take the endpoint over."""
-        self._wire.router = self
-        self._wire.connect()
+        for between in self._wires:
+            between.router = self
+            between.connect()
 
     def unbind(self, num_arriving: int) -> None:
-        """Die: the connection breaks."""
-        self._wire.disconnect(num_arriving)
-        self._wire.router = None
+        """Die: the connections break."""
+        for between in self._wires:
+            between.disconnect(num_arriving)
+            between.router = None
 
     def send_multipart(self, frames: Frames, flags: int = 0) -> None:
-        connection = self._wire.connection
-        if connection is None or connection.identity != frames[0]:
-            raise zmq.ZMQError(zmq.EHOSTUNREACH)
-        if len(connection.to_gateway) >= self._wire.hwm:
-            raise zmq.Again
-        connection.to_gateway.append(list(frames[1:]))
+        for between in self._wires:
+            connection = between.connection
+            if connection is None or connection.identity != frames[0]:
+                continue
+            if len(connection.to_gateway) >= between.hwm:
+                raise zmq.Again
+            connection.to_gateway.append(list(frames[1:]))
+            return
+        raise zmq.ZMQError(zmq.EHOSTUNREACH)
 
     def recv_multipart(self, flags: int = 0) -> Frames:
         if not self.received:

@@ -48,6 +48,7 @@ class Service(RuleBasedStateMachine):
         num_workers=st.sampled_from([1, 1, 2]),
         num_encoders=st.sampled_from([0, 0, 1, 2]),
         encoder_jobs=st.sampled_from([2, 8]),
+        num_prefills=st.sampled_from([0, 0, 1, 2]),
         depth=st.integers(1, 3),
         max_rows=st.integers(1, 4),
         num_pages=st.sampled_from([12, 24, 64]),
@@ -67,6 +68,7 @@ class Service(RuleBasedStateMachine):
         num_workers: int,
         num_encoders: int,
         encoder_jobs: int,
+        num_prefills: int,
         depth: int,
         max_rows: int,
         num_pages: int,
@@ -86,6 +88,7 @@ class Service(RuleBasedStateMachine):
             num_workers=num_workers,
             num_encoders=num_encoders,
             encoder_jobs=encoder_jobs,
+            num_prefills=num_prefills,
             max_queue=max_queue,
             supervised=supervised,
             depth=depth,
@@ -300,6 +303,72 @@ class Service(RuleBasedStateMachine):
             node.between.disconnect()
             node.between.connect()
             self.world.loop.settle()
+
+    # ------------------------------------------------------------ prefill workers
+
+    @rule(
+        number=numbers,
+        what=st.sampled_from(["crash", "freeze", "device error", "drain", "back", "apart"]),
+        num_arriving=st.sampled_from([0, 1, 100]),
+    )
+    def prefill_worker_fails(self, number: int, what: str, num_arriving: int) -> None:
+        """`apart`: from a worker that asks it."""
+        world = self.world
+        if not world.prefills:
+            return
+        number %= len(world.prefills)
+        node = world.prefills[number]
+        if what == "crash":
+            node.die(num_arriving)
+            world.loop.settle()
+        elif what == "freeze":
+            node.freeze()
+        elif what == "device error":
+            node.device_lost = True
+            world.device_faults += 1
+            world.flow(2)
+        elif what == "drain":
+            node.inbox.put(Received(b"", wire.Drain(0.01)))
+            world.drained = True
+        elif what == "back":
+            node.frozen = False
+            world.restart_prefill(number)
+        else:
+            between = world.page_wires[0][f"ipc:///prefill-{number}"]
+            between.disconnect()
+            between.connect()
+
+    @rule(
+        number=numbers,
+        how=st.sampled_from(["drop", "repeat", "cut", "spoil"]),
+        at=indexes,
+        to_prefill=st.booleans(),
+    )
+    def tamper_between_workers(self, number: int, how: str, at: int, to_prefill: bool) -> None:
+        """With one of the frames between a worker and a prefill worker: no client may ever notice."""
+        if not self.world.prefills:
+            return
+        number %= len(self.world.prefills)
+        connection = self.world.page_wires[0][f"ipc:///prefill-{number}"].connection
+        self.world.tick()
+        if connection is None:
+            return
+        queue = connection.to_worker if to_prefill else connection.to_gateway
+        if not queue:
+            return
+        at %= len(queue)
+        frames = queue[at]
+        if how == "drop":
+            del queue[at]
+        elif how == "repeat":
+            queue.insert(at, frames)
+        elif how == "cut":
+            queue[at] = [*frames[:-1], frames[-1][: len(frames[-1]) // 2]]
+        else:
+            queue[at] = [*frames[:-1], bytes(len(frames[-1]))]
+        self.world.flow()
+
+    # ------------------------------------------------------------ the wire to encoders
 
     @rule(
         number=numbers, how=st.sampled_from(["drop", "repeat", "cut"]), at=indexes, to_encoder=st.booleans()

@@ -1,16 +1,20 @@
-"""Processes of the world: a worker's and an encoder's threads, turn by turn, which may die or stand still."""
+"""Processes of the world: a worker's, an encoder's and a prefill worker's threads, turn by turn, which may die or stand still."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from queue import SimpleQueue
 from typing import Any, Final
 
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
 from shared import protocol as wire
 from shared.errors import ErrorCode
-from tests.unit.wire.fake_zmq import Router, Wire
+from tests.unit.wire.fake_zmq import PageDealer, Router, Wire
 from tests.unit.worker.loop.simulation import CARD, SimWorker
 from worker.loop.encoding import EncodeLoop
-from worker.loop.inbox import Inbox
+from worker.loop.inbox import Inbox, PrefillJob
 from worker.schedule.plan import StepPlan
 from worker.schedule.sequence import Picture
 from worker.sim.encoder import SIM_FEATURES, SimEncoder
@@ -19,6 +23,7 @@ from worker.sim.timeline import VirtualClock
 from worker.sim.tokenizer import SIM_TOKENIZER
 from worker.step.contract import Progress
 from worker.wire.outbox import WireOutbox
+from worker.wire.prefill_peer import PrefillPeer
 from worker.wire.transport import Transport
 
 KILL_TOKEN: Final = 12
@@ -42,7 +47,8 @@ class DeviceFault(Exception):
 class Process:
     """What a worker and an encoder have in common: an I/O thread, a socket, and an end."""
 
-    def __init__(self, between: Wire, clock: VirtualClock, epoch: int) -> None:
+    def __init__(self, between: Wire, clock: VirtualClock, epoch: int, *others: Wire) -> None:
+        """`others`: from workers, beside the gateway's."""
         self.between = between
         self.epoch = epoch
         self.alive = True
@@ -53,7 +59,7 @@ class Process:
         self.inbox: Inbox = SimpleQueue()
         self.outbox = WireOutbox()
         self.transport = Transport(f"worker {epoch}", self.inbox, self.outbox, now=clock.now)
-        self.router = Router(between)
+        self.router = Router(between, *others)
 
     @property
     def serves(self) -> bool:
@@ -65,10 +71,18 @@ class Process:
         if self.serves:
             self.transport._turn(self.router)  # type: ignore[arg-type]
 
-    def announce(self, limits: wire.Limits, role: str, features: wire.FeatureFormat | None) -> None:
+    def announce(
+        self,
+        limits: wire.Limits,
+        role: str,
+        features: wire.FeatureFormat | None,
+        pages: wire.PageFormat | None = None,
+    ) -> None:
         """From now on it answers `Hello`."""
         version, schema = wire.PROTOCOL_VERSION, wire.schema_hash()
-        ready = wire.Ready(version, schema, self.epoch, CARD, limits, "sim", role=role, features=features)
+        ready = wire.Ready(
+            version, schema, self.epoch, CARD, limits, "sim", role=role, features=features, pages=pages
+        )
         self.transport.announce(ready, [SIM_TOKENIZER, b""])
 
     def leave(self, last: wire.Fatal | None = None) -> None:
@@ -91,8 +105,62 @@ class Process:
             self.outbox.close()
 
 
+class PageThread:
+    """The thread worker-pages of a worker, turn by turn, and the way to every prefill worker."""
+
+    def __init__(self, wires: Mapping[str, Wire], inbox: Inbox, clock: VirtualClock) -> None:
+        self.peers: dict[str, tuple[PrefillPeer, PageDealer]] = {}
+        self.format: wire.PageFormat | None = None  # the worker's own
+        self._wires = wires
+        self._inbox = inbox
+        self._clock = clock
+        self._asked: list[PrefillJob | int] = []
+
+    def ask(self, job: PrefillJob) -> None:
+        self._asked.append(job)
+
+    def cancel(self, job_id: int) -> None:
+        self._asked.append(job_id)
+
+    def turn(self) -> None:
+        """What the real thread does when its poll returns."""
+        asked, self._asked = self._asked, []
+        now_s = self._clock.now()
+        for one in asked:
+            if isinstance(one, int):
+                for peer, _ in self.peers.values():
+                    peer.cancel(one)
+            else:
+                self._peer(one.endpoint).ask(one, now_s)
+        for peer, dealer in self.peers.values():
+            while dealer.received:
+                peer.on_frames(dealer.received.popleft(), now_s)
+            while dealer.monitor.signalled:
+                try:
+                    event = parse_monitor_message(dealer.monitor.recv_multipart())["event"]
+                except zmq.Again:
+                    break
+                dealer.monitor.signalled = True
+                if event == zmq.EVENT_DISCONNECTED:
+                    peer.on_lost("its connection closed")
+            peer.on_time(now_s)
+
+    def _peer(self, endpoint: str) -> PrefillPeer:
+        if endpoint not in self.peers:
+            dealer = PageDealer(self._wires[endpoint])
+            assert self.format is not None
+            peer = PrefillPeer(endpoint, self.format, "node", dealer.send, self._inbox.put, self._clock.now())
+            self.peers[endpoint] = peer, dealer
+        return self.peers[endpoint][0]
+
+    def close(self) -> None:
+        for _, dealer in self.peers.values():
+            dealer.close()
+
+
 class Node(Process):
-    """One worker process: decode thread and I/O thread. `takes_features`: its role is decode."""
+    """One worker process: decode thread, I/O thread, and one for pages where there are prefill workers. `takes_features`, and
+    wires to prefill workers: its role is decode."""
 
     def __init__(
         self,
@@ -102,15 +170,38 @@ class Node(Process):
         options: dict[str, Any],
         *,
         takes_features: bool = False,
+        to_prefills: Mapping[str, Wire] | None = None,
     ) -> None:
         super().__init__(between, clock, epoch)
         self._features = SIM_FEATURES if takes_features else None
+        self.pages = PageThread(to_prefills, self.inbox, clock) if to_prefills else None
+        self._build(options, prefills=self.pages)
+        if self.pages is not None:
+            self.pages.format = self.sim.store.format
+
+    def _build(self, options: dict[str, Any], **more: Any) -> None:
         self.sim = SimWorker(
-            self.outbox, epoch=epoch, inbox=self.inbox, clock=clock, format=self._features, **options
+            self.outbox,
+            epoch=self.epoch,
+            inbox=self.inbox,
+            clock=self._clock,
+            format=self._features,
+            **{**options, **more},
         )
         self._launch_forward = self.sim.runner.launch_forward
         self.sim.runner.launch_forward = self._launch  # type: ignore[method-assign]
         self.router.bind()
+
+    def turn(self) -> None:
+        """One turn of the I/O thread, and of the one for pages."""
+        super().turn()
+        if self.serves and self.pages is not None:
+            self.pages.turn()
+
+    def die(self, num_arriving: int) -> None:
+        if self.alive and self.pages is not None:
+            self.pages.close()
+        super().die(num_arriving)
 
     def _launch(self, slot_number: int, plan: StepPlan, progress: Progress) -> None:
         if self.device_lost:
@@ -158,7 +249,27 @@ class Node(Process):
             PROGRESS_S,
             FEATURE_BYTES,
         )
-        self.announce(limits, "all" if self._features is None else "decode", self._features)
+        self._announce_as(limits)
+
+    def _announce_as(self, limits: wire.Limits) -> None:
+        takes_pages = self.sim.intake is not None
+        role = "decode" if self._features is not None or self.pages is not None else "all"
+        self.announce(limits, role, self._features, self.sim.store.format if takes_pages else None)
+
+
+class PrefillNode(Node):
+    """One process with the role prefill: `workers` are the wires from those that it computes for."""
+
+    def __init__(
+        self, between: Wire, clock: VirtualClock, epoch: int, options: dict[str, Any], workers: Iterable[Wire]
+    ) -> None:
+        Process.__init__(self, between, clock, epoch, *workers)
+        self._features = None
+        self.pages = None
+        self._build(options, gives_pages=True)
+
+    def _announce_as(self, limits: wire.Limits) -> None:
+        self.announce(limits, "prefill", None, self.sim.store.format)
 
 
 class FragileEncoder(SimEncoder):

@@ -18,7 +18,7 @@ from shared import protocol as wire
 from shared.errors import ErrorCode, FinishReason
 from tests.unit.wire.client import STALL_S, Client, Habits
 from tests.unit.wire.fake_zmq import Context, Frames, Wire
-from tests.unit.wire.node import KILL_DIGEST, KILL_TOKEN, PROGRESS_S, EncoderNode, Node
+from tests.unit.wire.node import KILL_DIGEST, KILL_TOKEN, PROGRESS_S, EncoderNode, Node, PrefillNode
 from tests.unit.wire.virtual_loop import VirtualLoop
 from tests.unit.worker.loop.simulation import CARD, oracle
 from worker.sim.timeline import VirtualClock
@@ -101,20 +101,28 @@ class World:
         num_workers: int = 1,
         num_encoders: int = 0,
         encoder_jobs: int = 8,
+        num_prefills: int = 0,
+        prefill_tokens: int = 4,
         max_queue: int = 64,
         supervised: bool = False,
         **options: Any,
     ) -> None:
-        """With encoders the workers have the role decode."""
+        """With encoders or prefill workers the others have the role decode."""
         self.clock = VirtualClock()
         self.clock.advance(1.0)
         self.loop = VirtualLoop.on(self.clock)
         endpoints = [f"ipc:///worker-{number}" for number in range(num_workers)]
         encoders = [f"ipc:///encoder-{number}" for number in range(num_encoders)]
+        prefills = [f"ipc:///prefill-{number}" for number in range(num_prefills)]
         self._encoder_jobs = encoder_jobs
-        self.wires = {endpoint: Wire() for endpoint in [*endpoints, *encoders]}
+        self.wires = {endpoint: Wire() for endpoint in [*endpoints, *encoders, *prefills]}
+        # From each worker to each prefill worker.
+        self.page_wires = [
+            {endpoint: Wire(b"%d" % (number + 1)) for endpoint in prefills} for number in range(num_workers)
+        ]
         config = GatewayConfig(
-            workers=(*endpoints, *encoders),
+            workers=(*endpoints, *encoders, *prefills),
+            prefill_tokens=prefill_tokens,
             max_queue=max_queue,
             request_deadline_s=DEADLINE_S,
             retry_wait_s=RETRY_WAIT_S,
@@ -134,8 +142,10 @@ class World:
         self._numbers = count()
         self.encoders: list[EncoderNode] = []
         self._takes_features = num_encoders > 0
-        self.nodes: list[Node] = [self._new_node(self.wires[endpoint]) for endpoint in endpoints]
+        self.prefills: list[PrefillNode] = []
+        self.nodes: list[Node] = [self._new_node(number) for number in range(num_workers)]
         self.encoders = [self._new_encoder(self.wires[endpoint]) for endpoint in encoders]
+        self.prefills = [self._new_prefill(number) for number in range(num_prefills)]
         self.loop.run(self.service.start())
         for between in self.wires.values():
             between.tap = self._count_submit
@@ -145,14 +155,20 @@ class World:
             self.clock.advance(0.25)
         assert self.all_ready()
 
-    def _new_node(self, between: Wire) -> Node:
+    def _new_node(self, number: int) -> Node:
         return Node(
-            between,
+            self.wires[f"ipc:///worker-{number}"],
             self.clock,
             next(self._epochs),
             self._options,
             takes_features=self._takes_features,
+            to_prefills=self.page_wires[number],
         )
+
+    def _new_prefill(self, number: int) -> PrefillNode:
+        endpoint = f"ipc:///prefill-{number}"
+        workers = [wires[endpoint] for wires in self.page_wires]
+        return PrefillNode(self.wires[endpoint], self.clock, next(self._epochs), self._options, workers)
 
     def _new_encoder(self, between: Wire) -> EncoderNode:
         return EncoderNode(between, self.clock, next(self._epochs), self._encoder_jobs)
@@ -176,7 +192,7 @@ class World:
     @property
     def everybody(self) -> list[Node | EncoderNode]:
         """All processes, in the order of the gateway's workers."""
-        return [*self.nodes, *self.encoders]
+        return [*self.nodes, *self.encoders, *self.prefills]
 
     def all_ready(self) -> bool:
         """Whether the gateway serves from every process's present epoch."""
@@ -250,6 +266,10 @@ class World:
         for between in self.wires.values():
             assert between.dealer is None or not between.dealer.received, "frames wait, and nobody looks"
             between.deliver_to_worker()
+        for wires in self.page_wires:
+            for between in wires.values():
+                between.deliver_to_gateway()
+                between.deliver_to_worker()
         for node in self.everybody:
             node.turn()
 
@@ -289,7 +309,7 @@ class World:
         """A supervisor starts a worker that died."""
         node = self.nodes[number]
         if not node.alive:
-            self.nodes[number] = self._new_node(node.between)
+            self.nodes[number] = self._new_node(number)
 
     def restart_encoder(self, number: int) -> None:
         """The same for an encoder."""
@@ -297,8 +317,17 @@ class World:
         if not node.alive:
             self.encoders[number] = self._new_encoder(node.between)
 
+    def restart_prefill(self, number: int) -> None:
+        """The same for a prefill worker."""
+        if not self.prefills[number].alive:
+            self.prefills[number] = self._new_prefill(number)
+
     def _supervise(self) -> None:
-        for nodes, restart in ((self.nodes, self.restart), (self.encoders, self.restart_encoder)):
+        for nodes, restart in (
+            (self.nodes, self.restart),
+            (self.encoders, self.restart_encoder),
+            (self.prefills, self.restart_prefill),
+        ):
             for number, node in enumerate(nodes):
                 down_s = self.clock.now() - node.down_s
                 if node.frozen and down_s > FREEZE_S:
@@ -327,6 +356,7 @@ class World:
                 assert flight.sequence_id == number and flight.worker_key == worker.key and not flight.landed
                 assert flight.request_id in by_request, "a flight on a worker that nobody waits for"
         self._check_encoders()
+        self._check_prefills()
         recovery = self.service._dispatch.recovery
         for flight in recovery.on_trial:
             assert not flight.state.next_index and not flight.landed, "on trial, though it has shown a token"
@@ -354,6 +384,14 @@ class World:
             assert not worker.num_pictures or worker.link.ready is not None, "a picture at a lost encoder"
         waiting = {(flight, key) for f in self.service.unlanded for flight, key in _missing(f)}
         assert waiting == {(flight, job.key) for job in jobs for flight in job.flights}
+
+    def _check_prefills(self) -> None:
+        """What a prefill worker is believed to have is a request on some worker that has not begun."""
+        asked = self.service._dispatch.prefills._asked
+        for flight in asked:
+            assert flight.worker_key is not None and not flight.landed and not flight.state.next_index
+        for worker in self.service.workers:
+            assert worker.num_prompts == sum(other is worker for other in asked.values())
 
     def _check_client(self, client: Client, is_live: bool) -> None:
         if client.refused is not None:
@@ -398,7 +436,7 @@ class World:
 
     def come_to_rest(self) -> None:
         """Faults are over: every request ends within its deadline, and everything is back at its baseline."""
-        for between in self.wires.values():
+        for between in [*self.wires.values(), *(w for wires in self.page_wires for w in wires.values())]:
             between.hwm = 10_000
             between.late.clear()
             between.late_to_worker.clear()
@@ -410,10 +448,13 @@ class World:
                 self.restart(number)
             for number in range(len(self.encoders)):
                 self.restart_encoder(number)
+            for number in range(len(self.prefills)):
+                self.restart_prefill(number)
             self.flow(2)
-            busy = any(node.sim.scheduler.has_work for node in self.nodes)
+            engines = [*self.nodes, *self.prefills]
+            busy = any(node.sim.scheduler.has_work for node in engines)
             if not busy:
-                draining = any(node.sim.engine.is_draining for node in self.nodes)
+                draining = any(node.sim.engine.is_draining for node in engines)
                 draining |= any(node.loop.is_draining for node in self.encoders)
                 if not self.service.num_in_flight and self.all_ready() and not draining:
                     break
@@ -432,14 +473,15 @@ class World:
         assert not service.num_in_flight and not service.num_recovering
         assert not service._dispatch.recovery.on_trial and service._placement.reserved is None
         assert not len(service._dispatch.encoders)
-        for node in self.nodes:
+        for node in [*self.nodes, *self.prefills]:
             node.sim.check_at_rest()
+        assert not len(service._dispatch.prefills)
         for encoder in self.encoders:
             assert not len(encoder.loop.queue)
         for worker, process in zip(service.workers, self.everybody, strict=True):
             assert not worker.flights.by_id and not worker.occupancy.num_active and not worker.orphans
             assert process.inbox.empty() and not len(process.outbox) and not process.router.received
-            assert len(process.transport._leases) <= 1
+            assert len(process.transport._leases) <= 1 + len(self.nodes) * isinstance(process, PrefillNode)
         assert (self.loop.num_timers, self.loop.num_readers) == self.baseline, "a timer or a reader is left"
         ended = sum(service.metrics.ended.values())
         assert sum(service.metrics.accepted.values()) == ended == sum(c.refused is None for c in self.clients)

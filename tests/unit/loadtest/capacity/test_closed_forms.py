@@ -111,7 +111,7 @@ def test_a_part_has_the_use_of_the_whole() -> None:
     for before, after in zip(
         stages(load, whole, given), stages(replace(load, rate=load.rate / factor), part, smaller), strict=True
     ):
-        assert after.use(load.rate / factor) == pytest.approx(before.use(load.rate), rel=1e-6), before.name
+        assert after.use(load.rate / factor) == pytest.approx(before.use(load.rate), rel=1e-3), before.name
     assert part_of(Cluster(workers=3), given)[2] == 1.0
 
 

@@ -37,8 +37,10 @@ from tests.unit.worker.constraints.spatial_grammar import SpatialGrammar
 from worker.constraints.constraint import Constraint
 from worker.constraints.thought_budget import ThoughtBudget
 from worker.loop.engine import Engine
-from worker.loop.inbox import Command, CompiledSubmit, Inbox, MaskReady, Outbox, Received
+from worker.loop.inbox import Command, CompiledSubmit, Inbox, MaskReady, Outbox, Prefills, Received
 from worker.loop.masks import MaskFiller
+from worker.loop.page_export import PageExport
+from worker.loop.page_intake import PageIntake
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
 from worker.schedule.depth import DepthGovernor
 from worker.schedule.kv_events import AllBlocksCleared, BlockRemoved, KvEvent, KvEvents, hash_of
@@ -48,6 +50,7 @@ from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
 from worker.schedule.rng import uniform
 from worker.schedule.scheduler import Scheduler
+from worker.sim.page_store import SimPages
 from worker.sim.profiles import TEST, Profile
 from worker.sim.runner import (
     NAN_TOKEN,
@@ -185,7 +188,12 @@ class SimWorker:
         pace: Pace | None = None,
         on_beat: Callable[[int, float], None] | None = None,
         format: FeatureFormat | None = None,
+        prefills: Prefills | None = None,
+        prefill_wait_s: float = 2.0,
+        prefill_bytes: int = 1 << 20,
+        gives_pages: bool = False,
     ) -> None:
+        """`prefills`: where pages are asked for, as with the role decode; `gives_pages`: it has the role prefill."""
         self.clock = clock or VirtualClock()
         self.epoch = epoch
         self.inbox: Inbox = inbox or SimpleQueue()
@@ -220,6 +228,18 @@ class SimWorker:
             exact=exact,
             jitter=jitter,
         )
+        self.store = SimPages(self.runner)
+        self.intake: PageIntake | None = None
+        if prefills is not None and self.cache is not None:
+            self.intake = PageIntake(
+                prefills,
+                self.store,
+                self.scheduler,
+                self.cache,
+                self.clock.now,
+                wait_s=prefill_wait_s,
+                max_bytes=prefill_bytes,
+            )
         self.engine = Engine(
             self.scheduler,
             self.runner,
@@ -236,6 +256,8 @@ class SimWorker:
             masks=masks or punctual_masks(),
             on_beat=on_beat,
             format=format,
+            intake=self.intake,
+            export=PageExport(outbox, self.store, epoch) if gives_pages else None,
         )
 
     def _on_kv_events(self, events: list[KvEvent]) -> None:
@@ -316,6 +338,8 @@ class SimWorker:
         assert self.pool.num_allocated == 0
         assert self.pool.num_free + self.pool.num_cached == self.pool.total
         assert not len(self.engine.pipeline)
+        if self.intake is not None:
+            assert not len(self.intake) and not self.intake._num_bytes, "pages are waited for by nobody"
 
 
 class Simulation(SimWorker):

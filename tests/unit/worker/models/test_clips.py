@@ -131,7 +131,7 @@ def test_the_same_frames_at_other_times_are_another_prompt(pair: Pair) -> None:
         assert stream.tokens == pair.oracle.greedy(expected, NUM)
         answers.append(stream)
     has_times = pair.family != "internvl"
-    assert not has_times or harness.runner.embedding._features.num_hits >= 2
+    assert not has_times or harness.runner.forward.embedding._features.num_hits >= 2
     assert (answers[0].tokens != answers[1].tokens) == has_times
 
 

@@ -113,3 +113,44 @@ def test_of_several_pictures_the_common_ones_are_found_again(cache: PrefixCache,
     swapped = [picture(b"two", 0, 4), picture(b"one", 4, 4)]
     assert cache.match(sequence(PROMPT, pictures=swapped)) == 0
     assert cache.match(sequence(PROMPT, pictures=[one, two])) == 8
+
+
+def given(cache: PrefixCache, pool: PagePool, seq: Sequence, *numbers: int) -> list[int]:
+    """Pages of a sequence as another worker computed them."""
+    pages = [pool.take() for _ in numbers]
+    for number, page in zip(numbers, pages, strict=True):
+        cache.adopt(seq, number, page)
+    cache.check()
+    pool.check()
+    return pages
+
+
+def test_pages_that_were_given_are_found_and_held_by_nobody_before(
+    cache: PrefixCache, pool: PagePool
+) -> None:
+    seq = sequence(PROMPT)
+    assert cache.num_here(seq) == 0
+    pages = given(cache, pool, seq, 0, 1)
+    assert pool.num_allocated == 0 and cache.num_here(seq) == 2
+    assert cache.match(seq) == 8 and seq.pages == pages
+
+
+def test_what_is_needed_soon_is_forgotten_last_and_its_end_first(cache: PrefixCache, pool: PagePool) -> None:
+    mine, other = sequence(PROMPT), sequence([90, *PROMPT], number=1)
+    mine_pages = given(cache, pool, mine, 0, 1)
+    given(cache, pool, other, 0)
+    cache.touch(mine, 2)
+    assert cache.evict_other(frozenset(mine.page_keys)), "the other's"
+    assert not cache.evict_other(frozenset(mine.page_keys)) and cache.num_here(mine) == 2
+    assert cache.evict(1) == 1 and cache.num_here(mine) == 1
+    assert cache.match(mine) == 4 and mine.pages == mine_pages[:1]
+
+
+def test_given_pages_are_discarded_unless_somebody_holds_them(cache: PrefixCache, pool: PagePool) -> None:
+    seq, reader = sequence(PROMPT), sequence(PROMPT[:6], number=1)
+    given(cache, pool, seq, 0, 1)
+    assert cache.match(reader) == 4
+    cache.discard(seq, 0, 2)
+    cache.check()
+    pool.check()
+    assert cache.num_here(seq) == 1 and pool.num_cached == 0

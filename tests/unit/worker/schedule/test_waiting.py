@@ -66,3 +66,16 @@ def test_in_the_loop_the_urgent_request_overtakes_the_queue() -> None:
     assert urgent.finish is not None
     waited = [stream.finish.timing.queue_s for stream in calm if stream.finish is not None]
     assert urgent.finish.timing.queue_s < min(waited[1:])
+
+
+def test_who_waits_for_pages_is_passed_over_and_keeps_its_place() -> None:
+    queue = WaitingQueue()
+    first, second = waiting(1), waiting(2)
+    queue.push(first)
+    queue.push(second)
+    first.awaits_pages = True
+    assert queue.peek() is second
+    second.awaits_pages = True
+    assert queue.peek() is None and len(queue) == 2
+    first.awaits_pages = False
+    assert queue.peek() is first

@@ -22,7 +22,9 @@ from worker.device.contract import Device
 from worker.device.cpu import CpuDevice
 from worker.formats.open_source import open_source
 from worker.loop.engine import Engine
-from worker.loop.inbox import Inbox, Received
+from worker.loop.inbox import Inbox, Outbox, Prefills, Received
+from worker.loop.page_export import PageExport
+from worker.loop.page_intake import PageIntake
 from worker.models.contract import Model
 from worker.models.registry import load_model
 from worker.schedule.automaton_places import AutomatonPlaces, TableLimits
@@ -30,6 +32,7 @@ from worker.schedule.limits import SchedulerLimits
 from worker.schedule.pages import PagePool
 from worker.schedule.prefix_cache import PrefixCache
 from worker.schedule.scheduler import Scheduler
+from worker.step.page_store import TorchPages
 from worker.step.staging import StepShape
 from worker.step.torch_runner import TorchRunner
 
@@ -71,9 +74,12 @@ class Harness:
         device: Device | None = None,
         mixed_tokens: int = 1600,
         format: FeatureFormat | None = None,
+        prefills: Prefills | None = None,
+        pages_to: Outbox | None = None,
     ) -> None:
+        """`prefills`: where it asks for pages; `pages_to`: it has the role prefill, and this is all that hears of it."""
         pool = PagePool(num_pages, 16)
-        scheduler = Scheduler(
+        self.scheduler = scheduler = Scheduler(
             SchedulerLimits(
                 max_rows=max_rows,
                 step_tokens=1600,
@@ -99,6 +105,19 @@ class Harness:
                 ),
                 format=format,
             )
+        self.store = TorchPages(model, self.runner.cache, self.runner.device, weights="w")
+        intake: PageIntake | None = None
+        if prefills is not None:
+            assert scheduler.cache is not None
+            intake = PageIntake(
+                prefills,
+                self.store,
+                scheduler,
+                scheduler.cache,
+                time.perf_counter,
+                wait_s=600.0,
+                max_bytes=1 << 30,
+            )
         self.inbox: Inbox = SimpleQueue()
         self.outbox = RecordingOutbox()
         self.engine = Engine(
@@ -106,12 +125,14 @@ class Harness:
             self.runner,
             model.card,
             inbox=self.inbox,
-            outbox=self.outbox,
+            outbox=pages_to or self.outbox,
             clock=time.perf_counter,
             epoch=EPOCH,
             depth=depth,
             masks=punctual_masks(),
             format=format,
+            intake=intake,
+            export=PageExport(pages_to, self.store, EPOCH) if pages_to is not None else None,
         )
 
     def begin(self, submits: list[tuple[Submit, list[bytes]]]) -> list[Stream]:
