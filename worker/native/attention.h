@@ -14,17 +14,29 @@
 
 namespace {
 
+// Heads that are neither normed nor turned, into a page: what is not finite becomes 0.
+template <typename Model, typename Kept>
+void put_finite(const Model* from, Kept* to, int count) {
+    for (int i = 0; i < count; i += LANES) {
+        const Floats x = load(from + i);
+        store(to + i, x - x == splat(0.0f) ? x : splat(0.0f));
+    }
+}
+
+inline void put_finite(const bf16* from, bf16* to, int count) {
+    for (int i = 0; i < count; i += LANES) {
+        Halves x;
+        std::memcpy(&x, from + i, sizeof x);
+        x = (x & 0x7f80) == 0x7f80 ? Halves{} : x;
+        std::memcpy((void*)(to + i), &x, sizeof x);
+    }
+}
+
 // One row's heads: made finite, normed if there are weights, the first `rotary` dimensions turned in adjacent pairs.
 template <typename Model>
 void rotate_heads(const Model* from, float* to, int heads, int dim, int rotary, const float* turn, const float* weight,
                   float eps) {
-    if (!weight && !rotary) {  // as values are, and all of a picture's whose positions are learned
-        for (int i = 0; i < heads * dim; i += LANES) {
-            const Floats x = load(from + i);
-            store(to + i, x - x == splat(0.0f) ? x : splat(0.0f));
-        }
-        return;
-    }
+    if (!weight && !rotary) return put_finite(from, to, heads * dim);  // of a picture whose positions are learned
     const Floats sign = of_even_lanes(splat(-1.0f), splat(1.0f));
     for (int head = 0; head < heads; head++, from += dim, to += dim) {
         Floats squares{};
@@ -84,10 +96,14 @@ void attend_rows(Team& team, Parts& plan, int64_t rows, const Model* qkv, Kept* 
         for (int64_t row = first; row < last; row++) {
             const Model* own = qkv + row * product_width + query_width;
             const float *turn = rotation + row * rotary, *key_weight = weight ? weight + query_width : nullptr;
-            rotate_heads(own, kept, shape.kv_heads, shape.dim, rotary, turn, key_weight, eps);
-            put(kept, keys + write_index[row] * kept_width, kept_width);
-            rotate_heads(own + kept_width, kept, shape.kv_heads, shape.dim, 0, turn, (const float*)nullptr, 0.0f);
-            put(kept, values + write_index[row] * kept_width, kept_width);
+            Kept* to = keys + write_index[row] * kept_width;
+            if (rotary || weight) {
+                rotate_heads(own, kept, shape.kv_heads, shape.dim, rotary, turn, key_weight, eps);
+                put(kept, to, kept_width);
+            } else {
+                put_finite(own, to, kept_width);
+            }
+            put_finite(own + kept_width, values + write_index[row] * kept_width, kept_width);
         }
     });
 

@@ -131,10 +131,7 @@ inline void attend_span_by_tiles(const float* query, const bf16* keys, const bf1
                     continue;
                 }
                 weigh<true>(scores + own * TILE_KEYS, used, queries.begins[own] - block, queries.ends[own] - block, how, sums[own],
-                      mixed + own * padded_dim, dim, [&](int64_t i, Floats x) {
-                          const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
-                          std::memcpy((void*)(line + i), &half, sizeof half);
-                      });
+                             mixed + own * padded_dim, dim, [&](int64_t i, Floats x, Floats y) { store_two(line + i, x, y); });
             }
             for (int64_t d = 0; d < padded_dim; d += 32)
                 (two ? multiply_pair<true, true> : multiply_pair<false, true>)(

@@ -4,6 +4,8 @@
 
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include "chunk_tiles.h"
+#elif defined(__AVX512BF16__)
+#include "chunk_dots.h"
 #endif
 
 extern "C" {
@@ -20,6 +22,8 @@ void attend_chunk_bfloat16(const float* query, const void* keys, const void* val
     attend_chunk(*(const Part*)part, *(const Shape*)shape, out, tops, totals, [&](auto&&... place) {
 #if defined(__AMX_BF16__) && defined(__linux__)
         if (!is_exact && grants_tiles()) return attend_span_by_tiles(query, (const bf16*)keys, (const bf16*)values, place...);
+#elif defined(__AVX512BF16__)
+        if (!is_exact) return attend_span_by_dots(query, (const bf16*)keys, (const bf16*)values, place...);
 #endif
         attend_span(query, (const bf16*)keys, (const bf16*)values, place...);
     });

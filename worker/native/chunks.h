@@ -15,10 +15,11 @@ namespace {
 
 constexpr int64_t BLOCK_KEYS = LANES == 16 ? 64 : 128;  // a panel of them, or of their values, fits the first-level cache
 constexpr int64_t ROWS_TOGETHER = 6;                    // whose sums of a panel fit the registers
+constexpr int64_t MOST_KEYS = 256;                      // of any kernel's block
 
 // Where the keys of a block lie within their pages' memory.
 struct Lines {
-    int64_t at[128], count;
+    int64_t at[MOST_KEYS], count;
     Lines(const Part& part, const Shape& shape, int64_t first, int64_t last) : count(last > first ? last - first : 0) {
         const int64_t stride = (int64_t)shape.kv_heads * shape.dim;
         for (int64_t key = 0; key < count;) {
@@ -143,14 +144,17 @@ struct Queries {
     int32_t *begins, *ends;
 };
 
+// Up to a whole number of pairs of vectors.
+inline int64_t in_pairs(int64_t count) { return (count + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
+
 // A query's sums so far: the largest exponent, and the weights' sum lane by lane.
 struct Sums {
     float top;
     Floats total;
 };
 
-// Of a query's products with a block of `count` keys, of which it sees those from `begin` to `end`: their weights. The sums (dim,)
-// of earlier blocks are brought to the new largest exponent.
+// Of a query's products with a block of `count` keys, of which it sees those from `begin` to `end`: their weights, given to `keep`
+// two vectors at a time. The sums (dim,) of earlier blocks are brought to the new largest exponent.
 template <bool ROUGH, typename Keep>
 inline void weigh(float* scores, int64_t count, int64_t begin, int64_t end, const Scores& how, Sums& sums, float* out, int dim,
                   const Keep& keep) {
@@ -173,11 +177,12 @@ inline void weigh(float* scores, int64_t count, int64_t begin, int64_t end, cons
     }
     const float top = sums.top, scale = how.scale;
     Floats total = sums.total;
-    for (int64_t i = 0; i < count; i += LANES) {
-        Floats x = power_of_two<ROUGH>(load(scores + i) * scale - top);
-        if (!sees_all) x = seen(i) ? x : splat(0.0f);
+    for (int64_t i = 0; i < count; i += 2 * LANES) {
+        Floats x = power_of_two<ROUGH>(load(scores + i) * scale - top), y = power_of_two<ROUGH>(load(scores + i + LANES) * scale - top);
+        if (!sees_all) x = seen(i) ? x : splat(0.0f), y = seen(i + LANES) ? y : splat(0.0f);
         total += x;
-        keep(i, x);
+        total += y;
+        keep(i, x, y);
     }
     sums.total = total;
 }
@@ -235,8 +240,8 @@ void attend_span(const float* query, const Kept* keys, const Kept* values, const
         each_group([&](int64_t row, int64_t rows, int64_t seen) {
             for (int64_t own = row; own < row + rows; own++) {
                 float* line = scores + own * BLOCK_KEYS;
-                weigh<false>(line, (seen + LANES - 1) / LANES * LANES, queries.begins[own] - block, queries.ends[own] - block, how, sums[own],
-                      out + own * dim, dim, [&](int64_t i, Floats x) { store(line + i, x); });
+                weigh<false>(line, in_pairs(seen), queries.begins[own] - block, queries.ends[own] - block, how, sums[own], out + own * dim, dim,
+                             [&](int64_t i, Floats x, Floats y) { store_two(line + i, x, y); });
             }
         });
         pack_values(values, lines, dim, packed_values);

@@ -4,6 +4,18 @@
 
 #include "stack.h"
 
+namespace {
+
+// work(first, last) for parts of so many rows, by all threads where there are enough of them to be worth waking the others.
+template <typename Work>
+void share_rows(int64_t rows, const Work& work) {
+    constexpr int64_t MANY_ROWS = 64;
+    if (rows < MANY_ROWS) return work((int64_t)0, rows);
+    together([&](Team& team) { team.share(rows, 1, work); });
+}
+
+}  // namespace
+
 extern "C" {
 
 int vector_lanes() { return LANES; }
@@ -76,11 +88,18 @@ void pack_file_blocks(int format, int64_t outputs, int64_t inputs, const void* b
         });                                                                                                             \
     }                                                                                                                   \
     void rms_norm_##NAME(int64_t rows, int64_t dim, const void* x, const void* weight, float eps, void* out) {          \
-        rms_norm(rows, dim, (const REAL*)x, (const REAL*)weight, eps, (REAL*)out);                                      \
+        share_rows(rows, [&](int64_t first, int64_t last) {                                                             \
+            const int64_t skipped = first * dim;                                                                        \
+            rms_norm(last - first, dim, (const REAL*)x + skipped, (const REAL*)weight, eps, (REAL*)out + skipped);      \
+        });                                                                                                             \
     }                                                                                                                   \
     void layer_norm_##NAME(int64_t rows, int64_t dim, const void* x, const void* weight, const void* bias, float eps,   \
                            void* out) {                                                                                 \
-        layer_norm(rows, dim, (const REAL*)x, (const REAL*)weight, (const REAL*)bias, eps, (REAL*)out);                 \
+        share_rows(rows, [&](int64_t first, int64_t last) {                                                             \
+            const int64_t skipped = first * dim;                                                                        \
+            layer_norm(last - first, dim, (const REAL*)x + skipped, (const REAL*)weight, (const REAL*)bias, eps,        \
+                       (REAL*)out + skipped);                                                                           \
+        });                                                                                                             \
     }                                                                                                                   \
     void silu_gate_##NAME(int64_t rows, int64_t dim, const void* both, void* out) {                                     \
         silu_gate(rows, dim, (const REAL*)both, (REAL*)out);                                                            \

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "units.h"
@@ -25,6 +26,7 @@ struct Rows {
 };
 
 constexpr int64_t CHUNK_QUERIES = 192;  // of a part: enough to be worth taking its keys out of the pages
+constexpr int64_t EVEN_QUERIES = 1024;  // of one whose queries see the same keys, at most: its sums stay in the second-level cache
 
 // Parts whose keys are a sequence's, one after another: their results are joined.
 struct Joined {
@@ -88,7 +90,14 @@ private:
         const bool by_span = threads > 1 && whole < 4 * threads;
         each_run(rows, [&](int64_t row, const Run& run) {
             if (!run.is_chunk) return;
-            const int64_t blocks = (run.rows + together - 1) / together;
+            // Where all see as much, a head's keys stay in the cache for its next block, and are taken out of the pages as rarely as
+            // the threads allow; else the large parts come first.
+            const bool is_even = rows.lengths[row] == rows.lengths[row + run.rows - 1] && !shape.window;
+            int64_t blocks = (run.rows + together - 1) / together;
+            if (is_even) {
+                const int64_t fewest = (run.rows * group + EVEN_QUERIES - 1) / EVEN_QUERIES, enough = (8 * threads + shape.kv_heads - 1) / shape.kv_heads;
+                blocks = std::min(blocks, std::max(fewest, enough));
+            }
             const auto add_block = [&](int64_t block, int head) {
                 const int64_t first = run.rows * block / blocks, count = run.rows * (block + 1) / blocks - first;
                 const int32_t* lengths = rows.lengths + row + first;
@@ -96,8 +105,6 @@ private:
                 add({run.table, lengths, row + first, count, run.position + first, head, head + 1, begin, lengths[count - 1], run.table[0], -1, true},
                     shape, by_span, floats);
             };
-            // Where all see as much, a head's keys stay in the cache for its next block; else the large parts come first.
-            const bool is_even = rows.lengths[row] == rows.lengths[row + run.rows - 1] && !shape.window;
             if (is_even)
                 for (int head = 0; head < shape.kv_heads; head++)
                     for (int64_t block = blocks; block-- > 0;) add_block(block, head);

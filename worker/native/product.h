@@ -24,6 +24,12 @@ struct Product {
     const void* after;  // packed weights that will be wanted next, or null
 };
 
+// x · (1 + tanh u) / 2 = x / (1 + e^-2u)
+inline Floats gelu(Floats x) {
+    const Floats u = x * 0.7978845608028654f * (x * x * 0.044715f + 1.0f);
+    return x / (exponential(u * -2.0f) + 1.0f);
+}
+
 // The first `count` of a vector, if there are so few left; of what is loaded the rest is 0.
 template <typename Real>
 inline Floats load_some(const Real* at, int64_t count) {
@@ -54,11 +60,7 @@ inline void finish(const Product<Real>& product, int64_t row, int64_t column, Fl
             store_some(product.unrounded + row * product.out_stride + at, x, left);
             continue;
         }
-        if (product.kind == GELU) {
-            // x · (1 + tanh u) / 2 = x / (1 + e^-2u)
-            const Floats u = x * 0.7978845608028654f * (x * x * 0.044715f + 1.0f);
-            x = x / (exponential(u * -2.0f) + 1.0f);
-        }
+        if (product.kind == GELU) x = gelu(x);
         if (product.kind == ADD) x = x + load_some(product.residual + row * product.outputs + at, left);
         if (product.kind != GATE) {
             store_some(out + at, x, left);

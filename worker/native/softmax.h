@@ -12,18 +12,24 @@ namespace {
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LOWEST = -1e30f;  // below any score, and finite: two of them differ by 0
 
-// 2^x for x ≤ 0, to about two units in the last place, or to 2^-14 if it will be rounded to bf16; nearly 0 below -126, and
+// 2^x for x ≤ 0, to about two units in the last place, or to 2^-13 if it will be rounded to bf16; nearly 0 below -126, and
 // exactly 1 for 0.
 template <bool ROUGH = false>
 inline Floats power_of_two(Floats x) {
     x = greater_of(x, splat(-126.0f));
+#if defined(__AVX512DQ__)
+    if (ROUGH) {  // a polynomial of the fraction above the whole number below x
+        const Floats r = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        Floats p = splat(7.7067159116e-2f) * r + 2.2764486074e-1f;
+        p = p * r + 6.9511681795e-1f;
+        p = p * r + 1.0f;
+        return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
+    }
+#endif
     const Floats shifted = x + 12582912.0f;  // 1.5 · 2^23: the last bits of the sum are x rounded to a whole number
     const Floats r = x - (shifted - 12582912.0f);
-    Floats p = splat(9.6181291076e-3f);
-    if (!ROUGH) {
-        p = splat(1.5403530394e-4f) * r + 1.3333558146e-3f;
-        p = p * r + 9.6181291076e-3f;
-    }
+    Floats p = splat(1.5403530394e-4f) * r + 1.3333558146e-3f;
+    p = p * r + 9.6181291076e-3f;
     p = p * r + 5.5504108664e-2f;
     p = p * r + 2.4022650695e-1f;
     p = p * r + 6.9314718056e-1f;

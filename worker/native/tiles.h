@@ -7,7 +7,7 @@
 #include <unistd.h>
 
 #include "product.h"
-#include "softmax.h"
+#include "whole_finish.h"
 
 namespace {
 
@@ -90,37 +90,23 @@ inline void pack_tiles(int64_t outputs, int64_t inputs, const bf16* weight, bf16
                 for (int64_t p = 0; p < 2; p++) *packed++ = weight[o * inputs + i + p];
 }
 
-// The same GELU as `finish`, to 2^-13 of its size: it is rounded to bf16. With z twice the tanh's argument, x · sigmoid(z).
-inline Floats rough_gelu(Floats x) {
-    const Floats z = x * 1.5957691216057308f * (x * x * 0.044715f + 1.0f);
-    const Floats e = power_of_two<true>((Floats)_mm512_abs_ps((__m512)z) * -LOG2_E);
-    const Floats larger = (Floats)_mm512_rcp14_ps((__m512)(e + 1.0f));
-    return x * (z < splat(0.0f) ? e * larger : larger);
-}
-
-// 32 neighbouring sums of each of `count` rows, what is done to them and where they go: a whole cache line at a time. Numbers too
-// small for bf16's exponents become 0.
+// 32 neighbouring sums of each of `count` rows, what is done to them and where they go.
 template <int KIND>
 inline void finish_line(const Product<bf16>& product, int64_t row, int64_t column, int64_t count, const float* sums) {
     Floats first{}, second{};
     if (product.bias) first = load(product.bias + column), second = load(product.bias + column + LANES);
-    for (int64_t r = 0; r < count; r++, sums += 32) {
-        Floats a = load(sums) + first, b = load(sums + LANES) + second;
-        if (KIND == GELU) a = rough_gelu(a), b = rough_gelu(b);
-        if (KIND == ADD) {
-            const bf16* more = product.residual + (row + r) * product.outputs + column;
-            a += load(more), b += load(more + LANES);
-        }
-        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-        std::memcpy((void*)(product.out + (row + r) * product.out_stride + column), &both, sizeof both);
-    }
+    for (int64_t r = 0; r < count; r++, sums += 32)
+        finish_pair<KIND>(product, row + r, column, load(sums) + first, load(sums + LANES) + second);
 }
 
 inline void finish_rows(const Product<bf16>& product, int64_t row, int64_t column, int64_t count, bool wide, const float* sums) {
-    if (wide && !product.unrounded && product.kind != GATE) {
-        if (product.kind == PLAIN) return finish_line<PLAIN>(product, row, column, count, sums);
-        if (product.kind == GELU) return finish_line<GELU>(product, row, column, count, sums);
-        return finish_line<ADD>(product, row, column, count, sums);
+    if (wide && !product.unrounded) {
+        switch (product.kind) {
+            case PLAIN: return finish_line<PLAIN>(product, row, column, count, sums);
+            case GELU: return finish_line<GELU>(product, row, column, count, sums);
+            case ADD: return finish_line<ADD>(product, row, column, count, sums);
+            case GATE: return finish_line<GATE>(product, row, column, count, sums);
+        }
     }
     for (int64_t r = 0; r < count; r++, sums += 32) {
         Floats pair[2] = {load(sums), load(sums + 16)};

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "product.h"
+#include "whole_finish.h"
 
 namespace {
 
@@ -35,6 +36,16 @@ struct Panel<bf16> {
 };
 #endif
 
+template <int KIND, int ROWS, typename Real>
+inline void finish_rows(const Product<Real>& product, int64_t row, int64_t column, Floats (&sums)[ROWS][4]) {
+    Floats bias[4] = {};
+    if (product.bias)
+        for (int v = 0; v < 4; v++) bias[v] = load(product.bias + column + v * LANES);
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < 4; v += 2)
+            finish_pair<KIND>(product, row + r, column + v * LANES, sums[r][v] + bias[v], sums[r][v + 1] + bias[v + 1]);
+}
+
 // ROWS rows from `row` on by one panel. `ahead` is fetched meanwhile, a line for every step.
 template <int ROWS, typename Real>
 void panel_rows(const Product<Real>& product, int64_t row, const Real* weight, int64_t column, const Real* ahead) {
@@ -52,6 +63,14 @@ void panel_rows(const Product<Real>& product, int64_t row, const Real* weight, i
             sums[r][1] = Of::add(sums[r][1], one, w1);
             sums[r][2] = Of::add(sums[r][2], one, w2);
             sums[r][3] = Of::add(sums[r][3], one, w3);
+        }
+    }
+    if (column + PANEL <= product.outputs && !product.unrounded) {
+        switch (product.kind) {
+            case PLAIN: return finish_rows<PLAIN>(product, row, column, sums);
+            case GELU: return finish_rows<GELU>(product, row, column, sums);
+            case ADD: return finish_rows<ADD>(product, row, column, sums);
+            case GATE: return finish_rows<GATE>(product, row, column, sums);
         }
     }
     for (int r = 0; r < ROWS; r++) finish(product, row + r, column, sums[r], 4);
