@@ -1,8 +1,8 @@
 """Owns the setting `quantize`: a model of float weights that hands out its products' matrices in blocks. Decode thread, at load.
 
 A matrix is read, rounded and let go of one at a time; what it came to is kept in the user's cache. Norms, biases, embeddings
-and whatever else a model takes as floats stay as they are; the head keeps eight bits in either format, because every
-token's logits pass through its one matrix.
+apart from the head and whatever else a model takes as floats stay as they are; the head keeps eight bits in either format,
+because every token's logits pass through its one matrix.
 """
 
 from __future__ import annotations
