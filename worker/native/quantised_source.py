@@ -1,8 +1,8 @@
 """Owns the setting `quantize`: a model of float weights that hands out its products' matrices in blocks. Decode thread, at load.
 
 A matrix is read, rounded and let go of one at a time; what it came to is kept in the user's cache. Norms, biases, embeddings
-and whatever else a model takes as floats stay as they are; the head keeps eight bits in either format, because every
-token's logits pass through its one matrix.
+apart from the head and whatever else a model takes as floats stay as they are; the head keeps eight bits in either format,
+because every token's logits pass through its one matrix.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ class QuantisedTensors:
 
     def __init__(self, inner: Tensors, made: str, cache: QuantisedCache, path: Path) -> None:
         self._inner, self._made, self._cache, self._path = inner, made, cache, path
-        if not cache.is_whole:
-            log.info("quantize", to=made, note="once for these files; later starts find it in the cache")
+        self._is_told = cache.is_whole
 
     def __contains__(self, name: str) -> bool:
         return name in self._inner
@@ -92,6 +91,11 @@ class QuantisedTensors:
         if blocks is not None:
             self._inner.skip(name, *shape)
             return Packed(kind, (rows, columns), blocks)
+        if not self._is_told:
+            self._is_told = True
+            log.info(
+                "quantize", to=self._made, note="once for these files; later starts find it in the cache"
+            )
         blocks = torch.empty(rows, columns // values * num_bytes, dtype=torch.uint8)
         done = 0
         for slab in slabs_of(self._inner, name, *shape):
