@@ -21,6 +21,7 @@ from gateway.faults import fault_fields
 DNS: Final = "dns://"
 SCHEMES: Final = (DNS, member_lists.FILE, *member_lists.HTTP)
 _LOOKUP_TIMEOUT_S: Final = 10.0
+_PATIENCE: Final = 5  # lookups that find nothing before anything was found, until that is worth a warning
 
 log = structlog.get_logger(__name__)
 
@@ -67,6 +68,8 @@ class Discovery:
         """`name` begins with one of `SCHEMES`."""
         self.name = name
         self.problem = ""  # of the last lookup; empty if it had an answer
+        self._num_failures = 0  # one after the other
+        self._has_found = False
         self._interval_s = interval_s
         self._join, self._leave, self._is_idle = join, leave, is_idle
         self._lookup = lookup_of(name)
@@ -88,13 +91,17 @@ class Discovery:
             found = await self._lookup()
         except (OSError, ValueError) as error:  # TimeoutError is an OSError, UnicodeError a ValueError
             problem = f"{self.name} was not found: {error or 'nobody answered'}"
-            if problem != self.problem:
-                log.warning("discovery_failed", name=self.name, reason=str(error) or "nobody answered")
+            self._num_failures += 1
+            if problem != self.problem or self._num_failures == _PATIENCE:
+                # A worker that starts beside its gateway has its name a moment later.
+                is_early = not self._has_found and self._num_failures < _PATIENCE
+                tell = log.info if is_early else log.warning
+                tell("discovery_failed", name=self.name, reason=str(error) or "nobody answered")
             self.problem = problem
             return
         if self.problem:
             log.info("discovery_recovered", name=self.name)
-        self.problem = ""
+        self.problem, self._num_failures, self._has_found = "", 0, True
         new, gone = self._members.on_answer(found, self._is_idle)
         for endpoint in new:
             log.info("worker_found", name=self.name, endpoint=endpoint)

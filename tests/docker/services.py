@@ -114,9 +114,9 @@ class Services:
         ids = [container for name in names for container in self.containers(name)]
         return [docker("inspect", "-f", "{{.State.StartedAt}}", container) for container in ids]
 
-    def logs(self) -> str:
-        """Everything that was logged."""
-        return self.compose("logs", "--no-color")
+    def logs(self, *words: str) -> str:
+        """What was logged: everything, or what `words` choose."""
+        return self.compose("logs", "--no-color", *words).replace("\x1b[2K", "")  # Compose 2.26 clears lines
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from tests.docker.services import Services, docker, healthy, missing, services, wait_for
+from tests.docker.services import START_S, Services, docker, healthy, missing, services, wait_for
 from tests.docker.test_services import counting, last_of
 from tests.http_client import Opened, ask
 
@@ -67,7 +67,7 @@ class Load:
 def restart_one_by_one(project: Services, service: str) -> None:
     for container in project.containers(service):
         docker("restart", "-t", "45", container)
-        wait_for(partial(healthy, container))
+        wait_for(partial(healthy, container), START_S)
         time.sleep(3.0)  # until names and health checks have seen it
 
 
@@ -94,7 +94,7 @@ def test_workers_are_found_and_forgotten_without_a_restart_of_gateways(scaled: S
     started = scaled.up_since("gateway")
     for number in (4, 2, 3):
         scaled.up("--scale", f"worker={number}", "--scale", "gateway=2", "--no-recreate")
-        wait_for(partial(has_workers_up, scaled, number))
+        wait_for(partial(has_workers_up, scaled, number), START_S)
     assert scaled.up_since("gateway") == started
 
 

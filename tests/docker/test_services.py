@@ -135,7 +135,7 @@ def test_it_starts_and_stops_without_complaint(pocket: Services, service: str) -
     pocket.compose("stop", service)
     (container,) = pocket.compose("ps", "-aq", service).split()
     assert docker("inspect", "-f", "{{.State.ExitCode}}", container) == "0"
-    text = pocket.compose("logs", "--no-color", "--no-log-prefix", "--since", started[0], service)
+    text = pocket.logs("--no-log-prefix", "--since", started[0], service)
     lines = [json.loads(line) for line in text.splitlines()]
     wrong = {line["event"] for line in lines if line["level"] != "info"}
     assert wrong == ({"no_api_keys"} if service == "gateway" else set()), lines

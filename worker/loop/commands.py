@@ -71,8 +71,11 @@ class Commands:
         elif isinstance(command, MaskReady):
             self._on_mask_ready(command)
         elif isinstance(command, LeaseEnded):
-            for seq in self._scheduler.cancel_gateway(command.gateway):
+            left = self._scheduler.cancel_gateway(command.gateway)
+            for seq in left:
                 self._reports.count_finish(seq)  # its gateway is gone, so no message is sent
+            if left:
+                log.warning("gateway_left_sequences", number=len(left))
         elif isinstance(command, PagesHere | PrefillEnded) and self._intake is not None:
             self._intake.on_command(command)
 

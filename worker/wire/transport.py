@@ -267,7 +267,7 @@ class Transport:
     def _end_lease(self, gateway: bytes, event: str) -> None:
         lease = self._leases.pop(gateway, None)
         if lease is not None:
-            log.warning(event, gateway=lease.name)
+            log.info(event, gateway=lease.name)  # one that was stopped says no goodbye
             if self._compiler is not None:
                 self._compiler.drop_gateway(gateway)
             self._inbox.put(LeaseEnded(gateway))

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from structlog.testing import capture_logs
 
 from gateway.config import ConfigError, load
 from gateway.core import discovery
@@ -107,6 +108,27 @@ def test_a_lookup_in_trouble_is_told_once_and_changes_nothing(names: Names) -> N
 
     assert asyncio.run(run()).problem == "dns://worker:5555 was not found: away"
     assert joined == ["tcp://10.0.0.1:5555"]
+
+
+def test_a_name_that_is_not_there_yet_is_no_warning_until_it_stays_away(names: Names) -> None:
+    """Workers that start beside their gateway have their name a moment later."""
+
+    async def run(num_lookups: int) -> list[str]:
+        found = Discovery(
+            "dns://worker:5555",
+            interval_s=1,
+            join=lambda _: None,
+            leave=lambda _: None,
+            is_idle=lambda _: True,
+        )
+        names.answer = socket.gaierror("not there")
+        with capture_logs() as lines:
+            for _ in range(num_lookups):
+                await found.once()
+        return [line["log_level"] for line in lines]
+
+    assert asyncio.run(run(4)) == ["info"]
+    assert asyncio.run(run(20)) == ["info", "warning"]
 
 
 def test_real_names_are_looked_up() -> None:
