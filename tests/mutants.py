@@ -166,7 +166,7 @@ NO_FAULT = {
     suite: Mutant(
         "no fault at all", "worker/schedule/scheduler.py", "class Scheduler:", "class Scheduler:", suite
     )
-    for suite in (LOOP, WIRE, ENCODERS, HOST, LENDING)
+    for suite in (LOOP, WIRE, ENCODERS, PREFILLS, HOST, LENDING)
 }
 
 
