@@ -22,6 +22,7 @@ HOST = tuple(
 )
 ENCODERS = ("tests/unit/wire/test_encoder_scenes.py",)
 PAGES = ("tests/unit/worker/schedule/test_prefix_cache.py",)
+PREFILLS = ("tests/unit/wire/test_prefill_scenes.py",)
 LENDING = ("tests/unit/gateway/core/test_lending.py",)
 WIRE = ("tests/unit/wire/test_scenes.py", "tests/unit/wire/test_state_machine.py")
 
@@ -80,8 +81,8 @@ MUTANTS = [
     Mutant("off by one in the write position", "worker/step/staging.py", "seq.pages[p // page_tokens] * page_tokens + p % page_tokens", "seq.pages[p // page_tokens] * page_tokens + (p + 1) % page_tokens"),
     Mutant("skip a page boundary", "worker/schedule/scheduler.py", "or self._grow(seq, seq.num_computed + 1):", "or True:"),
     Mutant("key the prefix cache without its tenant", "worker/schedule/prefix_cache.py", '"little") + seq.tenant.encode())', '"little"))'),
-    Mutant("key a block without its picture", "worker/schedule/prefix_cache.py", "            digest.update(picture.digest)\n    return", "            pass\n    return"),
-    Mutant("key a page without its picture", "worker/schedule/prefix_cache.py", "                    digest.update(picture.digest)\n            for", "                    pass\n            for", PAGES),
+    Mutant("key a block without its picture", "worker/schedule/prefix_cache.py", "            digest.update(picture.page_key)\n    return", "            pass\n    return"),
+    Mutant("key a page without its picture", "worker/schedule/prefix_cache.py", "                digest.update(picture.page_key)\n        for", "                pass\n        for", PAGES),
     Mutant("remember pages of generated coordinates by id", "worker/schedule/prefix_cache.py", "if seq.is_spatial:", "if False:"),
     Mutant("split the bidirectional prefix", "worker/schedule/budget.py", "if first < start + num < end:", "if False:"),
     Mutant("sample constrained rows before their predecessor commits", "worker/loop/engine.py", "while (oldest := self.pipeline.oldest) is not step:", "while False:"),
@@ -137,6 +138,11 @@ ENCODER_MUTANTS = [
     Mutant("wait for a picture after the request is over", "gateway/core/dispatch.py", "        self.encoders.forget(flight)\n", "        pass\n", ENCODERS),
     Mutant("blame a request for a worker that never had it", "gateway/core/dispatch.py", "        lost = [flight for flight in held if flight.staged is None]", "        lost = held", ENCODERS),
     Mutant("leave a trial only after a second attempt", "gateway/core/dispatch.py", "        if not flight.record.has_lost and", "        if not flight.record.num_attempts > 1 and", ENCODERS),
+    Mutant("take another prompt's pages from a prefill worker", "worker/loop/page_intake.py", 'bite.first == job.next and bite.keys == b"".join(keys[job.next : job.next + num])', "bite.first == job.next", PREFILLS),
+    Mutant("keep pages of a prompt that a prefill worker failed", "worker/loop/page_intake.py", '        if outcome == "failed":', "        if False:", PREFILLS),
+    Mutant("be held up by who waits for a prefill worker", "worker/schedule/waiting.py", "ready = next((seq for seq in lane if not seq.awaits_pages), None)", "ready = None", PREFILLS),
+    Mutant("take changed pages of a prefill worker", "worker/wire/prefill_peer.py", "        if len(payloads) != 1 or zlib.crc32(payloads[0]) != message.checksum:", "        if len(payloads) != 1:", PREFILLS),
+    Mutant("count a prompt at its prefill worker for ever", "gateway/core/dispatch.py", "        self.prefills.forget(flight)\n        if", "        if", PREFILLS),
     Mutant("take features of another size", "gateway/core/encoders.py", "        if len(payloads[0]) != _num_bytes(job.image, job.format):", "        if False:", ENCODERS),
     Mutant("send a worker the pictures it has", "gateway/core/encoders.py", "            if key not in worker.held and", "            if", ENCODERS),
     Mutant("believe a new worker to have the last one's pictures", "gateway/core/service.py", "        worker.held = Held(link.ready.limits.feature_bytes)", "        pass", ENCODERS),
@@ -161,7 +167,7 @@ NO_FAULT = {
     suite: Mutant(
         "no fault at all", "worker/schedule/scheduler.py", "class Scheduler:", "class Scheduler:", suite
     )
-    for suite in (LOOP, PAGES, WIRE, ENCODERS, HOST, LENDING)
+    for suite in (LOOP, PAGES, WIRE, ENCODERS, PREFILLS, HOST, LENDING)
 }
 
 

@@ -180,7 +180,7 @@ class Engine:
         newest, scheduler = self.pipeline.newest, self.scheduler
         if self._timer is None or newest is None or len(self.pipeline) != 1 or self.depth == 1:
             return 0.0
-        if newest.plan.chunks or scheduler.waiting.peek() is not None or not scheduler.free_rows:
+        if newest.plan.chunks or not scheduler.free_rows or scheduler.waiting.peek() is not None:
             return 0.0
         return self._timer.launch_at_s(len(newest.plan.decode)) - self._clock()
 

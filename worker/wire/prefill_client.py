@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+import structlog
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from shared.protocol import MAX_PAYLOAD_BYTES, PageFormat
 from worker.loop.inbox import Inbox, PrefillEnded, PrefillJob
 from worker.wire.prefill_peer import HELLO_S, QUIET_S, PrefillPeer
+
+log = structlog.get_logger()
 
 POLL_MS: Final = 250
 BURST: Final = 16  # messages taken from one socket before the others get their turn
@@ -101,15 +104,18 @@ class PrefillClient:
                 ready = {source for source, _ in poller.poll(POLL_MS)}
                 if self._bell in ready:
                     os.eventfd_read(self._bell)
-                self._take_asked(context, poller)
-                for link in list(self._links.values()):
-                    if link.monitor in ready:
-                        self._on_monitor(link)
-                    if link.socket in ready:
-                        self._receive(link)
-                if self._now() >= next_tick_s:
-                    next_tick_s = self._now() + HELLO_S
-                    self._tick(poller)
+                try:
+                    self._take_asked(context, poller)
+                    for link in list(self._links.values()):
+                        if link.monitor in ready:
+                            self._on_monitor(link)
+                        if link.socket in ready:
+                            self._receive(link)
+                    if self._now() >= next_tick_s:
+                        next_tick_s = self._now() + HELLO_S
+                        self._tick(poller)
+                except Exception:  # one message's fault: prompts that wait for it go on when their time is up
+                    log.exception("prefill_client_failed")
         finally:
             for link in self._links.values():
                 _close(link)

@@ -331,6 +331,16 @@ def test_what_has_no_plain_pages_is_not_sent() -> None:
     finish(world)
 
 
+def test_where_every_row_of_a_prefill_worker_is_taken_the_prompt_stays() -> None:
+    world = World(num_prefills=1, max_rows=2)
+    clients = [ask(world, [30, *range(40 + n, 60 + n)]) for n in range(3)]
+    assert world.service.metrics.prefills == {"sent": 2, "full": 1}
+    until_ended(world, *clients)
+    assert outcomes(world) == {"asked": 2, "done": 2}
+    assert world.service.workers[1].num_prompts == 0
+    finish(world)
+
+
 def test_where_memory_is_short_nothing_is_pinned() -> None:
     """Pages that came are forgotten like any others; rows that decode never wait for them."""
     world = World(num_prefills=1, num_pages=12, max_rows=2)
