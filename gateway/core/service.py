@@ -195,7 +195,8 @@ class Service:
         card = model.card
         if card.image is None:
             raise no_pictures(card, param)
-        self.check_capacity(model, num_new=1 + self.images.num_pending)
+        # A video's frames are many pictures of one request.
+        self.check_capacity(model, num_new=1 if num_frames else 1 + self.images.num_pending)
         spec = frame_spec(card.image, num_frames) if num_frames else card.image
         image = await self.images.prepare(data_url, spec, param=param)
         if card.bos_id is not None:

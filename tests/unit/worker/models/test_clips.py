@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,13 @@ def test_the_same_frames_at_other_times_are_another_prompt(pair: Pair) -> None:
     assert (answers[0].tokens != answers[1].tokens) == has_times
 
 
+@pytest.fixture(scope="module")
+def smolvlm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smolvlm")
+    FAMILIES["smolvlm"](folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("file", "says", "edge", "fps", "most"),
     [
@@ -154,10 +162,10 @@ def test_the_same_frames_at_other_times_are_another_prompt(pair: Pair) -> None:
     ids=str,
 )
 def test_where_a_folder_says_how_frames_are_prepared(
-    tmp_path: Path, file: str, says: dict[str, Any], edge: int, fps: float, most: int
+    smolvlm_folder: Path, tmp_path: Path, file: str, says: dict[str, Any], edge: int, fps: float, most: int
 ) -> None:
     """A folder whose frames are prepared as nobody does here has its pictures nevertheless."""
-    FAMILIES["smolvlm"](tmp_path)
+    shutil.copytree(smolvlm_folder, tmp_path, dirs_exist_ok=True)
     said = {"max_image_size": {"longest_edge": 32}, **says}
     if file.startswith("processor"):
         stills = json.loads((tmp_path / "preprocessor_config.json").read_text())
