@@ -45,6 +45,7 @@ def train(folder: Path, steps: int, stop_after: int | None = None) -> list[dict[
         config=TINY,
         plan=PLAN,
         encoder_share=0.0,
+        peak=3e-2,
         quiet=True,
         log_every=1,
         stop_after=stop_after,
