@@ -112,11 +112,12 @@ def test_two_pictures_and_follow_ups_are_answered(served: Stack, picture: Image.
             messages.append({"role": "assistant", "content": said[-1]})
         return said
 
-    assert converse(
-        "Which picture has more circles?", "How many circles are in the first picture?", "And in the second?",
-        show=[picture, circles],
-    ) == ["the second", "1", "2"]  # fmt: skip
-    assert converse("Which picture has a blue square?", show=[circles, picture]) == ["the second"]
+    assert converse("Which picture has a blue square?", "Where is it?", show=[circles, picture]) == [
+        "the second", "bottom right",
+    ]  # fmt: skip
+    assert converse("Which picture has a blue square?", show=[picture, circles]) == ["the first"]
+    said = converse("What is in the second picture?", show=[picture, circles])
+    assert said == ["a green circle and a black circle"]
     asked = ("How many shapes are there?", "and how many are red?", "What shape is it?")
     assert converse(*asked, show=[picture]) == ["2", "1", "circle"]
     told = "You are a helpful assistant."
