@@ -5,7 +5,7 @@ runs the whole sequence again, for many questions at once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pocket.answers import Box, Point, Request
-from pocket.batches import prompt_ids
+from pocket.answers import Box, Conversation, Point, Request
 from pocket.network import MASKED, Network, NetworkConfig, size_value
 from pocket.objective import BINS
+from pocket.segments import prompt_ids
 from pocket.tiling import cut_crops
 from pocket.tokenizer import ANSWER_ID, EOS_ID, load_tokenizer
 
@@ -27,12 +27,17 @@ _MAX_OBJECTS = 16
 
 @dataclass
 class _Going:
-    """One request on its way: the embeddings so far and what came out."""
+    """One request on its way: the embeddings so far, which of them see each other both ways, and what came out."""
 
     index: int
     embedded: list[Tensor]
-    ids: list[int]
-    numbers: list[float]
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(part) for part in self.embedded)
 
 
 class TorchAnswerer:
@@ -87,18 +92,56 @@ class TorchAnswerer:
             going = []
             for i in chunk:
                 request = requests[i]
-                ids = prompt_ids(
-                    request.task, request.text, self.tokenizer, self.config.tokenizer["templates"]
-                )
-                embedded = self.network.text.wte[torch.tensor(ids)]
-                first = [self.network.text.wte[:1], images[id(request.image)], embedded]
-                going.append(_Going(i, first, [], []))
+                begun = self._begin(i)
+                self._show(begun, images[id(request.image)])
+                self._say(begun, request.task, request.text)
+                going.append(begun)
             self._decode([g for g in going if requests[g.index].task in ("query", "caption")], None)
             self._decode([g for g in going if requests[g.index].task == "detect"], "detect")
             self._decode([g for g in going if requests[g.index].task == "point"], "point")
             for g in going:
                 replies[g.index] = self._reply(g, requests[g.index].task)
         return replies
+
+    @torch.no_grad()
+    def converse_all(self, conversations: Sequence[Conversation]) -> list[str]:
+        """What is said to the last question of each; conversations that share a picture object encode it once."""
+        images: dict[int, Tensor] = {}
+        replies: list[str] = []
+        for start in range(0, len(conversations), self.batch_rows):
+            chunk = conversations[start : start + self.batch_rows]
+            held, images = images, {}
+            going = []
+            for number, turns in enumerate(chunk):
+                begun = self._begin(number)
+                for turn in turns:
+                    for image in turn.images:
+                        if id(image) not in images:
+                            images[id(image)] = held[id(image)] if id(image) in held else self._encode(image)
+                        self._show(begun, images[id(image)])
+                    self._say(begun, "query", turn.text)
+                    begun.embedded.append(self._words(self.tokenizer.encode(turn.answer).ids))
+                going.append(begun)
+            self._decode(list(going), None)
+            replies += [str(self._reply(g, "query")) for g in going]
+        return replies
+
+    def _begin(self, index: int) -> _Going:
+        return _Going(index, [self.network.text.wte[:1]])
+
+    def _show(self, going: _Going, image: Tensor) -> None:
+        """Add a picture's tokens; the first ones of a sequence see BOS, and it them."""
+        at = going.num_tokens
+        going.blocks.append((0 if at == 1 else at, at + len(image)))
+        going.embedded.append(image)
+
+    def _say(self, going: _Going, task: str, text: str) -> None:
+        going.embedded.append(
+            self._words(prompt_ids(task, text, self.tokenizer, self.config.tokenizer["templates"]))
+        )
+
+    def _words(self, ids: Sequence[int]) -> Tensor:
+        return self.network.text.wte[torch.tensor(ids, dtype=torch.long)]
 
     def _encode(self, image: Image.Image) -> Tensor:
         crops, tiling = cut_crops(image.convert("RGB"), self.config.vision)
@@ -112,11 +155,12 @@ class TorchAnswerer:
         longest = int(lengths.max())
         padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         # Padding stands to the right, where causal rows never look.
-        mask = torch.full((longest, longest), MASKED, dtype=padded.dtype).triu(1)
-        num_prefix = self.config.num_prefix
-        mask[:num_prefix, :num_prefix] = 0
+        mask = torch.full((longest, longest), MASKED, dtype=padded.dtype).triu(1).repeat(len(going), 1, 1)
+        for row, g in enumerate(going):
+            for first, end in g.blocks:
+                mask[row, first:end, first:end] = 0
         positions = torch.arange(longest).expand(len(going), -1)
-        hidden = self.network.text.decode(padded, positions, mask[None, None])
+        hidden = self.network.text.decode(padded, positions, mask[:, None])
         return hidden[torch.arange(len(going)), lengths - 1]
 
     def _decode(self, going: list[_Going], find: str | None) -> None:

@@ -17,3 +17,15 @@ class Request:
     task: Literal["query", "caption", "detect", "point"]
     image: Image.Image
     text: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question of a conversation with the pictures it brings; `answer` is what was said to it, "" where that is asked."""
+
+    text: str
+    images: tuple[Image.Image, ...] = ()
+    answer: str = ""
+
+
+Conversation = tuple[Turn, ...]

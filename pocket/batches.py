@@ -1,40 +1,27 @@
 """Owns turning scenes into training batches and feeding them; `feed` runs in the drawing process, `Feed` reads it.
 
-Several questions share one picture: a row is [BOS, image tokens, question 1, question 2, ...], each question
-blind to the others, with positions that restart after the image. Batch i is a pure function of (seed, i).
+Batch i is a pure function of (seed, i). What stands in a row: `pocket.rows`.
 """
 
-import math
 import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.random import Generator
-from numpy.typing import NDArray
 from safetensors.numpy import load, save
 from tokenizers import Tokenizer
 
 from pocket.network import NetworkConfig, VisionConfig
-from pocket.phrases import Ask
-from pocket.questions import KINDS, NO_PICTURE_ANSWER, Questioner
-from pocket.scenes import COLOR_NAMES, SHAPES, Scene, Thing, draw_scene, scene_rng
+from pocket.rows import RowDrawing
+from pocket.scenes import COLOR_NAMES, SHAPES, Thing, draw_scene, scene_rng
+from pocket.segments import Arrays, empty_rows, fill_row
 from pocket.tiling import cut_crops
-from pocket.tokenizer import ANSWER_ID, COORD_ID, EOS_ID, SIZE_ID, load_tokenizer
-
-BINS = 1024
-_KIND_WEIGHTS = {
-    "what": 0.7, "color": 1.0, "shape": 1.0, "count": 2.0, "where": 1.3, "exists": 0.6, "side": 0.9, "beside": 1.3,
-    "extreme": 0.7, "at": 0.7, "detect": 1.7, "point": 1.1, "caption short": 0.35, "caption normal": 0.45,
-    "caption long": 0.12,
-}  # fmt: skip
-Arrays = dict[str, NDArray[Any]]
+from pocket.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,161 +30,11 @@ class BatchPlan:
 
     seed: int
     num_pictures: int = 24
-    num_positions: int = 144
+    num_pairs: int = 6  # rows of two pictures; the others have one
+    num_positions: int = 224  # of a row, its pictures among them
     encoder_batches: int = 0  # this many first batches ask nothing, and hold mostly pictures of one crop
     encoder_single: float = 0.6
     single: float = 0.2
-
-
-@dataclass
-class Segment:
-    """One question and its answer as token positions; see `fill_row` for the arrays' meaning."""
-
-    ids: list[int]
-    kinds: list[int]  # 0 a token, 1 a coordinate value, 2 a size value
-    values: list[tuple[float, float]]
-    tokens: list[int]  # next token to predict, −1 for none
-    coords: list[int]  # coordinate bin to predict, −1 for none
-    sizes: list[tuple[int, int]]  # size bins to predict, (−1, −1) for none
-    weight: float
-    sees_picture: bool = True
-
-
-def coord_bin(value: float) -> int:
-    """Bin of a coordinate in [0, 1]; its value is bin/1024."""
-    return min(BINS - 1, max(0, round(value * BINS)))
-
-
-def size_bin(value: float) -> int:
-    """Bin of a size in (0, 1]; its value is 2^(bin/1023·10 − 10)."""
-    return min(BINS - 1, max(0, round((math.log2(max(value, 2.0**-10)) + 10.0) / 10.0 * (BINS - 1))))
-
-
-def prompt_ids(
-    ask_task: str, text: str, tokenizer: Tokenizer, templates: Mapping[str, Any], num_answer_marks: int = 2
-) -> list[int]:
-    """Prompt after BOS and the image; a query ends with the suffix and the answer mark."""
-    template = templates[ask_task]
-    if ask_task == "caption":
-        return list(template[text])
-    if ask_task == "query":
-        return [*template["prefix"], *tokenizer.encode(text).ids, *[ANSWER_ID] * num_answer_marks]
-    return [*template["prefix"], *tokenizer.encode(" " + text).ids, *template["suffix"]]
-
-
-def make_segment(ask: Ask, tokenizer: Tokenizer, templates: Mapping[str, Any], rng: Generator) -> Segment:
-    """The teacher-forced positions of a question."""
-    # Now and then only one answer mark: both forms are in use among Moondream's implementations.
-    marks = 1 if rng.random() < 0.2 else 2
-    ids = prompt_ids(ask.task, ask.text, tokenizer, templates, marks)
-    if ask.task in ("query", "caption"):
-        answer = tokenizer.encode(ask.answer).ids
-        known = ids + answer
-        tokens = [-1] * (len(ids) - 1) + answer + [EOS_ID]
-        count = len(known)
-        weight = 1.0 if ask.task == "query" else 0.5
-        return Segment(
-            known, [0] * count, [(0.0, 0.0)] * count, tokens, [-1] * count, [(-1, -1)] * count, weight
-        )
-    count = len(ids)
-    segment = Segment(
-        ids,
-        [0] * count,
-        [(0.0, 0.0)] * count,
-        [-1] * (count - 1),
-        [-1] * (count - 1),
-        [(-1, -1)] * count,
-        1.0,
-    )
-    for thing in ask.targets:
-        _append_target(segment, thing, ask.task == "detect")
-    segment.tokens.append(EOS_ID)
-    segment.coords.append(-1)
-    return segment
-
-
-def _append_target(segment: Segment, thing: Thing, with_size: bool) -> None:
-    x, y = coord_bin(thing.x), coord_bin(thing.y)
-    segment.tokens += [COORD_ID, -1]
-    segment.coords += [x, y]
-    segment.ids += [COORD_ID, COORD_ID]
-    segment.kinds += [1, 1]
-    segment.values += [(x / BINS, 0.0), (y / BINS, 0.0)]
-    segment.sizes += [(-1, -1), (-1, -1)]
-    if with_size:
-        width, height = size_bin(thing.width), size_bin(thing.height)
-        segment.sizes[-1] = (width, height)
-        segment.tokens.append(-1)
-        segment.coords.append(-1)
-        segment.ids.append(SIZE_ID)
-        segment.kinds.append(2)
-        segment.values.append((2.0 ** (width / 1023 * 10 - 10), 2.0 ** (height / 1023 * 10 - 10)))
-        segment.sizes.append((-1, -1))
-
-
-def draw_segments(
-    scene: Scene, rng: Generator, tokenizer: Tokenizer, templates: Mapping[str, Any], room: int
-) -> list[Segment]:
-    """Random questions about a scene that fit into `room` positions together."""
-    questioner = Questioner(scene, rng)
-    weights = np.array([_KIND_WEIGHTS[k] for k in KINDS])
-    segments: list[Segment] = []
-    for pick in rng.choice(len(KINDS), size=28, p=weights / weights.sum()):
-        ask = questioner.draw(KINDS[int(pick)])
-        if ask is None:
-            continue
-        segment = make_segment(ask, tokenizer, templates, rng)
-        if ask.task == "query" and rng.random() < 0.012:
-            lone = Ask("query", "no picture", ask.text, NO_PICTURE_ANSWER)
-            segment = make_segment(lone, tokenizer, templates, rng)
-            # Without a picture the sequence brings its own BOS.
-            segment.ids.insert(0, EOS_ID)
-            for values in (segment.kinds, segment.tokens, segment.coords):
-                values.insert(0, -1)
-            segment.kinds[0] = 0
-            segment.values.insert(0, (0.0, 0.0))
-            segment.sizes.insert(0, (-1, -1))
-            segment.sees_picture = False
-        if len(segment.ids) <= room:
-            segments.append(segment)
-            room -= len(segment.ids)
-        if room < 12:
-            break
-    return segments
-
-
-def empty_rows(num_rows: int, num_positions: int) -> Arrays:
-    """Arrays of a batch's text positions, shapes (rows, positions) or with a last axis of 2."""
-    shape = (num_rows, num_positions)
-    return {
-        "ids": np.zeros(shape, np.int64),
-        "kinds": np.zeros(shape, np.int8),
-        "values": np.zeros((*shape, 2), np.float32),
-        "positions": np.zeros(shape, np.int64),
-        "segments": np.zeros(shape, np.int64),  # 0 padding, negative: blind to the picture
-        "tokens": np.full(shape, -1, np.int64),
-        "coords": np.full(shape, -1, np.int64),
-        "sizes": np.full((*shape, 2), -1, np.int64),
-        "weights": np.zeros(shape, np.float32),
-    }
-
-
-def fill_row(rows: Arrays, row: int, segments: list[Segment], num_prefix: int) -> None:
-    """Lay segments one after another into a row."""
-    start = 0
-    for number, segment in enumerate(segments, 1):
-        count = len(segment.ids)
-        where = slice(start, start + count)
-        rows["ids"][row, where] = segment.ids
-        rows["kinds"][row, where] = segment.kinds
-        rows["values"][row, where] = segment.values
-        rows["positions"][row, where] = np.arange(count) + (num_prefix if segment.sees_picture else 0)
-        rows["segments"][row, where] = number if segment.sees_picture else -number
-        rows["tokens"][row, where] = segment.tokens
-        rows["coords"][row, where] = segment.coords
-        rows["sizes"][row, where] = segment.sizes
-        rows["weights"][row, where] = segment.weight
-        start += count
 
 
 def cover_labels(
@@ -256,23 +93,32 @@ def crop_views(tiling: tuple[int, int], config: VisionConfig) -> list[tuple[floa
 
 
 def draw_batch(index: int, plan: BatchPlan, config: NetworkConfig, tokenizer: Tokenizer) -> Arrays:
-    """Batch `index` of a run: crops uint8 (N, S, S, 3), tilings (B, 2), text rows and the auxiliary labels."""
-    arrays = empty_rows(plan.num_pictures, plan.num_positions)
+    """Batch `index` of a run: crops uint8 (N, S, S, 3), tilings (pictures, 2), rows and the auxiliary labels.
+
+    A row's pictures follow one another, in the order of the rows.
+    """
+    num_rows = plan.num_pictures - plan.num_pairs
+    arrays = empty_rows(num_rows, plan.num_positions)
     crops, tilings, patches, cells = [], [], [], []
     grid = config.vision.grid
-    for row in range(plan.num_pictures):
-        rng = scene_rng(plan.seed, index * plan.num_pictures + row)
-        single = plan.encoder_single if index < plan.encoder_batches else plan.single
-        scene = draw_scene(rng, config.vision, single, small=bool(rng.random() < 0.1))
-        cut, tiling = cut_crops(scene.picture, config.vision)
-        crops.append(cut)
-        tilings.append(tiling)
-        patches += [cover_labels(scene.things, view, grid) for view in crop_views(tiling, config.vision)]
-        cells.append(center_labels(scene.things, grid))
-        templates = config.tokenizer["templates"]
+    picture = 0
+    for row in range(num_rows):
+        scenes = []
+        for _ in range(2 if row >= num_rows - plan.num_pairs else 1):
+            rng = scene_rng(plan.seed, index * plan.num_pictures + picture)
+            picture += 1
+            single = plan.encoder_single if index < plan.encoder_batches else plan.single
+            scene = draw_scene(rng, config.vision, single, small=bool(rng.random() < 0.1))
+            cut, tiling = cut_crops(scene.picture, config.vision)
+            crops.append(cut)
+            tilings.append(tiling)
+            patches += [cover_labels(scene.things, view, grid) for view in crop_views(tiling, config.vision)]
+            cells.append(center_labels(scene.things, grid))
+            scenes.append(scene)
         if index >= plan.encoder_batches:
-            segments = draw_segments(scene, rng, tokenizer, templates, plan.num_positions)
-            fill_row(arrays, row, segments, config.num_prefix)
+            drawing = RowDrawing(rng, tokenizer, config, plan.num_positions)
+            segments = drawing.one(scenes[0]) if len(scenes) == 1 else drawing.two(scenes[0], scenes[1])
+            fill_row(arrays, row, segments)
     return {
         **arrays,
         "crops": np.concatenate(crops),

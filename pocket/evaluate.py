@@ -186,6 +186,9 @@ def main(
     ] = WEIGHTS_FOLDER,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     small: Annotated[bool, typer.Option(help="small things instead, with many crops and with one")] = False,
+    talk: Annotated[
+        bool, typer.Option(help="conversations instead: two pictures, follow-ups, system messages")
+    ] = False,
 ) -> None:
     """Examine a checkpoint with the plain torch answerer and print the figures as JSON."""
     import torch
@@ -195,6 +198,11 @@ def main(
     torch.set_num_threads(1)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     config = NetworkConfig.read(folder / "config.json").vision
+    if talk:
+        from pocket.examine_talk import examine_talk
+
+        print(json.dumps(examine_talk(TorchAnswerer(folder, dtype), num_scenes, config), indent=1))
+        return
     if not small:
         print(json.dumps(evaluate(TorchAnswerer(folder, dtype), num_scenes, seed, config), indent=1))
         return

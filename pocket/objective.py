@@ -33,19 +33,17 @@ class AuxiliaryHeads(nn.Module):
         self.cell = nn.Linear(proj_dim, outputs)
 
 
-def attention_mask(segments: Tensor, num_prefix: int, dtype: torch.dtype) -> Tensor:
-    """Scores to add, (B, 1, P + T, P + T): the prefix sees itself both ways, a segment the prefix and its past.
+def attention_mask(segments: Tensor, sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scores to add, (B, 1, T, T): a segment sees what stands before it in its sequence, and its own past.
 
-    segments int (B, T): 0 is padding, a negative number is blind to the prefix.
+    segments int (B, T), 0 for padding; sees bool (B, S, S): [b, i, j], segment i sees all of segment j.
     """
     batch, length = segments.shape
-    total = num_prefix + length
-    allowed = torch.zeros(batch, total, total, dtype=torch.bool, device=segments.device)
-    allowed[:, :num_prefix, :num_prefix] = True
-    allowed[:, num_prefix:, :num_prefix] = (segments > 0)[:, :, None]
+    rows = torch.arange(batch, device=segments.device)[:, None, None]
+    allowed = sees[rows, segments[:, :, None], segments[:, None, :]]
     same = segments[:, :, None] == segments[:, None, :]
-    allowed[:, num_prefix:, num_prefix:] = same.tril()
-    mask = torch.zeros(batch, total, total, dtype=dtype, device=segments.device)
+    allowed = allowed | same.tril()
+    mask = torch.zeros(batch, length, length, dtype=dtype, device=segments.device)
     return mask.masked_fill_(~allowed, MASKED)[:, None]
 
 
@@ -130,13 +128,13 @@ def _answer_losses(
     embedded = embedded.index_put((is_coord,), network.region.encode_coordinate(coords))
     embedded = embedded.index_put((is_size,), network.region.encode_size(sizes))
 
-    bos = network.text.wte[:1].expand(num_rows, 1, -1)
-    sequence = torch.cat((bos, image, embedded.view(num_rows, length, -1)), dim=1)
-    num_prefix = network.config.num_prefix
-    prefix = torch.arange(num_prefix, device=device).expand(num_rows, -1)
-    positions = torch.cat((prefix, batch["positions"]), dim=1)
-    mask = attention_mask(batch["segments"], num_prefix, dtype)
-    hidden = network.text.decode(sequence, positions, mask)[:, num_prefix:].reshape(num_rows * length, -1)
+    # Pictures lie in the order of the rows, and in a row in the order of their positions.
+    in_picture = (kinds == 3).nonzero()[:, 0]
+    embedded = embedded.index_put((in_picture,), image.reshape(-1, image.shape[-1]))
+
+    mask = attention_mask(batch["segments"], batch["sees"], dtype)
+    hidden = network.text.decode(embedded.view(num_rows, length, -1), batch["positions"], mask)
+    hidden = hidden.reshape(num_rows * length, -1)
 
     tokens = batch["tokens"].view(-1)
     asked = (tokens >= 0).nonzero()[:, 0]

@@ -24,6 +24,9 @@ class Ask:
     answer: str = ""
     targets: tuple[Thing, ...] = ()
     settled: bool = True  # False: listed in an order that is a matter of taste; trained on, not scored
+    color: str | None = None  # the colour and the shape that it asks about; None any
+    shape: str | None = None
+    found: tuple[Thing, ...] = ()  # what "it" and "they" mean in a question behind it
 
 
 def plural(shape: str) -> str:
@@ -48,6 +51,11 @@ def place_of(thing: Thing) -> str | None:
 def is_ordered(things: Sequence[Thing]) -> bool:
     """Whether neighbours stand so far apart that left to right is no matter of taste."""
     return all(b.x - a.x >= _ORDER_GAP for a, b in pairwise(things))
+
+
+def missing(color: str | None, shape: str | None) -> str:
+    """What is said where nothing of this colour and shape is."""
+    return f"there is no {color + ' ' if color else ''}{shape or 'object'}"
 
 
 def join(parts: Sequence[str]) -> str:

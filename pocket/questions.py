@@ -4,7 +4,7 @@ Answers are canonical: one string per question and scene. Where a scene leaves t
 thing on the border between "left" and "center"), the question is not asked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from numpy.random import Generator
 
@@ -16,6 +16,7 @@ from pocket.phrases import (
     join,
     listing,
     matching,
+    missing,
     place_of,
     plural,
     with_article,
@@ -44,7 +45,7 @@ class Questioner:
     def _thing(self) -> Thing | None:
         return self.things[int(self.rng.integers(len(self.things)))] if self.things else None
 
-    def _target(self, present: float) -> tuple[str | None, str | None]:
+    def target(self, present: float) -> tuple[str | None, str | None]:
         """A colour and a shape to ask about, at least one of them; in the scene with probability `present`."""
         thing = self._thing()
         if thing is None or self.rng.random() >= present:
@@ -62,7 +63,7 @@ class Questioner:
     def _noun(self) -> str:
         return self.pick("object", "shape", "thing")
 
-    def _name(self, color: str | None, shape: str | None, many: bool = False) -> str:
+    def name(self, color: str | None, shape: str | None, many: bool = False) -> str:
         noun = shape or self._noun()
         noun = plural(noun) if many else noun
         return f"{color} {noun}" if color else noun
@@ -80,15 +81,36 @@ class Questioner:
             text += "?" if text.split()[0].lower() not in ("count", "name", "list", "describe") else "."
         return text
 
-    def _query(self, kind: str, text: str, answer: str, settled: bool = True) -> Ask:
-        return Ask("query", kind, self._voice(text), answer, settled=settled)
+    def query(
+        self,
+        kind: str,
+        text: str,
+        answer: str,
+        settled: bool = True,
+        *,
+        color: str | None = None,
+        shape: str | None = None,
+        found: Sequence[Thing] = (),
+    ) -> Ask:
+        """A question with its text in one of the voices; the other fields are `Ask`'s."""
+        return Ask(
+            "query",
+            kind,
+            self._voice(text),
+            answer,
+            (),
+            settled,
+            color=color,
+            shape=shape,
+            found=tuple(found),
+        )
 
     def what(self) -> Ask:
         text = self.pick(
             "what is in the picture", "what do you see", "what is this", "what is there", "describe the picture",
             "what objects are in the picture", "what shapes are there", "list the objects", "what's in this picture",
         )  # fmt: skip
-        return self._query("what", text, listing(self.things), settled=is_ordered(self.things))
+        return self.query("what", text, listing(self.things), is_ordered(self.things), found=self.things)
 
     def color(self) -> Ask | None:
         shape = self.pick(*SHAPES)
@@ -102,7 +124,7 @@ class Questioner:
             f"which color does the {shape} have", f"what color does the {shape} have",
         )  # fmt: skip
         if not found:
-            return self._query("color", text, f"there is no {shape}")
+            return self.query("color", text, f"there is no {shape}", shape=shape)
         colors = list(dict.fromkeys(t.color for t in found))
         if len(colors) > 2:
             return None
@@ -110,7 +132,9 @@ class Questioner:
             text = self.pick(
                 f"what color are the {plural(shape)}", f"which colors do the {plural(shape)} have"
             )
-        return self._query("color", text, join(colors), settled=len(colors) == 1 or is_ordered(found))
+        return self.query(
+            "color", text, join(colors), len(colors) == 1 or is_ordered(found), shape=shape, found=found
+        )
 
     def shape(self) -> Ask | None:
         color = self.pick(*COLOR_NAMES)
@@ -125,59 +149,63 @@ class Questioner:
             f"which shape does the {color} {noun} have", f"shape of the {color} {noun}", f"what is {color}",
         )  # fmt: skip
         if not found:
-            return self._query("shape", text, f"there is no {color} object")
+            return self.query("shape", text, f"there is no {color} object", color=color)
         shapes = list(dict.fromkeys(t.shape for t in found))
         if len(shapes) > 2:
             return None
-        return self._query("shape", text, join(shapes), settled=len(shapes) == 1 or is_ordered(found))
+        return self.query(
+            "shape", text, join(shapes), len(shapes) == 1 or is_ordered(found), color=color, found=found
+        )
 
     def count(self) -> Ask:
         if self.rng.random() < 0.3:
             color, shape = None, None
         else:
-            color, shape = self._target(0.85)
+            color, shape = self.target(0.85)
         if color is None and shape is None:
             names = self.pick("objects", "shapes", "things")
         else:
-            names = self._name(color, shape, many=True)
+            names = self.name(color, shape, many=True)
         text = self.pick(
             f"how many {names} are there", f"how many {names} are in the picture", f"how many {names}",
             f"how many {names} do you see", f"count the {names}", f"what is the number of {names}",
             f"how many {names} can you see", f"how many {names} does the picture show",
         )  # fmt: skip
         kind = "count all" if color is None and shape is None else "count"
-        return self._query(kind, text, str(len(matching(self.things, color, shape))))
+        found = matching(self.things, color, shape)
+        return self.query(kind, text, str(len(found)), color=color, shape=shape, found=found)
 
     def where(self) -> Ask | None:
-        color, shape = self._target(0.95)
+        color, shape = self.target(0.95)
         found = matching(self.things, color, shape)
-        name = self._name(color, shape)
+        name = self.name(color, shape)
         text = self.pick(
             f"where is the {name}", f"where is the {name} in the picture", f"where can you see the {name}",
             f"in which part of the picture is the {name}", f"where's the {name}", f"what is the position of the {name}",
         )  # fmt: skip
         if not found:
-            return self._query(
-                "where", text, f"there is no {color + ' ' if color else ''}{shape or 'object'}"
-            )
+            return self.query("where", text, missing(color, shape), color=color, shape=shape)
         places = [place_of(t) for t in found]
         if len(found) > 2 or None in places:
             return None
         if len(found) == 2:
-            text = self.pick(f"where are the {self._name(color, shape, many=True)}", text)
+            text = self.pick(f"where are the {self.name(color, shape, many=True)}", text)
         names = list(dict.fromkeys(p for p in places if p))
-        return self._query("where", text, join(names), settled=is_ordered(found))
+        return self.query(
+            "where", text, join(names), is_ordered(found), color=color, shape=shape, found=found
+        )
 
     def exists(self) -> Ask:
-        color, shape = self._target(0.5)
-        name = self._name(color, shape)
-        many = self._name(color, shape, many=True)
+        color, shape = self.target(0.5)
+        name = self.name(color, shape)
+        many = self.name(color, shape, many=True)
+        found = matching(self.things, color, shape)
         text = self.pick(
             f"is there {with_article(name)}", f"is there {with_article(name)} in the picture", f"do you see {with_article(name)}",
             f"are there any {many}", f"is {with_article(name)} in the picture", f"can you see {with_article(name)}",
             f"does the picture show {with_article(name)}", f"are there {many} in the picture",
         )  # fmt: skip
-        return self._query("exists", text, "yes" if matching(self.things, color, shape) else "no")
+        return self.query("exists", text, "yes" if found else "no", color=color, shape=shape, found=found)
 
     def _unique(self) -> list[tuple[str, Thing]]:
         """Things with a name that only they bear."""
@@ -212,7 +240,7 @@ class Questioner:
         else:
             words = ("above", "higher than") if before else ("below", "under", "lower than")
         text = f"is the {first[0]} {self.pick(*words)} the {second[0]}"
-        return self._query("side", text, "yes" if (gap > 0) == before else "no")
+        return self.query("side", text, "yes" if (gap > 0) == before else "no")
 
     def beside(self) -> Ask | None:
         named = self._unique()
@@ -234,7 +262,7 @@ class Questioner:
         words = ("left of", "right of") if across else ("above", "below")
         word = words[0] if before else words[1]
         text = f"what is {'to the ' if across and self.rng.random() < 0.5 else ''}{word} the {name}"
-        return self._query("beside", text, listing(found), settled=is_ordered(found))
+        return self.query("beside", text, listing(found), is_ordered(found), found=found)
 
     def extreme(self) -> Ask | None:
         if len(self.things) < 2:
@@ -267,7 +295,7 @@ class Questioner:
             f"which {noun} is the {word}",
             f"what is the {word} {noun} in the picture",
         )
-        return self._query("extreme", text, with_article(thing.name))
+        return self.query("extreme", text, with_article(thing.name), found=(thing,))
 
     def at(self) -> Ask | None:
         places = [place_of(t) for t in self.things]
@@ -285,14 +313,14 @@ class Questioner:
             f"what is at the {place}", f"what is in the {place}", f"what is at the {place} of the picture",
             f"what do you see at the {place}",
         )  # fmt: skip
-        return self._query("at", text, listing(found), settled=is_ordered(found))
+        return self.query("at", text, listing(found), is_ordered(found), found=found)
 
     def _find(self, task: Task) -> Ask:
         if self.rng.random() < 0.2:
             color, shape = None, None
         else:
-            color, shape = self._target(0.88)
-        text = self._name(color, shape, many=bool(self.rng.random() < 0.3))
+            color, shape = self.target(0.88)
+        text = self.name(color, shape, many=bool(self.rng.random() < 0.3))
         if self.rng.random() < 0.12:
             text = "the " + text
         elif self.rng.random() < 0.06:

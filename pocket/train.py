@@ -137,6 +137,11 @@ def run(
     torch.set_num_threads(1)
     encoder_share = 0.0 if start else encoder_share
     plan = plan or BatchPlan(seed, encoder_batches=round(encoder_share * steps))
+    if start is not None and not (folder / "tokenizer.json").exists():
+        folder.mkdir(
+            parents=True, exist_ok=True
+        )  # the weights know only the tokenizer that they were trained with
+        (folder / "tokenizer.json").write_text((start.parent / "tokenizer.json").read_text())
     config_path, tokenizer_path = prepare(folder, config, seed)
     trainee = Trainee(config)
     initialise(trainee, seed)

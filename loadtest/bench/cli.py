@@ -206,13 +206,16 @@ def pocket(
     scenes: Annotated[int, typer.Option(help="Held-out scenes; about 13 questions each.")] = 300,
     seed: Annotated[int | None, typer.Option(help="Another unseen seed.")] = None,
     small: Annotated[bool, typer.Option(help="Also small things, with many crops and with one.")] = False,
+    talks: Annotated[
+        int, typer.Option(help="Also conversations about so many pairs of scenes; some 50 questions each.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="The worker's.")] = "cpu",
     as_json: JsonFlag = False,
 ) -> None:
     """Accuracy of the embedded model on scenes it has never seen, through a real gateway and worker."""
     from loadtest.bench.pocket import measure_accuracy
 
-    result = measure_accuracy(scenes, seed, small=small, device=device)
+    result = measure_accuracy(scenes, seed, small=small, num_talks=talks, device=device)
     show(accuracy_table(result), [result], as_json=as_json)
 
 

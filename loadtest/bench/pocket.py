@@ -10,24 +10,29 @@ import asyncio
 import base64
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import aiohttp
 import msgspec
 import torch
+from PIL import Image
 
 from loadtest.bench.decode import OURS, THEIRS, decode_figures
 from loadtest.bench.processes import serving
 from loadtest.peers.degas_peer import DegasSide
 from loadtest.peers.transformers_peer import TransformersSide
 from pocket.answerer import TorchAnswerer
-from pocket.answers import Reply, Request
+from pocket.answers import Conversation, Reply, Request
 from pocket.evaluate import UNSEEN_SEED, Answerer, evaluate, evaluate_small
+from pocket.examine_talk import examine_talk
+from pocket.network import NetworkConfig
 
 WEIGHTS = Path(str(files("worker") / "pocket" / "weights"))
+_Put = TypeVar("_Put")
+_Said = TypeVar("_Said")
 
 
 def write_phi(folder: Path, text: dict[str, Any], dtype: torch.dtype) -> int:
@@ -81,58 +86,94 @@ def measure_decode(rows: int, new_tokens: int, repeats: int, dtype: torch.dtype)
 
 
 class ServedModel:
-    """The embedded model as clients meet it: Moondream's HTTP routes, many requests in flight."""
+    """The embedded model as clients meet it: Moondream's HTTP routes and chat, many requests in flight."""
 
     def __init__(self, url: str, in_flight: int = 16) -> None:
         self._url = url
         self._in_flight = in_flight
+        self._urls: dict[int, str] = {}
 
     def answer_all(self, requests: Sequence[Request]) -> list[Reply]:
         """Replies in order. Raises RuntimeError when a request is refused."""
-        return asyncio.run(self._answer_all(requests))
+        return asyncio.run(self._all(self._ask, requests))
 
-    async def _answer_all(self, requests: Sequence[Request]) -> list[Reply]:
-        urls: dict[int, str] = {}
+    def converse_all(self, conversations: Sequence[Conversation]) -> list[str]:
+        """What is said to the last question of each. Raises RuntimeError when a request is refused."""
+        return asyncio.run(self._all(self._converse, conversations))
+
+    async def _all(
+        self, ask: Callable[[aiohttp.ClientSession, _Put], Awaitable[_Said]], every: Sequence[_Put]
+    ) -> list[_Said]:
         gate = asyncio.Semaphore(self._in_flight)
+        self._urls.clear()  # of pictures known by their identity, which may be another's once they are gone
         async with aiohttp.ClientSession() as session:
 
-            async def ask(request: Request) -> Reply:
+            async def one(put: _Put) -> _Said:
                 async with gate:
-                    if id(request.image) not in urls:
-                        buffer = io.BytesIO()
-                        request.image.save(buffer, "PNG")
-                        encoded = base64.b64encode(buffer.getvalue()).decode()
-                        urls[id(request.image)] = f"data:image/png;base64,{encoded}"
-                    return await self._ask(session, request, urls[id(request.image)])
+                    return await ask(session, put)
 
-            return list(await asyncio.gather(*map(ask, requests)))
+            return list(await asyncio.gather(*map(one, every)))
 
-    async def _ask(self, session: aiohttp.ClientSession, request: Request, image_url: str) -> Reply:
+    async def _ask(self, session: aiohttp.ClientSession, request: Request) -> Reply:
         field = {"query": "question", "caption": "length", "detect": "object", "point": "object"}[
             request.task
         ]
-        body = {"image_url": image_url, field: request.text}
-        async with session.post(f"{self._url}/v1/{request.task}", json=body) as response:
-            answer = await response.json()
-            if response.status != 200:
-                raise RuntimeError(f"{request.task} {request.text!r}: {answer}")
+        body = {"image_url": self._data_url(request.image), field: request.text}
+        answer = await self._post(session, request.task, body)
         if request.task == "detect":
             return [(b["x_min"], b["y_min"], b["x_max"], b["y_max"]) for b in answer["objects"]]
         if request.task == "point":
             return [(p["x"], p["y"]) for p in answer["points"]]
         return str(answer["answer" if request.task == "query" else "caption"])
 
+    async def _converse(self, session: aiohttp.ClientSession, turns: Conversation) -> str:
+        messages: list[dict[str, Any]] = []
+        for turn in turns:
+            shown = [
+                {"type": "image_url", "image_url": {"url": self._data_url(image)}} for image in turn.images
+            ]
+            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": turn.text}]})
+            if turn.answer:
+                messages.append({"role": "assistant", "content": turn.answer})
+        answer = await self._post(session, "chat/completions", {"messages": messages, "temperature": 0})
+        return str(answer["choices"][0]["message"]["content"])
+
+    async def _post(self, session: aiohttp.ClientSession, route: str, body: dict[str, Any]) -> dict[str, Any]:
+        async with session.post(f"{self._url}/v1/{route}", json=body) as response:
+            answer: dict[str, Any] = await response.json()
+            if response.status != 200:
+                raise RuntimeError(f"{route}: {answer}")
+        return answer
+
+    def _data_url(self, image: Image.Image) -> str:
+        if id(image) not in self._urls:
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            self._urls[id(image)] = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return self._urls[id(image)]
+
 
 def measure_accuracy(
-    num_scenes: int, seed: int | None, *, small: bool, flags: Sequence[str] = (), device: str = "cpu"
+    num_scenes: int,
+    seed: int | None,
+    *,
+    small: bool,
+    num_talks: int = 0,
+    flags: Sequence[str] = (),
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Accuracy on held-out scenes through a real gateway and worker; `small` adds small things in big pictures,
-    with many crops and (with the trainer's own forward) with the single global one. `flags`: more settings of the worker."""
+    with many crops and (with the trainer's own forward) with the single global one; `num_talks` pairs of scenes are
+    asked about in conversations. `flags`: more settings of the worker."""
     with serving(["--device", device, *flags]) as (url, _):
-        served = cast(Answerer, ServedModel(url))  # only `answer_all` is called
+        talks = ServedModel(url)
+        served = cast(Answerer, talks)  # only `answer_all` is called
         result = evaluate(served, num_scenes, UNSEEN_SEED if seed is None else seed)
         if small:
             result["small_many_crops"] = evaluate_small(served, num_scenes // 2)
+        if num_talks:
+            vision = NetworkConfig.read(WEIGHTS / "config.json").vision
+            result["talk"] = examine_talk(talks, num_talks, vision)
     if small:
         result["small_one_crop"] = evaluate_small(TorchAnswerer(WEIGHTS, torch.float32, 1), num_scenes // 2)
     return result

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import moondream
 import openai
 import pytest
-from openai.types.chat import ChatCompletionContentPartParam
+from openai.types.chat import ChatCompletionContentPartParam, ChatCompletionMessageParam
 from PIL import Image, ImageDraw
 
 from tests.integration.stack import POCKET, Stack, stack
@@ -88,6 +88,40 @@ def test_openai_client_streams_and_counts(served: Stack, picture: Image.Image) -
     assert chunks[-2].choices[0].finish_reason == "stop"
     usage = chunks[-1].usage
     assert usage is not None and usage.completion_tokens >= 1 and usage.prompt_tokens > 49
+
+
+def test_two_pictures_and_follow_ups_are_answered(served: Stack, picture: Image.Image) -> None:
+    """A conversation as clients hold it: each turn brings what was said before, as the server said it."""
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused")
+    circles = Image.new("RGB", (300, 300), "white")
+    draw = ImageDraw.Draw(circles)
+    draw.ellipse((30, 170, 110, 250), fill=(40, 160, 60))
+    draw.ellipse((190, 50, 270, 130), fill=(22, 22, 24))
+
+    def converse(*turns: str, show: list[Image.Image], system: str = "") -> list[str | None]:
+        messages: list[ChatCompletionMessageParam] = [{"role": "system", "content": system}] if system else []
+        shown: list[ChatCompletionContentPartParam] = [
+            {"type": "image_url", "image_url": {"url": data_url(image)}} for image in show
+        ]
+        said = []
+        for text in turns:
+            messages.append({"role": "user", "content": [*shown, {"type": "text", "text": text}]})
+            shown = []
+            answer = client.chat.completions.create(model="pocket", messages=messages, temperature=0)
+            said.append(answer.choices[0].message.content)
+            messages.append({"role": "assistant", "content": said[-1]})
+        return said
+
+    assert converse("Which picture has a blue square?", "Where is it?", show=[circles, picture]) == [
+        "the second", "bottom right",
+    ]  # fmt: skip
+    assert converse("Which picture has a blue square?", show=[picture, circles]) == ["the first"]
+    said = converse("What is in the second picture?", show=[picture, circles])
+    assert said == ["a green circle and a black circle"]
+    asked = ("How many shapes are there?", "and how many are red?", "What shape is it?")
+    assert converse(*asked, show=[picture]) == ["2", "1", "circle"]
+    told = "You are a helpful assistant."
+    assert converse("How many shapes are there?", show=[picture], system=told) == ["2"]
 
 
 def test_answers_do_not_depend_on_company(served: Stack, picture: Image.Image) -> None:

@@ -102,11 +102,15 @@ def test_text_only(network: Network, numbers: Any) -> None:
 
 
 def test_questions_of_one_row_do_not_see_each_other() -> None:
-    segments = torch.tensor([[1, 1, 2, -3, -3, 0]])
-    allowed = attention_mask(segments, 2, torch.float32)[0, 0] == 0
+    segments = torch.tensor([[1, 1, 2, 2, 3, 4, 0]])
+    sees = torch.zeros(1, 5, 5, dtype=torch.bool)
+    sees[0, 1, 1] = sees[0, 2, 1] = sees[0, 3, 1] = (
+        True  # a picture and two questions; the fourth is by itself
+    )
+    allowed = attention_mask(segments, sees, torch.float32)[0, 0] == 0
     text = allowed[2:, 2:]
     assert allowed[:2, :2].all() and not allowed[:2, 2:].any()
     assert allowed[2:5, :2].all(), "a question sees the picture"
     assert not allowed[5:, :2].any(), "one without a picture does not"
-    assert text.tolist()[1] == [True, True, False, False, False, False]
-    assert text.tolist()[4] == [False, False, False, True, True, False]
+    assert text.tolist()[1] == [True, True, False, False, False]
+    assert text.tolist()[2] == [False, False, True, False, False]

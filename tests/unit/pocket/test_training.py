@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pocket.batches import BatchPlan, coord_bin, draw_batch, size_bin
+from pocket.batches import BatchPlan, draw_batch
 from pocket.evaluate import count_points_inside, match_boxes, overlap
 from pocket.network import (
     NetworkConfig,
@@ -18,6 +18,7 @@ from pocket.network import (
 )
 from pocket.objective import blurred_loss
 from pocket.optimizer import orthogonalise
+from pocket.segments import coord_bin, size_bin
 from pocket.tokenizer import TOKENIZER_CONFIG, VOCAB_SIZE, load_tokenizer
 from pocket.train import WEIGHTS_FOLDER, run
 
@@ -30,7 +31,7 @@ TINY = NetworkConfig(
     region=RegionConfig(dim=64, coord_feat_dim=16, size_feat_dim=16, inner_dim=16),
     tokenizer=TOKENIZER_CONFIG,
 )  # fmt: skip
-PLAN = BatchPlan(seed=9, num_pictures=2, num_positions=96)
+PLAN = BatchPlan(seed=9, num_pictures=3, num_pairs=1, num_positions=146)
 
 
 def train(folder: Path, steps: int, stop_after: int | None = None) -> list[dict[str, float]]:
@@ -44,6 +45,7 @@ def train(folder: Path, steps: int, stop_after: int | None = None) -> list[dict[
         config=TINY,
         plan=PLAN,
         encoder_share=0.0,
+        peak=3e-2,
         quiet=True,
         log_every=1,
         stop_after=stop_after,
