@@ -20,7 +20,7 @@ from loadtest.peers.waiting import Watched, wait_until
 from tests.integration.compose_local import ROOT, LocalService, load_compose
 from worker.config import WorkerConfig
 
-WORKERS = ("worker", "encoder", "worker-gpu", "encoder-gpu")
+WORKERS = ("worker", "encoder", "prefill", "worker-gpu", "encoder-gpu")
 SERVICES = ("keys", "gateway", *WORKERS)
 COMPOSE = load_compose()["services"]
 
@@ -84,15 +84,23 @@ def test_gateways_find_workers_of_every_role_by_one_name(name: str) -> None:
     assert COMPOSE[name]["networks"]["wire"]["aliases"] == [host]
 
 
-@pytest.mark.parametrize(("worker", "encoder"), [("worker", "encoder"), ("worker-gpu", "encoder-gpu")])
-def test_an_encoder_is_its_worker_in_another_role(worker: str, encoder: str) -> None:
-    """With other settings its features would be of no use."""
-    assert COMPOSE["encoder"]["profiles"] == ["encoders"]
-    roles = [COMPOSE[name]["environment"]["DEGAS_WORKER_ROLE"] for name in (worker, encoder)]
-    assert roles == ["decode", "encode"]
+@pytest.mark.parametrize(
+    ("worker", "other", "role", "profile"),
+    [
+        ("worker", "encoder", "encode", "encoders"),
+        ("worker", "prefill", "prefill", "prefills"),
+        ("worker-gpu", "encoder-gpu", "encode", "gpu"),
+    ],
+)
+def test_a_role_of_its_own_is_the_worker_in_another_role(
+    worker: str, other: str, role: str, profile: str
+) -> None:
+    """With other settings its features, or its pages, would be of no use."""
+    assert COMPOSE[other]["profiles"] == [profile]
+    assert COMPOSE[worker]["environment"]["DEGAS_WORKER_ROLE"] == "decode"
     for key in COMPOSE[worker].keys() - {"environment"}:
-        assert COMPOSE[encoder][key] == COMPOSE[worker][key] or key == "profiles"
-    assert COMPOSE[encoder]["environment"] == COMPOSE[worker]["environment"] | {"DEGAS_WORKER_ROLE": "encode"}
+        assert COMPOSE[other][key] == COMPOSE[worker][key] or key == "profiles"
+    assert COMPOSE[other]["environment"] == COMPOSE[worker]["environment"] | {"DEGAS_WORKER_ROLE": role}
 
 
 @pytest.mark.parametrize("name", SERVICES)
