@@ -239,7 +239,7 @@ class Service(RuleBasedStateMachine):
         """At once, for everybody: after the long ones heartbeats and leases have run out."""
         self.world.clock.advance(seconds)
 
-    @rule(seconds=st.sampled_from([0.3, 1.1, 3.2]))
+    @rule(seconds=st.sampled_from([0.3, 1.1, 3.6]))
     def live(self, seconds: float) -> None:
         self.world.live(seconds)
 
