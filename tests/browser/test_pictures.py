@@ -184,15 +184,26 @@ def test_the_answer_does_not_jump_while_it_streams(serve: Callable[..., Page]) -
 # ---------------------------------------------------------------- over the picture
 
 
+# Keeps how many marks were lit at a time, in the order in which that came.
+NOTE_LIT = """() => {
+  window.lit = [];
+  new MutationObserver(() => {
+    const count = document.querySelectorAll("#marks.some-lit .mark.lit").length;
+    if (count && !window.lit.includes(count)) window.lit.push(count);
+  }).observe(document.body, {subtree: true, childList: true, attributes: true});
+}"""
+
+
 def test_a_thought_lights_what_it_points_at(serve: Callable[..., Page]) -> None:
     page = serve(grounded_worker())
     page.locator("#think").check()
+    page.evaluate(NOTE_LIT)
     page.fill("#question", "How many shapes are there?")
     page.click("#send")
     card = page.locator(".card").first
-    expect(page.locator("#marks.some-lit .mark.lit")).to_have_count(1)
-    card.locator("summary").click()
     expect(card).to_have_attribute("data-state", "done")
+    assert page.evaluate("window.lit") == [1, 2]  # what the words point at, while they come
+    card.locator("summary").click()
     expect(card.locator(".answer")).to_have_text("Three")
     expect(card.locator(".pointing")).to_have_text(["a red circle", "two other shapes"])
     expect(page.locator("#marks .mark-point")).to_have_count(3)
