@@ -128,12 +128,18 @@ def run(
     log_every: int = 25,
     stop_after: int | None = None,
     start: Path | None = None,
+    begin: float = 0.5,
 ) -> list[dict[str, float]]:
     """Train until `steps` and return what was logged; `minutes` or `stop_after` steps interrupt it, to be resumed.
 
-    With `start`, a model.safetensors, the run is the second half of a longer one: no encoder phase, and the
-    schedule from its middle on. Give it a seed of its own, or it sees the first run's pictures again.
+    With `start`, a model.safetensors, the run is the rest of a longer one from its share `begin` on: no encoder phase, and
+    the schedule from there. Give it a seed of its own, or it sees the first run's pictures again. Raises ValueError for a
+    `begin` that is no share.
     """
+    if not 0.0 <= begin < 1.0:
+        raise ValueError(
+            f"begin is {begin:g}; 0 to below 1 would work, such as 0.65, from where the rate only falls"
+        )
     torch.set_num_threads(1)
     encoder_share = 0.0 if start else encoder_share
     plan = plan or BatchPlan(seed, encoder_batches=round(encoder_share * steps))
@@ -181,7 +187,7 @@ def run(
             while step < last and (minutes is None or time.monotonic() - started < minutes * 60):
                 waiting = feed.num_ready == 0
                 batch = {name: torch.from_numpy(held.copy()).to(device) for name, held in feed.take().items()}
-                done = step / steps if start is None else 0.5 + 0.5 * step / steps
+                done = step / steps if start is None else begin + (1.0 - begin) * step / steps
                 rate, weights = schedule(done, step, peak, encoder_share)
                 Mlp.approximate = "none" if done < _EXACT_GELU_SHARE else "tanh"
                 noise = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -219,9 +225,12 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     peak: Annotated[float, typer.Option(help="highest learning rate")] = 3e-3,
     start: Annotated[Path | None, typer.Option(help="go on from these weights (model.safetensors)")] = None,
+    begin: Annotated[
+        float, typer.Option(help="with --start: share of the schedule that is taken to be done")
+    ] = 0.5,
 ) -> None:
     """Train pocket from nothing, or go on where a run stopped, or from finished weights."""
-    run(folder, out, steps, seed, minutes, peak, device, start=start)
+    run(folder, out, steps, seed, minutes, peak, device, start=start, begin=begin)
 
 
 if __name__ == "__main__":

@@ -113,3 +113,9 @@ def test_matching_of_finds() -> None:
     assert match_boxes([right], [left, right]) == [0.0, 1.0]
     assert match_boxes([right, right], [right]) == [1.0]
     assert count_points_inside([(0.1, 0.1), (0.11, 0.1), (0.7, 0.7)], [left, right]) == 2
+
+
+def test_a_run_begins_at_a_share_of_its_schedule(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="begin is 1; .* such as 0.65"):
+        run(tmp_path, begin=1.0)
+    assert not list(tmp_path.iterdir())
