@@ -116,6 +116,6 @@ def test_matching_of_finds() -> None:
 
 
 def test_a_run_begins_at_a_share_of_its_schedule(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="begin is 1; .* such as 0.65"):
+    with pytest.raises(ValueError, match=r"begin is 1; .* such as 0.65"):
         run(tmp_path, begin=1.0)
     assert not list(tmp_path.iterdir())
