@@ -375,6 +375,9 @@ def test_pictures_and_thoughts_by_keyboard(serve: Callable[..., Page], tmp_path:
     page = serve(grounded_worker())
     to_chat(page)
     page.set_input_files("#attach-file", write_pictures(tmp_path, 1))
+    expect(
+        page.locator("#answer-kind")
+    ).to_be_visible()  # once the picture is read; the focus may have been there before
     expect(page.locator("#message")).to_be_focused()  # as soon as the picture is read
     for name in ("answer-kind", "attached-remove"):
         page.keyboard.press("Shift+Tab")
